@@ -1,0 +1,33 @@
+# The front door: read and check the configuration, include the rules, name the targets.
+#
+#     snakemake --cores 2 results/broad_w200.ckpt     one checkpoint, and exactly what it needs
+#     snakemake --cores 2                             all checkpoints and their evaluation
+#
+# README.md explains, config/README.md describes every key.
+
+from pathlib import Path
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+ROOT = Path(str(workflow.current_basedir)).resolve()
+
+
+# An absolute path, so that `--directory elsewhere` finds it too.
+configfile: str(ROOT / "config" / "config.yaml")
+
+
+include: "rules/common.smk"
+include: "rules/simulate.smk"
+include: "rules/preprocess.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        [chain.checkpoint_path(model) for model in config["models"]],
+        [f"results/evaluation/{model}.json" for model in config["models"]],
+        "results/evaluation/table.md",

@@ -1,0 +1,98 @@
+# Imports, the checked configuration, and every helper function of the rules.
+
+import os
+import sys
+
+sys.path.insert(0, str(ROOT / "src"))
+# Jobs find the package whatever environment they run in, and the python that runs Snakemake unless conda gives another.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])
+)
+os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+
+from cxt import chain
+from cxt.config import resolve, training_settings
+from cxt.errors import BadRequest, nearest
+from cxt.lineage import canonical
+
+
+def checked(config):
+    """The configuration with defaults, or exit status 2 and one message before anything runs."""
+    try:
+        config = resolve(config)
+        chain.check_plan(config)
+        check_targets(config)
+    except BadRequest as error:
+        print(f"cxt: {error}", file=sys.stderr)
+        sys.exit(2)
+    return config
+
+
+def check_targets(config):
+    """Refuse a checkpoint on the command line that no model of the configuration makes."""
+    for target in sys.argv[1:]:
+        path = Path(str(target))
+        if (
+            path.parent == Path("results")
+            and path.suffix == ".ckpt"
+            and path.stem not in config["models"]
+        ):
+            raise BadRequest(f"unknown model '{path.stem}'{nearest(path.stem, config['models'])}")
+
+
+config = checked(config)
+
+
+def one_of(names):
+    """A regular expression for a wildcard that must be one of *names*."""
+    return "|".join(map(re.escape, names))
+
+
+wildcard_constraints:
+    leaf=one_of([leaf.name for leaf in chain.leaves_of(config, list(config["scenarios"]))]),
+    start=r"\d+",
+    dataset=one_of(config["datasets"]),
+    split="train|test",
+    model=one_of(config["models"]),
+
+
+def leaf_and_start(wildcards):
+    return chain.leaf_of(config, wildcards.leaf), int(wildcards.start)
+
+
+def simulate_spec(wildcards):
+    return canonical(leaf_and_start(wildcards)[0].spec)
+
+
+def batch_count(wildcards):
+    return chain.batch_count(config, *leaf_and_start(wildcards))
+
+
+def batch_lineage(wildcards):
+    leaf, start = leaf_and_start(wildcards)
+    return chain.batch_lineage(config, leaf, start, chain.batch_count(config, leaf, start))
+
+
+def shard_spec(wildcards):
+    return canonical(chain.dataset_spec(config, wildcards.dataset))
+
+
+def shard_lineage(wildcards):
+    leaf, start = leaf_and_start(wildcards)
+    return chain.shard_lineage(config, wildcards.dataset, leaf, start, wildcards.split)
+
+
+def mask_of_dataset(dataset):
+    """The mask file of a dataset as a list of inputs: one file or none."""
+    path = chain.mask_path(config, dataset)
+    return [] if path is None else [path]
+
+
+def mask_flags(dataset):
+    """The command-line words that hand a dataset's mask to a stage."""
+    path = chain.mask_path(config, dataset)
+    return [] if path is None else ["--mask", path, *chain.mask_arguments(config, dataset)]
+
+
+def evaluated_dataset(model):
+    return config["models"][model]["dataset"]

@@ -1,0 +1,71 @@
+# Stage 4. Inputs: results/<model>.ckpt, evaluation simulations, and the accessibility mask of its dataset if it has one.
+# Outputs: results/evaluation/<model>.json, two figures, and results/evaluation/table.md.
+
+
+localrules:
+    accuracy_table,
+
+
+rule evaluate:
+    input:
+        checkpoint="results/{model}.ckpt",
+        batches=lambda wildcards: [
+            batch["path"] for batch in chain.evaluation_batches(config, wildcards.model)
+        ],
+        mask=lambda wildcards: mask_of_dataset(evaluated_dataset(wildcards.model)),
+    output:
+        figures="results/evaluation/{model}.json",
+        tracks=report(
+            "results/evaluation/{model}-tracks.png",
+            caption="../workflow/report/tracks.rst",
+            category="Evaluation",
+            subcategory="{model}",
+        ),
+        scatter=report(
+            "results/evaluation/{model}-scatter.png",
+            caption="../workflow/report/scatter.rst",
+            category="Evaluation",
+            subcategory="{model}",
+        ),
+    log:
+        "results/logs/evaluate/{model}.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: config["training"]["threads"]
+    resources:
+        mem_mb=8000,
+        runtime=240,
+        gpu=lambda wildcards: min(1, chain.devices(config, wildcards.model)),
+    params:
+        spec=lambda wildcards: canonical(chain.evaluation_spec(config, wildcards.model)),
+        batches=lambda wildcards: canonical(chain.evaluation_batches(config, wildcards.model)),
+        mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
+        threads=config["training"]["threads"],
+        prefix="results/evaluation/{model}",
+        lineage=lambda wildcards: chain.evaluation_lineage(config, wildcards.model),
+    shell:
+        "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
+        " --checkpoint {input.checkpoint:q} --spec {params.spec:q} --batches {params.batches:q} {params.mask:q}"
+        " --devices {resources.gpu} --threads {params.threads} --out {output.figures:q} --figures {params.prefix:q}"
+
+
+rule accuracy_table:
+    input:
+        [f"results/evaluation/{model}.json" for model in config["models"]],
+    output:
+        report(
+            "results/evaluation/table.md",
+            caption="../workflow/report/table.rst",
+            category="Evaluation",
+        ),
+    log:
+        "results/logs/evaluate/table.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    shell:
+        "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --out {output:q}"

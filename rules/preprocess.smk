@@ -1,0 +1,72 @@
+# Stage 2. Inputs: results/simulations/<leaf>/<start>.trees.batch, and the accessibility mask of a dataset that has one.
+# Outputs: results/datasets/<dataset>/{train,test}/<leaf>-<start>.zarr.zip and results/datasets/<dataset>/dataset.json.
+
+
+rule synthetic_mask:
+    output:
+        "results/masks/{dataset}.npz",
+    log:
+        "results/logs/preprocess/mask-{dataset}.log",
+    conda:
+        "../envs/preprocess.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=10,
+        gpu=0,
+    params:
+        spec=lambda wildcards: canonical(chain.mask_spec(config, wildcards.dataset)),
+        seed=config["seed"],
+        lineage=lambda wildcards: chain.mask_lineage(config, wildcards.dataset),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.preprocess mask"
+        " --spec {params.spec:q} --seed {params.seed} --out {output:q}"
+
+
+rule preprocess:
+    input:
+        batch="results/simulations/{leaf}/{start}.trees.batch",
+        mask=lambda wildcards: mask_of_dataset(wildcards.dataset),
+    output:
+        "results/datasets/{dataset}/{split}/{leaf}-{start}.zarr.zip",
+    log:
+        "results/logs/preprocess/{dataset}/{split}-{leaf}-{start}.log",
+    conda:
+        "../envs/preprocess.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+        gpu=0,
+    params:
+        spec=shard_spec,
+        count=batch_count,
+        mask=lambda wildcards: mask_flags(wildcards.dataset),
+        lineage=shard_lineage,
+    shell:
+        "exec &> {log:q}; exec python -m cxt.preprocess shard"
+        " --batch {input.batch:q} --start {wildcards.start} --count {params.count} --split {wildcards.split}"
+        " --spec {params.spec:q} {params.mask:q} --out {output:q}"
+
+
+rule manifest:
+    input:
+        shards=lambda wildcards: chain.shard_paths(config, wildcards.dataset),
+    output:
+        "results/datasets/{dataset}/dataset.json",
+    log:
+        "results/logs/preprocess/{dataset}/manifest.log",
+    conda:
+        "../envs/preprocess.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+        gpu=0,
+    params:
+        shards=lambda wildcards: canonical(chain.leaf_table(config, wildcards.dataset)),
+        dataset=lambda wildcards: chain.dataset_directory(wildcards.dataset),
+        lineage=lambda wildcards: chain.dataset_lineage(config, wildcards.dataset),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.preprocess manifest"
+        " --dataset {params.dataset:q} --shards {params.shards:q}"

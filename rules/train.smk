@@ -1,0 +1,60 @@
+# Stage 3. Inputs: results/datasets/<dataset>/dataset.json and its shards, the parent's checkpoint, and the settings.
+# Outputs: results/config/<model>.yaml, and results/<model>.ckpt from one rule per entry of `models:`.
+
+
+localrules:
+    training_settings,
+
+
+rule training_settings:
+    output:
+        "results/config/{model}.yaml",
+    log:
+        "results/logs/train/{model}-settings.log",
+    conda:
+        "../envs/train.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    params:
+        spec=lambda wildcards: canonical(training_settings(config, wildcards.model)),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.config --spec {params.spec:q} --out {output:q}"
+
+
+for model, entry in config["models"].items():
+
+    rule:
+        name:
+            f"train_{model}"
+        input:
+            manifest=f"{chain.dataset_directory(entry['dataset'])}/dataset.json",
+            # Training reads what the manifest lists; a shard matters only when it is gone.
+            shards=ancient(chain.shard_paths(config, entry["dataset"])),
+            settings=f"results/config/{model}.yaml",
+            parent=chain.parent_flag(config, model)[1:],
+        output:
+            chain.checkpoint_path(model),
+        log:
+            f"results/logs/train/{model}.log",
+        conda:
+            "../envs/train.yaml"
+        # The result depends on the number of threads, so the trainer takes it from its settings.
+        threads: config["training"]["threads"]
+        resources:
+            mem_mb=chain.training_memory_mb(config, model),
+            runtime=1440,
+            gpu=chain.devices(config, model),
+        params:
+            dataset=chain.dataset_directory(entry["dataset"]),
+            parent=chain.parent_flag(config, model),
+            # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
+            run=chain.run_directory(config, model),
+            lineage=chain.model_lineage(config, model),
+        # tee ignores the signals that end a job, so that the trainer can still say what it does about them.
+        shell:
+            "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.train"
+            " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q}"
+            " --devices {resources.gpu} --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"

@@ -1,0 +1,20 @@
+"""cxt: train coalescence language models, and use them.
+
+Names are imported when first used, so that `import cxt` is quick and what does not train needs no Lightning.
+"""
+
+import importlib
+
+_HOME = {
+    "pair_features": "cxt.features",
+    "pair_log_tmrca": "cxt.targets",
+    "PairDataset": "cxt.dataset",
+    "load_model": "cxt.checkpoint",
+}
+__all__ = [*_HOME]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'cxt' has no attribute '{name}'")

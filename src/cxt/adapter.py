@@ -1,0 +1,63 @@
+"""The sample-size adapter: counts among few haplotypes to the counts that a backbone of many expects."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cxt.config import AdapterConfig, ModelConfig
+from cxt.errors import BadRequest
+from cxt.model import CoalescenceModel
+
+
+class IEAdapter(nn.Module):
+    """Input-expanding adapter along the frequency axis: squeeze-excite, a linear residual, and a gated branch.
+
+    Where the backbone masks frequency bin 0, that bin is overwritten by 0 first; where it carries missingness it passes
+    untouched, unless `overwrite_bin0` asks for the published behaviour.
+    """
+
+    def __init__(self, config: AdapterConfig, backbone: ModelConfig):
+        super().__init__()
+        if not 1 < config.samples < backbone.samples:
+            raise BadRequest(f"adapter of {config.samples} samples: expected fewer than the backbone's {backbone.samples}")
+        self.config = config
+        hidden = max(config.samples // 4, 1)
+        self.excite = nn.Sequential(
+            nn.Linear(config.samples, hidden), nn.ReLU(), nn.Linear(hidden, config.samples), nn.Sigmoid()
+        )
+        self.residual = nn.Linear(config.samples, backbone.samples)
+        self.norm = nn.LayerNorm(config.samples)
+        self.gated = nn.Linear(config.samples, 2 * config.bottleneck, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+        self.out = nn.Linear(config.bottleneck, backbone.samples)
+        self.alpha = nn.Parameter(torch.tensor(1e-3))
+        # The published `mask_token`: a value that nothing trains, so always 0 in published weights.
+        self.register_buffer("mask_token", torch.tensor(0.0))
+        self.overwrites_bin0 = backbone.mask_singletons or config.overwrite_bin0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 2, S, W, n) -> (B, 2, S, W, N)
+        if self.overwrites_bin0:
+            x = torch.cat([self.mask_token.expand_as(x[..., :1]).type_as(x), x[..., 1:]], dim=-1)
+        x = x * self.excite(x.mean(dim=(1, 2, 3)))[:, None, None, None]
+        value, gate = self.gated(self.norm(x)).chunk(2, dim=-1)
+        return self.residual(x) + self.alpha * self.out(self.dropout(F.silu(gate) * value))
+
+
+def build_model(config: ModelConfig, adapter: AdapterConfig | None = None) -> CoalescenceModel:
+    """A model with fresh weights, with an adapter if *adapter* is given."""
+    return CoalescenceModel(config, None if adapter is None else IEAdapter(adapter, config))
+
+
+def unfrozen(name: str, config: AdapterConfig, layers: int) -> bool:
+    """Whether the backbone parameter *name* trains beside the adapter."""
+    norms = config.unfreeze_strategy in ("ln", "ln_lastN") and "norm" in name
+    last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
+        name.startswith(f"blocks.{i}.") for i in range(max(0, layers - config.last_n), layers)
+    )
+    return norms or last
+
+
+def freeze_backbone(model: CoalescenceModel) -> None:
+    """Let only the adapter and the backbone parameters that its strategy names take gradients."""
+    for name, parameter in model.backbone.named_parameters():
+        parameter.requires_grad_(unfrozen(name, model.adapter.config, model.config.layers))

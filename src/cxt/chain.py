@@ -1,0 +1,262 @@
+"""What a configuration asks for: batches, masks, shards, datasets, checkpoints and evaluations, each with its lineage.
+
+The workflow's rules ask these functions for their inputs and params, and nothing else decides what is stale.
+Paths are relative to the working directory.
+"""
+
+import functools
+import sys
+
+from cxt.config import lineage_of_parents, parent_of, steps_per_epoch, training_config, training_settings
+from cxt.errors import BadRequest
+from cxt.lineage import file_sha256, stage_lineage
+from cxt.preprocess import planned_shards
+from cxt.scenarios import EVALUATION_START, Leaf, batches, check_scenarios, leaves, split_size
+
+SHAPE = ("window_size", "sequence_length", "samples", "scales")
+
+
+def leaves_of(config: dict, scenarios: list[str]) -> list[Leaf]:
+    """The leaf scenarios of several scenarios."""
+    return [leaf for name in scenarios for leaf in leaves(name, config["scenarios"][name])]
+
+
+def leaf_of(config: dict, name: str) -> Leaf:
+    """The leaf scenario called *name*."""
+    return next(leaf for leaf in leaves_of(config, list(config["scenarios"])) if leaf.name == name)
+
+
+def check_plan(config: dict) -> None:
+    """Checks that need more than the configuration's text: stdpopsim's catalogue, and enough items for each model.
+
+    Raises
+    ------
+    BadRequest
+        If a scenario cannot be simulated, a dataset has no training simulation, or a model has less than one batch.
+    """
+    check_scenarios(config)
+    for name, dataset in config["datasets"].items():
+        for leaf in leaves_of(config, dataset["scenarios"]):
+            if not split_size(0, leaf.simulations, "train"):
+                print(f"cxt: warning: datasets.{name}: scenario '{leaf.name}' has no training simulation", file=sys.stderr)
+        if not items(config, name, "train"):
+            raise BadRequest(f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`")
+    for name, model in config["models"].items():
+        training = training_config(config, name)
+        try:
+            steps_per_epoch(
+                items=items(config, model["dataset"], "train"),
+                batch_size=training.batch_size,
+                grad_accum=training.grad_accum,
+                world=max(1, devices(config, name)),
+            )
+        except BadRequest as error:
+            raise BadRequest(f"models.{name}: {error}") from None
+
+
+def items(config: dict, dataset: str, split: str) -> int:
+    """Training examples in one split of a dataset."""
+    entry = config["datasets"][dataset]
+    return entry["pairs"] * sum(split_size(0, leaf.simulations, split) for leaf in leaves_of(config, entry["scenarios"]))
+
+
+# Stage 1
+
+
+def batch_path(leaf: str, start: int) -> str:
+    return f"results/simulations/{leaf}/{start}.trees.batch"
+
+
+def batch_count(config: dict, leaf: Leaf, start: int) -> int:
+    """Simulations in the batch of *leaf* that begins at *start*; BadRequest if no batch begins there."""
+    scenario = leaf.spec["name"].split("-")[0]
+    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(
+        evaluation_starts(config, scenario, leaf)
+    )
+    if start not in counts:
+        raise BadRequest(f"no batch of '{leaf.name}' begins at {start}; there are {', '.join(map(str, counts))}")
+    return counts[start]
+
+
+def evaluation_starts(config: dict, scenario: str, leaf: Leaf) -> list[tuple[int, int]]:
+    """(first index, count) of the evaluation batches of a leaf."""
+    evaluation = config["evaluation"]
+    simulations = evaluation["simulations_of"].get(scenario, evaluation["simulations"])
+    return batches(simulations=simulations, batch=leaf.batch, start=EVALUATION_START)
+
+
+def batch_lineage(config: dict, leaf: Leaf, start: int, count: int) -> str:
+    return stage_lineage("simulate", leaf.spec, config["seed"], start, count)
+
+
+# Stage 2
+
+
+def dataset_spec(config: dict, name: str) -> dict:
+    """What decides the content of a shard, beside its batch: shape, pairs, mask."""
+    dataset = config["datasets"][name]
+    return {key: value for key, value in dataset.items() if key != "scenarios"}
+
+
+def mask_path(config: dict, name: str) -> str | None:
+    """The accessibility mask of a dataset: the user's, the synthetic one's path, or None."""
+    mask = config["datasets"][name].get("mask")
+    return None if mask is None else mask.get("path", f"results/masks/{name}.npz")
+
+
+def mask_spec(config: dict, name: str) -> dict:
+    """Settings of a dataset's synthetic mask."""
+    mask = config["datasets"][name]["mask"]
+    return {key: mask[key] for key in ("length", "accessible_run", "inaccessible_run")}
+
+
+def mask_arguments(config: dict, name: str) -> list[str]:
+    """How the stages are told of a dataset's mask, as command-line words after the path."""
+    mask = config["datasets"][name].get("mask", {})
+    words = []
+    if "path" in mask and mask["path"].endswith(".npz"):
+        words += ["--mask-key", mask["key"]]
+    if "contig" in mask:
+        words += ["--mask-contig", mask["contig"]]
+    return words
+
+
+@functools.cache
+def _external_digest(path: str) -> str:
+    return file_sha256(path)
+
+
+def mask_lineage(config: dict, name: str) -> str | None:
+    mask = config["datasets"][name].get("mask")
+    if mask is None:
+        return None
+    if "path" in mask:
+        return stage_lineage("preprocess", _external_digest(mask["path"]), mask["key"], mask.get("contig"))
+    return stage_lineage("preprocess", mask_spec(config, name), config["seed"])
+
+
+def shard_lineage(config: dict, dataset: str, leaf: Leaf, start: int, split: str) -> str:
+    count = batch_count(config, leaf, start)
+    spec = {key: value for key, value in dataset_spec(config, dataset).items() if key != "mask"}
+    batch = batch_lineage(config, leaf, start, count)
+    return stage_lineage("preprocess", spec, split, batch, mask_lineage(config, dataset))
+
+
+def leaf_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
+    """{leaf: (simulations, batch)} of a dataset."""
+    return {leaf.name: (leaf.simulations, leaf.batch) for leaf in leaves_of(config, config["datasets"][dataset]["scenarios"])}
+
+
+def dataset_directory(name: str) -> str:
+    return f"results/datasets/{name}"
+
+
+def shard_paths(config: dict, dataset: str) -> list[str]:
+    """All shards of a dataset."""
+    planned = planned_shards(leaf_table(config, dataset))
+    return [f"{dataset_directory(dataset)}/{name}" for names in planned.values() for name in names]
+
+
+def dataset_lineage(config: dict, name: str) -> str:
+    """Digest of all shards, in no particular order of scenarios."""
+    shards = sorted(
+        shard_lineage(config, name, leaf, start, split)
+        for leaf in leaves_of(config, config["datasets"][name]["scenarios"])
+        for start, count in batches(simulations=leaf.simulations, batch=leaf.batch)
+        for split in ("train", "test")
+        if split_size(start, count, split)
+    )
+    return stage_lineage("preprocess", shards)
+
+
+# Stage 3
+
+
+def checkpoint_path(model: str) -> str:
+    return f"results/{model}.ckpt"
+
+
+def devices(config: dict, model: str) -> int:
+    """GPUs that a model's train rule asks for; 0 = CPU."""
+    return config["models"][model].get("training", {}).get("devices", config["training"]["devices"])
+
+
+def model_lineage(config: dict, name: str) -> str:
+    """Digest of everything that checkpoint *name* depends on, its ancestors included."""
+    model = config["models"][name]
+    parent = parent_of(model)
+    inherited = None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
+    settings = {key: value for key, value in training_settings(config, name).items() if key not in ("workers", "save_every")}
+    return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
+
+
+def run_directory(config: dict, name: str) -> str:
+    return f"results/runs/{name}-{model_lineage(config, name)}"
+
+
+def training_memory_mb(config: dict, name: str) -> int:
+    """Memory that training asks the scheduler for: torch and the network, and the dataset held in memory.
+
+    Per simulation: float32 targets of all pairs, and what sites take (16 bytes each; 20 000 is a large simulation).
+    """
+    dataset = config["datasets"][config["models"][name]["dataset"]]
+    simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))
+    windows = dataset["sequence_length"] // dataset["window_size"]
+    return 4000 + simulations * (4 * dataset["pairs"] * windows + 16 * 20_000) // 1_000_000
+
+
+def parent_flag(config: dict, name: str) -> list[str]:
+    """The verb and file of a model's parent, as command-line words."""
+    model = config["models"][name]
+    if "checkpoint" in model:
+        return ["--checkpoint", checkpoint_path(model["checkpoint"])]
+    if "resume_adapter" in model:
+        return ["--resume-adapter", checkpoint_path(model["resume_adapter"])]
+    return []
+
+
+def ancestors(config: dict, name: str) -> list[str]:
+    """The parents of a model, nearest first."""
+    return lineage_of_parents(config, name)[1:]
+
+
+# Stage 4
+
+
+def evaluation_scenarios(config: dict, model: str) -> list[str]:
+    entry = config["models"][model]
+    return entry.get("evaluation", config["datasets"][entry["dataset"]]["scenarios"])
+
+
+def evaluation_batches(config: dict, model: str) -> list[dict]:
+    """[{path, scenario, start, count}, …] of everything that a model is evaluated on."""
+    return [
+        {"path": batch_path(leaf.name, start), "scenario": leaf.name, "start": start, "count": count}
+        for scenario in evaluation_scenarios(config, model)
+        for leaf in leaves(scenario, config["scenarios"][scenario])
+        for start, count in evaluation_starts(config, scenario, leaf)
+    ]
+
+
+def evaluation_spec(config: dict, model: str) -> dict:
+    dataset = config["datasets"][config["models"][model]["dataset"]]
+    evaluation = config["evaluation"]
+    return {key: dataset[key] for key in SHAPE} | {
+        "pairs": evaluation["pairs"],
+        "replicates": evaluation["replicates"],
+        "batch_size": evaluation["batch_size"],
+        "seed": config["seed"],
+    }
+
+
+def evaluation_lineage(config: dict, model: str) -> str:
+    used = sorted(
+        batch_lineage(config, leaf_of(config, batch["scenario"]), batch["start"], batch["count"])
+        for batch in evaluation_batches(config, model)
+    )
+    dataset = config["models"][model]["dataset"]
+    return stage_lineage(
+        "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)
+    )
+
+

@@ -1,0 +1,30 @@
+"""One exception for bad requests, and the exit statuses of every command."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class BadRequest(ValueError):
+    """What was asked cannot be done: found, expected, and what to do, in one message. Commands exit 2."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest of *choices*, and the whole list if none is close."""
+    names = sorted(map(str, choices))
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there are: {', '.join(names)}" if names else "; there are none"
+
+
+def exit_on_bad_request(main: Callable[[], None]) -> None:
+    """Run a command's *main*: a bad request is one line on stderr and exit status 2.
+
+    Anything else propagates: Python prints its traceback and exits 1 (a failed run).
+    """
+    try:
+        main()
+    except BadRequest as error:
+        print(f"cxt: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,313 @@
+"""Stage 4: how good a checkpoint is on simulations that nothing was trained on.
+
+    python -m cxt.evaluate --checkpoint results/broad.ckpt --spec JSON --batches JSON --out FILE.json --figures PREFIX
+    python -m cxt.evaluate --table results/evaluation/*.json
+
+Every estimate is decoded autoregressively from the features alone, and compared with the true ln TMRCA of the same
+pairs and windows. Two baselines see the same: heterozygosity in the best fixed window, and the best constant.
+"""
+
+import argparse
+import functools
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.features import missing_fraction, pair_counts, window_of
+from cxt.lineage import digest
+from cxt.masks import read_mask
+from cxt.preprocess import preprocess_one
+from cxt.simulate import read_batch
+from cxt.store import Entry, atomic_write
+from cxt.targets import Grid
+
+BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
+"""Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
+
+
+def differences(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+    """Sites at which each pair differs, per base window: (pairs, windows) int64."""
+    window = window_of(entry.positions, window_size=window_size, windows=windows)
+    result = np.empty((len(entry.pairs), windows), dtype=np.int64)
+    bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
+    for row, (a, b) in enumerate(entry.pairs):
+        result[row] = np.bincount(window[bits[:, a] != bits[:, b]], minlength=windows)
+    return result
+
+
+def accessible_bases(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+    """Accessible bases per base window: (windows,) float64."""
+    if entry.mask is None:
+        return np.full(windows, float(window_size))
+    return (~entry.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
+
+
+def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windows: int) -> np.ndarray:
+    """ln((d + 1/2) / (2 mu l)) with d differences on l accessible bases in *width* windows around each: (pairs, windows).
+
+    Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm.
+    """
+    half = width // 2
+    left = np.maximum(np.arange(windows) - half, 0)
+    right = np.minimum(np.arange(windows) + half + 1, windows)
+
+    def summed(values):
+        cumulative = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
+        return cumulative[..., right] - cumulative[..., left]
+
+    found = summed(differences(entry, window_size=window_size, windows=windows))
+    bases = np.maximum(summed(accessible_bases(entry, window_size=window_size, windows=windows)), 1.0)
+    return np.log((found + 0.5) / (2 * entry.mutation_rate * bases))
+
+
+def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
+    """Mean over pairs of Pearson's r along the windows; pairs without variation in either are left out."""
+    t = truth - truth.mean(axis=-1, keepdims=True)
+    e = estimate - estimate.mean(axis=-1, keepdims=True)
+    norm = np.sqrt((t**2).sum(-1) * (e**2).sum(-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        r = (t * e).sum(-1) / norm
+    r = r[norm > 1e-12]
+    return float(r.mean()) if r.size else float("nan")
+
+
+def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict:
+    """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own."""
+    truth = np.concatenate([entry.log_tmrca for entry in entries])
+    result = {"mse": np.inf, "r": -np.inf}
+    for width in (w for w in BASELINE_WIDTHS if w == 1 or w // 2 < windows):
+        estimate = np.concatenate(
+            [heterozygosity_estimate(entry, width, window_size=window_size, windows=windows) for entry in entries]
+        )
+        mse, r = float(((estimate - truth) ** 2).mean()), pearson_per_pair(truth, estimate)
+        if mse < result["mse"]:
+            result |= {"mse": mse, "mse_width": width * window_size}
+        if r > result["r"]:
+            result |= {"r": r, "r_width": width * window_size}
+    return result
+
+
+def clustered_error(errors: np.ndarray) -> float:
+    """Standard error of the mean of *errors* (simulations, …): simulations are independent, their pairs are not."""
+    means = errors.reshape(len(errors), -1).mean(axis=1)
+    return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+
+
+def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
+    """All figures of one leaf scenario; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA."""
+    squared = (mean - truth) ** 2
+    constant = (truth - truth.mean()) ** 2
+    return {
+        "simulations": len(entries),
+        "pairs": int(truth.shape[0] * truth.shape[1]),
+        "mse": float(squared.mean()),
+        "mse_se": clustered_error(squared),
+        "r": pearson_per_pair(truth, mean),
+        "bias": float((mean - truth).mean()),
+        "coverage95": float(((truth >= low) & (truth <= high)).mean()),
+        "baseline": {
+            "heterozygosity": best_window(entries, window_size=window_size, windows=windows),
+            "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
+        },
+    }
+
+
+def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]]:
+    """{leaf scenario: its evaluation simulations, preprocessed} from [{path, scenario, start, count}, …]."""
+    result: dict[str, list[Entry]] = {}
+    for batch in batches:
+        for ts in read_batch(batch["path"], start=batch["start"], count=batch["count"], scenario=batch["scenario"]):
+            result.setdefault(batch["scenario"], []).append(preprocess_one(ts, spec, mask=mask))
+    return result
+
+
+def features_of(entries: list[Entry], spec: dict, windows: int):
+    """Raw counts (items, 2, scales, windows, samples) int32 and missing fractions (items, scales, windows) or None."""
+    counts, missing = [], []
+    for entry in entries:
+        counts.append(
+            pair_counts(
+                entry.genotypes,
+                np.bitwise_count(entry.genotypes).sum(axis=1, dtype=np.int32),
+                window_of(entry.positions, window_size=spec["window_size"], windows=windows),
+                entry.pairs,
+                windows=windows,
+                samples=spec["samples"],
+                scales=spec["scales"],
+            )
+        )
+        if entry.mask is not None:
+            fraction = missing_fraction(
+                entry.mask,
+                window_size=spec["window_size"],
+                sequence_length=spec["sequence_length"],
+                scales=spec["scales"],
+            )
+            missing.append(np.broadcast_to(fraction, (len(entry.pairs), *fraction.shape)))
+    return np.concatenate(counts), np.concatenate(missing) if missing else None
+
+
+def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="cpu", threads=None, progress=print):
+    """Evaluate a checkpoint; ({scenarios: {leaf: figures}, overall}, tracks to draw).
+
+    Parameters
+    ----------
+    checkpoint : path or name
+    spec : window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed
+    batches : evaluation batches [{path, scenario, start, count}, …]
+    mask : accessibility mask (True = inaccessible), or None
+    threads : CPU threads; torch's own choice if None
+
+    Raises
+    ------
+    BadRequest
+        If checkpoint and spec disagree on windows, samples, scales or missingness, or a batch is damaged.
+    """
+    import torch
+
+    from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
+    from cxt.decode import posterior_mean, posterior_quantile, predictive_distribution
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = find_checkpoint(checkpoint)
+    about = read_checkpoint(path)
+    windows = spec["sequence_length"] // spec["window_size"]
+    expected = {
+        "windows": about.model.windows,
+        "samples": about.model.samples if about.adapter is None else about.adapter.samples,
+        "scales": about.record["dataset"]["scales"],
+        "missingness": about.record["dataset"]["missing"],
+    }
+    found = {"windows": windows, "samples": spec["samples"], "scales": spec["scales"], "missingness": mask is not None}
+    if found != expected:
+        raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {found}")
+    model = load_model(path, device=device)
+    grid = Grid(about.model.grid_low, about.model.grid_high, about.model.bins)
+    scenarios, tracks = {}, {}
+    for name, entries in read_entries(batches, spec, mask).items():
+        began = time.monotonic()
+        counts, missing = features_of(entries, spec, windows)
+        seed = int(digest([spec["seed"], name]), 16)
+        distribution = predictive_distribution(
+            model, counts, missing, replicates=spec["replicates"], batch_size=spec["batch_size"], seed=seed, device=device
+        )
+        shape = (len(entries), -1, windows)
+        truth = np.stack([entry.log_tmrca for entry in entries])
+        mean = posterior_mean(distribution, grid).reshape(shape)
+        low = posterior_quantile(distribution, grid, 0.025).reshape(shape)
+        high = posterior_quantile(distribution, grid, 0.975).reshape(shape)
+        scenarios[name] = score(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
+        tracks[name] = (truth, mean, low, high)
+        figures = scenarios[name]
+        progress(
+            f"{path}, {name}: MSE {figures['mse']:.3f} ± {figures['mse_se']:.3f}, r {figures['r']:.3f} "
+            f"({time.monotonic() - began:.0f} s)"
+        )
+    result = {
+        "checkpoint": about.record["name"],
+        "lineage": about.record["lineage"],
+        "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
+        "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
+        "scenarios": scenarios,
+        "overall": overall(scenarios),
+    }
+    return result, tracks
+
+
+def overall(scenarios: dict) -> dict:
+    """Means over scenarios, each counted once, of the MSEs of model and baselines and of r and coverage."""
+    rows = list(scenarios.values())
+    return {
+        "mse": float(np.mean([row["mse"] for row in rows])),
+        "r": float(np.nanmean([row["r"] for row in rows])),
+        "coverage95": float(np.mean([row["coverage95"] for row in rows])),
+        "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
+        "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
+    }
+
+
+def table(results: list[dict]) -> str:
+    """The accuracy of several checkpoints as a Markdown table, one row per checkpoint and scenario."""
+    rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
+    for result in results:
+        for name, figures in result["scenarios"].items():
+            window, constant = figures["baseline"]["heterozygosity"], figures["baseline"]["constant"]
+            rows.append(
+                (
+                    result["checkpoint"], name, f"{figures['mse']:.3f}", f"{figures['mse_se']:.3f}", f"{figures['r']:.3f}",
+                    f"{figures['bias']:+.3f}", f"{figures['coverage95']:.1%}", f"{window['mse']:.3f}", f"{window['r']:.3f}",
+                    f"{constant['mse']:.3f}",
+                )  # fmt: skip
+            )
+        mean = result["overall"]
+        rows.append(
+            (
+                result["checkpoint"], "mean", f"{mean['mse']:.3f}", "", f"{mean['r']:.3f}", "", f"{mean['coverage95']:.1%}",
+                f"{mean['heterozygosity_mse']:.3f}", "", f"{mean['constant_mse']:.3f}",
+            )  # fmt: skip
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row):
+        cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations.")
+    parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
+    parser.add_argument("--checkpoint", help="name or path of a checkpoint")
+    parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
+    parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count}, …]")
+    parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
+    parser.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
+    parser.add_argument("--mask-contig", help="sequence in the BED file")
+    parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = decode on the first GPU (default 0, CPU)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
+    parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
+    args = parser.parse_args()
+    if args.table:
+        text = table([json.loads(path.read_text()) for path in args.table])
+        print(text, end="")
+        if args.out:
+            atomic_write(args.out, text.encode())
+        return
+    missing = [f"--{name}" for name in ("checkpoint", "spec", "batches", "out", "figures") if getattr(args, name) is None]
+    if missing:
+        raise BadRequest(f"{', '.join(missing)} must be given, or --table")
+    try:
+        spec, batches = json.loads(args.spec), json.loads(args.batches)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"--spec or --batches is not valid JSON: {error}") from None
+    if args.devices:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
+    mask = None if args.mask is None else read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
+    result, tracks = evaluate(
+        args.checkpoint,
+        spec,
+        batches,
+        mask=mask,
+        device="cuda:0" if args.devices else "cpu",
+        threads=args.threads,
+        progress=functools.partial(print, flush=True),
+    )
+    from cxt.figures import draw_scatter, draw_tracks
+
+    draw_tracks(tracks, f"{args.figures}-tracks.png", title=result["checkpoint"], window_size=spec["window_size"])
+    draw_scatter(tracks, f"{args.figures}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
+    atomic_write(args.out, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

@@ -1,0 +1,67 @@
+"""Figures of an evaluation: tracks along the genome, and predicted against true."""
+
+import io
+
+import matplotlib
+import numpy as np
+
+from cxt.store import atomic_write
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first
+
+TRUTH, ESTIMATE = "#222222", "#1f6fb4"
+
+
+def _save(figure, path) -> None:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    atomic_write(path, out.getvalue())
+
+
+def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
+    """One row per scenario and two pairs each: true ln TMRCA, posterior mean and 95 % interval along the genome.
+
+    *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows).
+    """
+    rows = len(tracks)
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 2.1 * rows), squeeze=False, sharex=True)
+    for row, (name, arrays) in enumerate(tracks.items()):
+        truth, mean, low, high = (a.reshape(-1, a.shape[-1]) for a in arrays)
+        for column, pair in enumerate(dict.fromkeys((0, len(truth) // 2))):
+            axis = axes[row, column]
+            at = (np.arange(truth.shape[1]) + 0.5) * window_size / 1000
+            axis.fill_between(at, low[pair], high[pair], step="mid", alpha=0.25, color=ESTIMATE, lw=0, label="95 % interval")
+            axis.step(at, mean[pair], where="mid", color=ESTIMATE, lw=1.2, label="posterior mean")
+            axis.step(at, truth[pair], where="mid", color=TRUTH, lw=1.0, label="truth")
+            axis.set_title(name, fontsize=9, loc="left")
+            axis.spines[["top", "right"]].set_visible(False)
+        axes[row, 0].set_ylabel("ln TMRCA\n(generations)", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("position (kb)", fontsize=8)
+    axes[0, 0].legend(fontsize=7, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1.0, 1.3))
+    figure.suptitle(f"{title}: pairs of held-out simulations", fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
+    """Predicted against true ln TMRCA of all windows, one panel per scenario."""
+    columns = min(4, len(tracks))
+    rows = -(-len(tracks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.1 * rows), squeeze=False)
+    for axis, (name, (truth, mean, _, _)) in zip(axes.flat, tracks.items(), strict=False):
+        low = min(truth.min(), mean.min())
+        high = max(truth.max(), mean.max())
+        axis.hexbin(truth.ravel(), mean.ravel(), gridsize=50, bins="log", cmap="Blues", extent=(low, high, low, high), mincnt=1)
+        axis.plot([low, high], [low, high], color=TRUTH, lw=0.8)
+        axis.set_title(f"{name}\nMSE {scenarios[name]['mse']:.3f}, r {scenarios[name]['r']:.3f}", fontsize=9)
+        axis.set_aspect("equal")
+    for axis in axes.flat[len(tracks) :]:
+        axis.set_visible(False)
+    figure.supxlabel("true ln TMRCA (generations)", fontsize=9)
+    figure.supylabel("posterior mean", fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    figure.tight_layout()
+    _save(figure, path)

@@ -1,0 +1,69 @@
+"""What makes a result stale: the digest of a stage's version, its settings, its parents and its external inputs.
+
+A stage's version is raised when a change of code changes its output. A test keeps the digest of the code of each stage
+and fails after a change until someone has decided: raise the version here, or record that the output is the same
+(`python -m cxt.lineage > tests/stage_digests.json`).
+"""
+
+import ast
+import hashlib
+import json
+from pathlib import Path
+
+STAGE_VERSION = {"simulate": 1, "preprocess": 1, "train": 1, "evaluate": 1}
+"""Raise one of these and everything from that stage on is made again."""
+
+STAGE_SOURCES = {
+    "simulate": ("scenarios.py", "simulate.py"),
+    "preprocess": ("features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
+    "train": ("features.py", "targets.py", "dataset.py", "model.py", "adapter.py", "datamodule.py", "training.py", "train.py"),
+    "evaluate": ("features.py", "targets.py", "preprocess.py", "model.py", "adapter.py", "decode.py", "evaluate.py"),
+}
+"""The modules whose code decides a stage's output."""
+
+
+def canonical(value) -> str:
+    """*value* as JSON that does not depend on the order of keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(value) -> str:
+    """Twelve hexadecimal digits that identify a JSON-able value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+
+
+def file_sha256(path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stage_lineage(stage: str, *parts) -> str:
+    """Digest of a job of *stage*: its version and *parts* (settings, digests of parents and external files)."""
+    return digest([stage, STAGE_VERSION[stage], *parts])
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                item
+                for item in body
+                if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str))
+            ]
+    return tree
+
+
+def code_digests() -> dict:
+    """{stage: {"version", "code"}} with the digest of each stage's syntax trees; comments and docstrings do not count."""
+    here = Path(__file__).parent
+    result = {}
+    for stage, modules in STAGE_SOURCES.items():
+        trees = [ast.dump(_without_docstrings(ast.parse((here / module).read_text()))) for module in modules]
+        result[stage] = {"version": STAGE_VERSION[stage], "code": digest(trees)}
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(code_digests(), indent=2))

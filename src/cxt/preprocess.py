@@ -1,0 +1,181 @@
+"""Stage 2: tree sequences to the shards of a dataset.
+
+    python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --split train --spec JSON --out X.zarr.zip
+    python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
+    python -m cxt.preprocess mask --spec JSON --seed 1 --out mask.npz
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import tskit
+
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.features import pack_haplotypes, usable_sites
+from cxt.masks import cut_mask, read_mask, synthetic_mask, write_mask
+from cxt.scenarios import batches, random_generator, split_of, split_size
+from cxt.schema import defaults_of
+from cxt.simulate import read_batch
+from cxt.store import SPLITS, Entry, write_manifest, write_shard
+from cxt.targets import pair_log_tmrca
+
+
+def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:
+    """*pairs* different pairs (a < b) of *samples* haplotypes, in random order: (pairs, 2) int64."""
+    first, second = np.triu_indices(samples, k=1)
+    if pairs > len(first):
+        raise BadRequest(f"{pairs} pairs asked, but {samples} samples have {len(first)} pairs")
+    chosen = rng.choice(len(first), size=pairs, replace=False)
+    return np.stack([first[chosen], second[chosen]], axis=1)
+
+
+def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None) -> Entry:
+    """One simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
+
+    Parameters
+    ----------
+    ts : tree sequence made by `cxt.scenarios.simulate_one`
+    spec : the dataset's window_size, sequence_length, samples and pairs
+    mask : accessibility mask of a chromosome, True = inaccessible, or None
+
+    Raises
+    ------
+    BadRequest
+        If the genealogy cannot be used (several roots, ancient samples), or is too short or small.
+    """
+    identity = ts.metadata["cxt"]
+
+    def rng(purpose: str) -> np.random.Generator:
+        return random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
+
+    if ts.num_samples < spec["samples"]:
+        raise BadRequest(f"{spec['samples']} samples asked, the tree sequence has {ts.num_samples}")
+    if ts.num_samples > spec["samples"]:
+        ts = ts.simplify(ts.samples()[: spec["samples"]])
+    pairs = choose_pairs(rng("pairs"), samples=spec["samples"], pairs=spec["pairs"])
+    log_tmrca = pair_log_tmrca(ts, pairs, window_size=spec["window_size"], sequence_length=spec["sequence_length"])
+    crop, offset = None, 0
+    if mask is not None:
+        crop, offset = cut_mask(mask, length=spec["sequence_length"], rng=rng("mask"))
+    genotypes, positions = usable_sites(
+        ts.genotype_matrix(), ts.sites_position, sequence_length=spec["sequence_length"], mask=crop
+    )
+    return Entry(
+        scenario=identity["scenario"],
+        index=identity["index"],
+        mutation_rate=identity["mutation_rate"],
+        genotypes=pack_haplotypes(genotypes),
+        positions=positions,
+        pairs=pairs,
+        log_tmrca=log_tmrca,
+        mask=crop,
+        mask_offset=offset,
+    )
+
+
+def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, mask=None) -> int:
+    """Preprocess one split of a batch file into the shard *out*; the number of simulations in it.
+
+    The whole batch is read, so that a batch that was cut is noticed whatever the split.
+    """
+    entries = []
+    seed = None
+    for ts in read_batch(batch, start=start, count=count):
+        identity = ts.metadata["cxt"]
+        seed = identity["seed"]
+        if split_of(identity["index"]) != split:
+            continue
+        try:
+            entries.append(preprocess_one(ts, spec, mask=mask))
+        except BadRequest as error:
+            raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
+    if not entries:
+        raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
+    attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
+    attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": seed}
+    write_shard(out, entries, attributes)
+    return len(entries)
+
+
+def planned_shards(leaves: dict[str, tuple[int, int]]) -> dict[str, list[str]]:
+    """{split: shard names} of a dataset of *leaves* {name: (simulations, batch)}; empty splits have no shard."""
+    return {
+        split: [
+            f"{split}/{leaf}-{start}.zarr.zip"
+            for leaf, (simulations, batch) in leaves.items()
+            for start, count in batches(simulations=simulations, batch=batch)
+            if split_size(start, count, split)
+        ]
+        for split in SPLITS
+    }
+
+
+def _json(text: str, option: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{option} is not valid JSON: {error}") from None
+
+
+def _shard(args) -> None:
+    spec = {key: value for key, value in defaults_of("dataset").items()} | _json(args.spec, "--spec")
+    if spec["sequence_length"] % spec["window_size"]:
+        raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
+    mask = None
+    if args.mask is not None:
+        mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
+    done = write_split(args.out, args.batch, spec, start=args.start, count=args.count, split=args.split, mask=mask)
+    print(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
+
+
+def _manifest(args) -> None:
+    if args.shards is not None:
+        shards = planned_shards(_json(args.shards, "--shards"))
+    else:
+        shards = {
+            split: sorted(str(path.relative_to(args.dataset)) for path in (args.dataset / split).glob("*.zarr.zip"))
+            for split in SPLITS
+        }
+    manifest = write_manifest(args.dataset, shards)
+    for split in SPLITS:
+        part = manifest["splits"][split]
+        print(f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} items, {len(part['shards'])} shards")
+
+
+def _mask(args) -> None:
+    mask = synthetic_mask(_json(args.spec, "--spec"), seed=args.seed)
+    write_mask(args.out, mask)
+    print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shard = commands.add_parser("shard", help="one split of one batch of tree sequences to one shard")
+    shard.add_argument("--batch", type=Path, required=True, help="file made by cxt.simulate")
+    shard.add_argument("--start", type=int, required=True, help="first index in the batch")
+    shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the batch")
+    shard.add_argument("--split", choices=SPLITS, required=True)
+    shard.add_argument("--spec", default="{}", help="the dataset's keys as JSON, over the published defaults")
+    shard.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
+    shard.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
+    shard.add_argument("--mask-contig", help="sequence in the BED file")
+    shard.add_argument("--out", type=Path, required=True, help="shard to write, FILE.zarr.zip")
+    shard.set_defaults(run=_shard)
+    manifest = commands.add_parser("manifest", help="list and check the shards of a dataset in its dataset.json")
+    manifest.add_argument("--dataset", type=Path, required=True, help="directory with train/ and test/")
+    manifest.add_argument("--shards", help="{leaf: [simulations, batch]} as JSON (default: the shards that are there)")
+    manifest.set_defaults(run=_manifest)
+    mask = commands.add_parser("mask", help="a synthetic accessibility mask")
+    mask.add_argument("--spec", required=True, help="length, accessible_run and inaccessible_run as JSON")
+    mask.add_argument("--seed", type=int, required=True)
+    mask.add_argument("--out", type=Path, required=True, help=".npz to write")
+    mask.set_defaults(run=_mask)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

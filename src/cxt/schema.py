@@ -1,0 +1,195 @@
+"""Check a configuration against the JSON Schema, fill in its defaults, and write its documentation.
+
+`python -m cxt.schema > config/README.md` regenerates the reference of all keys.
+"""
+
+import functools
+from pathlib import Path
+
+import jsonschema
+import yaml
+
+from cxt.errors import BadRequest, nearest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCHEMA_PATH = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
+
+
+@functools.cache
+def load_schema() -> dict:
+    """The configuration's schema, as a dict."""
+    if not SCHEMA_PATH.exists():
+        raise BadRequest(f"{SCHEMA_PATH} is not there: install cxt from its repository (`pip install -e .`)")
+    return yaml.safe_load(SCHEMA_PATH.read_text())
+
+
+def _resolve(node: dict) -> dict:
+    """*node* with its `$ref` replaced by what it points to; keys beside the reference win."""
+    while "$ref" in node:
+        target = load_schema()
+        for part in node["$ref"].removeprefix("#/").split("/"):
+            target = target[part]
+        node = target | {key: value for key, value in node.items() if key != "$ref"}
+    return node
+
+
+def _variant(node: dict, value: dict, path: str, errors: list[str]) -> dict | None:
+    """The member of a discriminated `oneOf` that *value* asks for."""
+    key = node["discriminator"]
+    variants = {}
+    for member in node["oneOf"]:
+        member = _resolve(member)
+        variants[member["properties"][key]["const"]] = member
+    chosen = value.get(key) if isinstance(value, dict) else None
+    if chosen is None:
+        errors.append(f"{path}: has no `{key}`, expected one of {', '.join(sorted(variants))}")
+        return None
+    if chosen not in variants:
+        errors.append(f"{path}.{key}: unknown {key} '{chosen}'{nearest(chosen, variants)}")
+        return None
+    return variants[chosen]
+
+
+def _expected(node: dict) -> str:
+    """What *node* accepts, in words."""
+    if "expected" in node:
+        return node["expected"]
+    if "enum" in node:
+        return "one of " + ", ".join(map(str, node["enum"]))
+    if "const" in node:
+        return repr(node["const"])
+    words = {
+        "integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false",
+        "array": "a list", "object": "a mapping",
+    }[node["type"]]  # fmt: skip
+    limits = {
+        "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+        "multipleOf": "a multiple of", "minItems": "with at least",
+    }  # fmt: skip
+    return " ".join([words, *(f"{text} {node[key]}" for key, text in limits.items() if key in node)])
+
+
+def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
+    node = _resolve(node)
+    defaults = defaults and not node.get("withoutDefaults", False)
+    if "discriminator" in node:
+        node = _variant(node, value, path, errors)
+        if node is None:
+            return value
+    if node.get("type") != "object":
+        error = jsonschema.Draft202012Validator({**node, "$defs": load_schema()["$defs"]})
+        found = next(error.iter_errors(value), None)
+        if found is not None:
+            hint = ""
+            if isinstance(value, str) and "number" in _expected(node):
+                hint = " (YAML reads 1e-8 as text: write 1.0e-8)"
+            errors.append(f"{path}: found {value!r}, expected {_expected(node)}{hint}")
+        return value
+    if not isinstance(value, dict):
+        errors.append(f"{path}: found {value!r}, expected a mapping")
+        return value
+    properties = node.get("properties", {})
+    open_to = node.get("additionalProperties")
+    pattern = node.get("propertyNames")
+    result = {}
+    for key, child in value.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key in properties:
+            result[key] = _complete(child, properties[key], where, errors, defaults)
+        elif isinstance(open_to, dict):
+            if pattern and not jsonschema.Draft202012Validator(pattern).is_valid(str(key)):
+                errors.append(f"{where}: a name may hold letters, digits, '_', '.' and '+', and starts with a letter or digit")
+            result[key] = _complete(child, open_to, where, errors, defaults)
+        else:
+            errors.append(f"{where}: unknown key{nearest(key, properties)}")
+    for key in node.get("required", []):
+        if key not in value:
+            errors.append(f"{path or 'config'}: `{key}` is missing ({_resolve(properties[key])['description']})")
+    if defaults:
+        for key, child in properties.items():
+            child = _resolve(child)
+            if key in result:
+                continue
+            if "default" in child:
+                result[key] = child["default"]
+            elif child.get("type") == "object" and not path:  # the sections; deeper objects are options in themselves
+                result[key] = _complete({}, child, key, errors, defaults)
+    return result
+
+
+def complete(config: dict) -> dict:
+    """*config* checked against the schema, with every default filled in.
+
+    Raises
+    ------
+    BadRequest
+        Names every unknown key (with the nearest valid one), missing key and wrong value at once.
+    """
+    errors: list[str] = []
+    result = _complete(config, load_schema(), "", errors, True)
+    if errors:
+        raise BadRequest("the configuration is not valid:\n  " + "\n  ".join(errors))
+    return result
+
+
+def defaults_of(name: str) -> dict:
+    """The defaults of the definition *name*, such as `training`."""
+    return {
+        key: _resolve(child)["default"]
+        for key, child in load_schema()["$defs"][name]["properties"].items()
+        if "default" in _resolve(child)
+    }
+
+
+def _rows(node: dict) -> list[str]:
+    required = node.get("required", [])
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for key, child in node["properties"].items():
+        child = _resolve(child)
+        default = "required" if key in required else (f"`{child['default']}`" if "default" in child else "")
+        rows.append(f"| `{key}` | {_expected(child)} | {default} | {child['description']} |")
+    return rows
+
+
+def document() -> str:
+    """config/README.md: every key with its type, default and meaning."""
+    schema = load_schema()
+    out = [
+        "# The configuration",
+        "",
+        "`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale. Use an overlay of",
+        "your own with `snakemake --configfile my.yaml …`: it is merged over the default key by key, lists are replaced whole,",
+        "and `null` removes a key or an entry. Write numbers as `1.0e-8`; YAML reads `1e-8` as text.",
+        "",
+        "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.schema > config/README.md`.",
+        "",
+        "## Top level",
+        "",
+        *_rows(schema),
+    ]
+    titles = {
+        "constant": "`scenarios.<name>` with `kind: constant`",
+        "sawtooth": "`scenarios.<name>` with `kind: sawtooth`",
+        "island": "`scenarios.<name>` with `kind: island`",
+        "stdpopsim": "`scenarios.<name>` with `kind: stdpopsim`",
+        "dataset": "`datasets.<name>`",
+        "model": "`models.<name>`",
+        "architecture": "`models.<name>.architecture`",
+        "adapter": "`models.<name>.adapter`",
+        "training": "`training`, and `models.<name>.training`",
+        "evaluation": "`evaluation`",
+    }
+    for name, title in titles.items():
+        node = schema["$defs"][name]
+        out += ["", f"## {title}", ""]
+        if "description" in node:
+            out += [node["description"], ""]
+        out += _rows(node)
+        if name == "dataset":
+            out += ["", "### `datasets.<name>.mask`", "", node["properties"]["mask"]["description"], ""]
+            out += _rows(node["properties"]["mask"])
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,125 @@
+"""Stage 1: a batch of tree sequences, one after another in one file.
+
+    python -m cxt.simulate --spec JSON --start 0 --count 100 --seed 1 --out constant-0.trees.batch
+    python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
+
+`tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tskit
+
+from cxt.config import load
+from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.scenarios import KINDS, autosomes, catalogue_models, leaves, simulate_one
+
+
+def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress=None) -> None:
+    """Simulate indices start..start+count-1 of a leaf scenario into one file, which appears only when complete.
+
+    *progress*, if given, is called with the number of simulations done after each.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for i in range(count):
+            simulate_one(spec, index=start + i, seed=seed).dump(file)
+            if progress is not None:
+                progress(i + 1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_batch(path, *, start: int, count: int, scenario: str | None = None) -> Iterator[tskit.TreeSequence]:
+    """The tree sequences of a batch file, in order.
+
+    Raises
+    ------
+    BadRequest
+        If the file is cut (within or between two tree sequences), holds more than *count*, or holds another simulation
+        than (*scenario*, *start* + i) at place i.
+    """
+    remedy = f"delete {path} and run the workflow again"
+    with open(path, "rb") as file:
+        for i in range(count):
+            try:
+                ts = tskit.load(file)
+            except EOFError:
+                raise BadRequest(f"{path} is truncated: it holds {i} tree sequences, expected {count}; {remedy}") from None
+            except (tskit.FileFormatError, tskit.LibraryError, OSError) as error:
+                raise BadRequest(f"{path} is damaged or truncated at tree sequence {i} of {count}: {error}; {remedy}") from None
+            identity = ts.metadata.get("cxt") if isinstance(ts.metadata, dict) else None
+            if identity is None:
+                raise BadRequest(f"{path}: tree sequence {i} carries no cxt identity in its metadata; make it with cxt.simulate")
+            expected = (identity["scenario"] if scenario is None else scenario, start + i)
+            if (identity["scenario"], identity["index"]) != expected:
+                raise BadRequest(
+                    f"{path}: found simulation {identity['index']} of '{identity['scenario']}' at place {i}, "
+                    f"expected {expected[1]} of '{expected[0]}'; {remedy}"
+                )
+            yield ts
+        if file.read(1):
+            raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")
+
+
+def _spec_of(args) -> dict:
+    if args.spec is not None:
+        try:
+            spec = json.loads(args.spec)
+        except json.JSONDecodeError as error:
+            raise BadRequest(f"--spec is not valid JSON: {error}") from None
+        if not isinstance(spec, dict) or spec.get("kind") not in KINDS or "name" not in spec:
+            raise BadRequest(f"--spec must be a leaf scenario with a name and a kind, one of {', '.join(KINDS)}")
+        return spec
+    config = load(args.configfile)
+    known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
+    if args.scenario not in known:
+        raise BadRequest(f"unknown scenario '{args.scenario}'{nearest(args.scenario, known)}")
+    if args.seed is None:
+        args.seed = config["seed"]
+    return known[args.scenario].spec
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Simulate one batch of tree sequences.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--spec", help="leaf scenario as JSON")
+    what.add_argument("--scenario", help="leaf scenario by name, looked up in the configuration")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration, for --scenario")
+    parser.add_argument("--start", type=int, default=0, help="first index (default 0)")
+    parser.add_argument("--count", type=int, required=True, help="number of simulations")
+    parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
+    args = parser.parse_args()
+    if args.count < 1 or args.start < 0:
+        raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
+    spec = _spec_of(args)
+    seed = 1 if args.seed is None else args.seed
+    if seed < 0:
+        raise BadRequest(f"--seed {seed}: expected at least 0")
+    if spec["kind"] == "stdpopsim":
+        catalogue_models(spec)
+        autosomes(spec)
+    began = time.monotonic()
+    said = began
+
+    def progress(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > 10 or done == args.count:
+            said = time.monotonic()
+            print(f"{spec['name']}: {done}/{args.count} simulations, {said - began:.0f} s", file=sys.stderr, flush=True)
+
+    write_batch(args.out, spec, start=args.start, count=args.count, seed=seed, progress=progress)
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

@@ -1,0 +1,216 @@
+"""The on-disk format of a dataset: shards of many simulations, and the manifest that lists them.
+
+A shard is one Zarr v3 group in one zip file, one array per field:
+
+    genotypes     (sites, ceil(samples / 8)) uint8   haplotype h of a site is bit h % 8 of byte h // 8
+    positions     (sites,) float64                   base pairs, ascending within a simulation
+    site_offsets  (simulations + 1,) int64           sites of simulation i are [site_offsets[i], site_offsets[i + 1])
+    pairs         (simulations, pairs, 2) uint16     haplotypes
+    log_tmrca     (simulations, pairs, windows) float32
+    index         (simulations,) int64               index of the simulation in its leaf scenario
+    mutation_rate (simulations,) float64
+    mask          (simulations, ceil(length / 8)) uint8, only with missingness: bit 1 = inaccessible
+    mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
+
+Only usable sites are kept (see `cxt.features.usable_sites`). Bytes are a function of the content and the package versions.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer.cpu import Buffer
+from zarr.storage import MemoryStore
+
+from cxt.errors import BadRequest
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "test")
+MANIFEST = "dataset.json"
+SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing")
+"""What all shards of a dataset agree on."""
+
+
+@dataclasses.dataclass
+class Entry:
+    """One preprocessed simulation; fields as in the module's table, for this simulation alone."""
+
+    scenario: str
+    index: int
+    mutation_rate: float
+    genotypes: np.ndarray  # (sites, bytes), packed
+    positions: np.ndarray  # (sites,)
+    pairs: np.ndarray  # (pairs, 2)
+    log_tmrca: np.ndarray  # (pairs, windows)
+    mask: np.ndarray | None = None  # (sequence_length,) bool, True = inaccessible
+    mask_offset: int = 0
+
+
+def atomic_write(path, data: bytes) -> None:
+    """Write *data* to a temporary name, flush it to disk, and rename it to *path*."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_shard(path, entries: list[Entry], attributes: dict) -> None:
+    """Write simulations of one leaf scenario and split as a shard; *attributes* must hold SHAPE_KEYS."""
+    chunks_of_all: dict[str, np.ndarray] = {
+        "genotypes": np.concatenate([e.genotypes for e in entries]),
+        "positions": np.concatenate([e.positions for e in entries]).astype(np.float64),
+        "site_offsets": np.cumsum([0, *(len(e.positions) for e in entries)]).astype(np.int64),
+        "pairs": np.stack([e.pairs for e in entries]).astype(np.uint16),
+        "log_tmrca": np.stack([e.log_tmrca for e in entries]).astype(np.float32),
+        "index": np.array([e.index for e in entries], dtype=np.int64),
+        "mutation_rate": np.array([e.mutation_rate for e in entries], dtype=np.float64),
+    }
+    if attributes["missing"]:
+        chunks_of_all["mask"] = np.stack([np.packbits(e.mask, bitorder="little") for e in entries])
+        chunks_of_all["mask_offset"] = np.array([e.mask_offset for e in entries], dtype=np.int64)
+    content: dict[str, Buffer] = {}
+    group = zarr.open_group(MemoryStore(content), mode="w", zarr_format=3)
+    group.attrs.update({"schema_version": SCHEMA_VERSION, **attributes})
+    for name, array in chunks_of_all.items():
+        if name in ("log_tmrca", "pairs", "mask"):
+            chunks = (1, *array.shape[1:])  # one simulation
+        else:
+            chunks = (max(1, min(len(array), 65536)), *array.shape[1:])
+        stored = group.create_array(
+            name, shape=array.shape, dtype=array.dtype, chunks=chunks, compressors=[ZstdCodec(level=3)], fill_value=0
+        )
+        if array.size:
+            stored[:] = array
+    atomic_write(path, _zip({key: buffer.to_bytes() for key, buffer in content.items()}))
+
+
+def _zip(content: dict[str, bytes]) -> bytes:
+    """A zip archive whose bytes depend on *content* alone: sorted, stored, dated 1980."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", compression=zipfile.ZIP_STORED) as archive:
+        for key in sorted(content):
+            info = zipfile.ZipInfo(key, date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, content[key])
+    return out.getvalue()
+
+
+def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of a shard, decompressed into memory.
+
+    Raises
+    ------
+    BadRequest
+        If the file is missing, damaged, of a newer schema version, or its bytes have another *sha256*.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; run the workflow again to rebuild it") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise BadRequest(f"shard {path} is damaged: its checksum is not the manifest's; delete it and run the workflow again")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
+        group = zarr.open_group(MemoryStore(content), mode="r")
+        attributes = dict(group.attrs)
+    except (zipfile.BadZipFile, FileNotFoundError, ValueError, EOFError) as error:
+        raise BadRequest(f"shard {path} is damaged or truncated: {error}; delete it and run the workflow again") from None
+    if attributes["schema_version"] > SCHEMA_VERSION:
+        raise BadRequest(
+            f"shard {path} has schema version {attributes['schema_version']}, this cxt reads up to {SCHEMA_VERSION}; update cxt"
+        )
+    return {name: array[:] for name, array in group.arrays()}, attributes
+
+
+def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
+    """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
+
+    Raises
+    ------
+    BadRequest
+        If a shard is damaged, shards disagree in shape, or no simulation is in `train`.
+    """
+    directory = Path(directory)
+    shape: dict | None = None
+    splits = {}
+    for split in SPLITS:
+        rows = []
+        for name in shards[split]:
+            arrays, attributes = read_shard(directory / name)
+            found = {key: attributes[key] for key in SHAPE_KEYS}
+            if shape is None:
+                shape = found
+            if found != shape:
+                raise BadRequest(f"shard {directory / name} belongs to another dataset: {found} instead of {shape}")
+            simulations = len(arrays["index"])
+            rows.append(
+                {
+                    "path": name,
+                    "scenario": attributes["scenario"],
+                    "simulations": simulations,
+                    "items": simulations * attributes["pairs"],
+                    "sha256": hashlib.sha256((directory / name).read_bytes()).hexdigest(),
+                }
+            )
+        splits[split] = {
+            "simulations": sum(row["simulations"] for row in rows),
+            "items": sum(row["items"] for row in rows),
+            "shards": rows,
+        }
+    if not splits["train"]["simulations"]:
+        raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        **shape,
+        "windows": shape["sequence_length"] // shape["window_size"],
+        "splits": splits,
+    }
+    atomic_write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    return manifest
+
+
+def read_manifest(directory) -> dict:
+    """dataset.json of the dataset at *directory*.
+
+    Raises
+    ------
+    BadRequest
+        If the directory, train/, test/ or the manifest is missing, or the manifest is newer than this package.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise BadRequest(f"there is no dataset directory {directory}; build it with `snakemake {directory / MANIFEST}`")
+    missing = [split for split in SPLITS if not (directory / split).is_dir()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
+        raise BadRequest(
+            f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); "
+            f"build it with `snakemake {directory / MANIFEST}`"
+        )
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except OSError:
+        raise BadRequest(
+            f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or `python -m cxt.preprocess manifest`"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; delete it and run the workflow again") from None
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise BadRequest(
+            f"{directory / MANIFEST} has schema version {manifest['schema_version']}, "
+            f"this cxt reads up to {SCHEMA_VERSION}; update cxt"
+        )
+    return manifest

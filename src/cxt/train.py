@@ -1,0 +1,430 @@
+"""Stage 3: train one checkpoint.
+
+    python -m cxt.train --model broad --dataset-path results/datasets/processed --epochs 2
+
+Three verbs: `--checkpoint X` starts a new run from X's weights, `--resume-adapter X` from X's backbone and adapter
+weights, `--resume` continues this very run. Without one, training starts from random weights.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import sys
+import warnings
+from pathlib import Path
+
+import jsonargparse
+
+from cxt.config import (
+    PRESETS,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
+    check_inheritance,
+    check_missingness,
+    read_yaml,
+    steps_per_epoch,
+)
+from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.lineage import file_sha256
+from cxt.rundir import RunDirectory, newest_version, next_version
+from cxt.store import MANIFEST, read_manifest
+
+PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
+RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
+NOT_IN_IDENTITY = (
+    "dataset_path", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", "workers", "save_every",
+)  # fmt: skip
+"""Settings that a run's identity holds in another form (files by digest, devices by number), or that change no result."""
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
+    training = TrainingConfig()
+    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.")
+    add = parser.add_argument
+    add("--config", action="config", help="YAML file whose keys are the names of these flags; the command line wins")
+    add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
+    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
+    add("--dataset-path", type=str, required=True, help="dataset directory, with train/ and test/")
+    add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
+    add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
+    add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
+    add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
+    add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
+    add("--resume", type=bool, default=False, nargs="?", const=True, help="continue the run directory, or the newest run below --log-dir")
+    add("--restart", type=bool, default=False, nargs="?", const=True, help="start the run directory afresh; what it held is kept as …-superseded-N")
+    add("--adapter", type=bool, default=False, nargs="?", const=True, help="train a sample-size adapter on the backbone of --checkpoint")
+    add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
+    adapter = AdapterConfig()
+    add("--adapter-bottleneck", type=int, default=adapter.bottleneck, help="width of the adapter's gated branch")
+    add("--adapter-dropout", type=float, default=adapter.dropout, help="dropout in the adapter's gated branch")
+    add("--unfreeze-strategy", default=adapter.unfreeze_strategy, choices=["none", "ln", "lastN", "ln_lastN"],
+        help="backbone parameters that train beside the adapter")  # fmt: skip
+    add("--last-n", type=int, default=adapter.last_n, help="last blocks that lastN and ln_lastN unfreeze")
+    add("--overwrite-bin0", type=bool, default=adapter.overwrite_bin0, help="adapter overwrites bin 0 always (published)")
+    add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
+    add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
+    add("--out", type=str | None, help="publish the finished checkpoint here")
+    add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
+    for name, text in {
+        "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
+    }.items():  # fmt: skip
+        add(f"--{name}", type=int | None, help=f"{text} (default: the preset's)")
+    add("--dropout", type=float | None, help="dropout of the network (default: the preset's)")
+    add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
+    add("--start-token-in-prefix", type=bool | None, help="sources see the start token in training (published)")
+    for field in dataclasses.fields(TrainingConfig):
+        add(
+            f"--{field.name.replace('_', '-')}",
+            type=field.type if isinstance(field.type, type) else {"int": int, "float": float, "str": str}[field.type],
+            default=getattr(training, field.name),
+            help="see config/README.md",
+        )
+    return parser
+
+
+def check_config_keys(argv: list[str], parser: jsonargparse.ArgumentParser) -> None:
+    """BadRequest with the nearest name for an unknown key in a --config file, or an unknown flag."""
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    flags = {option for action in parser._actions for option in action.option_strings}
+    for i, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in flags:
+            raise BadRequest(f"unknown flag {flag}{nearest(flag, flags)}")
+        if flag == "--config":
+            for key in read_yaml(value or argv[min(i + 1, len(argv) - 1)]):
+                if key not in known:
+                    raise BadRequest(f"{value or argv[i + 1]}: unknown key '{key}'{nearest(key, known)}")
+
+
+def choose_devices(args) -> tuple[str, int | list[int]]:
+    """(accelerator, devices) for Lightning; BadRequest for GPUs that are not there."""
+    import torch
+
+    present = torch.cuda.device_count()
+    if args.gpus is not None and args.devices is not None:
+        raise BadRequest("--gpus and --devices exclude each other")
+    if args.accelerator == "cpu" or args.devices == 0:
+        if args.gpus is not None:
+            raise BadRequest("--gpus and --accelerator cpu exclude each other")
+        if args.accelerator == "gpu":
+            raise BadRequest("--accelerator gpu and --devices 0 exclude each other")
+        return "cpu", args.devices or 1
+    wanted = args.gpus if args.gpus is not None else args.devices
+    if wanted is None:
+        if present:
+            return "gpu", 1
+        if args.accelerator == "gpu":
+            raise BadRequest("--accelerator gpu, but torch sees no GPU")
+        print("no GPU: training on the CPU", file=sys.stderr)
+        return "cpu", 1
+    highest = max(wanted) if isinstance(wanted, list) else wanted - 1
+    if highest >= present or (isinstance(wanted, list) and min(wanted) < 0):
+        flag = "--gpus " + " ".join(map(str, wanted)) if isinstance(wanted, list) else f"--devices {wanted}"
+        has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
+        raise BadRequest(f"{flag}, but {has}; leave the flag out, or use --devices 0 to train on the CPU")
+    return "gpu", wanted
+
+
+def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
+    """Network and adapter of this run, checked against dataset and parent."""
+    if args.model not in PRESETS:
+        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    is_adapter = args.adapter or args.resume_adapter is not None
+    explicit = {
+        key: getattr(args, key)
+        for key in ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
+        if getattr(args, key) is not None
+    }
+    shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
+    if is_adapter and parent is not None:
+        shape["samples"] = parent.model.samples
+    network = dataclasses.replace(PRESETS[args.model], **(explicit | shape))
+    check_missingness(f"--model {args.model}", network, args.dataset_path, manifest["missing"])
+    if parent is not None:
+        source = args.checkpoint or args.resume_adapter
+        theirs = {key: getattr(parent.model, key) for key in ("layers", "heads", "width")}
+        mine = {key: getattr(network, key) for key in theirs}
+        if mine != theirs:
+            flags = " ".join(f"--{key} {value}" for key, value in theirs.items())
+            raise BadRequest(
+                f"--model {args.model} has {mine}, but checkpoint {source} (preset {parent.record['preset']}) has {theirs}; "
+                f"choose its preset, or pass {flags}"
+            )
+        check_inheritance(
+            child=f"--model {args.model}",
+            network=network,
+            parent=source,
+            parent_network=parent.model,
+            dataset=args.dataset_path,
+            samples_in=manifest["samples"],
+            parent_samples_in=parent.model.samples if parent.adapter is None else parent.adapter.samples,
+            fresh_adapter=args.adapter and args.resume_adapter is None,
+            missing=manifest["missing"],
+        )
+        if network.window_size != parent.model.window_size:
+            print(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp", flush=True)
+    if not is_adapter:
+        return network, None
+    if args.adapter_samples is not None and args.adapter_samples != manifest["samples"]:
+        raise BadRequest(f"--adapter-samples {args.adapter_samples}, but dataset {args.dataset_path} has {manifest['samples']} samples")
+    adapter = AdapterConfig(
+        samples=manifest["samples"],
+        bottleneck=args.adapter_bottleneck,
+        dropout=args.adapter_dropout,
+        unfreeze_strategy=args.unfreeze_strategy,
+        last_n=args.last_n,
+        overwrite_bin0=args.overwrite_bin0,
+    )
+    if args.resume_adapter is not None and parent.adapter.bottleneck != adapter.bottleneck:
+        raise BadRequest(
+            f"--adapter-bottleneck {adapter.bottleneck}, but {args.resume_adapter} has {parent.adapter.bottleneck}"
+        )
+    return network, adapter
+
+
+def read_parent(args):
+    """The parent checkpoint that the verb names, or None; BadRequest when it is of the other sort."""
+    from cxt.checkpoint import find_checkpoint, read_checkpoint
+
+    if args.checkpoint is not None and args.resume_adapter is not None:
+        raise BadRequest("--checkpoint and --resume-adapter exclude each other")
+    if args.resume and args.restart:
+        raise BadRequest("--resume and --restart exclude each other")
+    if args.adapter and args.checkpoint is None and args.resume_adapter is None:
+        raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
+    source = args.checkpoint or args.resume_adapter
+    if source is None:
+        return None
+    path = find_checkpoint(source)
+    parent = read_checkpoint(path)
+    if args.checkpoint is not None and parent.adapter is not None:
+        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {source}")
+    if args.resume_adapter is not None and parent.adapter is None:
+        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {source} --adapter")
+    return parent
+
+
+def settings_of(args) -> dict:
+    """The settings that decide the result, as they can be read back with --config."""
+    leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "lineage"}
+    return {
+        key: value
+        for key, value in vars(args).items()
+        if key not in leave_out and value is not None and not key.startswith("__")
+    }
+
+
+def open_run(args, identity: dict, settings: dict) -> RunDirectory:
+    """The locked run directory of this run: continued, superseded, or new; says which."""
+    if args.run_dir is not None:
+        path = Path(args.run_dir)
+    elif args.resume:
+        path = newest_version(args.log_dir)
+    else:
+        path = next_version(args.log_dir)
+    run = RunDirectory(path)
+    run.lock()
+    state = run.state()
+    if state is not None and (args.restart or state["identity"] != identity):
+        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+        if args.resume:
+            raise BadRequest(f"{path} was started with another {', '.join(changed)}; leave --resume out to start afresh")
+        reason = "--restart" if args.restart else f"another {', '.join(changed)}"
+        print(f"starting afresh ({reason}); the old run is kept as {run.supersede()}", flush=True)
+        state = None
+    if state is None:
+        if args.resume:
+            print(f"nothing to resume in {path}: starting from step 0", file=sys.stderr, flush=True)
+        run.start(identity, settings)
+    return run
+
+
+def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, accelerator, devices, identity) -> None:
+    """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint."""
+    import pytorch_lightning as pl
+    import torch
+    from pytorch_lightning.callbacks import ModelCheckpoint
+    from pytorch_lightning.loggers import TensorBoardLogger
+    from pytorch_lightning.plugins.environments import LightningEnvironment
+
+    from cxt.adapter import build_model
+    from cxt.checkpoint import load_weights, model_record, write_checkpoint
+    from cxt.datamodule import DataModule
+    from cxt.dataset import PairDataset
+    from cxt.targets import Grid
+    from cxt.training import Progress, Reseed, TrainingModule
+
+    torch.set_num_threads(training.threads)
+    if accelerator == "gpu":
+        torch.set_float32_matmul_precision("medium")
+    world = len(devices) if isinstance(devices, list) else devices
+    name = args.name or args.model
+    grid = Grid(network.grid_low, network.grid_high, network.bins)
+    items = manifest["splits"]["train"]["items"]
+    steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    total_steps = training.epochs * steps
+    data = DataModule(
+        PairDataset(args.dataset_path, "train", grid=grid),
+        PairDataset(args.dataset_path, "test", grid=grid),
+        batch_size=training.batch_size,
+        seed=training.seed,
+        workers=training.workers,
+        validation_items=training.validation_items,
+    )
+    torch.manual_seed(training.seed)
+    model = build_model(network, adapter)
+    if parent is not None:
+        source = args.checkpoint or args.resume_adapter
+        fresh_adapter = args.resume_adapter is None and adapter is not None
+        target = model.backbone if fresh_adapter else model
+        weights = parent.state_dict
+        if fresh_adapter:
+            weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
+        load_weights(target, weights, source=source)
+    trainable = sum(p.numel() for p in model.parameters())
+    precision = training.precision if accelerator == "gpu" else "32-true"
+    if precision != training.precision:
+        warnings.warn(f"precision {training.precision} is for GPUs: training in 32-true on the CPU", stacklevel=1)
+    record = model_record(
+        network,
+        adapter,
+        name=name,
+        preset=args.model,
+        training=dataclasses.asdict(training),
+        lineage=args.lineage,
+        dataset={key: manifest[key] for key in ("window_size", "sequence_length", "samples", "missing")}
+        | {"sha256": identity["dataset"], "scales": list(manifest["scales"])},
+        parent=None if parent is None else {"name": parent.record["name"], "sha256": identity["parent"]},
+        accelerator=accelerator,
+        devices=world,
+        precision=precision,
+        threads=training.threads,
+        processor=platform.processor() or platform.machine(),
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+    )
+    module = TrainingModule(model, training, record=record, total_steps=total_steps)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    effective = training.batch_size * training.grad_accum * world
+    run = RunDirectory(run_path)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(
+            f"{name}: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {items:,} items, "
+            f"effective batch {effective} ({training.batch_size} x {training.grad_accum} x {world}), {total_steps} steps, "
+            f"{precision} on {world} {accelerator}, {training.threads} threads",
+            flush=True,
+        )
+    saves = ModelCheckpoint(
+        dirpath=run.checkpoints,
+        filename="last",
+        every_n_train_steps=training.save_every,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        strategy="ddp" if world > 1 else "auto",
+        plugins=[LightningEnvironment()],
+        precision=precision,
+        max_epochs=training.epochs,
+        accumulate_grad_batches=training.grad_accum,
+        gradient_clip_val=training.grad_clip or None,
+        use_distributed_sampler=False,
+        logger=TensorBoardLogger(save_dir=run_path, name="", version="", default_hp_metric=False),
+        callbacks=[
+            saves,
+            Reseed(training.seed),
+            Progress(name, total_steps=total_steps, items_per_batch=training.batch_size * world),
+        ],
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    last = run.last if run.last.exists() else None
+    if last is not None and trainer.is_global_zero:
+        print(f"{name}: continuing from {last}", flush=True)
+    trainer.fit(module, data, ckpt_path=last, weights_only=True)
+    if trainer.global_step != total_steps:
+        raise RuntimeError(f"{name}: training stopped at step {trainer.global_step} of {total_steps}")
+    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
+        raise RuntimeError(f"{name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)")
+    if trainer.is_global_zero:
+        record |= {"epoch": training.epochs - 1, "step": total_steps}
+        finished = run.checkpoints / f"{name}_epoch={training.epochs - 1}-step={total_steps}.ckpt"
+        write_checkpoint(finished, model.state_dict(), record)
+        run.finish(finished)
+
+
+def train(args) -> None:
+    """One run, from checked arguments to a published checkpoint."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    settings = settings_of(args)
+    training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
+    if args.model not in PRESETS:
+        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    accelerator, devices = choose_devices(args)
+    manifest = read_manifest(args.dataset_path)
+    parent = read_parent(args)
+    network, adapter = resolve_network(args, manifest, parent)
+    from cxt.checkpoint import find_checkpoint
+
+    world = len(devices) if isinstance(devices, list) else devices
+    steps_per_epoch(
+        items=manifest["splits"]["train"]["items"],
+        batch_size=training.batch_size,
+        grad_accum=training.grad_accum,
+        world=world,
+    )
+    source = args.checkpoint or args.resume_adapter
+    identity = {
+        "settings": {key: value for key, value in settings.items() if key not in NOT_IN_IDENTITY},
+        "devices": f"{world} {accelerator}",
+        "lineage": args.lineage,
+        "dataset": file_sha256(Path(args.dataset_path) / MANIFEST),
+        "parent": None if source is None else file_sha256(find_checkpoint(source)),
+    }
+    if rank == 0:
+        run = open_run(args, identity, settings)
+        os.environ[RUN_DIRECTORY_OF_RANK_0] = str(run.path)
+    else:
+        run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
+    if run.finished_checkpoint() is None:
+        fit(
+            args,
+            run.path,
+            manifest=manifest,
+            parent=parent,
+            network=network,
+            adapter=adapter,
+            training=training,
+            accelerator=accelerator,
+            devices=devices,
+            identity=identity,
+        )
+    else:
+        print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
+    if rank == 0:
+        print(f"finished: {run.finished_checkpoint()}", flush=True)
+        if args.out is not None:
+            run.publish(args.out)
+            print(f"published: {args.out}", flush=True)
+
+
+def main() -> None:
+    parser = build_parser()
+    check_config_keys(sys.argv[1:], parser)
+    args = parser.parse_args()
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+    try:
+        train(args)
+    except SIGTERMException:  # a SystemExit with status 0
+        sys.exit(143)
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)
