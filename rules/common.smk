@@ -10,7 +10,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 )
 os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
-from cxt import chain
+from cxt import jobs
 from cxt.config import resolve, training_settings
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
@@ -20,7 +20,7 @@ def checked(config):
     """The configuration with defaults, or exit status 2 and one message before anything runs."""
     try:
         config = resolve(config)
-        chain.check_plan(config)
+        jobs.check_plan(config)
         check_targets(config)
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
@@ -49,7 +49,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    leaf=one_of([leaf.name for leaf in chain.leaves_of(config, list(config["scenarios"]))]),
+    leaf=one_of([leaf.name for leaf in jobs.leaves_of(config, list(config["scenarios"]))]),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     split="train|test",
@@ -57,7 +57,7 @@ wildcard_constraints:
 
 
 def leaf_and_start(wildcards):
-    return chain.leaf_of(config, wildcards.leaf), int(wildcards.start)
+    return jobs.leaf_of(config, wildcards.leaf), int(wildcards.start)
 
 
 def simulate_spec(wildcards):
@@ -65,33 +65,33 @@ def simulate_spec(wildcards):
 
 
 def batch_count(wildcards):
-    return chain.batch_count(config, *leaf_and_start(wildcards))
+    return jobs.batch_count(config, *leaf_and_start(wildcards))
 
 
 def batch_lineage(wildcards):
     leaf, start = leaf_and_start(wildcards)
-    return chain.batch_lineage(config, leaf, start, chain.batch_count(config, leaf, start))
+    return jobs.batch_lineage(config, leaf, start, jobs.batch_count(config, leaf, start))
 
 
 def shard_spec(wildcards):
-    return canonical(chain.dataset_spec(config, wildcards.dataset))
+    return canonical(jobs.dataset_spec(config, wildcards.dataset))
 
 
 def shard_lineage(wildcards):
     leaf, start = leaf_and_start(wildcards)
-    return chain.shard_lineage(config, wildcards.dataset, leaf, start, wildcards.split)
+    return jobs.shard_lineage(config, wildcards.dataset, leaf, start, wildcards.split)
 
 
 def mask_of_dataset(dataset):
     """The mask file of a dataset as a list of inputs: one file or none."""
-    path = chain.mask_path(config, dataset)
+    path = jobs.mask_path(config, dataset)
     return [] if path is None else [path]
 
 
 def mask_flags(dataset):
     """The command-line words that hand a dataset's mask to a stage."""
-    path = chain.mask_path(config, dataset)
-    return [] if path is None else ["--mask", path, *chain.mask_arguments(config, dataset)]
+    path = jobs.mask_path(config, dataset)
+    return [] if path is None else ["--mask", path, *jobs.mask_arguments(config, dataset)]
 
 
 def evaluated_dataset(model):

@@ -10,7 +10,7 @@ rule evaluate:
     input:
         checkpoint="results/{model}.ckpt",
         batches=lambda wildcards: [
-            batch["path"] for batch in chain.evaluation_batches(config, wildcards.model)
+            batch["path"] for batch in jobs.evaluation_batches(config, wildcards.model)
         ],
         mask=lambda wildcards: mask_of_dataset(evaluated_dataset(wildcards.model)),
     output:
@@ -35,14 +35,14 @@ rule evaluate:
     resources:
         mem_mb=8000,
         runtime=240,
-        gpu=lambda wildcards: min(1, chain.devices(config, wildcards.model)),
+        gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
     params:
-        spec=lambda wildcards: canonical(chain.evaluation_spec(config, wildcards.model)),
-        batches=lambda wildcards: canonical(chain.evaluation_batches(config, wildcards.model)),
+        spec=lambda wildcards: canonical(jobs.evaluation_spec(config, wildcards.model)),
+        batches=lambda wildcards: canonical(jobs.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=config["training"]["threads"],
         prefix="results/evaluation/{model}",
-        lineage=lambda wildcards: chain.evaluation_lineage(config, wildcards.model),
+        lineage=lambda wildcards: jobs.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
         " --checkpoint {input.checkpoint:q} --spec {params.spec:q} --batches {params.batches:q} {params.mask:q}"

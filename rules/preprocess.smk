@@ -15,9 +15,9 @@ rule synthetic_mask:
         runtime=10,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical(chain.mask_spec(config, wildcards.dataset)),
+        spec=lambda wildcards: canonical(jobs.mask_spec(config, wildcards.dataset)),
         seed=config["seed"],
-        lineage=lambda wildcards: chain.mask_lineage(config, wildcards.dataset),
+        lineage=lambda wildcards: jobs.mask_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess mask"
         " --spec {params.spec:q} --seed {params.seed} --out {output:q}"
@@ -40,18 +40,18 @@ rule preprocess:
         gpu=0,
     params:
         spec=shard_spec,
-        count=batch_count,
+        simulations=batch_count,
         mask=lambda wildcards: mask_flags(wildcards.dataset),
         lineage=shard_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess shard"
-        " --batch {input.batch:q} --start {wildcards.start} --count {params.count} --split {wildcards.split}"
+        " --batch {input.batch:q} --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
         " --spec {params.spec:q} {params.mask:q} --out {output:q}"
 
 
 rule manifest:
     input:
-        shards=lambda wildcards: chain.shard_paths(config, wildcards.dataset),
+        shards=lambda wildcards: jobs.shard_paths(config, wildcards.dataset),
     output:
         "results/datasets/{dataset}/dataset.json",
     log:
@@ -64,9 +64,9 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical(chain.leaf_table(config, wildcards.dataset)),
-        dataset=lambda wildcards: chain.dataset_directory(wildcards.dataset),
-        lineage=lambda wildcards: chain.dataset_lineage(config, wildcards.dataset),
+        shards=lambda wildcards: canonical(jobs.leaf_table(config, wildcards.dataset)),
+        dataset=lambda wildcards: jobs.dataset_directory(wildcards.dataset),
+        lineage=lambda wildcards: jobs.dataset_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess manifest"
         " --dataset {params.dataset:q} --shards {params.shards:q}"

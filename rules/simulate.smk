@@ -15,10 +15,10 @@ rule simulate:
         gpu=0,
     params:
         spec=simulate_spec,
-        count=batch_count,
+        simulations=batch_count,
         seed=config["seed"],
         lineage=batch_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.simulate"
-        " --spec {params.spec:q} --start {wildcards.start} --count {params.count} --seed {params.seed}"
+        " --spec {params.spec:q} --start {wildcards.start} --count {params.simulations} --seed {params.seed}"
         " --out {output:q}"

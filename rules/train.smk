@@ -30,13 +30,13 @@ for model, entry in config["models"].items():
         name:
             f"train_{model}"
         input:
-            manifest=f"{chain.dataset_directory(entry['dataset'])}/dataset.json",
+            manifest=f"{jobs.dataset_directory(entry['dataset'])}/dataset.json",
             # Training reads what the manifest lists; a shard matters only when it is gone.
-            shards=ancient(chain.shard_paths(config, entry["dataset"])),
+            shards=ancient(jobs.shard_paths(config, entry["dataset"])),
             settings=f"results/config/{model}.yaml",
-            parent=chain.parent_flag(config, model)[1:],
+            parent=jobs.parent_flag(config, model)[1:],
         output:
-            chain.checkpoint_path(model),
+            jobs.checkpoint_path(model),
         log:
             f"results/logs/train/{model}.log",
         conda:
@@ -44,15 +44,15 @@ for model, entry in config["models"].items():
         # The result depends on the number of threads, so the trainer takes it from its settings.
         threads: config["training"]["threads"]
         resources:
-            mem_mb=chain.training_memory_mb(config, model),
+            mem_mb=jobs.training_memory_mb(config, model),
             runtime=1440,
-            gpu=chain.devices(config, model),
+            gpu=jobs.devices(config, model),
         params:
-            dataset=chain.dataset_directory(entry["dataset"]),
-            parent=chain.parent_flag(config, model),
+            dataset=jobs.dataset_directory(entry["dataset"]),
+            parent=jobs.parent_flag(config, model),
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
-            run=chain.run_directory(config, model),
-            lineage=chain.model_lineage(config, model),
+            run=jobs.run_directory(config, model),
+            lineage=jobs.model_lineage(config, model),
         # tee ignores the signals that end a job, so that the trainer can still say what it does about them.
         shell:
             "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.train"

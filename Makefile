@@ -1,0 +1,49 @@
+# `make run` and `make test` do all the set-up themselves, in .venv; they need Python 3.11 or newer and make.
+
+PYTHON ?= python3
+CORES ?= 2
+VENV := .venv
+SNAKEMAKE := $(VENV)/bin/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs
+
+.PHONY: help run all test lint format clean
+
+help:
+	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
+	@echo "make all    all six checkpoints and their evaluation"
+	@echo "make test   the tests"
+	@echo "make lint   ruff, snakefmt, and snakemake --lint"
+	@echo "CORES=8 make run uses more cores"
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[dev]
+	touch $@
+
+run: $(VENV)/installed
+	$(SNAKEMAKE) results/broad_w200.ckpt results/evaluation/broad.json results/evaluation/broad_w200.json
+	@$(VENV)/bin/python -m cxt.evaluate --table results/evaluation/broad.json results/evaluation/broad_w200.json
+
+all: $(VENV)/installed
+	$(SNAKEMAKE)
+	@cat results/evaluation/table.md
+
+test: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/snakefmt --check Snakefile rules workflow
+	$(VENV)/bin/snakemake --lint
+
+format: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/snakefmt Snakefile rules workflow
+
+clean:
+	rm -rf $(VENV)

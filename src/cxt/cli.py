@@ -1,0 +1,32 @@
+"""The console script: `cxt STAGE …` is `python -m cxt.STAGE …`."""
+
+import importlib
+import sys
+
+from cxt.errors import BadRequest, exit_on_bad_request, nearest
+
+COMMANDS = {
+    "simulate": "one batch of tree sequences",
+    "preprocess": "shards and manifest of a dataset, synthetic masks",
+    "train": "one checkpoint",
+    "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
+}
+
+
+def main() -> None:
+    """Run the command named by the first argument with the others; usage without one."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("usage: cxt COMMAND [options]\n")
+        for command, text in COMMANDS.items():
+            print(f"  {command:12s}{text}")
+        print("\n`cxt COMMAND --help` lists its options; `python -m cxt.COMMAND` is the same.")
+        return
+
+    def run() -> None:
+        if name not in COMMANDS:
+            raise BadRequest(f"unknown command '{name}'{nearest(name, COMMANDS)}")
+        sys.argv = [f"cxt {name}", *sys.argv[2:]]
+        importlib.import_module(f"cxt.{name}").main()
+
+    exit_on_bad_request(run)

@@ -1,0 +1,98 @@
+"""Shared fixtures: real msprime simulations, a tiny dataset, and a finished tiny workflow."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msprime
+import numpy as np
+import pytest
+
+from cxt.preprocess import write_split
+from cxt.scenarios import leaves
+from cxt.simulate import write_batch
+from cxt.store import write_manifest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GOLDEN = REPOSITORY / "tests" / "golden"
+TINY = REPOSITORY / "tests" / "tiny.yaml"
+
+
+def run_python(*arguments, cwd=None, env=None, check=True) -> subprocess.CompletedProcess:
+    """`python …` with the package on its path; fails the test on a non-zero status unless *check* is False."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "COLUMNS": "200"} | (env or {})
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+    return done
+
+
+def simulate(*, seed, length=100_000, individuals=5, discrete=True, rate=2e-7, **kwargs):
+    """A small tree sequence; with *discrete* sites and a high rate there are multi-allelic ones."""
+    ts = msprime.sim_ancestry(
+        individuals, population_size=1e4, sequence_length=length, recombination_rate=1e-8, random_seed=seed, **kwargs
+    )
+    return msprime.sim_mutations(ts, rate=rate, random_seed=seed, discrete_genome=discrete)
+
+
+def constant_scenario(**changes) -> dict:
+    """A checked scenario entry of kind `constant`."""
+    entry = {
+        "kind": "constant", "simulations": 20, "batch": 20, "individuals": 10, "sequence_length": 20_000,
+        "mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8, "population_size": 20_000,
+    }  # fmt: skip
+    return entry | changes
+
+
+def build_dataset(directory, *, scenario="constant", seed=1, mask=None, entry=None, **spec) -> Path:
+    """A dataset of one scenario in *directory*, made by the functions that the stages call."""
+    entry = entry or constant_scenario()
+    spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]} | spec
+    leaf = leaves(scenario, entry)[0]
+    batch = Path(directory) / "batch"
+    write_batch(batch, leaf.spec, start=0, count=entry["simulations"], seed=seed)
+    shards = {split: [f"{split}/{scenario}-0.zarr.zip"] for split in ("train", "test")}
+    for split, names in shards.items():
+        write_split(
+            Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask
+        )
+    write_manifest(directory, shards)
+    return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """20 simulations of 20 windows, 20 samples, 6 pairs, 2 scales: 108 training and 12 test items."""
+    return build_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def masked_dataset(tmp_path_factory) -> Path:
+    """The same with an accessibility mask."""
+    mask = np.random.default_rng(1).random(50_000) < 0.3
+    return build_dataset(tmp_path_factory.mktemp("masked"), mask=mask)
+
+
+@pytest.fixture(scope="session")
+def dataset_n10(tmp_path_factory) -> Path:
+    """The same simulations, their first ten haplotypes."""
+    return build_dataset(tmp_path_factory.mktemp("n10"), samples=10)
+
+
+def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=True) -> subprocess.CompletedProcess:
+    """Snakemake on the tiny configuration, with *cwd* as its working directory."""
+    return run_python(
+        "-m", "snakemake", "--snakefile", repository / "Snakefile", "--directory", cwd, "--cores", "2",
+        "--rerun-incomplete", *arguments, "--configfile", configfile, cwd=cwd, check=check,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def workflow(tmp_path_factory) -> Path:
+    """A directory in which the whole tiny workflow has run."""
+    directory = tmp_path_factory.mktemp("workflow")
+    snakemake("--show-failed-logs", cwd=directory)
+    return directory

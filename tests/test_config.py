@@ -1,0 +1,185 @@
+"""Merging, defaults, and one clear message for everything that is wrong."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+from conftest import REPOSITORY, TINY
+
+from cxt.config import (
+    PRESETS,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
+    adapter_config,
+    load,
+    merge,
+    model_config,
+    read_yaml,
+    resolve,
+    steps_per_epoch,
+    training_settings,
+    without_nulls,
+)
+from cxt.errors import BadRequest
+from cxt.schema import defaults_of, document, load_schema
+from cxt.scenarios import KINDS
+
+
+def with_changes(**sections) -> dict:
+    """The default configuration with changes merged in, resolved."""
+    return resolve(merge(read_yaml(REPOSITORY / "config" / "config.yaml"), sections))
+
+
+def test_default_and_overlays_are_valid():
+    assert list(load()["models"]) == [
+        "narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter",
+    ]  # fmt: skip
+    assert "sawtooth" not in load([TINY])["scenarios"]
+    load([REPOSITORY / "config" / "paper.yaml"])
+
+
+def test_paper_has_the_published_recipe():
+    config = load([REPOSITORY / "config" / "paper.yaml"])
+    epochs = {"narrow": 6, "broad": 2, "broad_w200": 2, "broad_adapter": 3, "w200_wmissing": 2, "w200_wmissing_adapter": 10}
+    fine_tuned = ("broad_w200", "w200_wmissing", "w200_wmissing_adapter")
+    for name in config["models"]:
+        settings = training_settings(config, name)
+        published = dataclasses.asdict(TrainingConfig()) | {
+            "epochs": epochs[name], "lr": 3e-5 if name in fine_tuned else 3e-4, "threads": 8,
+        }  # fmt: skip
+        assert {key: settings[key] for key in published} == published
+        preset = PRESETS[config["models"][name]["preset"]]
+        assert model_config(config, name) == preset if "adapter" not in name else True
+        assert settings["layers"] == (6 if name == "narrow" else 10)
+        assert settings["width"] == 400
+        assert config["training"]["devices"] == 3
+    assert adapter_config(config, "w200_wmissing_adapter") == AdapterConfig()
+
+
+@pytest.mark.parametrize(
+    ("simulations", "pairs", "epochs", "steps"),
+    [
+        (9000, 200, 6, (14064, 7032, 4692)), (30409, 200, 2, (15838, 7920, 5280)), (5434, 200, 2, (2830, 1416, 944)),
+        (30409, 20, 3, (2376, 1188, 792)), (5434, 20, 10, (1420, 710, 480)),
+    ],
+)  # fmt: skip
+def test_published_step_counts(simulations, pairs, epochs, steps):
+    for world, expected in enumerate(steps, 1):
+        items = simulations * pairs
+        assert epochs * steps_per_epoch(items=items, batch_size=128, grad_accum=6, world=world) == expected
+
+
+def test_schema_defaults_are_the_published_defaults():
+    defaults = defaults_of("training")
+    assert {key: value for key, value in defaults.items() if key != "devices"} == dataclasses.asdict(TrainingConfig())
+    adapter = dataclasses.asdict(AdapterConfig())
+    assert defaults_of("adapter") == {key: value for key, value in adapter.items() if key != "samples"}
+    assert list(load_schema()["$defs"]["model"]["properties"]["preset"]["enum"]) == list(PRESETS)
+    kinds = {node["$ref"].split("/")[-1] for node in load_schema()["properties"]["scenarios"]["additionalProperties"]["oneOf"]}
+    assert kinds == set(KINDS)
+
+
+def every_property(node, path="config"):
+    for key, child in node.get("properties", {}).items():
+        yield f"{path}.{key}", child
+        yield from every_property(child, f"{path}.{key}")
+    for key, child in node.get("$defs", {}).items():
+        yield from every_property(child, key)
+
+
+def test_every_key_is_described_and_documented():
+    schema = load_schema()
+    text = (REPOSITORY / "config" / "README.md").read_text()
+    assert text == document(), "run: python -m cxt.schema > config/README.md"
+    for path, child in every_property(schema):
+        target = child
+        while "description" not in target and "$ref" in target:
+            target = schema["$defs"][target["$ref"].split("/")[-1]]
+        assert target.get("description"), path
+        assert f"`{path.split('.')[-1]}`" in text, path
+
+
+def test_merge_is_snakemakes():
+    from copy import deepcopy
+
+    from snakemake.utils import update_config
+
+    base = read_yaml(REPOSITORY / "config" / "config.yaml")
+    for overlay in (read_yaml(TINY), read_yaml(REPOSITORY / "config" / "paper.yaml")):
+        theirs = deepcopy(base)
+        update_config(theirs, deepcopy(overlay))
+        assert merge(base, overlay) == theirs
+
+
+def test_null_removes_keys_and_entries():
+    assert without_nulls({"a": None, "b": {"c": None, "d": 1}, "e": [None]}) == {"b": {"d": 1}, "e": [None]}
+
+
+def test_children_inherit_sizes_but_not_masking():
+    config = load()
+    assert model_config(config, "w200_wmissing_adapter") == ModelConfig(
+        layers=4, width=128, dropout=0.0, windows=100, window_size=200, mask_singletons=False
+    )
+    assert adapter_config(config, "w200_wmissing_adapter").samples == 10
+    assert adapter_config(config, "broad_w200") is None
+
+
+SMALL = {"sequence_length": 20_000, "simulations": 20}
+
+BAD = [
+    ({"scenarios": {"constant": {"simulation": 3}}}, "scenarios.constant.simulation: unknown key; did you mean 'simulations'"),
+    ({"scenarios": {"constant": {"kind": "constnat"}}}, "unknown kind 'constnat'; did you mean 'constant'"),
+    ({"scenarios": {"x": {"kind": "constant"}}}, "scenarios.x: `simulations` is missing"),
+    ({"scenarios": {"x": {"simulations": 3}}}, "scenarios.x: has no `kind`"),
+    ({"scenarios": {"a-b": {"kind": "constant", "simulations": 3}}}, "a name may hold"),
+    ({"scenarios": {"constant": {"mutation_rate": "1e-8"}}}, "found '1e-8', expected a number above 0.*write 1.0e-8"),
+    ({"scenarios": {"constant": {"batch": 15}}}, "found 15, expected a whole number .*a multiple of 10"),
+    ({"datasets": {"processed": {"scenarios": ["constnat"]}}}, "unknown scenario 'constnat'; did you mean 'constant'"),
+    ({"datasets": {"processed": {"window_size": 3000}}}, "200000 is not a multiple of window_size 3000"),
+    ({"datasets": {"processed": {"sequence_length": 400000}}}, "'constant' simulates 200000 bp"),
+    ({"datasets": {"processed_n10": {"pairs": 46}}}, "46 asked, but 10 samples have 45 pairs"),
+    ({"datasets": {"processed": {"samples": 60}}}, "samples 25 individuals .50 haplotypes."),
+    ({"datasets": {"processed_small_window_missing_data": {"mask": {"path": "no.bed"}}}}, "there is no file no.bed"),
+    ({"models": {"broad": {"preset": "brood"}}}, "found 'brood', expected one of narrow, broad"),
+    ({"models": {"broad": {"dataset": "procesed"}}}, "unknown dataset 'procesed'; did you mean 'processed'"),
+    ({"models": {"broad_w200": {"checkpoint": "brod"}}}, "unknown parent 'brod'; did you mean 'broad'"),
+    ({"models": {"broad": {"checkpoint": "broad_w200"}}}, "a cycle of parents: broad <- broad_w200 <- broad"),
+    ({"models": {"broad": {"checkpoint": "broad"}}}, "a cycle of parents: broad <- broad"),
+    ({"models": {"w200_wmissing": {"checkpoint": "broad_adapter"}}}, "is an adapter model; use `resume_adapter: broad_adapter`"),
+    ({"models": {"w200_wmissing_adapter": {"resume_adapter": "broad"}}}, "has no adapter; use `checkpoint: broad`"),
+    ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "exclude each other"),
+    ({"models": {"narrow": {"adapter": {}}}}, "an adapter needs a trained backbone"),
+    ({"models": {"broad_w200": {"architecture": {"layers": 3}}}}, "layers is 3, but its parent 'broad' has 4"),
+    ({"models": {"broad": {"architecture": {"width": 130}}}}, "width 130 is not a multiple of the number of scales"),
+    ({"models": {"broad": {"architecture": {"width": 132}}}}, "width 132 is not a multiple of 8"),
+    ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent|samples is 10"),
+    ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),
+    ({"datasets": {"processed_small_window": {"mask": {}}}}, "carries missingness in bin 0, which this model masks"),
+    ({"models": {"w200_wmissing": {"dataset": "processed_small_window"}}}, "dataset 'processed_small_window' has none"),
+    ({"training": {"min_lr": 1.0}}, "lr 0.0015 is below min_lr 1"),
+    ({"training": {"epoch": 3}}, "training.epoch: unknown key; did you mean 'epochs'"),
+    ({"evaluation": {"simulations_of": {"constnat": 3}}}, "unknown scenario 'constnat'"),
+    ({"models": {"broad": {"evaluation": ["sawtoth"]}}}, "unknown scenario 'sawtoth'; did you mean 'sawtooth'"),
+    ({"trainning": {}}, "trainning: unknown key; did you mean 'training'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_configurations(change, message):
+    with pytest.raises(BadRequest) as caught:
+        with_changes(**change)
+    assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_all_errors_at_once():
+    with pytest.raises(BadRequest) as caught:
+        with_changes(training={"epoch": 3, "lr": "fast"}, evaluation={"pair": 1})
+    assert all(word in str(caught.value) for word in ("training.epoch", "training.lr", "evaluation.pair"))
+
+
+def test_schema_accepts_what_a_standard_validator_accepts():
+    import jsonschema
+
+    jsonschema.Draft202012Validator(load_schema()).validate(yaml.safe_load((REPOSITORY / "config" / "config.yaml").read_text()))

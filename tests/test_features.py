@@ -1,0 +1,157 @@
+"""The fast kernel against the definition, written out site by site."""
+
+import msprime
+import numpy as np
+import pytest
+from conftest import simulate
+
+from cxt import pair_features
+from cxt.features import missing_fraction, pair_counts, window_of
+
+SCALES = (2, 8, 32, 64)
+
+
+def slow_features(genotypes, positions, pairs, *, window_size, sequence_length, mask=None, scales=SCALES):
+    """The definition: loop over pairs, scales, windows and sites."""
+    n = genotypes.shape[1]
+    windows = -(-sequence_length // window_size)
+    x = np.zeros((len(pairs), 2, len(scales), windows, n), dtype=np.float32)
+    sites = []
+    for row, position in zip(genotypes, positions, strict=True):
+        if position >= sequence_length or max(row) >= 2 or sum(row) >= n or sum(row) == 0:
+            continue
+        if mask is not None and mask[int(position)]:
+            continue
+        sites.append((position, row, sum(row)))
+    for p, (a, b) in enumerate(pairs):
+        for m, scale in enumerate(scales):
+            for k in range(windows):
+                left, right = k * window_size, min(k * window_size + scale * window_size, sequence_length)
+                for position, row, count in sites:
+                    if left <= position < right:
+                        x[p, 0 if row[a] != row[b] else 1, m, k, count] += 1
+                if mask is not None:
+                    f = mask[left:right].mean()
+                    x[p, 0, m, k, 0], x[p, 1, m, k, 0] = np.exp(f), np.exp(1 - f)
+    return x
+
+
+PAIRS = np.array([(0, 1), (2, 7), (9, 4), (0, 9)])
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_equals_definition(seed, discrete):
+    ts = simulate(seed=seed, discrete=discrete, length=50_000)
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    fast = pair_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=50_000)
+    assert fast.dtype == np.float32
+    assert fast.shape == (4, 2, 4, 50, 10)
+    assert np.array_equal(fast, slow_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=50_000))
+
+
+def test_multi_allelic_sites_are_there_and_dropped():
+    ts = simulate(seed=3, rate=5e-6, length=20_000)
+    genotypes = ts.genotype_matrix()
+    assert (genotypes.max(axis=1) >= 2).any()
+    fast = pair_features(genotypes, ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)
+    slow = slow_features(genotypes, ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)
+    assert np.array_equal(fast, slow)
+
+
+def test_empty_windows_and_windows_past_the_last_site():
+    ts = simulate(seed=4, length=30_000, rate=1e-8)
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    keep = (positions < 12_000) & ~((positions > 4_000) & (positions < 8_000))
+    fast = pair_features(genotypes[keep], positions[keep], PAIRS, window_size=1000, sequence_length=30_000)
+    assert not fast[..., 12:, :].any()
+    slow = slow_features(genotypes[keep], positions[keep], PAIRS, window_size=1000, sequence_length=30_000)
+    assert np.array_equal(fast, slow)
+
+
+def test_no_sites():
+    empty = pair_features(np.empty((0, 10), np.int8), np.empty(0), PAIRS, window_size=1000, sequence_length=5_000)
+    assert empty.shape == (4, 2, 4, 5, 10)
+    assert not empty.any()
+
+
+def test_shorter_than_the_tree_sequence_and_a_short_last_window():
+    ts = simulate(seed=5, length=50_000)
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    arguments = {"window_size": 700, "sequence_length": 10_000}
+    fast = pair_features(genotypes, positions, PAIRS, **arguments)
+    assert np.array_equal(fast, slow_features(genotypes, positions, PAIRS, **arguments))
+
+
+@pytest.mark.parametrize("where", ["both ends", "random", "all", "none"])
+def test_mask(where):
+    ts = simulate(seed=6, length=10_000, rate=1e-6)
+    mask = np.zeros(10_000, dtype=bool)
+    if where == "both ends":
+        mask[:1500] = mask[-1500:] = True
+    elif where == "random":
+        mask = np.random.default_rng(1).random(10_000) < 0.4
+    elif where == "all":
+        mask[:] = True
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    arguments = {"window_size": 500, "sequence_length": 10_000, "mask": mask}
+    fast = pair_features(genotypes, positions, PAIRS, **arguments)
+    slow = slow_features(genotypes, positions, PAIRS, **arguments)
+    assert np.array_equal(fast[..., 1:], slow[..., 1:])
+    np.testing.assert_allclose(fast[..., 0], slow[..., 0], rtol=1e-6)
+
+
+def test_real_positions_next_to_window_edges():
+    positions = np.array([np.nextafter(1000, 0), 1000.0, np.nextafter(2000, 0), 2000.0, 2999.5])
+    assert window_of(positions, window_size=1000, windows=3).tolist() == [0, 1, 1, 2, 2]
+
+
+def test_more_than_64_samples():
+    ts = msprime.sim_ancestry(70, population_size=1e4, sequence_length=20_000, recombination_rate=1e-8, random_seed=1)
+    ts = msprime.sim_mutations(ts, rate=1e-7, random_seed=1)
+    pairs = [(0, 139), (63, 64), (70, 8)]
+    arguments = {"window_size": 1000, "sequence_length": 20_000}
+    fast = pair_features(ts.genotype_matrix(), ts.sites_position, np.array(pairs), **arguments)
+    assert np.array_equal(fast, slow_features(ts.genotype_matrix(), ts.sites_position, pairs, **arguments))
+
+
+def test_missing_fraction_of_truncated_windows():
+    mask = np.zeros(100, dtype=bool)
+    mask[95:] = True
+    f = missing_fraction(mask, window_size=10, sequence_length=100, scales=(1, 4))
+    assert f[0].tolist() == [0] * 9 + [0.5]
+    np.testing.assert_allclose(f[1], [0] * 6 + [5 / 40, 5 / 30, 5 / 20, 5 / 10])
+
+
+def test_small_integers_hold_the_same_counts():
+    ts = simulate(seed=7)
+    derived = ts.genotype_matrix().sum(axis=1)
+    keep = (ts.genotype_matrix().max(axis=1) <= 1) & (derived > 0) & (derived < 10)
+    genotypes, positions = ts.genotype_matrix()[keep], ts.sites_position[keep]
+    packed = np.packbits(genotypes.astype(np.uint8), axis=1, bitorder="little")
+    window = window_of(positions, window_size=1000, windows=100)
+    counts = pair_counts(
+        packed, derived[keep].astype(np.int32), window, PAIRS, windows=100, samples=10, dtype=np.int16
+    )
+    full = pair_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=100_000)
+    assert np.array_equal(counts, full)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pairs": [(0, 10)]}, "two different haplotypes"),
+        ({"pairs": [(3, 3)]}, "two different haplotypes"),
+        ({"pairs": [(0.0, 1.0)]}, "integer array"),
+        ({"mask": np.zeros(99, bool)}, "shorter than the sequence"),
+        ({"genotypes": np.full((2, 10), -1)}, "missing data"),
+        ({"positions": np.array([5.0, 1.0])}, "ascend"),
+        ({"positions": np.array([5.0])}, "disagree"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {
+        "genotypes": np.eye(2, 10, dtype=np.int8), "positions": np.array([1.0, 2.0]), "pairs": [(0, 1)], "mask": None,
+    } | change  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        pair_features(**arguments, window_size=10, sequence_length=100)
