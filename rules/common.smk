@@ -4,11 +4,6 @@ import os
 import sys
 
 sys.path.insert(0, str(ROOT / "src"))
-# Jobs find the package whatever environment they run in, and the python that runs Snakemake unless conda gives another.
-os.environ["PYTHONPATH"] = os.pathsep.join(
-    filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")])
-)
-os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 from cxt import jobs
 from cxt.config import resolve, training_settings
@@ -40,6 +35,7 @@ def check_targets(config):
             raise BadRequest(f"unknown model '{path.stem}'{nearest(path.stem, config['models'])}")
 
 
+jobs.put_package_on_path()
 config = checked(config)
 
 

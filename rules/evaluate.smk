@@ -41,7 +41,7 @@ rule evaluate:
         batches=lambda wildcards: canonical(jobs.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=config["training"]["threads"],
-        prefix="results/evaluation/{model}",
+        prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         lineage=lambda wildcards: jobs.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"

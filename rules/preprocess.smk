@@ -65,7 +65,7 @@ rule manifest:
         gpu=0,
     params:
         shards=lambda wildcards: canonical(jobs.leaf_table(config, wildcards.dataset)),
-        dataset=lambda wildcards: jobs.dataset_directory(wildcards.dataset),
+        dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: jobs.dataset_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess manifest"

@@ -48,7 +48,7 @@ for model, entry in config["models"].items():
             runtime=1440,
             gpu=jobs.devices(config, model),
         params:
-            dataset=jobs.dataset_directory(entry["dataset"]),
+            dataset=lambda wildcards, input: os.path.dirname(input.manifest),
             parent=jobs.parent_flag(config, model),
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
             run=jobs.run_directory(config, model),

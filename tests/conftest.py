@@ -56,9 +56,7 @@ def build_dataset(directory, *, scenario="constant", seed=1, mask=None, entry=No
     write_batch(batch, leaf.spec, start=0, count=entry["simulations"], seed=seed)
     shards = {split: [f"{split}/{scenario}-0.zarr.zip"] for split in ("train", "test")}
     for split, names in shards.items():
-        write_split(
-            Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask
-        )
+        write_split(Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask)
     write_manifest(directory, shards)
     return Path(directory)
 
@@ -87,6 +85,7 @@ def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=Tru
     return run_python(
         "-m", "snakemake", "--snakefile", repository / "Snakefile", "--directory", cwd, "--cores", "2",
         "--rerun-incomplete", *arguments, "--configfile", configfile, cwd=cwd, check=check,
+        env={"PYTHONPATH": str(repository / "src")},
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from cxt.config import (
     without_nulls,
 )
 from cxt.errors import BadRequest
-from cxt.schema import defaults_of, document, load_schema
 from cxt.scenarios import KINDS
+from cxt.schema import defaults_of, document, load_schema
 
 
 def with_changes(**sections) -> dict:
@@ -147,7 +147,7 @@ BAD = [
     ({"models": {"broad_w200": {"checkpoint": "brod"}}}, "unknown parent 'brod'; did you mean 'broad'"),
     ({"models": {"broad": {"checkpoint": "broad_w200"}}}, "a cycle of parents: broad <- broad_w200 <- broad"),
     ({"models": {"broad": {"checkpoint": "broad"}}}, "a cycle of parents: broad <- broad"),
-    ({"models": {"w200_wmissing": {"checkpoint": "broad_adapter"}}}, "is an adapter model; use `resume_adapter: broad_adapter`"),
+    ({"models": {"w200_wmissing": {"checkpoint": "broad_adapter"}}}, "is an adapter model; use `resume_adapter: broad_adapter`"),  # noqa: E501
     ({"models": {"w200_wmissing_adapter": {"resume_adapter": "broad"}}}, "has no adapter; use `checkpoint: broad`"),
     ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "exclude each other"),
     ({"models": {"narrow": {"adapter": {}}}}, "an adapter needs a trained backbone"),
@@ -155,7 +155,7 @@ BAD = [
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "width 130 is not a multiple of the number of scales"),
     ({"models": {"broad": {"architecture": {"width": 132}}}}, "width 132 is not a multiple of 8"),
     ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent|samples is 10"),
-    ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),
+    ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),  # noqa: E501
     ({"datasets": {"processed_small_window": {"mask": {}}}}, "carries missingness in bin 0, which this model masks"),
     ({"models": {"w200_wmissing": {"dataset": "processed_small_window"}}}, "dataset 'processed_small_window' has none"),
     ({"training": {"min_lr": 1.0}}, "lr 0.0015 is below min_lr 1"),

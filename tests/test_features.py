@@ -130,9 +130,7 @@ def test_small_integers_hold_the_same_counts():
     genotypes, positions = ts.genotype_matrix()[keep], ts.sites_position[keep]
     packed = np.packbits(genotypes.astype(np.uint8), axis=1, bitorder="little")
     window = window_of(positions, window_size=1000, windows=100)
-    counts = pair_counts(
-        packed, derived[keep].astype(np.int32), window, PAIRS, windows=100, samples=10, dtype=np.int16
-    )
+    counts = pair_counts(packed, derived[keep].astype(np.int32), window, PAIRS, windows=100, samples=10, dtype=np.int16)
     full = pair_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=100_000)
     assert np.array_equal(counts, full)
 

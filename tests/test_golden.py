@@ -29,9 +29,7 @@ def ts():
 def test_features_and_targets(features, ts, name, window_size, length):
     expected = features[f"X_{name}"].astype(np.float32)
     pairs = features["pairs200"][: len(expected)]
-    x = pair_features(
-        ts.genotype_matrix(), ts.sites_position, pairs, window_size=window_size, sequence_length=length
-    )
+    x = pair_features(ts.genotype_matrix(), ts.sites_position, pairs, window_size=window_size, sequence_length=length)
     assert np.array_equal(x[..., 1:], expected[..., 1:])
     y = pair_log_tmrca(ts, pairs, window_size=window_size, sequence_length=length)
     assert np.array_equal(y.astype(np.float16), features[f"y_{name}"])

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from cxt.adapter import build_model, freeze_backbone
-from cxt.config import PRESETS, AdapterConfig, ModelConfig
+from cxt.config import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest
 from cxt.model import rotary_table, rotate
 from cxt.training import parameter_groups
-from cxt.config import TrainingConfig
 
 SMALL = ModelConfig(layers=3, heads=2, width=32, windows=12, samples=10, scales=4, dropout=0.1)
 

@@ -11,7 +11,7 @@ _HOME = {
     "PairDataset": "cxt.dataset",
     "load_model": "cxt.checkpoint",
 }
-__all__ = [*_HOME]
+__all__ = ["PairDataset", "load_model", "pair_features", "pair_log_tmrca"]
 
 
 def __getattr__(name: str):

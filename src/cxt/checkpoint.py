@@ -8,6 +8,7 @@ import dataclasses
 import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,10 +57,12 @@ def read_checkpoint(path) -> Checkpoint:
     BadRequest
         If the file is missing, damaged, not one of cxt's, or of a newer format.
     """
+    if not Path(path).is_file():
+        raise BadRequest(f"there is no checkpoint {path}")
+    if not zipfile.is_zipfile(path):
+        raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: not a zip archive")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadRequest(f"there is no checkpoint {path}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: {reason}") from None
@@ -72,9 +75,7 @@ def read_checkpoint(path) -> Checkpoint:
     if "pytorch-lightning_version" in content:
         weights = {key.removeprefix("model."): value for key, value in weights.items()}
     adapter = record["adapter"]
-    return Checkpoint(
-        weights, ModelConfig(**record["model"]), None if adapter is None else AdapterConfig(**adapter), record
-    )
+    return Checkpoint(weights, ModelConfig(**record["model"]), None if adapter is None else AdapterConfig(**adapter), record)
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:

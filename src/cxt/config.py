@@ -106,9 +106,7 @@ class TrainingConfig:
 
     def __post_init__(self):
         if self.min_lr > self.lr:
-            raise BadRequest(
-                f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr"
-            )
+            raise BadRequest(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
         for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every"):
             if getattr(self, name) < 1:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")

@@ -93,9 +93,7 @@ class PairDataset(Dataset):
             raise BadRequest(f"shard {path} holds targets that are not finite; delete it and run the workflow again")
         parts["packed"].append(arrays["genotypes"])
         parts["derived"].append(np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.int32))
-        parts["window"].append(
-            window_of(arrays["positions"], window_size=self.manifest["window_size"], windows=self.windows)
-        )
+        parts["window"].append(window_of(arrays["positions"], window_size=self.manifest["window_size"], windows=self.windows))
         for key in ("pairs", "log_tmrca", "index"):
             parts[key].append(arrays[key])
         offsets.append(arrays["site_offsets"][1:] + offsets[-1][-1])

@@ -238,17 +238,32 @@ def table(results: list[dict]) -> str:
             window, constant = figures["baseline"]["heterozygosity"], figures["baseline"]["constant"]
             rows.append(
                 (
-                    result["checkpoint"], name, f"{figures['mse']:.3f}", f"{figures['mse_se']:.3f}", f"{figures['r']:.3f}",
-                    f"{figures['bias']:+.3f}", f"{figures['coverage95']:.1%}", f"{window['mse']:.3f}", f"{window['r']:.3f}",
+                    result["checkpoint"],
+                    name,
+                    f"{figures['mse']:.3f}",
+                    f"{figures['mse_se']:.3f}",
+                    f"{figures['r']:.3f}",
+                    f"{figures['bias']:+.3f}",
+                    f"{figures['coverage95']:.1%}",
+                    f"{window['mse']:.3f}",
+                    f"{window['r']:.3f}",
                     f"{constant['mse']:.3f}",
-                )  # fmt: skip
+                )
             )
         mean = result["overall"]
         rows.append(
             (
-                result["checkpoint"], "mean", f"{mean['mse']:.3f}", "", f"{mean['r']:.3f}", "", f"{mean['coverage95']:.1%}",
-                f"{mean['heterozygosity_mse']:.3f}", "", f"{mean['constant_mse']:.3f}",
-            )  # fmt: skip
+                result["checkpoint"],
+                "mean",
+                f"{mean['mse']:.3f}",
+                "",
+                f"{mean['r']:.3f}",
+                "",
+                f"{mean['coverage95']:.1%}",
+                f"{mean['heterozygosity_mse']:.3f}",
+                "",
+                f"{mean['constant_mse']:.3f}",
+            )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
@@ -260,8 +275,20 @@ def table(results: list[dict]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
 
 
+def read_result(path: Path) -> dict:
+    """One evaluation's JSON; BadRequest if it is not there or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise BadRequest(f"evaluation {path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"evaluation {path} is damaged: {error}") from None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
+    )
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
     parser.add_argument("--checkpoint", help="name or path of a checkpoint")
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
@@ -275,7 +302,7 @@ def main() -> None:
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
     args = parser.parse_args()
     if args.table:
-        text = table([json.loads(path.read_text()) for path in args.table])
+        text = table([read_result(path) for path in args.table])
         print(text, end="")
         if args.out:
             atomic_write(args.out, text.encode())

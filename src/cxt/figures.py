@@ -8,7 +8,7 @@ import numpy as np
 from cxt.store import atomic_write
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 - the backend comes first
+import matplotlib.pyplot as plt
 
 TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 

@@ -5,6 +5,7 @@ Paths are relative to the working directory.
 """
 
 import functools
+import os
 import sys
 
 from cxt.config import lineage_of_parents, parent_of, steps_per_epoch, training_config, training_settings
@@ -12,6 +13,7 @@ from cxt.errors import BadRequest
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.preprocess import planned_shards
 from cxt.scenarios import EVALUATION_START, Leaf, batches, check_scenarios, leaves, split_size
+from cxt.schema import REPOSITORY
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
@@ -40,7 +42,9 @@ def check_plan(config: dict) -> None:
             if not split_size(0, leaf.simulations, "train"):
                 print(f"cxt: warning: datasets.{name}: scenario '{leaf.name}' has no training simulation", file=sys.stderr)
         if not items(config, name, "train"):
-            raise BadRequest(f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`")
+            raise BadRequest(
+                f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`"
+            )
     for name, model in config["models"].items():
         training = training_config(config, name)
         try:
@@ -60,6 +64,16 @@ def items(config: dict, dataset: str, split: str) -> int:
     return entry["pairs"] * sum(split_size(0, leaf.simulations, split) for leaf in leaves_of(config, entry["scenarios"]))
 
 
+def put_package_on_path() -> None:
+    """Let the jobs of this process find this package, whatever environment they run in, and this python.
+
+    A conda environment, where one is used, comes before it and needs the dependencies only.
+    """
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "src"), *before])
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+
+
 # Stage 1
 
 
@@ -70,9 +84,7 @@ def batch_path(leaf: str, start: int) -> str:
 def batch_count(config: dict, leaf: Leaf, start: int) -> int:
     """Simulations in the batch of *leaf* that begins at *start*; BadRequest if no batch begins there."""
     scenario = leaf.spec["name"].split("-")[0]
-    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(
-        evaluation_starts(config, scenario, leaf)
-    )
+    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(evaluation_starts(config, scenario, leaf))
     if start not in counts:
         raise BadRequest(f"no batch of '{leaf.name}' begins at {start}; there are {', '.join(map(str, counts))}")
     return counts[start]
@@ -185,7 +197,9 @@ def model_lineage(config: dict, name: str) -> str:
     """Digest of everything that checkpoint *name* depends on, its ancestors included."""
     model = config["models"][name]
     parent = parent_of(model)
-    inherited = None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
+    inherited = (
+        None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
+    )
     settings = {key: value for key, value in training_settings(config, name).items() if key not in ("workers", "save_every")}
     return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
 
@@ -258,5 +272,3 @@ def evaluation_lineage(config: dict, model: str) -> str:
     return stage_lineage(
         "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)
     )
-
-

@@ -50,7 +50,9 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
             node.body = [
                 item
                 for item in body
-                if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str))
+                if not (
+                    isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
+                )
             ]
     return tree
 

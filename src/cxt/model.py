@@ -135,9 +135,7 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self.register_buffer(
-            "rotary", rotary_table(2 * config.windows + 1, config.width // config.heads), persistent=False
-        )
+        self.register_buffer("rotary", rotary_table(2 * config.windows + 1, config.width // config.heads), persistent=False)
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):

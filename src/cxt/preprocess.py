@@ -1,8 +1,8 @@
 """Stage 2: tree sequences to the shards of a dataset.
 
-    python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --split train --spec JSON --out X.zarr.zip
-    python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
-    python -m cxt.preprocess mask --spec JSON --seed 1 --out mask.npz
+python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --split train --spec JSON --out X.zarr.zip
+python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
+python -m cxt.preprocess mask --spec JSON --seed 1 --out mask.npz
 """
 
 import argparse
@@ -120,7 +120,7 @@ def _json(text: str, option: str):
 
 
 def _shard(args) -> None:
-    spec = {key: value for key, value in defaults_of("dataset").items()} | _json(args.spec, "--spec")
+    spec = dict(defaults_of("dataset").items()) | _json(args.spec, "--spec")
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = None

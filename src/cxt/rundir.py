@@ -1,10 +1,10 @@
 """The run directory: what a training run leaves, who may write to it, and when it may be continued.
 
-    run.json       what the run was started with (settings, lineage, digests of dataset and parent), and how it ended
-    config.yaml    the resolved settings
-    lock           held by the trainer that writes here
-    checkpoints/   last.ckpt to continue from, and the finished <name>_epoch=E-step=S.ckpt
-    events.…       TensorBoard
+run.json       what the run was started with (settings, lineage, digests of dataset and parent), and how it ended
+config.yaml    the resolved settings
+lock           held by the trainer that writes here
+checkpoints/   last.ckpt to continue from, and the finished <name>_epoch=E-step=S.ckpt
+events.…       TensorBoard
 """
 
 import fcntl

@@ -49,7 +49,11 @@ def read_batch(path, *, start: int, count: int, scenario: str | None = None) -> 
         than (*scenario*, *start* + i) at place i.
     """
     remedy = f"delete {path} and run the workflow again"
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; run the workflow again to make it") from None
+    with file:
         for i in range(count):
             try:
                 ts = tskit.load(file)
@@ -59,7 +63,9 @@ def read_batch(path, *, start: int, count: int, scenario: str | None = None) -> 
                 raise BadRequest(f"{path} is damaged or truncated at tree sequence {i} of {count}: {error}; {remedy}") from None
             identity = ts.metadata.get("cxt") if isinstance(ts.metadata, dict) else None
             if identity is None:
-                raise BadRequest(f"{path}: tree sequence {i} carries no cxt identity in its metadata; make it with cxt.simulate")
+                raise BadRequest(
+                    f"{path}: tree sequence {i} carries no cxt identity in its metadata; make it with cxt.simulate"
+                )
             expected = (identity["scenario"] if scenario is None else scenario, start + i)
             if (identity["scenario"], identity["index"]) != expected:
                 raise BadRequest(

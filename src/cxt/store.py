@@ -204,7 +204,8 @@ def read_manifest(directory) -> dict:
         manifest = json.loads((directory / MANIFEST).read_text())
     except OSError:
         raise BadRequest(
-            f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or `python -m cxt.preprocess manifest`"
+            f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or "
+            "`python -m cxt.preprocess manifest`"
         ) from None
     except json.JSONDecodeError as error:
         raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; delete it and run the workflow again") from None

@@ -8,6 +8,7 @@ weights, `--resume` continues this very run. Without one, training starts from r
 
 import dataclasses
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -53,9 +54,30 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
-    add("--resume", type=bool, default=False, nargs="?", const=True, help="continue the run directory, or the newest run below --log-dir")
-    add("--restart", type=bool, default=False, nargs="?", const=True, help="start the run directory afresh; what it held is kept as …-superseded-N")
-    add("--adapter", type=bool, default=False, nargs="?", const=True, help="train a sample-size adapter on the backbone of --checkpoint")
+    add(
+        "--resume",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="continue the run directory, or the newest run below --log-dir",
+    )
+    add(
+        "--restart",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="start the run directory afresh; what it held is kept as …-superseded-N",
+    )
+    add(
+        "--adapter",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="train a sample-size adapter on the backbone of --checkpoint",
+    )
     add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
     adapter = AdapterConfig()
     add("--adapter-bottleneck", type=int, default=adapter.bottleneck, help="width of the adapter's gated branch")
@@ -169,7 +191,9 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
     if not is_adapter:
         return network, None
     if args.adapter_samples is not None and args.adapter_samples != manifest["samples"]:
-        raise BadRequest(f"--adapter-samples {args.adapter_samples}, but dataset {args.dataset_path} has {manifest['samples']} samples")
+        raise BadRequest(
+            f"--adapter-samples {args.adapter_samples}, but dataset {args.dataset_path} has {manifest['samples']} samples"
+        )
     adapter = AdapterConfig(
         samples=manifest["samples"],
         bottleneck=args.adapter_bottleneck,
@@ -249,6 +273,7 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
     from pytorch_lightning.callbacks import ModelCheckpoint
     from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.plugins.environments import LightningEnvironment
+    from pytorch_lightning.utilities.exceptions import SIGTERMException
 
     from cxt.adapter import build_model
     from cxt.checkpoint import load_weights, model_record, write_checkpoint
@@ -257,6 +282,9 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
     from cxt.targets import Grid
     from cxt.training import Progress, Reseed, TrainingModule
 
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # features are cheaper than a worker
     torch.set_num_threads(training.threads)
     if accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
@@ -284,10 +312,9 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
         if fresh_adapter:
             weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
         load_weights(target, weights, source=source)
-    trainable = sum(p.numel() for p in model.parameters())
     precision = training.precision if accelerator == "gpu" else "32-true"
     if precision != training.precision:
-        warnings.warn(f"precision {training.precision} is for GPUs: training in 32-true on the CPU", stacklevel=1)
+        print(f"{name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
     record = model_record(
         network,
         adapter,
@@ -309,7 +336,7 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     effective = training.batch_size * training.grad_accum * world
     run = RunDirectory(run_path)
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         print(
             f"{name}: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {items:,} items, "
             f"effective batch {effective} ({training.batch_size} x {training.grad_accum} x {world}), {total_steps} steps, "
@@ -347,11 +374,16 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
     last = run.last if run.last.exists() else None
     if last is not None and trainer.is_global_zero:
         print(f"{name}: continuing from {last}", flush=True)
-    trainer.fit(module, data, ckpt_path=last, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=last, weights_only=True)
+    except SIGTERMException:
+        sys.exit(143)  # Lightning's own status would be 0
     if trainer.global_step != total_steps:
         raise RuntimeError(f"{name}: training stopped at step {trainer.global_step} of {total_steps}")
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise RuntimeError(f"{name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)")
+        raise RuntimeError(
+            f"{name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)"
+        )
     if trainer.is_global_zero:
         record |= {"epoch": training.epochs - 1, "step": total_steps}
         finished = run.checkpoints / f"{name}_epoch={training.epochs - 1}-step={total_steps}.ckpt"
@@ -361,7 +393,7 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
 
 def train(args) -> None:
     """One run, from checked arguments to a published checkpoint."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
     settings = settings_of(args)
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
     if args.model not in PRESETS:
@@ -417,13 +449,7 @@ def train(args) -> None:
 def main() -> None:
     parser = build_parser()
     check_config_keys(sys.argv[1:], parser)
-    args = parser.parse_args()
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
-
-    try:
-        train(args)
-    except SIGTERMException:  # a SystemExit with status 0
-        sys.exit(143)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":

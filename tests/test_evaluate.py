@@ -1,0 +1,163 @@
+"""Metrics and baselines against plain loops, posterior summaries, and what evaluation refuses."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import constant_scenario
+
+from cxt.adapter import build_model
+from cxt.checkpoint import model_record, write_checkpoint
+from cxt.config import ModelConfig
+from cxt.decode import posterior_mean, posterior_quantile, predictive_distribution
+from cxt.errors import BadRequest
+from cxt.evaluate import (
+    accessible_bases,
+    best_window,
+    clustered_error,
+    differences,
+    evaluate,
+    heterozygosity_estimate,
+    pearson_per_pair,
+    table,
+)
+from cxt.preprocess import preprocess_one
+from cxt.scenarios import EVALUATION_START, leaves, simulate_one
+from cxt.simulate import write_batch
+from cxt.targets import Grid
+
+SPEC = leaves("constant", constant_scenario())[0].spec
+SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
+
+
+@pytest.fixture(scope="module")
+def mask():
+    return np.random.default_rng(1).random(60_000) < 0.3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_baseline_against_loops(mask, masked):
+    ts = simulate_one(SPEC, index=1, seed=1)
+    entry = preprocess_one(ts, SHAPE, mask=mask if masked else None)
+    few = ts.simplify(ts.samples()[:10])
+    crop = np.zeros(20_000, bool) if entry.mask is None else entry.mask
+    haplotypes = few.genotype_matrix()
+    found = differences(entry, window_size=1000, windows=20)
+    bases = accessible_bases(entry, window_size=1000, windows=20)
+    estimate = heterozygosity_estimate(entry, 5, window_size=1000, windows=20)
+    for p, (a, b) in enumerate(entry.pairs):
+        sites = [
+            int(position // 1000)
+            for position, row in zip(few.sites_position, haplotypes, strict=True)
+            if row[a] != row[b] and not crop[int(position)]
+        ]
+        for k in range(20):
+            assert found[p, k] == sites.count(k)
+            near = range(max(0, k - 2), min(20, k + 3))
+            d = sum(sites.count(w) for w in near)
+            length = sum(int((~crop[w * 1000 : (w + 1) * 1000]).sum()) for w in near)
+            assert estimate[p, k] == pytest.approx(np.log((d + 0.5) / (2 * 1.29e-8 * length)))
+    assert bases.sum() == (~crop).sum()
+
+
+def test_best_window_is_the_best():
+    entries = [preprocess_one(simulate_one(SPEC, index=i, seed=1), SHAPE) for i in range(4)]
+    best = best_window(entries, window_size=1000, windows=20)
+    truth = np.concatenate([e.log_tmrca for e in entries])
+    for width in (1, 3, 9, 25):
+        estimate = np.concatenate([heterozygosity_estimate(e, width, window_size=1000, windows=20) for e in entries])
+        assert best["mse"] <= ((estimate - truth) ** 2).mean() + 1e-12
+        assert best["r"] >= pearson_per_pair(truth, estimate) - 1e-12
+    assert best["mse_width"] % 1000 == 0
+
+
+def test_metrics():
+    rng = np.random.default_rng(1)
+    truth, estimate = rng.normal(size=(3, 4, 50)), rng.normal(size=(3, 4, 50))
+    estimate += truth
+    expected = np.mean([np.corrcoef(t, e)[0, 1] for t, e in zip(truth.reshape(-1, 50), estimate.reshape(-1, 50), strict=True)])
+    assert pearson_per_pair(truth, estimate) == pytest.approx(expected)
+    truth[0] = 1.0  # pairs without variation are left out
+    part = np.mean(
+        [np.corrcoef(t, e)[0, 1] for t, e in zip(truth[1:].reshape(-1, 50), estimate[1:].reshape(-1, 50), strict=True)]
+    )
+    assert pearson_per_pair(truth, estimate) == pytest.approx(part)
+    errors = rng.random((5, 4, 50))
+    means = errors.mean(axis=(1, 2))
+    assert clustered_error(errors) == pytest.approx(means.std(ddof=1) / np.sqrt(5))
+    assert np.isnan(clustered_error(errors[:1]))
+
+
+def test_posterior_summaries():
+    grid = Grid()
+    rng = np.random.default_rng(1)
+    distribution = rng.dirichlet(np.ones(324) * 0.05, size=(4, 6))
+    draws = np.array([[rng.choice(324, p=cell, size=200_000) for cell in row] for row in distribution[:1, :2]])  # (1, 2, draws)
+    values = grid.edges[draws] + grid.step * rng.random(draws.shape)
+    np.testing.assert_allclose(posterior_mean(distribution, grid)[:1, :2], values.mean(-1), atol=0.05)
+    for q in (0.025, 0.5, 0.975):
+        low = posterior_quantile(distribution, grid, q)[:1, :2]
+        np.testing.assert_allclose((values < low[..., None]).mean(-1), q, atol=0.005)
+    point = np.zeros(324)
+    point[100] = 1
+    assert posterior_quantile(point, grid, 0.5) == pytest.approx(grid.centres[100])
+
+
+def tiny_model(**changes):
+    torch.manual_seed(1)
+    return build_model(ModelConfig(layers=1, heads=2, width=16, windows=20, samples=10, scales=2, **changes)).eval()
+
+
+def test_predictive_distribution_averages_replicates():
+    model = tiny_model()
+    counts = np.random.default_rng(1).integers(0, 5, (3, 2, 2, 20, 10)).astype(np.int32)
+    arguments = {"replicates": 7, "seed": 5}
+    one = predictive_distribution(model, counts, None, batch_size=3, **arguments)
+    assert one.shape == (3, 20, 324)
+    np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
+    assert np.array_equal(one, predictive_distribution(model, counts, None, batch_size=3, **arguments))
+    x = torch.log1p(torch.from_numpy(counts).float())
+    _, probabilities = model.generate(x, replicates=7, generator=torch.Generator().manual_seed(5))
+    np.testing.assert_allclose(one, probabilities.double().mean(1).numpy(), atol=1e-6)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "x.ckpt"
+    model = tiny_model()
+    record = model_record(
+        model.config, None, name="x", preset="broad", lineage="abc", dataset={"scales": [2, 4], "missing": False}
+    )
+    write_checkpoint(path, model.state_dict(), record)
+    return path
+
+
+def test_evaluate(tmp_path, checkpoint, mask):
+    batch = tmp_path / "b.trees.batch"
+    write_batch(batch, SPEC, start=EVALUATION_START, count=3, seed=1)
+    batches = [{"path": str(batch), "scenario": "constant", "start": EVALUATION_START, "count": 3}]
+    spec = SHAPE | {"replicates": 2, "batch_size": 4, "seed": 1}
+    result, tracks = evaluate(checkpoint, spec, batches, progress=lambda _: None)
+    truth, mean, low, high = tracks["constant"]
+    figures = result["scenarios"]["constant"]
+    assert truth.shape == (3, 5, 20)
+    assert figures["mse"] == pytest.approx(((mean - truth) ** 2).mean())
+    assert figures["bias"] == pytest.approx((mean - truth).mean())
+    assert figures["coverage95"] == pytest.approx(((low <= truth) & (truth <= high)).mean())
+    assert figures["baseline"]["constant"]["mse"] == pytest.approx(truth.var())
+    assert (low < mean).all()
+    assert (mean < high).all()
+    assert json.dumps(result)
+    assert "| x          | constant |" in table([result])
+    again, _ = evaluate(checkpoint, spec, batches, progress=lambda _: None)
+    assert again == result
+    for change, message in (
+        ({"samples": 20}, "was trained with .*'samples': 10.*'samples': 20"),
+        ({"sequence_length": 10_000}, "'windows': 10"),
+        ({"scales": [2, 8]}, r"'scales': \[2, 8\]"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            evaluate(checkpoint, spec | change, batches)
+    with pytest.raises(BadRequest, match="'missingness': True"):
+        evaluate(checkpoint, spec, batches, mask=mask)

@@ -1,0 +1,312 @@
+"""The whole workflow on a tiny configuration, and what is made again after which change."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, run_python, snakemake
+
+from cxt.checkpoint import read_checkpoint, write_checkpoint
+from cxt.config import load
+from cxt.jobs import dataset_lineage, model_lineage
+from cxt.lineage import code_digests
+
+MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
+BELOW_BROAD = ["broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
+PUBLISHED_GRAPH = {
+    ("processed_narrow", "narrow"), ("processed", "broad"), ("processed_small_window", "broad_w200"),
+    ("processed_n10", "broad_adapter"), ("processed_small_window_missing_data", "w200_wmissing"),
+    ("processed_small_window_missing_data_n10", "w200_wmissing_adapter"),
+    ("broad", "broad_w200"), ("broad", "broad_adapter"), ("broad_w200", "w200_wmissing"),
+    ("broad_adapter", "w200_wmissing_adapter"),
+}  # fmt: skip
+
+
+def planned(directory, *arguments, **kwargs) -> dict[str, int]:
+    """{rule: jobs} that `snakemake -n` would run."""
+    done = snakemake("-n", *arguments, cwd=directory, **kwargs)
+    if "Nothing to be done" in done.stdout + done.stderr:
+        return {}
+    table = (done.stdout + done.stderr).split("Job stats:")[1].split("total")[0]
+    jobs = dict(re.findall(r"^(\S+)\s+(\d+)$", table, flags=re.M))
+    return {rule: int(count) for rule, count in jobs.items() if rule != "all"}
+
+
+def trained(jobs: dict) -> set[str]:
+    return {rule.removeprefix("train_") for rule in jobs if rule.startswith("train_")}
+
+
+def overlay(path, **changes):
+    """tests/tiny.yaml with changes, in a file."""
+    config = yaml.safe_load(TINY.read_text())
+    for section, entries in changes.items():
+        for name, entry in entries.items():
+            if isinstance(entry, dict):
+                config[section].setdefault(name, {}).update(entry)
+            else:
+                config[section][name] = entry
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture
+def copy(workflow, tmp_path):
+    """A finished workflow to change."""
+    return shutil.copytree(workflow, tmp_path / "copy", symlinks=True)
+
+
+def test_everything_is_there(workflow):
+    results = workflow / "results"
+    for model in MODELS:
+        content = torch.load(results / f"{model}.ckpt", weights_only=True)
+        assert content["cxt"]["lineage"] == model_lineage(load([TINY]), model)
+        scores = json.loads((results / "evaluation" / f"{model}.json").read_text())
+        for figures in scores["scenarios"].values():
+            assert {"mse", "mse_se", "r", "bias", "coverage95", "baseline"} <= figures.keys()
+            assert {"heterozygosity", "constant"} == figures["baseline"].keys()
+        for figure in ("tracks", "scatter"):
+            assert (results / "evaluation" / f"{model}-{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert "published" in (results / "logs" / "train" / f"{model}.log").read_text()
+        assert len(list((results / "runs").glob(f"{model}-*/checkpoints/{model}_epoch=0-step=*.ckpt"))) == 1
+    table = (results / "evaluation" / "table.md").read_text()
+    assert all(f"| {model} " in table for model in MODELS)
+    assert {path.name for path in (results / "datasets").iterdir()} == {a for a, _ in PUBLISHED_GRAPH if a not in MODELS}
+
+
+def test_windows_and_samples_come_from_the_datasets(workflow):
+    record = read_checkpoint(workflow / "results" / "w200_wmissing_adapter.ckpt").record
+    assert (record["model"]["windows"], record["model"]["samples"], record["adapter"]["samples"]) == (10, 50, 10)
+    assert record["dataset"]["missing"]
+    assert record["parent"]["name"] == "broad_adapter"
+
+
+def test_evaluation_simulations_are_in_no_dataset(workflow):
+    starts = {int(path.name.split(".")[0]) for path in (workflow / "results" / "simulations").glob("*/*.trees.batch")}
+    assert starts == {0, 10, 1_000_000_000}
+    manifest = (workflow / "results" / "datasets" / "processed" / "dataset.json").read_text()
+    assert "1000000000" not in manifest
+
+
+def test_second_run_does_nothing(workflow):
+    assert planned(workflow) == {}
+
+
+def test_the_published_graph(workflow):
+    dot = snakemake("--rulegraph", "dot", "--forceall", cwd=workflow).stdout
+    label = dict(re.findall(r'(\d+)\[label = "([^"]+)"', dot))
+    rules = {(label[a], label[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot)}
+    parents = {(a[6:], b[6:]) for a, b in rules if a.startswith("train_") and b.startswith("train_")}
+    assert parents == {edge for edge in PUBLISHED_GRAPH if edge[0] in MODELS}
+    config = load([TINY])
+    datasets = {(config["models"][m]["dataset"], m) for m in MODELS}
+    assert datasets == PUBLISHED_GRAPH - parents
+
+
+def test_a_checkpoint_asks_for_its_ancestors_only(tmp_path):
+    jobs = planned(tmp_path, "results/broad_w200.ckpt")
+    assert trained(jobs) == {"broad", "broad_w200"}
+    assert jobs["manifest"] == 2
+    assert "evaluate" not in jobs
+    assert trained(planned(tmp_path)) == set(MODELS)
+
+
+def test_deleted_checkpoint(copy):
+    (copy / "results" / "broad.ckpt").unlink()
+    jobs = planned(copy)
+    assert trained(jobs) == {"broad", *BELOW_BROAD}
+    assert not {"simulate", "preprocess", "manifest", "synthetic_mask"} & jobs.keys()
+    before = {model: (copy / "results" / f"{model}.ckpt").read_bytes() for model in BELOW_BROAD}
+    snakemake("results/w200_wmissing.ckpt", cwd=copy)  # its run is finished: published again, nothing retrained
+    for model in ("broad_w200", "w200_wmissing"):
+        assert (copy / "results" / f"{model}.ckpt").read_bytes() == before[model]
+        assert "is finished" in (copy / "results" / "logs" / "train" / f"{model}.log").read_text()
+
+
+def test_replaced_checkpoint(copy):
+    path = copy / "results" / "broad.ckpt"
+    about = read_checkpoint(path)
+    write_checkpoint(path, {key: value * 1.5 for key, value in about.state_dict.items()}, about.record)
+    assert trained(planned(copy)) == set(BELOW_BROAD)
+    before = read_checkpoint(copy / "results" / "broad_w200.ckpt").state_dict
+    snakemake("results/broad_w200.ckpt", cwd=copy)
+    after = read_checkpoint(copy / "results" / "broad_w200.ckpt").state_dict
+    assert not torch.equal(before["backbone.head.weight"], after["backbone.head.weight"])
+    assert "another parent" in (copy / "results" / "logs" / "train" / "broad_w200.log").read_text()
+
+
+def test_deleted_shard_is_rebuilt(copy):
+    (copy / "results" / "datasets" / "processed_narrow" / "train" / "constant-0.zarr.zip").unlink()
+    jobs = planned(copy, "results/narrow.ckpt")
+    assert jobs["preprocess"] == 1
+    assert "simulate" not in jobs
+
+
+def test_reordered_keys_change_nothing(workflow, tmp_path):
+    config = yaml.safe_load(TINY.read_text())
+
+    def reverse(value):
+        return {key: reverse(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
+
+    path = tmp_path / "reordered.yaml"
+    path.write_text(yaml.safe_dump(reverse(config), sort_keys=False))
+    assert planned(workflow, configfile=path) == {}
+
+
+def test_more_simulations_simulate_only_the_new(workflow, tmp_path):
+    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", scenarios={"constant": {"simulations": 35}}))
+    assert jobs["simulate"] == 2
+    assert jobs["preprocess"] == 3 * 2 * 2  # three datasets, two new batches, two splits
+    assert trained(jobs) == set(MODELS)
+
+
+def test_a_partial_batch_grows(workflow, tmp_path):
+    more = overlay(tmp_path / "x.yaml", scenarios={"stdpopsim_papanu": {"simulations": 13}})
+    jobs = planned(workflow, configfile=more)
+    assert jobs["simulate"] == 1
+    fewer = overlay(tmp_path / "y.yaml", scenarios={"stdpopsim_papanu": {"simulations": 8}})
+    assert planned(workflow, configfile=fewer)["simulate"] == 1
+
+
+def test_changed_scenario_rebuilds_what_uses_it(workflow, tmp_path):
+    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", scenarios={"constant": {"population_size": 9999}}))
+    assert jobs["simulate"] == 3  # two batches of training data, one of evaluation
+    assert jobs["manifest"] == 3
+    assert trained(jobs) == set(MODELS)  # all have `broad` or constant data above them
+    only = overlay(tmp_path / "y.yaml", datasets={"processed": {"scenarios": ["stdpopsim_papanu"], "pairs": 8}})
+    config = load([only])
+    assert dataset_lineage(config, "processed_narrow") == dataset_lineage(load([TINY]), "processed_narrow")
+    jobs = planned(workflow, configfile=only)
+    assert trained(jobs) == {"broad", *BELOW_BROAD}
+    assert jobs["manifest"] == 1
+    assert "simulate" not in jobs
+
+
+def test_changed_training_retrains_from_there(workflow, tmp_path):
+    slower = {"w200_wmissing": {"training": {"lr": 2e-4, "min_lr": 1e-5}}}
+    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", models=slower))
+    assert trained(jobs) == {"w200_wmissing"}
+    assert not {"simulate", "preprocess", "manifest"} & jobs.keys()
+
+
+def test_changed_evaluation_evaluates_only(workflow, tmp_path):
+    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", evaluation={"replicates": 3}))
+    assert jobs == {"evaluate": 6, "accuracy_table": 1}
+
+
+def test_changed_seed_makes_everything_again(workflow, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(TINY.read_text() + "seed: 2\n")
+    jobs = planned(workflow, configfile=path)
+    assert jobs["simulate"] == 5
+    assert trained(jobs) == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("stage", "first", "not_run"),
+    [
+        ("simulate", "simulate", set()),
+        ("preprocess", "preprocess", {"simulate"}),
+        ("train", "train_narrow", {"simulate", "preprocess", "manifest"}),
+        ("evaluate", "evaluate", {"simulate", "preprocess", "manifest", "train_narrow"}),
+    ],
+)
+def test_bumped_stage_version(workflow, tmp_path, stage, first, not_run):
+    changed = tmp_path / "repository"
+    for part in ("Snakefile", "rules", "src", "config", "envs", "workflow"):
+        source = REPOSITORY / part
+        shutil.copytree(source, changed / part) if source.is_dir() else shutil.copy(source, changed / part)
+    lineage = changed / "src" / "cxt" / "lineage.py"
+    lineage.write_text(re.sub(rf'"{stage}": 1', f'"{stage}": 2', lineage.read_text()))
+    jobs = planned(workflow, repository=changed)
+    assert first in jobs
+    assert not not_run & jobs.keys()
+
+
+def test_code_is_what_was_decided_on():
+    """After a change of a stage's code: raise its version in cxt.lineage, or record that its output is the same."""
+    recorded = json.loads((REPOSITORY / "tests" / "stage_digests.json").read_text())
+    for stage, now in code_digests().items():
+        assert now == recorded[stage], (
+            f"the code of stage '{stage}' has changed: if its output has too, raise STAGE_VERSION['{stage}'] in "
+            "src/cxt/lineage.py; then, in both cases, run `python -m cxt.lineage > tests/stage_digests.json`"
+        )
+
+
+def test_failed_upstream_never_leaves_a_current_checkpoint(copy, tmp_path):
+    """Simulation fails after a change of the configuration: the old checkpoint must not look up to date."""
+    changed = overlay(tmp_path / "x.yaml", scenarios={"constant": {"population_size": 12345}})
+    broken = {"PYTHONPATH": str(tmp_path / "broken")}
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(
+        "import sys\nif any('cxt.simulate' in a or a.endswith('simulate.py') for a in sys.orig_argv): sys.exit(1)\n"
+    )
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", copy, "--cores", "2",
+        "results/narrow.ckpt", "--configfile", changed, cwd=copy, env=broken, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    jobs = planned(copy, "results/narrow.ckpt", configfile=changed)
+    assert {"simulate", "preprocess", "manifest", "train_narrow"} <= jobs.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: {broad: {checkpoint: w200_wmissing}}", "a cycle of parents"),
+        ("models: {broad_w200: {checkpoint: brod}}", "unknown parent 'brod'; did you mean 'broad'"),
+        ("datasets: {processed: {scenarios: [constnat]}}", "unknown scenario 'constnat'; did you mean 'constant'"),
+        ("scenarios: {stdpopsim_papanu: {species: PapAni}}", "unknown species 'PapAni'; did you mean 'PapAnu'"),
+        ("training: {batch_size: 1000}", "fewer than one batch of 1000"),
+        ("scenarios: {stdpopsim_papanu: {simulations: 1}}", "has no training simulation"),
+        ("trainning: {}", "unknown key; did you mean 'training'"),
+    ],
+)
+def test_bad_requests_end_before_anything_runs(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2",
+        "--configfile", TINY, path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_unknown_checkpoint_on_the_command_line(tmp_path):
+    done = snakemake("results/braod.ckpt", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "unknown model 'braod'; did you mean 'broad'" in done.stderr
+
+
+def test_truncated_batch_is_named(copy):
+    batch = copy / "results" / "simulations" / "constant" / "10.trees.batch"
+    batch.write_bytes(batch.read_bytes()[:-5000])
+    done = snakemake("--show-failed-logs", "results/narrow.ckpt", cwd=copy, check=False)
+    assert done.returncode == 1
+    assert "constant/10.trees.batch is damaged or truncated at tree sequence 9 of 10" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("profile", ["local", "slurm"])
+def test_profiles_plan_the_chain(tmp_path, profile):
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2", "-n",
+        "--profile", REPOSITORY / "workflow" / "profiles" / profile, "--configfile", REPOSITORY / "config" / "paper.yaml",
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    for model in MODELS:
+        job = text.split(f"rule train_{model}:")[1].split("\n\n")[0]
+        assert "gpu=1" in job if profile == "local" else "gpu=3" in job
+        assert ("slurm_partition=gpu" in job) == (profile == "slurm")
+
+
+def test_the_catalogs_snakefile(tmp_path):
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "workflow" / "Snakefile", "--directory", tmp_path, "--cores", "1",
+        "-n", "results/narrow.ckpt", "--configfile", TINY,
+    )  # fmt: skip
+    assert "train_narrow" in done.stdout + done.stderr
