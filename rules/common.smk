@@ -1,6 +1,7 @@
 # Imports, the checked configuration, and every helper function of the rules.
 
 import os
+import re
 import sys
 
 sys.path.insert(0, str(ROOT / "src"))

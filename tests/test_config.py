@@ -142,6 +142,8 @@ BAD = [
     ({"datasets": {"processed_n10": {"pairs": 46}}}, "46 asked, but 10 samples have 45 pairs"),
     ({"datasets": {"processed": {"samples": 60}}}, "samples 25 individuals .50 haplotypes."),
     ({"datasets": {"processed_small_window_missing_data": {"mask": {"path": "no.bed"}}}}, "there is no file no.bed"),
+    ({"datasets": {"processed_small_window_missing_data": {"mask": {"length": 100}}}}, "100 bp is shorter than"),
+    ({"evaluation": {"pairs": 46}}, "46 asked, but the 10 samples of models.broad_adapter have 45 pairs"),
     ({"models": {"broad": {"preset": "brood"}}}, "found 'brood', expected one of narrow, broad"),
     ({"models": {"broad": {"dataset": "procesed"}}}, "unknown dataset 'procesed'; did you mean 'processed'"),
     ({"models": {"broad_w200": {"checkpoint": "brod"}}}, "unknown parent 'brod'; did you mean 'broad'"),

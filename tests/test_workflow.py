@@ -119,10 +119,12 @@ def test_deleted_checkpoint(copy):
     assert trained(jobs) == {"broad", *BELOW_BROAD}
     assert not {"simulate", "preprocess", "manifest", "synthetic_mask"} & jobs.keys()
     before = {model: (copy / "results" / f"{model}.ckpt").read_bytes() for model in BELOW_BROAD}
-    snakemake("results/w200_wmissing.ckpt", cwd=copy)  # its run is finished: published again, nothing retrained
+    # Their runs are finished: published again, nothing retrained.
+    snakemake("results/broad.ckpt", "results/w200_wmissing.ckpt", cwd=copy)
+    assert "is finished" in (copy / "results" / "logs" / "train" / "broad.log").read_text()
     for model in ("broad_w200", "w200_wmissing"):
         assert (copy / "results" / f"{model}.ckpt").read_bytes() == before[model]
-        assert "is finished" in (copy / "results" / "logs" / "train" / f"{model}.log").read_text()
+    assert not list((copy / "results" / "runs").glob("*superseded*"))
 
 
 def test_replaced_checkpoint(copy):
@@ -137,7 +139,8 @@ def test_replaced_checkpoint(copy):
     assert "another parent" in (copy / "results" / "logs" / "train" / "broad_w200.log").read_text()
 
 
-def test_deleted_shard_is_rebuilt(copy):
+def test_deleted_shard_is_rebuilt_when_training_needs_it(copy):
+    (copy / "results" / "narrow.ckpt").unlink()
     (copy / "results" / "datasets" / "processed_narrow" / "train" / "constant-0.zarr.zip").unlink()
     jobs = planned(copy, "results/narrow.ckpt")
     assert jobs["preprocess"] == 1
@@ -215,6 +218,7 @@ def test_changed_seed_makes_everything_again(workflow, tmp_path):
 )
 def test_bumped_stage_version(workflow, tmp_path, stage, first, not_run):
     changed = tmp_path / "repository"
+    changed.mkdir()
     for part in ("Snakefile", "rules", "src", "config", "envs", "workflow"):
         source = REPOSITORY / part
         shutil.copytree(source, changed / part) if source.is_dir() else shutil.copy(source, changed / part)
@@ -262,14 +266,19 @@ def test_failed_upstream_never_leaves_a_current_checkpoint(copy, tmp_path):
         ("training: {batch_size: 1000}", "fewer than one batch of 1000"),
         ("scenarios: {stdpopsim_papanu: {simulations: 1}}", "has no training simulation"),
         ("trainning: {}", "unknown key; did you mean 'training'"),
+        (
+            "datasets: {processed_small_window_missing_data: {mask: {path: m.bed}}}",
+            "covers 1500 bp, fewer than sequence_length 2000",
+        ),
     ],
 )
 def test_bad_requests_end_before_anything_runs(tmp_path, text, message):
     path = tmp_path / "x.yaml"
     path.write_text(text)
+    (tmp_path / "m.bed").write_text("chr1\t100\t1500\n")
     done = run_python(
         "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2",
-        "--configfile", TINY, path, check=False,
+        "--configfile", TINY, path, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 2
     assert message in done.stderr

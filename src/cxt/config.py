@@ -185,12 +185,19 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
     length, window = dataset["sequence_length"], dataset["window_size"]
     if length % window:
         raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
-    exist = dataset["samples"] * (dataset["samples"] - 1) // 2
+    exist = pairs_of(dataset["samples"])
     if dataset["pairs"] > exist:
         raise BadRequest(f"{at}.pairs: {dataset['pairs']} asked, but {dataset['samples']} samples have {exist} pairs")
-    path = dataset.get("mask", {}).get("path")
-    if path is not None and not Path(path).is_file():
-        raise BadRequest(f"{at}.mask.path: there is no file {path}")
+    mask = dataset.get("mask", {})
+    if "path" in mask and not Path(mask["path"]).is_file():
+        raise BadRequest(f"{at}.mask.path: there is no file {mask['path']}")
+    if "path" not in mask and mask.get("length", length) < length:
+        raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
+
+
+def pairs_of(samples: int) -> int:
+    """Number of different pairs of *samples* haplotypes."""
+    return samples * (samples - 1) // 2
 
 
 def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
@@ -245,6 +252,9 @@ def _check_model(config: dict, name: str) -> None:
     if "adapter" in model and len(chain) == 1:
         raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone: name one with `checkpoint`")
     dataset = config["datasets"][model["dataset"]]
+    asked, exist = config["evaluation"]["pairs"], pairs_of(dataset["samples"])
+    if asked > exist:
+        raise BadRequest(f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of {at} have {exist} pairs")
     for scenario in model.get("evaluation", []):
         if scenario not in config["scenarios"]:
             raise BadRequest(f"{at}.evaluation: unknown scenario '{scenario}'{nearest(scenario, config['scenarios'])}")

@@ -11,6 +11,7 @@ import sys
 from cxt.config import lineage_of_parents, parent_of, steps_per_epoch, training_config, training_settings
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256, stage_lineage
+from cxt.masks import read_mask
 from cxt.preprocess import planned_shards
 from cxt.scenarios import EVALUATION_START, Leaf, batches, check_scenarios, leaves, split_size
 from cxt.schema import REPOSITORY
@@ -29,7 +30,7 @@ def leaf_of(config: dict, name: str) -> Leaf:
 
 
 def check_plan(config: dict) -> None:
-    """Checks that need more than the configuration's text: stdpopsim's catalogue, and enough items for each model.
+    """Checks that need more than the configuration's text: stdpopsim's catalogue, masks, enough items for each model.
 
     Raises
     ------
@@ -41,6 +42,14 @@ def check_plan(config: dict) -> None:
         for leaf in leaves_of(config, dataset["scenarios"]):
             if not split_size(0, leaf.simulations, "train"):
                 print(f"cxt: warning: datasets.{name}: scenario '{leaf.name}' has no training simulation", file=sys.stderr)
+        if "path" in dataset.get("mask", {}):
+            settings = dataset["mask"]
+            mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"))
+            if len(mask) < dataset["sequence_length"]:
+                raise BadRequest(
+                    f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
+                    f"{dataset['sequence_length']}"
+                )
         if not items(config, name, "train"):
             raise BadRequest(
                 f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`"
