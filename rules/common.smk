@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt import jobs
-from cxt.config import resolve, training_settings
+from cxt.config import resolve, training_config, training_settings
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
 
@@ -25,15 +25,18 @@ def checked(config):
 
 
 def check_targets(config):
-    """Refuse a checkpoint on the command line that no model of the configuration makes."""
+    """Refuse a checkpoint, evaluation or dataset on the command line that the configuration does not have."""
     for target in sys.argv[1:]:
-        path = Path(str(target))
-        if (
-            path.parent == Path("results")
-            and path.suffix == ".ckpt"
-            and path.stem not in config["models"]
+        for pattern, section in (
+            (r"results/([^/]+)\.ckpt", "models"),
+            (r"results/evaluation/([^/]+)\.json", "models"),
+            (r"results/datasets/([^/]+)/.*", "datasets"),
         ):
-            raise BadRequest(f"unknown model '{path.stem}'{nearest(path.stem, config['models'])}")
+            found = re.fullmatch(pattern, target)
+            if found and found[1] not in config[section]:
+                raise BadRequest(
+                    f"unknown {section[:-1]} '{found[1]}'{nearest(found[1], config[section])}"
+                )
 
 
 jobs.put_package_on_path()

@@ -31,16 +31,16 @@ rule evaluate:
         "results/logs/evaluate/{model}.log",
     conda:
         "../envs/evaluate.yaml"
-    threads: config["training"]["threads"]
+    threads: lambda wildcards: training_config(config, wildcards.model).threads
     resources:
-        mem_mb=8000,
+        mem_mb=lambda wildcards: jobs.evaluation_memory_mb(config, wildcards.model),
         runtime=240,
         gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical(jobs.evaluation_spec(config, wildcards.model)),
         batches=lambda wildcards: canonical(jobs.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
-        threads=config["training"]["threads"],
+        threads=lambda wildcards: training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         lineage=lambda wildcards: jobs.evaluation_lineage(config, wildcards.model),
     shell:
@@ -67,5 +67,7 @@ rule accuracy_table:
         mem_mb=500,
         runtime=5,
         gpu=0,
+    params:
+        lineage=jobs.table_lineage(config),
     shell:
         "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --out {output:q}"

@@ -41,11 +41,13 @@ rule preprocess:
     params:
         spec=shard_spec,
         simulations=batch_count,
+        seed=config["seed"],
         mask=lambda wildcards: mask_flags(wildcards.dataset),
         lineage=shard_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess shard"
-        " --batch {input.batch:q} --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
+        " --batch {input.batch:q} --scenario {wildcards.leaf:q} --seed {params.seed}"
+        " --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
         " --spec {params.spec:q} {params.mask:q} --out {output:q}"
 
 

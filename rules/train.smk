@@ -33,7 +33,8 @@ for model, entry in config["models"].items():
             manifest=f"{jobs.dataset_directory(entry['dataset'])}/dataset.json",
             # Training reads what the manifest lists; a shard matters only when it is gone.
             shards=ancient(jobs.shard_paths(config, entry["dataset"])),
-            settings=f"results/config/{model}.yaml",
+            # What of it decides the result is in the lineage.
+            settings=ancient(f"results/config/{model}.yaml"),
             parent=jobs.parent_flag(config, model)[1:],
         output:
             jobs.checkpoint_path(model),
@@ -42,7 +43,7 @@ for model, entry in config["models"].items():
         conda:
             "../envs/train.yaml"
         # The result depends on the number of threads, so the trainer takes it from its settings.
-        threads: config["training"]["threads"]
+        threads: jobs.training_threads(config, model)
         resources:
             mem_mb=jobs.training_memory_mb(config, model),
             runtime=1440,

@@ -47,7 +47,8 @@ def test_paper_has_the_published_recipe():
     for name in config["models"]:
         settings = training_settings(config, name)
         published = dataclasses.asdict(TrainingConfig()) | {
-            "epochs": epochs[name], "lr": 3e-5 if name in fine_tuned else 3e-4, "threads": 8,
+            "epochs": epochs[name], "lr": 3e-5 if name in fine_tuned else 3e-4,
+            "threads": 4, "save_every": 50,
         }  # fmt: skip
         assert {key: settings[key] for key in published} == published
         preset = PRESETS[config["models"][name]["preset"]]
@@ -156,7 +157,9 @@ BAD = [
     ({"models": {"broad_w200": {"architecture": {"layers": 3}}}}, "layers is 3, but its parent 'broad' has 4"),
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "width 130 is not a multiple of the number of scales"),
     ({"models": {"broad": {"architecture": {"width": 132}}}}, "width 132 is not a multiple of 8"),
-    ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent|samples is 10"),
+    ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent 'broad' takes 50; an adapter can"),  # noqa: E501
+    ({"datasets": {"processed_small_window": {"scales": [1, 4, 16, 32]}}}, r"scales \[1, 4, 16, 32\], but its parent 'broad' \[2, 8"),  # noqa: E501
+    ({"datasets": {"processed_n10": {"samples": 50}}}, "fewer samples than its backbone's 50|has 10 samples, but its parent"),
     ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),  # noqa: E501
     ({"datasets": {"processed_small_window": {"mask": {}}}}, "carries missingness in bin 0, which this model masks"),
     ({"models": {"w200_wmissing": {"dataset": "processed_small_window"}}}, "dataset 'processed_small_window' has none"),

@@ -218,4 +218,15 @@ def test_commands(tmp_path, dataset):
     )  # fmt: skip
     assert done.returncode == 2
     assert "damaged or truncated at tree sequence 19 of 20" in done.stderr
+    for change, message in (
+        (["--scenario", "other"], "expected 0 of 'other'"),
+        (["--seed", 7], "was simulated with seed 1, expected 7"),
+        (["--spec", '{"windowsize": 10}'], "--spec.windowsize: unknown key; did you mean 'window_size'"),
+    ):
+        done = run_python(
+            "-m", "cxt.preprocess", "shard", "--batch", batch, "--start", 0, "--count", 20, "--split", "test",
+            "--spec", spec, "--out", tmp_path / "no.zarr.zip", *change, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert message in done.stderr
     assert not (tmp_path / "no.zarr.zip").exists()

@@ -10,7 +10,7 @@ from conftest import constant_scenario
 from cxt.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
 from cxt.config import ModelConfig
-from cxt.decode import posterior_mean, posterior_quantile, predictive_distribution
+from cxt.decode import decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest
 from cxt.evaluate import (
     accessible_bases,
@@ -109,17 +109,19 @@ def tiny_model(**changes):
     return build_model(ModelConfig(layers=1, heads=2, width=16, windows=20, samples=10, scales=2, **changes)).eval()
 
 
-def test_predictive_distribution_averages_replicates():
-    model = tiny_model()
+def test_decoding_averages_replicates_distributions():
+    model, grid = tiny_model(), Grid()
     counts = np.random.default_rng(1).integers(0, 5, (3, 2, 2, 20, 10)).astype(np.int32)
-    arguments = {"replicates": 7, "seed": 5}
-    one = predictive_distribution(model, counts, None, batch_size=3, **arguments)
-    assert one.shape == (3, 20, 324)
-    np.testing.assert_allclose(one.sum(-1), 1, atol=1e-5)
-    assert np.array_equal(one, predictive_distribution(model, counts, None, batch_size=3, **arguments))
+    arguments = {"grid": grid, "replicates": 7, "seed": 5, "batch_size": 3}
+    one = decode(model, counts, None, **arguments)
+    assert all(np.array_equal(a, b) for a, b in zip(one, decode(model, counts, None, **arguments), strict=True))
     x = torch.log1p(torch.from_numpy(counts).float())
     _, probabilities = model.generate(x, replicates=7, generator=torch.Generator().manual_seed(5))
-    np.testing.assert_allclose(one, probabilities.double().mean(1).numpy(), atol=1e-6)
+    average = probabilities.double().mean(1).numpy()
+    np.testing.assert_allclose(one.mean, average @ grid.centres, atol=1e-6)
+    np.testing.assert_allclose(one.high, posterior_quantile(average, grid, 0.975), atol=1e-6)
+    parts = decode(model, counts, None, **arguments | {"batch_size": 2})
+    assert parts.mean.shape == (3, 20)
 
 
 @pytest.fixture

@@ -47,8 +47,12 @@ def test_npz(tmp_path):
     assert np.array_equal(read_mask(tmp_path / "m.npz", key="access_2L"), ~accessible)
     with pytest.raises(BadRequest, match="no array 'access_2R'; did you mean 'access_2L'"):
         read_mask(tmp_path / "m.npz", key="access_2R")
-    (tmp_path / "m.npz").write_bytes(b"no zip")
-    with pytest.raises(BadRequest, match="cannot be read"):
+    for damaged in (b"no zip", (tmp_path / "m.npz").read_bytes()[:-30]):
+        (tmp_path / "m.npz").write_bytes(damaged)
+        with pytest.raises(BadRequest, match="cannot be read"):
+            read_mask(tmp_path / "m.npz")
+    np.savez(tmp_path / "m.npz", accessible=np.ones((2, 3), bool))
+    with pytest.raises(BadRequest, match=r"found shape \(2, 3\), expected one value per base"):
         read_mask(tmp_path / "m.npz")
     with pytest.raises(BadRequest, match=r"expected a name that ends in .npz, .bed or .bed.gz"):
         read_mask(tmp_path / "m.txt")

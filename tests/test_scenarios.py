@@ -107,6 +107,8 @@ def test_sweeps():
         "grid-mutation_rate=5e-08-population_size=10000", "grid-mutation_rate=5e-08-population_size=20000",
     ]  # fmt: skip
     assert found[1].spec["population_size"] == 20_000
+    close = leaves("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
+    assert close[0].name != close[1].name
     assert "simulations" not in found[1].spec
     assert leaves("one", constant_scenario())[0] == Leaf(
         "one", {"name": "one"} | {k: v for k, v in constant_scenario().items() if k not in ("simulations", "batch")}, 20, 20
@@ -214,6 +216,7 @@ def test_command(tmp_path):
         (["--scenario", "sawtoth"], "unknown scenario 'sawtoth'; did you mean 'sawtooth'"),
         (["--spec", "{"], "not valid JSON"),
         (["--spec", '{"name": "x", "kind": "y"}'], "a name and a kind, one of constant"),
+        (["--spec", '{"name": "x", "kind": "constant", "magnitude": 3}'], "--spec.magnitude: unknown key"),
     ):
         done = run_python("-m", "cxt.simulate", *arguments, "--count", 1, "--out", out, check=False)
         assert done.returncode == 2

@@ -141,10 +141,10 @@ def test_other_settings_or_data_supersede(dataset, masked_dataset, tmp_path, mon
     run, out = tmp_path / "run", tmp_path / "x.ckpt"
     arguments = (*SMALL, "--dataset-path", dataset, "--run-dir", run, "--out", out, "--epochs", 1)
     train(monkeypatch, *arguments)
-    with pytest.raises(BadRequest, match="was started with another settings; leave --resume out"):
+    with pytest.raises(BadRequest, match=r"was started with seed 1 instead of 5; leave --resume out"):
         train(monkeypatch, *arguments, "--resume", "--seed", 5)
     train(monkeypatch, *arguments, "--seed", 5)
-    assert f"another settings); the old run is kept as {run}-superseded-1" in capsys.readouterr().out
+    assert f"(seed 1 instead of 5); the old run is kept as {run}-superseded-1" in capsys.readouterr().out
     train(monkeypatch, *arguments, "--seed", 5, "--restart")
     assert f"(--restart); the old run is kept as {run}-superseded-2" in capsys.readouterr().out
     assert (tmp_path / "run-superseded-2" / "checkpoints").exists()
@@ -247,10 +247,29 @@ def test_missingness_is_learned_from(masked_dataset, tmp_path, monkeypatch):
     assert not torch.equal(model(x, y), model(other, y))
 
 
+def test_terminated(dataset, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--dataset-path", dataset, "--run-dir", run, "--out", tmp_path / "x.ckpt", "--epochs", 500]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cxt.train", *map(str, arguments), "--save-every", "5"],
+        env={"PYTHONPATH": str(REPOSITORY / "src"), "PATH": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while not RunDirectory(run).last.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.terminate()
+    said = process.communicate()[0]
+    assert process.returncode == 143
+    assert "stopped by SIGTERM at step" in said
+    assert not (tmp_path / "x.ckpt").exists()
+
+
 def test_two_processes(dataset, tmp_path):
     arguments = [*SMALL, "--dataset-path", dataset, "--accelerator", "cpu", "--devices", 2, "--epochs", 1]
-    for name in ("a", "b"):
-        run_python("-m", "cxt.train", *arguments, "--run-dir", tmp_path / name, "--out", tmp_path / f"{name}.ckpt")
+    script = "import sys; from cxt.cli import main; main()"  # what the console script does
+    for name, start in (("a", ["-m", "cxt.train"]), ("b", ["-c", script, "train"])):
+        run_python(*start, *arguments, "--run-dir", tmp_path / name, "--out", tmp_path / f"{name}.ckpt")
     record = read_checkpoint(tmp_path / "a.ckpt").record
     assert (record["devices"], record["step"]) == (2, math.ceil(108 // 2 // 8 / 2))
     assert equal(weights(tmp_path / "a.ckpt"), weights(tmp_path / "b.ckpt"))
@@ -288,7 +307,12 @@ REFUSED = [
     (["--checkpoint", "nosuch"], "no checkpoint 'nosuch' in .*results"),
     (["--checkpoint", "/no/such.ckpt"], "there is no checkpoint /no/such.ckpt"),
     (["--dataset-path", "/no/such"], "there is no dataset directory /no/such"),
-    (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples|samples is 10"),
+    (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples, but its parent .* takes 20; an adapter can"),
+    (["--adapter", "--checkpoint", "{parent}"], "an adapter needs fewer samples than its backbone's 20"),
+    (["--lr", 0, "--min-lr", 0], "lr is 0.0, expected above 0"),
+    (["--heads", 0], "heads is 0, expected at least 1"),
+    (["--devices", -1], "--devices -1: expected at least 0"),
+    (["--precision", "banana"], "unknown precision 'banana'"),
     (["--dataset-path", "{masked}"], "carries missingness in bin 0"),
     (["--model", "w200_wmissing"], "reads missingness from bin 0, but dataset"),
     (["--batch-size", 200], "108 training items, fewer than one batch of 200 on 1 device"),

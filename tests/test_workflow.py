@@ -194,6 +194,11 @@ def test_changed_training_retrains_from_there(workflow, tmp_path):
     assert not {"simulate", "preprocess", "manifest"} & jobs.keys()
 
 
+def test_settings_that_change_no_result_retrain_nothing(workflow, tmp_path):
+    path = overlay(tmp_path / "x.yaml", training={"workers": 1, "save_every": 7, "validation_items": 4})
+    assert not trained(planned(workflow, configfile=path))
+
+
 def test_changed_evaluation_evaluates_only(workflow, tmp_path):
     jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", evaluation={"replicates": 3}))
     assert jobs == {"evaluate": 6, "accuracy_table": 1}
@@ -286,10 +291,18 @@ def test_bad_requests_end_before_anything_runs(tmp_path, text, message):
     assert not (tmp_path / "results").exists()
 
 
-def test_unknown_checkpoint_on_the_command_line(tmp_path):
-    done = snakemake("results/braod.ckpt", cwd=tmp_path, check=False)
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("results/braod.ckpt", "unknown model 'braod'; did you mean 'broad'"),
+        ("results/evaluation/narow.json", "unknown model 'narow'; did you mean 'narrow'"),
+        ("results/datasets/procesed/dataset.json", "unknown dataset 'procesed'; did you mean 'processed'"),
+    ],
+)
+def test_unknown_target_on_the_command_line(tmp_path, target, message):
+    done = snakemake(target, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "unknown model 'braod'; did you mean 'broad'" in done.stderr
+    assert message in done.stderr
 
 
 def test_truncated_batch_is_named(copy):

@@ -1,6 +1,6 @@
 """The console script: `cxt STAGE …` is `python -m cxt.STAGE …`."""
 
-import importlib
+import os
 import sys
 
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
@@ -26,7 +26,7 @@ def main() -> None:
     def run() -> None:
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{nearest(name, COMMANDS)}")
-        sys.argv = [f"cxt {name}", *sys.argv[2:]]
-        importlib.import_module(f"cxt.{name}").main()
+        # As the module itself, so that processes it starts (one for each device) find their way back to it.
+        os.execv(sys.executable, [sys.executable, "-m", f"cxt.{name}", *sys.argv[2:]])
 
     exit_on_bad_request(run)

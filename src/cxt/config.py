@@ -48,6 +48,11 @@ class ModelConfig:
     bins: int = 324
 
     def __post_init__(self):
+        for name in ("layers", "heads", "width", "windows", "samples", "scales", "bins"):
+            if getattr(self, name) < 1:
+                raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise BadRequest(f"dropout is {self.dropout}, expected at least 0 and below 1")
         if self.width % self.scales:
             raise BadRequest(f"width {self.width} is not a multiple of the number of scales, {self.scales}")
         if self.width % (2 * self.heads):
@@ -81,6 +86,9 @@ class AdapterConfig:
     overwrite_bin0: bool = False
 
 
+PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """Training settings; the defaults are the published ones, and config/README.md describes each."""
@@ -105,11 +113,18 @@ class TrainingConfig:
     save_every: int = 200
 
     def __post_init__(self):
+        if not self.lr > 0:
+            raise BadRequest(f"lr is {self.lr}, expected above 0")
+        if self.precision not in PRECISIONS:
+            raise BadRequest(f"unknown precision '{self.precision}'{nearest(self.precision, PRECISIONS)}")
         if self.min_lr > self.lr:
             raise BadRequest(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
         for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every"):
             if getattr(self, name) < 1:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items"):
+            if getattr(self, name) < 0:
+                raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 0")
 
 
 PRESETS = {
@@ -119,6 +134,9 @@ PRESETS = {
     "w200_wmissing": ModelConfig(window_size=200, mask_singletons=False),
 }
 """The published architectures, by name."""
+
+CHANGE_NO_RESULT = ("workers", "save_every", "validation_items")
+"""Training settings that do not change the trained weights."""
 
 SIZES = ("layers", "heads", "width", "dropout")
 
@@ -269,12 +287,24 @@ def _check_model(config: dict, name: str) -> None:
             parent=chain[1],
             parent_network=model_config(config, chain[1]),
             dataset=model["dataset"],
+            scales=dataset["scales"],
+            parent_scales=parent["scales"],
             samples_in=dataset["samples"],
             parent_samples_in=parent["samples"],
             fresh_adapter="adapter" in model and "checkpoint" in model,
             missing="mask" in dataset,
         )
     check_missingness(at, network, model["dataset"], "mask" in dataset)
+    if is_adapter(config, name):
+        check_adapter_samples(at, model["dataset"], dataset["samples"], network.samples)
+
+
+def check_adapter_samples(at: str, dataset: str, samples: int, backbone: int) -> None:
+    """BadRequest if an adapter would not expand anything."""
+    if samples >= backbone:
+        raise BadRequest(
+            f"{at}: an adapter needs fewer samples than its backbone's {backbone}, dataset '{dataset}' has {samples}"
+        )
 
 
 def check_missingness(at: str, network: ModelConfig, dataset: str, missing: bool) -> None:
@@ -292,10 +322,28 @@ def check_missingness(at: str, network: ModelConfig, dataset: str, missing: bool
 
 
 def check_inheritance(
-    *, child, network, parent, parent_network, dataset, samples_in, parent_samples_in, fresh_adapter, missing
+    *,
+    child,
+    network,
+    parent,
+    parent_network,
+    dataset,
+    scales,
+    parent_scales,
+    samples_in,
+    parent_samples_in,
+    fresh_adapter,
+    missing,
 ) -> None:
     """BadRequest if a child cannot start from its parent's weights with its dataset; window size may differ."""
-    for key in ("layers", "heads", "width", "scales", "samples", "bins"):
+    if not fresh_adapter and samples_in != parent_samples_in:
+        raise BadRequest(
+            f"{child}: dataset '{dataset}' has {samples_in} samples, but its parent '{parent}' takes {parent_samples_in}; "
+            "an adapter can bridge that"
+        )
+    if list(scales) != list(parent_scales):
+        raise BadRequest(f"{child}: dataset '{dataset}' has scales {scales}, but its parent '{parent}' {parent_scales}")
+    for key in ("layers", "heads", "width", "samples", "bins"):
         mine, theirs = getattr(network, key), getattr(parent_network, key)
         if mine != theirs:
             raise BadRequest(f"{child}: {key} is {mine}, but its parent '{parent}' has {theirs}; they must be equal")
@@ -303,11 +351,6 @@ def check_inheritance(
         raise BadRequest(
             f"{child}: dataset '{dataset}' has {network.windows} windows, but its parent '{parent}' was trained with "
             f"{parent_network.windows}; change sequence_length or window_size"
-        )
-    if not fresh_adapter and samples_in != parent_samples_in:
-        raise BadRequest(
-            f"{child}: dataset '{dataset}' has {samples_in} samples, but its parent '{parent}' takes {parent_samples_in}; "
-            "an adapter can bridge that"
         )
     if not missing and not parent_network.mask_singletons:
         raise BadRequest(f"{child}: its parent '{parent}' was trained with missingness, dataset '{dataset}' has none")

@@ -83,8 +83,9 @@ class DataModule(pl.LightningDataModule):
         count = len(self.test_set)
         chosen = min(self.validation_items or count, count)
         items = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
-        # Each rank needs something to measure: they wait for each other when the losses are averaged.
-        mine = items[self.trainer.global_rank % max(1, chosen) :: self.trainer.world_size]
+        # As many for each rank: they wait for each other when the losses are averaged, with equal weights.
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        mine = items[: chosen // world * world][rank::world] if chosen >= world else items
         return self._loader(self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
 
     def _loader(self, dataset: PairDataset, sampler) -> DataLoader:

@@ -74,7 +74,7 @@ class PairDataset(Dataset):
         for row in self.manifest["splits"][split]["shards"]:
             self._add_shard(row, parts, offsets)
         self._offsets = np.concatenate(offsets)
-        stacked = {key: np.concatenate(value) for key, value in parts.items() if value}
+        stacked = {key: np.concatenate(parts.pop(key)) for key in list(parts) if parts[key]}  # one copy at a time
         self._packed = stacked.get("packed")
         self._derived = stacked.get("derived")
         self._window = stacked.get("window")

@@ -169,7 +169,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
     import torch
 
     from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
-    from cxt.decode import posterior_mean, posterior_quantile, predictive_distribution
+    from cxt.decode import decode
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -192,14 +192,18 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
         began = time.monotonic()
         counts, missing = features_of(entries, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
-        distribution = predictive_distribution(
-            model, counts, missing, replicates=spec["replicates"], batch_size=spec["batch_size"], seed=seed, device=device
+        posterior = decode(
+            model,
+            counts,
+            missing,
+            grid=grid,
+            replicates=spec["replicates"],
+            batch_size=spec["batch_size"],
+            seed=seed,
+            device=device,
         )
-        shape = (len(entries), -1, windows)
         truth = np.stack([entry.log_tmrca for entry in entries])
-        mean = posterior_mean(distribution, grid).reshape(shape)
-        low = posterior_quantile(distribution, grid, 0.025).reshape(shape)
-        high = posterior_quantile(distribution, grid, 0.975).reshape(shape)
+        mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
         scenarios[name] = score(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
         tracks[name] = (truth, mean, low, high)
         figures = scenarios[name]

@@ -8,7 +8,15 @@ import functools
 import os
 import sys
 
-from cxt.config import lineage_of_parents, parent_of, steps_per_epoch, training_config, training_settings
+from cxt.config import (
+    CHANGE_NO_RESULT,
+    lineage_of_parents,
+    model_config,
+    parent_of,
+    steps_per_epoch,
+    training_config,
+    training_settings,
+)
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import read_mask
@@ -114,9 +122,9 @@ def batch_lineage(config: dict, leaf: Leaf, start: int, count: int) -> str:
 
 
 def dataset_spec(config: dict, name: str) -> dict:
-    """What decides the content of a shard, beside its batch: shape, pairs, mask."""
+    """What decides the content of a shard, beside its batch and mask: shape and pairs."""
     dataset = config["datasets"][name]
-    return {key: value for key, value in dataset.items() if key != "scenarios"}
+    return {key: value for key, value in dataset.items() if key not in ("scenarios", "mask")}
 
 
 def mask_path(config: dict, name: str) -> str | None:
@@ -158,9 +166,8 @@ def mask_lineage(config: dict, name: str) -> str | None:
 
 def shard_lineage(config: dict, dataset: str, leaf: Leaf, start: int, split: str) -> str:
     count = batch_count(config, leaf, start)
-    spec = {key: value for key, value in dataset_spec(config, dataset).items() if key != "mask"}
     batch = batch_lineage(config, leaf, start, count)
-    return stage_lineage("preprocess", spec, split, batch, mask_lineage(config, dataset))
+    return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
 
 
 def leaf_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
@@ -209,7 +216,7 @@ def model_lineage(config: dict, name: str) -> str:
     inherited = (
         None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
     )
-    settings = {key: value for key, value in training_settings(config, name).items() if key not in ("workers", "save_every")}
+    settings = {key: value for key, value in training_settings(config, name).items() if key not in CHANGE_NO_RESULT}
     return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
 
 
@@ -218,14 +225,21 @@ def run_directory(config: dict, name: str) -> str:
 
 
 def training_memory_mb(config: dict, name: str) -> int:
-    """Memory that training asks the scheduler for: torch and the network, and the dataset held in memory.
+    """Memory that training asks the scheduler for: on each device, torch and the network, and the dataset held in memory.
 
-    Per simulation: float32 targets of all pairs, and what sites take (16 bytes each; 20 000 is a large simulation).
+    Per simulation: float32 targets of all pairs, and what sites take (16 bytes each; 20 000 is a large simulation); half
+    as much again while the dataset is read.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))
     windows = dataset["sequence_length"] // dataset["window_size"]
-    return 4000 + simulations * (4 * dataset["pairs"] * windows + 16 * 20_000) // 1_000_000
+    in_memory = simulations * (4 * dataset["pairs"] * windows + 16 * 20_000) / 1e6
+    return max(1, devices(config, name)) * int(4000 + 1.5 * in_memory)
+
+
+def training_threads(config: dict, name: str) -> int:
+    """CPU threads of all processes of a model's training."""
+    return training_config(config, name).threads * max(1, devices(config, name))
 
 
 def parent_flag(config: dict, name: str) -> list[str]:
@@ -281,3 +295,19 @@ def evaluation_lineage(config: dict, model: str) -> str:
     return stage_lineage(
         "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)
     )
+
+
+def table_lineage(config: dict) -> str:
+    return stage_lineage("evaluate", [evaluation_lineage(config, model) for model in config["models"]])
+
+
+def evaluation_memory_mb(config: dict, model: str) -> int:
+    """Memory that evaluation asks for: torch and the network, the counts of one leaf's pairs, and a batch's decoding."""
+    entry, evaluation = config["models"][model], config["evaluation"]
+    dataset = config["datasets"][entry["dataset"]]
+    network = model_config(config, model)
+    simulations = max([evaluation["simulations"], *evaluation["simulations_of"].values()])
+    counts = 2 * len(dataset["scales"]) * network.windows * dataset["samples"] * 4
+    decoding = evaluation["batch_size"] * evaluation["replicates"] * network.windows
+    decoding *= 4 * (2 * network.layers * network.width + 2 * network.bins)
+    return 4000 + int((2 * simulations * evaluation["pairs"] * counts + 1.5 * decoding) / 1e6)

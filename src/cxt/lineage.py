@@ -43,18 +43,22 @@ def stage_lineage(stage: str, *parts) -> str:
     return digest([stage, STAGE_VERSION[stage], *parts])
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [
-                item
-                for item in body
-                if not (
-                    isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
-                )
-            ]
-    return tree
+def _shape(node) -> object:
+    """A syntax tree as nested lists, without docstrings and without what differs between versions of Python."""
+    if isinstance(node, list):
+        return [_shape(item) for item in node if not _is_docstring(item)]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        [name, _shape(value)]
+        for name, value in ast.iter_fields(node)
+        if value not in (None, []) and name not in ("type_params", "type_ignores", "type_comment", "kind", "ctx")
+    ]
+    return [type(node).__name__, fields]
+
+
+def _is_docstring(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def code_digests() -> dict:
@@ -62,7 +66,7 @@ def code_digests() -> dict:
     here = Path(__file__).parent
     result = {}
     for stage, modules in STAGE_SOURCES.items():
-        trees = [ast.dump(_without_docstrings(ast.parse((here / module).read_text()))) for module in modules]
+        trees = [_shape(ast.parse((here / module).read_text())) for module in modules]
         result[stage] = {"version": STAGE_VERSION[stage], "code": digest(trees)}
     return result
 

@@ -5,6 +5,7 @@ Files say what is *accessible* (BED intervals, or True in a .npz). Inside the pa
 
 import gzip
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,12 @@ def read_mask(path, *, key: str = "accessible", contig: str | None = None) -> np
             with np.load(path) as arrays:
                 if key not in arrays:
                     raise BadRequest(f"{path} has no array '{key}'{nearest(key, arrays.files)}")
+                if arrays[key].ndim != 1:
+                    raise BadRequest(f"{path}, array '{key}': found shape {arrays[key].shape}, expected one value per base")
                 return ~arrays[key].astype(bool)
         if path.name.endswith((".bed", ".bed.gz")):
             return _read_bed(path, contig)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         if isinstance(error, BadRequest):
             raise
         raise BadRequest(f"mask {path} cannot be read: {error}") from None

@@ -16,7 +16,7 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import cut_mask, read_mask, synthetic_mask, write_mask
 from cxt.scenarios import batches, random_generator, split_of, split_size
-from cxt.schema import defaults_of
+from cxt.schema import complete_part
 from cxt.simulate import read_batch
 from cxt.store import SPLITS, Entry, write_manifest, write_shard
 from cxt.targets import pair_log_tmrca
@@ -75,16 +75,15 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None) -> Entry:
     )
 
 
-def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, mask=None) -> int:
+def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, mask=None, scenario=None, seed=None) -> int:
     """Preprocess one split of a batch file into the shard *out*; the number of simulations in it.
 
-    The whole batch is read, so that a batch that was cut is noticed whatever the split.
+    The whole batch is read, so that a batch that was cut is noticed whatever the split. *scenario* and *seed*, where
+    given, must be those that it was simulated with.
     """
     entries = []
-    seed = None
-    for ts in read_batch(batch, start=start, count=count):
+    for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed):
         identity = ts.metadata["cxt"]
-        seed = identity["seed"]
         if split_of(identity["index"]) != split:
             continue
         try:
@@ -94,7 +93,7 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
     if not entries:
         raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
-    attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": seed}
+    attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
     write_shard(out, entries, attributes)
     return len(entries)
 
@@ -120,13 +119,23 @@ def _json(text: str, option: str):
 
 
 def _shard(args) -> None:
-    spec = dict(defaults_of("dataset").items()) | _json(args.spec, "--spec")
+    spec = complete_part(_json(args.spec, "--spec"), "dataset", leave_out=("scenarios", "mask"), at="--spec")
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = None
     if args.mask is not None:
         mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
-    done = write_split(args.out, args.batch, spec, start=args.start, count=args.count, split=args.split, mask=mask)
+    done = write_split(
+        args.out,
+        args.batch,
+        spec,
+        start=args.start,
+        count=args.count,
+        split=args.split,
+        mask=mask,
+        scenario=args.scenario,
+        seed=args.seed,
+    )
     print(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
 
 
@@ -155,6 +164,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     shard = commands.add_parser("shard", help="one split of one batch of tree sequences to one shard")
     shard.add_argument("--batch", type=Path, required=True, help="file made by cxt.simulate")
+    shard.add_argument("--scenario", help="leaf scenario that it must hold")
+    shard.add_argument("--seed", type=int, help="seed that it must have been simulated with")
     shard.add_argument("--start", type=int, required=True, help="first index in the batch")
     shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the batch")
     shard.add_argument("--split", choices=SPLITS, required=True)

@@ -48,7 +48,7 @@ def leaves(name: str, entry: dict) -> list[Leaf]:
     result = []
     for values in itertools.product(*(parameters[key] for key in swept)):
         chosen = dict(zip(swept, values, strict=True))
-        leaf = "-".join([name, *(f"{key}={value:g}" for key, value in chosen.items())])
+        leaf = "-".join([name, *(f"{key}={value}" for key, value in chosen.items())])
         spec = {"name": leaf, **parameters, **chosen}
         result.append(Leaf(leaf, spec, entry["simulations"], entry["batch"]))
     return result

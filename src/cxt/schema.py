@@ -132,6 +132,23 @@ def complete(config: dict) -> dict:
     return result
 
 
+def complete_part(value: dict, definition: str, *, leave_out=(), at: str) -> dict:
+    """*value* checked against one definition of the schema, such as `dataset`, with its defaults filled in.
+
+    Keys in *leave_out* are unknown here. *at* says in messages where the value came from.
+    """
+    node = load_schema()["$defs"][definition]
+    node = node | {
+        "properties": {key: child for key, child in node["properties"].items() if key not in leave_out},
+        "required": [key for key in node.get("required", []) if key not in leave_out],
+    }
+    errors: list[str] = []
+    result = _complete(value, node, at, errors, True)
+    if errors:
+        raise BadRequest("\n  ".join(["not a valid request:", *errors]))
+    return result
+
+
 def defaults_of(name: str) -> dict:
     """The defaults of the definition *name*, such as `training`."""
     return {

@@ -18,7 +18,8 @@ import tskit
 
 from cxt.config import load
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.scenarios import KINDS, autosomes, catalogue_models, leaves, simulate_one
+from cxt.scenarios import KINDS, NOT_PARAMETERS, autosomes, catalogue_models, leaves, simulate_one
+from cxt.schema import complete_part
 
 
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress=None) -> None:
@@ -39,8 +40,10 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress
     temporary.replace(path)
 
 
-def read_batch(path, *, start: int, count: int, scenario: str | None = None) -> Iterator[tskit.TreeSequence]:
-    """The tree sequences of a batch file, in order.
+def read_batch(
+    path, *, start: int, count: int, scenario: str | None = None, seed: int | None = None
+) -> Iterator[tskit.TreeSequence]:
+    """The tree sequences of a batch file, in order; *scenario* and *seed* are checked where given.
 
     Raises
     ------
@@ -72,6 +75,8 @@ def read_batch(path, *, start: int, count: int, scenario: str | None = None) -> 
                     f"{path}: found simulation {identity['index']} of '{identity['scenario']}' at place {i}, "
                     f"expected {expected[1]} of '{expected[0]}'; {remedy}"
                 )
+            if seed is not None and identity["seed"] != seed:
+                raise BadRequest(f"{path} was simulated with seed {identity['seed']}, expected {seed}; {remedy}")
             yield ts
         if file.read(1):
             raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")
@@ -85,7 +90,8 @@ def _spec_of(args) -> dict:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
         if not isinstance(spec, dict) or spec.get("kind") not in KINDS or "name" not in spec:
             raise BadRequest(f"--spec must be a leaf scenario with a name and a kind, one of {', '.join(KINDS)}")
-        return spec
+        parameters = {key: value for key, value in spec.items() if key != "name"}
+        return {"name": spec["name"], **complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")}
     config = load(args.configfile)
     known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
     if args.scenario not in known:

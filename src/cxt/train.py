@@ -18,10 +18,12 @@ from pathlib import Path
 import jsonargparse
 
 from cxt.config import (
+    CHANGE_NO_RESULT,
     PRESETS,
     AdapterConfig,
     ModelConfig,
     TrainingConfig,
+    check_adapter_samples,
     check_inheritance,
     check_missingness,
     read_yaml,
@@ -35,7 +37,7 @@ from cxt.store import MANIFEST, read_manifest
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
 NOT_IN_IDENTITY = (
-    "dataset_path", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", "workers", "save_every",
+    "dataset_path", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", *CHANGE_NO_RESULT,
 )  # fmt: skip
 """Settings that a run's identity holds in another form (files by digest, devices by number), or that change no result."""
 
@@ -128,6 +130,8 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
     present = torch.cuda.device_count()
     if args.gpus is not None and args.devices is not None:
         raise BadRequest("--gpus and --devices exclude each other")
+    if args.devices is not None and args.devices < 0:
+        raise BadRequest(f"--devices {args.devices}: expected at least 0")
     if args.accelerator == "cpu" or args.devices == 0:
         if args.gpus is not None:
             raise BadRequest("--gpus and --accelerator cpu exclude each other")
@@ -181,6 +185,8 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
             parent=source,
             parent_network=parent.model,
             dataset=args.dataset_path,
+            scales=manifest["scales"],
+            parent_scales=parent.record["dataset"]["scales"],
             samples_in=manifest["samples"],
             parent_samples_in=parent.model.samples if parent.adapter is None else parent.adapter.samples,
             fresh_adapter=args.adapter and args.resume_adapter is None,
@@ -194,6 +200,7 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
         raise BadRequest(
             f"--adapter-samples {args.adapter_samples}, but dataset {args.dataset_path} has {manifest['samples']} samples"
         )
+    check_adapter_samples(f"--model {args.model}", args.dataset_path, manifest["samples"], network.samples)
     adapter = AdapterConfig(
         samples=manifest["samples"],
         bottleneck=args.adapter_bottleneck,
@@ -241,6 +248,19 @@ def settings_of(args) -> dict:
     }
 
 
+def differences(old: dict, new: dict) -> str:
+    """What differs between a run's identity and the one asked for, in words; single settings with both values."""
+    words = []
+    for key, after in new.items():
+        if key == "settings":
+            before = old.get(key, {})
+            names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            words += [f"{name} {before.get(name)} instead of {after.get(name)}" for name in names]
+        elif old.get(key) != after:
+            words.append(f"another {key}")
+    return ", ".join(words)
+
+
 def open_run(args, identity: dict, settings: dict) -> RunDirectory:
     """The locked run directory of this run: continued, superseded, or new; says which."""
     if args.run_dir is not None:
@@ -253,10 +273,9 @@ def open_run(args, identity: dict, settings: dict) -> RunDirectory:
     run.lock()
     state = run.state()
     if state is not None and (args.restart or state["identity"] != identity):
-        changed = [key for key in identity if state["identity"].get(key) != identity[key]]
+        reason = "--restart" if args.restart else differences(state["identity"], identity)
         if args.resume:
-            raise BadRequest(f"{path} was started with another {', '.join(changed)}; leave --resume out to start afresh")
-        reason = "--restart" if args.restart else f"another {', '.join(changed)}"
+            raise BadRequest(f"{path} was started with {reason}; leave --resume out to start afresh")
         print(f"starting afresh ({reason}); the old run is kept as {run.supersede()}", flush=True)
         state = None
     if state is None:
@@ -364,7 +383,12 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
         callbacks=[
             saves,
             Reseed(training.seed),
-            Progress(name, total_steps=total_steps, items_per_batch=training.batch_size * world),
+            Progress(
+                name,
+                total_steps=total_steps,
+                items_per_batch=training.batch_size * world,
+                save_every=training.save_every,
+            ),
         ],
         num_sanity_val_steps=0,
         log_every_n_steps=10,
@@ -377,6 +401,9 @@ def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, a
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
     except SIGTERMException:
+        if trainer.is_global_zero:
+            saved = "its last save" if run.last.exists() else "the start: nothing was saved yet"
+            print(f"{name}: stopped by SIGTERM at step {trainer.global_step}; the next try continues from {saved}", flush=True)
         sys.exit(143)  # Lightning's own status would be 0
     if trainer.global_step != total_steps:
         raise RuntimeError(f"{name}: training stopped at step {trainer.global_step} of {total_steps}")
