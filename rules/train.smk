@@ -33,8 +33,9 @@ for model, entry in config["models"].items():
             manifest=f"{jobs.dataset_directory(entry['dataset'])}/dataset.json",
             # Training reads what the manifest lists; a shard matters only when it is gone.
             shards=ancient(jobs.shard_paths(config, entry["dataset"])),
-            # What of it decides the result is in the lineage.
-            settings=ancient(f"results/config/{model}.yaml"),
+            # Not ancient(): Snakemake does not look for reasons of its own to run a job below one that is about to run, and
+            # then an ancient input is no reason either.
+            settings=f"results/config/{model}.yaml",
             parent=jobs.parent_flag(config, model)[1:],
         output:
             jobs.checkpoint_path(model),

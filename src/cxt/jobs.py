@@ -298,7 +298,7 @@ def evaluation_lineage(config: dict, model: str) -> str:
 
 
 def table_lineage(config: dict) -> str:
-    return stage_lineage("evaluate", [evaluation_lineage(config, model) for model in config["models"]])
+    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in config["models"]))
 
 
 def evaluation_memory_mb(config: dict, model: str) -> int:
