@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt import jobs
-from cxt.config import resolve, training_config, training_settings
+from cxt.configfile import resolve, training_config, training_settings
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
 

@@ -7,18 +7,14 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY
 
-from cxt.config import (
-    PRESETS,
-    AdapterConfig,
-    ModelConfig,
-    TrainingConfig,
+from cxt.config import PRESETS, AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
+from cxt.configfile import (
     adapter_config,
     load,
     merge,
     model_config,
     read_yaml,
     resolve,
-    steps_per_epoch,
     training_settings,
     without_nulls,
 )

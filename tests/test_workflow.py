@@ -10,7 +10,7 @@ import yaml
 from conftest import REPOSITORY, TINY, run_python, snakemake
 
 from cxt.checkpoint import read_checkpoint, write_checkpoint
-from cxt.config import load
+from cxt.configfile import load
 from cxt.jobs import dataset_lineage, model_lineage
 from cxt.lineage import code_digests
 

@@ -17,8 +17,8 @@ import torch
 from cxt.adapter import build_model
 from cxt.config import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, nearest
+from cxt.files import atomic_write
 from cxt.model import CoalescenceModel
-from cxt.store import atomic_write
 
 FORMAT = 1
 

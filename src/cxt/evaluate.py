@@ -17,11 +17,12 @@ import numpy as np
 
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import missing_fraction, pair_counts, window_of
+from cxt.files import atomic_write
 from cxt.lineage import digest
 from cxt.masks import read_mask
 from cxt.preprocess import preprocess_one
 from cxt.simulate import read_batch
-from cxt.store import Entry, atomic_write
+from cxt.store import Entry
 from cxt.targets import Grid
 
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)

@@ -5,7 +5,7 @@ import io
 import matplotlib
 import numpy as np
 
-from cxt.store import atomic_write
+from cxt.files import atomic_write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,9 +40,9 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
         axes[row, 0].set_ylabel("ln TMRCA\n(generations)", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("position (kb)", fontsize=8)
-    axes[0, 0].legend(fontsize=7, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1.0, 1.3))
-    figure.suptitle(f"{title}: pairs of held-out simulations", fontsize=11)
+    figure.suptitle(f"{title}: pairs of held-out simulations", fontsize=11, x=0.01, ha="left")
     figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, ncols=3, loc="upper right")
     _save(figure, path)
 
 

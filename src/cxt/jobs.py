@@ -8,15 +8,8 @@ import functools
 import os
 import sys
 
-from cxt.config import (
-    CHANGE_NO_RESULT,
-    lineage_of_parents,
-    model_config,
-    parent_of,
-    steps_per_epoch,
-    training_config,
-    training_settings,
-)
+from cxt.config import CHANGE_NO_RESULT, steps_per_epoch
+from cxt.configfile import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import read_mask

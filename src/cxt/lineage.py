@@ -16,7 +16,17 @@ STAGE_VERSION = {"simulate": 1, "preprocess": 1, "train": 1, "evaluate": 1}
 STAGE_SOURCES = {
     "simulate": ("scenarios.py", "simulate.py"),
     "preprocess": ("features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
-    "train": ("features.py", "targets.py", "dataset.py", "model.py", "adapter.py", "datamodule.py", "training.py", "train.py"),
+    "train": (
+        "features.py",
+        "targets.py",
+        "dataset.py",
+        "model.py",
+        "adapter.py",
+        "datamodule.py",
+        "training.py",
+        "fit.py",
+        "train.py",
+    ),
     "evaluate": ("features.py", "targets.py", "preprocess.py", "model.py", "adapter.py", "decode.py", "evaluate.py"),
 }
 """The modules whose code decides a stage's output."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from cxt.errors import BadRequest, nearest
+from cxt.files import atomic_write
 from cxt.scenarios import random_generator
-from cxt.store import atomic_write
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 """Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""

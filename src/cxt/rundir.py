@@ -17,8 +17,8 @@ from pathlib import Path
 import yaml
 
 from cxt.errors import BadRequest
+from cxt.files import atomic_write
 from cxt.lineage import file_sha256
-from cxt.store import atomic_write
 
 
 class RunDirectory:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tskit
 
-from cxt.config import load
+from cxt.configfile import load
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.scenarios import KINDS, NOT_PARAMETERS, autosomes, catalogue_models, leaves, simulate_one
 from cxt.schema import complete_part

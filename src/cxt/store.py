@@ -19,7 +19,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
 from cxt.errors import BadRequest
+from cxt.files import atomic_write
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "test")
@@ -51,18 +51,6 @@ class Entry:
     log_tmrca: np.ndarray  # (pairs, windows)
     mask: np.ndarray | None = None  # (sequence_length,) bool, True = inaccessible
     mask_offset: int = 0
-
-
-def atomic_write(path, data: bytes) -> None:
-    """Write *data* to a temporary name, flush it to disk, and rename it to *path*."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def write_shard(path, entries: list[Entry], attributes: dict) -> None:

@@ -7,12 +7,8 @@ weights, `--resume` continues this very run. Without one, training starts from r
 """
 
 import dataclasses
-import importlib.metadata
-import logging
 import os
-import platform
 import sys
-import warnings
 from pathlib import Path
 
 import jsonargparse
@@ -26,15 +22,14 @@ from cxt.config import (
     check_adapter_samples,
     check_inheritance,
     check_missingness,
-    read_yaml,
     steps_per_epoch,
 )
+from cxt.configfile import read_yaml
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.lineage import file_sha256
 from cxt.rundir import RunDirectory, newest_version, next_version
 from cxt.store import MANIFEST, read_manifest
 
-PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
 NOT_IN_IDENTITY = (
     "dataset_path", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", *CHANGE_NO_RESULT,
@@ -156,8 +151,6 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
 
 def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
     """Network and adapter of this run, checked against dataset and parent."""
-    if args.model not in PRESETS:
-        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
     is_adapter = args.adapter or args.resume_adapter is not None
     explicit = {
         key: getattr(args, key)
@@ -217,7 +210,7 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
 
 
 def read_parent(args):
-    """The parent checkpoint that the verb names, or None; BadRequest when it is of the other sort."""
+    """File and content of the checkpoint that the verb names, or (None, None); BadRequest when it is of the other sort."""
     from cxt.checkpoint import find_checkpoint, read_checkpoint
 
     if args.checkpoint is not None and args.resume_adapter is not None:
@@ -228,14 +221,14 @@ def read_parent(args):
         raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
     source = args.checkpoint or args.resume_adapter
     if source is None:
-        return None
+        return None, None
     path = find_checkpoint(source)
     parent = read_checkpoint(path)
     if args.checkpoint is not None and parent.adapter is not None:
         raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {source}")
     if args.resume_adapter is not None and parent.adapter is None:
         raise BadRequest(f"{path} has no adapter weights: use --checkpoint {source} --adapter")
-    return parent
+    return path, parent
 
 
 def settings_of(args) -> dict:
@@ -285,188 +278,56 @@ def open_run(args, identity: dict, settings: dict) -> RunDirectory:
     return run
 
 
-def fit(args, run_path: Path, *, manifest, parent, network, adapter, training, accelerator, devices, identity) -> None:
-    """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint."""
-    import pytorch_lightning as pl
-    import torch
-    from pytorch_lightning.callbacks import ModelCheckpoint
-    from pytorch_lightning.loggers import TensorBoardLogger
-    from pytorch_lightning.plugins.environments import LightningEnvironment
-    from pytorch_lightning.utilities.exceptions import SIGTERMException
-
-    from cxt.adapter import build_model
-    from cxt.checkpoint import load_weights, model_record, write_checkpoint
-    from cxt.datamodule import DataModule
-    from cxt.dataset import PairDataset
-    from cxt.targets import Grid
-    from cxt.training import Progress, Reseed, TrainingModule
-
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # features are cheaper than a worker
-    torch.set_num_threads(training.threads)
-    if accelerator == "gpu":
-        torch.set_float32_matmul_precision("medium")
-    world = len(devices) if isinstance(devices, list) else devices
-    name = args.name or args.model
-    grid = Grid(network.grid_low, network.grid_high, network.bins)
-    items = manifest["splits"]["train"]["items"]
-    steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
-    total_steps = training.epochs * steps
-    data = DataModule(
-        PairDataset(args.dataset_path, "train", grid=grid),
-        PairDataset(args.dataset_path, "test", grid=grid),
-        batch_size=training.batch_size,
-        seed=training.seed,
-        workers=training.workers,
-        validation_items=training.validation_items,
-    )
-    torch.manual_seed(training.seed)
-    model = build_model(network, adapter)
-    if parent is not None:
-        source = args.checkpoint or args.resume_adapter
-        fresh_adapter = args.resume_adapter is None and adapter is not None
-        target = model.backbone if fresh_adapter else model
-        weights = parent.state_dict
-        if fresh_adapter:
-            weights = {key.removeprefix("backbone."): value for key, value in weights.items()}
-        load_weights(target, weights, source=source)
-    precision = training.precision if accelerator == "gpu" else "32-true"
-    if precision != training.precision:
-        print(f"{name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
-    record = model_record(
-        network,
-        adapter,
-        name=name,
-        preset=args.model,
-        training=dataclasses.asdict(training),
-        lineage=args.lineage,
-        dataset={key: manifest[key] for key in ("window_size", "sequence_length", "samples", "missing")}
-        | {"sha256": identity["dataset"], "scales": list(manifest["scales"])},
-        parent=None if parent is None else {"name": parent.record["name"], "sha256": identity["parent"]},
-        accelerator=accelerator,
-        devices=world,
-        precision=precision,
-        threads=training.threads,
-        processor=platform.processor() or platform.machine(),
-        versions={package: importlib.metadata.version(package) for package in PACKAGES},
-    )
-    module = TrainingModule(model, training, record=record, total_steps=total_steps)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    effective = training.batch_size * training.grad_accum * world
-    run = RunDirectory(run_path)
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        print(
-            f"{name}: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, {items:,} items, "
-            f"effective batch {effective} ({training.batch_size} x {training.grad_accum} x {world}), {total_steps} steps, "
-            f"{precision} on {world} {accelerator}, {training.threads} threads",
-            flush=True,
-        )
-    saves = ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="last",
-        every_n_train_steps=training.save_every,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    trainer = pl.Trainer(
-        accelerator=accelerator,
-        devices=devices,
-        strategy="ddp" if world > 1 else "auto",
-        plugins=[LightningEnvironment()],
-        precision=precision,
-        max_epochs=training.epochs,
-        accumulate_grad_batches=training.grad_accum,
-        gradient_clip_val=training.grad_clip or None,
-        use_distributed_sampler=False,
-        logger=TensorBoardLogger(save_dir=run_path, name="", version="", default_hp_metric=False),
-        callbacks=[
-            saves,
-            Reseed(training.seed),
-            Progress(
-                name,
-                total_steps=total_steps,
-                items_per_batch=training.batch_size * world,
-                save_every=training.save_every,
-            ),
-        ],
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    last = run.last if run.last.exists() else None
-    if last is not None and trainer.is_global_zero:
-        print(f"{name}: continuing from {last}", flush=True)
-    try:
-        trainer.fit(module, data, ckpt_path=last, weights_only=True)
-    except SIGTERMException:
-        if trainer.is_global_zero:
-            saved = "its last save" if run.last.exists() else "the start: nothing was saved yet"
-            print(f"{name}: stopped by SIGTERM at step {trainer.global_step}; the next try continues from {saved}", flush=True)
-        sys.exit(143)  # Lightning's own status would be 0
-    if trainer.global_step != total_steps:
-        raise RuntimeError(f"{name}: training stopped at step {trainer.global_step} of {total_steps}")
-    if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise RuntimeError(
-            f"{name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)"
-        )
-    if trainer.is_global_zero:
-        record |= {"epoch": training.epochs - 1, "step": total_steps}
-        finished = run.checkpoints / f"{name}_epoch={training.epochs - 1}-step={total_steps}.ckpt"
-        write_checkpoint(finished, model.state_dict(), record)
-        run.finish(finished)
-
-
 def train(args) -> None:
-    """One run, from checked arguments to a published checkpoint."""
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    settings = settings_of(args)
-    training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
+    """One run, from parsed arguments to a published checkpoint."""
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
     accelerator, devices = choose_devices(args)
     manifest = read_manifest(args.dataset_path)
-    parent = read_parent(args)
+    parent_file, parent = read_parent(args)
     network, adapter = resolve_network(args, manifest, parent)
-    from cxt.checkpoint import find_checkpoint
-
     world = len(devices) if isinstance(devices, list) else devices
-    steps_per_epoch(
-        items=manifest["splits"]["train"]["items"],
-        batch_size=training.batch_size,
-        grad_accum=training.grad_accum,
-        world=world,
-    )
-    source = args.checkpoint or args.resume_adapter
+    items = manifest["splits"]["train"]["items"]
+    steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    settings = settings_of(args)
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in NOT_IN_IDENTITY},
         "devices": f"{world} {accelerator}",
         "lineage": args.lineage,
         "dataset": file_sha256(Path(args.dataset_path) / MANIFEST),
-        "parent": None if source is None else file_sha256(find_checkpoint(source)),
+        "parent": None if parent_file is None else file_sha256(parent_file),
     }
-    if rank == 0:
+    is_rank_0 = os.environ.get("LOCAL_RANK", "0") == "0"
+    if is_rank_0:
         run = open_run(args, identity, settings)
         os.environ[RUN_DIRECTORY_OF_RANK_0] = str(run.path)
     else:
         run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
     if run.finished_checkpoint() is None:
-        fit(
-            args,
-            run.path,
+        from cxt.fit import Plan, fit
+
+        plan = Plan(
+            name=args.name or args.model,
+            preset=args.model,
+            dataset_path=args.dataset_path,
             manifest=manifest,
-            parent=parent,
+            dataset_sha256=identity["dataset"],
             network=network,
             adapter=adapter,
             training=training,
+            parent=parent,
+            parent_file=None if parent_file is None else str(parent_file),
+            parent_sha256=identity["parent"],
+            resumes_adapter=args.resume_adapter is not None,
             accelerator=accelerator,
             devices=devices,
-            identity=identity,
+            lineage=args.lineage,
         )
+        fit(plan, run)
     else:
         print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
-    if rank == 0:
+    if is_rank_0:
         print(f"finished: {run.finished_checkpoint()}", flush=True)
         if args.out is not None:
             run.publish(args.out)

@@ -1,0 +1,261 @@
+"""The configuration: merging overlays, checking, and what it says of each model.
+
+`python -m cxt.configfilefile --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
+`python -m cxt.train --config FILE.yaml` reads.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import yaml
+
+from cxt.config import (
+    PRESETS,
+    SIZES,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
+    check_adapter_samples,
+    check_inheritance,
+    check_missingness,
+    pairs_of,
+)
+from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.files import atomic_write
+from cxt.schema import REPOSITORY, complete
+
+DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
+
+
+def merge(base: dict, overlay: dict) -> dict:
+    """*overlay* over *base* as Snakemake merges config files: mappings key by key, everything else replaced."""
+    result = dict(base)
+    for key, value in overlay.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def without_nulls(value):
+    """*value* without the mapping entries that are null: an overlay removes a key or an entry by `null`."""
+    if isinstance(value, dict):
+        return {key: without_nulls(child) for key, child in value.items() if child is not None}
+    return value
+
+
+def read_yaml(path) -> dict:
+    """The mapping in a YAML file; BadRequest if there is none."""
+    try:
+        value = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise BadRequest(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRequest(f"{path} holds no mapping")
+    return value
+
+
+def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
+    """The checked configuration: *configfiles* in order over the default one, defaults filled in.
+
+    Raises BadRequest for anything that `resolve` refuses.
+    """
+    config = read_yaml(default)
+    for path in configfiles:
+        config = merge(config, read_yaml(path))
+    return resolve(config)
+
+
+def resolve(config: dict) -> dict:
+    """*config* without nulls, checked against the schema and in itself, with defaults filled in."""
+    config = complete(without_nulls(config))
+    for name, dataset in config["datasets"].items():
+        _check_dataset(config, name, dataset)
+    for name in config["models"]:
+        _check_model(config, name)
+    for name in config["evaluation"]["simulations_of"]:
+        if name not in config["scenarios"]:
+            raise BadRequest(f"evaluation.simulations_of: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
+    return config
+
+
+def _check_dataset(config: dict, name: str, dataset: dict) -> None:
+    at = f"datasets.{name}"
+    for scenario in dataset["scenarios"]:
+        if scenario not in config["scenarios"]:
+            raise BadRequest(f"{at}.scenarios: unknown scenario '{scenario}'{nearest(scenario, config['scenarios'])}")
+        check_scenario_fits(scenario, config["scenarios"][scenario], at, dataset)
+    length, window = dataset["sequence_length"], dataset["window_size"]
+    if length % window:
+        raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
+    exist = pairs_of(dataset["samples"])
+    if dataset["pairs"] > exist:
+        raise BadRequest(f"{at}.pairs: {dataset['pairs']} asked, but {dataset['samples']} samples have {exist} pairs")
+    mask = dataset.get("mask", {})
+    if "path" in mask and not Path(mask["path"]).is_file():
+        raise BadRequest(f"{at}.mask.path: there is no file {mask['path']}")
+    if "path" not in mask and mask.get("length", length) < length:
+        raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
+
+
+def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
+    """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
+    if entry["sequence_length"] < dataset["sequence_length"]:
+        raise BadRequest(
+            f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{scenario}' simulates "
+            f"{entry['sequence_length']} bp"
+        )
+    if 2 * entry["individuals"] < dataset["samples"]:
+        raise BadRequest(
+            f"{at}.samples: {dataset['samples']} asked, but scenario '{scenario}' samples {entry['individuals']} individuals "
+            f"({2 * entry['individuals']} haplotypes)"
+        )
+
+
+def parent_of(model: dict) -> str | None:
+    """Name of the parent model, or None."""
+    return model.get("checkpoint", model.get("resume_adapter"))
+
+
+def lineage_of_parents(config: dict, name: str) -> list[str]:
+    """*name*, its parent, and so on to a model trained from scratch; BadRequest on unknown parents and cycles."""
+    chain = [name]
+    while (parent := parent_of(config["models"][chain[-1]])) is not None:
+        if parent not in config["models"]:
+            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{nearest(parent, config['models'])}")
+        if parent in chain:
+            raise BadRequest(f"models: a cycle of parents: {' <- '.join([*chain, parent])}")
+        chain.append(parent)
+    return chain
+
+
+def is_adapter(config: dict, name: str) -> bool:
+    """Whether the model has a sample-size adapter."""
+    model = config["models"][name]
+    return "adapter" in model or "resume_adapter" in model
+
+
+def _check_model(config: dict, name: str) -> None:
+    model = config["models"][name]
+    at = f"models.{name}"
+    if model["dataset"] not in config["datasets"]:
+        raise BadRequest(f"{at}.dataset: unknown dataset '{model['dataset']}'{nearest(model['dataset'], config['datasets'])}")
+    if "checkpoint" in model and "resume_adapter" in model:
+        raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` exclude each other")
+    chain = lineage_of_parents(config, name)
+    if "checkpoint" in model and is_adapter(config, chain[1]):
+        raise BadRequest(f"{at}.checkpoint: '{chain[1]}' is an adapter model; use `resume_adapter: {chain[1]}`")
+    if "resume_adapter" in model and not is_adapter(config, chain[1]):
+        raise BadRequest(f"{at}.resume_adapter: '{chain[1]}' has no adapter; use `checkpoint: {chain[1]}`")
+    if "adapter" in model and len(chain) == 1:
+        raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone: name one with `checkpoint`")
+    dataset = config["datasets"][model["dataset"]]
+    asked, exist = config["evaluation"]["pairs"], pairs_of(dataset["samples"])
+    if asked > exist:
+        raise BadRequest(f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of {at} have {exist} pairs")
+    for scenario in model.get("evaluation", []):
+        if scenario not in config["scenarios"]:
+            raise BadRequest(f"{at}.evaluation: unknown scenario '{scenario}'{nearest(scenario, config['scenarios'])}")
+        check_scenario_fits(scenario, config["scenarios"][scenario], f"{at}.evaluation", dataset)
+    network = model_config(config, name)
+    training_config(config, name)
+    if len(chain) > 1:
+        parent = config["datasets"][config["models"][chain[1]]["dataset"]]
+        check_inheritance(
+            child=at,
+            network=network,
+            parent=chain[1],
+            parent_network=model_config(config, chain[1]),
+            dataset=model["dataset"],
+            scales=dataset["scales"],
+            parent_scales=parent["scales"],
+            samples_in=dataset["samples"],
+            parent_samples_in=parent["samples"],
+            fresh_adapter="adapter" in model and "checkpoint" in model,
+            missing="mask" in dataset,
+        )
+    check_missingness(at, network, model["dataset"], "mask" in dataset)
+    if is_adapter(config, name):
+        check_adapter_samples(at, model["dataset"], dataset["samples"], network.samples)
+
+
+def model_config(config: dict, name: str) -> ModelConfig:
+    """The network of model *name*: preset, sizes inherited from the parents, own sizes, shape of the dataset."""
+    chain = lineage_of_parents(config, name)
+    model = config["models"][name]
+    sizes: dict = {}
+    for ancestor in reversed(chain):
+        architecture = config["models"][ancestor].get("architecture", {})
+        if ancestor == chain[-1]:
+            sizes = {key: getattr(PRESETS[config["models"][ancestor]["preset"]], key) for key in SIZES}
+        sizes |= {key: value for key, value in architecture.items() if key in SIZES}
+    own = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
+    dataset = config["datasets"][model["dataset"]]
+    # The backbone of an adapter model keeps the samples of the model that it was first trained as.
+    backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
+    shape = {
+        "windows": dataset["sequence_length"] // dataset["window_size"],
+        "window_size": dataset["window_size"],
+        "scales": len(dataset["scales"]),
+        "samples": config["datasets"][config["models"][backbone]["dataset"]]["samples"],
+    }
+    return dataclasses.replace(PRESETS[model["preset"]], **(sizes | own | shape))
+
+
+def adapter_config(config: dict, name: str) -> AdapterConfig | None:
+    """The adapter of model *name*, settings inherited from the adapter it resumes; None for a plain model."""
+    if not is_adapter(config, name):
+        return None
+    settings: dict = {}
+    for ancestor in reversed(lineage_of_parents(config, name)):
+        settings |= config["models"][ancestor].get("adapter", {})
+    return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
+
+
+def training_config(config: dict, name: str) -> TrainingConfig:
+    """The training settings of model *name*; `devices` is the rule's resource, not a setting of the trainer."""
+    settings = config["training"] | config["models"][name].get("training", {})
+    settings = {key: value for key, value in settings.items() if key != "devices"}
+    return TrainingConfig(**settings)
+
+
+def training_settings(config: dict, name: str) -> dict:
+    """Model *name*'s settings as `python -m cxt.train --config` reads them: flat, one key per flag."""
+    network = model_config(config, name)
+    settings = {"model": config["models"][name]["preset"], "name": name}
+    for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
+        settings[key] = getattr(network, key)
+    settings |= dataclasses.asdict(training_config(config, name))
+    adapter = adapter_config(config, name)
+    if adapter is not None:
+        settings |= {
+            "adapter": True,
+            "adapter_samples": adapter.samples,
+            "adapter_bottleneck": adapter.bottleneck,
+            "adapter_dropout": adapter.dropout,
+            "unfreeze_strategy": adapter.unfreeze_strategy,
+            "last_n": adapter.last_n,
+            "overwrite_bin0": adapter.overwrite_bin0,
+        }
+    return settings
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cxt.configfile", description="Write one model's training settings as YAML."
+    )
+    parser.add_argument("--spec", required=True, help="the settings as JSON")
+    parser.add_argument("--out", required=True, type=Path, help="YAML file to write")
+    args = parser.parse_args()
+    try:
+        settings = json.loads(args.spec)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"--spec is not valid JSON: {error}") from None
+    atomic_write(args.out, yaml.safe_dump(settings, sort_keys=True).encode())
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)
