@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
-SNAKEMAKE := $(VENV)/bin/snakemake --cores $(CORES) --rerun-incomplete --show-failed-logs
+SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
 .PHONY: help run all test lint format clean
 

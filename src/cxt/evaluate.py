@@ -25,6 +25,10 @@ from cxt.simulate import read_batch
 from cxt.store import Entry
 from cxt.targets import Grid
 
+SPEC_KEYS = {
+    "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
+}  # fmt: skip
+
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
 """Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
 
@@ -319,6 +323,9 @@ def main() -> None:
         spec, batches = json.loads(args.spec), json.loads(args.batches)
     except json.JSONDecodeError as error:
         raise BadRequest(f"--spec or --batches is not valid JSON: {error}") from None
+    lacking = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
+    if lacking:
+        raise BadRequest(f"--spec lacks {', '.join(lacking)}")
     if args.devices:
         import torch
 

@@ -1,0 +1,62 @@
+"""What README says can be done, done."""
+
+import re
+import shlex
+
+import yaml
+from conftest import REPOSITORY, run_python
+
+from cxt.configfile import load
+from cxt.train import build_parser, check_config_keys
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_python_runs(workflow):
+    (code,) = blocks("python")
+    done = run_python("-c", code, cwd=workflow, env={"CXT_CHECKPOINT_CACHE": ""})
+    assert "Item(scenario='constant', index=0" in done.stdout
+    assert "torch.Size([1, 10, 324])" in done.stdout
+
+
+def test_published_commands_parse():
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if line.startswith("python -m cxt.train")]
+    assert len(commands) == 6
+    parser = build_parser()
+    for command in commands:
+        words = shlex.split(command)[3:]
+        check_config_keys(words, parser)
+        assert parser.parse_args(words).gpus == [0, 1, 2]
+
+
+def test_a_checkpoint_of_ones_own_is_planned(tmp_path):
+    (text,) = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    assert "my_cattle" in load([tmp_path / "mine.yaml"])["models"]
+    (command,) = [line for line in "\n".join(blocks("sh")).splitlines() if "mine.yaml" in line]
+    words = shlex.split(command)[1:]
+    done = run_python("-m", "snakemake", "-n", "-s", REPOSITORY / "Snakefile", "--directory", tmp_path, *words, cwd=tmp_path)
+    assert "train_my_cattle" in done.stdout + done.stderr
+    assert "train_narrow" not in done.stdout + done.stderr
+
+
+def test_paper_commands_are_planned(tmp_path):
+    commands = [line for line in "\n".join(blocks("sh")).splitlines() if "config/paper.yaml" in line]
+    assert len(commands) == 2
+    for command in commands:
+        words = [str(tmp_path) if word == "runs/paper" else word for word in shlex.split(command)[1:]]
+        done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY)
+        assert "train_broad_w200" in done.stdout + done.stderr
+
+
+def test_layout_is_described():
+    text = (REPOSITORY / "results" / "README.md").read_text()
+    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "config/"):
+        assert word in text
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "MIT"
