@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt import jobs
-from cxt.configfile import resolve, training_config, training_settings
+from cxt.configfile import read_yaml, resolve, training_config, training_settings
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
 
@@ -15,6 +15,8 @@ from cxt.lineage import canonical
 def checked(config):
     """The configuration with defaults, or exit status 2 and one message before anything runs."""
     try:
+        for path in workflow.configfiles:
+            read_yaml(path)  # refuses keys given twice, which Snakemake does not
         config = resolve(config)
         jobs.check_plan(config)
         check_targets(config)
@@ -58,6 +60,15 @@ wildcard_constraints:
 
 def leaf_and_start(wildcards):
     return jobs.leaf_of(config, wildcards.leaf), int(wildcards.start)
+
+
+def map_of_batch(wildcards):
+    """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
+    try:
+        return jobs.map_of_batch(*leaf_and_start(wildcards))
+    except BadRequest as error:
+        print(f"cxt: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def simulate_spec(wildcards):

@@ -1,7 +1,32 @@
-# Stage 1. Inputs: none. Outputs: results/simulations/<leaf>/<start>.trees.batch, one file per batch.
+# Stage 1. Inputs: a genetic map in stdpopsim's cache, for scenarios that have one.
+# Outputs: results/simulations/<leaf>/<start>.trees.batch, one file per batch.
+
+# One rule for each genetic map that is not in the cache yet; one that is there is an input that no rule makes, so that
+# Snakemake never deletes it. Local, because nodes of a cluster often have no network.
+for path, spec in jobs.maps_to_fetch(config).items():
+
+    rule:
+        name:
+            f"genetic_map_{spec['species']}_{spec['genetic_map']}"
+        output:
+            path,
+        log:
+            f"results/logs/simulate/map-{spec['species']}-{spec['genetic_map']}.log",
+        localrule: True
+        conda:
+            "../envs/simulate.yaml"
+        params:
+            species=spec["species"],
+            genetic_map=spec["genetic_map"],
+            scenario=spec["name"],
+        shell:
+            "exec &> {log:q}; exec python -m cxt.catalogue"
+            " --species {params.species:q} --genetic-map {params.genetic_map:q} --scenario {params.scenario:q}"
 
 
 rule simulate:
+    input:
+        genetic_map=map_of_batch,
     output:
         "results/simulations/{leaf}/{start}.trees.batch",
     log:

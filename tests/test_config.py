@@ -19,7 +19,7 @@ from cxt.configfile import (
     without_nulls,
 )
 from cxt.errors import BadRequest
-from cxt.scenarios import KINDS
+from cxt.kinds import KINDS
 from cxt.schema import defaults_of, document, load_schema
 
 

@@ -11,8 +11,9 @@ from conftest import build_dataset, constant_scenario, run_python
 from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.dataset import model_input
 from cxt.errors import BadRequest
+from cxt.kinds import simulate_one
 from cxt.preprocess import planned_shards, preprocess_one
-from cxt.scenarios import leaves, simulate_one
+from cxt.scenarios import leaves
 from cxt.store import read_manifest, read_shard, write_manifest
 from cxt.targets import Grid
 

@@ -22,8 +22,9 @@ from cxt.evaluate import (
     pearson_per_pair,
     table,
 )
+from cxt.kinds import simulate_one
 from cxt.preprocess import preprocess_one
-from cxt.scenarios import EVALUATION_START, leaves, simulate_one
+from cxt.scenarios import EVALUATION_START, leaves
 from cxt.simulate import write_batch
 from cxt.targets import Grid
 

@@ -8,22 +8,11 @@ import stdpopsim
 import tskit
 from conftest import constant_scenario, run_python, simulate
 
+from cxt.catalogue import autosomes, catalogue_models, sampled_today
+from cxt.demographies import island_samples, zigzag
 from cxt.errors import BadRequest
-from cxt.scenarios import (
-    EVALUATION_START,
-    Leaf,
-    autosomes,
-    batches,
-    catalogue_models,
-    check_scenarios,
-    island_samples,
-    leaves,
-    random_generator,
-    sampled_today,
-    simulate_one,
-    split_of,
-    split_size,
-)
+from cxt.kinds import check_scenarios, simulate_one
+from cxt.scenarios import EVALUATION_START, Leaf, batches, leaves, random_generator, split_of, split_size
 from cxt.simulate import read_batch, write_batch
 from cxt.targets import check_genealogies
 
@@ -73,25 +62,7 @@ def test_parametric_demographies():
 
 def test_sawtooth_history():
     """The zig-zag: size after integrating the growth rates, at the ends of its first epochs."""
-    import msprime
-
-    from cxt import scenarios
-
-    built = {}
-
-    def spy(spec, demography, samples, rng):
-        built["debug"] = demography.debug()
-        raise StopIteration
-
-    original = scenarios._infinite_sites
-    scenarios._infinite_sites = spy
-    try:
-        with pytest.raises(StopIteration):
-            scenarios._sawtooth(spec_of(SPECS[1]), None)
-    finally:
-        scenarios._infinite_sites = original
-    assert isinstance(built["debug"], msprime.DemographyDebugger)
-    size = built["debug"].population_size_trajectory([20, 30, 200, 30_000_000])[:, 0]
+    size = zigzag(20_000, 3).debug().population_size_trajectory([20, 30, 200, 30_000_000])[:, 0]
     expected = 20_000 * np.exp(-10 * 6437.7516497364 / 4e4)
     assert size[0] == pytest.approx(20_000)
     assert size[1] == pytest.approx(expected)

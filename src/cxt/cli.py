@@ -6,7 +6,9 @@ import sys
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 
 COMMANDS = {
+    "plan": "what a configuration will cost: simulations, steps, bytes, hours",
     "simulate": "one batch of tree sequences",
+    "trees": "take one tree sequence out of a batch",
     "preprocess": "shards and manifest of a dataset, synthetic masks",
     "train": "one checkpoint",
     "evaluate": "a checkpoint on held-out simulations, and the accuracy table",

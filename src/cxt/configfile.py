@@ -1,6 +1,6 @@
 """The configuration: merging overlays, checking, and what it says of each model.
 
-`python -m cxt.configfilefile --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
+`python -m cxt.configfile --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
 `python -m cxt.train --config FILE.yaml` reads.
 """
 
@@ -22,9 +22,11 @@ from cxt.config import (
     check_missingness,
     pairs_of,
 )
+from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
-from cxt.schema import REPOSITORY, complete
+from cxt.scenarios import NOT_PARAMETERS, check_leaves
+from cxt.schema import REPOSITORY, complete, complete_part
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
 
@@ -45,14 +47,30 @@ def without_nulls(value):
     return value
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, where PyYAML silently takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key != "<<" and key in seen:
+                line = key_node.start_mark.line + 1
+                raise BadRequest(f"'{key}' is given twice in one mapping (line {line}); take one of the two away")
+            seen.add(key if isinstance(key, str) else None)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file; BadRequest if there is none."""
+    """The mapping in a YAML file; BadRequest if there is none, or a key is given twice."""
     try:
-        value = yaml.safe_load(Path(path).read_text())
+        value = yaml.load(Path(path).read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise BadRequest(f"{path} is not valid YAML: {error}") from None
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"{path} holds no mapping")
     return value
@@ -70,25 +88,90 @@ def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
 
 
 def resolve(config: dict) -> dict:
-    """*config* without nulls, checked against the schema and in itself, with defaults filled in."""
+    """*config* without nulls, checked against the schema and in itself, with defaults filled in.
+
+    Demes files are replaced by their content, and scenario sets by the scenarios in them.
+    """
+    scenarios = config.get("scenarios")
+    removed = {name for name, entry in scenarios.items() if entry is None} if isinstance(scenarios, dict) else set()
     config = complete(without_nulls(config))
+    for name, entry in config["scenarios"].items():
+        _check_scenario(name, entry)
+    _check_names(config)
+    _fill_sets(config, removed)
     for name, dataset in config["datasets"].items():
         _check_dataset(config, name, dataset)
     for name in config["models"]:
         _check_model(config, name)
-    for name in config["evaluation"]["simulations_of"]:
+    evaluation = config["evaluation"]
+    evaluation["simulations_of"] = {k: v for k, v in evaluation["simulations_of"].items() if k not in removed}
+    for name in evaluation["simulations_of"]:
         if name not in config["scenarios"]:
             raise BadRequest(f"evaluation.simulations_of: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
     return config
 
 
+def _check_scenario(name: str, entry: dict) -> None:
+    """Check a scenario's sweep, and put the content of a Demes file in the place of its path."""
+    at = f"scenarios.{name}"
+    base = {key: value for key, value in entry.items() if key not in NOT_PARAMETERS}
+    for row in entry.get("combinations", []):
+        complete_part(base | row, entry["kind"], leave_out=NOT_PARAMETERS, at=f"{at}.combinations")
+    if entry["kind"] == "demes":
+        entry["demography"] = read_demes(entry["demography"], at=at)
+    check_leaves(name, entry)
+
+
+def _check_names(config: dict) -> None:
+    """BadRequest if names of scenarios differ in case only (some file systems do not), or are also names of sets."""
+    first: dict[str, str] = {}
+    for name in config["scenarios"]:
+        other = first.setdefault(name.casefold(), name)
+        if other != name:
+            raise BadRequest(f"scenarios '{other}' and '{name}' differ in case only; rename one of them")
+        if name in config["scenario_sets"]:
+            raise BadRequest(f"'{name}' names both a scenario and a scenario set; rename one of them")
+
+
+def _fill_sets(config: dict, removed: set[str]) -> None:
+    """Replace names of sets by the scenarios in them, each once and in order, wherever scenarios are listed."""
+    scenarios, sets = config["scenarios"], config["scenario_sets"]
+    for name, members in sets.items():
+        for member in members:
+            if member not in scenarios and member not in removed:
+                raise BadRequest(f"scenario_sets.{name}: unknown scenario '{member}'{nearest(member, scenarios)}")
+
+    def filled(names, at: str) -> list[str]:
+        result: dict[str, None] = {}
+        for name in [names] if isinstance(names, str) else names:
+            if name not in scenarios and name not in sets:
+                raise BadRequest(f"{at}: unknown scenario '{name}'{nearest(name, [*scenarios, *sets])}")
+            result |= dict.fromkeys(member for member in sets.get(name, [name]) if member in scenarios)
+        return list(result)
+
+    for name, dataset in config["datasets"].items():
+        dataset["scenarios"] = filled(dataset["scenarios"], f"datasets.{name}.scenarios")
+        if not dataset["scenarios"]:
+            raise BadRequest(f"datasets.{name}.scenarios: the sets named hold no scenario any more; name at least one")
+    for name, model in config["models"].items():
+        if "evaluation" in model:
+            model["evaluation"] = filled(model["evaluation"], f"models.{name}.evaluation")
+
+
 def _check_dataset(config: dict, name: str, dataset: dict) -> None:
     at = f"datasets.{name}"
-    for scenario in dataset["scenarios"]:
-        if scenario not in config["scenarios"]:
-            raise BadRequest(f"{at}.scenarios: unknown scenario '{scenario}'{nearest(scenario, config['scenarios'])}")
-        check_scenario_fits(scenario, config["scenarios"][scenario], at, dataset)
     length, window = dataset["sequence_length"], dataset["window_size"]
+    for scenario in dataset["scenarios"]:
+        entry = config["scenarios"][scenario]
+        if not entry["simulations"]:
+            raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
+        check_scenario_fits(scenario, entry, at, dataset)
+        regions = dataset["regions_per_simulation"]
+        if regions * length > entry["sequence_length"]:
+            raise BadRequest(
+                f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
+                f"{entry['sequence_length']} bp of scenario '{scenario}'"
+            )
     if length % window:
         raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
     exist = pairs_of(dataset["samples"])
@@ -101,6 +184,11 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
         raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
 
 
+def individuals_of(entry: dict) -> int:
+    """Diploid individuals that a scenario samples."""
+    return sum(entry["samples"].values()) if entry["kind"] == "demes" else entry["individuals"]
+
+
 def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
     """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
     if entry["sequence_length"] < dataset["sequence_length"]:
@@ -108,10 +196,11 @@ def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> N
             f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{scenario}' simulates "
             f"{entry['sequence_length']} bp"
         )
-    if 2 * entry["individuals"] < dataset["samples"]:
+    individuals = individuals_of(entry)
+    if 2 * individuals < dataset["samples"]:
         raise BadRequest(
-            f"{at}.samples: {dataset['samples']} asked, but scenario '{scenario}' samples {entry['individuals']} individuals "
-            f"({2 * entry['individuals']} haplotypes)"
+            f"{at}.samples: {dataset['samples']} asked, but scenario '{scenario}' samples {individuals} individuals "
+            f"({2 * individuals} haplotypes)"
         )
 
 
@@ -157,8 +246,6 @@ def _check_model(config: dict, name: str) -> None:
     if asked > exist:
         raise BadRequest(f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of {at} have {exist} pairs")
     for scenario in model.get("evaluation", []):
-        if scenario not in config["scenarios"]:
-            raise BadRequest(f"{at}.evaluation: unknown scenario '{scenario}'{nearest(scenario, config['scenarios'])}")
         check_scenario_fits(scenario, config["scenarios"][scenario], f"{at}.evaluation", dataset)
     network = model_config(config, name)
     training_config(config, name)

@@ -69,7 +69,9 @@ class PairDataset(Dataset):
         self.pairs_per_simulation = self.manifest["pairs"]
         self._scenarios: list[str] = []
         self._scenario_of: list[int] = []
-        parts: dict[str, list] = {key: [] for key in ("packed", "derived", "window", "pairs", "log_tmrca", "missing", "index")}
+        parts: dict[str, list] = {
+            key: [] for key in ("packed", "derived", "window", "pairs", "log_tmrca", "missing", "index", "start")
+        }
         offsets = [np.zeros(1, dtype=np.int64)]
         for row in self.manifest["splits"][split]["shards"]:
             self._add_shard(row, parts, offsets)
@@ -82,6 +84,7 @@ class PairDataset(Dataset):
         self._log_tmrca = stacked.get("log_tmrca")
         self._missing = stacked.get("missing")
         self._index = stacked.get("index")
+        self._start = stacked.get("start")
         # No bin of any window can hold more sites than a simulation has.
         most = int(np.diff(self._offsets).max(initial=0))
         self._dtype = np.int16 if most <= np.iinfo(np.int16).max else np.int32
@@ -94,7 +97,7 @@ class PairDataset(Dataset):
         parts["packed"].append(arrays["genotypes"])
         parts["derived"].append(np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.int32))
         parts["window"].append(window_of(arrays["positions"], window_size=self.manifest["window_size"], windows=self.windows))
-        for key in ("pairs", "log_tmrca", "index"):
+        for key in ("pairs", "log_tmrca", "index", "start"):
             parts[key].append(arrays[key])
         offsets.append(arrays["site_offsets"][1:] + offsets[-1][-1])
         if self.manifest["missing"]:
@@ -116,8 +119,13 @@ class PairDataset(Dataset):
     def describe(self, i: int) -> Item:
         """Scenario, simulation index and pair of item *i*."""
         simulation, pair = self._locate(i)
-        a, b = self._pairs[simulation, pair]
-        return Item(self._scenarios[self._scenario_of[simulation]], int(self._index[simulation]), (int(a), int(b)))
+        a, b = map(int, self._pairs[simulation, pair])
+        scenario = self._scenarios[self._scenario_of[simulation]]
+        return Item(scenario, int(self._index[simulation]), (a, b))
+
+    def start(self, i: int) -> int:
+        """Where in its simulation item *i* begins, in base pairs; not 0 only with several regions per simulation."""
+        return int(self._start[self._locate(i)[0]])
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not -len(self) <= i < len(self):

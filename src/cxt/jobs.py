@@ -8,13 +8,15 @@ import functools
 import os
 import sys
 
+from cxt.catalogue import check_map_can_be_had, map_file
 from cxt.config import CHANGE_NO_RESULT, steps_per_epoch
 from cxt.configfile import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
+from cxt.kinds import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import read_mask
 from cxt.preprocess import planned_shards
-from cxt.scenarios import EVALUATION_START, Leaf, batches, check_scenarios, leaves, split_size
+from cxt.scenarios import EVALUATION_START, Leaf, batches, leaves, scenario_of, split_size
 from cxt.schema import REPOSITORY
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
@@ -27,7 +29,7 @@ def leaves_of(config: dict, scenarios: list[str]) -> list[Leaf]:
 
 def leaf_of(config: dict, name: str) -> Leaf:
     """The leaf scenario called *name*."""
-    return next(leaf for leaf in leaves_of(config, list(config["scenarios"])) if leaf.name == name)
+    return next(leaf for leaf in leaves_of(config, [scenario_of(name)]) if leaf.name == name)
 
 
 def check_plan(config: dict) -> None:
@@ -71,7 +73,14 @@ def check_plan(config: dict) -> None:
 def items(config: dict, dataset: str, split: str) -> int:
     """Training examples in one split of a dataset."""
     entry = config["datasets"][dataset]
-    return entry["pairs"] * sum(split_size(0, leaf.simulations, split) for leaf in leaves_of(config, entry["scenarios"]))
+    simulations = sum(split_size(0, leaf.simulations, split) for leaf in leaves_of(config, entry["scenarios"]))
+    return items_per_simulation(config, dataset) * simulations
+
+
+def items_per_simulation(config: dict, dataset: str) -> int:
+    """Training examples that a dataset takes from one simulation: pairs of each region."""
+    entry = config["datasets"][dataset]
+    return entry["pairs"] * entry["regions_per_simulation"]
 
 
 def put_package_on_path() -> None:
@@ -93,22 +102,45 @@ def batch_path(leaf: str, start: int) -> str:
 
 def batch_count(config: dict, leaf: Leaf, start: int) -> int:
     """Simulations in the batch of *leaf* that begins at *start*; BadRequest if no batch begins there."""
-    scenario = leaf.spec["name"].split("-")[0]
-    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(evaluation_starts(config, scenario, leaf))
+    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(evaluation_starts(config, leaf))
     if start not in counts:
         raise BadRequest(f"no batch of '{leaf.name}' begins at {start}; there are {', '.join(map(str, counts))}")
     return counts[start]
 
 
-def evaluation_starts(config: dict, scenario: str, leaf: Leaf) -> list[tuple[int, int]]:
+def evaluation_starts(config: dict, leaf: Leaf) -> list[tuple[int, int]]:
     """(first index, count) of the evaluation batches of a leaf."""
     evaluation = config["evaluation"]
-    simulations = evaluation["simulations_of"].get(scenario, evaluation["simulations"])
+    simulations = evaluation["simulations_of"].get(scenario_of(leaf.name), evaluation["simulations"])
     return batches(simulations=simulations, batch=leaf.batch, start=EVALUATION_START)
 
 
 def batch_lineage(config: dict, leaf: Leaf, start: int, count: int) -> str:
     return stage_lineage("simulate", leaf.spec, config["seed"], start, count)
+
+
+def maps_to_fetch(config: dict) -> dict[str, dict]:
+    """{file that fetching makes: spec of a leaf that needs it} for the genetic maps that are not in stdpopsim's cache."""
+    result = {}
+    for leaf in leaves_of(config, list(config["scenarios"])):
+        if "genetic_map" in leaf.spec and not (path := map_file(leaf.spec)).exists():
+            result.setdefault(str(path), leaf.spec)
+    return result
+
+
+def map_of_batch(leaf: Leaf, start: int) -> list[str]:
+    """The genetic map that a batch needs, as a list of inputs: one file in stdpopsim's cache or none.
+
+    Raises
+    ------
+    BadRequest
+        If the batch is still to be simulated and the map can neither be found nor fetched.
+    """
+    if "genetic_map" not in leaf.spec:
+        return []
+    if not os.path.exists(batch_path(leaf.name, start)):
+        check_map_can_be_had(leaf.spec)
+    return [str(map_file(leaf.spec))]
 
 
 # Stage 2
@@ -226,7 +258,8 @@ def training_memory_mb(config: dict, name: str) -> int:
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))
     windows = dataset["sequence_length"] // dataset["window_size"]
-    in_memory = simulations * (4 * dataset["pairs"] * windows + 16 * 20_000) / 1e6
+    per_region = 4 * dataset["pairs"] * windows + 16 * 20_000
+    in_memory = simulations * dataset["regions_per_simulation"] * per_region / 1e6
     return max(1, devices(config, name)) * int(4000 + 1.5 * in_memory)
 
 
@@ -264,7 +297,7 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
         {"path": batch_path(leaf.name, start), "scenario": leaf.name, "start": start, "count": count}
         for scenario in evaluation_scenarios(config, model)
         for leaf in leaves(scenario, config["scenarios"][scenario])
-        for start, count in evaluation_starts(config, scenario, leaf)
+        for start, count in evaluation_starts(config, leaf)
     ]
 
 

@@ -10,11 +10,11 @@ import hashlib
 import json
 from pathlib import Path
 
-STAGE_VERSION = {"simulate": 1, "preprocess": 1, "train": 1, "evaluate": 1}
+STAGE_VERSION = {"simulate": 2, "preprocess": 2, "train": 1, "evaluate": 1}
 """Raise one of these and everything from that stage on is made again."""
 
 STAGE_SOURCES = {
-    "simulate": ("scenarios.py", "simulate.py"),
+    "simulate": ("scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
     "preprocess": ("features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
     "train": (
         "features.py",

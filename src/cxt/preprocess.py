@@ -31,14 +31,20 @@ def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.nd
     return np.stack([first[chosen], second[chosen]], axis=1)
 
 
-def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None) -> Entry:
-    """One simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
+def region_start(region: int, *, regions: int, length: float) -> int:
+    """Where region 0, 1, … of *regions* begins, spread evenly over a simulation of *length* base pairs; 0 for the first."""
+    return region * int(length // regions)
+
+
+def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> Entry:
+    """One region of a simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
 
     Parameters
     ----------
-    ts : tree sequence made by `cxt.scenarios.simulate_one`
-    spec : the dataset's window_size, sequence_length, samples and pairs
+    ts : tree sequence made by `cxt.kinds.simulate_one`
+    spec : the dataset's window_size, sequence_length, samples, pairs and regions_per_simulation (default 1)
     mask : accessibility mask of a chromosome, True = inaccessible, or None
+    region : which of the simulation's regions; 0 begins at its start
 
     Raises
     ------
@@ -48,23 +54,31 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None) -> Entry:
     identity = ts.metadata["cxt"]
 
     def rng(purpose: str) -> np.random.Generator:
+        purpose = f"{purpose}-{region}" if region else purpose
         return random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
 
+    length = spec["sequence_length"]
+    start = region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)
+    if start + length > ts.sequence_length:
+        raise BadRequest(
+            f"region {region} of {length} bp begins at {start}; the tree sequence has only {ts.sequence_length:g} bp"
+        )
     if ts.num_samples < spec["samples"]:
         raise BadRequest(f"{spec['samples']} samples asked, the tree sequence has {ts.num_samples}")
     if ts.num_samples > spec["samples"]:
         ts = ts.simplify(ts.samples()[: spec["samples"]])
+    if start:
+        ts = ts.keep_intervals([[start, start + length]]).trim()
     pairs = choose_pairs(rng("pairs"), samples=spec["samples"], pairs=spec["pairs"])
-    log_tmrca = pair_log_tmrca(ts, pairs, window_size=spec["window_size"], sequence_length=spec["sequence_length"])
+    log_tmrca = pair_log_tmrca(ts, pairs, window_size=spec["window_size"], sequence_length=length)
     crop, offset = None, 0
     if mask is not None:
-        crop, offset = cut_mask(mask, length=spec["sequence_length"], rng=rng("mask"))
-    genotypes, positions = usable_sites(
-        ts.genotype_matrix(), ts.sites_position, sequence_length=spec["sequence_length"], mask=crop
-    )
+        crop, offset = cut_mask(mask, length=length, rng=rng("mask"))
+    genotypes, positions = usable_sites(ts.genotype_matrix(), ts.sites_position, sequence_length=length, mask=crop)
     return Entry(
         scenario=identity["scenario"],
         index=identity["index"],
+        start=start,
         mutation_rate=identity["mutation_rate"],
         genotypes=pack_haplotypes(genotypes),
         positions=positions,
@@ -87,7 +101,8 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
         if split_of(identity["index"]) != split:
             continue
         try:
-            entries.append(preprocess_one(ts, spec, mask=mask))
+            for region in range(spec.get("regions_per_simulation", 1)):
+                entries.append(preprocess_one(ts, spec, mask=mask, region=region))
         except BadRequest as error:
             raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
     if not entries:
@@ -95,7 +110,7 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
     write_shard(out, entries, attributes)
-    return len(entries)
+    return len({entry.index for entry in entries})
 
 
 def planned_shards(leaves: dict[str, tuple[int, int]]) -> dict[str, list[str]]:

@@ -69,6 +69,10 @@ def _expected(node: dict) -> str:
     return " ".join([words, *(f"{text} {node[key]}" for key, text in limits.items() if key in node)])
 
 
+def _is_list_of_mappings(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
 def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
     node = _resolve(node)
     defaults = defaults and not node.get("withoutDefaults", False)
@@ -102,8 +106,10 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
             result[key] = _complete(child, open_to, where, errors, defaults)
         else:
             errors.append(f"{where}: unknown key{nearest(key, properties)}")
+    rows = value.get("combinations")
+    given = set.intersection(*(set(row) for row in rows)) if _is_list_of_mappings(rows) else set()
     for key in node.get("required", []):
-        if key not in value:
+        if key not in value and key not in given:
             errors.append(f"{path or 'config'}: `{key}` is missing ({_resolve(properties[key])['description']})")
     if defaults:
         for key, child in properties.items():
@@ -174,9 +180,11 @@ def document() -> str:
     out = [
         "# The configuration",
         "",
-        "`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale. Use an overlay of",
-        "your own with `snakemake --configfile my.yaml …`: it is merged over the default key by key, lists are replaced whole,",
-        "and `null` removes a key or an entry. Write numbers as `1.0e-8`; YAML reads `1e-8` as text.",
+        "`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale, and",
+        "`paper_script.yaml` a second one, over that, with what the published script asked for but did not get. `examples/`",
+        "has scenarios of your own. Use an overlay with `snakemake --configfile my.yaml …`: it is merged over the default key",
+        "by key, lists are replaced whole, and `null` removes a key or an entry. Write numbers as `1.0e-8`; YAML reads `1e-8`",
+        "as text.",
         "",
         "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.schema > config/README.md`.",
         "",
@@ -188,7 +196,10 @@ def document() -> str:
         "constant": "`scenarios.<name>` with `kind: constant`",
         "sawtooth": "`scenarios.<name>` with `kind: sawtooth`",
         "island": "`scenarios.<name>` with `kind: island`",
+        "hard_sweep": "`scenarios.<name>` with `kind: hard_sweep`",
         "stdpopsim": "`scenarios.<name>` with `kind: stdpopsim`",
+        "demes": "`scenarios.<name>` with `kind: demes`",
+        "msprime": "`scenarios.<name>` with `kind: msprime`",
         "dataset": "`datasets.<name>`",
         "model": "`models.<name>`",
         "architecture": "`models.<name>.architecture`",

@@ -3,12 +3,16 @@
     python -m cxt.simulate --spec JSON --start 0 --count 100 --seed 1 --out constant-0.trees.batch
     python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
 
-`tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing.
+`tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing, and
+`python -m cxt.trees` takes one out.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,23 +22,41 @@ import tskit
 
 from cxt.configfile import load
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.scenarios import KINDS, NOT_PARAMETERS, autosomes, catalogue_models, leaves, simulate_one
+from cxt.kinds import KINDS, check_leaf, simulated_tables
+from cxt.lineage import canonical
+from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
+
+
+def reproduce(spec: dict, *, index: int, seed: int) -> str:
+    """Which simulation this is, and the command that makes it alone, in words."""
+    words = ["--spec", canonical(spec), "--start", str(index), "--count", "1", "--seed", str(seed), "--out", "one.trees.batch"]
+    return (
+        f"This was simulation {index} of '{spec['name']}' with seed {seed}. To reproduce it alone:\n"
+        f"  {shlex.join(['python', '-m', 'cxt.simulate', *words])}"
+    )
 
 
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress=None) -> None:
     """Simulate indices start..start+count-1 of a leaf scenario into one file, which appears only when complete.
 
-    *progress*, if given, is called with the number of simulations done after each.
+    One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated.
+    An exception says which simulation it came from, and how to reproduce that one alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        for i in range(count):
-            simulate_one(spec, index=start + i, seed=seed).dump(file)
+        for index in range(start, start + count):
             if progress is not None:
-                progress(i + 1)
+                progress(index)
+            try:
+                simulated_tables(spec, index=index, seed=seed).dump(file)
+            except BadRequest as error:
+                raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
+            except Exception as error:
+                error.add_note(reproduce(spec, index=index, seed=seed))
+                raise
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -118,19 +140,44 @@ def main() -> None:
     seed = 1 if args.seed is None else args.seed
     if seed < 0:
         raise BadRequest(f"--seed {seed}: expected at least 0")
-    if spec["kind"] == "stdpopsim":
-        catalogue_models(spec)
-        autosomes(spec)
-    began = time.monotonic()
-    said = began
+    check_leaf(spec)
+    _watch(args.out, spec, start=args.start, count=args.count, seed=seed)
 
-    def progress(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said > 10 or done == args.count:
+
+def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
+    """`write_batch` in a child process, so that even its sudden death (no memory, a crash) can be told and reproduced."""
+    context = multiprocessing.get_context("fork")  # nothing runs in threads yet
+    receiver, sender = context.Pipe(duplex=False)
+
+    def work() -> None:
+        receiver.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
+        exit_on_bad_request(lambda: write_batch(out, spec, start=start, count=count, seed=seed, progress=sender.send))
+
+    child = context.Process(target=work)
+    signal.signal(signal.SIGTERM, lambda number, frame: (child.terminate(), sys.exit(128 + number)))
+    child.start()
+    sender.close()
+    began = said = time.monotonic()
+    index = start
+    while True:
+        try:
+            index = receiver.recv()
+        except EOFError:
+            break
+        if time.monotonic() - said > 10:
             said = time.monotonic()
-            print(f"{spec['name']}: {done}/{args.count} simulations, {said - began:.0f} s", file=sys.stderr, flush=True)
-
-    write_batch(args.out, spec, start=args.start, count=args.count, seed=seed, progress=progress)
+            print(f"{spec['name']}: {index - start}/{count} simulations, {said - began:.0f} s", file=sys.stderr, flush=True)
+    child.join()
+    if child.exitcode < 0:
+        name = signal.Signals(-child.exitcode).name
+        hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
+        print(f"cxt: the simulating process died of {name}{hint}.\n{reproduce(spec, index=index, seed=seed)}", file=sys.stderr)
+        sys.exit(1)
+    if child.exitcode:
+        sys.exit(child.exitcode)
+    print(f"{spec['name']}: {count}/{count} simulations, {time.monotonic() - began:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

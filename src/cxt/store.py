@@ -8,10 +8,12 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     pairs         (simulations, pairs, 2) uint16     haplotypes
     log_tmrca     (simulations, pairs, windows) float32
     index         (simulations,) int64               index of the simulation in its leaf scenario
+    start         (simulations,) int64               where in it the stretch that is used begins, in base pairs
     mutation_rate (simulations,) float64
     mask          (simulations, ceil(length / 8)) uint8, only with missingness: bit 1 = inaccessible
     mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
 
+With several regions per simulation, each is a row of its own, as a simulation is above, and `index` repeats.
 Only usable sites are kept (see `cxt.features.usable_sites`). Bytes are a function of the content and the package versions.
 """
 
@@ -40,7 +42,7 @@ SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "m
 
 @dataclasses.dataclass
 class Entry:
-    """One preprocessed simulation; fields as in the module's table, for this simulation alone."""
+    """One preprocessed simulation, or one region of it; fields as in the module's table, for this simulation alone."""
 
     scenario: str
     index: int
@@ -49,6 +51,7 @@ class Entry:
     positions: np.ndarray  # (sites,)
     pairs: np.ndarray  # (pairs, 2)
     log_tmrca: np.ndarray  # (pairs, windows)
+    start: int = 0  # base pairs
     mask: np.ndarray | None = None  # (sequence_length,) bool, True = inaccessible
     mask_offset: int = 0
 
@@ -62,6 +65,7 @@ def write_shard(path, entries: list[Entry], attributes: dict) -> None:
         "pairs": np.stack([e.pairs for e in entries]).astype(np.uint16),
         "log_tmrca": np.stack([e.log_tmrca for e in entries]).astype(np.float32),
         "index": np.array([e.index for e in entries], dtype=np.int64),
+        "start": np.array([e.start for e in entries], dtype=np.int64),
         "mutation_rate": np.array([e.mutation_rate for e in entries], dtype=np.float64),
     }
     if attributes["missing"]:
@@ -143,13 +147,13 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
                 shape = found
             if found != shape:
                 raise BadRequest(f"shard {directory / name} belongs to another dataset: {found} instead of {shape}")
-            simulations = len(arrays["index"])
+            simulations = len(np.unique(arrays["index"]))
             rows.append(
                 {
                     "path": name,
                     "scenario": attributes["scenario"],
                     "simulations": simulations,
-                    "items": simulations * attributes["pairs"],
+                    "items": len(arrays["index"]) * attributes["pairs"],
                     "sha256": hashlib.sha256((directory / name).read_bytes()).hexdigest(),
                 }
             )

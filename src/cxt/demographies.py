@@ -1,0 +1,190 @@
+"""Kinds of scenario that are simulated by msprime alone: population sizes, demes, a sweep, and demographies of your own."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import demes
+import msprime
+import numpy as np
+import tskit
+
+from cxt.errors import BadRequest, nearest
+from cxt.scenarios import engine_seed
+
+Simulated = tuple[tskit.TableCollection, dict]
+"""A simulation as tables, and what to record of it; its mutation rate at least."""
+
+LONGEST_DEMOGRAPHY = 50_000
+"""Characters of a Demes graph in JSON: it travels on command lines, whose words may hold 131 072."""
+
+
+def ancestry_model(spec: dict) -> msprime.AncestryModel | None:
+    """msprime's model for a scenario's `ancestry_model`; None is the Hudson coalescent."""
+    return msprime.SMCK(k=1) if spec.get("ancestry_model") == "smc_prime" else None
+
+
+def _infinite_sites(spec: dict, demography: msprime.Demography, samples, rng, *, model=None) -> Simulated:
+    """Ancestry, and infinite-sites mutations at real positions, both seeded from *rng*."""
+    ts = msprime.sim_ancestry(
+        samples=samples,
+        demography=demography,
+        sequence_length=spec["sequence_length"],
+        recombination_rate=spec["recombination_rate"],
+        random_seed=engine_seed(rng),
+        model=ancestry_model(spec) if model is None else model,
+    )
+    ts = msprime.sim_mutations(
+        ts,
+        rate=spec["mutation_rate"],
+        discrete_genome=False,
+        model=msprime.BinaryMutationModel(),
+        random_seed=engine_seed(rng),
+    )
+    return ts.dump_tables(), {"mutation_rate": spec["mutation_rate"]}
+
+
+def _one_population(size: float) -> msprime.Demography:
+    demography = msprime.Demography()
+    demography.add_population(name="A", initial_size=size)
+    return demography
+
+
+def constant(spec: dict, rng: np.random.Generator) -> Simulated:
+    """One population of constant size."""
+    return _infinite_sites(spec, _one_population(spec["population_size"]), {"A": spec["individuals"]}, rng)
+
+
+# (time in generations, growth rate times the denominator); the first denominator is always 4e4, the others magnitude·1e4.
+ZIGZAG = (
+    (20, 6437.7516497364), (30, -378.691273513906), (200, -643.77516497364), (300, 37.8691273513906),
+    (2_000, 64.377516497364), (3_000, -3.78691273513906), (20_000, -6.4377516497364), (30_000, 0.378691273513906),
+    (200_000, 0.64377516497364), (300_000, -0.0378691273513906), (2_000_000, -0.064377516497364),
+    (3_000_000, 0.00378691273513906),
+)  # fmt: skip
+
+
+def zigzag(population_size: float, magnitude: float) -> msprime.Demography:
+    """A size that zig-zags through time (Schiffels & Durbin 2014), constant beyond 20 million generations."""
+    demography = _one_population(population_size)
+    for i, (time, rate) in enumerate(ZIGZAG):
+        denominator = 4e4 if i == 0 else magnitude * 1e4
+        demography.add_population_parameters_change(time=time, growth_rate=rate / denominator, population="A")
+    demography.add_population_parameters_change(time=20_000_000, growth_rate=0, initial_size=population_size, population="A")
+    return demography
+
+
+def sawtooth(spec: dict, rng: np.random.Generator) -> Simulated:
+    """One population of zig-zag size."""
+    return _infinite_sites(spec, zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, rng)
+
+
+def island_samples(individuals: int) -> tuple[int, int, int]:
+    """Individuals per deme: 60, 20 and 20 % rounded down, the rest to the first deme."""
+    small = individuals * 20 // 100
+    return individuals - 2 * small, small, small
+
+
+def island(spec: dict, rng: np.random.Generator) -> Simulated:
+    """Three demes of N, N/2 and N/2 with symmetric migration."""
+    size = spec["population_size"]
+    demography = msprime.Demography.island_model([size, size / 2, size / 2], migration_rate=spec["migration_rate"])
+    counts = island_samples(spec["individuals"])
+    return _infinite_sites(spec, demography, {f"pop_{i}": n for i, n in enumerate(counts) if n}, rng)
+
+
+def hard_sweep(spec: dict, rng: np.random.Generator) -> Simulated:
+    """A sweep from frequency 1/N to 1 - 1/N that ends today, before it the Hudson coalescent."""
+    size = spec["population_size"]
+    sweep = msprime.SweepGenicSelection(
+        position=spec["position"],
+        start_frequency=1 / size,
+        end_frequency=1 - 1 / size,
+        s=spec["selection_coefficient"],
+        dt=1e-6,
+    )
+    model = [sweep, msprime.StandardCoalescent()]
+    return _infinite_sites(spec, _one_population(size), {"A": spec["individuals"]}, rng, model=model)
+
+
+def piecewise(spec: dict, rng: np.random.Generator) -> Simulated:
+    """One population whose size is constant between given times."""
+    demography = _one_population(spec["history"][0]["population_size"])
+    for epoch in spec["history"][1:]:
+        demography.add_population_parameters_change(time=epoch["time"], initial_size=epoch["population_size"], population="A")
+    return _infinite_sites(spec, demography, {"A": spec["individuals"]}, rng)
+
+
+def from_demes(spec: dict, rng: np.random.Generator) -> Simulated:
+    """A Demes graph, sampled at time 0."""
+    demography = msprime.Demography.from_demes(_graph(json.dumps(spec["demography"])))
+    return _infinite_sites(spec, demography, spec["samples"], rng)
+
+
+@functools.lru_cache(maxsize=4)
+def _graph(content: str) -> demes.Graph:
+    return demes.Graph.fromdict(json.loads(content))
+
+
+def read_demes(demography: str | dict, *, at: str) -> dict:
+    """A Demes file or its content, checked, as the simplest mapping that means the same; words for people are left out.
+
+    Raises
+    ------
+    BadRequest
+        If there is no such file, it does not parse or is no valid Demes model, or is too large.
+    """
+    if isinstance(demography, str):
+        path = Path(demography)
+        if not path.is_file():
+            raise BadRequest(f"{at}.demography: there is no file {path.absolute()}; give the path of a Demes YAML file")
+        at = f"{at}.demography: {path}"
+    else:
+        at = f"{at}.demography"
+    try:
+        graph = demes.load(path) if isinstance(demography, str) else demes.Graph.fromdict(demography)
+    except Exception as error:  # demes raises what its YAML parser and its validators raise
+        reason = " ".join(str(error).split())
+        raise BadRequest(f"{at} is no valid Demes model: {reason or type(error).__name__}") from None
+    content = graph.in_generations().asdict_simplified()
+    content = {key: value for key, value in content.items() if key not in ("description", "doi", "metadata")}
+    content["demes"] = [{key: value for key, value in deme.items() if key != "description"} for deme in content["demes"]]
+    size = len(json.dumps(content))
+    if size > LONGEST_DEMOGRAPHY:
+        raise BadRequest(f"{at} takes {size} characters, more than the {LONGEST_DEMOGRAPHY} that fit on a command line")
+    return json.loads(json.dumps(content))
+
+
+def check_demes(spec: dict) -> None:
+    """BadRequest if the scenario samples a deme that is not there, or that does not exist at time 0."""
+    graph = _graph(json.dumps(spec["demography"]))
+    today = [deme.name for deme in graph.demes if deme.end_time == 0]
+    for name in spec["samples"]:
+        if name not in graph:
+            raise BadRequest(f"scenario '{spec['name']}': samples: there is no deme '{name}'{nearest(name, today)}")
+        if name not in today:
+            raise BadRequest(
+                f"scenario '{spec['name']}': samples: deme '{name}' ended {graph[name].end_time:g} generations ago, and "
+                f"samples are taken at time 0; sample from {', '.join(today) or 'none: no deme lives today'}"
+            )
+
+
+def check_history(spec: dict) -> None:
+    """BadRequest if an inline history does not begin at time 0 or its times do not rise."""
+    times = [epoch["time"] for epoch in spec["history"]]
+    if times[0] != 0:
+        raise BadRequest(f"scenario '{spec['name']}': history begins at time {times[0]:g}, expected 0 (today)")
+    for before, after in itertools.pairwise(times):
+        if after <= before:
+            raise BadRequest(f"scenario '{spec['name']}': history: time {after:g} follows {before:g}; times must rise")
+
+
+def check_sweep(spec: dict) -> None:
+    """BadRequest if the sweeping allele lies outside the sequence."""
+    if not spec["position"] < spec["sequence_length"]:
+        raise BadRequest(
+            f"scenario '{spec['name']}': position {spec['position']:g} is outside the sequence of {spec['sequence_length']} bp"
+        )
+    if spec["population_size"] <= 2:
+        raise BadRequest(f"scenario '{spec['name']}': population_size {spec['population_size']:g}: a sweep needs more than 2")

@@ -1,0 +1,93 @@
+"""The kinds of scenario, and one simulation of any of them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import tskit
+
+from cxt import demographies
+from cxt.catalogue import autosomes, catalogue_models, genetic_map, stdpopsim_segment
+from cxt.errors import BadRequest
+from cxt.scenarios import leaves, random_generator, unique_seed
+
+METADATA = tskit.MetadataSchema.permissive_json()
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How a kind of scenario is simulated, and what is checked of a leaf before anything runs."""
+
+    simulate: Callable
+    check: Callable[[dict], None] = lambda spec: None
+
+
+def _check_catalogue(spec: dict) -> None:
+    catalogue_models(spec)
+    autosomes(spec)
+    if "genetic_map" in spec:
+        genetic_map(spec)
+
+
+KINDS = {
+    "constant": Kind(demographies.constant),
+    "sawtooth": Kind(demographies.sawtooth),
+    "island": Kind(demographies.island),
+    "hard_sweep": Kind(demographies.hard_sweep, demographies.check_sweep),
+    "stdpopsim": Kind(stdpopsim_segment, _check_catalogue),
+    "demes": Kind(demographies.from_demes, demographies.check_demes),
+    "msprime": Kind(demographies.piecewise, demographies.check_history),
+}
+"""The kinds of scenario, by name."""
+
+
+def check_leaf(spec: dict) -> None:
+    """BadRequest if a leaf scenario cannot be simulated, as far as that shows without trying."""
+    KINDS[spec["kind"]].check(spec)
+
+
+def check_scenarios(config: dict) -> None:
+    """`check_leaf` for every leaf scenario of *config*."""
+    for name, entry in config["scenarios"].items():
+        for leaf in leaves(name, entry):
+            check_leaf(leaf.spec)
+
+
+def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
+    """Simulation *index* of the leaf scenario *spec* as tables, which spares a copy to those who only write it.
+
+    Parameters, metadata and errors as in `simulate_one`.
+    """
+    rng = random_generator(seed=seed, spec=spec, index=index, purpose="simulate")
+    only_one = {"seed": unique_seed(seed=seed, spec=spec, index=index)} if spec["kind"] == "stdpopsim" else {}
+    tables, made = KINDS[spec["kind"]].simulate(spec, rng, **only_one)
+    if tables.sequence_length != spec["sequence_length"]:
+        raise BadRequest(
+            f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"
+        )
+    tables.metadata_schema = METADATA
+    identity = {"scenario": spec["name"], "index": index, "seed": seed, "spec": spec}
+    tables.metadata = {"cxt": identity | {"ancestry_model": spec.get("ancestry_model", "hudson")} | made}
+    return tables
+
+
+def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
+    """Simulation *index* of the leaf scenario *spec*, with its identity and mutation rate in its metadata.
+
+    Parameters
+    ----------
+    spec : parameters of a leaf, as `leaves` gives them
+    index : index of the simulation
+    seed : seed of the workflow
+
+    Returns
+    -------
+    tskit.TreeSequence
+        ``ts.metadata["cxt"]`` holds scenario, index, seed, spec, ancestry model, and what was drawn (mutation rate; for
+        stdpopsim also model, chromosome, left end, samples, and stdpopsim's version).
+
+    Raises
+    ------
+    BadRequest
+        If a genetic map is not there or does not fit.
+    """
+    return simulated_tables(spec, index=index, seed=seed).tree_sequence()
