@@ -1,0 +1,238 @@
+"""What simulations, shards and arithmetic cost: measured figures, shipped with the package or measured here.
+
+`measure_costs` measures them on this machine; `Costs` looks them up. The shipped figures are `cxt/costs.json`.
+"""
+
+import json
+import math
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+from cxt.configfile import adapter_config, model_config, training_config
+from cxt.errors import BadRequest
+from cxt.jobs import dataset_spec, evaluation_scenarios, leaves_of, training_threads
+from cxt.kinds import simulate_one
+from cxt.lineage import digest
+from cxt.masks import read_mask, synthetic_mask
+from cxt.preprocess import preprocess_one
+from cxt.rates import describe_device, device_here, measure
+from cxt.scenarios import Leaf
+from cxt.store import write_shard
+
+SHIPPED = Path(__file__).with_name("costs.json")
+HERE = Path("results/costs.json")
+"""Where `--calibrate` leaves its figures, and the plan looks for them."""
+
+LONGEST = 120
+"""Seconds that one simulation may take; beyond, SHORT base pairs are measured instead."""
+
+SHORT = (50_000, 100_000)
+"""Lengths from which the cost of a simulation that takes too long is extrapolated, as a power of the length."""
+
+
+def leaf_key(spec: dict) -> str:
+    """Identity of a leaf scenario's cost: its parameters without its name and length."""
+    return digest({key: value for key, value in spec.items() if key not in ("name", "sequence_length")})
+
+
+def shard_key(spec: dict, dataset: dict, masked: bool) -> str:
+    """Identity of the cost of preprocessing a leaf scenario for a dataset."""
+    return digest([leaf_key(spec), spec["sequence_length"], dataset, masked])
+
+
+class Costs:
+    """Measured costs; those in *files* win over the shipped ones, later ones over earlier ones.
+
+    Raises
+    ------
+    BadRequest
+        If a file is no JSON object of costs.
+    """
+
+    def __init__(self, files=()):
+        self.simulations: dict = {}
+        self.shards: dict = {}
+        self.rates: dict = {}
+        self.machines: list[str] = []
+        for path in (SHIPPED, *files):
+            try:
+                found = json.loads(Path(path).read_text())
+                for key, lengths in found["simulations"].items():
+                    self.simulations[key] = self.simulations.get(key, {}) | lengths
+                self.shards |= found["shards"]
+                self.rates |= found["rates"]
+                self.machines += [f"{kind}: {found['machines'][kind]}" for kind in found["machines"]]
+            except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+                raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
+
+    def simulation(self, spec: dict) -> dict | None:
+        """{seconds, bytes, …} of one simulation of a leaf, with `extrapolated` if from another length; None if unknown."""
+        lengths = self.simulations.get(leaf_key(spec), {})
+        asked = spec["sequence_length"]
+        if str(asked) in lengths:
+            return lengths[str(asked)] | {"extrapolated": False}
+        if not lengths:
+            return None
+        nearest = sorted(map(int, lengths), key=lambda length: (abs(math.log(length / asked)), length))
+        found, scale = lengths[str(nearest[0])], asked / nearest[0]
+        power = 1.0
+        if len(nearest) > 1 and all(length < asked for length in nearest):
+            other = lengths[str(nearest[1])]
+            power = math.log(found["seconds"] / other["seconds"]) / math.log(nearest[0] / nearest[1])
+        linear = {key: found[key] * scale for key in ("trees", "sites", "bytes")}
+        return {**linear, "seconds": found["seconds"] * scale ** max(1.0, power), "extrapolated": True}
+
+    def shard(self, spec: dict, dataset: dict, masked: bool) -> dict | None:
+        """{seconds, bytes} of one simulation in a dataset; None if unknown."""
+        return self.shards.get(shard_key(spec, dataset, masked))
+
+    def flops_per_second(self, what: str, *, gpu: bool, adapter: bool = False) -> float:
+        """Measured FLOP/s of *what* (training or decoding): of one GPU, or of one CPU thread."""
+        rates = self.rates["gpu" if gpu else "cpu"]
+        found = rates[what].values()
+        kind = [row for row in found if row["adapter"] == adapter] or list(found)
+        mean = sum(row["flops_per_second"] for row in kind) / len(kind)
+        return mean if gpu else mean / rates["threads"]
+
+
+class _TooLong(Exception):
+    """A simulation took longer than it may."""
+
+
+def _simulate(spec: dict, index: int, seconds: float):
+    def stop(number, frame):
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return simulate_one(spec, index=index, seed=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measure_simulation(spec: dict, *, budget: float, longest: float = LONGEST, most: int = 20) -> tuple[dict, list]:
+    """Mean cost of a leaf's first simulations, and those simulations; several, while they take less than *budget* seconds.
+
+    Raises
+    ------
+    _TooLong
+        If one takes more than *longest* seconds.
+    """
+    made, size = [], []
+    began = time.process_time()
+    while not made or (len(made) < most and time.process_time() - began < budget):
+        made.append(_simulate(spec, len(made), longest))
+    spent = time.process_time() - began
+    with tempfile.TemporaryFile() as file:
+        for ts in made:
+            before = file.tell()
+            ts.dump(file)
+            size.append(file.tell() - before)
+
+    def mean(values):
+        return sum(values) / len(made)
+
+    cost = {
+        "name": spec["name"],
+        "seconds": spent / len(made),
+        "trees": mean(ts.num_trees for ts in made),
+        "sites": mean(ts.num_sites for ts in made),
+        "bytes": mean(size),
+        "replicates": len(made),
+    }
+    return cost, made
+
+
+def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
+    """Mean seconds and bytes of the first *most* simulations in a shard of a dataset."""
+    regions = range(dataset["regions_per_simulation"])
+    chosen = simulations[:most]
+    preprocess_one(chosen[0], dataset, mask=mask)  # compiles, for the first time
+    began = time.process_time()
+    entries = [preprocess_one(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "shard"
+        shape = {key: dataset[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
+        write_shard(path, entries, shape | {"missing": mask is not None, "scenario": "x", "split": "train", "seed": 1})
+        size = path.stat().st_size
+    return {"seconds": (time.process_time() - began) / len(chosen), "bytes": size / len(chosen)}
+
+
+def reached(config: dict) -> list[Leaf]:
+    """Every leaf scenario that a dataset or an evaluation of *config* uses."""
+    names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
+    names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
+    return leaves_of(config, [name for name in config["scenarios"] if name in names])
+
+
+def measure_costs(config: dict, *, machine: str, budget: float = 3.0, longest: float = LONGEST, progress=print) -> dict:
+    """Costs of everything that *config* asks for, measured on this machine, as the content of a costs file.
+
+    A leaf that cannot be simulated here because its genetic map is not cached is left out, and *progress* says so.
+    """
+    masks = {}
+    for name, dataset in config["datasets"].items():
+        if "mask" in dataset:
+            m = dataset["mask"]
+            masks[name] = (
+                read_mask(m["path"], key=m["key"], contig=m.get("contig")) if "path" in m else synthetic_mask(m, seed=1)
+            )
+    costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
+    for leaf in reached(config):
+        lengths = costs["simulations"].setdefault(leaf_key(leaf.spec), {})
+        asked = leaf.spec["sequence_length"]
+        try:
+            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=budget, longest=longest)
+        except BadRequest as error:
+            progress(f"left out: {error}")
+            continue
+        except _TooLong:
+            made = []
+            for length in SHORT:
+                short, _ = measure_simulation(leaf.spec | {"sequence_length": length}, budget=budget, longest=math.inf)
+                lengths[str(length)] = short
+        for length, cost in lengths.items():
+            progress(
+                f"{leaf.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, {cost['sites']:.0f} sites, "
+                f"{cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
+            )
+        for name, dataset in config["datasets"].items():
+            if made and leaf.name in {used.name for used in leaves_of(config, dataset["scenarios"])}:
+                key = shard_key(leaf.spec, dataset_spec(config, name), "mask" in dataset)
+                costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
+    networks = {
+        name: (model_config(config, name), adapter_config(config, name), training_config(config, name))
+        for name in config["models"]
+    }
+    device = device_here()
+    if device == "cpu":
+        import torch
+
+        torch.set_num_threads(max(training_threads(config, name) for name in config["models"]))
+    kind = "gpu" if device == "cuda" else "cpu"
+    costs["rates"][kind] = measure(networks, progress=progress)
+    costs["machines"][kind] = describe_device(device)
+    return costs
+
+
+def scenario_table(config: dict, costs: Costs) -> str:
+    """A Markdown table of what one simulation of each leaf scenario takes."""
+    rows = [
+        "| leaf scenario | length | seconds | trees | sites | MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for leaf in reached(config):
+        lengths = costs.simulations.get(leaf_key(leaf.spec), {})
+        asked = str(leaf.spec["sequence_length"])
+        shown = [asked] if asked in lengths else sorted(lengths, key=int)[-1:]
+        if not shown:
+            rows.append(f"| {leaf.name} | {int(asked):,} | not measured | | | |")
+        for length in shown:
+            cost = lengths[length]
+            figures = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
+            rows.append(f"| {leaf.name} | {int(length):,} | {figures} |")
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,285 @@
+"""What a configuration asks for and will cost, before anything runs.
+
+    cxt plan                                              the laptop's configuration
+    cxt plan --configfile config/paper.yaml --devices 3   the published one, on three GPUs
+    cxt plan --configfile mine.yaml --calibrate           measure the costs of its scenarios on this machine first
+
+Costs are measured ones, from those shipped with the package or from `--calibrate`; where one is missing, the plan says so.
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+from cxt import jobs
+from cxt.config import steps_per_epoch
+from cxt.configfile import adapter_config, load, model_config, training_config
+from cxt.costs import HERE, Costs, measure_costs, scenario_table
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.files import atomic_write
+from cxt.rates import decoding_flops, training_flops
+from cxt.scenarios import Leaf, split_size
+
+
+def use_devices(config: dict, devices: int) -> dict:
+    """*config* with *devices* GPUs for every model (0 = CPU)."""
+    models = {
+        name: model | {"training": model.get("training", {}) | {"devices": devices}} for name, model in config["models"].items()
+    }
+    return config | {"models": models, "training": config["training"] | {"devices": devices}}
+
+
+class Estimate:
+    """A sum of measured costs that remembers what it could not find."""
+
+    def __init__(self):
+        self.total = 0.0
+        self.unknown: list[str] = []
+
+    def add(self, name: str, count: int, cost: float | None) -> None:
+        if cost is None:
+            self.unknown.append(name)
+        else:
+            self.total += count * cost
+
+
+def _simulation_part(leaves: list[tuple[Leaf, int]], costs: Costs) -> dict:
+    """Simulations, leaves, core-hours and bytes of (leaf, number of simulations)."""
+    seconds, size, stretched = Estimate(), Estimate(), []
+    for leaf, count in leaves:
+        cost = costs.simulation(leaf.spec) or {"seconds": None, "bytes": None}
+        seconds.add(leaf.name, count, cost["seconds"])
+        size.add(leaf.name, count, cost["bytes"])
+        if cost.get("extrapolated"):
+            stretched.append(leaf.name)
+    return {
+        "simulations": sum(count for _, count in leaves),
+        "leaf_scenarios": len(leaves),
+        "core_hours": seconds.total / 3600,
+        "bytes": round(size.total),
+        "not_measured": seconds.unknown,
+        "extrapolated": stretched,
+    }
+
+
+def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
+    dataset = config["datasets"][name]
+    leaves = jobs.leaves_of(config, dataset["scenarios"])
+    split = {s: sum(split_size(0, leaf.simulations, s) for leaf in leaves) for s in ("train", "test")}
+    found = {leaf.name: costs.shard(leaf.spec, jobs.dataset_spec(config, name), "mask" in dataset) for leaf in leaves}
+    known = [cost for cost in found.values() if cost is not None]
+    # A leaf that could not be measured at full length is taken for the mean of the others; it is named.
+    typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
+    seconds, size = Estimate(), Estimate()
+    for leaf in leaves:
+        cost = found[leaf.name] or typical
+        seconds.add(leaf.name, leaf.simulations, cost["seconds"])
+        size.add(leaf.name, leaf.simulations, cost["bytes"])
+    items = jobs.items_per_simulation(config, name)
+    return {
+        "leaf_scenarios": len(leaves),
+        "train_simulations": split["train"],
+        "test_simulations": split["test"],
+        "train_items": split["train"] * items,
+        "test_items": split["test"] * items,
+        "bytes": round(size.total),
+        "core_hours": seconds.total / 3600,
+        "not_measured": [leaf for leaf, cost in found.items() if cost is None],
+    }
+
+
+def _model_part(config: dict, name: str, costs: Costs) -> dict:
+    training, network, adapter = training_config(config, name), model_config(config, name), adapter_config(config, name)
+    dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
+    world = max(1, devices)
+    items = jobs.items(config, dataset, "train")
+    try:
+        steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    except BadRequest as error:
+        raise BadRequest(f"models.{name}: {error}") from None
+    batches = items // world // training.batch_size * world
+    flops = training.epochs * batches * training.batch_size * training_flops(network, adapter)
+    seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
+    return {
+        "devices": devices,
+        "steps": training.epochs * steps,
+        "effective_batch": training.batch_size * training.grad_accum * world,
+        "flops": flops,
+        "gpu_hours": seconds / 3600 if devices else 0.0,
+        "core_hours": 0.0 if devices else seconds / 3600,
+        "hours": seconds / 3600 / (devices or training.threads),
+    }
+
+
+def _evaluation_part(config: dict, costs: Costs) -> dict:
+    """Evaluation simulations (each counted once, though several models may use it) and decoding."""
+    batches = {}
+    flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
+    for name in config["models"]:
+        own = jobs.evaluation_batches(config, name)
+        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
+        count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
+        network = model_config(config, name)
+        device = "gpu" if jobs.devices(config, name) else "cpu"
+        flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
+        pairs += count
+    counts: dict[str, int] = {}
+    for (leaf, _), count in batches.items():
+        counts[leaf] = counts.get(leaf, 0) + count
+    part = _simulation_part([(jobs.leaf_of(config, leaf), count) for leaf, count in counts.items()], costs)
+    decoding = {
+        kind: total / costs.flops_per_second("decoding", gpu=kind == "gpu") / 3600 if total else 0.0
+        for kind, total in flops.items()
+    }
+    return part | {"pairs": pairs, "gpu_hours": decoding["gpu"], "core_hours": part["core_hours"] + decoding["cpu"]}
+
+
+def plan(config: dict, costs: Costs) -> dict:
+    """What *config* (checked) asks for: an object of simulations, datasets, models and evaluation.
+
+    Returns
+    -------
+    dict
+        ``simulations`` counts those that datasets use; ``simulate`` and ``evaluation`` hold their core-hours and bytes;
+        ``datasets[name]`` has train and test simulations and items, bytes and core-hours; ``models[name]`` has steps,
+        effective batch, FLOPs, and GPU- or core-hours.
+
+    Raises
+    ------
+    BadRequest
+        If a model has less than one batch on its devices.
+    """
+    names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
+    used = [(leaf, leaf.simulations) for leaf in jobs.leaves_of(config, names)]
+    simulate = _simulation_part(used, costs)
+    return {
+        "simulations": simulate["simulations"],
+        "simulate": simulate,
+        "datasets": {name: _dataset_part(config, name, costs) for name in config["datasets"]},
+        "models": {name: _model_part(config, name, costs) for name in config["models"]},
+        "evaluation": _evaluation_part(config, costs),
+        "measured_on": costs.machines,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    return [
+        "  ".join(
+            str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    ]
+
+
+def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False) -> str:
+    """The plan as tables for a terminal; with *all_leaves*, one row for each leaf scenario instead of each scenario."""
+    rows = []
+    counts = {name: sum(leaf.simulations for leaf in jobs.leaves_of(config, [name])) for name in config["scenarios"]}
+    for name in config["scenarios"]:
+        leaves = jobs.leaves_of(config, [name])
+        for group in [[leaf] for leaf in leaves] if all_leaves else [leaves]:
+            costed = [(leaf, costs.simulation(leaf.spec)) for leaf in group]
+            known = [(leaf, cost["seconds"]) for leaf, cost in costed if cost]
+            about = "≈" if any(cost and cost["extrapolated"] for _, cost in costed) else ""
+            label = group[0].name if all_leaves else name
+            if len(known) < len(group):
+                rows.append([label, len(group), counts[name], group[0].batch, "not measured", ""])
+                continue
+            hours = sum(leaf.simulations * seconds for leaf, seconds in known) / 3600
+            longest = max(min(leaf.batch, leaf.simulations or leaf.batch) * seconds for leaf, seconds in known) / 60
+            number = group[0].simulations if all_leaves else counts[name]
+            rows.append([label, len(group), number, group[0].batch, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
+    out = _table(["scenario", "leaves", "simulations", "batch", "longest job", "core time"], rows)
+    simulate, evaluation = found["simulate"], found["evaluation"]
+    out += [
+        "",
+        f"{simulate['simulations']} simulations of {simulate['leaf_scenarios']} leaf scenarios for datasets: "
+        f"{_hours(simulate['core_hours'])} on one core, {_size(simulate['bytes'])}",
+        f"{evaluation['simulations']} simulations of {evaluation['leaf_scenarios']} leaf scenarios for evaluation, "
+        f"{evaluation['pairs']} pairs decoded: {_hours(evaluation['core_hours'])} on one core"
+        + (f", {_hours(evaluation['gpu_hours'])} on one GPU" if evaluation["gpu_hours"] else ""),
+        "",
+    ]
+    rows = [
+        [name, p["leaf_scenarios"], p["train_simulations"], p["test_simulations"], f"{p['train_items']:,}", f"{p['test_items']:,}",
+         _size(p["bytes"]), _hours(p["core_hours"])]
+        for name, p in found["datasets"].items()
+    ]  # fmt: skip
+    out += _table(["dataset", "leaves", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
+    out.append("")
+    rows = [
+        [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
+         _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
+        for name, p in found["models"].items()
+    ]  # fmt: skip
+    out += _table(["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], rows)
+    gpu = sum(p["gpu_hours"] for p in found["models"].values()) + evaluation["gpu_hours"]
+    core = sum(p["core_hours"] for p in [*found["models"].values(), *found["datasets"].values(), simulate, evaluation])
+    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] for p in found["datasets"].values())
+    out += ["", f"In all: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
+    missing = [*simulate["not_measured"], *evaluation["not_measured"]]
+    shards = sorted({leaf for p in found["datasets"].values() for leaf in p["not_measured"]} - set(missing))
+    stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
+    if missing:
+        out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
+    if shards:
+        out.append(f"Shards taken for the mean of the other scenarios': {', '.join(shards)}.")
+    if stretched:
+        out.append(f"≈ extrapolated from other lengths: {', '.join(stretched)}.")
+    out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
+    return "\n".join(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="cxt plan", description="What a configuration asks for and will cost.")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
+    parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--leaves", action="store_true", help="list every leaf scenario instead of every scenario")
+    parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
+    parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
+    parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
+    parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
+    args = parser.parse_args()
+    config = load(args.configfile)
+    if args.devices is not None:
+        if args.devices < 0:
+            raise BadRequest(f"--devices {args.devices}: expected at least 0")
+        config = use_devices(config, args.devices)
+    jobs.check_plan(config)
+    path = args.costs or HERE
+    if args.costs is not None and not args.calibrate and not path.exists():
+        raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
+    if args.calibrate:
+        machine = args.machine or f"one core of {platform.processor() or platform.machine()}"
+
+        def progress(text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+        measured = measure_costs(config, machine=machine, progress=progress)
+        atomic_write(path, (json.dumps(measured, indent=1, sort_keys=True) + "\n").encode())
+        progress(f"measured costs: {path}")
+    costs = Costs([path] if path.exists() else [])
+    found = plan(config, costs)
+    if args.table is not None:
+        atomic_write(args.table, scenario_table(config, costs).encode())
+    print(json.dumps(found, indent=1) if args.json else report(config, found, costs, all_leaves=args.leaves))
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)
