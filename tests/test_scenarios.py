@@ -193,3 +193,26 @@ def test_command(tmp_path):
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def zigzag_sizes(population_size: float, magnitude: float) -> list[tuple[float, float, float]]:
+    """(time, size, growth rate) of each epoch of the zig-zag but the first, by hand: sizes carried from epoch to epoch."""
+    rates = [
+        6437.7516497364 / 4e4,
+        *(
+            rate / (magnitude * 1e4)
+            for rate in (
+                -378.691273513906, -643.77516497364, 37.8691273513906, 64.377516497364, -3.78691273513906,
+                -6.4377516497364, 0.378691273513906, 0.64377516497364, -0.0378691273513906, -0.064377516497364,
+                0.00378691273513906,
+            )
+        ),
+        0.0,
+    ]  # fmt: skip
+    times = [20, 30, 200, 300, 2e3, 3e3, 2e4, 3e4, 2e5, 3e5, 2e6, 3e6, 2e7]
+    result, size = [], population_size
+    for i, (time, rate) in enumerate(zip(times, rates, strict=True)):
+        if i:
+            size *= np.exp(-rates[i - 1] * (time - times[i - 1]))
+        result.append((time, population_size if time == 2e7 else size, rate))
+    return result

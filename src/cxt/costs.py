@@ -97,13 +97,13 @@ class Costs:
         return mean if gpu else mean / rates["threads"]
 
 
-class _TooLong(Exception):
+class TooLong(Exception):
     """A simulation took longer than it may."""
 
 
 def _simulate(spec: dict, index: int, seconds: float):
     def stop(number, frame):
-        raise _TooLong
+        raise TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -119,7 +119,7 @@ def measure_simulation(spec: dict, *, budget: float, longest: float = LONGEST, m
 
     Raises
     ------
-    _TooLong
+    TooLong
         If one takes more than *longest* seconds.
     """
     made, size = [], []
@@ -169,10 +169,11 @@ def reached(config: dict) -> list[Leaf]:
     return leaves_of(config, [name for name in config["scenarios"] if name in names])
 
 
-def measure_costs(config: dict, *, machine: str, budget: float = 3.0, longest: float = LONGEST, progress=print) -> dict:
+def measure_costs(config: dict, *, machine: str, seconds: float = 5.0, progress=print) -> dict:
     """Costs of everything that *config* asks for, measured on this machine, as the content of a costs file.
 
-    A leaf that cannot be simulated here because its genetic map is not cached is left out, and *progress* says so.
+    Each measurement is repeated until it has taken *seconds*. A leaf that cannot be simulated here because its genetic map
+    is not cached is left out, and *progress* says so.
     """
     masks = {}
     for name, dataset in config["datasets"].items():
@@ -186,35 +187,36 @@ def measure_costs(config: dict, *, machine: str, budget: float = 3.0, longest: f
         lengths = costs["simulations"].setdefault(leaf_key(leaf.spec), {})
         asked = leaf.spec["sequence_length"]
         try:
-            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=budget, longest=longest)
+            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=seconds)
         except BadRequest as error:
             progress(f"left out: {error}")
             continue
-        except _TooLong:
+        except TooLong:
             made = []
             for length in SHORT:
-                short, _ = measure_simulation(leaf.spec | {"sequence_length": length}, budget=budget, longest=math.inf)
+                short, _ = measure_simulation(leaf.spec | {"sequence_length": length}, budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
             progress(
-                f"{leaf.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, {cost['sites']:.0f} sites, "
-                f"{cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
+                f"{leaf.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, "
+                f"{cost['sites']:.0f} sites, {cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
             )
         for name, dataset in config["datasets"].items():
             if made and leaf.name in {used.name for used in leaves_of(config, dataset["scenarios"])}:
                 key = shard_key(leaf.spec, dataset_spec(config, name), "mask" in dataset)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
-    networks = {
-        name: (model_config(config, name), adapter_config(config, name), training_config(config, name))
-        for name in config["models"]
-    }
+    networks = {}
+    for name in config["models"]:  # one of each size
+        network, adapter = model_config(config, name), adapter_config(config, name)
+        size = (network.layers, network.width, network.windows, adapter is not None)
+        networks.setdefault(size, (name, (network, adapter, training_config(config, name))))
     device = device_here()
     if device == "cpu":
         import torch
 
         torch.set_num_threads(max(training_threads(config, name) for name in config["models"]))
     kind = "gpu" if device == "cuda" else "cpu"
-    costs["rates"][kind] = measure(networks, progress=progress)
+    costs["rates"][kind] = measure(dict(networks.values()), seconds=seconds, progress=progress)
     costs["machines"][kind] = describe_device(device)
     return costs
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 from pathlib import Path
 
 import demes
@@ -160,6 +161,8 @@ def check_demes(spec: dict) -> None:
     """BadRequest if the scenario samples a deme that is not there, or that does not exist at time 0."""
     graph = _graph(json.dumps(spec["demography"]))
     today = [deme.name for deme in graph.demes if deme.end_time == 0]
+    if not spec["samples"]:
+        raise BadRequest(f"scenario '{spec['name']}': samples names no deme; there are: {', '.join(today)}")
     for name in spec["samples"]:
         if name not in graph:
             raise BadRequest(f"scenario '{spec['name']}': samples: there is no deme '{name}'{nearest(name, today)}")
@@ -168,6 +171,43 @@ def check_demes(spec: dict) -> None:
                 f"scenario '{spec['name']}': samples: deme '{name}' ended {graph[name].end_time:g} generations ago, and "
                 f"samples are taken at time 0; sample from {', '.join(today) or 'none: no deme lives today'}"
             )
+
+    if apart := _cannot_meet(graph, list(spec["samples"])):
+        raise BadRequest(
+            f"scenario '{spec['name']}': lineages of {' and '.join(apart)} need never meet, so that simulating would never end; "
+            "connect their demes by an ancestor or by migration without a start"
+        )
+
+
+def _cannot_meet(graph: demes.Graph, sampled: list[str]) -> list[str]:
+    """Two of the oldest demes between which lineages of *sampled* demes can stay apart for ever; empty if there are none.
+
+    Backwards in time lineages move to ancestors, and from destination to source of pulses and migrations. Beyond the last
+    event they are in demes without a start. They all meet if one of these can be reached from every other.
+    """
+
+    def reached(start: list[str], moves: dict[str, set[str]]) -> set[str]:
+        found, todo = set(), list(start)
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += moves.get(name, ())
+        return found
+
+    moves: dict[str, set[str]] = {deme.name: set(deme.ancestors) for deme in graph.demes}
+    for pulse in graph.pulses:
+        moves[pulse.dest] |= set(pulse.sources)
+    for_ever: dict[str, set[str]] = {}
+    for migration in graph.migrations:
+        moves[migration.dest].add(migration.source)
+        if math.isinf(migration.start_time):
+            for_ever.setdefault(migration.dest, set()).add(migration.source)
+    oldest = sorted(name for name in reached(sampled, moves) if math.isinf(graph[name].start_time))
+    ends = {name: reached([name], for_ever) for name in oldest}
+    if set.intersection(*ends.values()):
+        return []
+    return next([a, b] for a, b in itertools.combinations(oldest, 2) if not ends[a] & ends[b])
 
 
 def check_history(spec: dict) -> None:

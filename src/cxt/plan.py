@@ -216,8 +216,8 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
         "",
     ]
     rows = [
-        [name, p["leaf_scenarios"], p["train_simulations"], p["test_simulations"], f"{p['train_items']:,}", f"{p['test_items']:,}",
-         _size(p["bytes"]), _hours(p["core_hours"])]
+        [name, p["leaf_scenarios"], p["train_simulations"], p["test_simulations"],
+         f"{p['train_items']:,}", f"{p['test_items']:,}", _size(p["bytes"]), _hours(p["core_hours"])]
         for name, p in found["datasets"].items()
     ]  # fmt: skip
     out += _table(["dataset", "leaves", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
@@ -253,6 +253,7 @@ def main() -> None:
     parser.add_argument("--leaves", action="store_true", help="list every leaf scenario instead of every scenario")
     parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
     parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
     args = parser.parse_args()
@@ -271,7 +272,7 @@ def main() -> None:
         def progress(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
-        measured = measure_costs(config, machine=machine, progress=progress)
+        measured = measure_costs(config, machine=machine, seconds=args.seconds, progress=progress)
         atomic_write(path, (json.dumps(measured, indent=1, sort_keys=True) + "\n").encode())
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])

@@ -66,7 +66,7 @@ def _input(network: ModelConfig, samples: int, batch: int, device):
 
 
 def measure_training(network, adapter, training: TrainingConfig, *, device: str, batch: int, seconds: float) -> dict:
-    """{items_per_second, flops_per_second} of this network's optimizer steps, without accumulation or loading, for *seconds*."""
+    """{items_per_second, flops_per_second} of optimizer steps of this network; no accumulation, no loading of data."""
     import torch
 
     from cxt.adapter import build_model, freeze_backbone

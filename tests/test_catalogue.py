@@ -1,0 +1,234 @@
+"""stdpopsim scenarios: genetic maps (with a map made here), their cache, and what is recorded."""
+
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import stdpopsim
+from conftest import REPOSITORY, TINY, run_python
+
+from cxt import catalogue
+from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, map_file
+from cxt.errors import BadRequest
+from cxt.kinds import check_leaf, simulate_one
+from cxt.targets import check_genealogies
+
+SPEC = {
+    "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,
+    "genetic_map": "SalomeAveraged_TAIR10", "individuals": 5, "sequence_length": 1_000_000,
+}  # fmt: skip
+# Chromosome 1 (30.4 Mb): no rate below 5 Mb, 5 cM/Mb up to 10 Mb, 1 up to 25 Mb, then 0.
+HAPMAP = """Chromosome\tPosition(bp)\tRate(cM/Mb)\tMap(cM)
+chr1\t5000000\t5.0\t0.0
+chr1\t10000000\t1.0\t25.0
+chr1\t25000000\t0.0\t40.0
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty stdpopsim cache, also for processes that the test starts."""
+    monkeypatch.setenv("STDPOPSIM_CACHE", str(tmp_path / "cache"))
+    stdpopsim.set_cache_dir(tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    catalogue._rates.cache_clear()
+    catalogue._answer.cache_clear()
+    yield tmp_path / "cache"
+    stdpopsim.set_cache_dir()
+    catalogue._rates.cache_clear()
+    catalogue._answer.cache_clear()
+
+
+def put_map_into(cache) -> None:
+    """What a finished download leaves: the files, and the checksum that stdpopsim looks at."""
+    found = genetic_map(SPEC)
+    path = found.map_cache_dir / found.file_pattern.format(id="1")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(HAPMAP)
+    map_file(SPEC).write_text(found.sha256 + "\n")
+    catalogue._rates.cache_clear()
+
+
+def test_map_is_used(cache):
+    put_map_into(cache)
+    assert genetic_map(SPEC).is_cached()
+    rates = catalogue._rates("AraTha", SPEC["genetic_map"], "1")
+    assert np.isnan(rates.rate[0])
+    for index in range(10):
+        ts = simulate_one(SPEC, index=index, seed=1)
+        check_genealogies(ts)
+        about = ts.metadata["cxt"]
+        assert about["chromosome"] == "1"  # the only one that the map covers
+        assert about["left"] >= 5_000_000  # never where it has no rate
+        assert ts.sequence_length == 1_000_000
+        assert about["stdpopsim"] == stdpopsim.__version__
+    where = {bool(simulate_one(SPEC, index=i, seed=1).metadata["cxt"]["left"] < 9_000_000): i for i in range(40)}
+    fast, slow = simulate_one(SPEC, index=where[True], seed=1), simulate_one(SPEC, index=where[False], seed=1)
+    assert fast.num_trees > slow.num_trees + 2 * np.sqrt(slow.num_trees)
+    assert simulate_one(SPEC | {"ancestry_model": "smc_prime"}, index=where[True], seed=1).num_trees > slow.num_trees
+
+
+def test_segments_by_hand(cache):
+    """The rates of a segment against the map's own cumulative mass, and that gaps are never crossed."""
+    put_map_into(cache)
+    rng = np.random.default_rng(1)
+    rates = catalogue._rates("AraTha", SPEC["genetic_map"], "1")
+    for _ in range(200):
+        _, left, found = catalogue.draw_segment(SPEC, rng)
+        assert found is rates
+        assert np.isfinite(rates.get_cumulative_mass([left, left + 1_000_000])).all()
+        assert not np.isnan(rates.get_rate(np.linspace(left, left + 999_999, 50))).any()
+
+
+def test_map_without_a_segment(cache, monkeypatch):
+    put_map_into(cache)
+    monkeypatch.setattr(catalogue, "DRAWS", 50)
+    with pytest.raises(BadRequest, match="50 random segments of 29000000 bp were tried"):
+        simulate_one(SPEC | {"sequence_length": 29_000_000}, index=0, seed=1)
+
+
+def test_map_that_is_not_cached(cache):
+    with pytest.raises(BadRequest, match="'aratha_map' needs the genetic map SalomeAveraged_TAIR10 of AraTha, which is not in"):
+        simulate_one(SPEC, index=0, seed=1)
+
+
+def test_map_is_fetched(cache, tmp_path, monkeypatch):
+    """From a tar file with the catalogue's layout, by a file: address in the place of the catalogue's."""
+    found = genetic_map(SPEC)
+    source = tmp_path / "TAIR10_lifted_chr1.txt"
+    source.write_text(HAPMAP)
+    archive = tmp_path / "salome2012_liftover_maps.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, arcname=found.file_pattern.format(id="1"))
+    monkeypatch.setattr(found, "url", archive.as_uri())
+    monkeypatch.setattr(found._cache, "url", archive.as_uri())
+    monkeypatch.setattr(found._cache, "sha256", stdpopsim.utils.sha256(archive))
+    check_map_can_be_had(SPEC)
+    assert not map_file(SPEC).exists()  # asking fetches nothing
+    fetch_map(SPEC)
+    assert map_file(SPEC).exists()
+    assert simulate_one(SPEC, index=0, seed=1).metadata["cxt"]["chromosome"] == "1"
+
+    monkeypatch.setattr(found._cache, "sha256", "0" * 64)  # a file that is not the catalogue's
+    with pytest.raises(BadRequest, match="could not be fetched.*Expected SHA256"):
+        fetch_map(SPEC)
+
+
+def test_map_that_cannot_be_fetched(cache, monkeypatch):
+    found = genetic_map(SPEC)
+    for url in ("file:///no/such/map.tar.gz", "http://127.0.0.1:9/map.tar.gz"):
+        monkeypatch.setattr(found, "url", url)
+        monkeypatch.setattr(found._cache, "url", url)
+        for attempt in (check_map_can_be_had, fetch_map):
+            with pytest.raises(BadRequest) as error:
+                attempt(SPEC)
+            could = "could not be fetched" if attempt is fetch_map else "cannot be fetched"
+            alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "python -m cxt.catalogue --species AraTha")
+            for part in ("scenario 'aratha_map'", could, *alone):
+                assert part in str(error.value)
+
+
+def test_unknown_map():
+    with pytest.raises(BadRequest, match="AraTha has no genetic map 'SalomeAveraged'; did you mean 'SalomeAveraged_TAIR10'"):
+        check_leaf(SPEC | {"genetic_map": "SalomeAveraged"})
+
+
+OVERLAY = """
+scenarios:
+  stdpopsim_papanu: null
+  mapped: {kind: stdpopsim, species: AraTha, models: [], population_size: 1000, genetic_map: SalomeAveraged_TAIR10,
+           simulations: 10, batch: 10, sequence_length: 20000}
+scenario_sets: {high_ne: [mapped]}
+datasets:
+  processed: {scenarios: [constant]}
+  processed_n10: {scenarios: [constant]}
+  processed_small_window: {scenarios: high_ne}
+  processed_small_window_missing_data: {scenarios: high_ne}
+  processed_small_window_missing_data_n10: {scenarios: high_ne}
+"""
+
+OFFLINE = """
+import stdpopsim
+for found in stdpopsim.get_species("AraTha").genetic_maps:
+    found.url = found._cache.url = "file:///no/such/map.tar.gz"
+"""
+
+
+def test_workflow_with_a_map(cache, tmp_path):
+    """Without the map: one message, exit 2, before anything runs, and only if it is needed. With it: it runs."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(OFFLINE)
+    overlay = tmp_path / "mapped.yaml"
+    overlay.write_text(OVERLAY)
+
+    def snake(*arguments, check=True):
+        return run_python(
+            "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path / "work", "--cores", "2",
+            *arguments, "--configfile", TINY, overlay, check=check,
+            env={"PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY / "src")])},
+        )  # fmt: skip
+
+    target = "results/simulations/mapped/0.trees.batch"
+    for dry in (["-n"], []):
+        refused = snake(*dry, target, check=False)
+        assert refused.returncode == 2
+        message = [line for line in refused.stderr.splitlines() if line.startswith("cxt:")]
+        assert len(message) == 1
+        assert "scenario 'mapped' needs the genetic map SalomeAveraged_TAIR10" in message[0]
+        assert "Traceback" not in refused.stderr
+    assert not list((tmp_path / "work").glob("results/simulations/*"))
+    assert "simulate" in snake("-n", "results/simulations/constant/0.trees.batch").stdout  # needs no map
+    put_map_into(cache)
+    assert "rule genetic_map" not in snake("-n", target).stdout
+    snake(target)
+    assert (tmp_path / "work" / target).exists()
+    before = map_file(SPEC).stat().st_mtime_ns
+    snake("--forceall", target)  # does not touch what it did not fetch
+    assert map_file(SPEC).stat().st_mtime_ns == before
+
+
+def test_workflow_fetches_a_map(cache, tmp_path):
+    """A local rule fetches it, once, before the simulations that need it."""
+    found = genetic_map(SPEC)
+    source = tmp_path / "map.txt"
+    source.write_text(HAPMAP)
+    archive = tmp_path / found._cache._basename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, arcname=found.file_pattern.format(id="1"))
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        OFFLINE.replace("file:///no/such/map.tar.gz", archive.as_uri())
+        + f"    found._cache.sha256 = found.sha256 = {stdpopsim.utils.sha256(archive)!r}\n"
+    )
+    overlay = tmp_path / "mapped.yaml"
+    overlay.write_text(OVERLAY)
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path / "work", "--cores", "2",
+        "--show-failed-logs", "results/simulations/mapped/0.trees.batch", "--configfile", TINY, overlay,
+        env={"PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY / "src")])},
+    )  # fmt: skip
+    assert "rule genetic_map_AraTha_SalomeAveraged_TAIR10" in done.stdout + done.stderr
+    assert (tmp_path / "work/results/simulations/mapped/0.trees.batch").exists()
+
+
+def test_sizes_and_rates_are_the_catalogues():
+    """With one model and a flat map: the segment's rates are the catalogue's, by a direct call of stdpopsim's engine."""
+    spec = {"name": "p", "kind": "stdpopsim", "species": "PonAbe", "models": ["TwoSpecies_2L11"], "individuals": 4,
+            "sequence_length": 50_000}  # fmt: skip
+    ts = simulate_one(spec, index=1, seed=1)
+    about = ts.metadata["cxt"]
+    species = stdpopsim.get_species("PonAbe")
+    model = species.get_demographic_model("TwoSpecies_2L11")
+    contig = species.get_contig(
+        about["chromosome"], left=about["left"], right=about["left"] + 50_000, mutation_rate=model.mutation_rate
+    )
+    assert about["mutation_rate"] == contig.mutation_rate
+    from cxt.scenarios import unique_seed
+
+    seed = unique_seed(seed=1, spec=spec, index=1)
+    direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=seed).trim()
+    assert direct.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
+    assert sum(about["samples"].values()) == 4

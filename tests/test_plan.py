@@ -1,0 +1,279 @@
+"""`cxt plan`, and the published set that config/paper.yaml describes."""
+
+import json
+import time
+
+import msprime
+import numpy as np
+import pytest
+import stdpopsim
+from conftest import REPOSITORY, TINY, run_python
+
+from cxt import catalogue
+from cxt.config import PRESETS, AdapterConfig
+from cxt.configfile import load, merge, read_yaml, resolve
+from cxt.costs import Costs, TooLong, leaf_key, measure_shard, measure_simulation
+from cxt.errors import BadRequest
+from cxt.jobs import dataset_spec, leaf_of, leaves_of
+from cxt.kinds import KINDS
+from cxt.plan import plan, use_devices
+from cxt.rates import decoding_flops, forward_flops, training_flops
+from cxt.scenarios import EVALUATION_START, leaves, random_generator, unique_seed
+
+PAPER = REPOSITORY / "config" / "paper.yaml"
+SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
+MODELS = ["narrow", "broad", "broad_w200", "w200_wmissing", "broad_adapter", "w200_wmissing_adapter"]
+
+
+def run_plan(*arguments, cwd, check=True):
+    return run_python("-m", "cxt.plan", *arguments, cwd=cwd, check=check)
+
+
+@pytest.fixture(scope="module")
+def paper() -> dict:
+    return load([PAPER])
+
+
+def test_published_counts(tmp_path):
+    """spec: 33 790 simulations, 30 409 of them for training, 6 040 in the small-window base; steps on three GPUs."""
+    found = json.loads(run_plan("--configfile", PAPER, "--devices", 3, "--json", cwd=tmp_path).stdout)
+    assert found["simulations"] == 33_790
+    datasets = found["datasets"]
+    assert datasets["processed"]["train_simulations"] == datasets["processed_n10"]["train_simulations"] == 30_409
+    assert datasets["processed_narrow"]["train_simulations"] == 9_000
+    small = [datasets[f"processed_small_window{rest}"] for rest in ("", "_missing_data", "_missing_data_n10")]
+    assert [d["train_simulations"] + d["test_simulations"] for d in small] == [6_040] * 3
+    assert [d["train_simulations"] for d in small] == [5_434] * 3
+    assert datasets["processed"]["train_items"] == 6_081_800
+    assert small[2]["train_items"] == 5_434 * 20
+    assert [found["models"][name]["steps"] for name in MODELS] == [4692, 5280, 944, 944, 792, 480]
+    assert {model["effective_batch"] for model in found["models"].values()} == {2304}
+    for part in (*datasets.values(), *found["models"].values()):
+        assert all(value >= 0 for value in part.values() if isinstance(value, int | float))
+    assert all(d["bytes"] > 0 for d in datasets.values())
+    assert all(m["gpu_hours"] > 0 for m in found["models"].values())
+
+
+@pytest.mark.parametrize(
+    ("devices", "steps"), [(1, [14064, 15838, 2830, 2830, 2376, 1420]), (2, [7032, 7920, 1416, 1416, 1188, 710])]
+)
+def test_published_steps_on_fewer_gpus(paper, devices, steps):
+    found = plan(use_devices(paper, devices), Costs())
+    assert [found["models"][name]["steps"] for name in MODELS] == steps
+
+
+def test_script_list():
+    """37 170 simulations; on 2 GPUs broad would end at step 8 708 and broad_adapter at 436 an epoch."""
+    found = plan(use_devices(load([PAPER, SCRIPT]), 2), Costs())
+    assert found["simulations"] == 37_170
+    assert found["datasets"]["processed"]["train_simulations"] == 33_437
+    assert found["models"]["broad"]["steps"] == 8_708
+
+
+def test_published_leaves(paper):
+    """Numbers of leaf scenarios and of simulations each, (5e-8, 5e-8) nowhere, and the sweeps' positions."""
+    scenarios = paper["scenarios"] | load([PAPER, SCRIPT])["scenarios"]
+    expected = {
+        "llm_ne_constant": (9, 500),
+        "llm_ne_sawtooth": (27, 125),
+        "llm_island_3pop": (18, 50),
+        "llm_hard_sweeps": (27, 50),
+    }
+    for name, (number, simulations) in expected.items():
+        found = leaves(name, scenarios[name])
+        assert (len(found), {leaf.simulations for leaf in found}) == (number, {simulations})
+        assert not any(leaf.spec["mutation_rate"] == leaf.spec["recombination_rate"] == 5e-8 for leaf in found)
+    # The published positions: one generator seeded 42, a draw for each combination in loop order, the skipped ones included.
+    rng = np.random.RandomState(42)  # the published generator
+    drawn = {}
+    for size in (10_000, 20_000, 40_000):
+        for mutation in (1e-8, 5e-8):
+            for recombination in (1e-8, 5e-8):
+                for s in (0.01, 0.1, 1):
+                    drawn[size, mutation, recombination, s] = int(rng.choice([250_000, 500_000, 750_000]))
+    for leaf in leaves("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
+        keys = ("population_size", "mutation_rate", "recombination_rate", "selection_coefficient")
+        assert leaf.spec["position"] == drawn[tuple(leaf.spec[key] for key in keys)]
+    species = {"musmus", "ratnor", "gorgor", "orysat", "susscr", "phosin"}
+    assert {f"stdpopsim_{name}" for name in species} == set(load([PAPER])["scenario_sets"]["new_species"])
+    assert all(scenarios[f"stdpopsim_{name}"]["simulations"] == 0 for name in species)
+    assert len(paper["scenario_sets"]["high_ne"]) == 13
+    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(KINDS)
+
+
+def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
+    """{(leaf, index): seeds handed to msprime or to stdpopsim's engine} for every simulation, without simulating any."""
+
+    class Stop(Exception):
+        pass
+
+    caught: list[int] = []
+
+    def catch(*args, **kwargs):
+        caught.append(kwargs.get("random_seed", kwargs.get("seed")))
+        if len(caught) == 2 or "seed" in kwargs:
+            raise Stop
+
+    for name in ("sim_ancestry", "sim_mutations"):
+        monkeypatch.setattr(msprime, name, catch)
+    monkeypatch.setattr(type(stdpopsim.get_engine("msprime")), "simulate", catch)
+    monkeypatch.setattr(catalogue, "mapped_autosomes", catalogue.autosomes)  # the maps taken as present
+    monkeypatch.setattr(catalogue, "_rates", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
+    names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
+    result = {}
+    for leaf in leaves_of(config, sorted(names)):
+        for index in range(leaf.simulations):
+            caught.clear()
+            rng = random_generator(seed=config["seed"], spec=leaf.spec, index=index, purpose="simulate")
+            alone = {"seed": unique_seed(seed=config["seed"], spec=leaf.spec, index=index)} if "species" in leaf.spec else {}
+            with pytest.raises(Stop):
+                KINDS[leaf.spec["kind"]].simulate(leaf.spec, rng, **alone)
+            result[leaf.name, index] = tuple(caught)
+    return result
+
+
+def test_no_two_simulations_share_seeds(paper, monkeypatch):
+    """All 33 790: (ancestry, mutation) pairs of msprime; the engine's one seed within its scenario."""
+    seeds = seeds_of(paper, monkeypatch)
+    assert len(seeds) == 33_790
+    pairs = [pair for pair in seeds.values() if len(pair) == 2]
+    assert len(pairs) == 18_750
+    assert len(set(pairs)) == len(pairs)
+    alone = [(leaf, seed[0]) for (leaf, _), seed in seeds.items() if len(seed) == 1]
+    assert len(alone) == 15_040
+    assert len(set(alone)) == len(alone)
+    assert all(1 <= s < 2**32 for seed in seeds.values() for s in seed)
+
+
+def test_seeds_stay_when_scenarios_come_and_go(monkeypatch):
+    """Others added, removed and reordered, and more simulations: simulation i keeps its seeds."""
+    base = read_yaml(TINY)
+    config = resolve(merge(read_yaml(REPOSITORY / "config" / "config.yaml"), base))
+    before = seeds_of(config, monkeypatch)
+    other = json.loads(json.dumps(base))
+    other["scenarios"]["constant"]["simulations"] = 40
+    other["scenarios"]["more"] = {"kind": "island", "simulations": 10, "sequence_length": 20000}
+    other["datasets"]["processed"]["scenarios"] = ["more", "stdpopsim_papanu", "constant"]
+    config = resolve(merge(read_yaml(REPOSITORY / "config" / "config.yaml"), other))
+    config["scenarios"] = dict(reversed(config["scenarios"].items()))
+    after = seeds_of(config, monkeypatch)
+    assert len(after) == len(before) + 20 + 10
+    assert all(after[key] == seeds for key, seeds in before.items())
+
+
+def test_unique_seeds_are_unique_by_construction():
+    """The map from index to seed is affine modulo 2^32 - 1 with a factor that is prime to it."""
+    spec = {"name": "x"}
+    assert np.gcd(2654435761, 2**32 - 1) == 1
+    first = unique_seed(seed=1, spec=spec, index=0)
+    for index in (1, 2, 12_345, EVALUATION_START, EVALUATION_START + 999_999):
+        assert (unique_seed(seed=1, spec=spec, index=index) - first - 2654435761 * index) % (2**32 - 1) == 0
+    assert first != unique_seed(seed=2, spec=spec, index=0) != unique_seed(seed=1, spec={"name": "y"}, index=0)
+
+
+def test_flops_by_counting():
+    """Against every product of matrices written out, for one item of `broad`."""
+    broad = PRESETS["broad"]
+    w, d, layers = 500, 400, 10
+    linear = 2 * (2 * w) * (d * 3 * d + d * d + d * 4 * d + 4 * d * d) * layers
+    attention = 0
+    for queries, keys in [(w, [w] * w), (w, [w + i + 1 for i in range(w)])]:
+        assert len(keys) == queries
+        attention += sum(2 * 2 * d * k for k in keys) * layers
+    head = 2 * w * d * 326
+    embedding = 2 * 2 * 4 * w * (50 * 100 + 100 * 100)
+    parts = forward_flops(broad)
+    assert (parts["blocks"], parts["attention"], parts["head"], parts["embedding"]) == (linear, attention, head, embedding)
+    total = sum(parts.values())
+    assert total == pytest.approx(48.7e9, rel=0.01)
+    assert training_flops(broad) == 3 * total
+    assert training_flops(broad, AdapterConfig()) == 3 * total - (0.8 * linear + head + embedding)
+    assert training_flops(broad, AdapterConfig(unfreeze_strategy="none")) == 3 * total - (linear + head + embedding)
+    one, two = (decoding_flops(broad, replicates=r) for r in (1, 2))
+    assert one == pytest.approx(total, rel=0.001)  # prefill and targets together attend to the same
+    assert two < 2 * one
+
+
+def test_costs_are_measured(tmp_path, paper):
+    """--calibrate, then the plan uses its figures; an exact length wins, others are stretched and named."""
+    out = run_plan(
+        "--configfile", TINY, "--calibrate", "--table", "table.md", "--machine", "a test", "--seconds", 0.2, cwd=tmp_path
+    )
+    assert "constant 20,000 bp:" in out.stderr
+    assert "not measured" not in out.stdout
+    written = json.loads((tmp_path / "results/costs.json").read_text())
+    config = load([TINY])
+    spec = leaf_of(config, "constant").spec
+    assert written["simulations"][leaf_key(spec)]["20000"]["seconds"] > 0
+    table = (tmp_path / "table.md").read_text()
+    assert "| constant | 20,000 |" in table
+    costs = Costs([tmp_path / "results/costs.json"])
+    found = plan(config, costs)
+    assert found["simulate"]["core_hours"] > 0
+    assert found["simulate"]["not_measured"] == []
+    assert not found["simulate"]["extrapolated"]
+    stretched = costs.simulation(spec | {"sequence_length": 40_000})
+    assert stretched["extrapolated"]
+    assert "a test" in " ".join(found["measured_on"])
+    unknown = plan(load([TINY, SCENARIO(tmp_path)]), costs)
+    assert unknown["simulate"]["not_measured"] == ["unknown"]
+
+
+def SCENARIO(tmp_path):
+    path = tmp_path / "unknown.yaml"
+    path.write_text(
+        "scenarios: {unknown: {kind: constant, population_size: 321, simulations: 10, sequence_length: 20000}}\n"
+        "datasets: {processed_narrow: {scenarios: [constant, unknown]}}\n"
+    )
+    return path
+
+
+def test_measured_figures_are_of_the_simulation():
+    config = load([TINY])
+    leaf = leaf_of(config, "constant")
+    cost, made = measure_simulation(leaf.spec, budget=0, longest=60)
+    assert (cost["replicates"], cost["trees"], cost["sites"]) == (1, made[0].num_trees, made[0].num_sites)
+    assert cost["bytes"] > 1000
+    shard = measure_shard(made, dataset_spec(config, "processed_narrow"), None)
+    assert shard["bytes"] > 500
+    with pytest.raises(TooLong):
+        measure_simulation({**leaf.spec, "population_size": 10**7, "sequence_length": 10**6}, budget=0, longest=0.5)
+
+
+def test_plan_refuses(tmp_path):
+    for arguments, message in (
+        (["--devices", -1], "--devices -1: expected at least 0"),
+        (["--costs", "none.json"], "there is no file none.json"),
+        (["--configfile", "none.yaml"], "none.yaml cannot be read"),
+        (["--configfile", TINY, "--devices", 50], "fewer than one batch of 4 on 50 devices"),
+    ):
+        done = run_plan(*arguments, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(BadRequest, match="broken.json holds no costs"):
+        Costs([tmp_path / "broken.json"])
+
+
+def with_maps(path) -> None:
+    """The cache that all genetic maps of the paper's configuration are taken to be in."""
+    for leaf in leaves_of(config := load([PAPER]), list(config["scenarios"])):
+        if "genetic_map" in leaf.spec:
+            found = catalogue.genetic_map(leaf.spec)
+            file = path / "genetic_maps" / leaf.spec["species"] / found.id / f"{found._cache._basename}.sha256"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(found.sha256 + "\n")
+
+
+def test_paper_workflow_is_planned_and_grows(tmp_path):
+    """`snakemake -n` on the published configuration; a scenario that grows by a tenth adds one batch of simulations."""
+    with_maps(tmp_path / "cache")
+    environment = {"STDPOPSIM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY / "src")}
+    began = time.monotonic()
+    done = run_python(
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2", "-n",
+        "--quiet", "rules", "--configfile", PAPER, env=environment,
+    )  # fmt: skip
+    print(f"planned in {time.monotonic() - began:.1f} s")
+    assert "train_w200_wmissing_adapter" in done.stdout
