@@ -8,6 +8,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from cxt import jobs
 from cxt.configfile import read_yaml, resolve, training_config, training_settings
+from cxt.costs import HERE, Costs
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
 
@@ -43,6 +44,7 @@ def check_targets(config):
 
 jobs.put_package_on_path()
 config = checked(config)
+costs = Costs([HERE] if HERE.exists() else [])
 
 
 def one_of(names):
@@ -69,6 +71,24 @@ def map_of_batch(wildcards):
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def simulation_cost(wildcards):
+    """The measured cost of one simulation, and how many there are in the batch."""
+    leaf, start = leaf_and_start(wildcards)
+    return costs.simulation(leaf.spec), jobs.batch_count(config, leaf, start)
+
+
+def simulate_minutes(wildcards):
+    """Time to ask the scheduler for: three times what was measured, and 4 hours where nothing was."""
+    cost, simulations = simulation_cost(wildcards)
+    return 240 if cost is None else max(30, round(simulations * cost["seconds"] / 20))
+
+
+def simulate_memory(wildcards):
+    """One simulation at a time: some twenty times its file."""
+    cost, _ = simulation_cost(wildcards)
+    return 4000 if cost is None else max(2000, 1000 + round(20 * cost["bytes"] / 1e6))
 
 
 def simulate_spec(wildcards):

@@ -35,8 +35,8 @@ rule simulate:
         "../envs/simulate.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=simulate_memory,
+        runtime=simulate_minutes,
         gpu=0,
     params:
         spec=simulate_spec,

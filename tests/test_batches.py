@@ -88,19 +88,19 @@ def test_terminated_stage_leaves_no_child(tmp_path):
 
 
 def test_exception_says_how_to_reproduce(tmp_path):
-    """A size that shrinks into the past until msprime gives up: its error, the simulation, and a command that repeats it."""
+    """A population so large that msprime gives up: its error, the simulation, and a command that repeats it."""
     spec = {
-        "name": "apart", "kind": "hard_sweep", "population_size": 10, "individuals": 20, "sequence_length": 1000,
-        "mutation_rate": 1e-8, "recombination_rate": 1e-8, "selection_coefficient": 1e-300, "position": 500,
+        "name": "huge", "kind": "constant", "population_size": 1e308, "individuals": 2, "sequence_length": 1000,
+        "mutation_rate": 1e-8, "recombination_rate": 1e-8,
     }  # fmt: skip
-    out = tmp_path / "apart.trees.batch"
+    out = tmp_path / "huge.trees.batch"
     arguments = ["--spec", json.dumps(spec), "--start", 5, "--count", 3, "--seed", 9, "--out", out]
     done = run_python("-m", "cxt.simulate", *arguments, check=False)
     assert done.returncode == 1
-    command = reproduces(done.stderr, name="apart", index=5, seed=9)
+    command = reproduces(done.stderr, name="huge", index=5, seed=9)
     again = run_python(*command[1:-2], "--out", tmp_path / "one.trees.batch", check=False)
     assert again.returncode == 1
-    assert "simulation 5 of 'apart'" in again.stderr
+    assert "simulation 5 of 'huge'" in again.stderr
     assert not out.exists()
 
 

@@ -200,7 +200,6 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
 
 def stdpopsim_segment(spec: dict, rng: np.random.Generator, *, seed: int) -> Simulated:
     """A random segment under a random model; the engine's one *seed* must be unique within the scenario."""
-    import attrs
     import stdpopsim
 
     species = get_species(spec)
@@ -224,7 +223,8 @@ def stdpopsim_segment(spec: dict, rng: np.random.Generator, *, seed: int) -> Sim
         warnings.filterwarnings("ignore", message=".*demographic model has .* rate.*")
         contig = species.get_contig(chromosome, left=left, right=right, mutation_rate=rate)
         if rates is not None:
-            contig = attrs.evolve(contig, recombination_map=rates.slice(left=left, right=right))
+            # As get_contig does, which would read the map's file again for every simulation.
+            contig.recombination_map = rates.slice(left=left, right=right)
         if spec.get("ancestry_model") == "smc_prime":
             ts = _smc_prime(model, contig, samples, spec, seed)
         else:

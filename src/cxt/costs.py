@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cxt.configfile import adapter_config, model_config, training_config
 from cxt.errors import BadRequest
-from cxt.jobs import dataset_spec, evaluation_scenarios, leaves_of, training_threads
+from cxt.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
 from cxt.kinds import simulate_one
 from cxt.lineage import digest
 from cxt.masks import read_mask, synthetic_mask
@@ -42,6 +42,21 @@ def shard_key(spec: dict, dataset: dict, masked: bool) -> str:
     return digest([leaf_key(spec), spec["sequence_length"], dataset, masked])
 
 
+def _unmapped(spec: dict) -> dict:
+    return {key: value for key, value in spec.items() if key != "genetic_map"}
+
+
+def read_costs(path) -> dict:
+    """The content of a costs file: machines, simulations, shards and rates; BadRequest if it holds no such thing."""
+    try:
+        found = json.loads(Path(path).read_text())
+        if not all(isinstance(found[key], dict) for key in ("machines", "simulations", "shards", "rates")):
+            raise TypeError("a part is no mapping")
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
+    return found
+
+
 class Costs:
     """Measured costs; those in *files* win over the shipped ones, later ones over earlier ones.
 
@@ -57,19 +72,22 @@ class Costs:
         self.rates: dict = {}
         self.machines: list[str] = []
         for path in (SHIPPED, *files):
-            try:
-                found = json.loads(Path(path).read_text())
-                for key, lengths in found["simulations"].items():
-                    self.simulations[key] = self.simulations.get(key, {}) | lengths
-                self.shards |= found["shards"]
-                self.rates |= found["rates"]
-                self.machines += [f"{kind}: {found['machines'][kind]}" for kind in found["machines"]]
-            except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-                raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
+            found = read_costs(path)
+            for key, lengths in found["simulations"].items():
+                self.simulations[key] = self.simulations.get(key, {}) | lengths
+            self.shards |= found["shards"]
+            self.rates |= found["rates"]
+            self.machines += [f"{kind}: {machine}" for kind, machine in found["machines"].items()]
 
     def simulation(self, spec: dict) -> dict | None:
-        """{seconds, bytes, …} of one simulation of a leaf, with `extrapolated` if from another length; None if unknown."""
+        """{seconds, bytes, …} of one simulation of a leaf; None if unknown.
+
+        With `extrapolated` if from another length, or from the chromosomes' average rates in the place of a genetic map.
+        """
         lengths = self.simulations.get(leaf_key(spec), {})
+        if not lengths and "genetic_map" in spec:
+            found = self.simulation(_unmapped(spec))
+            return found and found | {"extrapolated": True}
         asked = spec["sequence_length"]
         if str(asked) in lengths:
             return lengths[str(asked)] | {"extrapolated": False}
@@ -86,7 +104,10 @@ class Costs:
 
     def shard(self, spec: dict, dataset: dict, masked: bool) -> dict | None:
         """{seconds, bytes} of one simulation in a dataset; None if unknown."""
-        return self.shards.get(shard_key(spec, dataset, masked))
+        found = self.shards.get(shard_key(spec, dataset, masked))
+        if found is None and "genetic_map" in spec:
+            return self.shards.get(shard_key(_unmapped(spec), dataset, masked))
+        return found
 
     def flops_per_second(self, what: str, *, gpu: bool, adapter: bool = False) -> float:
         """Measured FLOP/s of *what* (training or decoding): of one GPU, or of one CPU thread."""
@@ -205,20 +226,34 @@ def measure_costs(config: dict, *, machine: str, seconds: float = 5.0, progress=
             if made and leaf.name in {used.name for used in leaves_of(config, dataset["scenarios"])}:
                 key = shard_key(leaf.spec, dataset_spec(config, name), "mask" in dataset)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
+    device = device_here()
+    kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
-    for name in config["models"]:  # one of each size
+    for name in config["models"]:  # one of each size, of those that train on such a device
+        if (devices(config, name) > 0) != (kind == "gpu"):
+            continue
         network, adapter = model_config(config, name), adapter_config(config, name)
         size = (network.layers, network.width, network.windows, adapter is not None)
         networks.setdefault(size, (name, (network, adapter, training_config(config, name))))
-    device = device_here()
-    if device == "cpu":
-        import torch
+    if networks:
+        if device == "cpu":
+            import torch
 
-        torch.set_num_threads(max(training_threads(config, name) for name in config["models"]))
-    kind = "gpu" if device == "cuda" else "cpu"
-    costs["rates"][kind] = measure(dict(networks.values()), seconds=seconds, progress=progress)
-    costs["machines"][kind] = describe_device(device)
+            torch.set_num_threads(max(training_threads(config, name) for name, _ in networks.values()))
+        costs["rates"][kind] = measure(dict(networks.values()), seconds=seconds, progress=progress)
+        costs["machines"][kind] = describe_device(device)
     return costs
+
+
+def merge_costs(old: dict, new: dict) -> dict:
+    """*old* with everything that *new* measured in its place."""
+    simulations = {key: old["simulations"].get(key, {}) | lengths for key, lengths in new["simulations"].items()}
+    return {
+        "machines": old["machines"] | new["machines"],
+        "simulations": old["simulations"] | simulations,
+        "shards": old["shards"] | new["shards"],
+        "rates": old["rates"] | new["rates"],
+    }
 
 
 def scenario_table(config: dict, costs: Costs) -> str:

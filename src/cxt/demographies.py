@@ -174,7 +174,7 @@ def check_demes(spec: dict) -> None:
 
     if apart := _cannot_meet(graph, list(spec["samples"])):
         raise BadRequest(
-            f"scenario '{spec['name']}': lineages of {' and '.join(apart)} need never meet, so that simulating would never end; "
+            f"scenario '{spec['name']}': lineages of {' and '.join(apart)} need never meet, and simulating them would not end; "
             "connect their demes by an ancestor or by migration without a start"
         )
 

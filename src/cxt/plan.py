@@ -16,7 +16,7 @@ from pathlib import Path
 from cxt import jobs
 from cxt.config import steps_per_epoch
 from cxt.configfile import adapter_config, load, model_config, training_config
-from cxt.costs import HERE, Costs, measure_costs, scenario_table
+from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write
 from cxt.rates import decoding_flops, training_flops
@@ -273,6 +273,8 @@ def main() -> None:
             print(text, file=sys.stderr, flush=True)
 
         measured = measure_costs(config, machine=machine, seconds=args.seconds, progress=progress)
+        if path.exists():
+            measured = merge_costs(read_costs(path), measured)
         atomic_write(path, (json.dumps(measured, indent=1, sort_keys=True) + "\n").encode())
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])
