@@ -14,17 +14,18 @@ from cxt.lineage import canonical
 
 
 def checked(config):
-    """The configuration with defaults, or exit status 2 and one message before anything runs."""
+    """The configuration with defaults and what is known of costs, or exit status 2 and one message before anything runs."""
     try:
         for path in workflow.configfiles:
             read_yaml(path)  # refuses keys given twice, which Snakemake does not
         config = resolve(config)
         jobs.check_plan(config)
         check_targets(config)
+        costs = Costs([HERE] if HERE.exists() else [])
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
-    return config
+    return config, costs
 
 
 def check_targets(config):
@@ -43,8 +44,7 @@ def check_targets(config):
 
 
 jobs.put_package_on_path()
-config = checked(config)
-costs = Costs([HERE] if HERE.exists() else [])
+config, costs = checked(config)
 
 
 def one_of(names):
@@ -71,6 +71,18 @@ def map_of_batch(wildcards):
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def map_spec(wildcards):
+    """The parameters of a leaf that needs a genetic map."""
+    return jobs.leaf_with_map(config, f"results/maps/{wildcards.map}.json").spec
+
+
+def preprocess_memory(wildcards):
+    leaf, start = leaf_and_start(wildcards)
+    cost, simulations = simulation_cost(wildcards)
+    size = 100e6 if cost is None else cost["bytes"]
+    return jobs.preprocessing_memory_mb(config, wildcards.dataset, simulations, size)
 
 
 def simulation_cost(wildcards):

@@ -35,7 +35,7 @@ rule preprocess:
         "../envs/preprocess.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=preprocess_memory,
         runtime=60,
         gpu=0,
     params:

@@ -1,27 +1,28 @@
-# Stage 1. Inputs: a genetic map in stdpopsim's cache, for scenarios that have one.
+# Stage 1. Inputs: for scenarios with a genetic map, results/maps/<species>-<map>.json.
 # Outputs: results/simulations/<leaf>/<start>.trees.batch, one file per batch.
 
-# One rule for each genetic map that is not in the cache yet; one that is there is an input that no rule makes, so that
-# Snakemake never deletes it. Local, because nodes of a cluster often have no network.
-for path, spec in jobs.maps_to_fetch(config).items():
 
-    rule:
-        name:
-            f"genetic_map_{spec['species']}_{spec['genetic_map']}"
-        output:
-            path,
-        log:
-            f"results/logs/simulate/map-{spec['species']}-{spec['genetic_map']}.log",
-        localrule: True
-        conda:
-            "../envs/simulate.yaml"
-        params:
-            species=spec["species"],
-            genetic_map=spec["genetic_map"],
-            scenario=spec["name"],
-        shell:
-            "exec &> {log:q}; exec python -m cxt.catalogue"
-            " --species {params.species:q} --genetic-map {params.genetic_map:q} --scenario {params.scenario:q}"
+# Local, because nodes of a cluster often have no network: they find the map in stdpopsim's cache.
+rule genetic_map:
+    output:
+        "results/maps/{map}.json",
+    log:
+        "results/logs/simulate/map-{map}.log",
+    conda:
+        "../envs/simulate.yaml"
+    localrule: True
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=60,
+        gpu=0,
+    params:
+        species=lambda wildcards: map_spec(wildcards)["species"],
+        genetic_map=lambda wildcards: map_spec(wildcards)["genetic_map"],
+        scenario=lambda wildcards: map_spec(wildcards)["name"],
+    shell:
+        "exec &> {log:q}; exec python -m cxt.catalogue --species {params.species:q}"
+        " --genetic-map {params.genetic_map:q} --scenario {params.scenario:q} --out {output:q}"
 
 
 rule simulate:

@@ -9,6 +9,9 @@ import msprime
 import numpy as np
 import pytest
 
+from cxt.catalogue import genetic_map
+from cxt.configfile import load
+from cxt.jobs import leaves_of
 from cxt.preprocess import write_split
 from cxt.scenarios import leaves
 from cxt.simulate import write_batch
@@ -95,3 +98,15 @@ def workflow(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("workflow")
     snakemake("--show-failed-logs", cwd=directory)
     return directory
+
+
+def maps_taken_as_present(cache: Path) -> Path:
+    """A stdpopsim cache that says of every genetic map of config/paper.yaml that it is there."""
+    config = load([REPOSITORY / "config" / "paper.yaml"])
+    for leaf in leaves_of(config, list(config["scenarios"])):
+        if "genetic_map" in leaf.spec:
+            found = genetic_map(leaf.spec)
+            file = cache / "genetic_maps" / leaf.spec["species"] / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(found.sha256 + "\n")
+    return cache

@@ -87,6 +87,43 @@ def test_terminated_stage_leaves_no_child(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for the child process")
+def test_child_of_a_killed_stage_publishes_nothing(tmp_path):
+    """The stage is killed in its only simulation: its child ends with that, and leaves no file under the final name."""
+    out = tmp_path / "slow.trees.batch"
+    process = start_simulating(SLOW | {"population_size": 400_000}, out)
+    child = children_of(process.pid)[0]
+    process.kill()
+    process.communicate(timeout=60)
+    until = time.monotonic() + 120
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert not out.exists()
+
+
+def test_specs_that_are_refused(tmp_path):
+    good = {"name": "x", "kind": "constant", "population_size": 100, "sequence_length": 1000, "individuals": 1}
+    for spec, message in (
+        (good | {"population_size": [100, 200]}, "it must be one leaf scenario, not a sweep"),
+        (good | {"kind": []}, "must be a leaf scenario with a name and a kind"),
+        (good | {"name": 5}, "must be a leaf scenario with a name and a kind"),
+        ({"name": "x", "kind": "demes", "demography": "no.yaml", "samples": {"a": 1}, "mutation_rate": 0.1,
+          "recombination_rate": 0}, "there is no file"),
+    ):  # fmt: skip
+        arguments = ["--spec", json.dumps(spec), "--count", 1, "--out", tmp_path / "x.batch"]
+        refused = run_python("-m", "cxt.simulate", *arguments, check=False)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "x.batch", tmp_path):
+        arguments = ["--spec", json.dumps(good), "--count", 1, "--out", out]
+        refused = run_python("-m", "cxt.simulate", *arguments, check=False)
+        assert refused.returncode == 2
+        assert "cannot be written" in refused.stderr
+
+
 def test_exception_says_how_to_reproduce(tmp_path):
     """A population so large that msprime gives up: its error, the simulation, and a command that repeats it."""
     spec = {

@@ -1,7 +1,10 @@
 """stdpopsim scenarios: genetic maps (with a map made here), their cache, and what is recorded."""
 
+import json
 import os
+import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import stdpopsim
 from conftest import REPOSITORY, TINY, run_python
 
 from cxt import catalogue
-from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, map_file
+from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map
 from cxt.errors import BadRequest
 from cxt.kinds import check_leaf, simulate_one
 from cxt.targets import check_genealogies
@@ -40,13 +43,19 @@ def cache(tmp_path, monkeypatch):
     catalogue._answer.cache_clear()
 
 
+def cached_file() -> Path:
+    """The file by which stdpopsim knows that the map is in its cache."""
+    found = genetic_map(SPEC)
+    return stdpopsim.get_cache_dir() / "genetic_maps" / "AraTha" / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
+
+
 def put_map_into(cache) -> None:
     """What a finished download leaves: the files, and the checksum that stdpopsim looks at."""
     found = genetic_map(SPEC)
     path = found.map_cache_dir / found.file_pattern.format(id="1")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HAPMAP)
-    map_file(SPEC).write_text(found.sha256 + "\n")
+    cached_file().write_text(found.sha256 + "\n")
     catalogue._rates.cache_clear()
 
 
@@ -70,14 +79,13 @@ def test_map_is_used(cache):
 
 
 def test_segments_by_hand(cache):
-    """The rates of a segment against the map's own cumulative mass, and that gaps are never crossed."""
+    """Segments lie where the map has rates, looked up base by base, and nowhere else would do."""
     put_map_into(cache)
     rng = np.random.default_rng(1)
     rates = catalogue._rates("AraTha", SPEC["genetic_map"], "1")
     for _ in range(200):
         _, left, found = catalogue.draw_segment(SPEC, rng)
         assert found is rates
-        assert np.isfinite(rates.get_cumulative_mass([left, left + 1_000_000])).all()
         assert not np.isnan(rates.get_rate(np.linspace(left, left + 999_999, 50))).any()
 
 
@@ -105,9 +113,9 @@ def test_map_is_fetched(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(found._cache, "url", archive.as_uri())
     monkeypatch.setattr(found._cache, "sha256", stdpopsim.utils.sha256(archive))
     check_map_can_be_had(SPEC)
-    assert not map_file(SPEC).exists()  # asking fetches nothing
+    assert not cached_file().exists()  # asking fetches nothing
     fetch_map(SPEC)
-    assert map_file(SPEC).exists()
+    assert cached_file().exists()
     assert simulate_one(SPEC, index=0, seed=1).metadata["cxt"]["chromosome"] == "1"
 
     monkeypatch.setattr(found._cache, "sha256", "0" * 64)  # a file that is not the catalogue's
@@ -120,6 +128,7 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
     for url in ("file:///no/such/map.tar.gz", "http://127.0.0.1:9/map.tar.gz"):
         monkeypatch.setattr(found, "url", url)
         monkeypatch.setattr(found._cache, "url", url)
+        catalogue._answer.cache_clear()
         for attempt in (check_map_can_be_had, fetch_map):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)
@@ -127,6 +136,55 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
             alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "python -m cxt.catalogue --species AraTha")
             for part in ("scenario 'aratha_map'", could, *alone):
                 assert part in str(error.value)
+
+
+def test_map_fetched_before_but_gone(cache, tmp_path, monkeypatch):
+    archive = tmp_path / "map.tar.gz"
+    archive.write_bytes(b"")
+    monkeypatch.setattr(genetic_map(SPEC), "url", archive.as_uri())
+    record = tmp_path / "record.json"
+    check_map_can_be_had(SPEC, fetched=record)
+    record.write_text("{}")
+    with pytest.raises(BadRequest, match="record.json says that it was fetched: delete that file"):
+        check_map_can_be_had(SPEC, fetched=record)
+
+
+def test_constant_size_beside_catalogue_models():
+    with pytest.raises(
+        BadRequest, match="population_size is for a constant size, but HomSap has catalogue models; add `models"
+    ):
+        check_leaf({"name": "x", "kind": "stdpopsim", "species": "HomSap", "population_size": 10, "sequence_length": 1000})
+    check_leaf({"name": "x", "kind": "stdpopsim", "species": "AedAeg", "population_size": 10, "sequence_length": 1000})
+
+
+def test_no_sex_chromosomes():
+    for species, sex in (("AnoCar", "LGb"), ("GasAcu", "19"), ("HelMel", "21"), ("DroSec", "X"), ("AnaPla", "Z")):
+        names = [c.id for c in catalogue.autosomes({"name": "x", "species": species, "sequence_length": 1_000_000})]
+        assert names
+        assert sex not in names
+        assert sex in [c.id for c in stdpopsim.get_species(species).genome.chromosomes]
+    with pytest.raises(BadRequest, match="EscCol has no chromosome of two copies"):
+        catalogue.autosomes({"name": "x", "species": "EscCol", "sequence_length": 1000})
+
+
+def test_catalogue_is_in_the_lineage(monkeypatch):
+    """Another version of stdpopsim, or another file behind a map, makes simulations stale; parametric ones it does not."""
+    import importlib.metadata
+
+    from cxt.configfile import load
+    from cxt.jobs import batch_lineage, leaf_of
+    from cxt.scenarios import Leaf
+
+    config = load([])
+    mapped = Leaf("aratha_map", SPEC, 10, 10)
+    used = [leaf_of(config, "constant"), leaf_of(config, "stdpopsim_homsap"), mapped]
+    before = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    monkeypatch.setattr(genetic_map(SPEC), "sha256", "0" * 64)
+    after = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
+    after = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
 def test_unknown_map():
@@ -163,11 +221,11 @@ def test_workflow_with_a_map(cache, tmp_path):
     overlay = tmp_path / "mapped.yaml"
     overlay.write_text(OVERLAY)
 
-    def snake(*arguments, check=True):
+    def snake(*arguments, check=True, cache=cache):
         return run_python(
             "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path / "work", "--cores", "2",
             *arguments, "--configfile", TINY, overlay, check=check,
-            env={"PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY / "src")])},
+            env={"PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY / "src")]), "STDPOPSIM_CACHE": str(cache)},
         )  # fmt: skip
 
     target = "results/simulations/mapped/0.trees.batch"
@@ -181,12 +239,20 @@ def test_workflow_with_a_map(cache, tmp_path):
     assert not list((tmp_path / "work").glob("results/simulations/*"))
     assert "simulate" in snake("-n", "results/simulations/constant/0.trees.batch").stdout  # needs no map
     put_map_into(cache)
-    assert "rule genetic_map" not in snake("-n", target).stdout
     snake(target)
     assert (tmp_path / "work" / target).exists()
-    before = map_file(SPEC).stat().st_mtime_ns
-    snake("--forceall", target)  # does not touch what it did not fetch
-    assert map_file(SPEC).stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "work/results/maps/AraTha-SalomeAveraged_TAIR10.json").read_text())["species"] == "AraTha"
+    before = cached_file().stat().st_mtime_ns
+    snake("--forceall", target)
+    assert cached_file().stat().st_mtime_ns == before  # nothing was fetched again
+    # Another place for the cache changes no result; without the map nothing that is there is missed.
+    moved = shutil.copytree(cache, tmp_path / "moved")
+    for place in (moved, tmp_path / "empty"):
+        assert "Nothing to be done" in snake("-n", target, cache=place).stdout
+    (tmp_path / "work" / target).unlink()
+    refused = snake("-n", target, cache=tmp_path / "empty", check=False)
+    assert refused.returncode == 2
+    assert "cannot be fetched" in refused.stderr
 
 
 def test_workflow_fetches_a_map(cache, tmp_path):
@@ -210,7 +276,7 @@ def test_workflow_fetches_a_map(cache, tmp_path):
         "--show-failed-logs", "results/simulations/mapped/0.trees.batch", "--configfile", TINY, overlay,
         env={"PYTHONPATH": os.pathsep.join([str(site), str(REPOSITORY / "src")])},
     )  # fmt: skip
-    assert "rule genetic_map_AraTha_SalomeAveraged_TAIR10" in done.stdout + done.stderr
+    assert "rule genetic_map" in done.stdout + done.stderr
     assert (tmp_path / "work/results/simulations/mapped/0.trees.batch").exists()
 
 

@@ -1,24 +1,26 @@
 """`cxt plan`, and the published set that config/paper.yaml describes."""
 
 import json
-import time
+import re
 
 import msprime
 import numpy as np
 import pytest
 import stdpopsim
-from conftest import REPOSITORY, TINY, run_python
+from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt import catalogue
+from cxt import costs as costs_module
 from cxt.config import PRESETS, AdapterConfig
 from cxt.configfile import load, merge, read_yaml, resolve
-from cxt.costs import Costs, TooLong, leaf_key, measure_shard, measure_simulation
+from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
 from cxt.errors import BadRequest
 from cxt.jobs import dataset_spec, leaf_of, leaves_of
 from cxt.kinds import KINDS
 from cxt.plan import plan, use_devices
 from cxt.rates import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import EVALUATION_START, leaves, random_generator, unique_seed
+from cxt.scenarios import batches as batches_of
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -48,8 +50,6 @@ def test_published_counts(tmp_path):
     assert small[2]["train_items"] == 5_434 * 20
     assert [found["models"][name]["steps"] for name in MODELS] == [4692, 5280, 944, 944, 792, 480]
     assert {model["effective_batch"] for model in found["models"].values()} == {2304}
-    for part in (*datasets.values(), *found["models"].values()):
-        assert all(value >= 0 for value in part.values() if isinstance(value, int | float))
     assert all(d["bytes"] > 0 for d in datasets.values())
     assert all(m["gpu_hours"] > 0 for m in found["models"].values())
 
@@ -168,7 +168,8 @@ def test_unique_seeds_are_unique_by_construction():
     first = unique_seed(seed=1, spec=spec, index=0)
     for index in (1, 2, 12_345, EVALUATION_START, EVALUATION_START + 999_999):
         assert (unique_seed(seed=1, spec=spec, index=index) - first - 2654435761 * index) % (2**32 - 1) == 0
-    assert first != unique_seed(seed=2, spec=spec, index=0) != unique_seed(seed=1, spec={"name": "y"}, index=0)
+    others = [unique_seed(seed=2, spec=spec, index=0), unique_seed(seed=1, spec={"name": "y"}, index=0)]
+    assert len({first, *others}) == 3
 
 
 def test_flops_by_counting():
@@ -228,6 +229,32 @@ def SCENARIO(tmp_path):
     return path
 
 
+def test_a_leaf_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
+    """Its cost is a power of the length, from two shorter ones; a sweep's position moves along."""
+    monkeypatch.setattr(costs_module, "SHORT", (5_000, 10_000))
+    overlay = tmp_path / "x.yaml"
+    overlay.write_text(
+        "scenarios: {sweep: {kind: hard_sweep, simulations: 10, sequence_length: 20000, position: 15000,"
+        " selection_coefficient: 0.1}}\n"
+        "datasets: {processed_narrow: {scenarios: [sweep]}, processed: {scenarios: [sweep]}}\n"
+    )
+    config = load([TINY, overlay])
+    saved = []
+    with pytest.raises(StopIteration):  # after the first leaf
+        measure_costs(config, machine="m", save=lambda costs: (saved.append(costs), next(iter(()))), seconds=0, longest=1e-9)
+    (lengths,) = saved[0]["simulations"].values()
+    assert sorted(lengths) == ["10000", "5000"]
+    assert saved[0]["shards"] == {}
+    spec = leaf_of(config, "sweep").spec
+    assert shortened(spec, 5_000) == spec | {"sequence_length": 5_000, "position": 3_750}
+    costs = Costs()
+    costs.simulations[leaf_key(spec)] = {"5000": {"seconds": 1, "trees": 1, "sites": 1, "bytes": 1},
+                                         "10000": {"seconds": 4, "trees": 2, "sites": 2, "bytes": 2}}  # fmt: skip
+    stretched = costs.simulation(spec)
+    assert stretched["seconds"] == pytest.approx(16)
+    assert (stretched["trees"], stretched["bytes"], stretched["extrapolated"]) == (4, 4, True)
+
+
 def test_measured_figures_are_of_the_simulation():
     config = load([TINY])
     leaf = leaf_of(config, "constant")
@@ -238,6 +265,14 @@ def test_measured_figures_are_of_the_simulation():
     assert shard["bytes"] > 500
     with pytest.raises(TooLong):
         measure_simulation({**leaf.spec, "population_size": 10**7, "sequence_length": 10**6}, budget=0, longest=0.5)
+
+
+def test_leaves_are_listed_with_their_own_numbers(tmp_path):
+    example = REPOSITORY / "config" / "examples" / "msprime.yaml"
+    out = run_plan("--configfile", example, "--leaves", cwd=tmp_path).stdout
+    rows = [line.split() for line in out.splitlines() if line.startswith("bottleneck-")]
+    assert [row[:4] for row in rows] == [["bottleneck-mutation_rate=1e-08", "1", "50", "100"],
+                                         ["bottleneck-mutation_rate=2e-08", "1", "50", "100"]]  # fmt: skip
 
 
 def test_plan_refuses(tmp_path):
@@ -256,24 +291,14 @@ def test_plan_refuses(tmp_path):
         Costs([tmp_path / "broken.json"])
 
 
-def with_maps(path) -> None:
-    """The cache that all genetic maps of the paper's configuration are taken to be in."""
-    for leaf in leaves_of(config := load([PAPER]), list(config["scenarios"])):
-        if "genetic_map" in leaf.spec:
-            found = catalogue.genetic_map(leaf.spec)
-            file = path / "genetic_maps" / leaf.spec["species"] / found.id / f"{found._cache._basename}.sha256"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(found.sha256 + "\n")
-
-
-def test_paper_workflow_is_planned_and_grows(tmp_path):
-    """`snakemake -n` on the published configuration; a scenario that grows by a tenth adds one batch of simulations."""
-    with_maps(tmp_path / "cache")
-    environment = {"STDPOPSIM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(REPOSITORY / "src")}
-    began = time.monotonic()
+def test_paper_workflow_is_planned(tmp_path):
+    """`snakemake -n` on the published configuration, its maps taken as present."""
     done = run_python(
         "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2", "-n",
-        "--quiet", "rules", "--configfile", PAPER, env=environment,
+        "--quiet", "rules", "--configfile", PAPER, env={"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))},
     )  # fmt: skip
-    print(f"planned in {time.monotonic() - began:.1f} s")
     assert "train_w200_wmissing_adapter" in done.stdout
+    batches = sum(
+        len(batches_of(simulations=leaf.simulations, batch=leaf.batch)) for leaf in reached(load([PAPER])) if leaf.simulations
+    )
+    assert int(re.search(r"^simulate +(\d+)$", done.stdout, flags=re.M)[1]) > batches  # and those for evaluation

@@ -4,7 +4,7 @@ import re
 import shlex
 
 import yaml
-from conftest import REPOSITORY, run_python
+from conftest import REPOSITORY, maps_taken_as_present, run_python
 
 from cxt.configfile import load
 from cxt.train import build_parser, check_config_keys
@@ -47,12 +47,27 @@ def test_a_checkpoint_of_ones_own_is_planned(tmp_path):
 
 
 def test_paper_commands_are_planned(tmp_path):
-    commands = [line for line in "\n".join(blocks("sh")).splitlines() if "config/paper.yaml" in line]
+    commands = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("snakemake") and "paper.yaml" in line]
     assert len(commands) == 2
+    environment = {"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))}
     for command in commands:
         words = [str(tmp_path) if word == "runs/paper" else word for word in shlex.split(command)[1:]]
-        done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY)
+        done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY, env=environment)
         assert "train_broad_w200" in done.stdout + done.stderr
+
+
+def test_plan_commands(tmp_path):
+    commands = [
+        shlex.split(line, comments=True) for line in "\n".join(blocks("sh")).splitlines() if line.startswith("cxt plan")
+    ]
+    assert len(commands) == 2
+    for words in commands:
+        out = run_python(
+            "-m", "cxt.plan", *(REPOSITORY / word if word.endswith(".yaml") else word for word in words[2:]), cwd=tmp_path
+        )
+        assert "In all:" in out.stdout
+    (shown,) = blocks("text")  # what README shows is what the command prints
+    assert shown.strip() in out.stdout
 
 
 def test_layout_is_described():

@@ -76,6 +76,12 @@ def test_combinations_are_taken_together():
 def test_the_same_number_written_differently_is_the_same_leaf():
     a, b = (leaves("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
     assert json.dumps(a.spec) == json.dumps(b.spec)
+    assert leaves("x", constant_scenario(ancestry_model="hudson"))[0].spec == leaves("x", constant_scenario())[0].spec
+    old, new = (HISTORY | {"batch": 10, "history": [{"time": 0, "population_size": size}]} for size in (10, 10.0))
+    assert json.dumps(leaves("x", old)[0].spec) == json.dumps(leaves("x", new)[0].spec)
+    assert load([TINY])["scenarios"]["constant"]["simulations"] == 20
+    base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
+    assert type(resolve(merge(base, {"seed": 2.0, "scenarios": {"constant": {"simulations": 2.0e1}}}))["seed"]) is int
 
 
 def test_sweeping_a_required_parameter_by_combinations():
@@ -96,7 +102,7 @@ def test_sweeping_a_required_parameter_by_combinations():
             "population_size: found [], expected a number above 0, or a list of them",
         ),
         ({"kind": "constant", "mutation_rate": "1e-8"}, "mutation_rate: found '1e-8', expected a number above 0"),
-        ({"kind": "constant", "mutation_rate": "1e-8"}, "YAML reads 1e-8 as text: write 1.0e-8"),
+        ({"kind": "constant", "mutation_rate": "1e-8"}, "YAML reads 1e-8 and 1e4 as text: write 1.0e-8"),
         ({"kind": "constant", "mutation_rate": -1e-8}, "mutation_rate: found -1e-08, expected a number above 0"),
         ({"kind": "constant", "combinations": []}, "combinations: found [], expected a list of mappings"),
         (
@@ -112,6 +118,32 @@ def test_sweeping_a_required_parameter_by_combinations():
         ({"kind": "constant", "ancestry_model": "smc"}, "ancestry_model: found 'smc', expected one of hudson, smc_prime"),
         ({"kind": "hard_sweep", "selection_coefficient": 0.1}, "`position` is missing"),
         ({"kind": "hard_sweep", "selection_coefficient": 0.1, "position": 20_000}, "outside the sequence of 20000 bp"),
+        ({"kind": ["constant"]}, "has no `kind`, expected one of constant, demes"),
+        ({"kind": "constant", "population_size": float("nan")}, "population_size: found nan, expected a number above 0"),
+        (
+            HISTORY | {"history": [{"time": 0, "population_size": 9}, {"time": float("inf"), "population_size": 9}]},
+            "and finite",
+        ),
+        ({"kind": "constant", "simulations": 12.5}, "simulations: found 12.5, expected a whole number"),
+        (
+            MINE
+            | {
+                "demography": DEMES
+                | {
+                    "demes": [
+                        {
+                            "name": "north",
+                            "epochs": [
+                                {"start_size": 10, "end_time": 5},
+                                {"start_size": 10, "end_size": 20, "size_function": "linear"},
+                            ],
+                        }
+                    ]
+                },
+                "samples": {"north": 1},
+            },
+            "msprime cannot simulate this Demes model",
+        ),
         ({"kind": "konstant"}, "unknown kind 'konstant'; did you mean 'constant'"),
         (HISTORY | {"history": []}, "history: found [], expected a list of {time: generations ago"),
         (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history begins at time 5, expected 0"),
@@ -195,6 +227,20 @@ def test_demes_that_never_meet(rest, meet):
             spec_of(**scenario)
     assert spec_of(**scenario | {"samples": {"A": 2}} | ({} if meet else {"demography": {
         "time_units": "generations", "demes": ROOTS}}))  # fmt: skip
+
+
+def test_every_leaf_must_fit_its_dataset():
+    base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
+    short = {"kind": "constant", "simulations": 10, "combinations": [{"sequence_length": 1000}, {"sequence_length": 20_000}]}
+    few = {"kind": "constant", "simulations": 10, "sequence_length": 20_000, "combinations": [{"individuals": 2}]}
+    for scenario, message in (
+        (short, "scenario 'mine-sequence_length=1000' simulates 1000 bp"),
+        (few, "scenario 'mine-individuals=2' samples 2 individuals"),
+    ):
+        overlay = {"scenarios": {"mine": scenario}, "datasets": {"processed_narrow": {"scenarios": ["constant", "mine"]}}}
+        with pytest.raises(BadRequest) as error:
+            resolve(merge(base, overlay))
+        assert message in str(error.value)
 
 
 def test_two_leaves_with_one_name():
@@ -300,7 +346,7 @@ def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     table = json.loads((directory / targets[1]).read_text())
     assert np.isfinite(table["scenarios"]["two_islands"]["mse"])
     checkpoint = read_checkpoint(directory / targets[0])
-    assert checkpoint["cxt"]["name"] == "two_islands"
+    assert checkpoint.record["settings"]["name"] == "two_islands"
 
 
 def test_demes_file_that_changes_changes_the_simulations(workflow, tmp_path):

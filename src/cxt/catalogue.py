@@ -5,6 +5,9 @@ python -m cxt.catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch
 
 import argparse
 import functools
+import http.client
+import importlib.metadata
+import json
 import urllib.error
 import urllib.request
 import warnings
@@ -16,10 +19,14 @@ import tskit
 
 from cxt.demographies import Simulated, ancestry_model
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.files import atomic_write
 from cxt.scenarios import scenario_of
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
 """Catalogue models built around ancient samples, which the published training set leaves out."""
+
+SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
+"""Sex chromosomes whose names in the catalogue do not say so: X of the anole, X of the stickleback, Z of the butterfly."""
 
 DRAWS = 10_000
 """Segments that are tried before a genetic map is said to have none of the length asked for."""
@@ -53,6 +60,11 @@ def catalogue_models(spec: dict) -> list[str]:
     for model in spec.get("models", []):
         if model not in known:
             raise BadRequest(f"scenario '{spec['name']}': {species.id} has no model '{model}'{nearest(model, known)}")
+    if known and spec.get("models") != [] and "population_size" in spec:
+        raise BadRequest(
+            f"scenario '{spec['name']}': population_size is for a constant size, but {species.id} has catalogue models; "
+            "add `models: []` for the size, or take population_size away"
+        )
     chosen = spec.get("models", [model for model in known if model not in ANCIENT_MODELS])
     for model in chosen:
         if not sampled_today(_model(species.id, model)):
@@ -71,7 +83,10 @@ def _model(species: str, model: str):
 def autosomes(spec: dict) -> list:
     """Nuclear chromosomes of two copies that are no sex chromosomes and long enough for the segment."""
     species = get_species(spec)
-    usable = [c for c in species.genome.chromosomes if c.ploidy == 2 and c.id.upper() not in ("X", "Y", "Z", "W")]
+    sex = ("X", "Y", "Z", "W", *SEX_CHROMOSOMES.get(species.id, ()))
+    usable = [c for c in species.genome.chromosomes if c.ploidy == 2 and c.id.upper() not in map(str.upper, sex)]
+    if not usable:
+        raise BadRequest(f"scenario '{spec['name']}': {species.id} has no chromosome of two copies; cxt simulates diploids")
     long_enough = [chromosome for chromosome in usable if chromosome.length >= spec["sequence_length"]]
     if not long_enough:
         longest = max((chromosome.length for chromosome in usable), default=0)
@@ -95,19 +110,23 @@ def genetic_map(spec: dict):
     return species.get_genetic_map(spec["genetic_map"])
 
 
-def map_file(spec: dict) -> Path:
-    """The file in stdpopsim's cache that is there once, and only once, the scenario's genetic map is."""
-    return genetic_map(spec)._cache.sha256_file
+def catalogue_lineage(spec: dict) -> list[str]:
+    """What decides a stdpopsim scenario beside its parameters: the catalogue's version, and its map's checksum."""
+    return [importlib.metadata.version("stdpopsim"), *([genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 
 def without_map(spec: dict) -> str:
     """How to go on without a genetic map that cannot be had, in words."""
+    fetch = (
+        f"Fetch it where there is a network (`python -m cxt.catalogue --species {spec['species']} --genetic-map "
+        f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is)"
+    )
+    if "kind" not in spec:  # asked for by hand, not by a scenario
+        return fetch
     scenario = scenario_of(spec["name"])
     return (
-        f"Fetch it where there is a network (`python -m cxt.catalogue --species {spec['species']} --genetic-map "
-        f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is); or go on with the "
-        f"chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an overlay) or without the "
-        f"scenario (`scenarios: {{{scenario}: null}}`)"
+        f"{fetch}; or go on with the chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an "
+        f"overlay) or without the scenario (`scenarios: {{{scenario}: null}}`)"
     )
 
 
@@ -125,15 +144,22 @@ def _answer(url: str) -> str:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
             return ""
-    except (OSError, ValueError) as error:  # URLError is an OSError
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         return f" and cannot be fetched ({getattr(error, 'reason', error)})"
 
 
-def check_map_can_be_had(spec: dict) -> None:
-    """BadRequest if a scenario's genetic map is neither cached nor answered for by its server; fetches nothing."""
+def check_map_can_be_had(spec: dict, *, fetched=None) -> None:
+    """BadRequest if a scenario's genetic map is neither cached nor answered for by its server; fetches nothing.
+
+    *fetched* is a file that says that the map was fetched; if it is there and the map is not, nothing would fetch it again.
+    """
     found = genetic_map(spec)
-    if not found.is_cached() and (reason := _answer(found.url)):
+    if found.is_cached():
+        return
+    if reason := _answer(found.url):
         raise _not_there(spec, reason)
+    if fetched is not None and Path(fetched).exists():
+        raise _not_there(spec, f", although {fetched} says that it was fetched: delete that file to fetch it again")
 
 
 def fetch_map(spec: dict) -> None:
@@ -143,10 +169,21 @@ def fetch_map(spec: dict) -> None:
         return
     try:
         found.download()
-    except (OSError, ValueError, EOFError) as error:  # no network; another checksum than the catalogue's; a cut archive
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        http.client.HTTPException,
+    ) as error:  # no network; another checksum than the catalogue's; a cut archive
         raise _not_there(spec, f" and could not be fetched ({error})") from None
     if not found.is_cached():
         raise _not_there(spec, ": something else is in its place; delete that")
+
+
+def write_record(spec: dict, path) -> None:
+    """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
+    record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": genetic_map(spec).sha256}
+    atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
 @functools.lru_cache(maxsize=64)
@@ -261,9 +298,14 @@ def main() -> None:
     parser.add_argument("--species", required=True, help="stdpopsim's identifier, such as HomSap")
     parser.add_argument("--genetic-map", required=True, help="the map's identifier, such as HapMapII_GRCh38")
     parser.add_argument("--scenario", help="scenario that needs it, named in messages (default: the species)")
+    parser.add_argument("--out", type=Path, help="also write down here, as JSON, that it is in the cache")
     args = parser.parse_args()
-    spec = {"name": args.scenario or args.species, "species": args.species, "genetic_map": args.genetic_map}
+    spec = {"name": args.species, "species": args.species, "genetic_map": args.genetic_map}
+    if args.scenario is not None:
+        spec |= {"name": args.scenario, "kind": "stdpopsim"}
     fetch_map(spec)
+    if args.out is not None:
+        write_record(spec, args.out)
     print(f"{args.species} {args.genetic_map}: in {genetic_map(spec).map_cache_dir}")
 
 

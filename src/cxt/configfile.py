@@ -25,7 +25,7 @@ from cxt.config import (
 from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
-from cxt.scenarios import NOT_PARAMETERS, check_leaves
+from cxt.scenarios import NOT_PARAMETERS, check_leaves, leaves
 from cxt.schema import REPOSITORY, complete, complete_part
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
@@ -67,7 +67,7 @@ def read_yaml(path) -> dict:
         value = yaml.load(Path(path).read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path} is not valid YAML: {error}") from None
     except BadRequest as error:
         raise BadRequest(f"{path}: {error}") from None
@@ -167,11 +167,12 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
             raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
         check_scenario_fits(scenario, entry, at, dataset)
         regions = dataset["regions_per_simulation"]
-        if regions * length > entry["sequence_length"]:
-            raise BadRequest(
-                f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
-                f"{entry['sequence_length']} bp of scenario '{scenario}'"
-            )
+        for leaf in leaves(scenario, entry):
+            if regions * length > leaf.spec["sequence_length"]:
+                raise BadRequest(
+                    f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
+                    f"{leaf.spec['sequence_length']} bp of scenario '{leaf.name}'"
+                )
     if length % window:
         raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
     exist = pairs_of(dataset["samples"])
@@ -191,17 +192,18 @@ def individuals_of(entry: dict) -> int:
 
 def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
     """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
-    if entry["sequence_length"] < dataset["sequence_length"]:
-        raise BadRequest(
-            f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{scenario}' simulates "
-            f"{entry['sequence_length']} bp"
-        )
-    individuals = individuals_of(entry)
-    if 2 * individuals < dataset["samples"]:
-        raise BadRequest(
-            f"{at}.samples: {dataset['samples']} asked, but scenario '{scenario}' samples {individuals} individuals "
-            f"({2 * individuals} haplotypes)"
-        )
+    for leaf in leaves(scenario, entry):
+        if leaf.spec["sequence_length"] < dataset["sequence_length"]:
+            raise BadRequest(
+                f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{leaf.name}' simulates "
+                f"{leaf.spec['sequence_length']} bp"
+            )
+        individuals = individuals_of(leaf.spec)
+        if 2 * individuals < dataset["samples"]:
+            raise BadRequest(
+                f"{at}.samples: {dataset['samples']} asked, but scenario '{leaf.name}' samples {individuals} individuals "
+                f"({2 * individuals} haplotypes)"
+            )
 
 
 def parent_of(model: dict) -> str | None:

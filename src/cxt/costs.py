@@ -111,11 +111,17 @@ class Costs:
 
     def flops_per_second(self, what: str, *, gpu: bool, adapter: bool = False) -> float:
         """Measured FLOP/s of *what* (training or decoding): of one GPU, or of one CPU thread."""
-        rates = self.rates["gpu" if gpu else "cpu"]
-        found = rates[what].values()
-        kind = [row for row in found if row["adapter"] == adapter] or list(found)
-        mean = sum(row["flops_per_second"] for row in kind) / len(kind)
-        return mean if gpu else mean / rates["threads"]
+        device = "gpu" if gpu else "cpu"
+        try:
+            rates = self.rates[device]
+            found = list(rates[what].values())
+            kind = [row for row in found if row["adapter"] == adapter] or found
+            mean = sum(row["flops_per_second"] for row in kind) / len(kind)
+            return mean if gpu else mean / rates["threads"]
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+            raise BadRequest(
+                f"the measured costs have no usable rate of {what} on a {device}; use --calibrate on one"
+            ) from None
 
 
 class TooLong(Exception):
@@ -127,7 +133,7 @@ def _simulate(spec: dict, index: int, seconds: float):
         raise TooLong
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(seconds) else seconds)  # 0 = never
     try:
         return simulate_one(spec, index=index, seed=1)
     finally:
@@ -135,37 +141,47 @@ def _simulate(spec: dict, index: int, seconds: float):
         signal.signal(signal.SIGALRM, before)
 
 
-def measure_simulation(spec: dict, *, budget: float, longest: float = LONGEST, most: int = 20) -> tuple[dict, list]:
+def measure_simulation(spec: dict, *, budget: float, longest: float, most: int = 20) -> tuple[dict, list]:
     """Mean cost of a leaf's first simulations, and those simulations; several, while they take less than *budget* seconds.
+
+    The first, which also pays for what is read and built once, counts for time only if it is the only one.
 
     Raises
     ------
     TooLong
         If one takes more than *longest* seconds.
     """
-    made, size = [], []
-    began = time.process_time()
-    while not made or (len(made) < most and time.process_time() - began < budget):
+    made, spent, size = [], [], []
+    while not made or (len(made) < most and sum(spent) < budget):
+        began = time.process_time()
         made.append(_simulate(spec, len(made), longest))
-    spent = time.process_time() - began
+        spent.append(time.process_time() - began)
     with tempfile.TemporaryFile() as file:
         for ts in made:
             before = file.tell()
             ts.dump(file)
             size.append(file.tell() - before)
+    counted = spent[1:] or spent
 
     def mean(values):
         return sum(values) / len(made)
 
     cost = {
         "name": spec["name"],
-        "seconds": spent / len(made),
+        "seconds": sum(counted) / len(counted),
         "trees": mean(ts.num_trees for ts in made),
         "sites": mean(ts.num_sites for ts in made),
         "bytes": mean(size),
         "replicates": len(made),
     }
     return cost, made
+
+
+def shortened(spec: dict, length: int) -> dict:
+    """A leaf's parameters for a shorter sequence; a position moves along."""
+    scale = length / spec["sequence_length"]
+    moved = {"position": spec["position"] * scale} if "position" in spec else {}
+    return spec | {"sequence_length": length} | moved
 
 
 def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
@@ -190,11 +206,12 @@ def reached(config: dict) -> list[Leaf]:
     return leaves_of(config, [name for name in config["scenarios"] if name in names])
 
 
-def measure_costs(config: dict, *, machine: str, seconds: float = 5.0, progress=print) -> dict:
-    """Costs of everything that *config* asks for, measured on this machine, as the content of a costs file.
+def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = LONGEST, progress=print) -> None:
+    """Measure the costs of everything that *config* asks for on this machine; *save* is handed them after each scenario.
 
-    Each measurement is repeated until it has taken *seconds*. A leaf that cannot be simulated here because its genetic map
-    is not cached is left out, and *progress* says so.
+    Each measurement is repeated until it has taken *seconds*. A leaf whose simulation takes more than *longest* seconds is
+    measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
+    *progress* says so. What *save* gets has the content of a costs file.
     """
     masks = {}
     for name, dataset in config["datasets"].items():
@@ -203,29 +220,30 @@ def measure_costs(config: dict, *, machine: str, seconds: float = 5.0, progress=
             masks[name] = (
                 read_mask(m["path"], key=m["key"], contig=m.get("contig")) if "path" in m else synthetic_mask(m, seed=1)
             )
-    costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
+    used = {name: {leaf.name for leaf in leaves_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
     for leaf in reached(config):
+        costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
         lengths = costs["simulations"].setdefault(leaf_key(leaf.spec), {})
-        asked = leaf.spec["sequence_length"]
+        asked, made = leaf.spec["sequence_length"], []
         try:
-            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=seconds)
+            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=seconds, longest=longest)
         except BadRequest as error:
             progress(f"left out: {error}")
             continue
         except TooLong:
-            made = []
-            for length in SHORT:
-                short, _ = measure_simulation(leaf.spec | {"sequence_length": length}, budget=seconds, longest=math.inf)
+            for length in (length for length in SHORT if length < asked):
+                short, _ = measure_simulation(shortened(leaf.spec, length), budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
             progress(
                 f"{leaf.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, "
                 f"{cost['sites']:.0f} sites, {cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
             )
-        for name, dataset in config["datasets"].items():
-            if made and leaf.name in {used.name for used in leaves_of(config, dataset["scenarios"])}:
-                key = shard_key(leaf.spec, dataset_spec(config, name), "mask" in dataset)
+        for name in config["datasets"]:
+            if made and leaf.name in used[name]:
+                key = shard_key(leaf.spec, dataset_spec(config, name), name in masks)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
+        save(costs)
     device = device_here()
     kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
@@ -240,16 +258,19 @@ def measure_costs(config: dict, *, machine: str, seconds: float = 5.0, progress=
             import torch
 
             torch.set_num_threads(max(training_threads(config, name) for name, _ in networks.values()))
-        costs["rates"][kind] = measure(dict(networks.values()), seconds=seconds, progress=progress)
-        costs["machines"][kind] = describe_device(device)
-    return costs
+        rates = measure(dict(networks.values()), seconds=seconds, progress=progress)
+        save({"machines": {kind: describe_device(device)}, "simulations": {}, "shards": {}, "rates": {kind: rates}})
 
 
 def merge_costs(old: dict, new: dict) -> dict:
     """*old* with everything that *new* measured in its place."""
     simulations = {key: old["simulations"].get(key, {}) | lengths for key, lengths in new["simulations"].items()}
+    machines = dict(old["machines"])
+    for kind, machine in new["machines"].items():
+        known = machines.get(kind, machine) if kind == "simulations" else machine
+        machines[kind] = known if machine in known else f"{known}, {machine}"
     return {
-        "machines": old["machines"] | new["machines"],
+        "machines": machines,
         "simulations": old["simulations"] | simulations,
         "shards": old["shards"] | new["shards"],
         "rates": old["rates"] | new["rates"],

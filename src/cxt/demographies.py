@@ -160,6 +160,10 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
 def check_demes(spec: dict) -> None:
     """BadRequest if the scenario samples a deme that is not there, or that does not exist at time 0."""
     graph = _graph(json.dumps(spec["demography"]))
+    try:
+        msprime.Demography.from_demes(graph)
+    except (ValueError, NotImplementedError) as error:
+        raise BadRequest(f"scenario '{spec['name']}': msprime cannot simulate this Demes model: {error}") from None
     today = [deme.name for deme in graph.demes if deme.end_time == 0]
     if not spec["samples"]:
         raise BadRequest(f"scenario '{spec['name']}': samples names no deme; there are: {', '.join(today)}")
@@ -197,9 +201,9 @@ def _cannot_meet(graph: demes.Graph, sampled: list[str]) -> list[str]:
 
     moves: dict[str, set[str]] = {deme.name: set(deme.ancestors) for deme in graph.demes}
     for pulse in graph.pulses:
-        moves[pulse.dest] |= set(pulse.sources)
+        moves[pulse.dest] |= {s for s, p in zip(pulse.sources, pulse.proportions, strict=True) if p > 0}
     for_ever: dict[str, set[str]] = {}
-    for migration in graph.migrations:
+    for migration in (migration for migration in graph.migrations if migration.rate > 0):
         moves[migration.dest].add(migration.source)
         if math.isinf(migration.start_time):
             for_ever.setdefault(migration.dest, set()).add(migration.source)

@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from cxt.errors import BadRequest
+
 
 def atomic_write(path, data: bytes) -> None:
     """Write *data* to a temporary name, flush it to disk, and rename it to *path*."""
@@ -14,3 +16,14 @@ def atomic_write(path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def check_writable(path) -> None:
+    """Make the directory of *path*; BadRequest if that cannot be, or if nothing can be written there."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadRequest(f"{path} cannot be written: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise BadRequest(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'no permission'}")

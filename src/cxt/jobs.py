@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 
-from cxt.catalogue import check_map_can_be_had, map_file
+from cxt.catalogue import catalogue_lineage, check_map_can_be_had
 from cxt.config import CHANGE_NO_RESULT, steps_per_epoch
 from cxt.configfile import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
@@ -116,20 +116,23 @@ def evaluation_starts(config: dict, leaf: Leaf) -> list[tuple[int, int]]:
 
 
 def batch_lineage(config: dict, leaf: Leaf, start: int, count: int) -> str:
-    return stage_lineage("simulate", leaf.spec, config["seed"], start, count)
+    catalogue = [catalogue_lineage(leaf.spec)] if leaf.spec["kind"] == "stdpopsim" else []
+    return stage_lineage("simulate", leaf.spec, config["seed"], start, count, *catalogue)
 
 
-def maps_to_fetch(config: dict) -> dict[str, dict]:
-    """{file that fetching makes: spec of a leaf that needs it} for the genetic maps that are not in stdpopsim's cache."""
-    result = {}
-    for leaf in leaves_of(config, list(config["scenarios"])):
-        if "genetic_map" in leaf.spec and not (path := map_file(leaf.spec)).exists():
-            result.setdefault(str(path), leaf.spec)
-    return result
+def map_path(spec: dict) -> str:
+    """The file that says that a leaf's genetic map is in stdpopsim's cache, wherever that is."""
+    return f"results/maps/{spec['species']}-{spec['genetic_map']}.json"
+
+
+def leaf_with_map(config: dict, path: str) -> Leaf:
+    """A leaf scenario that needs the genetic map of `map_path` *path*."""
+    mapped = [leaf for leaf in leaves_of(config, list(config["scenarios"])) if "genetic_map" in leaf.spec]
+    return next(leaf for leaf in mapped if map_path(leaf.spec) == path)
 
 
 def map_of_batch(leaf: Leaf, start: int) -> list[str]:
-    """The genetic map that a batch needs, as a list of inputs: one file in stdpopsim's cache or none.
+    """The genetic map that a batch needs, as a list of inputs: one file or none.
 
     Raises
     ------
@@ -139,8 +142,8 @@ def map_of_batch(leaf: Leaf, start: int) -> list[str]:
     if "genetic_map" not in leaf.spec:
         return []
     if not os.path.exists(batch_path(leaf.name, start)):
-        check_map_can_be_had(leaf.spec)
-    return [str(map_file(leaf.spec))]
+        check_map_can_be_had(leaf.spec, fetched=map_path(leaf.spec))
+    return [map_path(leaf.spec)]
 
 
 # Stage 2
@@ -220,6 +223,17 @@ def dataset_lineage(config: dict, name: str) -> str:
         if split_size(start, count, split)
     )
     return stage_lineage("preprocess", shards)
+
+
+def preprocessing_memory_mb(config: dict, dataset: str, simulations: int, tree_bytes: float) -> int:
+    """Memory that a shard asks the scheduler for: what is kept of all its simulations, and one tree sequence at work.
+
+    A target takes 4 bytes in the simulation and as many in each of two copies while the shard is written; sites take 16.
+    """
+    entry = config["datasets"][dataset]
+    windows = entry["sequence_length"] // entry["window_size"]
+    kept = simulations * entry["regions_per_simulation"] * (16 * entry["pairs"] * windows + 16 * 20_000)
+    return 2000 + int((1.5 * kept + 20 * tree_bytes) / 1e6)
 
 
 # Stage 3

@@ -18,8 +18,8 @@ from cxt.config import steps_per_epoch
 from cxt.configfile import adapter_config, load, model_config, training_config
 from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.files import atomic_write
-from cxt.rates import decoding_flops, training_flops
+from cxt.files import atomic_write, check_writable
+from cxt.rates import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import Leaf, split_size
 
 
@@ -100,7 +100,10 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     except BadRequest as error:
         raise BadRequest(f"models.{name}: {error}") from None
     batches = items // world // training.batch_size * world
-    flops = training.epochs * batches * training.batch_size * training_flops(network, adapter)
+    held_out = jobs.items(config, dataset, "test")
+    checked = min(training.validation_items or held_out, held_out)  # after each epoch, forward only
+    each_epoch = batches * training.batch_size * training_flops(network, adapter)
+    flops = training.epochs * (each_epoch + checked * sum(forward_flops(network).values()))
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     return {
         "devices": devices,
@@ -186,24 +189,29 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
+def _longest_batch(config: dict, leaf: Leaf) -> int:
+    """Simulations in the largest batch of a leaf, those for evaluation included."""
+    evaluation = max(count for _, count in jobs.evaluation_starts(config, leaf))
+    return max(min(leaf.batch, leaf.simulations), evaluation)
+
+
 def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False) -> str:
     """The plan as tables for a terminal; with *all_leaves*, one row for each leaf scenario instead of each scenario."""
     rows = []
-    counts = {name: sum(leaf.simulations for leaf in jobs.leaves_of(config, [name])) for name in config["scenarios"]}
     for name in config["scenarios"]:
         leaves = jobs.leaves_of(config, [name])
         for group in [[leaf] for leaf in leaves] if all_leaves else [leaves]:
             costed = [(leaf, costs.simulation(leaf.spec)) for leaf in group]
             known = [(leaf, cost["seconds"]) for leaf, cost in costed if cost]
             about = "≈" if any(cost and cost["extrapolated"] for _, cost in costed) else ""
-            label = group[0].name if all_leaves else name
+            number = sum(leaf.simulations for leaf in group)
+            row = [group[0].name if all_leaves else name, len(group), number, group[0].batch]
             if len(known) < len(group):
-                rows.append([label, len(group), counts[name], group[0].batch, "not measured", ""])
+                rows.append([*row, "not measured", ""])
                 continue
             hours = sum(leaf.simulations * seconds for leaf, seconds in known) / 3600
-            longest = max(min(leaf.batch, leaf.simulations or leaf.batch) * seconds for leaf, seconds in known) / 60
-            number = group[0].simulations if all_leaves else counts[name]
-            rows.append([label, len(group), number, group[0].batch, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
+            longest = max(_longest_batch(config, leaf) * seconds for leaf, seconds in known) / 60
+            rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
     out = _table(["scenario", "leaves", "simulations", "batch", "longest job", "core time"], rows)
     simulate, evaluation = found["simulate"], found["evaluation"]
     out += [
@@ -238,9 +246,9 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
     if shards:
-        out.append(f"Shards taken for the mean of the other scenarios': {', '.join(shards)}.")
+        out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
     if stretched:
-        out.append(f"≈ extrapolated from other lengths: {', '.join(stretched)}.")
+        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
     out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
     return "\n".join(out)
 
@@ -266,16 +274,19 @@ def main() -> None:
     path = args.costs or HERE
     if args.costs is not None and not args.calibrate and not path.exists():
         raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
+    for written in (*([path] if args.calibrate else []), *([args.table] if args.table else [])):
+        check_writable(written)
     if args.calibrate:
         machine = args.machine or f"one core of {platform.processor() or platform.machine()}"
 
         def progress(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
 
-        measured = measure_costs(config, machine=machine, seconds=args.seconds, progress=progress)
-        if path.exists():
-            measured = merge_costs(read_costs(path), measured)
-        atomic_write(path, (json.dumps(measured, indent=1, sort_keys=True) + "\n").encode())
+        def save(measured: dict) -> None:
+            merged = merge_costs(read_costs(path), measured) if path.exists() else measured
+            atomic_write(path, (json.dumps(merged, indent=1, sort_keys=True) + "\n").encode())
+
+        measure_costs(config, machine=machine, seconds=args.seconds, save=save, progress=progress)
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])
     found = plan(config, costs)

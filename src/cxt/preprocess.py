@@ -102,7 +102,9 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
             continue
         try:
             for region in range(spec.get("regions_per_simulation", 1)):
-                entries.append(preprocess_one(ts, spec, mask=mask, region=region))
+                entry = preprocess_one(ts, spec, mask=mask, region=region)
+                entry.log_tmrca = entry.log_tmrca.astype(np.float32)  # as it is stored: half the memory until then
+                entries.append(entry)
         except BadRequest as error:
             raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
     if not entries:

@@ -123,6 +123,11 @@ def _seconds_each(work, device: str, seconds: float) -> float:
     return (time.monotonic() - began) / calls
 
 
+def _fitting(batch: int, flops: float, device: str) -> int:
+    """*batch*, or on a CPU as much of it as takes half a teraFLOP: some tens of seconds."""
+    return batch if device == "cuda" else max(1, min(batch, int(5e11 / flops)))
+
+
 def device_here() -> str:
     """`cuda` or `cpu`."""
     import torch
@@ -147,13 +152,14 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, batch: int | N
     torch.set_float32_matmul_precision("medium" if device == "cuda" else "highest")
     result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
     for name, (network, adapter, training) in networks.items():
-        items = batch or (training.batch_size if device == "cuda" else min(training.batch_size, 4))
+        items = batch or _fitting(training.batch_size, training_flops(network, adapter), device)
         rate = measure_training(network, adapter, training, device=device, batch=items, seconds=seconds)
         precision = training.precision if device == "cuda" else "32-true"
         result["training"][name] = {"adapter": adapter is not None, "batch": items, "precision": precision, **rate}
         progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:
-            pairs, replicates = (64, 15) if device == "cuda" else (2, 12)
+            replicates = 15 if device == "cuda" else 12
+            pairs = _fitting(64 if device == "cuda" else 40, decoding_flops(network, replicates=replicates), device)
             rate = measure_decoding(network, device=device, batch=pairs, replicates=replicates, seconds=seconds)
             result["decoding"][name] = {"adapter": False, "batch": pairs, "replicates": replicates, **rate}
             progress(f"{name}: decoding {rate['pairs_per_second']:.2f} pairs/s of {replicates} replicates")
@@ -165,7 +171,7 @@ def main() -> None:
         prog="python -m cxt.rates", description="How fast this machine trains and decodes with the published networks."
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement (default 10)")
-    parser.add_argument("--batch", type=int, help="items per step (default: 128 on a GPU, 4 on a CPU)")
+    parser.add_argument("--batch", type=int, help="items per step (default: 128, fewer on a CPU)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     networks = {

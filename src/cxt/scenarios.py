@@ -39,11 +39,13 @@ def leaves(name: str, entry: dict) -> list[Leaf]:
     leaf. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
     """
     parameters = {key: _plain(value) for key, value in entry.items() if key not in NOT_PARAMETERS}
+    if parameters.get("ancestry_model") == "hudson":
+        del parameters["ancestry_model"]  # the default, written out
     swept = sorted(key for key, value in parameters.items() if isinstance(value, list) and key not in NEVER_SWEPT)
-    rows = [{key: _plain(value) for key, value in row.items()} for row in entry.get("combinations", [{}])]
+    rows = _plain(entry.get("combinations", [{}]))
     result = []
     for *values, row in itertools.product(*(parameters[key] for key in swept), rows):
-        chosen = dict(zip(swept, map(_plain, values), strict=True)) | row
+        chosen = dict(zip(swept, values, strict=True)) | row
         leaf = "-".join([name, *(f"{key}={chosen[key]}" for key in sorted(chosen))])
         spec = {"name": leaf, **parameters, **chosen}
         result.append(Leaf(leaf, spec, entry["simulations"], entry["batch"]))
@@ -56,7 +58,11 @@ def scenario_of(leaf: str) -> str:
 
 
 def _plain(value):
-    """A number that is whole as an int, so that 20000, 20000.0 and 2.0e4 mean the same simulations; others unchanged."""
+    """*value* with whole numbers as ints, so that 20000, 20000.0 and 2.0e+4 mean the same simulations."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

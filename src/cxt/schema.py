@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from pathlib import Path
 
 import jsonschema
@@ -41,7 +42,7 @@ def _variant(node: dict, value: dict, path: str, errors: list[str]) -> dict | No
         member = _resolve(member)
         variants[member["properties"][key]["const"]] = member
     chosen = value.get(key) if isinstance(value, dict) else None
-    if chosen is None:
+    if not isinstance(chosen, str):
         errors.append(f"{path}: has no `{key}`, expected one of {', '.join(sorted(variants))}")
         return None
     if chosen not in variants:
@@ -73,6 +74,14 @@ def _is_list_of_mappings(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
+def _all_finite(value) -> bool:
+    if isinstance(value, dict):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_all_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
     node = _resolve(node)
     defaults = defaults and not node.get("withoutDefaults", False)
@@ -81,12 +90,16 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         if node is None:
             return value
     if node.get("type") != "object":
+        if node.get("type") == "integer" and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1.0e+2
+        if not node.get("mayBeInfinite") and not _all_finite(value):
+            errors.append(f"{path}: found {value!r}, expected {_expected(node)}, and finite")
         error = jsonschema.Draft202012Validator({**node, "$defs": load_schema()["$defs"]})
         found = next(error.iter_errors(value), None)
         if found is not None:
             hint = ""
             if isinstance(value, str) and "number" in _expected(node):
-                hint = " (YAML reads 1e-8 as text: write 1.0e-8)"
+                hint = " (YAML reads 1e-8 and 1e4 as text: write 1.0e-8 and 10000)"
             errors.append(f"{path}: found {value!r}, expected {_expected(node)}{hint}")
         return value
     if not isinstance(value, dict):

@@ -21,7 +21,9 @@ from pathlib import Path
 import tskit
 
 from cxt.configfile import load
+from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.files import check_writable
 from cxt.kinds import KINDS, check_leaf, simulated_tables
 from cxt.lineage import canonical
 from cxt.scenarios import NOT_PARAMETERS, leaves
@@ -40,25 +42,32 @@ def reproduce(spec: dict, *, index: int, seed: int) -> str:
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress=None) -> None:
     """Simulate indices start..start+count-1 of a leaf scenario into one file, which appears only when complete.
 
-    One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated.
-    An exception says which simulation it came from, and how to reproduce that one alone.
+    One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated, and once
+    more before the file gets its name. An exception says which simulation it came from, and how to reproduce it alone.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for index in range(start, start + count):
-            if progress is not None:
-                progress(index)
-            try:
-                simulated_tables(spec, index=index, seed=seed).dump(file)
-            except BadRequest as error:
-                raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
-            except Exception as error:
-                error.add_note(reproduce(spec, index=index, seed=seed))
-                raise
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.unlink(missing_ok=True)  # not to share it with a process that was left behind
+    try:
+        with open(temporary, "xb") as file:
+            for index in range(start, start + count):
+                if progress is not None:
+                    progress(index)
+                try:
+                    simulated_tables(spec, index=index, seed=seed).dump(file)
+                except BadRequest as error:
+                    raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
+                except Exception as error:
+                    error.add_note(reproduce(spec, index=index, seed=seed))
+                    raise
+            file.flush()
+            os.fsync(file.fileno())
+        if progress is not None:
+            progress(index)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 
@@ -110,10 +119,17 @@ def _spec_of(args) -> dict:
             spec = json.loads(args.spec)
         except json.JSONDecodeError as error:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
-        if not isinstance(spec, dict) or spec.get("kind") not in KINDS or "name" not in spec:
+        words = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
+        if not all(isinstance(word, str) for word in words) or spec["kind"] not in KINDS:
             raise BadRequest(f"--spec must be a leaf scenario with a name and a kind, one of {', '.join(KINDS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
-        return {"name": spec["name"], **complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")}
+        entry = complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")
+        if entry["kind"] == "demes":
+            entry["demography"] = read_demes(entry["demography"], at="--spec")
+        (leaf, *others) = leaves(spec["name"], entry | {"simulations": 1, "batch": 10})
+        if others or leaf.name != spec["name"]:
+            raise BadRequest("--spec has a list of values: it must be one leaf scenario, not a sweep")
+        return leaf.spec
     config = load(args.configfile)
     known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
     if args.scenario not in known:
@@ -141,6 +157,7 @@ def main() -> None:
     if seed < 0:
         raise BadRequest(f"--seed {seed}: expected at least 0")
     check_leaf(spec)
+    check_writable(args.out)
     _watch(args.out, spec, start=args.start, count=args.count, seed=seed)
 
 
@@ -156,7 +173,15 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
         exit_on_bad_request(lambda: write_batch(out, spec, start=start, count=count, seed=seed, progress=sender.send))
 
     child = context.Process(target=work)
-    signal.signal(signal.SIGTERM, lambda number, frame: (child.terminate(), sys.exit(128 + number)))
+
+    def stop(number, frame) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child.terminate()
+        child.join()
+        out.with_name(out.name + ".tmp").unlink(missing_ok=True)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
     child.start()
     sender.close()
     began = said = time.monotonic()

@@ -33,7 +33,7 @@ from zarr.storage import MemoryStore
 from cxt.errors import BadRequest
 from cxt.files import atomic_write
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SPLITS = ("train", "test")
 MANIFEST = "dataset.json"
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing")
@@ -98,6 +98,12 @@ def _zip(content: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+def _check_version(what: str, version: int) -> None:
+    if version != SCHEMA_VERSION:
+        remedy = "update cxt" if version > SCHEMA_VERSION else "it is of an older cxt: run the workflow again to rebuild it"
+        raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
+
+
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and attributes of a shard, decompressed into memory.
 
@@ -120,10 +126,7 @@ def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray
         attributes = dict(group.attrs)
     except (zipfile.BadZipFile, FileNotFoundError, ValueError, EOFError) as error:
         raise BadRequest(f"shard {path} is damaged or truncated: {error}; delete it and run the workflow again") from None
-    if attributes["schema_version"] > SCHEMA_VERSION:
-        raise BadRequest(
-            f"shard {path} has schema version {attributes['schema_version']}, this cxt reads up to {SCHEMA_VERSION}; update cxt"
-        )
+    _check_version(f"shard {path}", attributes["schema_version"])
     return {name: array[:] for name, array in group.arrays()}, attributes
 
 
@@ -201,9 +204,5 @@ def read_manifest(directory) -> dict:
         ) from None
     except json.JSONDecodeError as error:
         raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; delete it and run the workflow again") from None
-    if manifest["schema_version"] > SCHEMA_VERSION:
-        raise BadRequest(
-            f"{directory / MANIFEST} has schema version {manifest['schema_version']}, "
-            f"this cxt reads up to {SCHEMA_VERSION}; update cxt"
-        )
+    _check_version(str(directory / MANIFEST), manifest["schema_version"])
     return manifest

@@ -9,6 +9,7 @@ from pathlib import Path
 import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.files import check_writable
 
 
 def find(path, index: int) -> tskit.TreeSequence:
@@ -47,8 +48,8 @@ def main() -> None:
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its leaf scenario")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args()
+    check_writable(args.out)
     ts = find(args.batch, args.index)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(args.out.name + ".tmp")
     ts.dump(temporary)
     temporary.replace(args.out)
