@@ -8,9 +8,9 @@ rule genetic_map:
         "results/maps/{map}.json",
     log:
         "results/logs/simulate/map-{map}.log",
+    localrule: True
     conda:
         "../envs/simulate.yaml"
-    localrule: True
     threads: 1
     resources:
         mem_mb=1000,

@@ -346,7 +346,7 @@ def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     table = json.loads((directory / targets[1]).read_text())
     assert np.isfinite(table["scenarios"]["two_islands"]["mse"])
     checkpoint = read_checkpoint(directory / targets[0])
-    assert checkpoint.record["settings"]["name"] == "two_islands"
+    assert checkpoint.record["name"] == "two_islands"
 
 
 def test_demes_file_that_changes_changes_the_simulations(workflow, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY, run_python, snakemake
+from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakemake
 
 from cxt.checkpoint import read_checkpoint, write_checkpoint
 from cxt.configfile import load
@@ -163,6 +163,14 @@ def test_more_simulations_simulate_only_the_new(workflow, tmp_path):
     assert jobs["simulate"] == 2
     assert jobs["preprocess"] == 3 * 2 * 2  # three datasets, two new batches, two splits
     assert trained(jobs) == set(MODELS)
+
+
+def test_growth_by_a_tenth(workflow, tmp_path):
+    """One new batch (its only index is held out), the five datasets that use it, their checkpoints and those below."""
+    more = overlay(tmp_path / "x.yaml", scenarios={"stdpopsim_papanu": {"simulations": 11}})
+    jobs = planned(workflow, configfile=more)
+    assert (jobs["simulate"], jobs["preprocess"], jobs["manifest"]) == (1, 5, 5)
+    assert trained(jobs) == {"broad", *BELOW_BROAD}
 
 
 def test_a_partial_batch_grows(workflow, tmp_path):
@@ -321,6 +329,7 @@ def test_profiles_plan_the_chain(tmp_path, profile):
     done = run_python(
         "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", tmp_path, "--cores", "2", "-n",
         "--profile", REPOSITORY / "workflow" / "profiles" / profile, "--configfile", REPOSITORY / "config" / "paper.yaml",
+        env={"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))},
     )  # fmt: skip
     text = done.stdout + done.stderr
     for model in MODELS:

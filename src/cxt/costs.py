@@ -278,8 +278,14 @@ def merge_costs(old: dict, new: dict) -> dict:
 
 
 def scenario_table(config: dict, costs: Costs) -> str:
-    """A Markdown table of what one simulation of each leaf scenario takes."""
+    """A Markdown page of what one simulation of each leaf scenario takes."""
     rows = [
+        "# What one simulation takes",
+        "",
+        f"Means over the first simulations of each leaf scenario. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
+        f"What would take more than {LONGEST} s is measured at {SHORT[-1]:,} bp; what follows a genetic map needs the map.",
+        "Written by `cxt plan --calibrate --table FILE.md`.",
+        "",
         "| leaf scenario | length | seconds | trees | sites | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -288,7 +294,7 @@ def scenario_table(config: dict, costs: Costs) -> str:
         asked = str(leaf.spec["sequence_length"])
         shown = [asked] if asked in lengths else sorted(lengths, key=int)[-1:]
         if not shown:
-            rows.append(f"| {leaf.name} | {int(asked):,} | not measured | | | |")
+            rows.append(f"| {leaf.name} | {int(asked):,} | {'needs its map' if 'genetic_map' in leaf.spec else ''} | | | |")
         for length in shown:
             cost = lengths[length]
             figures = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
