@@ -41,6 +41,11 @@ def check_targets(config):
                 raise BadRequest(
                     f"unknown {section[:-1]} '{found[1]}'{nearest(found[1], config[section])}"
                 )
+        if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
+            leaves = [leaf.name for leaf in jobs.leaves_of(config, list(config["scenarios"]))]
+            if found[1] not in leaves:
+                raise BadRequest(f"unknown leaf scenario '{found[1]}'{nearest(found[1], leaves)}")
+            jobs.batch_count(config, jobs.leaf_of(config, found[1]), int(found[2]))
 
 
 jobs.put_package_on_path()

@@ -176,6 +176,13 @@ def test_trees_takes_one_out(tmp_path):
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
         assert not (tmp_path / "no.trees").exists()
+    before = batch.read_bytes()
+    plain.write_bytes(before)
+    for over in (batch, plain):  # a batch is never written over
+        refused = run_python("-m", "cxt.trees", over, "--index", 11, "--out", over, check=False)
+        assert refused.returncode == 2
+        assert "is a batch of tree sequences; give another name" in refused.stderr
+    assert batch.read_bytes() == plain.read_bytes() == before
 
 
 def test_regions_by_hand(tmp_path):

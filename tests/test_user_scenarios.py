@@ -99,10 +99,10 @@ def test_sweeping_a_required_parameter_by_combinations():
     [
         (
             {"kind": "constant", "population_size": []},
-            "population_size: found [], expected a number above 0, or a list of them",
+            "population_size: found [], expected a number above 0, or a list of different ones",
         ),
         ({"kind": "constant", "mutation_rate": "1e-8"}, "mutation_rate: found '1e-8', expected a number above 0"),
-        ({"kind": "constant", "mutation_rate": "1e-8"}, "YAML reads 1e-8 and 1e4 as text: write 1.0e-8"),
+        ({"kind": "constant", "mutation_rate": "1e-8"}, "YAML reads 1e-8 and 1.0e4 as text: write 1.0e-8"),
         ({"kind": "constant", "mutation_rate": -1e-8}, "mutation_rate: found -1e-08, expected a number above 0"),
         ({"kind": "constant", "combinations": []}, "combinations: found [], expected a list of mappings"),
         (
@@ -110,7 +110,7 @@ def test_sweeping_a_required_parameter_by_combinations():
             "combinations.mutation_rat: unknown key; did you mean",
         ),
         ({"kind": "constant", "combinations": [{"mutation_rate": -1}]}, "combinations.mutation_rate: found -1"),
-        ({"kind": "constant", "combinations": [{"mutation_rate": 1}, {"population_size": 1}]}, "every row must set the same"),
+        ({"kind": "constant", "combinations": [{"mutation_rate": 0.1}, {"population_size": 1}]}, "every row must set the same"),
         (
             {"kind": "constant", "mutation_rate": [1e-8], "combinations": [{"mutation_rate": 1e-8}]},
             "`mutation_rate` is a list and also set by `combinations`",
@@ -144,6 +144,9 @@ def test_sweeping_a_required_parameter_by_combinations():
             },
             "msprime cannot simulate this Demes model",
         ),
+        ({"kind": "constant", "recombination_rate": 5}, "recombination_rate: found 5, expected a number from 0 to 0.5"),
+        ({"kind": "constant", "individuals": 10**12}, "individuals: found 1000000000000, expected a whole number"),
+        (MINE | {"demography": {"time_units": "generations"}}, "is no valid Demes model: "),
         ({"kind": "konstant"}, "unknown kind 'konstant'; did you mean 'constant'"),
         (HISTORY | {"history": []}, "history: found [], expected a list of {time: generations ago"),
         (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history begins at time 5, expected 0"),
@@ -186,6 +189,8 @@ def test_refused_by_the_workflow(tmp_path):
     for text, message in (
         ("scenarios: {mine: {kind: constant, simulations: 10, population_size: []}}", "found [], expected a number above 0"),
         ("scenarios: {mine: {kind: constant, simulations: 10}, mine: {kind: constant}}", "'mine' is given twice"),
+        ("scenarios: {7: {kind: constant, simulations: 10}}", "scenarios.7: a name may hold letters"),
+        ("datasets: {Processed: {scenarios: all}}", "datasets 'processed' and 'Processed' differ in case only"),
         ("scenarios: {Constant: {kind: constant, simulations: 10}}", "'constant' and 'Constant' differ in case only"),
         (f"scenarios: {{mine: {{kind: demes, demography: {TINY}, simulations: 10, samples: {{a: 1}}, mutation_rate: 1.0e-8,"
          " recombination_rate: 1.0e-8}}", "is no valid Demes model"),
@@ -241,6 +246,34 @@ def test_every_leaf_must_fit_its_dataset():
         with pytest.raises(BadRequest) as error:
             resolve(merge(base, overlay))
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"seed: 2024-13-45", "is not valid YAML: month must be in 1..12"),
+        (b"scenarios: &a {x: *a}", "is not valid YAML"),
+        (b"seed: \xff\xfe", "is not valid YAML"),
+        (b"seed: [", "is not valid YAML"),
+        (b"- a list", "holds no mapping"),
+        (b"seed: 1\nseed: 2", "'seed' is given twice in one mapping .line 2."),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, content, message):
+    (tmp_path / "x.yaml").write_bytes(content)
+    with pytest.raises(BadRequest, match=message):
+        read_yaml(tmp_path / "x.yaml")
+
+
+def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
+    for target, message in (
+        ("results/simulations/constnat/0.trees.batch", "unknown leaf scenario 'constnat'; did you mean 'constant'"),
+        ("results/simulations/constant/5.trees.batch", "no batch of 'constant' begins at 5; there are 0, 10, 1000000000"),
+    ):
+        done = snakemake("-n", target, cwd=tmp_path, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_two_leaves_with_one_name():

@@ -67,12 +67,16 @@ def read_yaml(path) -> dict:
         value = yaml.load(Path(path).read_text(), Loader=_UniqueKeys)
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that are none, and knots
+        if isinstance(error, BadRequest):
+            raise BadRequest(f"{path}: {error}") from None
         raise BadRequest(f"{path} is not valid YAML: {error}") from None
-    except BadRequest as error:
-        raise BadRequest(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise BadRequest(f"{path} holds no mapping")
+    try:
+        without_nulls(value)
+    except RecursionError:
+        raise BadRequest(f"{path} is not valid YAML: an anchor that contains itself") from None
     return value
 
 
@@ -123,12 +127,14 @@ def _check_scenario(name: str, entry: dict) -> None:
 
 
 def _check_names(config: dict) -> None:
-    """BadRequest if names of scenarios differ in case only (some file systems do not), or are also names of sets."""
-    first: dict[str, str] = {}
+    """BadRequest if names of one kind differ in case only (some file systems do not), or a scenario's is also a set's."""
+    for section in ("scenarios", "datasets", "models"):
+        first: dict[str, str] = {}
+        for name in config[section]:
+            other = first.setdefault(name.casefold(), name)
+            if other != name:
+                raise BadRequest(f"{section} '{other}' and '{name}' differ in case only; rename one of them")
     for name in config["scenarios"]:
-        other = first.setdefault(name.casefold(), name)
-        if other != name:
-            raise BadRequest(f"scenarios '{other}' and '{name}' differ in case only; rename one of them")
         if name in config["scenario_sets"]:
             raise BadRequest(f"'{name}' names both a scenario and a scenario set; rename one of them")
 

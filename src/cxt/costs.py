@@ -50,7 +50,8 @@ def read_costs(path) -> dict:
     """The content of a costs file: machines, simulations, shards and rates; BadRequest if it holds no such thing."""
     try:
         found = json.loads(Path(path).read_text())
-        if not all(isinstance(found[key], dict) for key in ("machines", "simulations", "shards", "rates")):
+        parts = [found[key] for key in ("machines", "simulations", "shards", "rates")]
+        if not all(isinstance(part, dict) for part in [*parts, *parts[1].values(), *parts[2].values(), *parts[3].values()]):
             raise TypeError("a part is no mapping")
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None

@@ -139,14 +139,19 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
     if isinstance(demography, str):
         path = Path(demography)
         if not path.is_file():
-            raise BadRequest(f"{at}.demography: there is no file {path.absolute()}; give the path of a Demes YAML file")
+            raise BadRequest(
+                f"{at}.demography: there is no file {path.absolute()}; give the path of a Demes YAML file, from the working "
+                "directory (that of snakemake's --directory) or absolute"
+            )
         at = f"{at}.demography: {path}"
     else:
         at = f"{at}.demography"
     try:
         graph = demes.load(path) if isinstance(demography, str) else demes.Graph.fromdict(demography)
     except Exception as error:  # demes raises what its YAML parser and its validators raise
-        reason = " ".join(str(error).split())
+        reason = f"it has no `{error.args[0]}`" if isinstance(error, KeyError) else " ".join(str(error).split())
+        if error.__cause__ is not None:
+            reason += f": {error.__cause__}"
         raise BadRequest(f"{at} is no valid Demes model: {reason or type(error).__name__}") from None
     content = graph.in_generations().asdict_simplified()
     content = {key: value for key, value in content.items() if key not in ("description", "doi", "metadata")}

@@ -10,6 +10,7 @@ Costs are measured ones, from those shipped with the package or from `--calibrat
 import argparse
 import json
 import platform
+import signal
 import sys
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
         "test_simulations": split["test"],
         "train_items": split["train"] * items,
         "test_items": split["test"] * items,
-        "bytes": round(size.total),
-        "core_hours": seconds.total / 3600,
+        "bytes": round(size.total) if known else None,
+        "core_hours": seconds.total / 3600 if known else None,
         "not_measured": [leaf for leaf, cost in found.items() if cost is None],
     }
 
@@ -146,8 +147,8 @@ def plan(config: dict, costs: Costs) -> dict:
     -------
     dict
         ``simulations`` counts those that datasets use; ``simulate`` and ``evaluation`` hold their core-hours and bytes;
-        ``datasets[name]`` has train and test simulations and items, bytes and core-hours; ``models[name]`` has steps,
-        effective batch, FLOPs, and GPU- or core-hours.
+        ``datasets[name]`` has train and test simulations and items, bytes and core-hours (None if not measured);
+        ``models[name]`` has steps, effective batch, FLOPs, and GPU- or core-hours.
 
     Raises
     ------
@@ -225,7 +226,8 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
     ]
     rows = [
         [name, p["leaf_scenarios"], p["train_simulations"], p["test_simulations"],
-         f"{p['train_items']:,}", f"{p['test_items']:,}", _size(p["bytes"]), _hours(p["core_hours"])]
+         f"{p['train_items']:,}", f"{p['test_items']:,}",
+         *(("not measured", "") if p["bytes"] is None else (_size(p["bytes"]), _hours(p["core_hours"])))]
         for name, p in found["datasets"].items()
     ]  # fmt: skip
     out += _table(["dataset", "leaves", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
@@ -237,11 +239,13 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
     ]  # fmt: skip
     out += _table(["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], rows)
     gpu = sum(p["gpu_hours"] for p in found["models"].values()) + evaluation["gpu_hours"]
-    core = sum(p["core_hours"] for p in [*found["models"].values(), *found["datasets"].values(), simulate, evaluation])
-    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] for p in found["datasets"].values())
+    core = sum(p["core_hours"] or 0 for p in [*found["models"].values(), *found["datasets"].values(), simulate, evaluation])
+    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in found["datasets"].values())
     out += ["", f"In all: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
     missing = [*simulate["not_measured"], *evaluation["not_measured"]]
-    shards = sorted({leaf for p in found["datasets"].values() for leaf in p["not_measured"]} - set(missing))
+    missing += [f"shards of {name}" for name, p in found["datasets"].items() if p["bytes"] is None]
+    partly = [p for p in found["datasets"].values() if p["bytes"] is not None]
+    shards = sorted({leaf for p in partly for leaf in p["not_measured"]} - set(missing))
     stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
@@ -271,6 +275,8 @@ def main() -> None:
             raise BadRequest(f"--devices {args.devices}: expected at least 0")
         config = use_devices(config, args.devices)
     jobs.check_plan(config)
+    if args.seconds <= 0:
+        raise BadRequest(f"--seconds {args.seconds:g}: expected above 0")
     path = args.costs or HERE
     if args.costs is not None and not args.calibrate and not path.exists():
         raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
@@ -296,4 +302,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `cxt plan | head` ends quietly
     exit_on_bad_request(main)

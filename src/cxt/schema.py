@@ -74,6 +74,14 @@ def _is_list_of_mappings(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _all_finite(value) -> bool:
     if isinstance(value, dict):
         return all(map(_all_finite, value.values()))
@@ -98,8 +106,8 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         found = next(error.iter_errors(value), None)
         if found is not None:
             hint = ""
-            if isinstance(value, str) and "number" in _expected(node):
-                hint = " (YAML reads 1e-8 and 1e4 as text: write 1.0e-8 and 10000)"
+            if isinstance(value, str) and "number" in _expected(node) and _is_number(value):
+                hint = " (YAML reads 1e-8 and 1.0e4 as text: write 1.0e-8, 1.0e+4 or 10000)"
             errors.append(f"{path}: found {value!r}, expected {_expected(node)}{hint}")
         return value
     if not isinstance(value, dict):
@@ -114,8 +122,10 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         if key in properties:
             result[key] = _complete(child, properties[key], where, errors, defaults)
         elif isinstance(open_to, dict):
-            if pattern and not jsonschema.Draft202012Validator(pattern).is_valid(str(key)):
-                errors.append(f"{where}: a name may hold letters, digits, '_', '.' and '+', and starts with a letter or digit")
+            if pattern and not (isinstance(key, str) and jsonschema.Draft202012Validator(pattern).is_valid(key)):
+                errors.append(
+                    f"{where}: a name may hold letters, digits, '_', '.', '+' (100 in all), and starts with a letter or digit"
+                )
             result[key] = _complete(child, open_to, where, errors, defaults)
         else:
             errors.append(f"{where}: unknown key{nearest(key, properties)}")
@@ -196,8 +206,8 @@ def document() -> str:
         "`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale, and",
         "`paper_script.yaml` a second one, over that, with what the published script asked for but did not get. `examples/`",
         "has scenarios of your own. Use an overlay with `snakemake --configfile my.yaml …`: it is merged over the default key",
-        "by key, lists are replaced whole, and `null` removes a key or an entry. Write numbers as `1.0e-8`; YAML reads `1e-8`",
-        "as text.",
+        "by key, lists are replaced whole, and `null` removes a key or an entry. Write numbers as `1.0e-8` and `1.0e+4`; YAML",
+        "reads `1e-8` and `1.0e4` as text.",
         "",
         "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.schema > config/README.md`.",
         "",

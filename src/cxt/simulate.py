@@ -132,6 +132,9 @@ def _spec_of(args) -> dict:
         return leaf.spec
     config = load(args.configfile)
     known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
+    if args.scenario in config["scenarios"] and args.scenario not in known:
+        swept = [leaf.name for leaf in leaves(args.scenario, config["scenarios"][args.scenario])]
+        raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its leaf scenarios: {', '.join(swept)}")
     if args.scenario not in known:
         raise BadRequest(f"unknown scenario '{args.scenario}'{nearest(args.scenario, known)}")
     if args.seed is None:
@@ -154,6 +157,8 @@ def main() -> None:
         raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
     spec = _spec_of(args)
     seed = 1 if args.seed is None else args.seed
+    if args.start + args.count > 2_000_000_000:
+        raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
     if seed < 0:
         raise BadRequest(f"--seed {seed}: expected at least 0")
     check_leaf(spec)

@@ -49,10 +49,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args()
     check_writable(args.out)
+    if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
+        raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
     ts = find(args.batch, args.index)
     temporary = args.out.with_name(args.out.name + ".tmp")
-    ts.dump(temporary)
-    temporary.replace(args.out)
+    try:
+        ts.dump(temporary)
+        temporary.replace(args.out)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise BadRequest(f"{args.out} cannot be written: {error.strerror or error}") from None
     about = ts.metadata["cxt"]
     print(f"{args.out}: simulation {args.index} of '{about['scenario']}', {ts.num_trees} trees, {ts.num_sites} sites")
 
