@@ -5,11 +5,10 @@ python -m cxt.catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch
 
 import argparse
 import functools
-import http.client
 import importlib.metadata
 import json
-import urllib.error
-import urllib.request
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -32,10 +31,21 @@ DRAWS = 10_000
 """Segments that are tried before a genetic map is said to have none of the length asked for."""
 
 
-def get_species(spec: dict):
-    """The stdpopsim species of a scenario; BadRequest with the nearest name if there is none."""
+@functools.cache
+def catalogue():
+    """The module stdpopsim, imported when it is first needed, since that takes as long as msprime does.
+
+    Half of it would go into second copies of all models, by which only stdpopsim's own tests check the first.
+    """
+    sys.modules.setdefault("stdpopsim.qc", types.ModuleType("stdpopsim.qc"))
     import stdpopsim
 
+    return stdpopsim
+
+
+def get_species(spec: dict):
+    """The stdpopsim species of a scenario; BadRequest with the nearest name if there is none."""
+    stdpopsim = catalogue()
     known = [species.id for species in stdpopsim.all_species()]
     if spec["species"] not in known:
         raise BadRequest(f"scenario '{spec['name']}': unknown species '{spec['species']}'{nearest(spec['species'], known)}")
@@ -75,9 +85,7 @@ def catalogue_models(spec: dict) -> list[str]:
 @functools.cache
 def _model(species: str, model: str):
     """A catalogue model, built once a process: building one costs more than a short simulation."""
-    import stdpopsim
-
-    return stdpopsim.get_species(species).get_demographic_model(model)
+    return catalogue().get_species(species).get_demographic_model(model)
 
 
 def autosomes(spec: dict) -> list:
@@ -141,6 +149,9 @@ def _not_there(spec: dict, reason: str) -> BadRequest:
 @functools.cache
 def _answer(url: str) -> str:
     """Why *url* cannot be fetched, or "" if it can."""
+    import http.client  # here, because every job pays for what is imported above
+    import urllib.request
+
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
             return ""
@@ -164,6 +175,8 @@ def check_map_can_be_had(spec: dict, *, fetched=None) -> None:
 
 def fetch_map(spec: dict) -> None:
     """Put a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
+    from http.client import HTTPException
+
     found = genetic_map(spec)
     if found.is_cached():
         return
@@ -173,7 +186,7 @@ def fetch_map(spec: dict) -> None:
         OSError,
         ValueError,
         EOFError,
-        http.client.HTTPException,
+        HTTPException,
     ) as error:  # no network; another checksum than the catalogue's; a cut archive
         raise _not_there(spec, f" and could not be fetched ({error})") from None
     if not found.is_cached():
@@ -189,9 +202,7 @@ def write_record(spec: dict, path) -> None:
 @functools.lru_cache(maxsize=64)
 def _rates(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
     """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
-    import stdpopsim
-
-    found = stdpopsim.get_species(species).get_genetic_map(name)
+    found = catalogue().get_species(species).get_genetic_map(name)
     # stdpopsim would put a flat map in the place of one that is not there, with a warning.
     if not (found.map_cache_dir / found.file_pattern.format(id=chromosome)).is_file():
         return None
@@ -237,8 +248,7 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
 
 def stdpopsim_segment(spec: dict, rng: np.random.Generator, *, seed: int) -> Simulated:
     """A random segment under a random model; the engine's one *seed* must be unique within the scenario."""
-    import stdpopsim
-
+    stdpopsim = catalogue()
     species = get_species(spec)
     models = catalogue_models(spec)
     if models:

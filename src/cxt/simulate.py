@@ -8,6 +8,7 @@
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import tskit
 
-from cxt.configfile import load
 from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import check_writable
@@ -130,6 +130,8 @@ def _spec_of(args) -> dict:
         if others or leaf.name != spec["name"]:
             raise BadRequest("--spec has a list of values: it must be one leaf scenario, not a sweep")
         return leaf.spec
+    from cxt.configfile import load  # the workflow's jobs, which come with --spec, need not pay for it
+
     config = load(args.configfile)
     known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
     if args.scenario in config["scenarios"] and args.scenario not in known:
@@ -187,6 +189,7 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, stop)
+    gc.freeze()  # or the child's first collection would copy every page of memory that the two share
     child.start()
     sender.close()
     began = said = time.monotonic()
