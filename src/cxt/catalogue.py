@@ -182,12 +182,8 @@ def fetch_map(spec: dict) -> None:
         return
     try:
         found.download()
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        HTTPException,
-    ) as error:  # no network; another checksum than the catalogue's; a cut archive
+    except (OSError, ValueError, EOFError, HTTPException) as error:
+        # No network; another checksum than the catalogue's; a cut archive.
         raise _not_there(spec, f" and could not be fetched ({error})") from None
     if not found.is_cached():
         raise _not_there(spec, ": something else is in its place; delete that")
