@@ -16,6 +16,7 @@ from cxt.preprocess import write_split
 from cxt.scenarios import leaves
 from cxt.simulate import write_batch
 from cxt.store import write_manifest
+from cxt.targets import pair_log_tmrca
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -39,6 +40,11 @@ def simulate(*, seed, length=100_000, individuals=5, discrete=True, rate=2e-7, *
         individuals, population_size=1e4, sequence_length=length, recombination_rate=1e-8, random_seed=seed, **kwargs
     )
     return msprime.sim_mutations(ts, rate=rate, random_seed=seed, discrete_genome=discrete)
+
+
+def check_genealogies(ts) -> None:
+    """Fails, by an exception, where a tree has several roots or a sample is ancient."""
+    pair_log_tmrca(ts, [(0, 1)], window_size=1000, sequence_length=int(ts.sequence_length))
 
 
 def constant_scenario(**changes) -> dict:

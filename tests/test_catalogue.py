@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stdpopsim
-from conftest import REPOSITORY, TINY, run_python
+from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
 from cxt import catalogue
 from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map
 from cxt.errors import BadRequest
 from cxt.kinds import check_leaf, simulate_one
-from cxt.targets import check_genealogies
 
 SPEC = {
     "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,

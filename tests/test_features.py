@@ -6,7 +6,7 @@ import pytest
 from conftest import simulate
 
 from cxt import pair_features
-from cxt.features import missing_fraction, pair_counts, window_of
+from cxt.features import first_sites, missing_fraction, pair_counts
 
 SCALES = (2, 8, 32, 64)
 
@@ -103,7 +103,8 @@ def test_mask(where):
 
 def test_real_positions_next_to_window_edges():
     positions = np.array([np.nextafter(1000, 0), 1000.0, np.nextafter(2000, 0), 2000.0, 2999.5])
-    assert window_of(positions, window_size=1000, windows=3).tolist() == [0, 1, 1, 2, 2]
+    assert first_sites(positions, window_size=1000, windows=3).tolist() == [0, 1, 3, 5]
+    assert first_sites(np.empty(0), window_size=1000, windows=3).tolist() == [0, 0, 0, 0]
 
 
 def test_more_than_64_samples():
@@ -129,8 +130,7 @@ def test_small_integers_hold_the_same_counts():
     keep = (ts.genotype_matrix().max(axis=1) <= 1) & (derived > 0) & (derived < 10)
     genotypes, positions = ts.genotype_matrix()[keep], ts.sites_position[keep]
     packed = np.packbits(genotypes.astype(np.uint8), axis=1, bitorder="little")
-    window = window_of(positions, window_size=1000, windows=100)
-    counts = pair_counts(packed, derived[keep].astype(np.int32), window, PAIRS, windows=100, samples=10, dtype=np.int16)
+    counts = pair_counts(packed, positions, PAIRS, window_size=1000, windows=100, samples=10, dtype=np.int16)
     full = pair_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=100_000)
     assert np.array_equal(counts, full)
 

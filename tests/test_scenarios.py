@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import stdpopsim
 import tskit
-from conftest import constant_scenario, run_python, simulate
+from conftest import check_genealogies, constant_scenario, run_python, simulate
 
 from cxt.catalogue import autosomes, catalogue_models, sampled_today
 from cxt.demographies import island_samples, zigzag
@@ -14,7 +14,6 @@ from cxt.errors import BadRequest
 from cxt.kinds import check_scenarios, simulate_one
 from cxt.scenarios import EVALUATION_START, Leaf, batches, leaves, random_generator, split_of, split_size
 from cxt.simulate import read_batch, write_batch
-from cxt.targets import check_genealogies
 
 RATES = {"mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8}
 SPECS = [

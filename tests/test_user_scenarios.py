@@ -10,7 +10,7 @@ import msprime
 import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY, constant_scenario, run_python, snakemake
+from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run_python, snakemake
 
 from cxt.checkpoint import read_checkpoint
 from cxt.configfile import load, merge, read_yaml, resolve
@@ -18,7 +18,6 @@ from cxt.errors import BadRequest
 from cxt.jobs import check_plan, leaf_of
 from cxt.kinds import simulate_one
 from cxt.scenarios import check_leaves, leaves, scenario_of
-from cxt.targets import check_genealogies
 
 EXAMPLES = REPOSITORY / "config" / "examples"
 DEMES = {

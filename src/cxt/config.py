@@ -76,6 +76,10 @@ class AdapterConfig:
 
 PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
 
+STORAGES = ("auto", "memory", "disk")
+"""Where a dataset is held while it is read: `memory`, or `disk`, a nameless temporary file of which the system keeps in
+memory what it can; `auto` chooses by what is free."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -98,7 +102,9 @@ class TrainingConfig:
     workers: int = 0
     seed: int = 1
     validation_items: int = 0
+    validate_every: int = 0
     save_every: int = 200
+    storage: str = "auto"
 
     def __post_init__(self):
         if not self.lr > 0:
@@ -110,7 +116,12 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every"):
             if getattr(self, name) < 1:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items"):
+        if self.storage not in STORAGES:
+            raise BadRequest(f"unknown storage '{self.storage}'{nearest(self.storage, STORAGES)}")
+        for name in (
+            "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
+            "validate_every",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 0")
 
@@ -123,7 +134,7 @@ PRESETS = {
 }
 """The published architectures, by name."""
 
-CHANGE_NO_RESULT = ("workers", "save_every", "validation_items")
+CHANGE_NO_RESULT = ("workers", "save_every", "validation_items", "validate_every", "storage")
 """Training settings that do not change the trained weights."""
 
 SIZES = ("layers", "heads", "width", "dropout")

@@ -4,11 +4,16 @@ The order is a pure function of (seed, epoch); each rank takes its share of it. 
 Lightning's own counters, so that a resumed run sees exactly the batches that are left.
 """
 
+import collections
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cxt.dataset import Batch, PairDataset
+from cxt.dataset import Batch
 
 
 class EpochBatches(Sampler):
@@ -22,9 +27,12 @@ class EpochBatches(Sampler):
     def set_epoch(self, epoch: int) -> None:  # Lightning calls this
         self.epoch = epoch
 
-    def __iter__(self):
+    def _order(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        order = torch.randperm(self.items, generator=generator)
+        return torch.randperm(self.items, generator=generator)
+
+    def __iter__(self):
+        order = self._order()
         mine = order[: self.items // self.world * self.world][self.rank :: self.world]
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
@@ -34,18 +42,15 @@ class EpochBatches(Sampler):
         return self.items // self.world // self.batch_size
 
 
-class Batches(Dataset):
-    """Indexed by lists of items, as `EpochBatches` gives them."""
+class InOrder(EpochBatches):
+    """Batches of one rank in the order of their items, for items of which each is new anyway."""
 
-    def __init__(self, dataset: PairDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, items) -> Batch:
-        return self.dataset.batch(items)
+    def _order(self) -> torch.Tensor:
+        return torch.arange(self.items)
 
 
-class ResumableLoader(DataLoader):
-    """Its state is in `DataModule`; having these methods tells Lightning so."""
+class _StateElsewhere:
+    """A loader whose state is in `DataModule`; having these methods tells Lightning that it can be resumed."""
 
     def state_dict(self) -> dict:
         return {}
@@ -54,51 +59,135 @@ class ResumableLoader(DataLoader):
         pass
 
 
-class DataModule(pl.LightningDataModule):
-    """Train and validation loaders of one dataset.
+class PrefetchLoader(_StateElsewhere):
+    """The batches of *dataset* in the order of *sampler*, each made by one of *threads* threads before it is asked for.
 
+    With no threads they are made when they are asked for. Batches are made in a few buffers, one after another: the last
+    two that were given out stay as they are (Lightning asks for one before it is done with the other), older ones are
+    overwritten. *pin* pins the buffers for copies to a GPU; `copied` tells of such a copy, which is waited for.
+    """
+
+    def __init__(self, dataset, sampler, *, batch_size: int, threads: int, pin: bool):
+        self.dataset, self.sampler = dataset, sampler
+        self.batch_sampler = None  # Lightning looks for it
+        self.batch_size, self.threads, self.pin = batch_size, threads, pin
+        self._copies: dict[int, torch.cuda.Event] = {}
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def copied(self, batch: Batch) -> None:
+        """A copy of *batch* to a GPU is under way; called before the next batch is asked for."""
+        event = torch.cuda.Event()
+        event.record()
+        self._copies[batch.counts.data_ptr()] = event
+
+    def _make(self, items: list[int], buffer: Batch) -> Batch:
+        event = self._copies.pop(buffer.counts.data_ptr(), None)
+        if event is not None:
+            event.synchronize()
+        return self.dataset.batch(items, out=buffer)
+
+    def __iter__(self) -> Iterator[Batch]:
+        buffers = itertools.cycle(
+            [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(max(1, self.threads) + 2)]
+        )
+        wanted = iter(self.sampler)
+        if not self.threads:
+            for items in wanted:
+                yield self._make(items, next(buffers))
+            return
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="batches") as threads:
+            coming = collections.deque(
+                threads.submit(self._make, items, next(buffers)) for items in itertools.islice(wanted, self.threads)
+            )
+            try:
+                while coming:
+                    batch = coming.popleft().result()
+                    # Only now: the buffer of the batch before the last one given out is free by now.
+                    coming.extend(threads.submit(self._make, items, next(buffers)) for items in itertools.islice(wanted, 1))
+                    yield batch
+            finally:
+                for batch in coming:
+                    batch.cancel()
+
+
+class _Batches(Dataset):
+    """Indexed by lists of items, as samplers give them."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, items) -> Batch:
+        return self.dataset.batch(items)
+
+
+class ProcessLoader(_StateElsewhere, DataLoader):
+    """The batches of *dataset* in the order of *sampler*, made by processes: for items that cost more than their copying."""
+
+    def __init__(self, dataset, sampler, *, processes: int, pin: bool):
+        super().__init__(
+            _Batches(dataset),
+            batch_size=None,
+            sampler=sampler,
+            num_workers=processes,
+            persistent_workers=processes > 0,
+            pin_memory=pin,
+            generator=torch.Generator().manual_seed(1),  # its own: drawing seeds for processes leaves the global one alone
+        )
+
+
+class DataModule(pl.LightningDataModule):
+    """Train and validation loaders of two datasets; *order* makes the training sampler.
+
+    *workers* threads make batches, or processes with *in_processes*, for items that take long and hold Python's lock.
     *validation_items* test items, spread evenly over the split, are used for validation; 0 = all.
     """
 
-    def __init__(self, train: PairDataset, test: PairDataset, *, batch_size, seed, workers, validation_items):
+    def __init__(self, train, test, *, batch_size, seed, workers, validation_items, order=EpochBatches, in_processes=False):
         super().__init__()
         self.train_set, self.test_set = train, test
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.order, self.in_processes = order, in_processes
         self.validation_items = validation_items
         self.start = (0, 0)  # epoch, batches of it that are done
+        self._loaders: dict[bool, PrefetchLoader] = {}
 
-    def train_dataloader(self) -> DataLoader:
-        sampler = EpochBatches(
+    def train_dataloader(self) -> PrefetchLoader | ProcessLoader:
+        sampler = self.order(
             items=len(self.train_set),
             batch_size=self.batch_size,
             seed=self.seed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        # Workers prefetch before Lightning calls set_epoch, so the epoch is set here too.
+        # The epoch is set here too: batches may be asked for before Lightning calls set_epoch.
         sampler.epoch, sampler.skip = self.start
-        return self._loader(self.train_set, sampler)
+        return self._loader(True, self.train_set, sampler)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
         count = len(self.test_set)
         chosen = min(self.validation_items or count, count)
         items = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
         # As many for each rank: they wait for each other when the losses are averaged, with equal weights.
         rank, world = self.trainer.global_rank, self.trainer.world_size
         mine = items[: chosen // world * world][rank::world] if chosen >= world else items
-        return self._loader(self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
+        return self._loader(False, self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
 
-    def _loader(self, dataset: PairDataset, sampler) -> DataLoader:
-        # Its own generator, so that drawing worker seeds does not touch the global one.
-        return ResumableLoader(
-            Batches(dataset),
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(1),
+    def _loader(self, training: bool, dataset, sampler) -> PrefetchLoader | ProcessLoader:
+        if self.in_processes:
+            return ProcessLoader(dataset, sampler, processes=self.workers, pin=torch.cuda.is_available())
+        self._loaders[training] = PrefetchLoader(
+            dataset, sampler, batch_size=self.batch_size, threads=self.workers, pin=torch.cuda.is_available()
         )
+        return self._loaders[training]
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        if device.type != "cuda" or self.in_processes:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        moved = Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
+        self._loaders[self.trainer.training].copied(batch)
+        return moved
 
     def state_dict(self) -> dict:
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed

@@ -1,5 +1,19 @@
-"""Reading a dataset: items are (simulation, pair), features are computed when an item is asked for."""
+"""Reading a dataset: items are (simulation, pair), features are computed when an item is asked for.
 
+    python -m cxt.dataset info results/datasets/processed
+    python -m cxt.dataset verify results/datasets/processed
+    python -m cxt.dataset export results/datasets/processed --out arrays
+
+What an item needs is held in one arena that processes share: a bit for a genotype, as few bits for a target as the grid
+of times asks for (9 as published). That is about what the shards take on disk.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,10 +21,17 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.errors import BadRequest
-from cxt.features import missing_fraction, pair_counts, window_of
-from cxt.store import SPLITS, read_manifest, read_shard
-from cxt.targets import Grid
+from cxt.arena import Arena, free_memory
+from cxt.config import STORAGES
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.features import first_sites, missing_fraction
+from cxt.kernel import fill_batch, haplotype_words, pack_bins, total_counts, widest_count
+from cxt.lineage import file_sha256
+from cxt.store import MANIFEST, SPLITS, check_shape, open_shard, read_manifest
+from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
+
+LARGEST_SHARE = 0.7
+"""Share of the free memory that `auto` lets a dataset take."""
 
 
 class Item(NamedTuple):
@@ -28,6 +49,18 @@ class Batch(NamedTuple):
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
     tokens: torch.Tensor  # (B, windows + 1) int64
 
+    def first(self, items: int) -> "Batch":
+        """The first *items* of it, sharing its memory."""
+        return Batch(*(None if part is None else part[:items] for part in self))
+
+
+def empty_batch(items: int, *, scales: int, windows: int, samples: int, dtype, missing: bool, pin: bool = False) -> Batch:
+    """A batch to be filled, and filled again; *pin* keeps its pages in place for copies to a GPU."""
+    counts = torch.from_numpy(np.empty((items, 2, scales, windows, samples), dtype=dtype))
+    fractions = torch.empty((items, scales, windows)) if missing else None
+    tokens = torch.full((items, windows + 1), START_TOKEN, dtype=torch.int64)
+    return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
+
 
 def model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
     """log1p of raw counts, float32; missing fractions f become ln(1 + e^f) and ln(1 + e^(1-f)) in frequency bin 0."""
@@ -42,13 +75,16 @@ class PairDataset(Dataset):
     """The items of one split of a dataset.
 
     ``len()`` is the number of items; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
-    int64 tokens (windows + 1,), start token first. ``describe(i)`` tells scenario, simulation index and pair.
+    int64 tokens (windows + 1,), start token first. ``describe(i)`` tells scenario, simulation index and pair. It may be
+    read by forked and by spawned processes and by threads, which all share one copy of the data.
 
     Parameters
     ----------
     path : dataset directory, with dataset.json, train/ and test/
     split : "train" or "test"
     grid : of log times, for the tokens; the published one by default
+    storage : "memory", "disk", or "auto" (default): in memory if at most 70 % of what is free is enough
+    progress : called with a line of text about what is done, every 10 seconds and at the end
 
     Raises
     ------
@@ -56,72 +92,153 @@ class PairDataset(Dataset):
         If the directory, a split or the manifest is missing, or a shard is damaged or not the one that the manifest lists.
     """
 
-    def __init__(self, path, split: str, *, grid: Grid | None = None):
+    def __init__(self, path, split: str, *, grid: Grid | None = None, storage: str = "auto", progress=None):
         if split not in SPLITS:
             raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
-        self.path = Path(path)
-        self.split = split
-        self.grid = grid or Grid()
-        self.manifest = read_manifest(path)
-        self.windows = self.manifest["windows"]
-        self.samples = self.manifest["samples"]
-        self.scales = np.array(self.manifest["scales"], dtype=np.int64)
-        self.pairs_per_simulation = self.manifest["pairs"]
-        self._scenarios: list[str] = []
-        self._scenario_of: list[int] = []
-        parts: dict[str, list] = {
-            key: [] for key in ("packed", "derived", "window", "pairs", "log_tmrca", "missing", "index", "start")
-        }
-        offsets = [np.zeros(1, dtype=np.int64)]
-        for row in self.manifest["splits"][split]["shards"]:
-            self._add_shard(row, parts, offsets)
-        self._offsets = np.concatenate(offsets)
-        stacked = {key: np.concatenate(parts.pop(key)) for key in list(parts) if parts[key]}  # one copy at a time
-        self._packed = stacked.get("packed")
-        self._derived = stacked.get("derived")
-        self._window = stacked.get("window")
-        self._pairs = stacked.get("pairs", np.empty((0, self.pairs_per_simulation, 2), np.uint16))
-        self._log_tmrca = stacked.get("log_tmrca")
-        self._missing = stacked.get("missing")
-        self._index = stacked.get("index")
-        self._start = stacked.get("start")
-        # No bin of any window can hold more sites than a simulation has.
-        most = int(np.diff(self._offsets).max(initial=0))
-        self._dtype = np.int16 if most <= np.iinfo(np.int16).max else np.int32
+        if storage not in STORAGES:
+            raise BadRequest(f"storage '{storage}': expected one of {', '.join(STORAGES)}")
+        began = time.monotonic()
+        self._describe_shape(path, split, read_manifest(path), grid or Grid())
+        free = free_memory()
+        size = self._layout()[1]
+        on_disk = storage == "disk" or (storage == "auto" and size > LARGEST_SHARE * free)
+        self._arena = Arena(size, on_disk=on_disk)
+        self._attach()
+        self._read(progress)
+        if progress is not None:
+            place = "in a temporary file" if on_disk else "in memory"
+            progress(
+                f"{self.path} {split}: {len(self):,} items, {size / 1e6:,.1f} MB {place} "
+                f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
+            )
 
-    def _add_shard(self, row: dict, parts: dict[str, list], offsets: list) -> None:
-        path = self.path / row["path"]
-        arrays, attributes = read_shard(path, sha256=row["sha256"])
+    def _describe_shape(self, path, split: str, manifest: dict, grid: Grid) -> None:
+        self.path, self.split, self.grid, self.manifest = Path(path), split, grid, manifest
+        self.windows, self.samples = manifest["windows"], manifest["samples"]
+        self.scales = np.array(manifest["scales"], dtype=np.int64)
+        self.pairs_per_simulation = manifest["pairs"]
+        self._shards = manifest["splits"][split]["shards"]
+        self._width = max(1, (grid.bins - 1).bit_length())
+        self._dtype = np.dtype(np.int16)
+
+    def _layout(self) -> tuple[dict, int]:
+        """({name: (offset, dtype, shape)} of the arrays in the arena, its size); upper bounds where only a sum is known."""
+        rows = sum(row["items"] for row in self._shards) // self.pairs_per_simulation
+        sites = sum(row["sites"] for row in self._shards)
+        cells = self.windows * self.samples
+        # A row's total is kept where it is smaller than the row's sites.
+        totals = min(rows, 2 * sites // cells)
+        bin_words = -(-self.windows * self._width // 64)
+        fields = {
+            "words": (np.uint64, ((sites // 64 + rows) * self.samples,)),  # 64 sites of a haplotype each
+            "word_at": (np.int64, (rows + 1,)),
+            "derived": (np.uint8 if self.samples <= 256 else np.uint16, (sites,)),
+            "site_at": (np.int64, (rows + 1,)),
+            "first_site": (np.int32, (rows, self.windows + 1)),
+            "totals": (np.uint16, (totals, cells)),
+            "total_at": (np.int32, (rows,)),  # -1: not kept
+            "pairs": (np.uint16, (rows, self.pairs_per_simulation, 2)),
+            "bins": (np.uint64, (rows, self.pairs_per_simulation, bin_words)),
+            "missing": (np.float32, (rows if self.manifest["missing"] else 0, len(self.scales), self.windows)),
+            "index": (np.int64, (rows,)),
+            "start": (np.int64, (rows,)),
+        }
+        layout, end = {}, 0
+        for name, (dtype, shape) in fields.items():
+            layout[name] = (end, dtype, shape)
+            end += -(-int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize // 64) * 64
+        return layout, end
+
+    def _attach(self) -> None:
+        for name, (offset, dtype, shape) in self._layout()[0].items():
+            setattr(self, f"_{name}", self._arena.array(offset, dtype, shape))
+        self._scenario_of = np.repeat(
+            np.arange(len(self._shards)), [row["items"] // self.pairs_per_simulation for row in self._shards]
+        )
+
+    def handle(self) -> dict:
+        """What another process of this machine needs to share it, while this one lives; for `shared`."""
+        return {
+            "path": str(self.path.absolute()), "split": self.split, "manifest": file_sha256(self.path / MANIFEST),
+            "grid": dataclasses.astuple(self.grid), "dtype": self._dtype.name, "arena": [self._arena.path, self._arena.size],
+        }  # fmt: skip
+
+    @classmethod
+    def shared(cls, handle: dict) -> "PairDataset":
+        """The dataset that another process has read, from its `handle`; BadRequest if its manifest is another by now."""
+        self = cls.__new__(cls)
+        path = Path(handle["path"])
+        if file_sha256(path / MANIFEST) != handle["manifest"]:
+            raise BadRequest(f"{path / MANIFEST} has changed while it was in use; start again")
+        self._describe_shape(path, handle["split"], read_manifest(path), Grid(*handle["grid"]))
+        self._dtype = np.dtype(handle["dtype"])
+        self._arena = Arena.attach(*handle["arena"])
+        self._attach()
+        return self
+
+    def __reduce__(self):
+        return PairDataset.shared, (self.handle(),)
+
+    def _read(self, progress) -> None:
+        self._word_at[0] = self._site_at[0] = 0
+        row = kept = widest = 0
+        said = time.monotonic()
+        for number, shard in enumerate(self._shards):
+            row, kept, most = self._read_shard(shard, row, kept)
+            widest = max(widest, most)
+            if progress is not None and time.monotonic() - said > 10:
+                said = time.monotonic()
+                progress(f"{self.path} {self.split}: {number + 1}/{len(self._shards)} shards read")
+        if widest > np.iinfo(np.int16).max:
+            self._dtype = np.dtype(np.int32)
+
+    def _read_shard(self, shard: dict, row: int, kept: int) -> tuple[int, int, int]:
+        """Read one shard's simulations from *row* on; (next row, totals kept, largest count of any window)."""
+        path = self.path / shard["path"]
+        group, _ = open_shard(path, sha256=shard["sha256"])
+        check_shape(path, dict(group.attrs), self.manifest)
+        arrays = {name: array[:] for name, array in group.arrays()}
         if not np.isfinite(arrays["log_tmrca"]).all():
             raise BadRequest(f"shard {path} holds targets that are not finite; delete it and run the workflow again")
-        parts["packed"].append(arrays["genotypes"])
-        parts["derived"].append(np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.int32))
-        parts["window"].append(window_of(arrays["positions"], window_size=self.manifest["window_size"], windows=self.windows))
-        for key in ("pairs", "log_tmrca", "index", "start"):
-            parts[key].append(arrays[key])
-        offsets.append(arrays["site_offsets"][1:] + offsets[-1][-1])
-        if self.manifest["missing"]:
-            length = self.manifest["sequence_length"]
-            masks = np.unpackbits(arrays["mask"], axis=1, count=length, bitorder="little")
-            fractions = [
-                missing_fraction(m, window_size=self.manifest["window_size"], sequence_length=length, scales=self.scales)
-                for m in masks
-            ]
-            parts["missing"].append(np.stack(fractions).astype(np.float32))
-        scenario = attributes["scenario"]
-        if scenario not in self._scenarios:
-            self._scenarios.append(scenario)
-        self._scenario_of += [self._scenarios.index(scenario)] * len(arrays["index"])
+        widest, length = 0, self.manifest["sequence_length"]
+        for i in range(len(arrays["index"])):
+            sites = slice(arrays["site_offsets"][i], arrays["site_offsets"][i + 1])
+            packed, count = arrays["genotypes"][sites], int(sites.stop - sites.start)
+            first, words = int(self._site_at[row]), -(-count // 64) * self.samples
+            begin = int(self._word_at[row])
+            haplotype_words(packed, self._words[begin : begin + words].reshape(self.samples, -1))
+            derived = np.bitwise_count(packed).sum(axis=1, dtype=self._derived.dtype)
+            self._derived[first : first + count] = derived
+            self._site_at[row + 1], self._word_at[row + 1] = first + count, begin + words
+            self._first_site[row] = first_sites(
+                arrays["positions"][sites], window_size=self.manifest["window_size"], windows=self.windows
+            )
+            base, most = widest_count(derived, self._first_site[row], self.samples, self.scales.max())
+            widest = max(widest, most)
+            self._total_at[row] = -1
+            if 2 * count > self.windows * self.samples and base <= np.iinfo(np.uint16).max:
+                self._total_at[row], kept = kept, kept + 1
+                self._totals[kept - 1] = 0
+                total_counts(derived, self._first_site[row], self.samples, self._totals[kept - 1])
+            pack_bins(self.grid.bins_of(arrays["log_tmrca"][i]), self._width, self._bins[row])
+            for key, column in (("pairs", self._pairs), ("index", self._index), ("start", self._start)):
+                column[row] = arrays[key][i]
+            if self.manifest["missing"]:
+                mask = np.unpackbits(arrays["mask"][i], count=length, bitorder="little")
+                self._missing[row] = missing_fraction(
+                    mask, window_size=self.manifest["window_size"], sequence_length=length, scales=self.scales
+                )
+            row += 1
+        return row, kept, widest
 
     def __len__(self) -> int:
-        return len(self._pairs) * self.pairs_per_simulation
+        return len(self._index) * self.pairs_per_simulation
 
     def describe(self, i: int) -> Item:
         """Scenario, simulation index and pair of item *i*."""
-        simulation, pair = self._locate(i)
-        a, b = map(int, self._pairs[simulation, pair])
-        scenario = self._scenarios[self._scenario_of[simulation]]
-        return Item(scenario, int(self._index[simulation]), (a, b))
+        row, pair = self._locate(i)
+        a, b = map(int, self._pairs[row, pair])
+        return Item(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
         """Where in its simulation item *i* begins, in base pairs; not 0 only with several regions per simulation."""
@@ -132,33 +249,74 @@ class PairDataset(Dataset):
             raise IndexError(f"item {i} of {len(self)}")
         return divmod(int(i) % len(self), self.pairs_per_simulation)
 
-    def log_tmrca(self, i: int) -> np.ndarray:
-        """ln TMRCA of item *i* before discretisation: (windows,) float32."""
-        return self._log_tmrca[self._locate(i)]
+    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
+        """A batch for *items* items that `batch` can fill."""
+        return empty_batch(
+            items, scales=len(self.scales), windows=self.windows, samples=self.samples, dtype=self._dtype,
+            missing=self.manifest["missing"], pin=pin,
+        )  # fmt: skip
 
-    def batch(self, items) -> Batch:
-        """Several items at once, as small integers: what the trainer's loader asks for."""
-        items = list(items)
-        shape = (len(items), 2, len(self.scales), self.windows, self.samples)
-        counts = np.empty(shape, dtype=self._dtype)
-        located = [self._locate(i) for i in items]
-        for row, (simulation, pair) in enumerate(located):
-            sites = slice(self._offsets[simulation], self._offsets[simulation + 1])
-            pair_counts(
-                self._packed[sites],
-                self._derived[sites],
-                self._window[sites],
-                self._pairs[simulation, pair : pair + 1],
-                windows=self.windows,
-                samples=self.samples,
-                scales=self.scales,
-                out=counts[row : row + 1],
-            )
-        simulations, pairs = np.array(located).T
-        missing = None if self._missing is None else torch.from_numpy(self._missing[simulations])
-        tokens = self.grid.tokens(self._log_tmrca[simulations, pairs])
-        return Batch(torch.from_numpy(counts), missing, torch.from_numpy(tokens))
+    def batch(self, items, *, out: Batch | None = None) -> Batch:
+        """Several items at once, as small integers; in the first places of *out* if that is given."""
+        rows, columns = np.array([self._locate(i) for i in items], dtype=np.int64).reshape(-1, 2).T.copy()
+        batch = self.empty_batch(len(rows)) if out is None else out.first(len(rows))
+        bins = batch.tokens.numpy()[:, 1:]
+        data = (
+            self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_at,
+            self._pairs, self._bins,
+        )  # fmt: skip
+        fill_batch(rows, columns, data, self.scales, self._width, batch.counts.numpy(), bins)
+        bins += SPECIAL_TOKENS
+        if batch.missing is not None:
+            np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
+        return batch
+
+    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What torch's loaders ask for: the items of a batch, computed at once."""
+        counts, missing, tokens = self.batch(items)
+        return list(zip(model_input(counts, missing), tokens, strict=True))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        counts, missing, tokens = self.batch([i])
-        return model_input(counts, missing)[0], tokens[0]
+        return self.__getitems__([i])[0]
+
+
+def open_dataset(path, split: str, *, grid: Grid, storage: str, progress) -> PairDataset:
+    """A split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
+    key = f"CXT_SHARED_{split.upper()}"
+    if os.environ.get("LOCAL_RANK", "0") != "0" and key in os.environ:
+        return PairDataset.shared(json.loads(os.environ[key]))
+    dataset = PairDataset(path, split, grid=grid, storage=storage, progress=progress)
+    os.environ[key] = json.dumps(dataset.handle())
+    return dataset
+
+
+def main() -> None:
+    from cxt.export import export, information, verify
+
+    parser = argparse.ArgumentParser(prog="python -m cxt.dataset", description="Look at a dataset, check it, export it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("info", "sizes, and a table of its scenarios"),
+        ("verify", "read every shard, and check it against the manifest"),
+        ("export", "dense X.npy and y.npy in the published layout, for other tools"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", type=Path, help="dataset directory, with dataset.json, train/ and test/")
+        if name == "export":
+            command.add_argument("--out", type=Path, required=True, help="directory to make")
+            command.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="default: both")
+            command.add_argument("--limit", type=int, help="at most so many simulations of each scenario and split")
+            command.add_argument(
+                "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
+            )
+    args = parser.parse_args()
+    if args.command == "info":
+        print(information(args.path))
+    elif args.command == "verify":
+        verify(args.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    else:
+        export(args.path, args.out, splits=args.split, limit=args.limit, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.features import missing_fraction, pair_counts, window_of
+from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.lineage import digest
 from cxt.masks import read_mask
@@ -35,7 +35,7 @@ BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
 
 def differences(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
     """Sites at which each pair differs, per base window: (pairs, windows) int64."""
-    window = window_of(entry.positions, window_size=window_size, windows=windows)
+    window = np.repeat(np.arange(windows), np.diff(first_sites(entry.positions, window_size=window_size, windows=windows)))
     result = np.empty((len(entry.pairs), windows), dtype=np.int64)
     bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
     for row, (a, b) in enumerate(entry.pairs):
@@ -136,9 +136,9 @@ def features_of(entries: list[Entry], spec: dict, windows: int):
         counts.append(
             pair_counts(
                 entry.genotypes,
-                np.bitwise_count(entry.genotypes).sum(axis=1, dtype=np.int32),
-                window_of(entry.positions, window_size=spec["window_size"], windows=windows),
+                entry.positions,
                 entry.pairs,
+                window_size=spec["window_size"],
                 windows=windows,
                 samples=spec["samples"],
                 scales=spec["scales"],

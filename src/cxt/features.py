@@ -5,8 +5,9 @@ bin c of that channel in every window that covers it. Windows of several widths 
 and look to the right. All scales are differences of one cumulative sum, and XNOR is what XOR leaves of all sites.
 """
 
-import numba
 import numpy as np
+
+from cxt.kernel import haplotype_words, pairs_of_one
 
 SCALES = (2, 8, 32, 64)
 """Window widths of the published model, in multiples of the base window."""
@@ -60,10 +61,14 @@ def usable_sites(genotypes, positions, *, sequence_length, mask=None):
     return np.ascontiguousarray(genotypes[keep], dtype=np.uint8), positions[keep]
 
 
-def window_of(positions, *, window_size: int, windows: int):
-    """Base window of each site, int32; window k is [k·window_size, (k+1)·window_size)."""
+def first_sites(positions, *, window_size: int, windows: int):
+    """First site of each base window, and the number of sites: (windows + 1,) int32.
+
+    Window k is [k·window_size, (k+1)·window_size), and the last goes on to the last site.
+    """
     edges = np.arange(1, windows, dtype=np.float64) * window_size
-    return np.searchsorted(edges, positions, side="right").astype(np.int32)
+    inner = np.searchsorted(positions, edges, side="left")
+    return np.concatenate([[0], inner, [len(positions)]]).astype(np.int32)
 
 
 def missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCALES):
@@ -83,65 +88,25 @@ def missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCA
     return fractions
 
 
-@numba.njit(cache=True, nogil=True)
-def _all_sites(derived, window, scales, cumulative, total):
-    """Fill *total* (scales, windows, samples) with the counts of all sites, whatever the pair."""
-    windows = total.shape[1]
-    cumulative[:] = 0
-    for j in range(len(derived)):
-        cumulative[window[j] + 1, derived[j]] += 1
-    for k in range(windows):
-        for v in range(cumulative.shape[1]):
-            cumulative[k + 1, v] += cumulative[k, v]
-    for m in range(len(scales)):
-        for k in range(windows):
-            right = min(k + scales[m], windows)
-            for v in range(cumulative.shape[1]):
-                total[m, k, v] = cumulative[right, v] - cumulative[k, v]
-
-
-@numba.njit(cache=True, nogil=True)
-def _one_pair(packed, derived, window, a, b, scales, cumulative, total, out):
-    """Fill *out* (2, scales, windows, samples) for haplotypes a and b; *packed* holds 8 haplotypes a byte."""
-    windows = total.shape[1]
-    samples = total.shape[2]
-    cumulative[:] = 0
-    byte_a, byte_b = a >> 3, b >> 3
-    bit_a, bit_b = a & 7, b & 7
-    for j in range(len(derived)):
-        if ((packed[j, byte_a] >> bit_a) ^ (packed[j, byte_b] >> bit_b)) & 1:
-            cumulative[window[j] + 1, derived[j]] += 1
-    for k in range(windows):
-        for v in range(samples):
-            cumulative[k + 1, v] += cumulative[k, v]
-    for m in range(len(scales)):
-        for k in range(windows):
-            right = min(k + scales[m], windows)
-            for v in range(samples):
-                differ = cumulative[right, v] - cumulative[k, v]
-                out[0, m, k, v] = differ
-                out[1, m, k, v] = total[m, k, v] - differ
-
-
 def pack_haplotypes(genotypes):
     """(sites, samples) array of 0 and 1 to (sites, ceil(samples / 8)) uint8; haplotype h is bit h % 8 of byte h // 8."""
     return np.packbits(np.asarray(genotypes, dtype=np.uint8), axis=1, bitorder="little")
 
 
-def pair_counts(packed, derived, window, pairs, *, windows: int, samples: int, scales=SCALES, out=None, dtype=np.int32):
-    """Counts of packed sites for several pairs of one simulation: (pairs, 2, scales, windows, samples), bin 0 zero.
+def pair_counts(packed, positions, pairs, *, window_size, windows, samples, scales=SCALES, out=None, dtype=np.int32):
+    """Counts of usable sites for several pairs of one simulation: (pairs, 2, scales, windows, samples), bin 0 zero.
 
-    The fast path under `pair_features`: *packed* from `pack_haplotypes`, *derived* the derived allele counts
-    (1..samples-1) and *window* from `window_of`. *out* is filled in place when given.
+    The fast path under `pair_features`: *packed* from `pack_haplotypes`, *positions* in base pairs. *out* is filled in
+    place when given.
     """
     scales = np.asarray(scales, dtype=np.int64)
     if out is None:
         out = np.empty((len(pairs), 2, len(scales), windows, samples), dtype=dtype)
-    cumulative = np.empty((windows + 1, samples), dtype=np.int32)
-    total = np.empty((len(scales), windows, samples), dtype=np.int32)
-    _all_sites(derived, window, scales, cumulative, total)
-    for p, (a, b) in enumerate(pairs):
-        _one_pair(packed, derived, window, int(a), int(b), scales, cumulative, total, out[p])
+    words = np.empty((samples, -(-len(packed) // 64)), dtype=np.uint64)
+    haplotype_words(packed, words)
+    derived = np.bitwise_count(packed).sum(axis=1, dtype=np.int32)
+    first_site = first_sites(positions, window_size=window_size, windows=windows)
+    pairs_of_one(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, out)
     return out
 
 
@@ -202,9 +167,9 @@ def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, 
     windows = num_windows(window_size=window_size, sequence_length=sequence_length)
     features = pair_counts(
         pack_haplotypes(kept),
-        kept.sum(axis=1, dtype=np.int32),
-        window_of(at, window_size=window_size, windows=windows),
+        at,
         pairs,
+        window_size=window_size,
         windows=windows,
         samples=samples,
         scales=scales,

@@ -17,8 +17,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from cxt.adapter import build_model
 from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
 from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
-from cxt.datamodule import DataModule
-from cxt.dataset import PairDataset
+from cxt.datamodule import DataModule, InOrder
+from cxt.dataset import open_dataset
+from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
 from cxt.rundir import RunDirectory
 from cxt.targets import Grid
@@ -35,18 +36,21 @@ class Plan:
     ----------
     name, preset : of the checkpoint and of its architecture
     dataset_path, manifest, dataset_sha256 : the dataset, its dataset.json, and that file's digest
+    simulated : leaf scenarios to simulate on the fly instead, with a manifest made for them; None for a dataset on disk
     network, adapter, training : the configurations; adapter is None for a plain model
     parent, parent_file, parent_sha256 : checkpoint to start from, or None
     resumes_adapter : the parent's adapter weights are loaded too
     accelerator, devices : as Lightning takes them; a number of devices, or a list of GPU indices
     lineage : digest of everything the checkpoint depends on, or None
+    max_steps : optimizer steps after which training ends, whatever the epochs say; None for no limit
     """
 
     name: str
     preset: str
-    dataset_path: str
+    dataset_path: str | None
     manifest: dict
     dataset_sha256: str
+    simulated: list[dict] | None
     network: ModelConfig
     adapter: AdapterConfig | None
     training: TrainingConfig
@@ -57,6 +61,7 @@ class Plan:
     accelerator: str
     devices: int | list[int]
     lineage: str | None
+    max_steps: int | None
 
     @property
     def world(self) -> int:
@@ -71,12 +76,22 @@ class Plan:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; BadRequest if the dataset is smaller than a batch."""
+        return min(self.max_steps or self.all_steps, self.all_steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of all epochs."""
         return self.training.epochs * steps_per_epoch(
             items=self.manifest["splits"]["train"]["items"],
             batch_size=self.training.batch_size,
             grad_accum=self.training.grad_accum,
             world=self.world,
         )
+
+    @property
+    def batches_between_validations(self) -> int | None:
+        """Batches of a device between two validations; None for the end of each epoch."""
+        return self.training.validate_every * self.training.grad_accum or None
 
     def record(self) -> dict:
         """What the checkpoint will say of itself: plain dicts, lists, numbers and strings."""
@@ -88,7 +103,8 @@ class Plan:
             preset=self.preset,
             training=dataclasses.asdict(self.training),
             lineage=self.lineage,
-            dataset={key: self.manifest[key] for key in shape} | {"sha256": self.dataset_sha256},
+            dataset={key: self.manifest[key] for key in shape}
+            | {"sha256": self.dataset_sha256, "simulated": self.simulated and [leaf["name"] for leaf in self.simulated]},
             parent=None if self.parent is None else {"name": self.parent.record["name"], "sha256": self.parent_sha256},
             accelerator=self.accelerator,
             devices=self.world,
@@ -97,6 +113,32 @@ class Plan:
             processor=platform.processor() or platform.machine(),
             versions={package: importlib.metadata.version(package) for package in PACKAGES},
         )
+
+
+def data_of(plan: Plan) -> DataModule:
+    """The items that a run trains on and is validated with: read, or to be simulated."""
+    grid = Grid(plan.network.grid_low, plan.network.grid_high, plan.network.bins)
+    training = plan.training
+    settings = {
+        "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
+        "validation_items": training.validation_items,
+    }  # fmt: skip
+    if plan.simulated is not None:
+        train, test = (
+            SimulatedDataset(plan.simulated, plan.manifest, split, seed=training.seed, grid=grid) for split in ("train", "test")
+        )
+        return DataModule(train, test, **settings, order=InOrder, in_processes=True)
+    train, test = (
+        open_dataset(
+            plan.dataset_path,
+            split,
+            grid=grid,
+            storage=training.storage,
+            progress=lambda line: print(f"{plan.name}: {line}", flush=True),
+        )
+        for split in ("train", "test")
+    )
+    return DataModule(train, test, **settings)
 
 
 def starting_model(plan: Plan) -> CoalescenceModel:
@@ -153,6 +195,9 @@ def trainer_of(plan: Plan, run: RunDirectory) -> pl.Trainer:
         plugins=[LightningEnvironment()],
         precision=plan.precision,
         max_epochs=training.epochs,
+        max_steps=plan.total_steps,
+        val_check_interval=plan.batches_between_validations,
+        check_val_every_n_epoch=None if training.validate_every else 1,
         accumulate_grad_batches=training.grad_accum,
         gradient_clip_val=training.grad_clip or None,
         use_distributed_sampler=False,
@@ -177,7 +222,7 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def fit(plan: Plan, run: RunDirectory) -> None:
+def fit(plan: Plan, run: RunDirectory, data: DataModule) -> None:
     """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint.
 
     Raises
@@ -191,15 +236,6 @@ def fit(plan: Plan, run: RunDirectory) -> None:
     torch.set_num_threads(plan.training.threads)
     if plan.accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
-    grid = Grid(plan.network.grid_low, plan.network.grid_high, plan.network.bins)
-    data = DataModule(
-        PairDataset(plan.dataset_path, "train", grid=grid),
-        PairDataset(plan.dataset_path, "test", grid=grid),
-        batch_size=plan.training.batch_size,
-        seed=plan.training.seed,
-        workers=plan.training.workers,
-        validation_items=plan.training.validation_items,
-    )
     model = starting_model(plan)
     record = plan.record()
     module = TrainingModule(model, plan.training, record=record, total_steps=plan.total_steps)
@@ -226,7 +262,7 @@ def fit(plan: Plan, run: RunDirectory) -> None:
             f"{plan.name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)"
         )
     if trainer.is_global_zero:
-        epoch = plan.training.epochs - 1
+        epoch = (plan.total_steps - 1) // (plan.all_steps // plan.training.epochs)
         finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={plan.total_steps}.ckpt"
         write_checkpoint(finished, model.state_dict(), record | {"epoch": epoch, "step": plan.total_steps})
         run.finish(finished)

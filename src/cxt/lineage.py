@@ -10,16 +10,18 @@ import hashlib
 import json
 from pathlib import Path
 
-STAGE_VERSION = {"simulate": 2, "preprocess": 2, "train": 1, "evaluate": 1}
+STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 1, "evaluate": 1}
 """Raise one of these and everything from that stage on is made again."""
 
 STAGE_SOURCES = {
     "simulate": ("scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
-    "preprocess": ("features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
+    "preprocess": ("kernel.py", "features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
     "train": (
+        "kernel.py",
         "features.py",
         "targets.py",
         "dataset.py",
+        "live.py",
         "model.py",
         "adapter.py",
         "datamodule.py",
@@ -27,7 +29,16 @@ STAGE_SOURCES = {
         "fit.py",
         "train.py",
     ),
-    "evaluate": ("features.py", "targets.py", "preprocess.py", "model.py", "adapter.py", "decode.py", "evaluate.py"),
+    "evaluate": (
+        "kernel.py",
+        "features.py",
+        "targets.py",
+        "preprocess.py",
+        "model.py",
+        "adapter.py",
+        "decode.py",
+        "evaluate.py",
+    ),
 }
 """The modules whose code decides a stage's output."""
 

@@ -36,6 +36,18 @@ def region_start(region: int, *, regions: int, length: float) -> int:
     return region * int(length // regions)
 
 
+def sites_before(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Allele codes (sites, samples) int16 and positions of the sites in [0, length), and of no others."""
+    positions = ts.sites_position
+    positions = positions[: np.searchsorted(positions, length)]
+    genotypes = np.empty((len(positions), ts.num_samples), dtype=np.int16)
+    variant = tskit.Variant(ts)
+    for site in range(len(positions)):
+        variant.decode(site)
+        genotypes[site] = variant.genotypes
+    return genotypes, positions
+
+
 def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> Entry:
     """One region of a simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
 
@@ -74,7 +86,8 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
     crop, offset = None, 0
     if mask is not None:
         crop, offset = cut_mask(mask, length=length, rng=rng("mask"))
-    genotypes, positions = usable_sites(ts.genotype_matrix(), ts.sites_position, sequence_length=length, mask=crop)
+    found, at = sites_before(ts, length)
+    genotypes, positions = usable_sites(found, at, sequence_length=length, mask=crop)
     return Entry(
         scenario=identity["scenario"],
         index=identity["index"],
@@ -110,6 +123,7 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
     if not entries:
         raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
+    attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
     attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
     write_shard(out, entries, attributes)
     return len({entry.index for entry in entries})

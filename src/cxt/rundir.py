@@ -72,6 +72,11 @@ class RunDirectory:
         self.path.mkdir()
         return old
 
+    def discard_if_empty(self) -> None:
+        """Remove the directory again if nothing was started in it."""
+        if not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def start(self, identity: dict, settings: dict) -> None:
         """Record what the run is started with."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -33,10 +33,10 @@ from zarr.storage import MemoryStore
 from cxt.errors import BadRequest
 from cxt.files import atomic_write
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SPLITS = ("train", "test")
 MANIFEST = "dataset.json"
-SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing")
+SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
 """What all shards of a dataset agree on."""
 
 
@@ -104,30 +104,48 @@ def _check_version(what: str, version: int) -> None:
         raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
 
 
-def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of a shard, decompressed into memory.
+def open_shard(path, *, sha256: str | None = None) -> tuple[zarr.Group, bytes]:
+    """The Zarr group of a shard, and the file's bytes; arrays are decompressed when they are read.
 
     Raises
     ------
     BadRequest
-        If the file is missing, damaged, of a newer schema version, or its bytes have another *sha256*.
+        If the file is missing, damaged, of another schema version, or its bytes have another *sha256*.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BadRequest(f"shard {path} cannot be read: {error.strerror}; run the workflow again to rebuild it") from None
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise BadRequest(f"shard {path} is damaged: its checksum is not the manifest's; delete it and run the workflow again")
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
             content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
         group = zarr.open_group(MemoryStore(content), mode="r")
-        attributes = dict(group.attrs)
-    except (zipfile.BadZipFile, FileNotFoundError, ValueError, EOFError) as error:
+        version = group.attrs["schema_version"]
+    except (zipfile.BadZipFile, FileNotFoundError, KeyError, ValueError, EOFError) as error:
         raise BadRequest(f"shard {path} is damaged or truncated: {error}; delete it and run the workflow again") from None
-    _check_version(f"shard {path}", attributes["schema_version"])
-    return {name: array[:] for name, array in group.arrays()}, attributes
+    _check_version(f"shard {path}", version)
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise BadRequest(
+            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; delete it and "
+            "run the workflow again"
+        )
+    return group, data
+
+
+def check_shape(path, attributes: dict, shape: dict) -> None:
+    """BadRequest if a shard's attributes are not those of its dataset."""
+    found = {key: attributes.get(key) for key in SHAPE_KEYS}
+    expected = {key: shape[key] for key in SHAPE_KEYS}
+    if found != expected:
+        words = [f"{key} {found[key]} instead of {expected[key]}" for key in SHAPE_KEYS if found[key] != expected[key]]
+        raise BadRequest(f"shard {path} belongs to another dataset: {', '.join(words)}")
+
+
+def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
+    """Arrays and attributes of a shard, decompressed into memory; errors as in `open_shard`."""
+    group, _ = open_shard(path, sha256=sha256)
+    return {name: array[:] for name, array in group.arrays()}, dict(group.attrs)
 
 
 def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
@@ -144,25 +162,27 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
     for split in SPLITS:
         rows = []
         for name in shards[split]:
-            arrays, attributes = read_shard(directory / name)
-            found = {key: attributes[key] for key in SHAPE_KEYS}
-            if shape is None:
-                shape = found
-            if found != shape:
-                raise BadRequest(f"shard {directory / name} belongs to another dataset: {found} instead of {shape}")
-            simulations = len(np.unique(arrays["index"]))
+            group, data = open_shard(directory / name)
+            attributes = dict(group.attrs)
+            shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
+            check_shape(directory / name, attributes, shape)
+            index = group["index"][:]
             rows.append(
                 {
                     "path": name,
                     "scenario": attributes["scenario"],
-                    "simulations": simulations,
-                    "items": len(arrays["index"]) * attributes["pairs"],
-                    "sha256": hashlib.sha256((directory / name).read_bytes()).hexdigest(),
+                    "simulations": len(np.unique(index)),
+                    "items": len(index) * attributes["pairs"],
+                    "sites": group["positions"].shape[0],
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
                 }
             )
         splits[split] = {
             "simulations": sum(row["simulations"] for row in rows),
             "items": sum(row["items"] for row in rows),
+            "sites": sum(row["sites"] for row in rows),
+            "bytes": sum(row["bytes"] for row in rows),
             "shards": rows,
         }
     if not splits["train"]["simulations"]:

@@ -2,49 +2,143 @@
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import tskit
 
 from cxt.errors import BadRequest
 from cxt.features import check_pairs, num_windows
+from cxt.kernel import count_bits, lowest_bit
 
 START_TOKEN = 1
 SPECIAL_TOKENS = 2
 """Token 0 is unused, token 1 starts a sequence; bin b of the grid is token b + 2."""
 
 
-def check_genealogies(ts: tskit.TreeSequence) -> None:
-    """Refuse a tree sequence whose pairwise TMRCA is not half its divergence.
+@numba.njit(cache=True, nogil=True)
+def _add_span(total, time, left, right, window_size):
+    """Add *time* times its overlap with each window to *total* (windows,) for [left, right)."""
+    k = int(left / window_size)
+    while left < right:
+        end = min(right, (k + 1) * window_size)
+        total[k] += time * (end - left)
+        left = end
+        k += 1
 
-    Raises
-    ------
-    BadRequest
-        If a sample is not at time 0, or a local tree has several roots (its samples have no common ancestor).
+
+@numba.njit(cache=True, nogil=True)
+def _partners(pairs, samples):
+    """The pairs of each sample, one sample after another: their numbers, the other sample, and where each sample's begin."""
+    begin = np.zeros(samples + 1, dtype=np.int64)
+    for p in range(len(pairs)):
+        for i in range(2):
+            begin[pairs[p, i] + 1] += 1
+    begin = np.cumsum(begin)
+    free = begin[:-1].copy()
+    number, other = np.empty(begin[-1], dtype=np.int64), np.empty(begin[-1], dtype=np.int64)
+    for p in range(len(pairs)):
+        for i in range(2):
+            sample = pairs[p, i]
+            number[free[sample]], other[free[sample]] = p, pairs[p, 1 - i]
+            free[sample] += 1
+    return number, other, begin
+
+
+@numba.njit(cache=True, nogil=True)
+def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, window_size, total):
+    """Fill *total* (pairs, windows) with the integral of each pair's TMRCA over each window.
+
+    Goes from tree to tree, keeping the set of samples below each node (64 a word), and looks for a new common ancestor
+    only where it can have changed: for pairs of which an inserted edge has exactly one below it. *edges* holds left,
+    right, parent and child of each; *pairs* index *samples*. Returns the left end of the first tree with several roots,
+    or -1.
     """
-    times = ts.nodes_time[ts.samples()]
-    if np.any(times != 0):
-        raise BadRequest(
-            f"{int(np.sum(times != 0))} of {ts.num_samples} samples are not at time 0 (the oldest at {times.max():g}); "
-            "the TMRCA of ancient samples is not defined here: sample every population at time 0"
-        )
-    for tree in ts.trees():
-        if tree.num_roots != 1:
-            raise BadRequest(
-                f"the tree on [{tree.interval.left:g}, {tree.interval.right:g}) has {tree.num_roots} roots, expected 1; "
-                "simulate until every sample has coalesced"
-            )
+    lefts, rights, parent_of, child_of = edges
+    words = (len(samples) + 63) // 64
+    parent = np.full(len(times), -1, dtype=np.int32)
+    below = np.zeros((len(times), words), dtype=np.uint64)
+    everyone = np.zeros(words, dtype=np.uint64)
+    for i in range(len(samples)):
+        below[samples[i], i >> 6] |= np.uint64(1) << np.uint64(i & 63)
+        everyone[i >> 6] |= np.uint64(1) << np.uint64(i & 63)
+    number, other, begin = _partners(pairs, len(samples))
+    time = np.zeros(len(pairs))
+    since = np.zeros(len(pairs))
+    seen = np.full(len(pairs), -1, dtype=np.int64)  # the last tree in which a pair was looked at
+    some = np.empty(words, dtype=np.uint64)
+    left, at_in, at_out, tree = 0.0, 0, 0, 0
+    while left < sequence_length:
+        while at_out < len(removal) and rights[removal[at_out]] == left:
+            child = child_of[removal[at_out]]
+            node = parent[child]
+            parent[child] = -1
+            while node != -1:
+                for w in range(words):
+                    below[node, w] &= ~below[child, w]
+                node = parent[node]
+            at_out += 1
+        inserted = at_in
+        while at_in < len(insertion) and lefts[insertion[at_in]] == left:
+            child, node = child_of[insertion[at_in]], parent_of[insertion[at_in]]
+            parent[child] = node
+            while node != -1:
+                for w in range(words):
+                    below[node, w] |= below[child, w]
+                node = parent[node]
+            at_in += 1
+        root = samples[0]
+        while parent[root] != -1:
+            root = parent[root]
+        for w in range(words):
+            if below[root, w] != everyone[w]:
+                return left
+        for e in range(inserted, at_in):
+            child = child_of[insertion[e]]
+            few = 0
+            for w in range(words):
+                few += count_bits(below[child, w])
+            few_below = 2 * few <= len(samples)
+            for w in range(words):  # a pair is told apart by either side; the smaller has less to look at
+                some[w] = below[child, w] if few_below else everyone[w] & ~below[child, w]
+            for w in range(words):
+                left_over = some[w]
+                while left_over:
+                    sample = 64 * w + lowest_bit(left_over)
+                    left_over &= left_over - np.uint64(1)
+                    for q in range(begin[sample], begin[sample + 1]):
+                        p, mate = number[q], other[q]
+                        word, bit = mate >> 6, np.uint64(1) << np.uint64(mate & 63)
+                        if some[word] & bit or seen[p] == tree:
+                            continue
+                        seen[p] = tree
+                        node = parent[samples[sample]]
+                        while not below[node, word] & bit:
+                            node = parent[node]
+                        if times[node] != time[p]:
+                            _add_span(total[p], time[p], since[p], left, window_size)
+                            time[p] = times[node]
+                            since[p] = left
+        left = sequence_length
+        if at_in < len(insertion):
+            left = min(left, lefts[insertion[at_in]])
+        if at_out < len(removal):
+            left = min(left, rights[removal[at_out]])
+        tree += 1
+    for p in range(len(pairs)):
+        _add_span(total[p], time[p], since[p], sequence_length, window_size)
+    return -1.0
 
 
 def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_length):
     """Natural log of the span-weighted mean TMRCA, in generations, of pairs of samples in windows.
 
-    The value in window k is ln((1/s)·Σ overlap(tree, window k)·tmrca(tree)). With all samples at time 0, branch-mode
-    divergence is twice that mean (Ralph, Thornton & Kelleher 2020, Genetics 215:779), and tskit computes it in C.
+    The value in window k is ln((1/s)·Σ overlap(tree, window k)·tmrca(tree)), which is half the branch-mode divergence of
+    the two (Ralph, Thornton & Kelleher 2020, Genetics 215:779) where all samples are at time 0 and have a common root.
 
     Parameters
     ----------
     ts : tskit.TreeSequence
-        Single-rooted, samples at time 0, at least *sequence_length* long.
+        Single-rooted on [0, *sequence_length*), samples at time 0, at least *sequence_length* long.
     pairs : (pairs, 2) integer array
         Indices into ``ts.samples()``.
     window_size, sequence_length : int
@@ -65,17 +159,49 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
             f"the tree sequence is {ts.sequence_length:.0f} bp long, {sequence_length:.0f} were asked for; "
             "lower the dataset's sequence_length or simulate longer sequences"
         )
-    check_genealogies(ts)
-    windows = num_windows(window_size=window_size, sequence_length=sequence_length)
-    edges = np.append(np.arange(windows) * float(window_size), float(sequence_length))
-    if ts.sequence_length > sequence_length:  # tskit wants windows to the end
-        edges = np.append(edges, ts.sequence_length)
-    used, index = np.unique(pairs, return_inverse=True)
-    sample_sets = [[node] for node in ts.samples()[used]]
-    divergence = ts.divergence(
-        sample_sets, indexes=[tuple(p) for p in index.reshape(pairs.shape)], windows=edges, mode="branch"
+    times = ts.nodes_time[ts.samples()]
+    if np.any(times != 0):
+        raise BadRequest(
+            f"{int(np.sum(times != 0))} of {ts.num_samples} samples are not at time 0 (the oldest at {times.max():g}); "
+            "the TMRCA of ancient samples is not defined here: sample every population at time 0"
+        )
+    total = np.zeros((len(pairs), num_windows(window_size=window_size, sequence_length=sequence_length)))
+    several_roots_at = _sweep(
+        (ts.edges_left, ts.edges_right, ts.edges_parent, ts.edges_child),
+        ts.indexes_edge_insertion_order,
+        ts.indexes_edge_removal_order,
+        ts.nodes_time,
+        ts.samples(),
+        pairs,
+        float(sequence_length),
+        float(window_size),
+        total,
     )
-    return np.log(divergence[:windows].T / 2)
+    if several_roots_at >= 0:
+        tree = ts.at(several_roots_at)
+        raise BadRequest(
+            f"the tree on [{tree.interval.left:g}, {tree.interval.right:g}) has {tree.num_roots} roots, expected 1; "
+            "simulate until every sample has coalesced"
+        )
+    edges = np.minimum(np.arange(total.shape[1] + 1) * float(window_size), float(sequence_length))
+    return np.log(total / np.diff(edges))
+
+
+@numba.njit(cache=True, nogil=True)
+def _bins(values, grid, out):
+    """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
+    step = (grid[-1] - grid[0]) / max(1, len(grid) - 1)
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        if not value < grid[-1]:  # also what is not a number
+            out[i] = len(grid) - 1
+            continue
+        guess = min(max(int((max(value, grid[0]) - grid[0]) / step), 0), len(grid) - 2)
+        while guess > 0 and value < grid[guess]:
+            guess -= 1
+        while value >= grid[guess + 1]:
+            guess += 1
+        out[i] = guess
 
 
 @dataclass(frozen=True)
@@ -100,15 +226,17 @@ class Grid:
         """(bins + 1,) float64."""
         return np.append(np.linspace(self.low, self.high, self.bins), self.high + self.step)
 
-    def tokens(self, log_tmrca):
-        """Bins of *log_tmrca* (..., windows) as tokens (..., windows + 1), int64, start token first.
+    def bins_of(self, log_tmrca):
+        """Bins of *log_tmrca*, of the same shape, int64. Values outside the grid go to its first or last bin."""
+        values = np.ascontiguousarray(log_tmrca)
+        bins = np.empty(values.shape, dtype=np.int64)
+        _bins(values.reshape(-1), np.linspace(self.low, self.high, self.bins), bins.reshape(-1))
+        return bins
 
-        Values outside the grid go to its first or last bin.
-        """
-        log_tmrca = np.asarray(log_tmrca)
-        grid = np.linspace(self.low, self.high, self.bins)
-        bins = np.clip(np.searchsorted(grid, log_tmrca, side="right") - 1, 0, self.bins - 1)
-        tokens = np.empty((*log_tmrca.shape[:-1], log_tmrca.shape[-1] + 1), dtype=np.int64)
+    def tokens(self, log_tmrca):
+        """Bins of *log_tmrca* (..., windows) as tokens (..., windows + 1), int64, start token first."""
+        bins = self.bins_of(log_tmrca)
+        tokens = np.empty((*bins.shape[:-1], bins.shape[-1] + 1), dtype=np.int64)
         tokens[..., 0] = START_TOKEN
         tokens[..., 1:] = bins + SPECIAL_TOKENS
         return tokens

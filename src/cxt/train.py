@@ -24,15 +24,17 @@ from cxt.config import (
     check_missingness,
     steps_per_epoch,
 )
-from cxt.configfile import read_yaml
+from cxt.configfile import load, read_yaml
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.lineage import file_sha256
+from cxt.features import SCALES
+from cxt.lineage import STAGE_VERSION, file_sha256, stage_lineage
 from cxt.rundir import RunDirectory, newest_version, next_version
+from cxt.scenarios import leaves
 from cxt.store import MANIFEST, read_manifest
 
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
 NOT_IN_IDENTITY = (
-    "dataset_path", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", *CHANGE_NO_RESULT,
+    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", *CHANGE_NO_RESULT,
 )  # fmt: skip
 """Settings that a run's identity holds in another form (files by digest, devices by number), or that change no result."""
 
@@ -45,7 +47,14 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--config", action="config", help="YAML file whose keys are the names of these flags; the command line wins")
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
     add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
-    add("--dataset-path", type=str, required=True, help="dataset directory, with train/ and test/")
+    add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
+    add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
+    add("--configfile", type=str, nargs="+", default=[], help="overlays over the default configuration, for --simulate")
+    add("--window-size", type=int | None, help="base pairs of a window, for --simulate (default: the preset's)")
+    add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
+    add("--eval-samples", type=int | None, help="items held out for validation, for --simulate: the first ones")
+    add("--eval-max-batches", type=int | None, help="the same in batches of --batch-size")
+    add("--max-steps", type=int | None, help="optimizer steps to train for; with a dataset, at most its epochs")
     add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
     add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
     add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
@@ -149,6 +158,56 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
     return "gpu", wanted
 
 
+def source_of(args) -> str:
+    """The dataset or the scenarios that a run trains on, in words."""
+    return args.dataset_path or f"--simulate {' '.join(args.simulate)}"
+
+
+def check_source(args) -> None:
+    """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
+    if (args.dataset_path is None) == (args.simulate is None):
+        raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise BadRequest(f"--max-steps {args.max_steps}: expected at least 1")
+    if args.simulate is None:
+        for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
+        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name)]:
+            raise BadRequest(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning without --simulate")
+        return
+    if args.max_steps is None:
+        raise BadRequest("--simulate has no end of its own: say with --max-steps how long to train")
+    if args.epochs != TrainingConfig().epochs:
+        raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
+    if (args.eval_samples is None) == (args.eval_max_batches is None):
+        raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
+    if (args.eval_samples or args.eval_max_batches) < 1:
+        raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
+
+
+def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
+    """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
+    from cxt.kinds import check_leaf
+    from cxt.live import live_manifest
+
+    config = load(args.configfile)
+    chosen = []
+    for name in args.simulate:
+        if name not in config["scenarios"]:
+            raise BadRequest(f"--simulate: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
+        chosen += [leaf.spec for leaf in leaves(name, config["scenarios"][name])]
+    for leaf in chosen:
+        check_leaf(leaf)
+    manifest = live_manifest(
+        chosen,
+        window_size=args.window_size or PRESETS[args.model].window_size,
+        samples=args.samples,
+        scales=SCALES,
+        held_out=args.eval_samples or args.eval_max_batches * training.batch_size,
+        items=args.max_steps * training.batch_size * training.grad_accum * world,
+    )
+    return chosen, manifest
+
+
 def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
     """Network and adapter of this run, checked against dataset and parent."""
     is_adapter = args.adapter or args.resume_adapter is not None
@@ -161,7 +220,8 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
     if is_adapter and parent is not None:
         shape["samples"] = parent.model.samples
     network = dataclasses.replace(PRESETS[args.model], **(explicit | shape))
-    check_missingness(f"--model {args.model}", network, args.dataset_path, manifest["missing"])
+    dataset = source_of(args)
+    check_missingness(f"--model {args.model}", network, dataset, manifest["missing"])
     if parent is not None:
         source = args.checkpoint or args.resume_adapter
         theirs = {key: getattr(parent.model, key) for key in ("layers", "heads", "width")}
@@ -177,7 +237,7 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
             network=network,
             parent=source,
             parent_network=parent.model,
-            dataset=args.dataset_path,
+            dataset=dataset,
             scales=manifest["scales"],
             parent_scales=parent.record["dataset"]["scales"],
             samples_in=manifest["samples"],
@@ -190,10 +250,8 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
     if not is_adapter:
         return network, None
     if args.adapter_samples is not None and args.adapter_samples != manifest["samples"]:
-        raise BadRequest(
-            f"--adapter-samples {args.adapter_samples}, but dataset {args.dataset_path} has {manifest['samples']} samples"
-        )
-    check_adapter_samples(f"--model {args.model}", args.dataset_path, manifest["samples"], network.samples)
+        raise BadRequest(f"--adapter-samples {args.adapter_samples}, but dataset {dataset} has {manifest['samples']} samples")
+    check_adapter_samples(f"--model {args.model}", dataset, manifest["samples"], network.samples)
     adapter = AdapterConfig(
         samples=manifest["samples"],
         bottleneck=args.adapter_bottleneck,
@@ -255,7 +313,7 @@ def differences(old: dict, new: dict) -> str:
 
 
 def open_run(args, identity: dict, settings: dict) -> RunDirectory:
-    """The locked run directory of this run: continued, superseded, or new; says which."""
+    """The locked run directory of this run: continued, superseded, or new and not yet started; says which."""
     if args.run_dir is not None:
         path = Path(args.run_dir)
     elif args.resume:
@@ -271,10 +329,8 @@ def open_run(args, identity: dict, settings: dict) -> RunDirectory:
             raise BadRequest(f"{path} was started with {reason}; leave --resume out to start afresh")
         print(f"starting afresh ({reason}); the old run is kept as {run.supersede()}", flush=True)
         state = None
-    if state is None:
-        if args.resume:
-            print(f"nothing to resume in {path}: starting from step 0", file=sys.stderr, flush=True)
-        run.start(identity, settings)
+    if state is None and args.resume:
+        print(f"nothing to resume in {path}: starting from step 0", file=sys.stderr, flush=True)
     return run
 
 
@@ -283,11 +339,20 @@ def train(args) -> None:
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
+    check_source(args)
     accelerator, devices = choose_devices(args)
-    manifest = read_manifest(args.dataset_path)
+    world = len(devices) if isinstance(devices, list) else devices
+    if args.simulate is None:
+        simulated, manifest = None, read_manifest(args.dataset_path)
+        data_digest = file_sha256(Path(args.dataset_path) / MANIFEST)
+    else:
+        training = dataclasses.replace(
+            training, epochs=1, validate_every=training.validate_every or max(1, args.max_steps // 10)
+        )
+        simulated, manifest = live_source(args, training, world=world)
+        data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
     parent_file, parent = read_parent(args)
     network, adapter = resolve_network(args, manifest, parent)
-    world = len(devices) if isinstance(devices, list) else devices
     items = manifest["splits"]["train"]["items"]
     steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     settings = settings_of(args)
@@ -295,7 +360,7 @@ def train(args) -> None:
         "settings": {key: value for key, value in settings.items() if key not in NOT_IN_IDENTITY},
         "devices": f"{world} {accelerator}",
         "lineage": args.lineage,
-        "dataset": file_sha256(Path(args.dataset_path) / MANIFEST),
+        "dataset": data_digest,
         "parent": None if parent_file is None else file_sha256(parent_file),
     }
     is_rank_0 = os.environ.get("LOCAL_RANK", "0") == "0"
@@ -305,14 +370,15 @@ def train(args) -> None:
     else:
         run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
     if run.finished_checkpoint() is None:
-        from cxt.fit import Plan, fit
+        from cxt.fit import Plan, data_of, fit
 
         plan = Plan(
             name=args.name or args.model,
             preset=args.model,
             dataset_path=args.dataset_path,
             manifest=manifest,
-            dataset_sha256=identity["dataset"],
+            dataset_sha256=data_digest,
+            simulated=simulated,
             network=network,
             adapter=adapter,
             training=training,
@@ -323,8 +389,16 @@ def train(args) -> None:
             accelerator=accelerator,
             devices=devices,
             lineage=args.lineage,
+            max_steps=args.max_steps,
         )
-        fit(plan, run)
+        try:
+            data = data_of(plan)
+        except BadRequest:
+            run.discard_if_empty()
+            raise
+        if is_rank_0 and run.state() is None:
+            run.start(identity, settings)
+        fit(plan, run, data)
     else:
         print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
     if is_rank_0:

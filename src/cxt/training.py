@@ -143,4 +143,4 @@ class Progress(Callback):
     def on_validation_end(self, trainer, module) -> None:
         loss = trainer.callback_metrics.get("val_loss")
         if loss is not None and trainer.is_global_zero:
-            print(f"{self.name}: epoch {trainer.current_epoch}, validation loss {float(loss):.4f}", flush=True)
+            print(f"{self.name}: step {trainer.global_step}, validation loss {float(loss):.4f}", flush=True)

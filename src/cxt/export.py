@@ -1,0 +1,177 @@
+"""What people ask of a dataset on disk: what is in it, whether it is whole, and dense arrays of it for other tools."""
+
+import collections
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from cxt.errors import BadRequest
+from cxt.features import missing_fraction, pair_counts, write_missingness
+from cxt.store import SPLITS, check_shape, open_shard, read_manifest, read_shard
+
+
+def information(path) -> str:
+    """Shape, sizes, and a table of the leaf scenarios of a dataset, as text."""
+    manifest = read_manifest(path)
+    shape = {
+        key: manifest[key]
+        for key in (
+            "windows",
+            "window_size",
+            "sequence_length",
+            "samples",
+            "pairs",
+            "scales",
+            "regions_per_simulation",
+            "missing",
+        )
+    }
+    lines = [f"{path}, schema version {manifest['schema_version']}", ", ".join(f"{k} {v}" for k, v in shape.items()), ""]
+    table = [("scenario", "split", "simulations", "items", "sites/simulation", "kB/simulation", "shards")]
+    for split in SPLITS:
+        rows: dict[str, list[dict]] = collections.defaultdict(list)
+        for row in manifest["splits"][split]["shards"]:
+            rows[row["scenario"]].append(row)
+        for scenario, of_scenario in [*rows.items(), ("all", manifest["splits"][split]["shards"])]:
+            simulations, items, sites, size = (
+                sum(row[key] for row in of_scenario) for key in ("simulations", "items", "sites", "bytes")
+            )
+            mean_sites, mean_size = (f"{total / simulations:,.0f}" if simulations else "" for total in (sites, size / 1000))
+            table.append((scenario, split, f"{simulations:,}", f"{items:,}", mean_sites, mean_size, f"{len(of_scenario):,}"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    total = sum(manifest["splits"][split]["bytes"] for split in SPLITS)
+    return "\n".join([*lines, "", f"{total / 1e6:,.1f} MB in all"])
+
+
+def verify(path, *, progress=None) -> None:
+    """Read every shard of a dataset and check it against the manifest; *progress* is called with a line for each split.
+
+    Raises
+    ------
+    BadRequest
+        That names every shard that is missing, damaged, of another dataset, or holds other counts than the manifest says.
+    """
+    manifest = read_manifest(path)
+    wrong = []
+    for split in SPLITS:
+        for row in manifest["splits"][split]["shards"]:
+            shard = Path(path) / row["path"]
+            try:
+                arrays, attributes = read_shard(shard, sha256=row["sha256"])
+                check_shape(shard, attributes, manifest)
+                found = {"items": len(arrays["index"]) * attributes["pairs"], "sites": len(arrays["positions"])}
+                if found != {key: row[key] for key in found}:
+                    raise BadRequest(f"shard {shard} holds {found}, its manifest says otherwise; run the workflow again")
+                if not np.isfinite(arrays["log_tmrca"]).all():
+                    raise BadRequest(f"shard {shard} holds targets that are not finite; delete it and run the workflow again")
+            except BadRequest as error:
+                wrong.append(str(error))
+        if progress is not None:
+            part = manifest["splits"][split]
+            progress(f"{path} {split}: {len(part['shards'])} shards, {part['bytes'] / 1e6:,.1f} MB read")
+    if wrong:
+        raise BadRequest("\n".join(wrong))
+    if progress is not None:
+        progress(f"{path}: every shard is what the manifest says")
+
+
+def _dense(arrays: dict, row: int, attributes: dict) -> np.ndarray:
+    """Raw counts of one row of a shard: (pairs, 2, scales, windows, samples) float32, missingness in bin 0."""
+    sites = slice(arrays["site_offsets"][row], arrays["site_offsets"][row + 1])
+    window_size, length = attributes["window_size"], attributes["sequence_length"]
+    counts = pair_counts(
+        arrays["genotypes"][sites], arrays["positions"][sites], arrays["pairs"][row], window_size=window_size,
+        windows=length // window_size, samples=attributes["samples"], scales=attributes["scales"], dtype=np.float32,
+    )  # fmt: skip
+    if attributes["missing"]:
+        mask = np.unpackbits(arrays["mask"][row], count=length, bitorder="little")
+        write_missingness(
+            counts, missing_fraction(mask, window_size=window_size, sequence_length=length, scales=attributes["scales"])
+        )
+    return counts
+
+
+def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "float16") -> int:
+    """Write X.npy, y.npy, pairs.npy and meta.json of each simulation below *out*, and return how many simulations.
+
+    `<out>/<split>/<leaf scenario>/<simulation>/`, as the published code lays its data out: X (pairs, 2, scales, windows,
+    samples) raw counts, y (pairs, windows) ln TMRCA, both of *dtype*, pairs (pairs, 2) int32. Bin 0 of X is 0, or exp(f)
+    and exp(1 - f) with missingness. Regions after the first end in `_r1`, `_r2`, ….
+
+    Raises
+    ------
+    BadRequest
+        If *out* exists, there is too little disk space, or a shard is damaged.
+    """
+    manifest, out = read_manifest(path), Path(out)
+    if out.exists():
+        raise BadRequest(f"{out} exists; name a directory that does not")
+    if limit is not None and limit < 1:
+        raise BadRequest(f"--limit {limit}: expected at least 1")
+    left = collections.Counter()
+    wanted = []
+    for split in splits:
+        for row in manifest["splits"][split]["shards"]:
+            key = split, row["scenario"]
+            take = row["simulations"] if limit is None else min(row["simulations"], limit - left[key])
+            left[key] += take
+            if take:
+                wanted.append((split, row, take))
+    simulations = sum(take for _, _, take in wanted)
+    shape = (manifest["pairs"], 2, len(manifest["scales"]), manifest["windows"], manifest["samples"])
+    size = simulations * manifest["regions_per_simulation"] * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise BadRequest(
+            f"{simulations} simulations are {size / 1e9:.1f} GB as dense arrays, {parent} has {free / 1e9:.1f} GB left; "
+            "export fewer with --split or --limit"
+        )
+    print(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", file=sys.stderr, flush=True)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    rounded = 0
+    for split, row, take in wanted:
+        rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
+        print(f"{split} {row['scenario']}: {take} simulations", file=sys.stderr, flush=True)
+    temporary.replace(out)
+    if rounded:
+        print(f"note: {rounded} counts above 2048 were rounded to {dtype}; --dtype float32 keeps them", file=sys.stderr)
+    return simulations
+
+
+def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, take: int, dtype: str) -> int:
+    """Export the first *take* simulations of a shard; how many counts were rounded."""
+    group, _ = open_shard(shard, sha256=row["sha256"])
+    attributes = dict(group.attrs)
+    check_shape(shard, attributes, manifest)
+    arrays = {name: array[:] for name, array in group.arrays()}
+    rounded = 0
+    for i in range(take * manifest["regions_per_simulation"]):
+        index, region = int(arrays["index"][i]), i % manifest["regions_per_simulation"]
+        target = directory / row["scenario"] / (f"ts_{index:08d}_i{index}" + (f"_r{region}" if region else ""))
+        target.mkdir(parents=True)
+        counts = _dense(arrays, i, attributes)
+        dense = counts.astype(dtype)
+        rounded += int((dense[..., 1:] != counts[..., 1:]).sum())
+        np.save(target / "X.npy", dense)
+        np.save(target / "y.npy", arrays["log_tmrca"][i].astype(dtype))
+        np.save(target / "pairs.npy", arrays["pairs"][i].astype(np.int32))
+        meta = {
+            "source_file": row["path"], "id": f"{row['scenario']}/{index}", "split": attributes["split"],
+            "scenario": row["scenario"], "num_pairs": manifest["pairs"], "window_size": manifest["window_size"],
+            "sequence_length": manifest["sequence_length"], "num_samples": manifest["samples"], "dtype": dtype,
+            "y_transform": "log", "global_seed": attributes["seed"], "file_index": index,
+            "start": int(arrays["start"][i]), "mutation_rate": float(arrays["mutation_rate"][i]),
+        }  # fmt: skip
+        (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    return rounded

@@ -1,0 +1,186 @@
+"""The compiled loops behind features and loading: bits, windowed counts of a pair, and a batch of items.
+
+Single-threaded, and without Python's lock, so that threads which load batches run side by side.
+"""
+
+import numba
+import numpy as np
+
+_PLACES = np.zeros(64, dtype=np.int64)
+_DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number
+for _place in range(64):
+    _PLACES[(_DE_BRUIJN << _place & 2**64 - 1) >> 58] = _place
+
+
+@numba.njit(cache=True, nogil=True)
+def lowest_bit(word):
+    """Place of the lowest bit that is set in a uint64, which must not be 0."""
+    lowest = word & (~word + np.uint64(1))
+    return _PLACES[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)]
+
+
+@numba.njit(cache=True, nogil=True)
+def count_bits(word):
+    """Number of bits that are set in a uint64."""
+    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+
+
+@numba.njit(cache=True, nogil=True)
+def accumulate(cumulative, samples, windows):
+    """Sum *cumulative* ((windows + 1 + padding) · samples,) over windows in place; windows past the end repeat the last.
+
+    Row k + 1 comes in as the counts of window k, and goes out as those of windows 0..k. Flat, and with padding as wide as
+    the widest scale, so that every scale is one difference of two stretches of it.
+    """
+    for k in range(windows):
+        before = cumulative[k * samples : (k + 1) * samples]
+        here = cumulative[(k + 1) * samples : (k + 2) * samples]
+        for v in range(samples):
+            here[v] += before[v]
+    last = cumulative[windows * samples : (windows + 1) * samples]
+    for k in range(windows + 1, len(cumulative) // samples):
+        cumulative[k * samples : (k + 1) * samples] = last
+
+
+@numba.njit(cache=True, nogil=True)
+def _subtract(above, below, out):
+    for i in range(len(out)):
+        out[i] = above[i] - below[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _all_scales(cumulative, scales, out):
+    """Fill *out* (scales, windows, samples) with the counts of each window from their cumulative sum."""
+    samples = out.shape[2]
+    size = out.shape[1] * samples
+    for m in range(len(scales)):
+        ahead = scales[m] * samples
+        _subtract(cumulative[ahead : ahead + size], cumulative[:size], out[m].reshape(size))
+
+
+@numba.njit(cache=True, nogil=True)
+def total_counts(derived, first_site, samples, out):
+    """Add all sites to *out* (windows · samples,), by window and derived allele count, whatever the pair."""
+    for k in range(len(first_site) - 1):
+        for j in range(first_site[k], first_site[k + 1]):
+            out[k * samples + derived[j]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
+    """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
+
+    *words* (samples, words) holds 64 sites of a haplotype a word; *derived* (sites,) the derived allele counts, *first_site*
+    (windows + 1,) the first site of each window; *total* what `accumulate` made of `total_counts`. *differ* and *agree*
+    are scratch of the same length. All three may be int16: differences are right even where the sums have wrapped around.
+    """
+    windows, samples = out.shape[2], out.shape[3]
+    differ[:] = 0
+    window = 0
+    for w in range(words.shape[1]):
+        word = words[a, w] ^ words[b, w]
+        while word:
+            j = 64 * w + lowest_bit(word)
+            word &= word - np.uint64(1)
+            while j >= first_site[window + 1]:
+                window += 1
+            differ[(window + 1) * samples + derived[j]] += 1
+    accumulate(differ, samples, windows)
+    _subtract(total, differ, agree)
+    _all_scales(differ, scales, out[0])
+    _all_scales(agree, scales, out[1])
+
+
+@numba.njit(cache=True, nogil=True)
+def haplotype_words(packed, words):
+    """Fill *words* (samples, ceil(sites / 64)) uint64 from *packed* sites: site j is bit j % 64 of word j // 64."""
+    for h in range(len(words)):
+        for w in range(words.shape[1]):
+            word = np.uint64(0)
+            for j in range(64 * w, min(64 * w + 64, len(packed))):
+                word |= np.uint64((packed[j, h >> 3] >> (h & 7)) & 1) << np.uint64(j - 64 * w)
+            words[h, w] = word
+
+
+@numba.njit(cache=True, nogil=True)
+def pairs_of_one(words, derived, first_site, pairs, scales, out):
+    windows, samples = out.shape[3], out.shape[4]
+    length = (windows + 1 + scales.max()) * samples
+    total, differ, agree = np.zeros(length, np.int32), np.empty(length, np.int32), np.empty(length, np.int32)
+    total_counts(derived, first_site, samples, total[samples:])
+    accumulate(total, samples, windows)
+    for p in range(len(pairs)):
+        one_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
+
+
+@numba.njit(cache=True, nogil=True)
+def pack_bins(bins, width, out):
+    """Write *bins* (pairs, windows), *width* bits each, one after another into *out* (pairs, words) uint64."""
+    out[:] = 0
+    for p in range(len(bins)):
+        for k in range(bins.shape[1]):
+            word, shift = (k * width) >> 6, (k * width) & 63
+            value = np.uint64(bins[p, k])
+            out[p, word] |= value << np.uint64(shift)
+            if shift + width > 64:
+                out[p, word + 1] |= value >> np.uint64(64 - shift)
+
+
+@numba.njit(cache=True, nogil=True)
+def unpack_bins(packed, width, out):
+    """Read what `pack_bins` wrote for one pair: *packed* (words,) to *out* (windows,)."""
+    every = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
+    for k in range(len(out)):
+        word, shift = (k * width) >> 6, (k * width) & 63
+        value = packed[word] >> np.uint64(shift)
+        if shift + width > 64:
+            value |= packed[word + 1] << np.uint64(64 - shift)
+        out[k] = np.int64(value & every)
+
+
+@numba.njit(cache=True, nogil=True)
+def widest_count(derived, first_site, samples, scale):
+    """(largest count of any bin in a base window, and in a window of *scale* of them): what bounds all counts."""
+    windows = len(first_site) - 1
+    cumulative = np.zeros((windows + 1 + scale) * samples, np.int32)
+    total_counts(derived, first_site, samples, cumulative[samples:])
+    base = cumulative.max()
+    accumulate(cumulative, samples, windows)
+    widest = 0
+    for i in range(windows * samples):
+        widest = max(widest, cumulative[i + scale * samples] - cumulative[i])
+    return base, widest
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_batch(rows, columns, data, scales, width, counts, bins):
+    """Counts and bins of several items at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
+
+    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.dataset.FIELDS`.
+    """
+    words, word_at, derived, site_at, first_site, totals, total_at, pairs, packed_bins = data
+    windows, samples = counts.shape[3], counts.shape[4]
+    length = (windows + 1 + scales.max()) * samples
+    total = np.empty(length, counts.dtype)
+    differ = np.empty(length, counts.dtype)
+    agree = np.empty(length, counts.dtype)
+    last = -1
+    for i in range(len(rows)):
+        row, column = rows[i], columns[i]
+        of_row = derived[site_at[row] : site_at[row + 1]]
+        if row != last:
+            total[:samples] = 0
+            if total_at[row] >= 0:
+                total[samples : (windows + 1) * samples] = totals[total_at[row]]
+            else:
+                total[samples : (windows + 1) * samples] = 0
+                total_counts(of_row, first_site[row], samples, total[samples:])
+            accumulate(total, samples, windows)
+            last = row
+        haplotypes = words[word_at[row] : word_at[row + 1]].reshape((samples, (word_at[row + 1] - word_at[row]) // samples))
+        a, b = pairs[row, column, 0], pairs[row, column, 1]
+        one_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
+        unpack_bins(packed_bins[row, column], width, bins[i])

@@ -1,0 +1,126 @@
+"""Training on the fly: items that are simulated when they are asked for, and never stored.
+
+Item i is a pure function of (seed, i): it comes from a simulation of its own, of the leaf scenarios in turn, of which one
+random pair is taken. The first items are held out, and training begins after them.
+"""
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from cxt.dataset import Batch, Item, empty_batch, model_input
+from cxt.errors import BadRequest
+from cxt.features import pair_counts
+from cxt.kinds import simulate_one
+from cxt.preprocess import preprocess_one
+from cxt.store import SPLITS
+from cxt.targets import Grid
+
+LIVE_START = 2_000_000_000
+"""First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
+
+
+def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int) -> dict:
+    """What dataset.json says of a dataset, for one that is simulated on the fly.
+
+    Parameters
+    ----------
+    leaves : parameters of the leaf scenarios, as `cxt.scenarios.leaves` gives them
+    samples : haplotypes; None takes all of the scenario with the fewest
+    held_out, items : items for validation and for training
+
+    Raises
+    ------
+    BadRequest
+        If the scenarios differ in length, a length is not a multiple of *window_size*, or there are too few samples.
+    """
+    lengths = {int(leaf["sequence_length"]) for leaf in leaves}
+    if len(lengths) > 1:
+        raise BadRequest(f"--simulate: the scenarios have sequences of {sorted(lengths)} bp; they must be equally long")
+    (length,) = lengths
+    if length % window_size:
+        raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
+    fewest = min(_haplotypes(leaf) for leaf in leaves)
+    if samples is None:
+        samples = fewest
+    if not 2 <= samples <= fewest:
+        raise BadRequest(f"--samples {samples}: expected 2 to {fewest}, the haplotypes of the scenarios")
+    return {
+        "window_size": window_size, "sequence_length": length, "samples": samples, "pairs": 1, "scales": list(scales),
+        "missing": False, "windows": length // window_size, "splits": {"train": {"items": items}, "test": {"items": held_out}},
+    }  # fmt: skip
+
+
+def _haplotypes(leaf: dict) -> int:
+    individuals = leaf.get("individuals", leaf.get("samples"))
+    return 2 * (sum(individuals.values()) if isinstance(individuals, dict) else individuals)
+
+
+class SimulatedDataset(Dataset):
+    """Items simulated on the fly, with the interface of `cxt.dataset.PairDataset`.
+
+    Parameters
+    ----------
+    leaves : parameters of the leaf scenarios; item i is of leaf i modulo their number
+    manifest : from `live_manifest`
+    split : "test" for the first items, "train" for those after them
+    seed : of everything random
+    """
+
+    def __init__(self, leaves: list[dict], manifest: dict, split: str, *, seed: int, grid: Grid | None = None):
+        if split not in SPLITS:
+            raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
+        self.leaves, self.manifest, self.split, self.seed = leaves, manifest, split, seed
+        self.grid = grid or Grid()
+        self.windows, self.samples, self.scales = manifest["windows"], manifest["samples"], manifest["scales"]
+        self._first = 0 if split == "test" else manifest["splits"]["test"]["items"]
+        self._spec = {key: manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs")}
+
+    def __len__(self) -> int:
+        return self.manifest["splits"][self.split]["items"]
+
+    def _simulated(self, i: int):
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        number = self._first + int(i) % len(self)
+        leaf = self.leaves[number % len(self.leaves)]
+        ts = simulate_one(leaf, index=LIVE_START + number // len(self.leaves), seed=self.seed)
+        return preprocess_one(ts, self._spec)
+
+    def describe(self, i: int) -> Item:
+        """Scenario, simulation index and pair of item *i*, which is simulated for it."""
+        entry = self._simulated(i)
+        return Item(entry.scenario, entry.index, tuple(map(int, entry.pairs[0])))
+
+    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
+        """A batch for *items* items that `batch` can fill."""
+        return empty_batch(
+            items, scales=len(self.scales), windows=self.windows, samples=self.samples, dtype=np.int32, missing=False, pin=pin
+        )
+
+    def batch(self, items, *, out: Batch | None = None) -> Batch:
+        """Several items at once; in the first places of *out* if that is given."""
+        items = list(items)
+        batch = self.empty_batch(len(items)) if out is None else out.first(len(items))
+        for row, i in enumerate(items):
+            entry = self._simulated(i)
+            pair_counts(
+                entry.genotypes,
+                entry.positions,
+                entry.pairs,
+                window_size=self._spec["window_size"],
+                windows=self.windows,
+                samples=self.samples,
+                scales=self.scales,
+                out=batch.counts[row : row + 1].numpy(),
+            )
+            # Rounded as stored targets are.
+            batch.tokens[row] = torch.from_numpy(self.grid.tokens(entry.log_tmrca.astype(np.float32))[0])
+        return batch
+
+    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        counts, missing, tokens = self.batch(items)
+        return list(zip(model_input(counts, missing), tokens, strict=True))
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.__getitems__([i])[0]
