@@ -190,7 +190,10 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
 @numba.njit(cache=True, nogil=True)
 def _bins(values, grid, out):
     """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
-    step = (grid[-1] - grid[0]) / max(1, len(grid) - 1)
+    if len(grid) == 1:
+        out[:] = 0
+        return
+    step = (grid[-1] - grid[0]) / (len(grid) - 1)
     for i in range(len(values)):
         value = np.float64(values[i])
         if not value < grid[-1]:  # also what is not a number
@@ -229,6 +232,8 @@ class Grid:
     def bins_of(self, log_tmrca):
         """Bins of *log_tmrca*, of the same shape, int64. Values outside the grid go to its first or last bin."""
         values = np.ascontiguousarray(log_tmrca)
+        if values.dtype != np.float32:
+            values = values.astype(np.float64)
         bins = np.empty(values.shape, dtype=np.int64)
         _bins(values.reshape(-1), np.linspace(self.low, self.high, self.bins), bins.reshape(-1))
         return bins

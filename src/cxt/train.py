@@ -171,7 +171,7 @@ def check_source(args) -> None:
         raise BadRequest(f"--max-steps {args.max_steps}: expected at least 1")
     if args.simulate is None:
         for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
-        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name)]:
+        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name) not in (None, [])]:
             raise BadRequest(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning without --simulate")
         return
     if args.max_steps is None:
@@ -180,7 +180,7 @@ def check_source(args) -> None:
         raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
     if (args.eval_samples is None) == (args.eval_max_batches is None):
         raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
-    if (args.eval_samples or args.eval_max_batches) < 1:
+    if (args.eval_max_batches if args.eval_samples is None else args.eval_samples) < 1:
         raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
 
 

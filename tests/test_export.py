@@ -1,0 +1,245 @@
+"""Looking at a dataset from outside: with zarr alone, with info, verify and export; damage is named before anything starts."""
+
+import hashlib
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, run_python
+
+from cxt import PairDataset, pair_features
+from cxt.errors import BadRequest
+from cxt.export import export, information, verify
+from cxt.preprocess import preprocess_one
+from cxt.store import read_manifest, read_shard, write_manifest, write_shard
+
+
+def test_the_snippet_in_the_documentation(dataset, tmp_path):
+    """docs/format.md, word for word, in a directory where the dataset has its usual place."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/format.md").read_text(), flags=re.DOTALL)
+    assert "cxt" not in snippet
+    assert len([line for line in snippet.splitlines() if line and not line.startswith("import")]) <= 10
+    shutil.copytree(dataset, tmp_path / "results/datasets/processed")
+    code = snippet + "\nnp.savez('out.npz', genotypes=genotypes, positions=positions, pairs=pairs, log_tmrca=log_tmrca)"
+    run_python("-c", code, cwd=tmp_path)
+    found = np.load(tmp_path / "out.npz")
+    items = PairDataset(dataset, "train")
+    assert [tuple(pair) for pair in found["pairs"].tolist()] == [items.describe(i).pair for i in range(6)]
+    expected = pair_features(
+        found["genotypes"], found["positions"], found["pairs"], window_size=1000, sequence_length=20_000, scales=(2, 4)
+    )
+    assert np.array_equal(items.batch(range(6)).counts.numpy(), expected)
+    assert np.array_equal(items.grid.tokens(found["log_tmrca"]), items.batch(range(6)).tokens.numpy())
+
+
+def test_arrays_and_attributes_are_those_of_the_documentation(dataset, masked_dataset):
+    text = (REPOSITORY / "docs/format.md").read_text()
+    documented = dict(re.findall(r"^\| `(\w+)` \| .*? \| (\w+) \|", text, flags=re.MULTILINE))
+    for directory, missing in ((dataset, False), (masked_dataset, True)):
+        arrays, attributes = read_shard(directory / "train/constant-0.zarr.zip")
+        expected = {name: dtype for name, dtype in documented.items() if missing or not name.startswith("mask")}
+        assert {name: array.dtype.name for name, array in arrays.items()} == expected
+        assert all(f"`{key}`" in text for key in attributes)
+        manifest = read_manifest(directory)
+        assert all(
+            f"`{key}`" in text for key in [*manifest, *manifest["splits"]["train"], *manifest["splits"]["train"]["shards"][0]]
+        )
+        assert f"version {manifest['schema_version']}" in text
+
+
+def test_info(dataset):
+    text = information(dataset)
+    assert re.search(r"constant +train +18 +108 ", text)
+    assert re.search(r"all +test +2 +12 ", text)
+    assert run_python("-m", "cxt.dataset", "info", dataset).stdout == text + "\n"
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def damage_shard(directory, damage, other):
+    """Damage one shard of *directory*."""
+    shard = directory / "test" / "constant-0.zarr.zip"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "another dataset":
+        shutil.copy(other / "test" / "constant-0.zarr.zip", shard)
+    else:
+        text = (directory / "dataset.json").read_text()
+        (directory / "dataset.json").write_text(text.replace('"schema_version": 3', '"schema_version": 4'))
+
+
+DAMAGE = {
+    "flip": r"copy/test/constant-0\.zarr\.zip is damaged or truncated",
+    "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file",
+    "another dataset": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists",
+    "newer": "copy/dataset.json has schema version 4, this cxt reads 3; update cxt",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
+    verify(copy)
+    damage_shard(copy, damage, masked_dataset)
+    words = "--layers 1 --heads 2 --width 32 --batch-size 8 --devices 0 --threads 1 --run-dir"
+    for command in (["dataset", "verify", copy], ["train", "--dataset-path", copy, *words.split(), tmp_path / "run"]):
+        done = run_python("-m", f"cxt.{command[0]}", *command[1:], check=False)
+        assert done.returncode == 2
+        assert re.search(DAMAGE[damage], done.stderr)
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_any_flipped_byte_is_found(copy):
+    rng = np.random.default_rng(1)
+    shard = copy / "train/constant-0.zarr.zip"
+    whole = shard.read_bytes()
+    for place in rng.choice(len(whole), 40, replace=False):
+        data = bytearray(whole)
+        data[place] ^= 1 << rng.integers(8)
+        shard.write_bytes(data)
+        with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip"):
+            verify(copy)
+
+
+def test_verify_names_every_bad_shard(copy):
+    for split in ("train", "test"):
+        (copy / split / "constant-0.zarr.zip").unlink()
+    with pytest.raises(BadRequest, match=r"(?s)train/constant-0.*test/constant-0"):
+        verify(copy)
+
+
+def test_a_shard_of_other_shape_under_its_own_checksum(copy, dataset_n10):
+    """Whoever edits the manifest too is still told."""
+    path = copy / "test/constant-0.zarr.zip"
+    shutil.copy(dataset_n10 / "test/constant-0.zarr.zip", path)
+    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest["splits"]["test"]["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    for read in (verify, lambda directory: PairDataset(directory, "test")):
+        with pytest.raises(BadRequest, match="belongs to another dataset: samples 10 instead of 20"):
+            read(copy)
+    with pytest.raises(BadRequest, match="belongs to another dataset: samples 10 instead of 20"):
+        write_manifest(copy, {split: [f"{split}/constant-0.zarr.zip"] for split in ("train", "test")})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_export(masked_dataset, tmp_path, dtype):
+    assert export(masked_dataset, tmp_path / "out", dtype=dtype, limit=3) == 5
+    items = PairDataset(masked_dataset, "train")
+    for row in range(3):
+        index = items.describe(6 * row).index
+        directory = tmp_path / "out/train/constant" / f"ts_{index:08d}_i{index}"
+        x, y, pairs = (np.load(directory / f"{name}.npy") for name in ("X", "y", "pairs"))
+        batch = items.batch(range(6 * row, 6 * row + 6))
+        assert (x.shape, y.shape, pairs.dtype, x.dtype) == ((6, 2, 2, 20, 20), (6, 20), np.int32, np.dtype(dtype))
+        assert np.array_equal(x[..., 1:], batch.counts.numpy()[..., 1:])
+        f = batch.missing.numpy()
+        np.testing.assert_allclose(x[:, 0, :, :, 0], np.exp(f), rtol=1e-3)
+        np.testing.assert_allclose(x[:, 1, :, :, 0], np.exp(1 - f), rtol=1e-3)
+        assert [tuple(pair) for pair in pairs.tolist()] == [items.describe(6 * row + p).pair for p in range(6)]
+        assert np.abs(items.grid.tokens(y)[:, 1:] - batch.tokens.numpy()[:, 1:]).max() <= 1
+        meta = json.loads((directory / "meta.json").read_text())
+        assert (meta["dtype"], meta["split"], meta["file_index"], meta["window_size"]) == (dtype, "train", index, 1000)
+    with pytest.raises(BadRequest, match="exists; name a directory that does not"):
+        export(masked_dataset, tmp_path / "out")
+
+
+def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
+    directory = build_dataset(tmp_path / "data", entry=constant_scenario(sequence_length=40_000), regions_per_simulation=2)
+    done = run_python("-m", "cxt.dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1)
+    assert "1 simulations" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out/test/constant").iterdir()) == ["ts_00000000_i0", "ts_00000000_i0_r1"]
+    assert read_manifest(directory)["regions_per_simulation"] == 2
+    monkeypatch.setattr("cxt.export.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(BadRequest, match="export fewer with --split or --limit"):
+        export(directory, tmp_path / "more")
+
+
+def golden_entry(monkeypatch, ts, features, *, name, window_size, length, samples=50, mask=None):
+    """The golden simulation as it is preprocessed, with the golden pairs; also its spec and counts."""
+    few = {"X": features["n10_X"], "pairs": features["n10_pairs"], "y": features["n10_y"]}
+    many = {"X": features.get(f"X_{name}"), "pairs": features["pairs200"], "y": features.get(f"y_{name}")}
+    chosen = few if samples == 10 else many
+    pairs = chosen["pairs"][: len(chosen["X"])]
+    tables = ts.dump_tables()
+    tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
+    tables.metadata = {"cxt": {"scenario": "golden", "index": 1, "seed": 1, "spec": {"name": "golden"}, "mutation_rate": 1e-8}}
+    monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, **shape: pairs)
+    if mask is not None:
+        monkeypatch.setattr("cxt.preprocess.cut_mask", lambda whole, **shape: (whole, 0))
+    spec = {
+        "window_size": window_size,
+        "sequence_length": length,
+        "samples": samples,
+        "pairs": len(pairs),
+        "scales": [2, 8, 32, 64],
+    }
+    return preprocess_one(tables.tree_sequence(), spec, mask=mask), spec, chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "window_size", "length", "samples", "masked"),
+    [
+        ("w2000", 2000, 1_000_000, 50, False),
+        ("w200", 200, 100_000, 50, False),
+        ("n10", 2000, 1_000_000, 10, False),
+        ("w200_mask", 200, 100_000, 50, True),
+    ],
+)
+def test_golden_through_store_loader_and_export(monkeypatch, tmp_path, name, window_size, length, samples, masked):
+    """The published code's features, bit for bit at bins ≥ 1, of what a dataset stores, its items, and its export."""
+    import tskit
+
+    features = dict(np.load(GOLDEN / "features.npz"))
+    mask = features["mask"].astype(bool) if masked else None
+    entry, spec, chosen = golden_entry(
+        monkeypatch, tskit.load(GOLDEN / "constant.trees"), features,
+        name=name, window_size=window_size, length=length, samples=samples, mask=mask,
+    )  # fmt: skip
+    attributes = spec | {"missing": masked, "regions_per_simulation": 1, "scenario": "golden", "split": "train", "seed": 1}
+    write_shard(tmp_path / "train/golden-0.zarr.zip", [entry], attributes)
+    (tmp_path / "test").mkdir()
+    write_manifest(tmp_path, {"train": ["train/golden-0.zarr.zip"], "test": []})
+    expected = chosen["X"].astype(np.float32)
+    batch = PairDataset(tmp_path, "train").batch(range(len(expected)))
+    assert np.array_equal(batch.counts.numpy()[..., 1:], expected[..., 1:])
+    if chosen["y"] is not None:
+        assert np.array_equal(entry.log_tmrca.astype(np.float16), chosen["y"][: len(expected)])
+    export(tmp_path, tmp_path / "out")
+    (directory,) = (tmp_path / "out/train/golden").iterdir()
+    x = np.load(directory / "X.npy")
+    assert x.dtype == np.float16
+    assert np.array_equal(x[..., 1:], chosen["X"][..., 1:])
+    if masked:
+        np.testing.assert_allclose(x[..., 0], chosen["X"][..., 0], atol=1e-3)
+    elif chosen["y"] is not None:
+        assert np.array_equal(np.load(directory / "y.npy"), chosen["y"][: len(expected)])
+
+
+def test_golden_on_the_fly(monkeypatch):
+    import tskit
+
+    from cxt.live import SimulatedDataset, live_manifest
+
+    features = dict(np.load(GOLDEN / "features.npz"))
+    expected, pairs = features["X_w2000"], features["pairs200"]
+    tables = tskit.load(GOLDEN / "constant.trees").dump_tables()
+    tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
+    tables.metadata = {"cxt": {"scenario": "golden", "index": 1, "seed": 1, "spec": {"name": "golden"}, "mutation_rate": 1e-8}}
+    ts = tables.tree_sequence()
+    leaf = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
+    manifest = live_manifest([leaf], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
+    monkeypatch.setattr("cxt.live.simulate_one", lambda *args, **kwargs: ts)
+    for i in range(3):
+        monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
+        counts = SimulatedDataset([leaf], manifest, "train", seed=1).batch([i]).counts.numpy()
+        assert np.array_equal(counts[0, ..., 1:], expected[i, ..., 1:].astype(np.int32))
