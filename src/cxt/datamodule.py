@@ -71,6 +71,7 @@ class PrefetchLoader(_StateElsewhere):
         self.dataset, self.sampler = dataset, sampler
         self.batch_sampler = None  # Lightning looks for it
         self.batch_size, self.threads, self.pin = batch_size, threads, pin
+        self._buffers: list[Batch] = []
         self._copies: dict[int, torch.cuda.Event] = {}
 
     def __len__(self) -> int:
@@ -89,9 +90,10 @@ class PrefetchLoader(_StateElsewhere):
         return self.dataset.batch(items, out=buffer)
 
     def __iter__(self) -> Iterator[Batch]:
-        buffers = itertools.cycle(
-            [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(max(1, self.threads) + 2)]
-        )
+        if not self._buffers:  # once: getting new memory from the system for every epoch takes its time
+            places = max(1, self.threads) + 2
+            self._buffers = [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(places)]
+        buffers = itertools.cycle(self._buffers)
         wanted = iter(self.sampler)
         if not self.threads:
             for items in wanted:

@@ -25,7 +25,7 @@ from cxt.arena import Arena, free_memory
 from cxt.config import STORAGES
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction
-from cxt.kernel import fill_batch, haplotype_words, pack_bins, total_counts, widest_count
+from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
 from cxt.lineage import file_sha256
 from cxt.store import MANIFEST, SPLITS, check_shape, open_shard, read_manifest
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
@@ -126,8 +126,7 @@ class PairDataset(Dataset):
         rows = sum(row["items"] for row in self._shards) // self.pairs_per_simulation
         sites = sum(row["sites"] for row in self._shards)
         cells = self.windows * self.samples
-        # A row's total is kept where it is smaller than the row's sites.
-        totals = min(rows, 2 * sites // cells)
+        totals = min(rows, 2 * sites // cells)  # see `_keeps_total`
         bin_words = -(-self.windows * self._width // 64)
         fields = {
             "words": (np.uint64, ((sites // 64 + rows) * self.samples,)),  # 64 sites of a haplotype each
@@ -148,6 +147,10 @@ class PairDataset(Dataset):
             layout[name] = (end, dtype, shape)
             end += -(-int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize // 64) * 64
         return layout, end
+
+    def _keeps_total(self, sites: int) -> bool:
+        """Whether a row's total counts are held, and not made anew from its sites: where that would take longer."""
+        return 2 * sites > self.windows * self.samples
 
     def _attach(self) -> None:
         for name, (offset, dtype, shape) in self._layout()[0].items():
@@ -201,6 +204,7 @@ class PairDataset(Dataset):
         if not np.isfinite(arrays["log_tmrca"]).all():
             raise BadRequest(f"shard {path} holds targets that are not finite; delete it and run the workflow again")
         widest, length = 0, self.manifest["sequence_length"]
+        total = np.empty((self.windows + 1) * self.samples, dtype=np.int32)
         for i in range(len(arrays["index"])):
             sites = slice(arrays["site_offsets"][i], arrays["site_offsets"][i + 1])
             packed, count = arrays["genotypes"][sites], int(sites.stop - sites.start)
@@ -213,13 +217,14 @@ class PairDataset(Dataset):
             self._first_site[row] = first_sites(
                 arrays["positions"][sites], window_size=self.manifest["window_size"], windows=self.windows
             )
-            base, most = widest_count(derived, self._first_site[row], self.samples, self.scales.max())
-            widest = max(widest, most)
+            total[:] = 0
+            total_counts(derived, self._first_site[row], self.samples, total[self.samples :])
             self._total_at[row] = -1
-            if 2 * count > self.windows * self.samples and base <= np.iinfo(np.uint16).max:
+            if self._keeps_total(count) and total.max() <= np.iinfo(self._totals.dtype).max:
                 self._total_at[row], kept = kept, kept + 1
-                self._totals[kept - 1] = 0
-                total_counts(derived, self._first_site[row], self.samples, self._totals[kept - 1])
+                self._totals[kept - 1] = total[self.samples :]
+            accumulate(total, self.samples)
+            widest = max(widest, widest_count(total, self.samples, self.scales.max()))
             pack_bins(self.grid.bins_of(arrays["log_tmrca"][i]), self._width, self._bins[row])
             for key, column in (("pairs", self._pairs), ("index", self._index), ("start", self._start)):
                 column[row] = arrays[key][i]

@@ -106,7 +106,9 @@ def pair_counts(packed, positions, pairs, *, window_size, windows, samples, scal
     haplotype_words(packed, words)
     derived = np.bitwise_count(packed).sum(axis=1, dtype=np.int32)
     first_site = first_sites(positions, window_size=window_size, windows=windows)
-    pairs_of_one(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, out)
+    # A narrow result is counted as narrowly: right wherever it can hold the counts.
+    total = np.empty(windows * samples, dtype=np.int16 if out.dtype == np.int16 else np.int32)
+    pairs_of_one(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, total, out)
     return out
 
 

@@ -29,20 +29,27 @@ def count_bits(word):
 
 
 @numba.njit(cache=True, nogil=True)
-def accumulate(cumulative, samples, windows):
-    """Sum *cumulative* ((windows + 1 + padding) · samples,) over windows in place; windows past the end repeat the last.
-
-    Row k + 1 comes in as the counts of window k, and goes out as those of windows 0..k. Flat, and with padding as wide as
-    the widest scale, so that every scale is one difference of two stretches of it.
-    """
-    for k in range(windows):
-        before = cumulative[k * samples : (k + 1) * samples]
-        here = cumulative[(k + 1) * samples : (k + 2) * samples]
+def accumulate(cumulative, samples):
+    """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 comes in as the counts of window k."""
+    for end in range(2 * samples, len(cumulative) + 1, samples):
+        before, here = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
         for v in range(samples):
             here[v] += before[v]
-    last = cumulative[windows * samples : (windows + 1) * samples]
-    for k in range(windows + 1, len(cumulative) // samples):
-        cumulative[k * samples : (k + 1) * samples] = last
+
+
+@numba.njit(cache=True, nogil=True)
+def _accumulate_both(differ, total, agree, samples):
+    """`accumulate` for *differ*, and into *agree* the same of what *differ* leaves of *total* (windows · samples,)."""
+    agree[:samples] = 0
+    for begin in range(0, len(total), samples):
+        middle, end = begin + samples, begin + 2 * samples
+        differ_before, differ_here = differ[begin:middle], differ[middle:end]
+        agree_before, agree_here = agree[begin:middle], agree[middle:end]
+        all_here = total[begin:middle]
+        for v in range(samples):
+            count = differ_here[v]
+            differ_here[v] = differ_before[v] + count
+            agree_here[v] = agree_before[v] + all_here[v] - count
 
 
 @numba.njit(cache=True, nogil=True)
@@ -53,12 +60,17 @@ def _subtract(above, below, out):
 
 @numba.njit(cache=True, nogil=True)
 def _all_scales(cumulative, scales, out):
-    """Fill *out* (scales, windows, samples) with the counts of each window from their cumulative sum."""
-    samples = out.shape[2]
-    size = out.shape[1] * samples
+    """Fill *out* (scales, windows, samples) with the counts of each window from their cumulative sum.
+
+    All windows of a scale that end inside are one difference of two stretches; the others end with the last.
+    """
+    windows, samples = out.shape[1], out.shape[2]
     for m in range(len(scales)):
-        ahead = scales[m] * samples
-        _subtract(cumulative[ahead : ahead + size], cumulative[:size], out[m].reshape(size))
+        inside = max(0, windows - scales[m]) * samples
+        flat = out[m].reshape(windows * samples)
+        _subtract(cumulative[windows * samples - inside :], cumulative[:inside], flat[:inside])
+        for begin in range(inside, windows * samples, samples):
+            _subtract(cumulative[windows * samples :], cumulative[begin : begin + samples], flat[begin : begin + samples])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -74,8 +86,8 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
     """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
 
     *words* (samples, words) holds 64 sites of a haplotype a word; *derived* (sites,) the derived allele counts, *first_site*
-    (windows + 1,) the first site of each window; *total* what `accumulate` made of `total_counts`. *differ* and *agree*
-    are scratch of the same length. All three may be int16: differences are right even where the sums have wrapped around.
+    (windows + 1,) the first site of each window; *total* (windows · samples,) is from `total_counts`. *differ* and *agree*
+    are scratch for a window more. All three may be int16: differences are right even where the sums have wrapped around.
     """
     windows, samples = out.shape[2], out.shape[3]
     differ[:] = 0
@@ -88,8 +100,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
             while j >= first_site[window + 1]:
                 window += 1
             differ[(window + 1) * samples + derived[j]] += 1
-    accumulate(differ, samples, windows)
-    _subtract(total, differ, agree)
+    _accumulate_both(differ, total, agree, samples)
     _all_scales(differ, scales, out[0])
     _all_scales(agree, scales, out[1])
 
@@ -106,12 +117,13 @@ def haplotype_words(packed, words):
 
 
 @numba.njit(cache=True, nogil=True)
-def pairs_of_one(words, derived, first_site, pairs, scales, out):
-    windows, samples = out.shape[3], out.shape[4]
-    length = (windows + 1 + scales.max()) * samples
-    total, differ, agree = np.zeros(length, np.int32), np.empty(length, np.int32), np.empty(length, np.int32)
-    total_counts(derived, first_site, samples, total[samples:])
-    accumulate(total, samples, windows)
+def pairs_of_one(words, derived, first_site, pairs, scales, total, out):
+    """`one_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
+    samples = out.shape[4]
+    differ = np.empty(len(total) + samples, total.dtype)
+    agree = np.empty_like(differ)
+    total[:] = 0
+    total_counts(derived, first_site, samples, total)
     for p in range(len(pairs)):
         one_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
 
@@ -142,44 +154,38 @@ def unpack_bins(packed, width, out):
 
 
 @numba.njit(cache=True, nogil=True)
-def widest_count(derived, first_site, samples, scale):
-    """(largest count of any bin in a base window, and in a window of *scale* of them): what bounds all counts."""
-    windows = len(first_site) - 1
-    cumulative = np.zeros((windows + 1 + scale) * samples, np.int32)
-    total_counts(derived, first_site, samples, cumulative[samples:])
-    base = cumulative.max()
-    accumulate(cumulative, samples, windows)
-    widest = 0
-    for i in range(windows * samples):
-        widest = max(widest, cumulative[i + scale * samples] - cumulative[i])
-    return base, widest
+def widest_count(cumulative, samples, scale):
+    """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: what bounds all counts."""
+    most, last = 0, len(cumulative) - samples
+    for i in range(last):
+        most = max(most, cumulative[min(i + scale * samples, last + i % samples)] - cumulative[i])
+    return most
 
 
 @numba.njit(cache=True, nogil=True)
 def fill_batch(rows, columns, data, scales, width, counts, bins):
     """Counts and bins of several items at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
 
-    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.dataset.FIELDS`.
+    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.dataset.PairDataset`.
     """
     words, word_at, derived, site_at, first_site, totals, total_at, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]
-    length = (windows + 1 + scales.max()) * samples
-    total = np.empty(length, counts.dtype)
-    differ = np.empty(length, counts.dtype)
-    agree = np.empty(length, counts.dtype)
+    total = np.empty(windows * samples, counts.dtype)
+    differ = np.empty((windows + 1) * samples, counts.dtype)
+    agree = np.empty_like(differ)
     last = -1
     for i in range(len(rows)):
         row, column = rows[i], columns[i]
         of_row = derived[site_at[row] : site_at[row + 1]]
         if row != last:
-            total[:samples] = 0
-            if total_at[row] >= 0:
-                total[samples : (windows + 1) * samples] = totals[total_at[row]]
-            else:
-                total[samples : (windows + 1) * samples] = 0
-                total_counts(of_row, first_site[row], samples, total[samples:])
-            accumulate(total, samples, windows)
             last = row
+            if total_at[row] >= 0:
+                kept = totals[total_at[row]]
+                for k in range(len(kept)):
+                    total[k] = kept[k]
+            else:
+                total[:] = 0
+                total_counts(of_row, first_site[row], samples, total)
         haplotypes = words[word_at[row] : word_at[row + 1]].reshape((samples, (word_at[row + 1] - word_at[row]) // samples))
         a, b = pairs[row, column, 0], pairs[row, column, 1]
         one_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
