@@ -27,7 +27,7 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction
 from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
 from cxt.lineage import file_sha256
-from cxt.store import MANIFEST, SPLITS, check_shape, open_shard, read_manifest
+from cxt.store import MANIFEST, SPLITS, check_shape, read_manifest, read_shard
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 
 LARGEST_SHARE = 0.7
@@ -198,9 +198,8 @@ class PairDataset(Dataset):
     def _read_shard(self, shard: dict, row: int, kept: int) -> tuple[int, int, int]:
         """Read one shard's simulations from *row* on; (next row, totals kept, largest count of any window)."""
         path = self.path / shard["path"]
-        group, _ = open_shard(path, sha256=shard["sha256"])
-        check_shape(path, dict(group.attrs), self.manifest)
-        arrays = {name: array[:] for name, array in group.arrays()}
+        arrays, attributes = read_shard(path, sha256=shard["sha256"])
+        check_shape(path, attributes, self.manifest)
         if not np.isfinite(arrays["log_tmrca"]).all():
             raise BadRequest(f"shard {path} holds targets that are not finite; delete it and run the workflow again")
         widest, length = 0, self.manifest["sequence_length"]

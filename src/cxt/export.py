@@ -10,7 +10,7 @@ import numpy as np
 
 from cxt.errors import BadRequest
 from cxt.features import missing_fraction, pair_counts, write_missingness
-from cxt.store import SPLITS, check_shape, open_shard, read_manifest, read_shard
+from cxt.store import SPLITS, check_shape, read_manifest, read_shard
 
 
 def information(path) -> str:
@@ -151,10 +151,8 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
 
 def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, take: int, dtype: str) -> int:
     """Export the first *take* simulations of a shard; how many counts were rounded."""
-    group, _ = open_shard(shard, sha256=row["sha256"])
-    attributes = dict(group.attrs)
+    arrays, attributes = read_shard(shard, sha256=row["sha256"])
     check_shape(shard, attributes, manifest)
-    arrays = {name: array[:] for name, array in group.arrays()}
     rounded = 0
     for i in range(take * manifest["regions_per_simulation"]):
         index, region = int(arrays["index"][i]), i % manifest["regions_per_simulation"]

@@ -89,7 +89,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
     (windows + 1,) the first site of each window; *total* (windows · samples,) is from `total_counts`. *differ* and *agree*
     are scratch for a window more. All three may be int16: differences are right even where the sums have wrapped around.
     """
-    windows, samples = out.shape[2], out.shape[3]
+    samples = out.shape[3]
     differ[:] = 0
     window = 0
     for w in range(words.shape[1]):

@@ -17,11 +17,13 @@ With several regions per simulation, each is a row of its own, as a simulation i
 Only usable sites are kept (see `cxt.features.usable_sites`). Bytes are a function of the content and the package versions.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +106,9 @@ def _check_version(what: str, version: int) -> None:
         raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
 
 
-def open_shard(path, *, sha256: str | None = None) -> tuple[zarr.Group, bytes]:
-    """The Zarr group of a shard, and the file's bytes; arrays are decompressed when they are read.
+@contextlib.contextmanager
+def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group, bytes]]:
+    """The Zarr group of a shard, for a `with` block, and the file's bytes; arrays are decompressed when they are read.
 
     Raises
     ------
@@ -130,7 +133,10 @@ def open_shard(path, *, sha256: str | None = None) -> tuple[zarr.Group, bytes]:
             f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; delete it and "
             "run the workflow again"
         )
-    return group, data
+    try:
+        yield group, data
+    finally:
+        content.clear()  # zarr's objects refer to each other, and would keep it until some later collection
 
 
 def check_shape(path, attributes: dict, shape: dict) -> None:
@@ -144,8 +150,8 @@ def check_shape(path, attributes: dict, shape: dict) -> None:
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and attributes of a shard, decompressed into memory; errors as in `open_shard`."""
-    group, _ = open_shard(path, sha256=sha256)
-    return {name: array[:] for name, array in group.arrays()}, dict(group.attrs)
+    with open_shard(path, sha256=sha256) as (group, _):
+        return {name: array[:] for name, array in group.arrays()}, dict(group.attrs)
 
 
 def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
@@ -162,18 +168,18 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
     for split in SPLITS:
         rows = []
         for name in shards[split]:
-            group, data = open_shard(directory / name)
-            attributes = dict(group.attrs)
-            shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
-            check_shape(directory / name, attributes, shape)
-            index = group["index"][:]
+            with open_shard(directory / name) as (group, data):
+                attributes = dict(group.attrs)
+                shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
+                check_shape(directory / name, attributes, shape)
+                index, sites = group["index"][:], group["positions"].shape[0]
             rows.append(
                 {
                     "path": name,
                     "scenario": attributes["scenario"],
                     "simulations": len(np.unique(index)),
                     "items": len(index) * attributes["pairs"],
-                    "sites": group["positions"].shape[0],
+                    "sites": sites,
                     "bytes": len(data),
                     "sha256": hashlib.sha256(data).hexdigest(),
                 }
