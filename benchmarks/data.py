@@ -239,10 +239,10 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
         def processes(sampler, items=items):
             return ProcessLoader(items, sampler, processes=2, pin=False)
 
-        # Side by side, three times, so that a slow minute of the machine hits them all.
+        # Side by side, five times, so that a slow minute of the machine hits them all.
         loaders = {"0": threads(0), "1": threads(1), "2": threads(2), "processes": processes}
         measured = {key: [] for key in loaders}
-        for _ in range(3):
+        for _ in range(5):
             for key, make in loaders.items():
                 measured[key].append(rate(make))
         rates = {key: float(np.median(values)) for key, values in measured.items()}
@@ -331,7 +331,7 @@ def main() -> None:
             return
         simulations = {name: simulated(name) for name in CASES}
         preprocessing(simulations, repeats=3 if args.quick else 15, scratch=scratch)
-        loading(simulations, seconds=0.5 if args.quick else 2.0, scratch=scratch)
+        loading(simulations, seconds=0.3 if args.quick else 1.0, scratch=scratch)
         memory(gigabytes=0.3 if args.quick else 2.0, scratch=scratch)
 
 

@@ -13,7 +13,7 @@ def test_console_script():
     assert done.returncode == 2
     assert "unknown command 'simulat'; did you mean 'simulate'" in done.stderr
     assert "--dataset-path" in run_python("-c", code, "train", "--help").stdout
-    for stage in ("simulate", "preprocess", "evaluate"):
+    for stage in ("simulate", "preprocess", "dataset", "evaluate"):
         assert "usage: " in run_python("-m", f"cxt.{stage}", "--help").stdout
 
 

@@ -187,12 +187,13 @@ def test_ranks_share_what_the_first_has_read(dataset, monkeypatch):
     monkeypatch.delenv("CXT_SHARED_TRAIN")
 
 
-def test_many_sites_and_many_samples(tmp_path):
-    """More sites than cells, so that totals are kept; more than 64 samples; counts and bins against the definitions."""
-    entry = constant_scenario(individuals=40, mutation_rate=6e-6, sequence_length=10_000, simulations=10, batch=10)
+@pytest.mark.parametrize(("rate", "fits"), [(6e-6, False), (6e-8, True)])
+def test_many_sites_and_many_samples(tmp_path, rate, fits):
+    """More than 64 samples; totals of a window that fit into a byte and that do not; counts against the definition."""
+    entry = constant_scenario(individuals=40, mutation_rate=rate, sequence_length=10_000, simulations=10, batch=10)
     directory = build_dataset(tmp_path, entry=entry, samples=80, sequence_length=10_000)
     items = PairDataset(directory, "train")
-    assert (items._total_at >= 0).all()
+    assert (items._total_fits == fits).all()
     arrays, _ = read_shard(directory / "train/constant-0.zarr.zip")
     for i in (0, 8, 53):
         row, pair = divmod(i, 6)

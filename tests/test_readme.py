@@ -26,13 +26,29 @@ def test_python_runs(workflow):
 
 def test_published_commands_parse():
     text = "\n".join(blocks("sh")).replace("\\\n", " ")
-    commands = [line for line in text.splitlines() if line.startswith("python -m cxt.train")]
+    commands = [line for line in text.splitlines() if line.startswith("python -m cxt.train") and "--gpus" in line]
     assert len(commands) == 6
     parser = build_parser()
     for command in commands:
         words = shlex.split(command)[3:]
         check_config_keys(words, parser)
         assert parser.parse_args(words).gpus == [0, 1, 2]
+
+
+def test_dataset_commands(workflow, tmp_path):
+    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.dataset")]
+    assert len(lines) == 3
+    for line in lines:
+        words = [str(tmp_path / word) if word == "arrays" else word for word in shlex.split(line)[1:]]
+        run_python(*words, cwd=workflow)
+    assert list(tmp_path.rglob("X.npy"))
+
+
+def test_training_without_a_dataset(tmp_path):
+    (command,) = [line for line in "\n".join(blocks("sh")).replace("\\\n", " ").splitlines() if "--simulate" in line]
+    shorter = ["--max-steps", 2, "--eval-samples", 4, "--workers", 0, "--log-dir", tmp_path]
+    done = run_python(*shlex.split(command)[1:], *shorter)
+    assert "step 2/2" in done.stdout
 
 
 def test_a_checkpoint_of_ones_own_is_planned(tmp_path):

@@ -1,9 +1,16 @@
 """The whole workflow on a tiny configuration, and what is made again after which change."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -344,3 +351,38 @@ def test_the_catalogs_snakefile(tmp_path):
         "-n", "results/narrow.ckpt", "--configfile", TINY,
     )  # fmt: skip
     assert "train_narrow" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="kills a process group and all below it")
+@pytest.mark.parametrize("moment", range(int(os.environ.get("CXT_KILLS", "2"))))
+def test_killed_preprocessing_ends_the_same(workflow, tmp_path, moment):
+    """`kill -9` of Snakemake and all its jobs; the next run finishes, and the dataset is the same to the byte."""
+    directory = tmp_path / "killed"
+    shutil.copytree(workflow, directory, symlinks=True)
+    shutil.rmtree(directory / "results/datasets")
+    names = ["processed", "processed_n10", "processed_small_window_missing_data"]
+    targets = [f"results/datasets/{name}/dataset.json" for name in names]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", directory]
+    command += ["--cores", "2", "--configfile", TINY, "--", *targets]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    process = subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    log = directory / "results/logs/preprocess"
+    before = {path for path in log.rglob("*.log")}
+    began = time.monotonic()
+    old = {path: path.stat().st_mtime_ns for path in before}
+    while process.poll() is None and all(path.stat().st_mtime_ns == old[path] for path in before):
+        assert time.monotonic() - began < 60
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng([7, moment]).uniform(0, 6))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    made = [path for name in names for path in (directory / "results/datasets" / name).rglob("*.zarr.zip")]
+    for path in made:  # whatever has its final name is whole
+        assert path.read_bytes() == (workflow / path.relative_to(directory)).read_bytes()
+    snakemake("--unlock", cwd=directory)
+    snakemake(*targets, cwd=directory)
+    for name in names:
+        files = [path for path in (workflow / "results/datasets" / name).rglob("*") if path.is_file()]
+        assert len(files) > 3
+        for path in files:
+            assert (directory / path.relative_to(workflow)).read_bytes() == path.read_bytes()

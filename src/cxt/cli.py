@@ -10,6 +10,7 @@ COMMANDS = {
     "simulate": "one batch of tree sequences",
     "trees": "take one tree sequence out of a batch",
     "preprocess": "shards and manifest of a dataset, synthetic masks",
+    "dataset": "look at a dataset, check it, export dense arrays",
     "train": "one checkpoint",
     "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
 }

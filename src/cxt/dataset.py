@@ -125,8 +125,6 @@ class PairDataset(Dataset):
         """({name: (offset, dtype, shape)} of the arrays in the arena, its size); upper bounds where only a sum is known."""
         rows = sum(row["items"] for row in self._shards) // self.pairs_per_simulation
         sites = sum(row["sites"] for row in self._shards)
-        cells = self.windows * self.samples
-        totals = min(rows, 2 * sites // cells)  # see `_keeps_total`
         bin_words = -(-self.windows * self._width // 64)
         fields = {
             "words": (np.uint64, ((sites // 64 + rows) * self.samples,)),  # 64 sites of a haplotype each
@@ -134,8 +132,8 @@ class PairDataset(Dataset):
             "derived": (np.uint8 if self.samples <= 256 else np.uint16, (sites,)),
             "site_at": (np.int64, (rows + 1,)),
             "first_site": (np.int32, (rows, self.windows + 1)),
-            "totals": (np.uint16, (totals, cells)),
-            "total_at": (np.int32, (rows,)),  # -1: not kept
+            "totals": (np.uint8, (rows, self.windows * self.samples)),
+            "total_fits": (np.bool_, (rows,)),
             "pairs": (np.uint16, (rows, self.pairs_per_simulation, 2)),
             "bins": (np.uint64, (rows, self.pairs_per_simulation, bin_words)),
             "missing": (np.float32, (rows if self.manifest["missing"] else 0, len(self.scales), self.windows)),
@@ -147,10 +145,6 @@ class PairDataset(Dataset):
             layout[name] = (end, dtype, shape)
             end += -(-int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize // 64) * 64
         return layout, end
-
-    def _keeps_total(self, sites: int) -> bool:
-        """Whether a row's total counts are held, and not made anew from its sites: where that would take longer."""
-        return 2 * sites > self.windows * self.samples
 
     def _attach(self) -> None:
         for name, (offset, dtype, shape) in self._layout()[0].items():
@@ -184,10 +178,10 @@ class PairDataset(Dataset):
 
     def _read(self, progress) -> None:
         self._word_at[0] = self._site_at[0] = 0
-        row = kept = widest = 0
+        row = widest = 0
         said = time.monotonic()
         for number, shard in enumerate(self._shards):
-            row, kept, most = self._read_shard(shard, row, kept)
+            row, most = self._read_shard(shard, row)
             widest = max(widest, most)
             if progress is not None and time.monotonic() - said > 10:
                 said = time.monotonic()
@@ -195,8 +189,8 @@ class PairDataset(Dataset):
         if widest > np.iinfo(np.int16).max:
             self._dtype = np.dtype(np.int32)
 
-    def _read_shard(self, shard: dict, row: int, kept: int) -> tuple[int, int, int]:
-        """Read one shard's simulations from *row* on; (next row, totals kept, largest count of any window)."""
+    def _read_shard(self, shard: dict, row: int) -> tuple[int, int]:
+        """Read one shard's simulations from *row* on; (next row, largest count of any window)."""
         path = self.path / shard["path"]
         arrays, attributes = read_shard(path, sha256=shard["sha256"])
         check_shape(path, attributes, self.manifest)
@@ -218,10 +212,9 @@ class PairDataset(Dataset):
             )
             total[:] = 0
             total_counts(derived, self._first_site[row], self.samples, total[self.samples :])
-            self._total_at[row] = -1
-            if self._keeps_total(count) and total.max() <= np.iinfo(self._totals.dtype).max:
-                self._total_at[row], kept = kept, kept + 1
-                self._totals[kept - 1] = total[self.samples :]
+            self._total_fits[row] = total.max() <= np.iinfo(self._totals.dtype).max
+            if self._total_fits[row]:
+                self._totals[row] = total[self.samples :]
             accumulate(total, self.samples)
             widest = max(widest, widest_count(total, self.samples, self.scales.max()))
             pack_bins(self.grid.bins_of(arrays["log_tmrca"][i]), self._width, self._bins[row])
@@ -233,7 +226,7 @@ class PairDataset(Dataset):
                     mask, window_size=self.manifest["window_size"], sequence_length=length, scales=self.scales
                 )
             row += 1
-        return row, kept, widest
+        return row, widest
 
     def __len__(self) -> int:
         return len(self._index) * self.pairs_per_simulation
@@ -266,7 +259,7 @@ class PairDataset(Dataset):
         batch = self.empty_batch(len(rows)) if out is None else out.first(len(rows))
         bins = batch.tokens.numpy()[:, 1:]
         data = (
-            self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_at,
+            self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_fits,
             self._pairs, self._bins,
         )  # fmt: skip
         fill_batch(rows, columns, data, self.scales, self._width, batch.counts.numpy(), bins)

@@ -264,17 +264,15 @@ def run_directory(config: dict, name: str) -> str:
 
 
 def training_memory_mb(config: dict, name: str) -> int:
-    """Memory that training asks the scheduler for: on each device, torch and the network, and the dataset held in memory.
+    """Memory that training asks the scheduler for: torch, the network and batches on each device, and the dataset once.
 
-    Per simulation: float32 targets of all pairs, and what sites take (16 bytes each; 20 000 is a large simulation); half
-    as much again while the dataset is read.
+    Per region, as `cxt.dataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))
-    windows = dataset["sequence_length"] // dataset["window_size"]
-    per_region = 4 * dataset["pairs"] * windows + 16 * 20_000
-    in_memory = simulations * dataset["regions_per_simulation"] * per_region / 1e6
-    return max(1, devices(config, name)) * int(4000 + 1.5 * in_memory)
+    windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
+    per_region = 1.2 * dataset["pairs"] * windows + 20_000 * (samples / 8 + 1) + 2 * windows * samples
+    return 4000 * max(1, devices(config, name)) + int(1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6)
 
 
 def training_threads(config: dict, name: str) -> int:

@@ -59,6 +59,12 @@ def _subtract(above, below, out):
 
 
 @numba.njit(cache=True, nogil=True)
+def _copy(source, out):
+    for i in range(len(out)):
+        out[i] = source[i]
+
+
+@numba.njit(cache=True, nogil=True)
 def _all_scales(cumulative, scales, out):
     """Fill *out* (scales, windows, samples) with the counts of each window from their cumulative sum.
 
@@ -168,7 +174,7 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
 
     Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.dataset.PairDataset`.
     """
-    words, word_at, derived, site_at, first_site, totals, total_at, pairs, packed_bins = data
+    words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]
     total = np.empty(windows * samples, counts.dtype)
     differ = np.empty((windows + 1) * samples, counts.dtype)
@@ -179,10 +185,8 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
         of_row = derived[site_at[row] : site_at[row + 1]]
         if row != last:
             last = row
-            if total_at[row] >= 0:
-                kept = totals[total_at[row]]
-                for k in range(len(kept)):
-                    total[k] = kept[k]
+            if total_fits[row]:
+                _copy(totals[row], total)
             else:
                 total[:] = 0
                 total_counts(of_row, first_site[row], samples, total)

@@ -78,6 +78,8 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
     if ts.num_samples < spec["samples"]:
         raise BadRequest(f"{spec['samples']} samples asked, the tree sequence has {ts.num_samples}")
     if ts.num_samples > spec["samples"]:
+        if length < ts.sequence_length:  # less to simplify
+            ts = ts.keep_intervals([[start, start + length]], simplify=False)
         ts = ts.simplify(ts.samples()[: spec["samples"]])
     if start:
         ts = ts.keep_intervals([[start, start + length]]).trim()
