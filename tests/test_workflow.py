@@ -360,17 +360,15 @@ def test_killed_preprocessing_ends_the_same(workflow, tmp_path, moment):
     directory = tmp_path / "killed"
     shutil.copytree(workflow, directory, symlinks=True)
     shutil.rmtree(directory / "results/datasets")
+    shutil.rmtree(directory / "results/logs/preprocess")
     names = ["processed", "processed_n10", "processed_small_window_missing_data"]
     targets = [f"results/datasets/{name}/dataset.json" for name in names]
     command = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", directory]
     command += ["--cores", "2", "--configfile", TINY, "--", *targets]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     process = subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
-    log = directory / "results/logs/preprocess"
-    before = {path for path in log.rglob("*.log")}
     began = time.monotonic()
-    old = {path: path.stat().st_mtime_ns for path in before}
-    while process.poll() is None and all(path.stat().st_mtime_ns == old[path] for path in before):
+    while process.poll() is None and not any((directory / "results/logs/preprocess").rglob("*.log")):
         assert time.monotonic() - began < 60
         time.sleep(0.02)
     time.sleep(np.random.default_rng([7, moment]).uniform(0, 6))
@@ -383,6 +381,6 @@ def test_killed_preprocessing_ends_the_same(workflow, tmp_path, moment):
     snakemake(*targets, cwd=directory)
     for name in names:
         files = [path for path in (workflow / "results/datasets" / name).rglob("*") if path.is_file()]
-        assert len(files) > 3
+        assert len(files) >= 3
         for path in files:
             assert (directory / path.relative_to(workflow)).read_bytes() == path.read_bytes()
