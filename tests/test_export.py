@@ -1,5 +1,6 @@
 """Looking at a dataset from outside: with zarr alone, with info, verify and export; damage is named before anything starts."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -78,8 +79,8 @@ def damage_shard(directory, damage, other):
 
 
 DAMAGE = {
-    "flip": r"copy/test/constant-0\.zarr\.zip is damaged or truncated",
-    "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file",
+    "flip": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists \(its checksum differs\): damaged",
+    "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file or directory; delete it and the",
     "another dataset": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists",
     "newer": "copy/dataset.json has schema version 4, this cxt reads 3; update cxt",
 }
@@ -98,6 +99,33 @@ def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_stays_where_it_is_if_the_new_data_are_bad(copy, tmp_path):
+    words = "--layers 1 --heads 2 --width 32 --batch-size 8 --grad-accum 2 --devices 0 --threads 1 --max-steps 2 --epochs 1"
+    command = ["-m", "cxt.train", "--dataset-path", copy, *words.split(), "--run-dir", tmp_path / "run"]
+    run_python(*command)
+    text = (copy / "dataset.json").read_text()
+    sha256 = json.loads(text)["splits"]["train"]["shards"][0]["sha256"]
+    (copy / "dataset.json").write_text(text.replace(sha256, sha256[::-1]))
+    done = run_python(*command, check=False)
+    assert done.returncode == 2
+    assert "is not the one that dataset.json lists" in done.stderr
+    assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run.lock"]
+    (copy / "dataset.json").write_text(text)
+    assert "is finished: publishing its checkpoint again" in run_python(*command, "--out", tmp_path / "x.ckpt").stdout
+    for more, message in (
+        (["--out", tmp_path / "x.ckpt/y"], "cannot be written"),
+        (["--run-dir", tmp_path / "x.ckpt/y"], "cannot be written"),
+        (["--seed", -1], "seed is -1, expected at least 0"),
+    ):
+        done = run_python(*command, *more, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+    (tmp_path / "run/run.json").write_text("")
+    done = run_python(*command, check=False)
+    assert done.returncode == 2
+    assert "run.json is damaged" in done.stderr
+
+
 def test_any_flipped_byte_is_found(copy):
     rng = np.random.default_rng(1)
     shard = copy / "train/constant-0.zarr.zip"
@@ -108,6 +136,67 @@ def test_any_flipped_byte_is_found(copy):
         shard.write_bytes(data)
         with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip"):
             verify(copy)
+
+
+def test_damaged_headers_of_the_archive(copy):
+    """Also where no checksum is known yet: every byte of the zip's own records, in every bit."""
+    shard = copy / "train/constant-0.zarr.zip"
+    whole = shard.read_bytes()
+    places = [*range(60), *range(len(whole) - 120, len(whole))]
+    for place in places:
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            shard.write_bytes(data)
+            with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip"):
+                read_shard(shard, sha256=hashlib.sha256(whole).hexdigest())
+            with contextlib.suppress(BadRequest):  # what is of no account may also differ
+                read_shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "damaged"), (b"\xff", "damaged"), (b"[]", "a value is of another type"), (b"{}", "it has no 'window_size'"),
+        (b'{"schema_version": 3}', "it has no 'window_size'"), ("splits", "a value is of another type"),
+        ("items", "it has no 'items'"), ("windows", "windows is 7, which"), ("twice", "a shard of train is listed twice"),
+        ("outside", "the entry of train/constant-0"), ("away", "../x is no shard of train"), ("sum", "the items of train"),
+        ("scales", "a size is not a positive whole number"), ("missing", "`missing` or `schema_version`"),
+    ],
+)  # fmt: skip
+def test_damaged_manifests(copy, text, message):
+    manifest = json.loads((copy / "dataset.json").read_text())
+    part = manifest["splits"]["train"]
+    if text == "items":
+        del part["shards"][0]["items"]
+    elif text == "twice":
+        part |= {key: 2 * part[key] for key in ("simulations", "items", "sites", "bytes", "shards")}
+    elif text == "outside":
+        part["shards"][0]["scenario"] = "../../evil"
+    elif text == "away":
+        part["shards"][0]["path"] = "../x"
+    elif text == "sum":
+        part["items"] += 1
+    else:
+        change = {"splits": 3, "windows": 7, "scales": [0], "missing": "no"}
+        manifest |= {key: change[key] for key in change if key == text}
+    (copy / "dataset.json").write_bytes(text if isinstance(text, bytes) else json.dumps(manifest).encode())
+    with pytest.raises(BadRequest, match=message):
+        read_manifest(copy)
+
+
+@pytest.mark.parametrize("key", ["items", "sites", "simulations"])
+def test_a_manifest_that_counts_wrong(copy, key):
+    manifest = json.loads((copy / "dataset.json").read_text())
+    part = manifest["splits"]["train"]
+    for counts in (part, part["shards"][0]):
+        counts[key] += 12
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    for read in (verify, lambda directory: PairDataset(directory, "train")):
+        with pytest.raises(
+            BadRequest, match=rf"train/constant-0\.zarr\.zip is not what dataset\.json says: {key} \d+ instead of"
+        ):
+            read(copy)
 
 
 def test_verify_names_every_bad_shard(copy):
@@ -151,6 +240,33 @@ def test_export(masked_dataset, tmp_path, dtype):
         assert (meta["dtype"], meta["split"], meta["file_index"], meta["window_size"]) == (dtype, "train", index, 1000)
     with pytest.raises(BadRequest, match="exists; name a directory that does not"):
         export(masked_dataset, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_bad_exports(copy, tmp_path):
+    assert export(copy, tmp_path / "twice", splits=["test", "test"]) == 2
+    with pytest.raises(BadRequest, match="--limit 0: expected at least 1"):
+        export(copy, tmp_path / "x", limit=0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadRequest, match="cannot be written"):
+        export(copy, tmp_path / "file" / "x")
+    (copy / "train/constant-0.zarr.zip").unlink()
+    with pytest.raises(BadRequest, match="cannot be read"):
+        export(copy, tmp_path / "x")
+    manifest = write_manifest_of(copy, {"simulations": 0, "items": 0, "sites": 0, "bytes": 0, "shards": []})
+    assert manifest["splits"]["test"]["shards"] == []
+    with pytest.raises(BadRequest, match="no simulation in test; there is nothing to export"):
+        export(copy, tmp_path / "x", splits=["test"])
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".x*"))
+
+
+def write_manifest_of(directory, test):
+    """The manifest of *directory* with another test split."""
+    manifest = json.loads((directory / "dataset.json").read_text())
+    manifest["splits"]["test"] = test
+    (directory / "dataset.json").write_text(json.dumps(manifest))
+    return manifest
 
 
 def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):

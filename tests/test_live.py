@@ -9,6 +9,7 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
+from cxt.datamodule import ProcessLoader
 from cxt.errors import BadRequest
 from cxt.kinds import simulate_one
 from cxt.live import LIVE_START, SimulatedDataset, live_manifest
@@ -57,7 +58,9 @@ def test_seeds_and_splits():
     [
         ({"window_size": 3000}, "not a multiple of --window-size 3000"),
         ({"samples": 21}, "--samples 21: expected 2 to 20"),
-        ({"leaves": [*LEAVES, LEAVES[0] | {"sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
+        ({"window_size": 0}, "--window-size 0: expected at least 1"),
+        ({"leaves": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
+        ({"leaves": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
     ],
 )
 def test_bad_shapes(change, message):
@@ -124,6 +127,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
         (["--max-steps", 5, "--eval-samples", 0], "expected at least 1"),
         (["--eval-samples", 5], "say with --max-steps how long"),
         (["--max-steps", 0, "--eval-samples", 5], "--max-steps 0: expected at least 1"),
+        (["--max-steps", 5, "--eval-samples", 5, "--storage", "disk"], "--storage has no meaning with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--epochs", 3], "--epochs has no meaning with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--dataset-path", "x"], "and not both"),
         (["--max-steps", 5, "--eval-samples", 5, "--simulate", "litle"], "unknown scenario 'litle'; did you mean 'little'"),
@@ -135,6 +139,18 @@ def test_bad_requests(flags, tmp_path, more, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_request_in_a_simulating_process(monkeypatch):
+    """Comes as itself, not with the traceback of a process behind it."""
+
+    def refuse(*args, **kwargs):
+        raise BadRequest("no")
+
+    monkeypatch.setattr("cxt.live.simulate_one", refuse)
+    for processes in (0, 1):
+        with pytest.raises(BadRequest, match="^no$"):
+            list(ProcessLoader(live(), [[0, 1]], processes=processes, pin=False))
 
 
 def test_flags_of_simulation_need_it(dataset, tmp_path):

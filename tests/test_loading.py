@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -112,6 +114,25 @@ def test_pickles_hold_no_data(dataset):
     assert torch.equal(pickle.loads(data)[3][0], items[3][0])
 
 
+def test_a_manifest_rewritten_after_loading_is_noticed(dataset, tmp_path):
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    items = PairDataset(copy, "train")
+    manifest = json.loads((copy / "dataset.json").read_text())
+    part = manifest["splits"]["train"]
+    for counts in (part, part["shards"][0]):
+        counts["sites"] -= 640
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    data = pickle.dumps(items)
+    with pytest.raises(BadRequest, match=r"dataset\.json has changed while it was in use"):
+        pickle.loads(data)
+
+
+def test_a_batch_that_is_too_small(dataset):
+    items = PairDataset(dataset, "train")
+    with pytest.raises(ValueError, match="8 items do not fit into a batch of 2"):
+        items.batch(range(8), out=items.empty_batch(2))
+
+
 @pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (1, "spawn")])
 def test_torchs_own_loader(masked_dataset, workers, method):
     items = PairDataset(masked_dataset, "train")
@@ -141,14 +162,14 @@ def test_storage_is_chosen_by_what_is_free(dataset, monkeypatch, tmp_path):
     said = []
     monkeypatch.setattr("cxt.dataset.free_memory", lambda: 1000)
     few = PairDataset(dataset, "test", progress=said.append)
-    assert "in a temporary file (0.0 GB of memory free)" in said[0]
+    assert re.search(r"in a temporary file in /\S+ \(0.0 GB of memory free\)", said[0])
     monkeypatch.undo()
     assert torch.equal(few[3][0], PairDataset(dataset, "test", progress=said.append)[3][0])
     assert "MB in memory" in said[1]
     with pytest.raises(BadRequest, match="storage 'ram': expected one of auto, memory, disk"):
         PairDataset(dataset, "test", storage="ram")
     monkeypatch.setattr(arena.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
-    with pytest.raises(BadRequest, match="fit neither into memory nor into .*; set TMPDIR"):
+    with pytest.raises(BadRequest, match=r"do not fit into .* \(0.0 MB left\); set TMPDIR"):
         Arena(1000, on_disk=True)
 
 
@@ -161,9 +182,16 @@ def test_free_memory_in_a_control_group(tmp_path, monkeypatch):
     (tmp_path / "job" / "memory.stat").write_text("anon 100\ninactive_file 400\n")
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("3000\n")
+    old = tmp_path / "memory" / "slurm"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("4000\n")
+    (old / "memory.usage_in_bytes").write_text("3000\n")
+    (old / "memory.stat").write_text("cache 3\ninactive_file 1\ntotal_inactive_file 7\n")
     monkeypatch.setattr(arena, "CGROUP", tmp_path)
-    monkeypatch.setattr(arena.Path, "read_text", _reading(arena.Path.read_text, "/proc/self/cgroup", "0::/job/step\n"))
-    assert free_memory() == 2400
+    read_text = arena.Path.read_text
+    for text, expected in (("0::/job/step\n", 2400), ("9:cpuset:/x\n8:cpu,memory:/slurm\n0::/\n", 1007)):
+        monkeypatch.setattr(arena.Path, "read_text", _reading(read_text, "/proc/self/cgroup", text))
+        assert free_memory() == expected
 
 
 def _reading(original, path, content):

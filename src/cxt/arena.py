@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,39 +26,63 @@ def _number(path: Path) -> int | None:
         return None
 
 
+def _groups() -> Iterator[tuple[Path, str, str]]:
+    """The control groups of this process that may limit memory, and what their files are called: of version 2, then 1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", maxsplit=2)
+        if controllers == "":
+            top, names = CGROUP, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = top / path.strip("/")
+        for directory in (group, *group.parents):
+            yield directory, *names
+            if directory == top:
+                break
+
+
 def free_memory() -> int:
     """Bytes that this process can still take: of the machine, or of the control group that a scheduler put it into."""
     free = psutil.virtual_memory().available
-    try:
-        group = CGROUP / Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
-    except OSError:
-        return free
-    for directory in (group, *group.parents):
-        limit, used = _number(directory / "memory.max"), _number(directory / "memory.current")
+    for directory, limit_file, used_file in _groups():
+        limit, used = _number(directory / limit_file), _number(directory / used_file)
         if limit is not None and used is not None:
             statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            free = min(free, limit - used + int(statistics.get("inactive_file", 0)))  # a cache of files gives way
-        if directory == CGROUP:
-            break
+            cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
+            free = min(free, limit - used + int(cached))  # a cache of files gives way
     return max(0, free)
+
+
+def _no_room(size: int, reason: str) -> BadRequest:
+    return BadRequest(
+        f"{size / 1e6:,.1f} MB for a dataset do not fit into {tempfile.gettempdir()} ({reason}); set TMPDIR to a larger file "
+        "system, hold it in memory (`storage: memory`), or train with fewer simulations"
+    )
+
+
+def _forget(descriptor: int, name: str) -> None:
+    os.close(descriptor)
+    os.unlink(name)
 
 
 class Arena:
     """*size* bytes in memory or, with *on_disk*, in a file of the directory for temporary files (`TMPDIR`).
 
-    Forked processes share it as it is; others, and what unpickles it, attach to it by its path while its owner lives.
+    Forked processes share it as it is; others attach to it by its path while its owner lives.
     """
 
     def __init__(self, size: int, *, on_disk: bool = False):
         self.size = max(1, size)
         if on_disk:
-            directory = tempfile.gettempdir()
-            free = shutil.disk_usage(directory).free
+            free = shutil.disk_usage(tempfile.gettempdir()).free
             if free < self.size:
-                raise BadRequest(
-                    f"{self.size / 1e9:.1f} GB for a dataset fit neither into memory nor into {directory}, which has "
-                    f"{free / 1e9:.1f} GB left; set TMPDIR to a larger file system, or train with fewer simulations"
-                )
+                raise _no_room(self.size, f"{free / 1e6:,.1f} MB left")
         if hasattr(os, "memfd_create") and not on_disk:
             descriptor, name = os.memfd_create("cxt"), None
         else:
@@ -69,7 +94,12 @@ class Arena:
             self._close = weakref.finalize(self, os.close, descriptor)
         else:
             self.path = name
-            self._close = weakref.finalize(self, os.unlink, name)
+            self._close = weakref.finalize(self, _forget, descriptor, name)
+        if on_disk and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(descriptor, 0, self.size)  # or the first write that finds no room would kill the process
+            except OSError as error:
+                raise _no_room(self.size, error.strerror) from None
         os.ftruncate(descriptor, self.size)
         self._map = mmap.mmap(descriptor, self.size)
 
@@ -81,9 +111,6 @@ class Arena:
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         return self
-
-    def __reduce__(self):
-        return Arena.attach, (self.path, self.size)
 
     def array(self, offset: int, dtype, shape: tuple[int, ...]) -> np.ndarray:
         """The bytes from *offset* on as an array."""

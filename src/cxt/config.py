@@ -119,7 +119,7 @@ class TrainingConfig:
         if self.storage not in STORAGES:
             raise BadRequest(f"unknown storage '{self.storage}'{nearest(self.storage, STORAGES)}")
         for name in (
-            "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
+            "seed", "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
             "validate_every",
         ):  # fmt: skip
             if getattr(self, name) < 0:

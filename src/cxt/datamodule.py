@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cxt.dataset import Batch
+from cxt.errors import BadRequest
 
 
 class EpochBatches(Sampler):
@@ -27,7 +28,7 @@ class EpochBatches(Sampler):
     def set_epoch(self, epoch: int) -> None:  # Lightning calls this
         self.epoch = epoch
 
-    def _order(self) -> torch.Tensor:
+    def _order(self):
         generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         return torch.randperm(self.items, generator=generator)
 
@@ -36,7 +37,7 @@ class EpochBatches(Sampler):
         mine = order[: self.items // self.world * self.world][self.rank :: self.world]
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
-            yield mine[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield [int(item) for item in mine[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def __len__(self) -> int:
         return self.items // self.world // self.batch_size
@@ -45,8 +46,8 @@ class EpochBatches(Sampler):
 class InOrder(EpochBatches):
     """Batches of one rank in the order of their items, for items of which each is new anyway."""
 
-    def _order(self) -> torch.Tensor:
-        return torch.arange(self.items)
+    def _order(self) -> range:
+        return range(self.items)
 
 
 class _StateElsewhere:
@@ -120,8 +121,11 @@ class _Batches(Dataset):
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, items) -> Batch:
-        return self.dataset.batch(items)
+    def __getitem__(self, items) -> Batch | BadRequest:
+        try:
+            return self.dataset.batch(items)
+        except BadRequest as error:
+            return error  # raised in a process, it would come with that process's traceback
 
 
 class ProcessLoader(_StateElsewhere, DataLoader):
@@ -137,6 +141,12 @@ class ProcessLoader(_StateElsewhere, DataLoader):
             pin_memory=pin,
             generator=torch.Generator().manual_seed(1),  # its own: drawing seeds for processes leaves the global one alone
         )
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch, BadRequest):
+                raise batch
+            yield batch
 
 
 class DataModule(pl.LightningDataModule):
@@ -177,11 +187,10 @@ class DataModule(pl.LightningDataModule):
         return self._loader(False, self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
 
     def _loader(self, training: bool, dataset, sampler) -> PrefetchLoader | ProcessLoader:
+        pin = self.trainer.strategy.root_device.type == "cuda"
         if self.in_processes:
-            return ProcessLoader(dataset, sampler, processes=self.workers, pin=torch.cuda.is_available())
-        self._loaders[training] = PrefetchLoader(
-            dataset, sampler, batch_size=self.batch_size, threads=self.workers, pin=torch.cuda.is_available()
-        )
+            return ProcessLoader(dataset, sampler, processes=self.workers, pin=pin)
+        self._loaders[training] = PrefetchLoader(dataset, sampler, batch_size=self.batch_size, threads=self.workers, pin=pin)
         return self._loaders[training]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,8 @@ from cxt.config import STORAGES
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction
 from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
-from cxt.lineage import file_sha256
-from cxt.store import MANIFEST, SPLITS, check_shape, read_manifest, read_shard
+from cxt.lineage import digest
+from cxt.store import MANIFEST, SPLITS, check_content, read_manifest, read_shard
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 
 LARGEST_SHARE = 0.7
@@ -106,7 +107,7 @@ class PairDataset(Dataset):
         self._attach()
         self._read(progress)
         if progress is not None:
-            place = "in a temporary file" if on_disk else "in memory"
+            place = f"in a temporary file in {tempfile.gettempdir()}" if on_disk else "in memory"
             progress(
                 f"{self.path} {split}: {len(self):,} items, {size / 1e6:,.1f} MB {place} "
                 f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
@@ -156,7 +157,7 @@ class PairDataset(Dataset):
     def handle(self) -> dict:
         """What another process of this machine needs to share it, while this one lives; for `shared`."""
         return {
-            "path": str(self.path.absolute()), "split": self.split, "manifest": file_sha256(self.path / MANIFEST),
+            "path": str(self.path.absolute()), "split": self.split, "manifest": digest(self.manifest),
             "grid": dataclasses.astuple(self.grid), "dtype": self._dtype.name, "arena": [self._arena.path, self._arena.size],
         }  # fmt: skip
 
@@ -164,10 +165,10 @@ class PairDataset(Dataset):
     def shared(cls, handle: dict) -> "PairDataset":
         """The dataset that another process has read, from its `handle`; BadRequest if its manifest is another by now."""
         self = cls.__new__(cls)
-        path = Path(handle["path"])
-        if file_sha256(path / MANIFEST) != handle["manifest"]:
-            raise BadRequest(f"{path / MANIFEST} has changed while it was in use; start again")
-        self._describe_shape(path, handle["split"], read_manifest(path), Grid(*handle["grid"]))
+        manifest = read_manifest(handle["path"])
+        if digest(manifest) != handle["manifest"]:
+            raise BadRequest(f"{Path(handle['path']) / MANIFEST} has changed while it was in use; start again")
+        self._describe_shape(handle["path"], handle["split"], manifest, Grid(*handle["grid"]))
         self._dtype = np.dtype(handle["dtype"])
         self._arena = Arena.attach(*handle["arena"])
         self._attach()
@@ -193,9 +194,7 @@ class PairDataset(Dataset):
         """Read one shard's simulations from *row* on; (next row, largest count of any window)."""
         path = self.path / shard["path"]
         arrays, attributes = read_shard(path, sha256=shard["sha256"])
-        check_shape(path, attributes, self.manifest)
-        if not np.isfinite(arrays["log_tmrca"]).all():
-            raise BadRequest(f"shard {path} holds targets that are not finite; delete it and run the workflow again")
+        check_content(path, arrays, attributes, row=shard, shape=self.manifest)
         widest, length = 0, self.manifest["sequence_length"]
         total = np.empty((self.windows + 1) * self.samples, dtype=np.int32)
         for i in range(len(arrays["index"])):
@@ -257,6 +256,8 @@ class PairDataset(Dataset):
         """Several items at once, as small integers; in the first places of *out* if that is given."""
         rows, columns = np.array([self._locate(i) for i in items], dtype=np.int64).reshape(-1, 2).T.copy()
         batch = self.empty_batch(len(rows)) if out is None else out.first(len(rows))
+        if len(batch.tokens) < len(rows):
+            raise ValueError(f"{len(rows)} items do not fit into a batch of {len(batch.tokens)}")
         bins = batch.tokens.numpy()[:, 1:]
         data = (
             self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_fits,

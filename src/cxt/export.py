@@ -4,13 +4,15 @@ import collections
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from cxt.errors import BadRequest
 from cxt.features import missing_fraction, pair_counts, write_missingness
-from cxt.store import SPLITS, check_shape, read_manifest, read_shard
+from cxt.files import check_writable
+from cxt.store import SPLITS, check_content, read_manifest, read_shard
 
 
 def information(path) -> str:
@@ -66,12 +68,7 @@ def verify(path, *, progress=None) -> None:
             shard = Path(path) / row["path"]
             try:
                 arrays, attributes = read_shard(shard, sha256=row["sha256"])
-                check_shape(shard, attributes, manifest)
-                found = {"items": len(arrays["index"]) * attributes["pairs"], "sites": len(arrays["positions"])}
-                if found != {key: row[key] for key in found}:
-                    raise BadRequest(f"shard {shard} holds {found}, its manifest says otherwise; run the workflow again")
-                if not np.isfinite(arrays["log_tmrca"]).all():
-                    raise BadRequest(f"shard {shard} holds targets that are not finite; delete it and run the workflow again")
+                check_content(shard, arrays, attributes, row=row, shape=manifest)
             except BadRequest as error:
                 wrong.append(str(error))
         if progress is not None:
@@ -109,7 +106,8 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
     Raises
     ------
     BadRequest
-        If *out* exists, there is too little disk space, or a shard is damaged.
+        If *out* exists or cannot be written, there is nothing to export or too little disk space, a shard is damaged, or a
+        count is too large for *dtype*.
     """
     manifest, out = read_manifest(path), Path(out)
     if out.exists():
@@ -118,7 +116,7 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
         raise BadRequest(f"--limit {limit}: expected at least 1")
     left = collections.Counter()
     wanted = []
-    for split in splits:
+    for split in dict.fromkeys(splits):
         for row in manifest["splits"][split]["shards"]:
             key = split, row["scenario"]
             take = row["simulations"] if limit is None else min(row["simulations"], limit - left[key])
@@ -126,10 +124,12 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
             if take:
                 wanted.append((split, row, take))
     simulations = sum(take for _, _, take in wanted)
+    if not simulations:
+        raise BadRequest(f"{path} has no simulation in {' or '.join(splits)}; there is nothing to export")
     shape = (manifest["pairs"], 2, len(manifest["scales"]), manifest["windows"], manifest["samples"])
     size = simulations * manifest["regions_per_simulation"] * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    check_writable(out)
     parent = out.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     if size > free:
         raise BadRequest(
@@ -137,13 +137,17 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
             "export fewer with --split or --limit"
         )
     print(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", file=sys.stderr, flush=True)
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     rounded = 0
-    for split, row, take in wanted:
-        rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
-        print(f"{split} {row['scenario']}: {take} simulations", file=sys.stderr, flush=True)
-    temporary.replace(out)
+    try:
+        for split, row, take in wanted:
+            rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
+            print(f"{split} {row['scenario']}: {take} simulations", file=sys.stderr, flush=True)
+        temporary.chmod(0o755)
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
     if rounded:
         print(f"note: {rounded} counts above 2048 were rounded to {dtype}; --dtype float32 keeps them", file=sys.stderr)
     return simulations
@@ -152,13 +156,17 @@ def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "
 def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, take: int, dtype: str) -> int:
     """Export the first *take* simulations of a shard; how many counts were rounded."""
     arrays, attributes = read_shard(shard, sha256=row["sha256"])
-    check_shape(shard, attributes, manifest)
+    check_content(shard, arrays, attributes, row=row, shape=manifest)
     rounded = 0
     for i in range(take * manifest["regions_per_simulation"]):
         index, region = int(arrays["index"][i]), i % manifest["regions_per_simulation"]
         target = directory / row["scenario"] / (f"ts_{index:08d}_i{index}" + (f"_r{region}" if region else ""))
         target.mkdir(parents=True)
         counts = _dense(arrays, i, attributes)
+        if counts.max() > np.finfo(dtype).max:
+            raise BadRequest(
+                f"{shard}, simulation {index}: a count of {counts.max():.0f} is too large for {dtype}; use float32"
+            )
         dense = counts.astype(dtype)
         rounded += int((dense[..., 1:] != counts[..., 1:]).sum())
         np.save(target / "X.npy", dense)

@@ -276,8 +276,9 @@ def training_memory_mb(config: dict, name: str) -> int:
 
 
 def training_threads(config: dict, name: str) -> int:
-    """CPU threads of all processes of a model's training."""
-    return training_config(config, name).threads * max(1, devices(config, name))
+    """CPU threads of all processes of a model's training, those that make batches among them."""
+    training = training_config(config, name)
+    return (training.threads + training.workers) * max(1, devices(config, name))
 
 
 def parent_flag(config: dict, name: str) -> list[str]:

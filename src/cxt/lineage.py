@@ -27,6 +27,7 @@ STAGE_SOURCES = {
         "datamodule.py",
         "training.py",
         "fit.py",
+        "source.py",
         "train.py",
     ),
     "evaluate": (

@@ -32,14 +32,22 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
     Raises
     ------
     BadRequest
-        If the scenarios differ in length, a length is not a multiple of *window_size*, or there are too few samples.
+        If a scenario is named twice, the scenarios differ in length, a length is not a multiple of *window_size*, or there
+        are too few samples.
     """
+    names = [leaf["name"] for leaf in leaves]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadRequest(f"--simulate: {', '.join(twice)} named twice; its items would be the same, held out or not")
+    if window_size < 1:
+        raise BadRequest(f"--window-size {window_size}: expected at least 1")
     lengths = {int(leaf["sequence_length"]) for leaf in leaves}
     if len(lengths) > 1:
         raise BadRequest(f"--simulate: the scenarios have sequences of {sorted(lengths)} bp; they must be equally long")
     (length,) = lengths
     if length % window_size:
         raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
+    if held_out + items > LIVE_START:
+        raise BadRequest(f"--simulate: {held_out + items:,} items asked, at most {LIVE_START:,} can be simulated")
     fewest = min(_haplotypes(leaf) for leaf in leaves)
     if samples is None:
         samples = fewest
@@ -102,6 +110,8 @@ class SimulatedDataset(Dataset):
         """Several items at once; in the first places of *out* if that is given."""
         items = list(items)
         batch = self.empty_batch(len(items)) if out is None else out.first(len(items))
+        if len(batch.tokens) < len(items):
+            raise ValueError(f"{len(items)} items do not fit into a batch of {len(batch.tokens)}")
         for row, i in enumerate(items):
             entry = self._simulated(i)
             pair_counts(

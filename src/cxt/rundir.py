@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from cxt.errors import BadRequest
-from cxt.files import atomic_write
+from cxt.files import atomic_write, check_writable
 from cxt.lineage import file_sha256
 
 
@@ -42,7 +42,7 @@ class RunDirectory:
 
         `lockf` dies with its process and is not inherited by forked loader workers.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        check_writable(self.path / "run.json")
         self._lock = open(self._lock_path(), "a+")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,12 @@ class RunDirectory:
     def state(self) -> dict | None:
         """What run.json says, or None for a directory in which nothing was started."""
         path = self.path / "run.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise BadRequest(f"{path} is damaged: {error}; delete {self.path} to start afresh") from None
 
     def supersede(self) -> Path:
         """Rename the directory to `…-superseded-N`, make an empty one, and return the new name of the old."""

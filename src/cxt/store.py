@@ -23,6 +23,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,9 @@ SPLITS = ("train", "test")
 MANIFEST = "dataset.json"
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
 """What all shards of a dataset agree on."""
+
+REBUILD = f"delete it and the dataset's {MANIFEST}, and run the workflow again"
+"""What to do about a bad shard; the manifest too, or Snakemake would find nothing to do."""
 
 
 @dataclasses.dataclass
@@ -119,20 +123,19 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; run the workflow again to rebuild it") from None
+        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {REBUILD}") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise BadRequest(
+            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; {REBUILD}"
+        )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
             content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
-    except (zipfile.BadZipFile, FileNotFoundError, KeyError, ValueError, EOFError) as error:
-        raise BadRequest(f"shard {path} is damaged or truncated: {error}; delete it and run the workflow again") from None
+    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError, EOFError, RuntimeError) as error:
+        raise BadRequest(f"shard {path} is damaged or truncated: {error}; {REBUILD}") from None
     _check_version(f"shard {path}", version)
-    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise BadRequest(
-            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; delete it and "
-            "run the workflow again"
-        )
     try:
         yield group, data
     finally:
@@ -146,6 +149,23 @@ def check_shape(path, attributes: dict, shape: dict) -> None:
     if found != expected:
         words = [f"{key} {found[key]} instead of {expected[key]}" for key in SHAPE_KEYS if found[key] != expected[key]]
         raise BadRequest(f"shard {path} belongs to another dataset: {', '.join(words)}")
+
+
+def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dict) -> None:
+    """BadRequest if a shard is of another dataset, is not what its *row* of the manifest says, or holds targets like NaN."""
+    check_shape(path, attributes, shape)
+    found = {
+        "items": len(arrays["index"]) * attributes["pairs"],
+        "sites": len(arrays["positions"]),
+        "simulations": len(np.unique(arrays["index"])),
+        "scenario": attributes["scenario"],
+        "split": attributes["split"],
+    }
+    expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
+    if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
+        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {REBUILD}")
+    if not np.isfinite(arrays["log_tmrca"]).all():
+        raise BadRequest(f"shard {path} holds targets that are not finite; {REBUILD}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
@@ -228,7 +248,42 @@ def read_manifest(directory) -> dict:
             f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or "
             "`python -m cxt.preprocess manifest`"
         ) from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, no UTF-8
         raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; delete it and run the workflow again") from None
-    _check_version(str(directory / MANIFEST), manifest["schema_version"])
+    if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
+        _check_version(str(directory / MANIFEST), manifest["schema_version"])
+    fault = _fault(manifest)
+    if fault is not None:
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; delete it and run the workflow again")
     return manifest
+
+
+def _fault(manifest) -> str | None:
+    """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
+    try:
+        numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
+        if not all(isinstance(n, int) and n > 0 for n in [*numbers, *manifest["scales"]]):
+            return "a size is not a positive whole number"
+        if manifest["windows"] != manifest["sequence_length"] // manifest["window_size"]:
+            return f"windows is {manifest['windows']}, which sequence_length and window_size do not make"
+        if not isinstance(manifest["missing"], bool) or not isinstance(manifest["schema_version"], int):
+            return "`missing` or `schema_version` is of another type"
+        for split in SPLITS:
+            part = manifest["splits"][split]
+            rows = part["shards"]
+            for key in ("simulations", "items", "sites", "bytes"):
+                if part[key] != sum(row[key] for row in rows) or min([0, *(row[key] for row in rows)]) < 0:
+                    return f"the {key} of {split} are not those of its shards"
+            names = [row["path"] for row in rows]
+            if len(set(names)) < len(names):
+                return f"a shard of {split} is listed twice"
+            for row in rows:
+                if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
+                    return f"{row['path']} is no shard of {split}"
+                if not isinstance(row["sha256"], str) or "/" in row["scenario"] or row["scenario"] in ("", ".", ".."):
+                    return f"the entry of {row['path']}"
+    except KeyError as error:
+        return f"it has no {error}"
+    except (TypeError, IndexError, ZeroDivisionError):
+        return "a value is of another type"
+    return None

@@ -24,12 +24,12 @@ from cxt.config import (
     check_missingness,
     steps_per_epoch,
 )
-from cxt.configfile import load, read_yaml
+from cxt.configfile import read_yaml
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.features import SCALES
+from cxt.files import check_writable
 from cxt.lineage import STAGE_VERSION, file_sha256, stage_lineage
 from cxt.rundir import RunDirectory, newest_version, next_version
-from cxt.scenarios import leaves
+from cxt.source import check_source, live_source, source_of
 from cxt.store import MANIFEST, read_manifest
 
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
@@ -158,56 +158,6 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
     return "gpu", wanted
 
 
-def source_of(args) -> str:
-    """The dataset or the scenarios that a run trains on, in words."""
-    return args.dataset_path or f"--simulate {' '.join(args.simulate)}"
-
-
-def check_source(args) -> None:
-    """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
-    if (args.dataset_path is None) == (args.simulate is None):
-        raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise BadRequest(f"--max-steps {args.max_steps}: expected at least 1")
-    if args.simulate is None:
-        for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
-        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name) not in (None, [])]:
-            raise BadRequest(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning without --simulate")
-        return
-    if args.max_steps is None:
-        raise BadRequest("--simulate has no end of its own: say with --max-steps how long to train")
-    if args.epochs != TrainingConfig().epochs:
-        raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
-    if (args.eval_samples is None) == (args.eval_max_batches is None):
-        raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
-    if (args.eval_max_batches if args.eval_samples is None else args.eval_samples) < 1:
-        raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
-
-
-def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
-    """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
-    from cxt.kinds import check_leaf
-    from cxt.live import live_manifest
-
-    config = load(args.configfile)
-    chosen = []
-    for name in args.simulate:
-        if name not in config["scenarios"]:
-            raise BadRequest(f"--simulate: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
-        chosen += [leaf.spec for leaf in leaves(name, config["scenarios"][name])]
-    for leaf in chosen:
-        check_leaf(leaf)
-    manifest = live_manifest(
-        chosen,
-        window_size=args.window_size or PRESETS[args.model].window_size,
-        samples=args.samples,
-        scales=SCALES,
-        held_out=args.eval_samples or args.eval_max_batches * training.batch_size,
-        items=args.max_steps * training.batch_size * training.grad_accum * world,
-    )
-    return chosen, manifest
-
-
 def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
     """Network and adapter of this run, checked against dataset and parent."""
     is_adapter = args.adapter or args.resume_adapter is not None
@@ -312,8 +262,8 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(words)
 
 
-def open_run(args, identity: dict, settings: dict) -> RunDirectory:
-    """The locked run directory of this run: continued, superseded, or new and not yet started; says which."""
+def open_run(args, identity: dict) -> tuple[RunDirectory, str | None]:
+    """The locked run directory of this run, and why what it holds is not this run's (None if it is, or is empty)."""
     if args.run_dir is not None:
         path = Path(args.run_dir)
     elif args.resume:
@@ -327,11 +277,10 @@ def open_run(args, identity: dict, settings: dict) -> RunDirectory:
         reason = "--restart" if args.restart else differences(state["identity"], identity)
         if args.resume:
             raise BadRequest(f"{path} was started with {reason}; leave --resume out to start afresh")
-        print(f"starting afresh ({reason}); the old run is kept as {run.supersede()}", flush=True)
-        state = None
+        return run, reason
     if state is None and args.resume:
         print(f"nothing to resume in {path}: starting from step 0", file=sys.stderr, flush=True)
-    return run
+    return run, None
 
 
 def train(args) -> None:
@@ -340,15 +289,15 @@ def train(args) -> None:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
     check_source(args)
+    if args.out is not None:
+        check_writable(args.out)
     accelerator, devices = choose_devices(args)
     world = len(devices) if isinstance(devices, list) else devices
     if args.simulate is None:
         simulated, manifest = None, read_manifest(args.dataset_path)
         data_digest = file_sha256(Path(args.dataset_path) / MANIFEST)
     else:
-        training = dataclasses.replace(
-            training, epochs=1, validate_every=training.validate_every or max(1, args.max_steps // 10)
-        )
+        training = dataclasses.replace(training, epochs=1, validate_every=training.validate_every or -(-args.max_steps // 10))
         simulated, manifest = live_source(args, training, world=world)
         data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
     parent_file, parent = read_parent(args)
@@ -365,11 +314,11 @@ def train(args) -> None:
     }
     is_rank_0 = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_rank_0:
-        run = open_run(args, identity, settings)
+        run, stale = open_run(args, identity)
         os.environ[RUN_DIRECTORY_OF_RANK_0] = str(run.path)
     else:
-        run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
-    if run.finished_checkpoint() is None:
+        run, stale = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0]), None
+    if stale is not None or run.finished_checkpoint() is None:
         from cxt.fit import Plan, data_of, fit
 
         plan = Plan(
@@ -396,6 +345,8 @@ def train(args) -> None:
         except BadRequest:
             run.discard_if_empty()
             raise
+        if stale is not None:
+            print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
         if is_rank_0 and run.state() is None:
             run.start(identity, settings)
         fit(plan, run, data)
