@@ -295,7 +295,8 @@ def memory(*, gigabytes: float, scratch: Path) -> None:
     copies = int(gigabytes * 1e9 / shard.stat().st_size)
     for copy in range(1, copies):
         os.link(shard, directory / f"train/bench-{100 * copy}.zarr.zip")
-    os.link(shard, directory / "test/bench-0.zarr.zip")
+    held_out = [preprocess_one(simulated("human-like", seed=seed), spec) for seed in range(101, 104)]
+    write_shard(directory / "test/bench-0.zarr.zip", held_out, attributes_of(spec) | {"split": "test"})
     names = [f"train/bench-{100 * copy}.zarr.zip" for copy in range(copies)]
     manifest = write_manifest(directory, {"train": names, "test": ["test/bench-0.zarr.zip"]})
     size = sum(manifest["splits"][split]["bytes"] for split in manifest["splits"])

@@ -199,6 +199,12 @@ def test_a_manifest_that_counts_wrong(copy, key):
             read(copy)
 
 
+def test_a_training_shard_among_the_held_out(copy):
+    shutil.copy(copy / "train/constant-0.zarr.zip", copy / "test/constant-0.zarr.zip")
+    with pytest.raises(BadRequest, match=r"test/constant-0\.zarr\.zip is of train, not of test"):
+        write_manifest(copy, {split: [f"{split}/constant-0.zarr.zip"] for split in ("train", "test")})
+
+
 def test_verify_names_every_bad_shard(copy):
     for split in ("train", "test"):
         (copy / split / "constant-0.zarr.zip").unlink()

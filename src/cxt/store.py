@@ -192,6 +192,8 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
                 attributes = dict(group.attrs)
                 shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
                 check_shape(directory / name, attributes, shape)
+                if attributes["split"] != split:
+                    raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
                 index, sites = group["index"][:], group["positions"].shape[0]
             rows.append(
                 {
