@@ -1,6 +1,7 @@
 """Shared fixtures: real msprime simulations, a tiny dataset, and a finished tiny workflow."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,26 @@ def masked_dataset(tmp_path_factory) -> Path:
 def dataset_n10(tmp_path_factory) -> Path:
     """The same simulations, their first ten haplotypes."""
     return build_dataset(tmp_path_factory.mktemp("n10"), samples=10)
+
+
+@pytest.fixture
+def copy(dataset, tmp_path) -> Path:
+    """A dataset to damage."""
+    return shutil.copytree(dataset, tmp_path / "copy")
+
+
+def damage_shard(shard: Path, damage: str, *, other: Path) -> None:
+    """Damage a shard: flip a bit, cut it, remove it, or put the one of the dataset *other* in its place."""
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "cut":
+        shard.write_bytes(data[: len(data) // 2])
+    elif damage == "missing":
+        shard.unlink()
+    else:
+        shutil.copy(other / shard.parent.name / shard.name, shard)
 
 
 def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=True) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import build_dataset, constant_scenario, run_python
+from conftest import build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.dataset import model_input
@@ -139,24 +139,9 @@ def test_simulation_without_sites(tmp_path):
     assert (y[1:] >= 2).all()
 
 
-@pytest.fixture
-def copy(dataset, tmp_path):
-    return shutil.copytree(dataset, tmp_path / "copy")
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "another dataset"])
 def test_damaged_shards_are_named(copy, damage, masked_dataset):
-    shard = copy / "train" / "constant-0.zarr.zip"
-    data = bytearray(shard.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    elif damage == "cut":
-        shard.write_bytes(data[: len(data) // 2])
-    elif damage == "gone":
-        shard.unlink()
-    else:
-        shutil.copy(masked_dataset / "train" / "constant-0.zarr.zip", shard)
+    damage_shard(copy / "train/constant-0.zarr.zip", damage, other=masked_dataset)
     with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip"):
         PairDataset(copy, "train")
     if damage != "flip":

@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, run_python
+from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features
 from cxt.errors import BadRequest
@@ -57,27 +57,6 @@ def test_info(dataset):
     assert run_python("-m", "cxt.dataset", "info", dataset).stdout == text + "\n"
 
 
-@pytest.fixture
-def copy(dataset, tmp_path):
-    return shutil.copytree(dataset, tmp_path / "copy")
-
-
-def damage_shard(directory, damage, other):
-    """Damage one shard of *directory*."""
-    shard = directory / "test" / "constant-0.zarr.zip"
-    data = bytearray(shard.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    elif damage == "missing":
-        shard.unlink()
-    elif damage == "another dataset":
-        shutil.copy(other / "test" / "constant-0.zarr.zip", shard)
-    else:
-        text = (directory / "dataset.json").read_text()
-        (directory / "dataset.json").write_text(text.replace('"schema_version": 3', '"schema_version": 4'))
-
-
 DAMAGE = {
     "flip": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists \(its checksum differs\): damaged",
     "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file or directory; delete it and the",
@@ -89,7 +68,11 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
     verify(copy)
-    damage_shard(copy, damage, masked_dataset)
+    if damage == "newer":
+        text = (copy / "dataset.json").read_text()
+        (copy / "dataset.json").write_text(text.replace('"schema_version": 3', '"schema_version": 4'))
+    else:
+        damage_shard(copy / "test/constant-0.zarr.zip", damage, other=masked_dataset)
     words = "--layers 1 --heads 2 --width 32 --batch-size 8 --devices 0 --threads 1 --run-dir"
     for command in (["dataset", "verify", copy], ["train", "--dataset-path", copy, *words.split(), tmp_path / "run"]):
         done = run_python("-m", f"cxt.{command[0]}", *command[1:], check=False)

@@ -55,14 +55,6 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part[:items] for part in self))
 
 
-def empty_batch(items: int, *, scales: int, windows: int, samples: int, dtype, missing: bool, pin: bool = False) -> Batch:
-    """A batch to be filled, and filled again; *pin* keeps its pages in place for copies to a GPU."""
-    counts = torch.from_numpy(np.empty((items, 2, scales, windows, samples), dtype=dtype))
-    fractions = torch.empty((items, scales, windows)) if missing else None
-    tokens = torch.full((items, windows + 1), START_TOKEN, dtype=torch.int64)
-    return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
-
-
 def model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
     """log1p of raw counts, float32; missing fractions f become ln(1 + e^f) and ln(1 + e^(1-f)) in frequency bin 0."""
     x = torch.log1p(counts.float())
@@ -72,7 +64,44 @@ def model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Ten
     return x
 
 
-class PairDataset(Dataset):
+class Items(Dataset):
+    """What items have in common, wherever they come from: a `batch` of several is computed at once, and one is a batch of one.
+
+    A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and the type to count in, *_dtype*.
+    """
+
+    def _from_start(self, i: int) -> int:
+        """Item *i*, counted from the end if it is negative, counted from the start; IndexError if there is none."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"item {i} of {len(self)}")
+        return int(i) % len(self)
+
+    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
+        """A batch that `batch` can fill, again and again; *pin* keeps its pages in place for copies to a GPU."""
+        shape = (items, 2, len(self.scales), self.windows, self.samples)
+        counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
+        fractions = torch.empty((items, len(self.scales), self.windows)) if self.manifest["missing"] else None
+        tokens = torch.full((items, self.windows + 1), START_TOKEN, dtype=torch.int64)
+        return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
+
+    def _room_for(self, items: int, out: Batch | None) -> Batch:
+        """The first places of *out*, or a new batch; ValueError if *out* has fewer than *items*."""
+        if out is None:
+            return self.empty_batch(items)
+        if len(out.tokens) < items:
+            raise ValueError(f"{items} items do not fit into a batch of {len(out.tokens)}")
+        return out.first(items)
+
+    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What torch's loaders ask for: the items of a batch, computed at once."""
+        counts, missing, tokens = self.batch(items)
+        return list(zip(model_input(counts, missing), tokens, strict=True))
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.__getitems__([i])[0]
+
+
+class PairDataset(Items):
     """The items of one split of a dataset.
 
     ``len()`` is the number of items; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
@@ -241,23 +270,12 @@ class PairDataset(Dataset):
         return int(self._start[self._locate(i)[0]])
 
     def _locate(self, i: int) -> tuple[int, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
-        return divmod(int(i) % len(self), self.pairs_per_simulation)
-
-    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
-        """A batch for *items* items that `batch` can fill."""
-        return empty_batch(
-            items, scales=len(self.scales), windows=self.windows, samples=self.samples, dtype=self._dtype,
-            missing=self.manifest["missing"], pin=pin,
-        )  # fmt: skip
+        return divmod(self._from_start(i), self.pairs_per_simulation)
 
     def batch(self, items, *, out: Batch | None = None) -> Batch:
         """Several items at once, as small integers; in the first places of *out* if that is given."""
         rows, columns = np.array([self._locate(i) for i in items], dtype=np.int64).reshape(-1, 2).T.copy()
-        batch = self.empty_batch(len(rows)) if out is None else out.first(len(rows))
-        if len(batch.tokens) < len(rows):
-            raise ValueError(f"{len(rows)} items do not fit into a batch of {len(batch.tokens)}")
+        batch = self._room_for(len(rows), out)
         bins = batch.tokens.numpy()[:, 1:]
         data = (
             self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_fits,
@@ -268,14 +286,6 @@ class PairDataset(Dataset):
         if batch.missing is not None:
             np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
         return batch
-
-    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What torch's loaders ask for: the items of a batch, computed at once."""
-        counts, missing, tokens = self.batch(items)
-        return list(zip(model_input(counts, missing), tokens, strict=True))
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.__getitems__([i])[0]
 
 
 def open_dataset(path, split: str, *, grid: Grid, storage: str, progress) -> PairDataset:

@@ -6,9 +6,8 @@ random pair is taken. The first items are held out, and training begins after th
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from cxt.dataset import Batch, Item, empty_batch, model_input
+from cxt.dataset import Batch, Item, Items
 from cxt.errors import BadRequest
 from cxt.features import pair_counts
 from cxt.kinds import simulate_one
@@ -64,7 +63,7 @@ def _haplotypes(leaf: dict) -> int:
     return 2 * (sum(individuals.values()) if isinstance(individuals, dict) else individuals)
 
 
-class SimulatedDataset(Dataset):
+class SimulatedDataset(Items):
     """Items simulated on the fly, with the interface of `cxt.dataset.PairDataset`.
 
     Parameters
@@ -84,13 +83,13 @@ class SimulatedDataset(Dataset):
         self._first = 0 if split == "test" else manifest["splits"]["test"]["items"]
         self._spec = {key: manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs")}
 
+        self._dtype = np.dtype(np.int32)
+
     def __len__(self) -> int:
         return self.manifest["splits"][self.split]["items"]
 
     def _simulated(self, i: int):
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
-        number = self._first + int(i) % len(self)
+        number = self._first + self._from_start(i)
         leaf = self.leaves[number % len(self.leaves)]
         ts = simulate_one(leaf, index=LIVE_START + number // len(self.leaves), seed=self.seed)
         return preprocess_one(ts, self._spec)
@@ -100,18 +99,10 @@ class SimulatedDataset(Dataset):
         entry = self._simulated(i)
         return Item(entry.scenario, entry.index, tuple(map(int, entry.pairs[0])))
 
-    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
-        """A batch for *items* items that `batch` can fill."""
-        return empty_batch(
-            items, scales=len(self.scales), windows=self.windows, samples=self.samples, dtype=np.int32, missing=False, pin=pin
-        )
-
     def batch(self, items, *, out: Batch | None = None) -> Batch:
         """Several items at once; in the first places of *out* if that is given."""
         items = list(items)
-        batch = self.empty_batch(len(items)) if out is None else out.first(len(items))
-        if len(batch.tokens) < len(items):
-            raise ValueError(f"{len(items)} items do not fit into a batch of {len(batch.tokens)}")
+        batch = self._room_for(len(items), out)
         for row, i in enumerate(items):
             entry = self._simulated(i)
             pair_counts(
@@ -127,10 +118,3 @@ class SimulatedDataset(Dataset):
             # Rounded as stored targets are.
             batch.tokens[row] = torch.from_numpy(self.grid.tokens(entry.log_tmrca.astype(np.float32))[0])
         return batch
-
-    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        counts, missing, tokens = self.batch(items)
-        return list(zip(model_input(counts, missing), tokens, strict=True))
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.__getitems__([i])[0]
