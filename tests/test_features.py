@@ -6,7 +6,7 @@ import pytest
 from conftest import simulate
 
 from cxt import pair_features
-from cxt.features import first_sites, missing_fraction, pair_counts
+from cxt.features import first_sites, missing_fraction, pack_haplotypes, pair_counts, usable_sites
 
 SCALES = (2, 8, 32, 64)
 
@@ -122,6 +122,24 @@ def test_missing_fraction_of_truncated_windows():
     f = missing_fraction(mask, window_size=10, sequence_length=100, scales=(1, 4))
     assert f[0].tolist() == [0] * 9 + [0.5]
     np.testing.assert_allclose(f[1], [0] * 6 + [5 / 40, 5 / 30, 5 / 20, 5 / 10])
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+@pytest.mark.parametrize("windows", [1, 3, 37])
+def test_wherever_the_result_begins_only_it_is_written(windows, dtype):
+    """Counts are stored by whole lines of memory where these begin; what is beside them is not touched."""
+    samples, size = 10, 1000
+    ts = simulate(seed=9, length=windows * size)
+    genotypes, positions = usable_sites(ts.genotype_matrix(), ts.sites_position, sequence_length=windows * size)
+    slow = slow_features(genotypes, positions, PAIRS, window_size=size, sequence_length=windows * size)
+    memory = np.empty(slow.size + 160, dtype=dtype)
+    for begin in range(0, 64, 5):
+        memory[:] = -7
+        out = memory[begin : begin + slow.size].reshape(slow.shape)
+        pair_counts(pack_haplotypes(genotypes), positions, PAIRS, window_size=size, windows=windows, samples=samples, out=out)
+        assert np.array_equal(out, slow)
+        assert (memory[:begin] == -7).all()
+        assert (memory[begin + slow.size :] == -7).all()
 
 
 def test_small_integers_hold_the_same_counts():

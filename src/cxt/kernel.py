@@ -5,6 +5,8 @@ Single-threaded, and without Python's lock, so that threads which load batches r
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 _PLACES = np.zeros(64, dtype=np.int64)
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number
@@ -39,7 +41,10 @@ def accumulate(cumulative, samples):
 
 @numba.njit(cache=True, nogil=True)
 def _accumulate_both(differ, total, agree, samples):
-    """`accumulate` for *differ*, and into *agree* the same of what *differ* leaves of *total* (windows · samples,)."""
+    """`accumulate` for *differ*, and into *agree* the same of what *differ* leaves of *total* (windows · samples,).
+
+    Rows beyond the last window repeat its sum, so that windows of any scale end inside.
+    """
     agree[:samples] = 0
     for begin in range(0, len(total), samples):
         middle, end = begin + samples, begin + 2 * samples
@@ -50,33 +55,79 @@ def _accumulate_both(differ, total, agree, samples):
             count = differ_here[v]
             differ_here[v] = differ_before[v] + count
             agree_here[v] = agree_before[v] + all_here[v] - count
+    for begin in range(len(total), len(differ) - samples, samples):
+        for sums in (differ, agree):
+            sums[begin + samples : begin + 2 * samples] = sums[begin : begin + samples]
+
+
+LINE = 64  # bytes that processors read and write at once
+
+
+@intrinsic
+def _subtract_line(typing_context, above, below, out, i):
+    """out[i + v] = above[i + v] - below[i + v] for the places v of one line of *out*, past the processor's caches.
+
+    A batch is larger than they are: storing it through them would first read from memory all that is overwritten.
+    Place i must begin a line.
+    """
+
+    def code(context, builder, signature, arguments):
+        counts, results = signature.args[0].dtype, signature.args[2].dtype
+        places = LINE * 8 // results.bitwidth
+
+        def line_of(argument, dtype):
+            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+            line = ir.VectorType(context.get_data_type(dtype), places)
+            return line, builder.bitcast(builder.gep(array.data, [arguments[3]]), line.as_pointer())
+
+        operands = [builder.load(line_of(argument, counts)[1], align=counts.bitwidth // 8) for argument in (0, 1)]
+        line, target = line_of(2, results)
+        difference = builder.sub(*operands)
+        if isinstance(results, numba.types.Float):
+            difference = builder.sitofp(difference, line)
+        stored = builder.store(difference, target, align=LINE)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return numba.types.void(above, below, out, i), code
+
+
+@intrinsic
+def _all_stored(typing_context):
+    """Whoever is told from here on that something is done finds all that was stored before, by `_subtract_line` too."""
+
+    def code(context, builder, signature, arguments):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return numba.types.void(), code
 
 
 @numba.njit(cache=True, nogil=True)
 def _subtract(above, below, out):
-    for i in range(len(out)):
+    places = LINE // out.itemsize
+    begin = min(len(out), (-out.ctypes.data % LINE) // out.itemsize)
+    end = begin + (len(out) - begin) // places * places
+    for i in range(begin):
         out[i] = above[i] - below[i]
+    for i in range(begin, end, places):
+        _subtract_line(above, below, out, i)
+    for i in range(end, len(out)):
+        out[i] = above[i] - below[i]
+
+
+@numba.njit(cache=True, nogil=True)
+def _all_scales(cumulative, scales, out):
+    """Fill *out* (scales, windows, samples) with the counts of each window from what `_accumulate_both` makes."""
+    windows, samples = out.shape[1], out.shape[2]
+    for m in range(len(scales)):
+        _subtract(cumulative[scales[m] * samples :], cumulative, out[m].reshape(windows * samples))
 
 
 @numba.njit(cache=True, nogil=True)
 def _copy(source, out):
     for i in range(len(out)):
         out[i] = source[i]
-
-
-@numba.njit(cache=True, nogil=True)
-def _all_scales(cumulative, scales, out):
-    """Fill *out* (scales, windows, samples) with the counts of each window from their cumulative sum.
-
-    All windows of a scale that end inside are one difference of two stretches; the others end with the last.
-    """
-    windows, samples = out.shape[1], out.shape[2]
-    for m in range(len(scales)):
-        inside = max(0, windows - scales[m]) * samples
-        flat = out[m].reshape(windows * samples)
-        _subtract(cumulative[windows * samples - inside :], cumulative[:inside], flat[:inside])
-        for begin in range(inside, windows * samples, samples):
-            _subtract(cumulative[windows * samples :], cumulative[begin : begin + samples], flat[begin : begin + samples])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -88,12 +139,18 @@ def total_counts(derived, first_site, samples, out):
 
 
 @numba.njit(cache=True, nogil=True)
+def scratch(total, scales, samples):
+    """Room for `one_pair` to sum in: a row of each window of *total*, and as many more as the widest scale has windows."""
+    return np.empty(len(total) + scales.max() * samples, total.dtype)
+
+
+@numba.njit(cache=True, nogil=True)
 def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
     """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
 
     *words* (samples, words) holds 64 sites of a haplotype a word; *derived* (sites,) the derived allele counts, *first_site*
     (windows + 1,) the first site of each window; *total* (windows · samples,) is from `total_counts`. *differ* and *agree*
-    are scratch for a window more. All three may be int16: differences are right even where the sums have wrapped around.
+    are from `scratch`. All three may be int16: differences are right even where the sums have wrapped around.
     """
     samples = out.shape[3]
     differ[:] = 0
@@ -109,6 +166,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
     _accumulate_both(differ, total, agree, samples)
     _all_scales(differ, scales, out[0])
     _all_scales(agree, scales, out[1])
+    _all_stored()
 
 
 @numba.njit(cache=True, nogil=True)
@@ -126,8 +184,7 @@ def haplotype_words(packed, words):
 def pairs_of_one(words, derived, first_site, pairs, scales, total, out):
     """`one_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
     samples = out.shape[4]
-    differ = np.empty(len(total) + samples, total.dtype)
-    agree = np.empty_like(differ)
+    differ, agree = scratch(total, scales, samples), scratch(total, scales, samples)
     total[:] = 0
     total_counts(derived, first_site, samples, total)
     for p in range(len(pairs)):
@@ -177,8 +234,7 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
     words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]
     total = np.empty(windows * samples, counts.dtype)
-    differ = np.empty((windows + 1) * samples, counts.dtype)
-    agree = np.empty_like(differ)
+    differ, agree = scratch(total, scales, samples), scratch(total, scales, samples)
     last = -1
     for i in range(len(rows)):
         row, column = rows[i], columns[i]
