@@ -1,15 +1,20 @@
 """What the simulate stage costs beside the coalescent itself, in CPU seconds.
 
-    python benchmarks/simulate_overhead.py [CONFIGFILE …]
+    python benchmarks/simulate_overhead.py [--repeats 3] [CONFIGFILE …]
 
-Runs every simulation job of a configuration (default: the laptop's) under Snakemake, in a temporary directory, and
-compares the CPU time of Snakemake and all its jobs with a bare loop, in one process, over the very calls of
-msprime.sim_ancestry and msprime.sim_mutations that those jobs make; that process's import of msprime is counted once.
-One job at a time, since two that share a processor's caches cost each other time that has nothing to do with the stage.
+Runs every simulation job of a configuration (default: the laptop's) under Snakemake, in a temporary directory, and beside
+it, at the same time on another core, a bare loop in one process over the very calls of msprime.sim_ancestry and
+msprime.sim_mutations that those jobs make. Compares the CPU time of Snakemake and all its jobs with that of the loop, to
+which its import of msprime is added. At the same time, because minutes later the machine may be another, and jobs one at
+a time, so that both sides have a core and the same neighbour.
 """
 
+import argparse
+import gc
+import multiprocessing
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +32,7 @@ from cxt.kinds import simulate_one  # noqa: E402
 from cxt.scenarios import batches  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS = ("sim_ancestry", "sim_mutations")
 
 
 def jobs_of(config: dict) -> list[tuple[dict, int, int]]:
@@ -44,54 +50,87 @@ def jobs_of(config: dict) -> list[tuple[dict, int, int]]:
     return list(planned.values())
 
 
-def bare_seconds(spec: dict, start: int, count: int, seed: int) -> float:
-    """CPU seconds of the msprime calls of one job, recorded first and then repeated one after another."""
-    calls = []
-    originals = {name: getattr(msprime, name) for name in ("sim_ancestry", "sim_mutations")}
+def recorded(jobs: list, *, seed: int) -> list[list]:
+    """Of every simulation of *jobs* the calls: (name, arguments, keywords), but for the trees that one gives the next."""
+    simulations, originals = [], {name: getattr(msprime, name) for name in STEPS}
+    last = None
 
     def recorder(name):
         def record(*args, **kwargs):
-            calls.append((name, args, kwargs))
-            return originals[name](*args, **kwargs)
+            nonlocal last
+            if name == "sim_mutations":
+                if args[0] is not last:
+                    raise SystemExit("sim_mutations was not given what sim_ancestry made: this benchmark cannot repeat it")
+                simulations[-1].append((name, args[1:], kwargs))
+            else:
+                simulations[-1].append((name, args, kwargs))
+            last = originals[name](*args, **kwargs)
+            return last
 
         return record
 
-    spent = 0.0
-    for index in range(start, start + count):
-        calls.clear()
-        for name in originals:
-            setattr(msprime, name, recorder(name))
-        try:
-            simulate_one(spec, index=index, seed=seed)
-        finally:
-            for name, original in originals.items():
-                setattr(msprime, name, original)
-        began = time.process_time()
+    for name in STEPS:
+        setattr(msprime, name, recorder(name))
+    try:
+        for spec, start, count in jobs:
+            for index in range(start, start + count):
+                simulations.append([])
+                simulate_one(spec, index=index, seed=seed)
+    finally:
+        for name, original in originals.items():
+            setattr(msprime, name, original)
+    return simulations
+
+
+def bare(simulations: list[list], sender) -> None:
+    """Repeat what was recorded, and send the CPU seconds it took."""
+    began = time.process_time()
+    for calls in simulations:
+        ts = ()
         for name, args, kwargs in calls:
-            originals[name](*args, **kwargs)
-        spent += time.process_time() - began
-    return spent
+            ts = (getattr(msprime, name)(*ts, *args, **kwargs),)
+    sender.send(time.process_time() - began)
 
 
-def main() -> None:
-    config = load(sys.argv[1:])
-    jobs = jobs_of(config)
+def staged(configfiles: list[str], *, jobs: int) -> float:
+    """CPU seconds of the simulate stage under Snakemake, Snakemake's own included."""
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", directory]
         command += ["--cores", "1", "--quiet", "all", "--until", "simulate"]
-        if sys.argv[1:]:
-            command += ["--configfile", *(str(Path(path).resolve()) for path in sys.argv[1:])]
+        if configfiles:
+            command += ["--configfile", *(str(Path(path).resolve()) for path in configfiles)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")})
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         made = len(list(Path(directory).glob("results/simulations/*/*.trees.batch")))
-    if made != len(jobs):
-        raise SystemExit(f"Snakemake made {made} batches, expected {len(jobs)}")
-    staged = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    bare = IMPORT_SECONDS + sum(bare_seconds(spec, start, count, config["seed"]) for spec, start, count in jobs)
-    simulations = sum(count for _, _, count in jobs)
-    print(f"{simulations} simulations in {len(jobs)} jobs")
-    print(f"bare loop {bare:.1f} s CPU, simulate stage under Snakemake {staged:.1f} s CPU: {staged / bare - 1:+.1%}")
+    if made != jobs:
+        raise SystemExit(f"Snakemake made {made} batches, expected {jobs}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("configfiles", nargs="*", help="overlays over the default configuration")
+    parser.add_argument("--repeats", type=int, default=3, help="default 3")
+    args = parser.parse_args()
+    config = load(args.configfiles)
+    jobs = jobs_of(config)
+    print(f"{sum(count for _, _, count in jobs)} simulations in {len(jobs)} jobs; recording their calls", flush=True)
+    simulations = recorded(jobs, seed=config["seed"])
+    context = multiprocessing.get_context("fork")
+    ratios = []
+    for _ in range(args.repeats):
+        receiver, sender = context.Pipe(duplex=False)
+        gc.freeze()
+        loop = context.Process(target=bare, args=(simulations, sender))
+        loop.start()
+        sender.close()
+        stage = staged(args.configfiles, jobs=len(jobs))
+        alone = IMPORT_SECONDS + receiver.recv()
+        loop.join()
+        ratios.append(stage / alone - 1)
+        print(f"bare loop {alone:.1f} s CPU, simulate stage under Snakemake {stage:.1f} s CPU: {ratios[-1]:+.1%}", flush=True)
+    print(f"median overhead {statistics.median(ratios):+.1%}")
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_not_finite_is_a_failure(dataset, tmp_path):
         "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt", check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "lower the learning rate" in done.stderr
+    assert "Try a lower learning rate" in done.stderr
     assert not (tmp_path / "x.ckpt").exists()
 
 

@@ -74,7 +74,19 @@ class AdapterConfig:
     overwrite_bin0: bool = False
 
 
-PRECISIONS = ("bf16-mixed", "16-mixed", "32-true")
+PRECISIONS = {
+    "bf16-mixed": ("true", "bf16"),
+    "16-mixed": ("16", "fp16"),
+    "32-true": ("no", "false", "32", "fp32"),
+    "bf16-true": (),
+}
+"""What can be computed in, by Lightning's names, and other names for it."""
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+"""Shapes of the learning rate after its warm-up; `wsd` stays at its peak for a part of the decay and ends as a cosine."""
+
+EXPORTS = ("last", "best")
+"""Which weights a finished run publishes: those after its last step, or those of the lowest validation loss."""
 
 STORAGES = ("auto", "memory", "disk")
 """Where a dataset is held while it is read: `memory`, or `disk`, a nameless temporary file of which the system keeps in
@@ -90,6 +102,7 @@ class TrainingConfig:
     min_lr: float = 3e-5
     warmup_steps: int = 10
     decay_steps: int = 150_000
+    schedule: str = "cosine"
     batch_size: int = 128
     grad_accum: int = 6
     grad_clip: float = 0.0
@@ -103,24 +116,38 @@ class TrainingConfig:
     seed: int = 1
     validation_items: int = 0
     validate_every: int = 0
+    decode_items: int = 8
+    patience: int = 0
+    min_delta: float = 0.0
+    export: str = "last"
     save_every: int = 200
+    save_minutes: float = 10.0
+    keep_saves: int = 2
+    log_every: int = 10
     storage: str = "auto"
 
     def __post_init__(self):
         if not self.lr > 0:
             raise BadRequest(f"lr is {self.lr}, expected above 0")
-        if self.precision not in PRECISIONS:
-            raise BadRequest(f"unknown precision '{self.precision}'{nearest(self.precision, PRECISIONS)}")
+        word = str(self.precision).lower()
+        found = [name for name, others in PRECISIONS.items() if word in (name, *others)]
+        if not found:
+            accepted = [word for name, others in PRECISIONS.items() for word in (name, *others)]
+            raise BadRequest(
+                f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {', '.join(accepted)}"
+            )
+        object.__setattr__(self, "precision", found[0])
         if self.min_lr > self.lr:
             raise BadRequest(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
-        for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every"):
+        for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every", "keep_saves", "log_every"):
             if getattr(self, name) < 1:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.storage not in STORAGES:
-            raise BadRequest(f"unknown storage '{self.storage}'{nearest(self.storage, STORAGES)}")
+        for name, choices in (("storage", STORAGES), ("schedule", SCHEDULES), ("export", EXPORTS)):
+            if getattr(self, name) not in choices:
+                raise BadRequest(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
         for name in (
             "seed", "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
-            "validate_every",
+            "validate_every", "decode_items", "patience", "min_delta", "save_minutes",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -134,8 +161,15 @@ PRESETS = {
 }
 """The published architectures, by name."""
 
-CHANGE_NO_RESULT = ("workers", "save_every", "validation_items", "validate_every", "storage")
-"""Training settings that do not change the trained weights."""
+CHANGE_NO_RESULT = ("workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage")
+VALIDATION = ("validation_items", "validate_every")
+
+
+def change_no_result(settings: dict) -> tuple[str, ...]:
+    """Training settings that do not change what is published; those of validation do where it decides something."""
+    decides = settings.get("patience") or settings.get("export", "last") != "last"
+    return CHANGE_NO_RESULT if decides else CHANGE_NO_RESULT + VALIDATION
+
 
 SIZES = ("layers", "heads", "width", "dropout")
 

@@ -6,6 +6,7 @@ Lightning's own counters, so that a resumed run sees exactly the batches that ar
 
 import collections
 import itertools
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,16 +29,25 @@ class EpochBatches(Sampler):
     def set_epoch(self, epoch: int) -> None:  # Lightning calls this
         self.epoch = epoch
 
-    def _order(self):
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+    def _order(self, epoch: int):
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
         return torch.randperm(self.items, generator=generator)
 
+    def _mine(self, epoch: int):
+        return self._order(epoch)[: self.items // self.world * self.world][self.rank :: self.world]
+
+    def _part(self, mine, batch: int) -> list[int]:
+        return [int(item) for item in mine[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
     def __iter__(self):
-        order = self._order()
-        mine = order[: self.items // self.world * self.world][self.rank :: self.world]
+        mine = self._mine(self.epoch)
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
-            yield [int(item) for item in mine[batch * self.batch_size : (batch + 1) * self.batch_size]]
+            yield self._part(mine, batch)
+
+    def batch(self, epoch: int, number: int) -> list[int]:
+        """The items of one batch, whatever has been drawn so far."""
+        return self._part(self._mine(epoch), number)
 
     def __len__(self) -> int:
         return self.items // self.world // self.batch_size
@@ -46,12 +56,26 @@ class EpochBatches(Sampler):
 class InOrder(EpochBatches):
     """Batches of one rank in the order of their items, for items of which each is new anyway."""
 
-    def _order(self) -> range:
+    def _order(self, epoch: int) -> range:
         return range(self.items)
 
 
 class _StateElsewhere:
-    """A loader whose state is in `DataModule`; having these methods tells Lightning that it can be resumed."""
+    """A loader whose state is in `DataModule`; having these methods tells Lightning that it can be resumed.
+
+    *waited* are the seconds that its batches were waited for.
+    """
+
+    waited = 0.0
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict:
         return {}
@@ -91,6 +115,9 @@ class PrefetchLoader(_StateElsewhere):
         return self.dataset.batch(items, out=buffer)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._timed(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         if not self._buffers:  # once: getting new memory from the system for every epoch takes its time
             places = max(1, self.threads) + 2
             self._buffers = [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(places)]
@@ -143,7 +170,7 @@ class ProcessLoader(_StateElsewhere, DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in super().__iter__():
+        for batch in self._timed(super().__iter__()):
             if isinstance(batch, BadRequest):
                 raise batch
             yield batch

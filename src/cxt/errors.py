@@ -1,4 +1,4 @@
-"""One exception for bad requests, and the exit statuses of every command."""
+"""Exceptions for bad requests and failed runs, and the exit statuses of every command."""
 
 import difflib
 import sys
@@ -7,6 +7,14 @@ from collections.abc import Callable, Iterable
 
 class BadRequest(ValueError):
     """What was asked cannot be done: found, expected, and what to do, in one message. Commands exit 2."""
+
+
+class Failed(RuntimeError):
+    """A run that was begun could not be finished, for a reason that its message tells in full. Commands exit with *status*."""
+
+    def __init__(self, message: str, *, status: int = 1):
+        super().__init__(message)
+        self.status = status
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -19,12 +27,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 
 
 def exit_on_bad_request(main: Callable[[], None]) -> None:
-    """Run a command's *main*: a bad request is one line on stderr and exit status 2.
+    """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
 
-    Anything else propagates: Python prints its traceback and exits 1 (a failed run).
+    Anything else propagates: Python prints its traceback and exits 1.
     """
     try:
         main()
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except Failed as error:
+        if str(error):
+            print(f"cxt: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.status) from None

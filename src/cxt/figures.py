@@ -1,4 +1,4 @@
-"""Figures of an evaluation: tracks along the genome, and predicted against true."""
+"""Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true."""
 
 import io
 
@@ -43,6 +43,36 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
     figure.suptitle(f"{title}: pairs of held-out simulations", fontsize=11, x=0.01, ha="left")
     figure.tight_layout()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, ncols=3, loc="upper right")
+    _save(figure, path)
+
+
+def draw_losses(rows: list[dict], path, *, title: str) -> None:
+    """Loss, error of decoding, learning rate and gradient norm of a run over its optimizer steps.
+
+    *rows* are those of a training_log.csv, as `cxt.runlog.read_log` gives them.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
+    panels = (
+        ("loss", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
+        ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation", TRUTH))),
+        ("learning rate", (("lr", "", ESTIMATE),)),
+        ("gradient norm before clipping", (("grad_norm", "", ESTIMATE),)),
+    )
+    for axis, (name, lines) in zip(axes.flat, panels, strict=True):
+        for column, label, color in lines:
+            points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+            if points:
+                axis.plot(
+                    *zip(*points, strict=True), color=color, lw=1.2, label=label, marker="." if len(points) < 30 else None
+                )
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1 and axis.lines:
+            axis.legend(fontsize=8, frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step", fontsize=8)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.tight_layout()
     _save(figure, path)
 
 

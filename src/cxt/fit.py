@@ -3,28 +3,33 @@
 import dataclasses
 import importlib.metadata
 import logging
+import os
 import platform
-import sys
 import warnings
+from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from cxt.adapter import build_model
 from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
 from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
+from cxt.errors import Failed
 from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
+from cxt.rates import training_flops
 from cxt.rundir import RunDirectory
+from cxt.runlog import TrainingLog, read_log
+from cxt.saves import AtomicIO, Saves, save_to_continue
 from cxt.targets import Grid
-from cxt.training import Progress, Reseed, TrainingModule
+from cxt.training import Reseed, TrainingModule
+from cxt.validation import DecodedItems, Validation, truth_beside_prediction
 
+SAVE_OF_RANK_0 = "CXT_SAVE"
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
 
 
@@ -43,6 +48,8 @@ class Plan:
     accelerator, devices : as Lightning takes them; a number of devices, or a list of GPU indices
     lineage : digest of everything the checkpoint depends on, or None
     max_steps : optimizer steps after which training ends, whatever the epochs say; None for no limit
+    deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
+    wanted_save : the save to continue from; None for the newest
     """
 
     name: str
@@ -62,6 +69,8 @@ class Plan:
     devices: int | list[int]
     lineage: str | None
     max_steps: int | None
+    deadline: float | None = None
+    wanted_save: Path | None = None
 
     @property
     def world(self) -> int:
@@ -81,12 +90,27 @@ class Plan:
     @property
     def all_steps(self) -> int:
         """Optimizer steps of all epochs."""
-        return self.training.epochs * steps_per_epoch(
+        return self.training.epochs * self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(
             items=self.manifest["splits"]["train"]["items"],
             batch_size=self.training.batch_size,
             grad_accum=self.training.grad_accum,
             world=self.world,
         )
+
+    @property
+    def effective_batch(self) -> int:
+        """Items of an optimizer step."""
+        return self.training.batch_size * self.training.grad_accum * self.world
+
+    @property
+    def grid(self) -> Grid:
+        """Of ln generations, that of the network."""
+        return Grid(self.network.grid_low, self.network.grid_high, self.network.bins)
 
     @property
     def batches_between_validations(self) -> int | None:
@@ -117,8 +141,7 @@ class Plan:
 
 def data_of(plan: Plan) -> DataModule:
     """The items that a run trains on and is validated with: read, or to be simulated."""
-    grid = Grid(plan.network.grid_low, plan.network.grid_high, plan.network.bins)
-    training = plan.training
+    grid, training = plan.grid, plan.training
     settings = {
         "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
         "validation_items": training.validation_items,
@@ -155,46 +178,61 @@ def starting_model(plan: Plan) -> CoalescenceModel:
     return model
 
 
-def announce(plan: Plan, model: CoalescenceModel) -> None:
+def summary_of(plan: Plan, model: CoalescenceModel) -> dict:
+    """model_summary.json: what will be trained, on what, for how long, and what it takes."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = 2 if plan.precision == "bf16-true" else 4
+    flops = training_flops(plan.network, plan.adapter)
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "precision": plan.precision,
+        # AdamW keeps two moments of each trainable parameter, in its type.
+        "memory_mb": {
+            "weights": total * width / 1e6, "gradients": trainable * width / 1e6, "optimizer": 2 * trainable * width / 1e6,
+        },
+        "train_items": plan.manifest["splits"]["train"]["items"],
+        "test_items": plan.manifest["splits"]["test"]["items"],
+        "effective_batch": plan.effective_batch,
+        "batch_size": plan.training.batch_size,
+        "grad_accum": plan.training.grad_accum,
+        "devices": plan.world,
+        "accelerator": plan.accelerator,
+        "planned_steps": plan.total_steps,
+        "flops_per_item": flops,
+        "flops": flops * plan.effective_batch * plan.total_steps,
+    }  # fmt: skip
+
+
+def announce(plan: Plan, summary: dict) -> None:
     """Say what will be trained, on what, and for how long."""
     training = plan.training
     if plan.precision != training.precision:
         print(f"{plan.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not summary["test_items"]:
+        print(f"{plan.name}: the dataset has no test items: training without validation", flush=True)
     print(
-        f"{plan.name}: {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train, "
-        f"{plan.manifest['splits']['train']['items']:,} items, "
-        f"effective batch {training.batch_size * training.grad_accum * plan.world} "
+        f"{plan.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
+        f"{summary['train_items']:,} items, effective batch {plan.effective_batch} "
         f"({training.batch_size} x {training.grad_accum} x {plan.world}), {plan.total_steps} steps, "
         f"{plan.precision} on {plan.world} {plan.accelerator}, {training.threads} threads",
         flush=True,
     )
 
 
-def trainer_of(plan: Plan, run: RunDirectory) -> pl.Trainer:
-    """Lightning's trainer with this run's saves, logs and progress."""
+def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
+    """Lightning's trainer for this run."""
     training = plan.training
-    saves = ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="last",
-        every_n_train_steps=training.save_every,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    progress = Progress(
-        plan.name,
-        total_steps=plan.total_steps,
-        items_per_batch=training.batch_size * plan.world,
-        save_every=training.save_every,
-    )
     return pl.Trainer(
         accelerator=plan.accelerator,
         devices=plan.devices,
         strategy="ddp" if plan.world > 1 else "auto",
         # Under Slurm, Lightning's own choice would train on one device and a share of the data.
-        plugins=[LightningEnvironment()],
+        plugins=[LightningEnvironment(), AtomicIO()],
         precision=plan.precision,
         max_epochs=training.epochs,
+        min_epochs=0,
         max_steps=plan.total_steps,
         val_check_interval=plan.batches_between_validations,
         check_val_every_n_epoch=None if training.validate_every else 1,
@@ -202,9 +240,10 @@ def trainer_of(plan: Plan, run: RunDirectory) -> pl.Trainer:
         gradient_clip_val=training.grad_clip or None,
         use_distributed_sampler=False,
         logger=TensorBoardLogger(save_dir=run.path, name="", version="", default_hp_metric=False),
-        callbacks=[saves, Reseed(training.seed), progress],
+        callbacks=callbacks,
+        enable_checkpointing=False,
         num_sanity_val_steps=0,
-        log_every_n_steps=10,
+        log_every_n_steps=training.log_every,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -222,47 +261,97 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def fit(plan: Plan, run: RunDirectory, data: DataModule) -> None:
-    """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint.
-
-    Raises
-    ------
-    RuntimeError
-        If training stops early, or loss or weights are not finite.
-    SystemExit
-        With status 143 after a SIGTERM.
-    """
-    quieten()
+def set_threads(plan: Plan) -> None:
+    """Torch's threads, and how exact its matrix products on a GPU are in 32-bit parts."""
     torch.set_num_threads(plan.training.threads)
     if plan.accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
+
+
+def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, settings: dict) -> None:
+    """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint and its figures.
+
+    *identity* and *settings* are recorded in the run directory, unless the run has begun before.
+
+    Raises
+    ------
+    Failed
+        If loss, gradient or weights are not finite, memory runs out, or a save cannot be written (status 1); after a signal
+        (143; 130 for SIGINT) or when the time is up (75), saved.
+    """
+    quieten()
+    set_threads(plan)
+    training = plan.training
     model = starting_model(plan)
     record = plan.record()
-    module = TrainingModule(model, plan.training, record=record, total_steps=plan.total_steps)
-    trainer = trainer_of(plan, run)
-    last = run.last if run.last.exists() else None
+    module = TrainingModule(model, training, record=record, total_steps=plan.total_steps)
+    log = TrainingLog(
+        run.log, plan.name, total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch,
+        items_per_batch=training.batch_size * plan.world, every=training.log_every,
+        checks_gradient=plan.precision != "16-mixed",
+    )  # fmt: skip
+    items = None
+    if training.decode_items and len(data.test_set):
+        items = DecodedItems(data.test_set, items=training.decode_items, grid=plan.grid)
+    validation = Validation(
+        run, plan.name, log, record=record, items=items, seed=training.seed, steps_per_epoch=plan.steps_per_epoch,
+        patience=training.patience, min_delta=training.min_delta,
+    )  # fmt: skip
+    saves = Saves(
+        run, plan.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
+        total_steps=plan.total_steps, before=log.stop_if_bad, deadline=plan.deadline,
+    )  # fmt: skip
+    trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, saves])
     if trainer.is_global_zero:
-        announce(plan, model)
+        summary = summary_of(plan, model)
+        announce(plan, summary)
+        if run.state() is None:
+            run.start(identity, settings, grid=dataclasses.asdict(plan.grid), summary=summary)
+        last = save_to_continue(run, plan.name, wanted=plan.wanted_save)
+        os.environ[SAVE_OF_RANK_0] = str(last or "")
         if last is not None:
             print(f"{plan.name}: continuing from {last}", flush=True)
+    else:
+        last = os.environ[SAVE_OF_RANK_0] or None
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
-    except SIGTERMException:
-        if trainer.is_global_zero:
-            saved = "its last save" if run.last.exists() else "the start: nothing was saved yet"
-            print(
-                f"{plan.name}: stopped by SIGTERM at step {trainer.global_step}; the next try continues from {saved}",
-                flush=True,
-            )
-        sys.exit(143)  # Lightning's own status would be 0
-    if trainer.global_step != plan.total_steps:
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise Failed(out_of_memory(plan, error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # what torch says on a CPU
+            raise Failed(out_of_memory(plan, error)) from error
+        raise
+    if trainer.global_step != plan.total_steps and not validation.stopped:
         raise RuntimeError(f"{plan.name}: training stopped at step {trainer.global_step} of {plan.total_steps}")
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
-        raise RuntimeError(
+        raise Failed(
             f"{plan.name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)"
         )
     if trainer.is_global_zero:
-        epoch = (plan.total_steps - 1) // (plan.all_steps // plan.training.epochs)
-        finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={plan.total_steps}.ckpt"
-        write_checkpoint(finished, model.state_dict(), record | {"epoch": epoch, "step": plan.total_steps})
-        run.finish(finished)
+        finish(plan, run, module.model, record, step=trainer.global_step, items=items)
+
+
+def out_of_memory(plan: Plan, error: Exception) -> str:
+    """What to do about it, in words."""
+    training = plan.training
+    half = max(1, training.batch_size // 2)
+    accumulation = -(-training.batch_size * training.grad_accum // half)
+    return (
+        f"{plan.name}: out of memory on {plan.world} {plan.accelerator} ({str(error).splitlines()[0]}). Lower batch_size and "
+        f"raise grad_accum, which keeps the effective batch of {plan.effective_batch}: batch_size: {half}, grad_accum: "
+        f"{accumulation}. Fewer windows (a shorter sequence_length) help most; these start a new run"
+    )
+
+
+def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, record: dict, *, step: int, items) -> None:
+    """Write the finished checkpoint and the figures, and record which one is published."""
+    epoch = (step - 1) // plan.steps_per_epoch
+    finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={step}.ckpt"
+    write_checkpoint(finished, model.state_dict(), record | {"epoch": epoch, "step": step})
+    from cxt.figures import draw_losses, draw_tracks
+
+    draw_losses(read_log(run.log), run.path / "losses.png", title=f"{plan.name}: training")
+    if items is not None:
+        tracks = truth_beside_prediction(items, model, seed=plan.training.seed)
+        draw_tracks(tracks, run.path / "tracks.png", title=plan.name, window_size=plan.manifest["window_size"])
+    run.finish(run.best if plan.training.export == "best" else finished)

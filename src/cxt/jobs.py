@@ -9,7 +9,7 @@ import os
 import sys
 
 from cxt.catalogue import catalogue_lineage, check_map_can_be_had
-from cxt.config import CHANGE_NO_RESULT, steps_per_epoch
+from cxt.config import change_no_result, steps_per_epoch
 from cxt.configfile import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
 from cxt.kinds import check_scenarios
@@ -255,7 +255,8 @@ def model_lineage(config: dict, name: str) -> str:
     inherited = (
         None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
     )
-    settings = {key: value for key, value in training_settings(config, name).items() if key not in CHANGE_NO_RESULT}
+    settings = training_settings(config, name)
+    settings = {key: value for key, value in settings.items() if key not in change_no_result(settings)}
     return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
 
 

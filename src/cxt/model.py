@@ -198,6 +198,7 @@ class CoalescenceModel(nn.Module):
         expected = (2, self.config.scales, self.config.windows, self.samples)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"X has shape {tuple(x.shape)}, expected (B, 2, scales, windows, samples) = (B, {expected})")
+        x = x.to(self.backbone.head.weight.dtype)  # counts come as float32; the network may be in bfloat16
         return x if self.adapter is None else self.adapter(x)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,15 @@
 """The run directory: what a training run leaves, who may write to it, and when it may be continued.
 
-run.json       what the run was started with (settings, lineage, digests of dataset and parent), and how it ended
-config.yaml    the resolved settings
-lock           held by the trainer that writes here
-checkpoints/   last.ckpt to continue from, and the finished <name>_epoch=E-step=S.ckpt
-events.…       TensorBoard
+run.json             what the run was started with (settings, lineage, digests of dataset and parent), and how it ended
+config.yaml          the resolved settings; `python -m cxt.train --config` runs it again
+grid.json            the grid of ln generations
+model_summary.json   parameters, memory, effective batch, planned steps, FLOPs
+training_log.csv     loss, validation, learning rate, gradient norm, throughput
+checkpoints/         last.ckpt to continue from, best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
+losses.png, tracks.png   when it is finished
+events.…             TensorBoard
+
+Beside it, <name>.lock is held by the trainer that writes here.
 """
 
 import fcntl
@@ -21,12 +26,46 @@ from cxt.files import atomic_write, check_writable
 from cxt.lineage import file_sha256
 
 
+def take_lock(path, what):
+    """Hold the lock file *path* until the file that is returned is closed, or this process ends, however it ends.
+
+    `lockf` dies with its process, so that a file which is left behind locks nothing, and is not inherited by forked loader
+    workers, as `flock` is.
+
+    Raises
+    ------
+    BadRequest
+        If another process has it; says which.
+    """
+    path = Path(path)
+    check_writable(path)
+    file = open(path, "a+")  # noqa: SIM115 - held by the caller
+    file.seek(0)
+    holder = file.read().strip()
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        words = holder.split()
+        here = len(words) == 4 and words[3] == socket.gethostname()
+        stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
+        raise BadRequest(
+            f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
+        ) from None
+    if holder:
+        print(f"note: {what} was left by {holder}, which is gone", flush=True)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 class RunDirectory:
     """One run's directory, locked by this process from `lock` until it ends."""
 
     def __init__(self, path):
         self.path = Path(path)
-        self._lock = None
+        self._locks = []
 
     @property
     def checkpoints(self) -> Path:
@@ -37,22 +76,31 @@ class RunDirectory:
         """The save that an interrupted run continues from."""
         return self.checkpoints / "last.ckpt"
 
-    def lock(self) -> None:
-        """Take the directory for this process; BadRequest says who has it.
+    @property
+    def best(self) -> Path:
+        """The weights of the lowest validation loss."""
+        return self.checkpoints / "best.ckpt"
 
-        `lockf` dies with its process and is not inherited by forked loader workers.
-        """
+    @property
+    def log(self) -> Path:
+        return self.path / "training_log.csv"
+
+    def lock(self) -> None:
+        """Take the directory for this process, until `release`; BadRequest says who has it."""
+        self._locks.append(take_lock(self._lock_path(), self.path))
         check_writable(self.path / "run.json")
-        self._lock = open(self._lock_path(), "a+")  # noqa: SIM115 - held until the process ends
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "an unknown process"
-            raise BadRequest(f"{self.path} is in use by {holder}; wait for it or stop it, then try again") from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+
+    def lock_target(self, out) -> None:
+        """Take the file that the run will publish, too: a trainer of another run may still be about to publish there."""
+        out = Path(out)
+        self._locks.append(take_lock(out.with_name(f".{out.name}.lock"), out))
+
+    def release(self) -> None:
+        """Let go of what was locked, and say in the lock files that this process has ended in good order."""
+        for file in self._locks:
+            file.truncate(0)
+            file.close()
+        self._locks.clear()
 
     def _lock_path(self) -> Path:
         # Beside the directory, so that superseding (renaming) it does not move the lock away.
@@ -82,14 +130,16 @@ class RunDirectory:
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def start(self, identity: dict, settings: dict) -> None:
+    def start(self, identity: dict, settings: dict, *, grid: dict, summary: dict) -> None:
         """Record what the run is started with."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True).encode())
+        for name, content in (("grid.json", grid), ("model_summary.json", summary)):
+            atomic_write(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
         self._write_state({"identity": identity, "finished": None})
 
     def finish(self, checkpoint: Path) -> None:
-        """Record that training is complete and which file is its result."""
+        """Record that training is complete and which file in `checkpoints/` is its result."""
         state = self.state()
         state["finished"] = {"checkpoint": checkpoint.name, "sha256": file_sha256(checkpoint)}
         self._write_state(state)

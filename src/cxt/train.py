@@ -9,16 +9,17 @@ weights, `--resume` continues this very run. Without one, training starts from r
 import dataclasses
 import os
 import sys
+import time
 from pathlib import Path
 
 import jsonargparse
 
 from cxt.config import (
-    CHANGE_NO_RESULT,
     PRESETS,
     AdapterConfig,
     ModelConfig,
     TrainingConfig,
+    change_no_result,
     check_adapter_samples,
     check_inheritance,
     check_missingness,
@@ -32,11 +33,16 @@ from cxt.rundir import RunDirectory, newest_version, next_version
 from cxt.source import check_source, live_source, source_of
 from cxt.store import MANIFEST, read_manifest
 
+BEGAN = time.monotonic()
+"""When this process began, near enough: the budget of --max-minutes counts from here."""
+
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
-NOT_IN_IDENTITY = (
-    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator", *CHANGE_NO_RESULT,
-)  # fmt: skip
-"""Settings that a run's identity holds in another form (files by digest, devices by number), or that change no result."""
+NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator")
+"""Settings that a run's identity holds in another form: files by digest, devices by number."""
+
+
+OF_THE_NETWORK = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
+"""Flags whose default is the preset's."""
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -62,11 +68,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
     add(
         "--resume",
-        type=bool,
+        type=bool | str,
         default=False,
         nargs="?",
         const=True,
-        help="continue the run directory, or the newest run below --log-dir",
+        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path",
     )
     add(
         "--restart",
@@ -94,7 +100,9 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--overwrite-bin0", type=bool, default=adapter.overwrite_bin0, help="adapter overwrites bin 0 always (published)")
     add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
+    add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
     add("--out", type=str | None, help="publish the finished checkpoint here")
+    add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and end")
     add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
     for name, text in {
         "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
@@ -106,7 +114,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     for field in dataclasses.fields(TrainingConfig):
         add(
             f"--{field.name.replace('_', '-')}",
-            type=field.type if isinstance(field.type, type) else {"int": int, "float": float, "str": str}[field.type],
+            type=str | bool | int if field.name == "precision" else field.type,  # YAML reads `no` and `16` as these
             default=getattr(training, field.name),
             help="see config/README.md",
         )
@@ -161,11 +169,7 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
 def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
     """Network and adapter of this run, checked against dataset and parent."""
     is_adapter = args.adapter or args.resume_adapter is not None
-    explicit = {
-        key: getattr(args, key)
-        for key in ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
-        if getattr(args, key) is not None
-    }
+    explicit = {key: getattr(args, key) for key in OF_THE_NETWORK if getattr(args, key) is not None}
     shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
     if is_adapter and parent is not None:
         shape["samples"] = parent.model.samples
@@ -241,7 +245,7 @@ def read_parent(args):
 
 def settings_of(args) -> dict:
     """The settings that decide the result, as they can be read back with --config."""
-    leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "lineage"}
+    leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "lineage", "max_minutes", "print_config"}
     return {
         key: value
         for key, value in vars(args).items()
@@ -262,35 +266,58 @@ def differences(old: dict, new: dict) -> str:
     return ", ".join(words)
 
 
-def open_run(args, identity: dict) -> tuple[RunDirectory, str | None]:
-    """The locked run directory of this run, and why what it holds is not this run's (None if it is, or is empty)."""
+def run_to_open(args) -> tuple[Path, Path | None]:
+    """The run directory that is asked for, and a save in it to continue from (None: the newest)."""
+    if isinstance(args.resume, str):
+        path = Path(args.resume)
+        if not path.exists():
+            raise BadRequest(f"--resume {path}: there is no such run or save")
+        found, save = (path, None) if path.is_dir() else (path.parent.parent, path)
+        if save is not None and save.parent.name != "checkpoints":
+            raise BadRequest(f"--resume {path}: expected a run directory, or a save in the checkpoints/ of one")
+        if args.run_dir is not None and Path(args.run_dir).resolve() != found.resolve():
+            raise BadRequest(f"--resume {path} is not in --run-dir {args.run_dir}; leave one of the two out")
+        return found, save
     if args.run_dir is not None:
-        path = Path(args.run_dir)
-    elif args.resume:
-        path = newest_version(args.log_dir)
-    else:
-        path = next_version(args.log_dir)
-    run = RunDirectory(path)
+        return Path(args.run_dir), None
+    return (newest_version if args.resume else next_version)(args.log_dir), None
+
+
+def open_run(args, run: RunDirectory, identity: dict) -> str | None:
+    """Lock the run directory; why what it holds is not this run's, or None if it is, or is empty."""
     run.lock()
+    if args.out is not None:
+        run.lock_target(args.out)
     state = run.state()
     if state is not None and (args.restart or state["identity"] != identity):
-        reason = "--restart" if args.restart else differences(state["identity"], identity)
+        before = state["identity"]
+        reason = "--restart" if args.restart else differences(before, identity)
         if args.resume:
-            raise BadRequest(f"{path} was started with {reason}; leave --resume out to start afresh")
-        return run, reason
+            raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
+        if not args.restart and before | {"devices": identity["devices"]} == identity:
+            if run.finished_checkpoint() is not None:
+                return None  # whatever it was trained on, it is what was asked for
+            if run.last.exists():
+                raise BadRequest(
+                    f"{run.path} was begun on {before['devices']} and cannot go on with {identity['devices']}: it would not be "
+                    f"the same run. Give it {before['devices']} again (`--resources gpu=N` may have clipped them), or start "
+                    f"afresh with --restart, or, under Snakemake, by `rm -r {run.path}`"
+                )
+        return reason
     if state is None and args.resume:
-        print(f"nothing to resume in {path}: starting from step 0", file=sys.stderr, flush=True)
-    return run, None
+        print(f"nothing to resume in {run.path}: starting from step 0", file=sys.stderr, flush=True)
+    return None
 
 
-def train(args) -> None:
-    """One run, from parsed arguments to a published checkpoint."""
+def plan_of(args):
+    """(plan, identity) of what the arguments ask for, checked against dataset and parent."""
+    from cxt.fit import Plan
+
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
+    args.precision = training.precision
     check_source(args)
-    if args.out is not None:
-        check_writable(args.out)
     accelerator, devices = choose_devices(args)
     world = len(devices) if isinstance(devices, list) else devices
     if args.simulate is None:
@@ -304,65 +331,106 @@ def train(args) -> None:
     network, adapter = resolve_network(args, manifest, parent)
     items = manifest["splits"]["train"]["items"]
     steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    if not manifest["splits"]["test"]["items"] and (training.patience or training.export == "best"):
+        asks = "patience" if training.patience else "export: best"
+        raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
     settings = settings_of(args)
+    leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
     identity = {
-        "settings": {key: value for key, value in settings.items() if key not in NOT_IN_IDENTITY},
+        "settings": {key: value for key, value in settings.items() if key not in leave_out},
         "devices": f"{world} {accelerator}",
         "lineage": args.lineage,
         "dataset": data_digest,
         "parent": None if parent_file is None else file_sha256(parent_file),
     }
+    plan = Plan(
+        name=args.name or args.model,
+        preset=args.model,
+        dataset_path=args.dataset_path,
+        manifest=manifest,
+        dataset_sha256=data_digest,
+        simulated=simulated,
+        network=network,
+        adapter=adapter,
+        training=training,
+        parent=parent,
+        parent_file=None if parent_file is None else str(parent_file),
+        parent_sha256=identity["parent"],
+        resumes_adapter=args.resume_adapter is not None,
+        accelerator=accelerator,
+        devices=devices,
+        lineage=args.lineage,
+        max_steps=args.max_steps,
+    )
+    return plan, identity
+
+
+def train(args) -> None:
+    """One run, from parsed arguments to a published checkpoint."""
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
+    if args.out is not None:
+        check_writable(args.out)
+    plan, identity = plan_of(args)
     is_rank_0 = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_rank_0:
-        run, stale = open_run(args, identity)
-        os.environ[RUN_DIRECTORY_OF_RANK_0] = str(run.path)
+        path, save = run_to_open(args)
+        run = RunDirectory(path)
+        os.environ[RUN_DIRECTORY_OF_RANK_0] = str(path)
     else:
-        run, stale = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0]), None
-    if stale is not None or run.finished_checkpoint() is None:
-        from cxt.fit import Plan, data_of, fit
+        run, save = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0]), None
+    try:
+        stale = open_run(args, run, identity) if is_rank_0 else None
+        if stale is not None or run.finished_checkpoint() is None:
+            deadline = None if args.max_minutes is None else BEGAN + 60 * args.max_minutes
+            plan = dataclasses.replace(plan, deadline=deadline, wanted_save=save)
+            run_plan(plan, run, identity=identity, settings=settings_of(args), stale=stale)
+        else:
+            print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
+        if is_rank_0:
+            print(f"finished: {run.finished_checkpoint()}", flush=True)
+            if args.out is not None:
+                run.publish(args.out)
+                print(f"published: {args.out}", flush=True)
+    finally:
+        run.release()
 
-        plan = Plan(
-            name=args.name or args.model,
-            preset=args.model,
-            dataset_path=args.dataset_path,
-            manifest=manifest,
-            dataset_sha256=data_digest,
-            simulated=simulated,
-            network=network,
-            adapter=adapter,
-            training=training,
-            parent=parent,
-            parent_file=None if parent_file is None else str(parent_file),
-            parent_sha256=identity["parent"],
-            resumes_adapter=args.resume_adapter is not None,
-            accelerator=accelerator,
-            devices=devices,
-            lineage=args.lineage,
-            max_steps=args.max_steps,
-        )
-        try:
-            data = data_of(plan)
-        except BadRequest:
-            run.discard_if_empty()
-            raise
-        if stale is not None:
-            print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
-        if is_rank_0 and run.state() is None:
-            run.start(identity, settings)
-        fit(plan, run, data)
-    else:
-        print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
-    if is_rank_0:
-        print(f"finished: {run.finished_checkpoint()}", flush=True)
-        if args.out is not None:
-            run.publish(args.out)
-            print(f"published: {args.out}", flush=True)
+
+def run_plan(plan, run: RunDirectory, *, identity: dict, settings: dict, stale: str | None) -> None:
+    """Read the data, set what is *stale* aside, and train."""
+    from cxt.fit import data_of, fit
+
+    try:
+        data = data_of(plan)
+    except BadRequest:
+        run.discard_if_empty()
+        raise
+    if stale is not None:
+        print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
+    fit(plan, run, data, identity=identity, settings=settings)
+
+
+def print_settings(args) -> None:
+    """All settings, as a file for --config; sizes that no flag gives are the preset's."""
+    import yaml
+
+    if args.model not in PRESETS:
+        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    settings = settings_of(args)
+    for key in OF_THE_NETWORK:
+        settings.setdefault(key, getattr(PRESETS[args.model], key))
+    settings["precision"] = TrainingConfig(precision=args.precision).precision
+    print(yaml.safe_dump(settings, sort_keys=True), end="")
 
 
 def main() -> None:
     parser = build_parser()
     check_config_keys(sys.argv[1:], parser)
-    train(parser.parse_args())
+    args = parser.parse_args()
+    if args.print_config:
+        print_settings(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""The one LightningModule, its learning-rate schedule, and the callbacks of a run."""
+"""The one LightningModule, its learning-rate schedule, and what makes its dropout repeatable."""
 
 import math
-import time
 
 import pytorch_lightning as pl
 import torch
@@ -12,19 +11,29 @@ from cxt.config import TrainingConfig
 from cxt.dataset import Batch, model_input
 from cxt.model import CoalescenceModel
 
+STABLE = 0.4
+"""Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""
+
 
 def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: int) -> float:
     """Learning rate of optimizer step *step* relative to the peak.
 
-    Linear from 0 over `warmup_steps`, then a cosine to `min_lr` at `decay_steps` (0 = the run's last step), flat after.
+    Linear from 0 over `warmup_steps`, then down to `min_lr` at `decay_steps` (0 = the run's last step), flat after: as a
+    cosine, a line, not at all (`constant`), or only from 40 % of the way on, as a cosine (`wsd`).
     """
     if step < training.warmup_steps:
         return step / training.warmup_steps
+    if training.schedule == "constant":
+        return 1.0
     floor = training.min_lr / training.lr
     end = training.decay_steps or total_steps
     if step >= end:
         return floor
     progress = (step - training.warmup_steps) / max(1, end - training.warmup_steps)
+    if training.schedule == "linear":
+        return floor + (1 - floor) * (1 - progress)
+    if training.schedule == "wsd":
+        progress = max(0.0, (progress - STABLE) / (1 - STABLE))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -63,9 +72,7 @@ class TrainingModule(pl.LightningModule):
         return self.model.loss(model_input(batch.counts, batch.missing), batch.tokens)
 
     def training_step(self, batch: Batch, _) -> torch.Tensor:
-        loss = self._loss(batch)
-        self.log("train_loss", loss, batch_size=len(batch.tokens))
-        return loss
+        return self._loss(batch)
 
     def validation_step(self, batch: Batch, _) -> None:
         self.log("val_loss", self._loss(batch), batch_size=len(batch.tokens), sync_dist=True)
@@ -95,52 +102,3 @@ class Reseed(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
         number = trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed((self.seed * 1_000_003 + number) * 1009 + trainer.global_rank)
-
-
-class Progress(Callback):
-    """A line every *every* seconds: step, loss, items per second, time left; and one for each validation.
-
-    Also stops the run when the loss is not finite, which would otherwise train on, be saved, and be published: at every
-    batch on a CPU; on a GPU, where looking costs time, at every line and before every save (each *save_every* steps).
-    """
-
-    def __init__(self, name: str, *, total_steps: int, items_per_batch: int, save_every: int, every: float = 15.0):
-        self.name, self.total_steps, self.items_per_batch, self.every = name, total_steps, items_per_batch, every
-        self.save_every = save_every
-        self.said = self.began = None
-        self.batches = self.first_step = 0
-
-    def on_train_start(self, trainer, module) -> None:
-        self.began = self.said = time.monotonic()
-        self.first_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        self.batches += 1
-        now = time.monotonic()
-        says = now - self.said >= self.every or trainer.global_step >= self.total_steps
-        on_cpu = module.device.type == "cpu"
-        if not (says or on_cpu or trainer.global_step % self.save_every == 0):
-            return
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides it
-        if not math.isfinite(loss):
-            raise RuntimeError(
-                f"{self.name}: the loss is {loss} at step {trainer.global_step}; lower the learning rate, or clip the gradient "
-                "(grad_clip: 1.0)"
-            )
-        if not says:
-            return
-        self.said = now
-        done = trainer.global_step - self.first_step
-        rate = self.batches * self.items_per_batch / (now - self.began)
-        left = (self.total_steps - trainer.global_step) * (now - self.began) / max(1, done)
-        if trainer.is_global_zero:
-            print(
-                f"{self.name}: step {trainer.global_step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, "
-                f"{left / 60:.1f} min left",
-                flush=True,
-            )
-
-    def on_validation_end(self, trainer, module) -> None:
-        loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None and trainer.is_global_zero:
-            print(f"{self.name}: step {trainer.global_step}, validation loss {float(loss):.4f}", flush=True)

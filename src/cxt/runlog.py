@@ -1,0 +1,235 @@
+"""What a run says while it trains: training_log.csv, lines of progress, and the end of it when a number is not finite."""
+
+import csv
+import io
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from cxt.errors import Failed
+from cxt.files import atomic_write
+from cxt.saves import validation_is_due
+
+COLUMNS = (
+    "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",
+)  # fmt: skip
+"""Of training_log.csv. A row is about one optimizer step: its loss (mean over its items), learning rate and gradient norm
+before clipping; the validation after it, if there was one; and since the row before, items per second and the fraction of
+time spent waiting for data. `seconds` is the time spent training, over all tries."""
+
+TIMING = ("items_per_s", "data_wait", "seconds")
+"""Columns that no two runs have in common."""
+
+WAITS_TOO_LONG = 0.2
+
+
+class TrainingLog(Callback):
+    """Rows of training_log.csv, lines of progress, and the guard against numbers that are not finite.
+
+    A gradient is looked at before the optimizer uses it: always on a CPU; on a GPU, where looking costs time, at every row
+    and before every save, after the fact but before anything is kept.
+
+    Parameters
+    ----------
+    path : of training_log.csv
+    total_steps, steps_per_epoch : optimizer steps of the run and of each epoch
+    items_per_batch : on all devices
+    every : optimizer steps between rows
+    checks_gradient : False with a gradient scaler, which skips what is not finite by itself
+    line_every : seconds between lines
+    """
+
+    def __init__(
+        self, path, name, *, total_steps, steps_per_epoch, items_per_batch, every, checks_gradient=True, line_every=15.0
+    ):
+        self.path, self.name = Path(path), name
+        self.total_steps, self.steps_per_epoch, self.items_per_batch = total_steps, steps_per_epoch, items_per_batch
+        self.every, self.checks_gradient, self.line_every = every, checks_gradient, line_every
+        self._step, self._row, self._seconds = 0, None, 0.0
+        self._loss, self._batches, self._norm, self._first_bad = None, 0, None, None
+        self._advised = False
+
+    def state_dict(self) -> dict:
+        return {"row": self._row, "seconds": self._seconds_now()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._row, self._seconds = state["row"], state["seconds"]
+
+    # Steps
+
+    def on_train_start(self, trainer, module) -> None:
+        now = time.monotonic()
+        self._began = self._said = self._row_began = now
+        self._first_step = self._step = trainer.global_step
+        self._batches_done = self._row_batches = 0
+        self._waited = self._waited_all = 0.0
+        self._first_bad = torch.tensor(-1, device=module.device)
+        if trainer.is_global_zero:
+            # A row of the step that was saved at is there already, unless its validation is still to come.
+            keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        self._lr = optimizer.param_groups[0]["lr"]
+        self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=module.device)
+        if self.checks_gradient:
+            self._look_at(self._norm, trainer, module)
+
+    def _look_at(self, value: torch.Tensor, trainer, module) -> None:
+        step = trainer.global_step + 1
+        self._first_bad = torch.where((self._first_bad < 0) & ~torch.isfinite(value), step, self._first_bad)
+        if module.device.type == "cpu":
+            self.stop_if_bad(trainer)
+
+    def stop_if_bad(self, trainer) -> None:
+        """Failed if a loss or gradient was not finite; called before every save."""
+        step = int(self._first_bad)
+        if step < 0:
+            return
+        if not trainer.is_global_zero:
+            raise Failed("", status=0)  # all ranks have the same gradient; the first one says so
+        raise Failed(
+            f"{self.name}: loss or gradient are not finite at step {step}. {self._items_of(trainer, step)}. Nothing of this "
+            "step was saved: the same command continues from the last save, and would end here again. Try a lower learning "
+            "rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run"
+        )
+
+    def _items_of(self, trainer, step: int) -> str:
+        """The items of an optimizer step on rank 0, in words."""
+        epoch, window = divmod(step - 1, self.steps_per_epoch)
+        sampler = trainer.train_dataloader.sampler
+        accumulation = trainer.accumulate_grad_batches
+        first = window * accumulation
+        numbers = range(first, min(first + accumulation, len(sampler)))
+        items = [item for number in numbers for item in sampler.batch(epoch, number)]
+        described = []
+        for item in items[:3]:
+            about = trainer.datamodule.train_set.describe(item)
+            described.append(f"{about.scenario} {about.index} pair {about.pair[0]}-{about.pair[1]}")
+        more = f", … {len(items)} in all" if len(items) > 3 else ""
+        return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}: {'; '.join(described)}{more}"
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        loss = outputs["loss"].detach()  # divided by the batches of the window, so that their sum is the mean
+        self._loss = loss if self._loss is None else self._loss + loss
+        self._batches += 1
+        self._batches_done += 1
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step = step
+        if not self.checks_gradient:
+            self._look_at(self._loss, trainer, module)
+        # An epoch's last window may be short: Lightning divides its losses as if it were not.
+        mean = self._loss * (trainer.accumulate_grad_batches / self._batches)
+        self._loss, self._batches = None, 0
+        validates = validation_is_due(trainer)
+        ends = step >= self.total_steps
+        if step % self.every == 0 or validates or ends:
+            self.stop_if_bad(trainer)
+            self._make_row(trainer, step, mean)
+            if not validates:
+                self._write_row(trainer)
+        if trainer.is_global_zero and (ends or time.monotonic() - self._said >= self.line_every):
+            self._say(trainer, step, float(mean))
+
+    # Rows
+
+    def _seconds_now(self) -> float:
+        return self._seconds + (time.monotonic() - self._began if hasattr(self, "_began") else 0.0)
+
+    def _make_row(self, trainer, step: int, loss: torch.Tensor) -> None:
+        if trainer.world_size > 1:
+            loss = trainer.strategy.reduce(loss, reduce_op="mean")
+        now = time.monotonic()
+        spent = max(1e-9, now - self._row_began)
+        waited = trainer.train_dataloader.waited
+        self._row = {
+            "step": step,
+            "epoch": (step - 1) // self.steps_per_epoch,
+            "train_loss": float(loss),
+            "lr": self._lr,
+            "grad_norm": float(self._norm),
+            "items_per_s": round((self._batches_done - self._row_batches) * self.items_per_batch / spent, 2),
+            "data_wait": round(min(1.0, (waited - self._waited) / spent), 4),
+            "seconds": round(self._seconds_now(), 2),
+        }
+        self._row_began, self._row_batches, self._waited = now, self._batches_done, waited
+
+    def _write_row(self, trainer) -> None:
+        row, self._row = self._row, None
+        if not trainer.is_global_zero:
+            return
+        numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
+        trainer.logger.log_metrics(numbers, row["step"])
+        text = _lines([row], header=not self.path.exists())
+        with open(self.path, "a", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def validated(self, trainer, values: dict) -> None:
+        """Complete and write the row of the step that was validated after."""
+        self._row |= values
+        self._write_row(trainer)
+        now = time.monotonic()
+        self._row_began += now - getattr(self, "_validation_began", now)  # its time is nobody's throughput
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._validation_began = time.monotonic()
+
+    # Lines
+
+    def _say(self, trainer, step: int, loss: float) -> None:
+        now = time.monotonic()
+        self._said = now
+        spent = max(1e-9, now - self._began)
+        rate = self._batches_done * self.items_per_batch / spent
+        left = (self.total_steps - step) * spent / max(1, step - self._first_step)
+        waiting = trainer.train_dataloader.waited / spent
+        print(
+            f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, {waiting:.0%} of it waiting "
+            f"for data, {left / 60:.1f} min left",
+            flush=True,
+        )
+        if waiting > WAITS_TOO_LONG and step - self._first_step >= 50 and not self._advised:
+            self._advised = True
+            print(
+                f"{self.name}: waits for data; more threads that make batches may help (workers: 2)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def _lines(rows: list[dict], *, header: bool) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def read_log(path) -> list[dict]:
+    """Rows of a training_log.csv: step and epoch int, the rest float or None where empty; a cut last row is left out."""
+    if not Path(path).exists():
+        return []
+    text = Path(path).read_text()
+    rows = []
+    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
+        rows.append({key: int(row[key]) if key in ("step", "epoch") else float(row[key] or math.nan) for key in COLUMNS})
+    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
+
+
+def keep_rows(path, *, up_to: int) -> None:
+    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run makes again."""
+    if not Path(path).exists():
+        return
+    lines = Path(path).read_text().splitlines(keepends=True)
+    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
+    atomic_write(path, "".join([lines[0], *kept] if lines else []).encode())

@@ -1,0 +1,232 @@
+"""Saves of a run in progress: when they are made, how they are written, and which one a run continues from.
+
+Always at an optimizer step, since a save inside an accumulation window would not be exact; clocks and signals only say that
+one is due. Before a validation the save says that it is still to be done, so that what is continued validates as well.
+"""
+
+import os
+import pickle
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback
+
+from cxt.errors import BadRequest, Failed
+from cxt.rundir import RunDirectory
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+OUT_OF_TIME = 75
+"""Exit status when the wall-clock budget is spent: try again, and it goes on."""
+
+NOTHING, SAVE, STOP = 0, 1, 2
+"""What is due; from STOP on, the number of the signal is added."""
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Writes a save under a temporary name, flushes it to disk and renames it."""
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        temporary.replace(path)
+
+
+def validation_is_due(trainer: pl.Trainer) -> bool:
+    """Whether Lightning validates after the batch that has just been trained on."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """The validation that Lightning would have made after the batch at which a run was saved."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+
+
+class Saves(Callback):
+    """Saves every so many steps and minutes, before each validation, and when a signal or the budget ends the run.
+
+    Parameters
+    ----------
+    run : its directory; saves are `checkpoints/step=S.ckpt`, and `last.ckpt` is a link to the newest
+    every_steps, every_minutes : whichever is reached first; 0 minutes = never by time
+    keep : saves that are kept
+    total_steps : of the whole run
+    deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
+    before : called with the trainer before each save, to refuse it
+    """
+
+    def __init__(self, run: RunDirectory, name: str, *, every_steps, every_minutes, keep, total_steps, before, deadline=None):
+        self.run, self.name, self.before = run, name, before
+        self.every_steps, self.every_seconds, self.keep = every_steps, 60 * every_minutes, keep
+        self.total_steps, self.deadline = total_steps, deadline
+        self._signal = None
+        self._validation_left = False
+        self._step = 0
+        self._saved_at = time.monotonic()
+        self._saved_step: int | None = None
+
+    def state_dict(self) -> dict:
+        return {"validation_left": self._validation_left}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._validation_left = state["validation_left"]
+
+    def _asked(self, number: int, frame) -> None:
+        self._signal = number
+
+    def on_train_start(self, trainer, module) -> None:
+        for number in SIGNALS:  # in the place of Lightning's own, which would end with status 0
+            signal.signal(number, self._asked)
+        self._step = trainer.global_step
+        self._saved_step = trainer.global_step if trainer.ckpt_path else None
+        self._saved_at = time.monotonic()
+        if self._validation_left:
+            validate_now(trainer)
+            self._validation_left = False
+
+    def _due(self, trainer, step: int) -> int:
+        """What is due at this optimizer step, the same on all ranks."""
+        now = time.monotonic()
+        due = NOTHING
+        if step % self.every_steps == 0 or (self.every_seconds and now - self._saved_at >= self.every_seconds):
+            due = SAVE
+        if self.deadline is not None and now >= self.deadline:
+            due = STOP
+        if self._signal is not None:
+            due = STOP + self._signal
+        if trainer.world_size > 1:
+            everywhere = torch.tensor(due, device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MAX)
+            due = int(everywhere)
+        return due
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        step = trainer.global_step
+        if step == self._step:  # a batch whose gradient waits for others
+            return
+        self._step = step
+        due = self._due(trainer, step)
+        if step >= self.total_steps:
+            return  # the finished checkpoint is next
+        self._validation_left = validation_is_due(trainer)
+        if due or self._validation_left:
+            self._save(trainer, step)
+        if due >= STOP:
+            self._stop(trainer, due - STOP)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, dataloader_index=0) -> None:
+        # Alone, a process need not wait for the end of it: the run was saved before.
+        if self._signal is not None and trainer.world_size == 1:
+            self._stop(trainer, self._signal)
+
+    def on_validation_end(self, trainer, module) -> None:
+        self._validation_left = False
+
+    def _save(self, trainer, step: int) -> None:
+        self.before(trainer)
+        path = self.run.checkpoints / f"step={step}.ckpt"
+        try:
+            trainer.save_checkpoint(path)
+        except (OSError, RuntimeError) as error:
+            raise Failed(f"{self.name}: {self._not_saved(step, error)}") from error
+        self._saved_at, self._saved_step = time.monotonic(), step
+        if trainer.is_global_zero:
+            point_to(self.run.last, path.name)
+            for old in saves_of(self.run)[self.keep :]:
+                old.unlink(missing_ok=True)
+
+    def _not_saved(self, step: int, error: Exception) -> str:
+        kept = saves_of(self.run)
+        before = f"the save of {kept[0].stem} is intact" if kept else "nothing was saved before"
+        return (
+            f"step {step} could not be saved in {self.run.checkpoints}: {str(error).splitlines()[0]}; {before}. "
+            "Make room and run the same command again"
+        )
+
+    def _stop(self, trainer, number: int) -> None:
+        """End the run; the status is rank 0's alone, since a rank that fails before it would have it killed."""
+        if not trainer.is_global_zero:
+            raise Failed("", status=0)
+        where = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
+        why = f"stopped by {signal.Signals(number).name}" if number else "its time is up"
+        print(f"{self.name}: {why} at step {trainer.global_step}; the same command continues from {where}", flush=True)
+        raise Failed("", status=STATUS[number] if number else OUT_OF_TIME)
+
+
+def point_to(link: Path, name: str) -> None:
+    """Make *link* a symbolic link to the file *name* beside it, whatever it was before, at once."""
+    temporary = link.with_name(link.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    temporary.replace(link)
+
+
+def saves_of(run: RunDirectory) -> list[Path]:
+    """The saves of a run, newest first."""
+    found = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in run.checkpoints.glob("step=*.ckpt")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: -int(found[path][1]))
+
+
+def _damage(path: Path) -> str | None:
+    """Why a save cannot be read, or None."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return None if isinstance(content, dict) and "loops" in content else "it is not one of the trainer's saves"
+
+
+def save_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None) -> Path | None:
+    """The newest save that can be read, or None if there is none; *wanted* asks for one save.
+
+    What a killed process has left half-made is removed, and newer saves than *wanted*, since they will be made again.
+
+    Raises
+    ------
+    BadRequest
+        If none of the saves that there are can be read, or not the one wanted.
+    """
+    for temporary in run.checkpoints.glob("*.tmp"):
+        temporary.unlink()
+    if wanted is not None:
+        wanted = wanted.resolve()
+        if (damage := _damage(wanted)) is not None:
+            raise BadRequest(f"{wanted} cannot be continued from: {damage}")
+    problems = []
+    for path in saves_of(run):
+        if wanted is not None and path.resolve() != wanted:
+            if not problems:
+                print(f"{name}: {path.name} is left aside and will be made again", flush=True)
+            path.unlink()
+            continue
+        if (damage := _damage(path)) is None:
+            for newer in problems:
+                print(f"{name}: {newer}; going on from the one before", flush=True)
+            point_to(run.last, path.name)
+            return path
+        problems.append(f"the save {path} cannot be read ({damage})")
+    if problems:
+        raise BadRequest(
+            f"{name}: "
+            + "; ".join(problems)
+            + f"; no earlier save is left. To start afresh, delete {run.path} or use --restart"
+        )
+    return None

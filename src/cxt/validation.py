@@ -1,0 +1,114 @@
+"""Validation during training: the loss, and how well a few test items are decoded; the best weights; early stopping.
+
+The loss is teacher-forced: each window is predicted from the true past. Decoding is what the model is used for, so a small
+set, the same at every validation, is decoded as well, on the first device and without touching what training draws.
+"""
+
+import math
+
+import numpy as np
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from cxt.checkpoint import write_checkpoint
+from cxt.decode import Posterior, decode
+from cxt.rundir import RunDirectory
+from cxt.runlog import TrainingLog
+from cxt.targets import SPECIAL_TOKENS, Grid
+
+REPLICATES = 4
+"""Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""
+
+
+class DecodedItems:
+    """A few test items, spread evenly: *truth* (items, windows) ln TMRCA at the centres of its bins, and names for figures."""
+
+    def __init__(self, dataset, *, items: int, grid: Grid):
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(items, len(dataset))).astype(int))
+        batch = dataset.batch([int(item) for item in chosen])
+        self.counts, self.missing, self.grid = batch.counts, batch.missing, grid
+        self.truth = grid.centres[batch.tokens[:, 1:].numpy() - SPECIAL_TOKENS]
+        self.names = []
+        for item in chosen:
+            about = dataset.describe(int(item))
+            self.names.append(f"{about.scenario} {about.index}, pair {about.pair[0]}-{about.pair[1]}")
+
+    def decoded(self, model, *, seed: int, device) -> Posterior:
+        """Posterior of each window of each item; the same for the same weights."""
+        return decode(
+            model, self.counts, self.missing, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device
+        )
+
+    def scores(self, posterior: Posterior) -> dict[str, float]:
+        """Mean squared error and correlation of the posterior mean of ln TMRCA over all windows."""
+        truth, mean = self.truth.ravel(), posterior.mean.ravel()
+        varies = truth.std() > 0 and mean.std() > 0
+        return {
+            "val_mse": float(np.mean((mean - truth) ** 2)),
+            "val_r": float(np.corrcoef(truth, mean)[0, 1]) if varies else 0.0,
+        }
+
+
+class Validation(Callback):
+    """Completes the log's row after each validation, keeps the weights of the lowest loss, and stops a run that stands still.
+
+    Parameters
+    ----------
+    items : to decode; None for none
+    patience, min_delta : stop after so many validations in a row that are not below the lowest loss by more than *min_delta*;
+        0 = never. The best weights are those of the lowest loss, whatever *min_delta* says.
+    """
+
+    def __init__(self, run: RunDirectory, name, log: TrainingLog, *, record, items, seed, steps_per_epoch, patience, min_delta):
+        self.run, self.name, self.training_log, self.record, self.items, self.seed = run, name, log, record, items, seed
+        self.steps_per_epoch, self.patience, self.min_delta = steps_per_epoch, patience, min_delta
+        self.best = {"loss": math.inf, "step": 0, "reference": math.inf, "rounds": 0}
+        self.stopped = False
+
+    def state_dict(self) -> dict:
+        return dict(self.best)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best = dict(state)
+
+    def on_validation_end(self, trainer, module) -> None:
+        loss = float(trainer.callback_metrics["val_loss"])
+        step = trainer.global_step
+        values = {"val_loss": loss}
+        if self.items is not None and trainer.is_global_zero:
+            with trainer.precision_plugin.forward_context():
+                values |= self.items.scores(self.items.decoded(module.model, seed=self.seed, device=module.device))
+        self.training_log.validated(trainer, values)
+        if trainer.is_global_zero:
+            decoded = f", decoded: MSE {values['val_mse']:.3f}, r {values['val_r']:.3f}" if "val_mse" in values else ""
+            print(f"{self.name}: step {step}, validation loss {loss:.4f}{decoded}", flush=True)
+        if loss < self.best["loss"]:
+            self.best |= {"loss": loss, "step": step}
+            if trainer.is_global_zero:
+                about = {"epoch": (step - 1) // self.steps_per_epoch, "step": step, "val_loss": loss}
+                write_checkpoint(self.run.best, module.model.state_dict(), self.record | about)
+        if loss < self.best["reference"] - self.min_delta:
+            self.best |= {"reference": loss, "rounds": 0}
+        else:
+            self.best["rounds"] += 1
+        if self.patience and self.best["rounds"] >= self.patience:
+            self.stopped = trainer.should_stop = True
+            if trainer.is_global_zero:
+                print(
+                    f"{self.name}: stops early at step {step}: {self.patience} validations without a loss more than "
+                    f"{self.min_delta:g} below {self.best['reference']:.4f}",
+                    flush=True,
+                )
+
+
+def truth_beside_prediction(items: DecodedItems, model, *, seed: int) -> dict:
+    """What `cxt.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        posterior = items.decoded(model, seed=seed, device=device)
+    arrays = (items.truth, posterior.mean, posterior.low, posterior.high)
+    rows = {}
+    for first in range(0, len(items.names), 2):
+        title = "   |   ".join(items.names[first : first + 2])
+        rows[title] = tuple(array[None, first : first + 2] for array in arrays)
+    return rows

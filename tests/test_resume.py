@@ -1,0 +1,166 @@
+"""Runs that are interrupted, and end as if they had not been.
+
+`make test-resume` runs the whole matrix with twenty kills each; by default there are a few.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from cxt.rundir import RunDirectory
+from cxt.runlog import TIMING, read_log
+from cxt.saves import saves_of
+
+KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
+"""Kills of every combination of the matrix; 0 runs three combinations with two kills."""
+
+NETWORK = ["--model", "broad", "--layers", 2, "--heads", 2, "--width", 16, "--dropout", 0.1, "--threads", 1]
+TRAINING = [
+    "--batch-size", 4, "--lr", 1e-3, "--min-lr", 1e-4, "--decay-steps", 0, "--warmup-steps", 3, "--save-every", 7,
+    "--save-minutes", 0, "--validate-every", 11, "--validation-items", 8, "--decode-items", 2, "--log-every", 5,
+    "--patience", 1000,
+]  # fmt: skip
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "cxt.train", *map(str, [*NETWORK, *TRAINING, *arguments])]
+
+
+def start(arguments, **kwargs) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def finish(arguments) -> str:
+    process = start(arguments)
+    said = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def begun(process: subprocess.Popen) -> list[str]:
+    """Lines that a trainer has said until it says that it trains."""
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "parameters train" in line:
+            break
+    return said
+
+
+def kill_at_a_random_moment(process: subprocess.Popen, run: Path, rng) -> str:
+    """`kill -9` of the trainer and the processes it has started: in one case of five while it starts, else as it trains."""
+    log = RunDirectory(run).log
+    before = log.stat().st_mtime_ns if log.exists() else 0
+    said = begun(process)
+    if rng.random() > 0.2:
+        while process.poll() is None and (not log.exists() or log.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+    time.sleep(rng.uniform(0, 1.5))
+    os.killpg(process.pid, signal.SIGKILL)
+    said.append(process.communicate()[0])
+    return "".join(said)
+
+
+def everything_but_time(value):
+    """What a save holds, without what no two runs have in common."""
+    if isinstance(value, dict):
+        return {key: everything_but_time(part) for key, part in value.items() if key not in TIMING}
+    if isinstance(value, list):
+        return [everything_but_time(part) for part in value]
+    return value
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    """Weights, everything in the last saves (optimizer, loops, callbacks), and all columns of the log but the timing ones."""
+    first, second = RunDirectory(a), RunDirectory(b)
+    names = sorted(path.name for path in first.checkpoints.glob("*.ckpt"))
+    assert names == sorted(path.name for path in second.checkpoints.glob("*.ckpt"))
+    assert len(saves_of(first)) == 2
+    for name in names:
+        one, other = (torch.load(run.checkpoints / name, weights_only=True) for run in (first, second))
+        assert same(everything_but_time(one), everything_but_time(other)), name
+    logs = [[{key: row[key] for key in row if key not in TIMING} for row in read_log(run.log)] for run in (first, second)]
+    assert len(logs[0]) > 20
+    assert logs[0] == logs[1]
+    steps = [row["step"] for row in logs[0]]
+    assert steps == sorted(set(steps))
+    assert any(row["val_loss"] for row in logs[0])
+
+
+KINDS = ("plain", "adapter", "resume_adapter")
+
+
+@pytest.fixture(scope="module")
+def parents(dataset, dataset_n10, tmp_path_factory):
+    """{kind: arguments that name its data and parent}."""
+    directory = tmp_path_factory.mktemp("parents")
+    plain, adapter = directory / "plain.ckpt", directory / "adapter.ckpt"
+    few = ["--devices", 0, "--epochs", 1]
+    finish(command("--dataset-path", dataset, *few, "--run-dir", directory / "plain", "--out", plain))
+    on_plain = ["--dataset-path", dataset_n10, "--adapter", "--adapter-bottleneck", 4, "--adapter-dropout", 0.1, "--last-n", 1]
+    finish(command(*on_plain, "--checkpoint", plain, *few, "--run-dir", directory / "adapter", "--out", adapter))
+    return {
+        "plain": ["--dataset-path", dataset],
+        "adapter": [*on_plain, "--checkpoint", plain],
+        "resume_adapter": [*on_plain, "--resume-adapter", adapter],
+    }
+
+
+MATRIX = [
+    (kind, workers, accumulation, ranks)
+    for kind in KINDS
+    for workers in (0, 2)
+    for accumulation in (1, 3)
+    for ranks in (1, 2)
+]  # fmt: skip
+FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2)]
+
+
+@pytest.mark.parametrize(("kind", "workers", "accumulation", "ranks"), MATRIX if KILLS else FEW)
+def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation, ranks):
+    steps = 150 * (KILLS or 2)
+    epochs = math.ceil(steps / ((100 if kind == "plain" else 50) // ranks // 4 // accumulation))
+    devices = ["--devices", 0] if ranks == 1 else ["--accelerator", "cpu", "--devices", 2]
+    arguments = command(
+        *parents[kind], *devices, "--workers", workers, "--grad-accum", accumulation, "--epochs", epochs, "--max-steps", steps,
+    )  # fmt: skip
+    finish([*arguments, "--run-dir", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.ckpt")])
+    cut = [*arguments, "--run-dir", str(tmp_path / "cut"), "--out", str(tmp_path / "cut.ckpt")]
+    rng = np.random.default_rng([KINDS.index(kind), workers, accumulation, ranks])
+    continued = 0
+    for _ in range(KILLS or 2):
+        continued += "continuing from" in kill_at_a_random_moment(start(cut), tmp_path / "cut", rng)
+    said = finish(cut)
+    continued += "continuing from" in said
+    print(f"{kind}, {workers} workers, accumulation {accumulation}, {ranks} ranks: {continued} of {KILLS or 2} tries continued")
+    assert continued
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut")
+    assert (tmp_path / "whole.ckpt").read_bytes() == (tmp_path / "cut.ckpt").read_bytes()
