@@ -55,8 +55,10 @@ for model, entry in config["models"].items():
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
             run=jobs.run_directory(config, model),
             lineage=jobs.model_lineage(config, model),
-        # tee ignores the signals that end a job, so that the trainer can still say what it does about them.
+        # tee ignores the signals that end a job, so that the trainer can still say what it does about them. Slurm would kill
+        # it at the end of its time: a twentieth before, it saves and ends, and the profile's next try goes on.
         shell:
             "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.train"
             " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q}"
             " --devices {resources.gpu} --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"
+            " ${{SLURM_JOB_ID:+--max-minutes $(( {resources.runtime} - {resources.runtime} / 20 ))}}"

@@ -84,7 +84,7 @@ def train(flags, directory, *more, check=True):
 
 
 def weights(directory):
-    (path,) = (directory / "checkpoints").glob("*step=*.ckpt")
+    (path,) = (directory / "checkpoints").glob("broad_epoch=*.ckpt")
     return torch.load(path, weights_only=True)["state_dict"]
 
 

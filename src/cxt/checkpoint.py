@@ -1,13 +1,19 @@
 """Checkpoints: trained weights with what is needed to use them; writing, reading, and loading a model by name.
 
+    python -m cxt.checkpoint show results/broad.ckpt
+    python -m cxt.checkpoint verify results/broad.ckpt
+    python -m cxt.checkpoint diff results/broad.ckpt old/broad.ckpt
+
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
 loads under `weights_only=True`. The trainer's own saves hold more, and are read as well.
 """
 
+import argparse
 import dataclasses
 import io
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +22,10 @@ import torch
 
 from cxt.adapter import build_model
 from cxt.config import AdapterConfig, ModelConfig
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import atomic_write
 from cxt.model import CoalescenceModel
+from cxt.rundir import RunDirectory
 
 FORMAT = 1
 
@@ -74,6 +81,7 @@ def read_checkpoint(path) -> Checkpoint:
     weights = content["state_dict"]
     if "pytorch-lightning_version" in content:
         weights = {key.removeprefix("model."): value for key, value in weights.items()}
+        record = record | {"step": content["global_step"], "epoch": content["epoch"]}
     adapter = record["adapter"]
     return Checkpoint(weights, ModelConfig(**record["model"]), None if adapter is None else AdapterConfig(**adapter), record)
 
@@ -102,10 +110,24 @@ def checkpoint_directories() -> list[Path]:
     return directories
 
 
-def find_checkpoint(name_or_path) -> Path:
-    """The file of a checkpoint given by name or path.
+def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
+    """The best, else the last weights of a run directory."""
+    run = RunDirectory(path)
+    if best and run.best.is_file():
+        return run.best
+    for file in (run.finished_checkpoint(), run.last):
+        if file is not None and file.is_file():
+            if best:
+                print(f"note: {path} has no best weights yet, taking {file.name}", file=sys.stderr)
+            return file
+    raise BadRequest(f"{path} has saved nothing yet")
 
-    A name is looked up as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+
+def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
+    """The file of a checkpoint given by name, by path, or by the run directory that it is in.
+
+    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. A name
+    is looked up as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
 
     Raises
     ------
@@ -113,6 +135,8 @@ def find_checkpoint(name_or_path) -> Path:
         If there is none; it says where was looked and what is there.
     """
     path = Path(name_or_path)
+    if (path / "run.json").is_file():
+        return _checkpoint_of_run(path, best=best)
     if path.suffix == ".ckpt" or len(path.parts) > 1:
         if path.is_file():
             return path
@@ -125,13 +149,14 @@ def find_checkpoint(name_or_path) -> Path:
     raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{nearest(str(path), there)}")
 
 
-def load_model(name_or_path, *, device="cpu") -> CoalescenceModel:
+def load_model(name_or_path, *, device="cpu", best: bool = False) -> CoalescenceModel:
     """A trained model, in eval mode.
 
     Parameters
     ----------
-    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file
+    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file or a run directory
     device : torch device to put it on
+    best : of a run directory, the weights of the lowest validation loss instead of the last
 
     Returns
     -------
@@ -144,8 +169,42 @@ def load_model(name_or_path, *, device="cpu") -> CoalescenceModel:
     BadRequest
         If there is no such checkpoint, or it is damaged.
     """
-    path = find_checkpoint(name_or_path)
+    path = find_checkpoint(name_or_path, best=best)
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint.model, checkpoint.adapter)
     load_weights(model, checkpoint.state_dict, source=path)
     return model.to(device).eval()
+
+
+def main() -> None:
+    from cxt.inspection import diff, show, verify
+
+    parser = argparse.ArgumentParser(
+        prog="python -m cxt.checkpoint", description="Look at checkpoints, check them, compare them."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("show", help="what a checkpoint is: network, training, dataset, parent, lineage")
+    command.add_argument("checkpoint", help="name, file or run directory")
+    command = commands.add_parser("verify", help="whether it is whole, and what the configuration asks for; exit 1 if not")
+    command.add_argument("checkpoint", help="name, file or run directory")
+    command.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
+    command = commands.add_parser("diff", help="the worst differing tensor of two, and what else differs; exit 1 if not close")
+    command.add_argument("checkpoint", help="name, file or run directory")
+    command.add_argument("other", help="name, file or run directory")
+    command.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance (default 1e-5)")
+    command.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance (default 1e-6)")
+    args = parser.parse_args()
+    path = find_checkpoint(args.checkpoint)
+    if args.command == "show":
+        print(show(path))
+    elif args.command == "verify":
+        print(verify(path, configfiles=args.configfile))
+    else:
+        close, text = diff(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
+        print(text)
+        if not close:
+            raise Failed("")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

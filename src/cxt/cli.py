@@ -12,6 +12,9 @@ COMMANDS = {
     "preprocess": "shards and manifest of a dataset, synthetic masks",
     "dataset": "look at a dataset, check it, export dense arrays",
     "train": "one checkpoint",
+    "find_lr": "a learning rate to train with",
+    "runs": "the run directories of the workflow, and removing old ones",
+    "checkpoint": "what a checkpoint is, whether it is current, where two differ",
     "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
 }
 

@@ -23,7 +23,7 @@ def _save(figure, path) -> None:
 def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
     """One row per scenario and two pairs each: true ln TMRCA, posterior mean and 95 % interval along the genome.
 
-    *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows).
+    *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows); a tuple names the two pairs instead.
     """
     rows = len(tracks)
     figure, axes = plt.subplots(rows, 2, figsize=(12, 2.1 * rows), squeeze=False, sharex=True)
@@ -35,7 +35,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
             axis.fill_between(at, low[pair], high[pair], step="mid", alpha=0.25, color=ESTIMATE, lw=0, label="95 % interval")
             axis.step(at, mean[pair], where="mid", color=ESTIMATE, lw=1.2, label="posterior mean")
             axis.step(at, truth[pair], where="mid", color=TRUTH, lw=1.0, label="truth")
-            axis.set_title(name, fontsize=9, loc="left")
+            axis.set_title(name if isinstance(name, str) else name[column], fontsize=9, loc="left")
             axis.spines[["top", "right"]].set_visible(False)
         axes[row, 0].set_ylabel("ln TMRCA\n(generations)", fontsize=8)
     for axis in axes[-1]:
@@ -73,6 +73,21 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
         axis.set_xlabel("optimizer step", fontsize=8)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.tight_layout()
+    _save(figure, path)
+
+
+def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
+    """Loss against learning rate of a search, and the rate that it suggests."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    axis.plot(rates, losses, color=ESTIMATE, lw=1.2)
+    at = int(np.argmin(np.abs(np.log(rates) - np.log(suggestion))))
+    axis.plot(rates[at], losses[at], "o", color=TRUTH, label=f"suggestion {suggestion:.2g}")
+    axis.set_xscale("log")
+    axis.set_xlabel("learning rate", fontsize=9)
+    axis.set_ylabel("smoothed training loss", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=9, frameon=False)
+    axis.set_title(title, fontsize=11, loc="left")
     _save(figure, path)
 
 

@@ -112,10 +112,11 @@ class Plan:
         """Of ln generations, that of the network."""
         return Grid(self.network.grid_low, self.network.grid_high, self.network.bins)
 
-    @property
-    def batches_between_validations(self) -> int | None:
-        """Batches of a device between two validations; None for the end of each epoch."""
-        return self.training.validate_every * self.training.grad_accum or None
+    def validates_after(self, step: int) -> bool:
+        """Whether there is a validation after an optimizer step: every so many, or after each epoch; and after the last."""
+        if not self.manifest["splits"]["test"]["items"]:
+            return False
+        return step % (self.training.validate_every or self.steps_per_epoch) == 0 or step == self.total_steps
 
     def record(self) -> dict:
         """What the checkpoint will say of itself: plain dicts, lists, numbers and strings."""
@@ -234,8 +235,7 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
         max_epochs=training.epochs,
         min_epochs=0,
         max_steps=plan.total_steps,
-        val_check_interval=plan.batches_between_validations,
-        check_val_every_n_epoch=None if training.validate_every else 1,
+        check_val_every_n_epoch=training.epochs + 1,  # never: `Saves` validates, at optimizer steps
         accumulate_grad_batches=training.grad_accum,
         gradient_clip_val=training.grad_clip or None,
         use_distributed_sampler=False,
@@ -288,7 +288,7 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
     log = TrainingLog(
         run.log, plan.name, total_steps=plan.total_steps, steps_per_epoch=plan.steps_per_epoch,
         items_per_batch=training.batch_size * plan.world, every=training.log_every,
-        checks_gradient=plan.precision != "16-mixed",
+        validates=plan.validates_after, checks_gradient=plan.precision != "16-mixed",
     )  # fmt: skip
     items = None
     if training.decode_items and len(data.test_set):
@@ -299,7 +299,7 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
     )  # fmt: skip
     saves = Saves(
         run, plan.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
-        total_steps=plan.total_steps, before=log.stop_if_bad, deadline=plan.deadline,
+        total_steps=plan.total_steps, validates=plan.validates_after, before=log.stop_if_bad, deadline=plan.deadline,
     )  # fmt: skip
     trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, saves])
     if trainer.is_global_zero:

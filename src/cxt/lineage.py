@@ -26,6 +26,8 @@ STAGE_SOURCES = {
         "adapter.py",
         "datamodule.py",
         "training.py",
+        "saves.py",
+        "validation.py",
         "fit.py",
         "source.py",
         "train.py",

@@ -60,6 +60,18 @@ def take_lock(path, what):
     return file
 
 
+def is_locked(path) -> bool:
+    """Whether another process holds the lock file *path*."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 class RunDirectory:
     """One run's directory, locked by this process from `lock` until it ends."""
 
@@ -87,7 +99,7 @@ class RunDirectory:
 
     def lock(self) -> None:
         """Take the directory for this process, until `release`; BadRequest says who has it."""
-        self._locks.append(take_lock(self._lock_path(), self.path))
+        self._locks.append(take_lock(self.lock_path, self.path))
         check_writable(self.path / "run.json")
 
     def lock_target(self, out) -> None:
@@ -102,7 +114,8 @@ class RunDirectory:
             file.close()
         self._locks.clear()
 
-    def _lock_path(self) -> Path:
+    @property
+    def lock_path(self) -> Path:
         # Beside the directory, so that superseding (renaming) it does not move the lock away.
         return self.path.with_name(self.path.name + ".lock")
 

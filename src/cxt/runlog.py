@@ -13,7 +13,6 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.errors import Failed
 from cxt.files import atomic_write
-from cxt.saves import validation_is_due
 
 COLUMNS = (
     "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",
@@ -40,14 +39,25 @@ class TrainingLog(Callback):
     total_steps, steps_per_epoch : optimizer steps of the run and of each epoch
     items_per_batch : on all devices
     every : optimizer steps between rows
+    validates : whether there is a validation after a step
     checks_gradient : False with a gradient scaler, which skips what is not finite by itself
     line_every : seconds between lines
     """
 
     def __init__(
-        self, path, name, *, total_steps, steps_per_epoch, items_per_batch, every, checks_gradient=True, line_every=15.0
+        self,
+        path,
+        name,
+        *,
+        total_steps,
+        steps_per_epoch,
+        items_per_batch,
+        every,
+        validates,
+        checks_gradient=True,
+        line_every=15.0,
     ):
-        self.path, self.name = Path(path), name
+        self.path, self.name, self.validates = Path(path), name, validates
         self.total_steps, self.steps_per_epoch, self.items_per_batch = total_steps, steps_per_epoch, items_per_batch
         self.every, self.checks_gradient, self.line_every = every, checks_gradient, line_every
         self._step, self._row, self._seconds = 0, None, 0.0
@@ -128,7 +138,7 @@ class TrainingLog(Callback):
         # An epoch's last window may be short: Lightning divides its losses as if it were not.
         mean = self._loss * (trainer.accumulate_grad_batches / self._batches)
         self._loss, self._batches = None, 0
-        validates = validation_is_due(trainer)
+        validates = self.validates(step)
         ends = step >= self.total_steps
         if step % self.every == 0 or validates or ends:
             self.stop_if_bad(trainer)

@@ -46,22 +46,20 @@ class AtomicIO(TorchCheckpointIO):
         temporary.replace(path)
 
 
-def validation_is_due(trainer: pl.Trainer) -> bool:
-    """Whether Lightning validates after the batch that has just been trained on."""
-    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
-
-
 def validate_now(trainer: pl.Trainer) -> None:
-    """The validation that Lightning would have made after the batch at which a run was saved."""
+    """Lightning's validation, between two steps; its own schedule counts batches, and falls inside accumulation windows."""
     loop = trainer.fit_loop.epoch_loop.val_loop
+    first_loop_iter = trainer._logger_connector._first_loop_iter
+    trainer.lightning_module.on_validation_model_zero_grad()
     loop.restarting = False
     trainer.validating = True
     loop.run()
     trainer.training = True
+    trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
 class Saves(Callback):
-    """Saves every so many steps and minutes, before each validation, and when a signal or the budget ends the run.
+    """Saves every so many steps and minutes, when a signal or the budget ends the run, and before each validation it runs.
 
     Parameters
     ----------
@@ -69,12 +67,15 @@ class Saves(Callback):
     every_steps, every_minutes : whichever is reached first; 0 minutes = never by time
     keep : saves that are kept
     total_steps : of the whole run
+    validates : whether there is a validation after a step
     deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
     before : called with the trainer before each save, to refuse it
     """
 
-    def __init__(self, run: RunDirectory, name: str, *, every_steps, every_minutes, keep, total_steps, before, deadline=None):
-        self.run, self.name, self.before = run, name, before
+    def __init__(
+        self, run: RunDirectory, name: str, *, every_steps, every_minutes, keep, total_steps, validates, before, deadline=None
+    ):
+        self.run, self.name, self.validates, self.before = run, name, validates, before
         self.every_steps, self.every_seconds, self.keep = every_steps, 60 * every_minutes, keep
         self.total_steps, self.deadline = total_steps, deadline
         self._signal = None
@@ -124,21 +125,22 @@ class Saves(Callback):
             return
         self._step = step
         due = self._due(trainer, step)
-        if step >= self.total_steps:
-            return  # the finished checkpoint is next
-        self._validation_left = validation_is_due(trainer)
-        if due or self._validation_left:
+        self._validation_left = self.validates(step)
+        last = step >= self.total_steps
+        if not last and (due or self._validation_left):
             self._save(trainer, step)
-        if due >= STOP:
+        if not last and due >= STOP:
             self._stop(trainer, due - STOP)
+        if self._validation_left:
+            validate_now(trainer)
+            self._validation_left = False
+        if last:  # Lightning does nothing more with a run that is saved here, so its validation comes first
+            self._save(trainer, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, dataloader_index=0) -> None:
         # Alone, a process need not wait for the end of it: the run was saved before.
         if self._signal is not None and trainer.world_size == 1:
             self._stop(trainer, self._signal)
-
-    def on_validation_end(self, trainer, module) -> None:
-        self._validation_left = False
 
     def _save(self, trainer, step: int) -> None:
         self.before(trainer)

@@ -109,6 +109,5 @@ def truth_beside_prediction(items: DecodedItems, model, *, seed: int) -> dict:
     arrays = (items.truth, posterior.mean, posterior.low, posterior.high)
     rows = {}
     for first in range(0, len(items.names), 2):
-        title = "   |   ".join(items.names[first : first + 2])
-        rows[title] = tuple(array[None, first : first + 2] for array in arrays)
+        rows[tuple(items.names[first : first + 2])] = tuple(array[None, first : first + 2] for array in arrays)
     return rows

@@ -1,0 +1,126 @@
+"""What a checkpoint is, whether it is what the configuration asks for, and where two of them differ."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from cxt.adapter import build_model
+from cxt.checkpoint import Checkpoint, load_weights, read_checkpoint
+from cxt.errors import Failed
+from cxt.lineage import file_sha256
+
+
+def show(path) -> str:
+    """A checkpoint in words."""
+    checkpoint = read_checkpoint(path)
+    record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
+    training, data, parent = record["training"], record["dataset"], record["parent"]
+    parameters = sum(value.numel() for value in checkpoint.state_dict.values())
+    effective = training["batch_size"] * training["grad_accum"] * record["devices"]
+    loss = f", validation loss {record['val_loss']:.4f}" if "val_loss" in record else ""
+    rows = {
+        "model": f"{record['name']} (preset {record['preset']}), step {record['step']}, epoch {record['epoch']}{loss}",
+        "network": f"{network.layers} blocks, {network.heads} heads, width {network.width}, dropout {network.dropout:g}; "
+        f"{parameters:,} parameters",
+        "input": f"{network.windows} windows of {network.window_size} bp, {network.samples} samples, {network.scales} scales"
+        f"{'' if network.mask_singletons else ', missingness in bin 0'}",
+        "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
+        "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adapter).items()),
+        "training": f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, {training['schedule']}, "
+        f"{record['precision']} on {record['devices']} {record['accelerator']}, {record['threads']} threads, "
+        f"seed {training['seed']}",
+        "dataset": f"{data['sha256']}" + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
+        "parent": "none" if parent is None else f"{parent['name']}, {parent['sha256']}",
+        "lineage": record["lineage"] or "none: not trained by the workflow",
+        "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    }
+    return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])
+
+
+def check(path) -> Checkpoint:
+    """The checkpoint, after its weights were found to be finite and to fit its network.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be read, or its weights do not fit.
+    Failed
+        If a weight is not finite.
+    """
+    checkpoint = read_checkpoint(path)
+    load_weights(build_model(checkpoint.model, checkpoint.adapter), checkpoint.state_dict, source=path)
+    bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise Failed(f"{path}: {', '.join(bad)} not finite")
+    return checkpoint
+
+
+def verify(path, *, configfiles) -> str:
+    """What was checked of a checkpoint: readable, whole, finite, and of the lineage that the configuration asks for.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be read, its weights do not fit its network, or the configuration is not valid.
+    Failed
+        If a weight is not finite, or it is not what the configuration would make today.
+    """
+    from cxt.configfile import load
+    from cxt.jobs import checkpoint_path, model_lineage, parent_of
+
+    checkpoint = check(path)
+    name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
+    config = load(configfiles)
+    if name not in config["models"]:
+        raise Failed(f"{path}: the weights are whole, but the configuration has no model '{name}' to compare with")
+    now = model_lineage(config, name)
+    if lineage != now:
+        raise Failed(
+            f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
+            f"'{name}' is {now}; `snakemake {checkpoint_path(name)}` makes it again"
+        )
+    said = f"{path}: whole, finite, and the lineage of '{name}' in the configuration"
+    parent = checkpoint.record["parent"]
+    above = parent_of(config["models"][name])
+    if parent is not None and (file := Path(path).parent / f"{above}.ckpt").is_file():
+        if file_sha256(file) != parent["sha256"]:
+            raise Failed(f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand")
+        said += f"; trained from the {file} that is there"
+    return said
+
+
+def diff(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
+    """Whether the weights of two checkpoints are close, and in words how the two differ.
+
+    Close is what torch calls it: \\|a - b\\| <= atol + rtol·\\|b\\| everywhere.
+    """
+    first, second = read_checkpoint(a), read_checkpoint(b)
+    lines = []
+    for key in sorted(first.record.keys() | second.record.keys()):
+        one, other = first.record.get(key), second.record.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            for name in sorted(one.keys() | other.keys()):
+                if one.get(name) != other.get(name):
+                    lines.append(f"  {key}.{name}: {one.get(name)} and {other.get(name)}")
+        elif one != other:
+            lines.append(f"  {key}: {one} and {other}")
+    left, right = first.state_dict, second.state_dict
+    close = left.keys() == right.keys()
+    lines += [f"  {key} is only in {a if key in left else b}" for key in sorted(left.keys() ^ right.keys())]
+    worst, differing = (-1.0, ""), 0
+    for key in sorted(left.keys() & right.keys()):
+        if left[key].shape != right[key].shape:
+            lines.append(f"  {key}: shapes {tuple(left[key].shape)} and {tuple(right[key].shape)}")
+            close = False
+            continue
+        x, y = left[key].double(), right[key].double()
+        differing += not torch.equal(x, y)
+        distance = float((x - y).abs().max()) if x.numel() else 0.0
+        # A NaN is as far as can be.
+        worst = max(worst, (distance if distance == distance else float("inf"), key))
+        close &= torch.allclose(x, y, rtol=rtol, atol=atol)
+    if differing:
+        lines.append(f"  {differing} tensors differ, most of all {worst[1]}: by {worst[0]:.3g}")
+    verdict = "equal" if not differing and close else ("close" if close else "different")
+    return close, "\n".join([f"{a} and {b}: weights are {verdict}", *lines])

@@ -1,0 +1,106 @@
+"""The run directories of the workflow: which there are, and which the configuration still asks for.
+
+cxt runs [--configfile my.yaml]             a table of them
+cxt runs --prune                            remove those of another lineage, after asking
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from cxt.configfile import load
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.jobs import run_directory
+from cxt.rundir import RunDirectory, is_locked
+from cxt.saves import saves_of
+
+
+class Run(NamedTuple):
+    """A run directory: its state in words, its size, and the model that asks for it (None: none does)."""
+
+    path: Path
+    state: str
+    bytes: int
+    model: str | None
+    in_use: bool
+
+
+def state_of(run: RunDirectory, *, in_use: bool) -> str:
+    """How far a run has come, in words."""
+    try:
+        state = run.state()
+    except BadRequest:
+        return "damaged"
+    if state is None:
+        return "not begun"
+    if state["finished"]:
+        return "finished" if run.finished_checkpoint() else "finished, its checkpoint is gone"
+    saves = saves_of(run)
+    saved = f"saved at {saves[0].stem.replace('=', ' ')}" if saves else "nothing saved"
+    return f"{'training' if in_use else 'interrupted'}, {saved}"
+
+
+def runs_of(directory: Path, config: dict) -> list[Run]:
+    """All run directories below *directory*, by name."""
+    wanted = {Path(run_directory(config, model)).name: model for model in config["models"]}
+    found = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if path.is_dir():
+            run = RunDirectory(path)
+            in_use = is_locked(run.lock_path)
+            size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+            found.append(Run(path, state_of(run, in_use=in_use), size, wanted.get(path.name), in_use))
+    return found
+
+
+def table_of(runs: list[Run]) -> str:
+    """The runs as text, one a line."""
+    width = max((len(run.path.name) for run in runs), default=0)
+    state = max((len(run.state) for run in runs), default=0)
+    return "\n".join(
+        f"{run.path.name:{width}}  {run.state:{state}}  {run.bytes / 1e6:9.1f} MB  "
+        + (f"current: {run.model}" if run.model else "not what the configuration asks for")
+        for run in runs
+    )
+
+
+def prune(runs: list[Run], *, yes: bool) -> None:
+    """Remove the runs that no model asks for and nobody is training, after asking on the terminal unless *yes*."""
+    old = [run for run in runs if run.model is None and not run.in_use]
+    if not old:
+        print("nothing to remove")
+        return
+    size = sum(run.bytes for run in old) / 1e6
+    print(f"To be removed, {size:.1f} MB (overlays that still need one must be named with --configfile):\n{table_of(old)}")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise BadRequest("--prune asks before it removes anything, and there is no terminal to answer on: add --yes")
+        if input("Remove them? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was removed")
+            return
+    for run in old:
+        shutil.rmtree(run.path)
+        RunDirectory(run.path).lock_path.unlink(missing_ok=True)
+    print(f"{len(old)} removed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m cxt.runs", description="The run directories of the workflow.")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
+    parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
+    parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not ask for")
+    parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
+    args = parser.parse_args()
+    if args.yes and not args.prune:
+        raise BadRequest("--yes is for --prune")
+    runs = runs_of(args.directory, load(args.configfile))
+    if args.prune:
+        prune(runs, yes=args.yes)
+    else:
+        print(table_of(runs) if runs else f"there are no runs in {args.directory}")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)
