@@ -5,12 +5,13 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test lint format clean
+.PHONY: help run all test test-resume lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
 	@echo "make all    all six checkpoints and their evaluation"
 	@echo "make test   the tests"
+	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make lint   ruff, snakefmt, and snakemake --lint"
 	@echo "CORES=8 make run uses more cores"
 
@@ -30,6 +31,10 @@ run: $(VENV)/installed
 all: $(VENV)/installed
 	$(SNAKEMAKE)
 	@cat results/evaluation/table.md
+
+# The whole matrix of interrupted training, with twenty kills each: some two hours.
+test-resume: $(VENV)/installed-dev
+	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/test_resume.py tests/test_interrupts.py
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest

@@ -91,11 +91,11 @@ def weights(directory):
 def test_training_learns_and_repeats(flags, tmp_path):
     arguments = ["--max-steps", 60, "--eval-samples", 32]
     done = train(flags, tmp_path / "a", *arguments)
-    losses = [float(x) for x in re.findall(r"validation loss (\S+)", done.stdout)]
+    losses = [float(x) for x in re.findall(r"validation loss ([0-9.]+)", done.stdout)]
     assert len(losses) == 10
     assert losses[-1] < losses[0] - 0.5
     again = train(flags, tmp_path / "b", *arguments, "--workers", 2)
-    assert [float(x) for x in re.findall(r"validation loss (\S+)", again.stdout)] == losses
+    assert [float(x) for x in re.findall(r"validation loss ([0-9.]+)", again.stdout)] == losses
     for key, value in weights(tmp_path / "a").items():
         assert torch.equal(value, weights(tmp_path / "b")[key])
 

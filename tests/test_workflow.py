@@ -262,23 +262,6 @@ def test_code_is_what_was_decided_on():
         )
 
 
-def test_failed_upstream_never_leaves_a_current_checkpoint(copy, tmp_path):
-    """Simulation fails after a change of the configuration: the old checkpoint must not look up to date."""
-    changed = overlay(tmp_path / "x.yaml", scenarios={"constant": {"population_size": 12345}})
-    broken = {"PYTHONPATH": str(tmp_path / "broken")}
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "sitecustomize.py").write_text(
-        "import sys\nif any('cxt.simulate' in a or a.endswith('simulate.py') for a in sys.orig_argv): sys.exit(1)\n"
-    )
-    done = run_python(
-        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", copy, "--cores", "2",
-        "results/narrow.ckpt", "--configfile", changed, cwd=copy, env=broken, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    jobs = planned(copy, "results/narrow.ckpt", configfile=changed)
-    assert {"simulate", "preprocess", "manifest", "train_narrow"} <= jobs.keys()
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

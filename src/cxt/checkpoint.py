@@ -22,7 +22,7 @@ import torch
 
 from cxt.adapter import build_model
 from cxt.config import AdapterConfig, ModelConfig
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write
 from cxt.model import CoalescenceModel
 from cxt.rundir import RunDirectory
@@ -71,7 +71,7 @@ def read_checkpoint(path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: {reason}") from None
     if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
         raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")

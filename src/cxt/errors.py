@@ -17,6 +17,11 @@ class Failed(RuntimeError):
         self.status = status
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its name if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of *choices*, and the whole list if none is close."""
     names = sorted(map(str, choices))

@@ -18,7 +18,7 @@ from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpo
 from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
-from cxt.errors import Failed
+from cxt.errors import Failed, first_line
 from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
 from cxt.rates import training_flops
@@ -337,7 +337,7 @@ def out_of_memory(plan: Plan, error: Exception) -> str:
     half = max(1, training.batch_size // 2)
     accumulation = -(-training.batch_size * training.grad_accum // half)
     return (
-        f"{plan.name}: out of memory on {plan.world} {plan.accelerator} ({str(error).splitlines()[0]}). Lower batch_size and "
+        f"{plan.name}: out of memory on {plan.world} {plan.accelerator} ({first_line(error)}). Lower batch_size and "
         f"raise grad_accum, which keeps the effective batch of {plan.effective_batch}: batch_size: {half}, grad_accum: "
         f"{accumulation}. Fewer windows (a shorter sequence_length) help most; these start a new run"
     )

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
-from cxt.errors import BadRequest, Failed
+from cxt.errors import BadRequest, Failed, first_line
 from cxt.rundir import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -159,7 +159,7 @@ class Saves(Callback):
         kept = saves_of(self.run)
         before = f"the save of {kept[0].stem} is intact" if kept else "nothing was saved before"
         return (
-            f"step {step} could not be saved in {self.run.checkpoints}: {str(error).splitlines()[0]}; {before}. "
+            f"step {step} could not be saved in {self.run.checkpoints}: {first_line(error)}; {before}. "
             "Make room and run the same command again"
         )
 
@@ -192,7 +192,7 @@ def _damage(path: Path) -> str | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None if isinstance(content, dict) and "loops" in content else "it is not one of the trainer's saves"
 
 

@@ -1,0 +1,567 @@
+"""Run directories: what is in them, how they are continued, and what everyday settings do."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY, run_python
+from test_training import FINE, SMALL, equal, train, weights
+
+from cxt import checkpoint as checkpoint_stage
+from cxt import find_lr as find_lr_stage
+from cxt import load_model
+from cxt import runs as runs_stage
+from cxt.checkpoint import read_checkpoint, write_checkpoint
+from cxt.config import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
+from cxt.configfile import load, training_settings
+from cxt.datamodule import EpochBatches
+from cxt.dataset import PairDataset, model_input
+from cxt.errors import BadRequest, Failed
+from cxt.fit import data_of, starting_model
+from cxt.jobs import run_directory
+from cxt.rundir import RunDirectory, take_lock
+from cxt.runlog import COLUMNS, TrainingLog, keep_rows, read_log
+from cxt.saves import saves_of
+from cxt.train import build_parser, plan_of
+from cxt.training import learning_rate_factor, parameter_groups
+from cxt.validation import Validation
+
+
+def call(stage, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["it", *map(str, arguments)])
+    stage.main()
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A finished run, with its checkpoint published beside it."""
+    directory = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        train(
+            patch, *SMALL, *FINE, "--dataset-path", dataset, "--run-dir", directory / "run", "--out", directory / "broad.ckpt",
+            "--save-every", 3, "--log-every", 2, "--validate-every", 4, "--decode-items", 3, "--epochs", 3,
+        )  # fmt: skip
+    return directory
+
+
+# What is in a run directory
+
+
+def test_everything_a_run_leaves(finished):
+    run = RunDirectory(finished / "run")
+    there = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
+    assert there >= {
+        "run.json",
+        "config.yaml",
+        "grid.json",
+        "model_summary.json",
+        "training_log.csv",
+        "losses.png",
+        "tracks.png",
+    }
+    assert json.loads((run.path / "grid.json").read_text()) == {"low": 3.0, "high": 17.0, "bins": 324}
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["best.ckpt", "broad_epoch=2-step=21.ckpt", "last.ckpt", "step=20.ckpt", "step=21.ckpt"]
+    with open(run.log) as file:
+        assert tuple(next(csv.reader(file))) == COLUMNS
+    rows = read_log(run.log)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 21]
+    validated = {row["step"]: row for row in rows if row["val_loss"] is not None}
+    assert list(validated) == [4, 8, 12, 16, 20, 21]
+    assert all(row["val_mse"] > 0 and -1 <= row["val_r"] <= 1 for row in validated.values())
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert all(row["grad_norm"] > 0 and row["items_per_s"] > 0 and 0 <= row["data_wait"] <= 1 for row in rows)
+    assert rows[0]["lr"] == pytest.approx(1e-3 * 1 / 2)  # the second of two steps of warm-up
+    best = min(validated.values(), key=lambda row: row["val_loss"])
+    assert read_checkpoint(run.best).record["step"] == best["step"]
+    assert read_checkpoint(run.best).record["val_loss"] == best["val_loss"]
+
+
+def test_model_summary_by_hand(finished):
+    summary = json.loads((finished / "run" / "model_summary.json").read_text())
+    state = weights(finished / "broad.ckpt")
+    count = sum(value.numel() for value in state.values())
+    assert (summary["parameters"], summary["trainable_parameters"], summary["effective_batch"]) == (count, count, 16)
+    assert summary["memory_mb"] == {"weights": 4 * count / 1e6, "gradients": 4 * count / 1e6, "optimizer": 8 * count / 1e6}
+    assert summary["planned_steps"] == 21
+    assert summary["flops"] == summary["flops_per_item"] * 16 * 21
+
+
+def test_config_runs_it_again(finished, tmp_path, monkeypatch):
+    config = finished / "run" / "config.yaml"
+    train(monkeypatch, "--config", config, "--run-dir", tmp_path / "again", "--out", tmp_path / "again.ckpt")
+    assert (tmp_path / "again.ckpt").read_bytes() == (finished / "broad.ckpt").read_bytes()
+
+
+def test_load_model_of_a_run(finished, tmp_path, capsys):
+    last, best = load_model(finished / "run").state_dict(), load_model(finished / "run", best=True).state_dict()
+    assert equal(last, weights(finished / "broad.ckpt"))
+    assert equal(best, weights(finished / "run/checkpoints/best.ckpt"))
+    copy = shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    (copy / "checkpoints/best.ckpt").unlink()
+    assert equal(load_model(copy, best=True).state_dict(), last)
+    assert "has no best weights yet" in capsys.readouterr().err
+
+
+# Continuing
+
+
+def interrupted(dataset, run, *more) -> list:
+    """Arguments of a run that was stopped by SIGUSR1 after some saves."""
+    arguments = [
+        *SMALL, *FINE, "--dataset-path", dataset, "--run-dir", run, "--epochs", 300, "--save-every", 5, "--decode-items", 0,
+        *more,
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cxt.train", *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while len(saves_of(RunDirectory(run))) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate()[0]
+    assert process.returncode == 143
+    assert "stopped by SIGUSR1" in said
+    return arguments
+
+
+def test_damaged_saves(dataset, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    arguments = interrupted(dataset, run.path, "--keep-saves", 4)
+    saves = saves_of(run)
+    assert len(saves) == 4  # exactly as many as asked for
+    assert run.last.resolve() == saves[0].resolve()
+    saves[0].write_bytes(saves[0].read_bytes()[:1000])
+    (run.checkpoints / "step=99999.ckpt.tmp").write_bytes(b"half")
+    stop = ["--max-minutes", 0.0001]
+    done = run_python("-m", "cxt.train", *arguments, *stop, check=False)
+    assert done.returncode == 75
+    assert f"the save {saves[0]} cannot be read" in done.stdout
+    assert f"continuing from {saves[1]}" in done.stdout
+    assert "its time is up at step" in done.stdout
+    assert not list(run.checkpoints.glob("*.tmp"))
+    for path in saves_of(run):
+        path.write_bytes(b"")
+    done = run_python("-m", "cxt.train", *arguments, check=False)
+    assert done.returncode == 2
+    assert "no earlier save is left" in done.stderr
+
+
+def test_resume_by_path(dataset, tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path / "lightning_logs/version_0")
+    arguments = interrupted(dataset, run.path, "--keep-saves", 3, "--max-minutes", 60)
+    bare = [word for word in arguments if word not in ("--run-dir", run.path)]
+    earlier = saves_of(run)[1]
+    stop = ["--max-minutes", 0.0001]
+    done = run_python("-m", "cxt.train", *bare, *stop, "--resume", earlier, check=False)
+    assert done.returncode == 75
+    assert f"continuing from {earlier}" in done.stdout
+    steps = [row["step"] for row in read_log(run.log)]
+    assert steps == sorted(set(steps))
+    done = run_python("-m", "cxt.train", *bare, *stop, "--resume", run.path, check=False)
+    assert done.returncode == 75
+    assert "continuing from" in done.stdout
+    done = run_python("-m", "cxt.train", *bare, *stop, "--log-dir", tmp_path, "--resume", check=False)
+    assert done.returncode == 75
+    for path, message in (
+        (tmp_path / "nowhere", "there is no such run or save"),
+        (run.log, "expected a run directory, or a save in the checkpoints"),
+    ):
+        with pytest.raises(BadRequest, match=message):
+            train(monkeypatch, *bare, "--resume", path)
+    with pytest.raises(BadRequest, match=r"was started with lr 0.001 instead of 0.002"):
+        train(monkeypatch, *bare, "--resume", run.path, "--lr", 2e-3)
+
+
+def test_other_devices(dataset, tmp_path, monkeypatch):
+    arguments = interrupted(dataset, tmp_path / "run")
+    two = ["--accelerator", "cpu", "--devices", 2]
+    with pytest.raises(BadRequest, match=r"was begun on 1 cpu and cannot go on with 2 cpu.* --restart.*rm -r"):
+        train(monkeypatch, *arguments, *two)
+
+
+def test_stale_and_held_locks(tmp_path, capsys):
+    path = tmp_path / "run.lock"
+    path.write_text("process 4000000 on elsewhere")
+    held = take_lock(path, "the run")
+    assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
+    code = f"from cxt.rundir import take_lock; take_lock({str(path)!r}, 'the run')"
+    done = run_python("-c", code, check=False)
+    assert f"the run is in use by process {os.getpid()}" in done.stderr
+    assert f"kill {os.getpid()}" in done.stderr
+    held.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc"), reason="mounts a small file system")
+def test_disk_full_while_saving(dataset, tmp_path):
+    """Exit 1, the earlier save intact; with room, it goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], check=False).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        arguments = [
+            *SMALL, *FINE, "--dataset-path", dataset, "--run-dir", small / "run", "--out", tmp_path / "x.ckpt", "--epochs", 8,
+            "--save-every", 5, "--keep-saves", 100, "--validation-items", 4, "--decode-items", 0,
+        ]  # fmt: skip
+        done = run_python("-m", "cxt.train", *arguments, check=False)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "could not be saved" in done.stderr
+        assert "Make room and run the same command again" in done.stderr
+        assert not (tmp_path / "x.ckpt").exists()
+        run = RunDirectory(small / "run")
+        for path in saves_of(run):
+            torch.load(path, weights_only=True)
+        assert not list(run.checkpoints.glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
+        done = run_python("-m", "cxt.train", *arguments)
+        assert "continuing from" in done.stdout
+    finally:
+        subprocess.run(["umount", small], check=True)
+    whole = [word if word != small / "run" else tmp_path / "run" for word in arguments]
+    whole[whole.index(tmp_path / "x.ckpt")] = tmp_path / "y.ckpt"
+    run_python("-m", "cxt.train", *whole)
+    assert equal(weights(tmp_path / "x.ckpt"), weights(tmp_path / "y.ckpt"))
+
+
+# Guards
+
+
+def test_out_of_memory(dataset, tmp_path, monkeypatch):
+    def loss(self, x, y):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("cxt.model.CoalescenceModel.loss", loss)
+    with pytest.raises(Failed, match=r"out of memory on 1 cpu .*batch_size: 4, grad_accum: 4"):
+        train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run")
+
+
+def test_clipping(dataset, tmp_path, monkeypatch):
+    for clip in (0, 1e-9):
+        arguments = ["--dataset-path", dataset, "--epochs", 1, "--weight-decay", 0, "--warmup-steps", 0, "--log-every", 1]
+        train(monkeypatch, *SMALL, *arguments, "--grad-clip", clip, "--run-dir", tmp_path / str(clip), "--max-steps", 1)
+    before = starting(dataset)
+    free, clipped = (weights(next((tmp_path / str(clip) / "checkpoints").glob("broad_*"))) for clip in (0, 1e-9))
+    moved = {
+        name: max(float((state[k] - before[k]).abs().max()) for k in before) for name, state in (("f", free), ("c", clipped))
+    }
+    assert moved["c"] < moved["f"] / 5
+    (row,) = read_log(tmp_path / "1e-09" / "training_log.csv")
+    assert row["grad_norm"] > 1e-3  # before clipping
+
+
+def starting(dataset):
+    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
+    return starting_model(plan).state_dict()
+
+
+# Validation
+
+
+class Recorder:
+    """What `Validation` and the log see of a trainer."""
+
+    def __init__(self, loss, step):
+        self.callback_metrics, self.global_step, self.is_global_zero, self.should_stop = {"val_loss": loss}, step, True, False
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "stops_at", "best"),
+    [
+        ([5, 4, 3, 2], 2, 0.0, None, 4),
+        ([5, 4, 4.5, 4.2, 3], 2, 0.0, 4, 2),
+        ([5, 4.95, 4.9, 4.85], 2, 0.1, 3, 3),  # the best is the lowest, whatever min_delta says
+        ([5, 4.95, 4.89, 4.85, 4.84], 2, 0.1, 5, 5),
+        ([5, float("nan"), 6], 2, 0.0, 3, 1),
+        ([5, 6, 7, 8], 0, 0.0, None, 1),
+    ],
+)
+def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta, stops_at, best):
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    about = read_checkpoint(finished / "broad.ckpt").record
+    module = SimpleNamespace(model=load_model(finished / "broad.ckpt"), device=torch.device("cpu"))
+    rows = []
+    log = SimpleNamespace(validated=lambda trainer, values: rows.append(values))
+    validation = Validation(
+        run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+    )
+    stopped = None
+    for step, loss in enumerate(losses, 1):
+        trainer = Recorder(loss, step)
+        state = validation.state_dict()
+        validation = Validation(
+            run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+        )
+        validation.load_state_dict(state)  # as if it had been interrupted before each
+        validation.on_validation_end(trainer, module)
+        if trainer.should_stop:
+            stopped = step
+            break
+    assert stopped == stops_at
+    assert read_checkpoint(run.best).record["step"] == best
+
+
+def test_stopping_early_publishes(dataset, tmp_path, monkeypatch, capsys):
+    arguments = ["--dataset-path", dataset, "--patience", 1, "--min-delta", 100, "--validate-every", 3, "--decode-items", 0]
+    train(monkeypatch, *SMALL, *arguments, "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt")
+    # The first validation is better than nothing; the second is not better by 100.
+    assert "stops early at step 6" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "x.ckpt").record["step"] == 6
+
+
+def test_export_best(dataset, tmp_path, monkeypatch):
+    arguments = [*SMALL, "--lr", 0.3, "--warmup-steps", 0, "--dataset-path", dataset, "--validate-every", 1, "--max-steps", 9]
+    train(monkeypatch, *arguments, "--export", "best", "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt")
+    rows = read_log(tmp_path / "run/training_log.csv")
+    best = min((row for row in rows if row["val_loss"] is not None), key=lambda row: row["val_loss"])
+    assert best["step"] < 9
+    assert read_checkpoint(tmp_path / "x.ckpt").record["step"] == best["step"]
+
+
+# Settings
+
+
+def test_schedules():
+    values = {}
+    for schedule in ("cosine", "linear", "constant", "wsd"):
+        training = TrainingConfig(lr=1.0, min_lr=0.1, warmup_steps=10, decay_steps=110, schedule=schedule)
+        values[schedule] = [learning_rate_factor(step, training, total_steps=500) for step in (0, 5, 10, 50, 60, 110, 400)]
+    assert values["cosine"] == pytest.approx([0, 0.5, 1, 0.1 + 0.9 * 0.6545085, 0.55, 0.1, 0.1])
+    assert values["linear"] == pytest.approx([0, 0.5, 1, 0.64, 0.55, 0.1, 0.1])
+    assert values["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1])
+    assert values["wsd"] == pytest.approx([0, 0.5, 1, 1, 0.1 + 0.9 * 0.9330127, 0.1, 0.1])
+
+
+def test_precision_names():
+    for name, others in PRECISIONS.items():
+        for word in (name, *others):
+            assert TrainingConfig(precision=word).precision == name
+    assert TrainingConfig(precision=False).precision == "32-true"  # how YAML reads `no`
+    assert TrainingConfig(precision=16).precision == "16-mixed"
+    with pytest.raises(BadRequest, match="unknown precision 'banana'.*accepted: bf16-mixed, true, bf16, 16-mixed"):
+        TrainingConfig(precision="banana")
+
+
+def test_print_config(monkeypatch, capsys):
+    for model, masks in (("w200_wmissing", False), ("broad", True)):
+        train(monkeypatch, "--model", model, "--print-config")
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["mask_singletons"] is masks
+        published = {
+            "lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 10, "decay_steps": 150_000, "batch_size": 128, "grad_accum": 6,
+            "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "precision": "bf16-mixed", "grad_clip": 0.0, "schedule": "cosine",
+        }  # fmt: skip
+        assert {key: printed[key] for key in published} == published
+
+
+OPTIONAL = {
+    "schedule": "cosine", "patience": 0, "min_delta": 0.0, "export": "last", "grad_clip": 0.0, "validate_every": 0,
+    "validation_items": 0, "decode_items": 0, "keep_saves": 2, "save_minutes": 10.0, "log_every": 10, "storage": "auto",
+    "workers": 0, "save_every": 200,
+}  # fmt: skip
+RECIPES = {  # spec: layers, epochs, learning rate
+    "narrow": (6, 6, 3e-4), "broad": (10, 2, 3e-4), "broad_w200": (10, 2, 3e-5), "broad_adapter": (10, 3, 3e-4),
+    "w200_wmissing": (10, 2, 3e-5), "w200_wmissing_adapter": (10, 10, 3e-5),
+}  # fmt: skip
+
+
+def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatch):
+    """The six recipes as they are published, and the first ten losses of a run those of a plain loop in torch."""
+    config = load([REPOSITORY / "config" / "paper.yaml"])
+    for model, (layers, epochs, lr) in RECIPES.items():
+        settings = training_settings(config, model)
+        assert (settings["layers"], settings["epochs"], settings["lr"], settings["min_lr"]) == (layers, epochs, lr, 3e-5)
+        decides = OPTIONAL.keys() - set(CHANGE_NO_RESULT)
+        assert {key: settings[key] for key in decides} == {key: OPTIONAL[key] for key in decides}
+    arguments = [*SMALL, "--dropout", 0.1, "--epochs", 3, "--dataset-path", dataset, "--max-steps", 10]
+    explicit = [word for key, value in OPTIONAL.items() for word in ("--" + key.replace("_", "-"), value)]
+    runs = {"off": explicit, "default": [], "on": ["--validate-every", 3, "--decode-items", 2, "--patience", 50]}
+    losses = {}
+    for name, more in runs.items():
+        train(monkeypatch, *arguments, *more, "--log-every", 1, "--run-dir", tmp_path / name)
+        losses[name] = [row["train_loss"] for row in read_log(tmp_path / name / "training_log.csv")]
+    plain = plain_losses(dataset, arguments)
+    assert losses["off"] == losses["default"] == losses["on"] == plain
+
+
+def plain_losses(dataset, arguments) -> list[float]:
+    """Ten optimizer steps without Lightning and without any of our callbacks."""
+    plan, _ = plan_of(build_parser().parse_args([*map(str, arguments)]))
+    training = plan.training
+    model, items = starting_model(plan).train(), PairDataset(dataset, "train")
+    optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    sampler = EpochBatches(items=len(items), batch_size=training.batch_size, seed=training.seed)
+    losses, number = [], 0
+    for epoch in range(training.epochs):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        for first in range(0, len(batches), training.grad_accum):
+            window, total = batches[first : first + training.grad_accum], torch.zeros(())
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate_factor(len(losses), training, total_steps=plan.total_steps)
+            for chosen in window:
+                torch.manual_seed((training.seed * 1_000_003 + number) * 1009)
+                number += 1
+                counts, missing, tokens = items.batch(chosen)
+                loss = model.loss(model_input(counts, missing), tokens) / training.grad_accum
+                loss.backward()
+                total = total + loss.detach()
+            losses.append(float(total * (training.grad_accum / len(window))))
+            optimizer.step()
+            optimizer.zero_grad()
+            if len(losses) == 10:
+                return losses
+    raise AssertionError("fewer than ten steps")
+
+
+def test_what_changes_no_result():
+    assert "validate_every" in change_no_result({"patience": 0, "export": "last"})
+    assert "validate_every" not in change_no_result({"patience": 2, "export": "last"})
+    assert "validation_items" not in change_no_result({"patience": 0, "export": "best"})
+
+
+def test_bfloat16_network(dataset):
+    """Everything in bfloat16, as on a GPU with precision bf16-true."""
+    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
+    model = starting_model(plan).to(torch.bfloat16)
+    counts, missing, tokens = data_of(plan).train_set.batch(range(4))
+    loss = model.loss(model_input(counts, missing), tokens)
+    loss.backward()
+    assert loss.dtype == torch.bfloat16
+    assert torch.isfinite(loss)
+    tokens, probabilities = model.generate(model_input(counts, missing), replicates=2)
+    assert torch.isfinite(probabilities).all()
+
+
+# The log
+
+
+def test_rows_are_dropped_and_cut_lines_too(tmp_path):
+    path = tmp_path / "training_log.csv"
+    header = ",".join(COLUMNS)
+    rows = [f"{step},0,5.5,,,,0.001,1.0,10,0.1,1" for step in (2, 4, 6)]
+    path.write_text("\n".join([header, *rows]) + "\n8,0,5.")
+    assert [row["step"] for row in read_log(path)] == [2, 4, 6]
+    keep_rows(path, up_to=4)
+    assert path.read_text() == "\n".join([header, *rows[:2]]) + "\n"
+    keep_rows(path, up_to=0)
+    assert path.read_text() == header + "\n"
+    keep_rows(tmp_path / "none.csv", up_to=3)
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
+    """With a gradient scaler single gradients may overflow; a loss may not."""
+    log = TrainingLog(
+        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, items_per_batch=4, every=1, validates=lambda step: False,
+        checks_gradient=False,
+    )  # fmt: skip
+    log._first_bad = torch.tensor(-1)
+    sampler = EpochBatches(items=30, batch_size=4, seed=1)
+    described = SimpleNamespace(scenario="constant", index=7, pair=(1, 2))
+    trainer = SimpleNamespace(
+        global_step=4, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
+        datamodule=SimpleNamespace(train_set=SimpleNamespace(describe=lambda item: described)),
+    )  # fmt: skip
+    module = SimpleNamespace(device=torch.device("cpu"))
+    log._look_at(torch.tensor(3.0), trainer, module)
+    with pytest.raises(Failed, match=r"not finite at step 5. Epoch 1, batches 2 to 3: constant 7 pair 1-2; .*8 in all"):
+        log._look_at(torch.tensor(float("nan")), trainer, module)
+
+
+# Commands
+
+
+def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
+    path = finished / "broad.ckpt"
+    call(checkpoint_stage, monkeypatch, "show", path)
+    said = capsys.readouterr().out
+    assert "broad (preset broad), step 21, epoch 2" in said
+    assert "324 bins" in said
+    assert "parent    none" in said
+    call(checkpoint_stage, monkeypatch, "show", finished / "run/checkpoints/last.ckpt")
+    assert "step 21" in capsys.readouterr().out
+    call(checkpoint_stage, monkeypatch, "diff", path, finished / "run")
+    assert "weights are equal" in capsys.readouterr().out
+    content = read_checkpoint(path)
+    other = dict(content.state_dict)
+    other["backbone.head.weight"] = other["backbone.head.weight"].clone()
+    other["backbone.head.weight"][3, 4] += 0.25
+    write_checkpoint(tmp_path / "other.ckpt", other, content.record | {"step": 22})
+    with pytest.raises(Failed):
+        call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt")
+    said = capsys.readouterr().out
+    assert "step: 21 and 22" in said
+    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in said
+    call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
+    assert "weights are close" in capsys.readouterr().out
+    with pytest.raises(
+        Failed, match="the weights are whole, but it is not what the configuration asks for: its lineage is None"
+    ):
+        call(checkpoint_stage, monkeypatch, "verify", path)
+    other["backbone.head.weight"][0, 0] = float("nan")
+    write_checkpoint(tmp_path / "nan.ckpt", other, content.record)
+    with pytest.raises(Failed, match="backbone.head.weight not finite"):
+        call(checkpoint_stage, monkeypatch, "verify", tmp_path / "nan.ckpt")
+
+
+def test_verify_in_a_workflow(workflow, tmp_path, monkeypatch, capsys):
+    for model in ("narrow", "w200_wmissing_adapter"):
+        call(checkpoint_stage, monkeypatch, "verify", workflow / f"results/{model}.ckpt", "--configfile", TINY)
+    assert "trained from the" in capsys.readouterr().out
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(workflow / "results/broad_w200.ckpt", results)
+    parent = read_checkpoint(workflow / "results/broad.ckpt")
+    write_checkpoint(results / "broad.ckpt", parent.state_dict, parent.record | {"note": "by hand"})
+    with pytest.raises(Failed, match="is not the parent that it was trained from"):
+        call(checkpoint_stage, monkeypatch, "verify", results / "broad_w200.ckpt", "--configfile", TINY)
+
+
+def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "runs"
+    shutil.copytree(workflow / "results/runs", directory, symlinks=True)
+    config = load([TINY])
+    old = shutil.copytree(directory / run_directory(config, "narrow").rsplit("/", 1)[1], directory / "narrow-0123456789ab")
+    busy = shutil.copytree(old, directory / "narrow-ba9876543210")
+    call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
+    said = capsys.readouterr().out
+    assert said.count("current: ") == 6
+    assert said.count("not what the configuration asks for") == 2
+    code = f"from cxt.rundir import *; r = RunDirectory({str(busy)!r}); r.lock(); print(1, flush=True); input()"
+    held = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},
+    )  # fmt: skip
+    held.stdout.readline()
+    with pytest.raises(BadRequest, match="there is no terminal to answer on: add --yes"):
+        call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
+    call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune", "--yes")
+    held.communicate("\n")
+    assert "1 removed" in capsys.readouterr().out
+    assert not old.exists()
+    assert busy.exists()
+    assert len([path for path in directory.iterdir() if path.is_dir()]) == 7
+
+
+def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
+    arguments = [*SMALL, "--dataset-path", dataset, "--num-steps", 60, "--highest", 0.5]
+    call(find_lr_stage, monkeypatch, *arguments, "--plot", tmp_path / "lr.png")
+    said = capsys.readouterr().out
+    assert 1e-6 < float(said.split("suggested learning rate: ")[1].split()[0]) < 0.5
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(BadRequest, match="expected 0 < lowest < highest"):
+        call(find_lr_stage, monkeypatch, *arguments, "--lowest", 1)
+    with pytest.raises(BadRequest, match="--num-steps 3: expected at least 20"):
+        call(find_lr_stage, monkeypatch, *SMALL, "--dataset-path", dataset, "--num-steps", 3)
