@@ -4,7 +4,7 @@ import re
 import shlex
 
 import yaml
-from conftest import REPOSITORY, maps_taken_as_present, run_python
+from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt.configfile import load
 from cxt.train import build_parser, check_config_keys
@@ -84,6 +84,27 @@ def test_plan_commands(tmp_path):
         assert "In all:" in out.stdout
     (shown,) = blocks("text")  # what README shows is what the command prints
     assert shown.strip() in out.stdout
+
+
+def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
+    lines = "\n".join(blocks("sh")).splitlines()
+    wanted = ("python -m cxt.checkpoint", "cxt runs", "python -m cxt.find_lr", "python -m cxt.train --model broad_w200 --print")
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith(wanted)]
+    assert len(commands) == 6
+    said = {}
+    for words in commands:
+        words = ["-m", "cxt.runs", *words[2:]] if words[0] == "cxt" else words[1:]
+        words = [str(tmp_path / "lr.png") if word == "lr.png" else word for word in words]
+        words = [str(path) for word in words for path in (sorted(workflow.glob(word)) if "*" in word else [word])]
+        if words[1] == "cxt.runs" or "verify" in words:
+            words += ["--configfile", TINY]
+        if words[1] == "cxt.find_lr":
+            words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30]
+        said[words[1], words[2] if len(words) > 2 else ""] = run_python(*words, cwd=workflow, check="diff" not in words).stdout
+    assert "mask_singletons: true" in said["cxt.train", "--model"]
+    assert "the lineage of 'broad'" in said["cxt.checkpoint", "verify"]
+    assert "weights are equal" in said["cxt.checkpoint", "diff"]
+    assert (tmp_path / "lr.png").exists()
 
 
 def test_layout_is_described():

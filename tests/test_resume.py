@@ -162,7 +162,7 @@ FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2)]
 
 @pytest.mark.parametrize(("kind", "workers", "accumulation", "ranks"), MATRIX if KILLS else FEW)
 def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation, ranks):
-    steps = 110 * (KILLS or 2)
+    steps = 200 * (KILLS or 2)
     epochs = math.ceil(steps / ((100 if kind == "plain" else 50) // ranks // 4 // accumulation))
     devices = ["--devices", 0] if ranks == 1 else ["--accelerator", "cpu", "--devices", 2]
     arguments = command(

@@ -16,6 +16,7 @@ import yaml
 from conftest import REPOSITORY, TINY, run_python
 from test_training import FINE, SMALL, equal, train, weights
 
+import cxt
 from cxt import checkpoint as checkpoint_stage
 from cxt import find_lr as find_lr_stage
 from cxt import load_model
@@ -100,6 +101,19 @@ def test_config_runs_it_again(finished, tmp_path, monkeypatch):
     config = finished / "run" / "config.yaml"
     train(monkeypatch, "--config", config, "--run-dir", tmp_path / "again", "--out", tmp_path / "again.ckpt")
     assert (tmp_path / "again.ckpt").read_bytes() == (finished / "broad.ckpt").read_bytes()
+
+
+def test_from_python(finished, dataset, tmp_path):
+    config = finished / "run" / "config.yaml"
+    run = cxt.train_model(config, run_dir=tmp_path / "run", out=tmp_path / "x.ckpt")
+    assert run == tmp_path / "run"
+    assert (tmp_path / "x.ckpt").read_bytes() == (finished / "broad.ckpt").read_bytes()
+    with pytest.raises(BadRequest, match="unknown flag --epoch; did you mean '--epochs'"):
+        cxt.train_model(config, epoch=3)
+    with pytest.raises(BadRequest, match="epochs"):
+        cxt.train_model(config, epochs="many")
+    with pytest.raises(BadRequest, match="epochs is 0"):
+        cxt.train_model(config, epochs=0, run_dir=tmp_path / "none")
 
 
 def test_load_model_of_a_run(finished, tmp_path, capsys):

@@ -18,6 +18,7 @@ from cxt.config import TrainingConfig
 from cxt.datamodule import EpochBatches
 from cxt.errors import BadRequest
 from cxt.rundir import RunDirectory
+from cxt.runlog import read_log
 from cxt.training import learning_rate_factor
 
 SMALL = [
@@ -213,6 +214,9 @@ def test_warm_start(parent, dataset, tmp_path, monkeypatch, capsys):
     child, before = weights(tmp_path / "child.ckpt"), weights(parent)
     assert all(torch.allclose(child[key], before[key], atol=1e-8) for key in before)
     assert read_checkpoint(tmp_path / "child.ckpt").record["parent"]["name"] == "broad"
+    # What the child begins with is as good as what the parent ended with.
+    first = next(row["val_loss"] for row in read_log(tmp_path / "run/training_log.csv") if row["val_loss"])
+    assert first == pytest.approx(read_log(parent.parent / "run/training_log.csv")[-1]["val_loss"], abs=1e-5)
 
 
 def test_adapter(parent, adapter_parent):

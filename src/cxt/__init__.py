@@ -10,8 +10,9 @@ _HOME = {
     "pair_log_tmrca": "cxt.targets",
     "PairDataset": "cxt.dataset",
     "load_model": "cxt.checkpoint",
+    "train_model": "cxt.train",
 }
-__all__ = ["PairDataset", "load_model", "pair_features", "pair_log_tmrca"]
+__all__ = ["PairDataset", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
 
 
 def __getattr__(name: str):

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cxt.dataset import Batch
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, Failed, first_line
 
 
 class EpochBatches(Sampler):
@@ -170,10 +170,18 @@ class ProcessLoader(_StateElsewhere, DataLoader):
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._timed(super().__iter__()):
-            if isinstance(batch, BadRequest):
-                raise batch
-            yield batch
+        try:
+            for batch in self._timed(super().__iter__()):
+                if isinstance(batch, BadRequest):
+                    raise batch
+                yield batch
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, OSError | EOFError) or "DataLoader worker" in str(error):
+                raise Failed(
+                    f"a process that simulates has ended ({first_line(error)}); the machine may have run out of memory: "
+                    "the same command with fewer --workers goes on from the last save"
+                ) from error
+            raise
 
 
 class DataModule(pl.LightningDataModule):

@@ -45,10 +45,10 @@ OF_THE_NETWORK = ("layers", "heads", "width", "dropout", "mask_singletons", "sta
 """Flags whose default is the preset's."""
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser(**options) -> jsonargparse.ArgumentParser:
     """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
     training = TrainingConfig()
-    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.")
+    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
     add = parser.add_argument
     add("--config", action="config", help="YAML file whose keys are the names of these flags; the command line wins")
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
@@ -365,8 +365,37 @@ def plan_of(args):
     return plan, identity
 
 
-def train(args) -> None:
-    """One run, from parsed arguments to a published checkpoint."""
+def train_model(config=None, **settings) -> Path:
+    """Train as `python -m cxt.train` does, and return the run directory.
+
+    Parameters
+    ----------
+    config : YAML file of settings, such as the config.yaml of a run directory
+    settings : flags with underscores, over those of the file: ``dataset_path="data", epochs=2, gpus=[0, 1], adapter=True``
+
+    Raises
+    ------
+    BadRequest
+        If what is asked for cannot be done.
+    Failed
+        If the run was begun and could not be finished.
+    """
+    parser = build_parser(exit_on_error=False)
+    words = [] if config is None else ["--config", str(config)]
+    for key, value in settings.items():
+        if value is not None:
+            words.append("--" + key.replace("_", "-"))
+            words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    check_config_keys(words, parser)
+    try:
+        args = parser.parse_args(words)
+    except jsonargparse.ArgumentError as error:
+        raise BadRequest(str(error)) from None
+    return train(args)
+
+
+def train(args) -> Path:
+    """One run, from parsed arguments to a published checkpoint; its directory."""
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
     if args.out is not None:
@@ -394,6 +423,7 @@ def train(args) -> None:
                 print(f"published: {args.out}", flush=True)
     finally:
         run.release()
+    return run.path
 
 
 def run_plan(plan, run: RunDirectory, *, identity: dict, settings: dict, stale: str | None) -> None:
