@@ -137,7 +137,11 @@ def interrupted(dataset, run, *more) -> list:
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "cxt.train", *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "cxt.train", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     while len(saves_of(RunDirectory(run))) < 3 and process.poll() is None:
         time.sleep(0.01)
@@ -161,7 +165,7 @@ def test_damaged_saves(dataset, tmp_path):
     assert done.returncode == 75
     assert f"the save {saves[0]} cannot be read" in done.stdout
     assert f"continuing from {saves[1]}" in done.stdout
-    assert "its time is up at step" in done.stdout
+    assert "its time is up at step" in done.stderr
     assert not list(run.checkpoints.glob("*.tmp"))
     for path in saves_of(run):
         path.write_bytes(b"")
@@ -194,6 +198,23 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
             train(monkeypatch, *bare, "--resume", path)
     with pytest.raises(BadRequest, match=r"was started with lr 0.001 instead of 0.002"):
         train(monkeypatch, *bare, "--resume", run.path, "--lr", 2e-3)
+
+
+def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):
+    """Nothing is removed for a save that is none of the run's."""
+    run = RunDirectory(tmp_path / "run")
+    arguments = interrupted(dataset, run.path)
+    before = saves_of(run)
+    shutil.copy(before[0], run.checkpoints / "keep.ckpt")
+    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the saves of .*; there are: step="):
+        train(monkeypatch, *arguments, "--resume", run.checkpoints / "keep.ckpt")
+    assert saves_of(run) == before
+
+
+def test_no_earlier_save_of_a_finished_run(finished, dataset, monkeypatch):
+    save = finished / "run/checkpoints/step=20.ckpt"
+    with pytest.raises(BadRequest, match="is finished; leave the save out"):
+        train(monkeypatch, "--config", finished / "run/config.yaml", "--resume", save)
 
 
 def test_other_devices(dataset, tmp_path, monkeypatch):
@@ -340,6 +361,11 @@ def test_export_best(dataset, tmp_path, monkeypatch):
     best = min((row for row in rows if row["val_loss"] is not None), key=lambda row: row["val_loss"])
     assert best["step"] < 9
     assert read_checkpoint(tmp_path / "x.ckpt").record["step"] == best["step"]
+    other = read_checkpoint(tmp_path / "x.ckpt")
+    write_checkpoint(tmp_path / "run/checkpoints/best.ckpt", other.state_dict, other.record | {"note": "by hand"})
+    again = [*arguments, "--export", "best", "--run-dir", tmp_path / "run"]
+    with pytest.raises(Failed, match="is gone or has been changed, and cannot be published"):
+        train(monkeypatch, *again)
 
 
 # Settings
@@ -471,6 +497,9 @@ def test_rows_are_dropped_and_cut_lines_too(tmp_path):
     assert path.read_text() == "\n".join([header, *rows[:2]]) + "\n"
     keep_rows(path, up_to=0)
     assert path.read_text() == header + "\n"
+    path.write_text("ste")
+    keep_rows(path, up_to=0)
+    assert path.read_text() == header + "\n"
     keep_rows(tmp_path / "none.csv", up_to=3)
     assert not (tmp_path / "none.csv").exists()
 
@@ -485,13 +514,13 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
     sampler = EpochBatches(items=30, batch_size=4, seed=1)
     described = SimpleNamespace(scenario="constant", index=7, pair=(1, 2))
     trainer = SimpleNamespace(
-        global_step=4, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
+        world_size=1, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
         datamodule=SimpleNamespace(train_set=SimpleNamespace(describe=lambda item: described)),
     )  # fmt: skip
     module = SimpleNamespace(device=torch.device("cpu"))
-    log._look_at(torch.tensor(3.0), trainer, module)
+    log._look_at(torch.tensor(3.0), trainer, module, step=4)
     with pytest.raises(Failed, match=r"not finite at step 5. Epoch 1, batches 2 to 3: constant 7 pair 1-2; .*8 in all"):
-        log._look_at(torch.tensor(float("nan")), trainer, module)
+        log._look_at(torch.tensor(float("nan")), trainer, module, step=5)
 
 
 # Commands
@@ -548,6 +577,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     shutil.copytree(workflow / "results/runs", directory, symlinks=True)
     config = load([TINY])
     old = shutil.copytree(directory / run_directory(config, "narrow").rsplit("/", 1)[1], directory / "narrow-0123456789ab")
+    (directory / "mine").mkdir()  # no run, whatever it is
     busy = shutil.copytree(old, directory / "narrow-ba9876543210")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
     said = capsys.readouterr().out
@@ -566,7 +596,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     assert "1 removed" in capsys.readouterr().out
     assert not old.exists()
     assert busy.exists()
-    assert len([path for path in directory.iterdir() if path.is_dir()]) == 7
+    assert len([path for path in directory.iterdir() if path.is_dir()]) == 8
 
 
 def test_find_lr(dataset, tmp_path, monkeypatch, capsys):

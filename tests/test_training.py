@@ -258,6 +258,7 @@ def test_terminated(dataset, tmp_path):
         [sys.executable, "-m", "cxt.train", *map(str, arguments), "--save-every", "5"],
         env={"PYTHONPATH": str(REPOSITORY / "src"), "PATH": ""},
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     while not RunDirectory(run).last.exists() and process.poll() is None:

@@ -10,11 +10,14 @@ class BadRequest(ValueError):
 
 
 class Failed(RuntimeError):
-    """A run that was begun could not be finished, for a reason that its message tells in full. Commands exit with *status*."""
+    """A run that was begun could not be finished, for a reason that its message tells in full. Commands exit with *status*.
 
-    def __init__(self, message: str, *, status: int = 1):
+    *agreed* says that all processes of the run end like this, so that none need be ended by another.
+    """
+
+    def __init__(self, message: str, *, status: int = 1, agreed: bool = False):
         super().__init__(message)
-        self.status = status
+        self.status, self.agreed = status, agreed
 
 
 def first_line(error: BaseException) -> str:

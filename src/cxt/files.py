@@ -6,15 +6,19 @@ from pathlib import Path
 from cxt.errors import BadRequest
 
 
-def atomic_write(path, data: bytes) -> None:
-    """Write *data* to a temporary name, flush it to disk, and rename it to *path*."""
+def atomic_write(path, data) -> None:
+    """Write *data* (bytes, or a view of them) to a temporary name, flush it to disk, and rename it to *path*."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     temporary.replace(path)
 
 

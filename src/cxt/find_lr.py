@@ -22,7 +22,7 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int):
     ----------
     plan : of the run, `cxt.fit.Plan`; one device of it is used
     lowest, highest : learning rates of the first and the last step, which grow by a constant factor
-    num_steps : batches
+    num_steps : optimizer steps, each of batch_size · grad_accum items
     """
     import pytorch_lightning as pl
     from pytorch_lightning.tuner import Tuner
@@ -37,7 +37,8 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int):
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
             accelerator=plan.accelerator,
-            devices=1,
+            devices=plan.devices[:1] if isinstance(plan.devices, list) else 1,
+            accumulate_grad_batches=plan.training.grad_accum,
             precision=plan.precision,
             max_epochs=-1,  # with one epoch, a small dataset would end it before there is anything to see
             gradient_clip_val=plan.training.grad_clip or None,
@@ -58,7 +59,7 @@ def add_flags(parser: jsonargparse.ArgumentParser) -> None:
     parser.prog, parser.description = "python -m cxt.find_lr", "Find a learning rate for a run."
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
-    parser.add_argument("--num-steps", type=int, default=100, help="batches to train on (default 100)")
+    parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")
     parser.add_argument("--plot", type=str | None, help="draw loss against learning rate into this file, .png")
 
 

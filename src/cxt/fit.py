@@ -1,10 +1,12 @@
 """One training run, from a checked plan to a finished checkpoint in its run directory."""
 
 import dataclasses
+import errno
 import importlib.metadata
 import logging
 import os
 import platform
+import signal
 import warnings
 from pathlib import Path
 
@@ -313,14 +315,8 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
             print(f"{plan.name}: continuing from {last}", flush=True)
     else:
         last = os.environ[SAVE_OF_RANK_0] or None
-    try:
-        trainer.fit(module, data, ckpt_path=last, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise Failed(out_of_memory(plan, error)) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # what torch says on a CPU
-            raise Failed(out_of_memory(plan, error)) from error
-        raise
+    with saves.listening():
+        run_trainer(trainer, plan, module, data, last)
     if trainer.global_step != plan.total_steps and not validation.stopped:
         raise RuntimeError(f"{plan.name}: training stopped at step {trainer.global_step} of {plan.total_steps}")
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
@@ -328,7 +324,23 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
             f"{plan.name}: the trained weights are not finite; lower the learning rate, or clip the gradient (grad_clip: 1.0)"
         )
     if trainer.is_global_zero:
-        finish(plan, run, module.model, record, step=trainer.global_step, items=items)
+        finish(plan, run, module.model, validation, step=trainer.global_step, items=items)
+
+
+def run_trainer(trainer: pl.Trainer, plan: Plan, module: TrainingModule, data: DataModule, save) -> None:
+    """Lightning's fit; what it raises becomes a message, and ends the processes of the other devices."""
+    try:
+        trainer.fit(module, data, ckpt_path=save, weights_only=True)
+    except BaseException as error:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and trainer.is_global_zero and not getattr(error, "agreed", False):
+            launcher.kill(signal.SIGKILL)  # they would wait for this one for ever
+        # "can't allocate memory" is what torch says on a CPU.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise Failed(out_of_memory(plan, error)) from error
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise Failed(f"{plan.name}: {error}; make room and run the same command again") from error
+        raise
 
 
 def out_of_memory(plan: Plan, error: Exception) -> str:
@@ -343,15 +355,15 @@ def out_of_memory(plan: Plan, error: Exception) -> str:
     )
 
 
-def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, record: dict, *, step: int, items) -> None:
-    """Write the finished checkpoint and the figures, and record which one is published."""
+def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, validation: Validation, *, step: int, items) -> None:
+    """Write the finished checkpoint, record which one is published, and draw the figures."""
     epoch = (step - 1) // plan.steps_per_epoch
     finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={step}.ckpt"
-    write_checkpoint(finished, model.state_dict(), record | {"epoch": epoch, "step": step})
+    write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
+    run.finish(validation.best_checkpoint() if plan.training.export == "best" else finished)
     from cxt.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{plan.name}: training")
     if items is not None:
         tracks = truth_beside_prediction(items, model, seed=plan.training.seed)
         draw_tracks(tracks, run.path / "tracks.png", title=plan.name, window_size=plan.manifest["window_size"])
-    run.finish(run.best if plan.training.export == "best" else finished)

@@ -16,6 +16,7 @@ def show(path) -> str:
     checkpoint = read_checkpoint(path)
     record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
     training, data, parent = record["training"], record["dataset"], record["parent"]
+    schedule = training.get("schedule", "cosine")
     parameters = sum(value.numel() for value in checkpoint.state_dict.values())
     effective = training["batch_size"] * training["grad_accum"] * record["devices"]
     loss = f", validation loss {record['val_loss']:.4f}" if "val_loss" in record else ""
@@ -27,7 +28,7 @@ def show(path) -> str:
         f"{'' if network.mask_singletons else ', missingness in bin 0'}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
         "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adapter).items()),
-        "training": f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, {training['schedule']}, "
+        "training": f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, {schedule}, "
         f"{record['precision']} on {record['devices']} {record['accelerator']}, {record['threads']} threads, "
         f"seed {training['seed']}",
         "dataset": f"{data['sha256']}" + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),

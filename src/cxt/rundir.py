@@ -12,6 +12,7 @@ events.…             TensorBoard
 Beside it, <name>.lock is held by the trainer that writes here.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -44,8 +45,13 @@ def take_lock(path, what):
     holder = file.read().strip()
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         file.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise BadRequest(
+                f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at once; "
+                "put it on one that can"
+            ) from None
         words = holder.split()
         here = len(words) == 4 and words[3] == socket.gethostname()
         stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
@@ -62,13 +68,13 @@ def take_lock(path, what):
 
 def is_locked(path) -> bool:
     """Whether another process holds the lock file *path*."""
-    if not Path(path).is_file():
+    if not Path(path).is_file() or not os.access(path, os.W_OK):
         return False
     with open(path, "a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno in (errno.EACCES, errno.EAGAIN)
     return False
 
 

@@ -88,10 +88,10 @@ class TrainingLog(Callback):
         self._lr = optimizer.param_groups[0]["lr"]
         self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=module.device)
         if self.checks_gradient:
-            self._look_at(self._norm, trainer, module)
+            self._look_at(self._norm, trainer, module, step=trainer.global_step + 1)
 
-    def _look_at(self, value: torch.Tensor, trainer, module) -> None:
-        step = trainer.global_step + 1
+    def _look_at(self, value: torch.Tensor, trainer, module, *, step: int) -> None:
+        """Note the first step at which *value*, the same on all ranks, is not finite."""
         self._first_bad = torch.where((self._first_bad < 0) & ~torch.isfinite(value), step, self._first_bad)
         if module.device.type == "cpu":
             self.stop_if_bad(trainer)
@@ -102,11 +102,12 @@ class TrainingLog(Callback):
         if step < 0:
             return
         if not trainer.is_global_zero:
-            raise Failed("", status=0)  # all ranks have the same gradient; the first one says so
+            raise Failed("", status=0, agreed=True)  # what is looked at is the same on all ranks; the first one says so
         raise Failed(
             f"{self.name}: loss or gradient are not finite at step {step}. {self._items_of(trainer, step)}. Nothing of this "
             "step was saved: the same command continues from the last save, and would end here again. Try a lower learning "
-            "rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run"
+            "rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
+            agreed=True,
         )
 
     def _items_of(self, trainer, step: int) -> str:
@@ -122,7 +123,8 @@ class TrainingLog(Callback):
             about = trainer.datamodule.train_set.describe(item)
             described.append(f"{about.scenario} {about.index} pair {about.pair[0]}-{about.pair[1]}")
         more = f", … {len(items)} in all" if len(items) > 3 else ""
-        return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}: {'; '.join(described)}{more}"
+        where = " of the first device" if trainer.world_size > 1 else ""
+        return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}{where}: {'; '.join(described)}{more}"
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         loss = outputs["loss"].detach()  # divided by the batches of the window, so that their sum is the mean
@@ -133,10 +135,11 @@ class TrainingLog(Callback):
         if step == self._step:
             return
         self._step = step
-        if not self.checks_gradient:
-            self._look_at(self._loss, trainer, module)
         # An epoch's last window may be short: Lightning divides its losses as if it were not.
         mean = self._loss * (trainer.accumulate_grad_batches / self._batches)
+        if not self.checks_gradient:
+            everywhere = trainer.strategy.reduce(mean.clone(), reduce_op="mean") if trainer.world_size > 1 else mean
+            self._look_at(everywhere, trainer, module, step=step)
         self._loss, self._batches = None, 0
         validates = self.validates(step)
         ends = step >= self.total_steps
@@ -242,4 +245,4 @@ def keep_rows(path, *, up_to: int) -> None:
         return
     lines = Path(path).read_text().splitlines(keepends=True)
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
-    atomic_write(path, "".join([lines[0], *kept] if lines else []).encode())
+    atomic_write(path, "".join([_lines([], header=True), *kept]).encode())  # the header may have been cut by a full disk

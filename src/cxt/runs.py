@@ -5,6 +5,7 @@ cxt runs --prune                            remove those of another lineage, aft
 """
 
 import argparse
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -33,8 +34,6 @@ def state_of(run: RunDirectory, *, in_use: bool) -> str:
         state = run.state()
     except BadRequest:
         return "damaged"
-    if state is None:
-        return "not begun"
     if state["finished"]:
         return "finished" if run.finished_checkpoint() else "finished, its checkpoint is gone"
     saves = saves_of(run)
@@ -47,12 +46,20 @@ def runs_of(directory: Path, config: dict) -> list[Run]:
     wanted = {Path(run_directory(config, model)).name: model for model in config["models"]}
     found = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if path.is_dir():
+        if (path / "run.json").is_file():  # whatever else is there is nobody's to remove
             run = RunDirectory(path)
             in_use = is_locked(run.lock_path)
-            size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-            found.append(Run(path, state_of(run, in_use=in_use), size, wanted.get(path.name), in_use))
+            found.append(Run(path, state_of(run, in_use=in_use), _size(path), wanted.get(path.name), in_use))
     return found
+
+
+def _size(directory: Path) -> int:
+    """Bytes of the files below a directory, in which a trainer may be at work."""
+    total = 0
+    for file in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += 0 if file.is_dir() else file.lstat().st_size
+    return total
 
 
 def table_of(runs: list[Run]) -> str:
@@ -80,10 +87,19 @@ def prune(runs: list[Run], *, yes: bool) -> None:
         if input("Remove them? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return
-    for run in old:
-        shutil.rmtree(run.path)
-        RunDirectory(run.path).lock_path.unlink(missing_ok=True)
-    print(f"{len(old)} removed")
+    removed = 0
+    for path in [run.path for run in old]:
+        run = RunDirectory(path)
+        try:
+            run.lock()
+        except BadRequest as error:  # begun while the question was on the screen
+            print(f"not removed: {error}")
+            continue
+        shutil.rmtree(path)
+        run.lock_path.unlink()
+        run.release()
+        removed += 1
+    print(f"{removed} removed")
 
 
 def main() -> None:

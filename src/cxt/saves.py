@@ -4,10 +4,12 @@ Always at an optimizer step, since a save inside an accumulation window would no
 one is due. Before a validation the save says that it is still to be done, so that what is continued validates as well.
 """
 
-import os
+import contextlib
+import io
 import pickle
 import re
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
 from cxt.errors import BadRequest, Failed, first_line
+from cxt.files import atomic_write
 from cxt.rundir import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -29,21 +32,15 @@ NOTHING, SAVE, STOP = 0, 1, 2
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes a save under a temporary name, flushes it to disk and renames it."""
+    """Writes a save under a temporary name, flushes it to disk and renames it.
+
+    Through memory, since torch says of a full disk only that something was not where it should be.
+    """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        temporary.replace(path)
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        atomic_write(path, content.getbuffer())
 
 
 def validate_now(trainer: pl.Trainer) -> None:
@@ -93,9 +90,24 @@ class Saves(Callback):
     def _asked(self, number: int, frame) -> None:
         self._signal = number
 
+    @contextlib.contextmanager
+    def listening(self):
+        """Take note of signals while this lasts, instead of ending; loader processes that are forked meanwhile ignore them."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+            yield
+            return
+        before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer, module) -> None:
-        for number in SIGNALS:  # in the place of Lightning's own, which would end with status 0
-            signal.signal(number, self._asked)
+        # Lightning has put its own handler around ours, which would end the run with status 0.
+        trainer._signal_connector.received_sigterm = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._asked)
         self._step = trainer.global_step
         self._saved_step = trainer.global_step if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
@@ -138,8 +150,8 @@ class Saves(Callback):
             self._save(trainer, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, dataloader_index=0) -> None:
-        # Alone, a process need not wait for the end of it: the run was saved before.
-        if self._signal is not None and trainer.world_size == 1:
+        # Alone, a process need not wait for the end of it: the run was saved before, but for the last validation.
+        if self._signal is not None and trainer.world_size == 1 and trainer.global_step < self.total_steps:
             self._stop(trainer, self._signal)
 
     def _save(self, trainer, step: int) -> None:
@@ -147,7 +159,7 @@ class Saves(Callback):
         path = self.run.checkpoints / f"step={step}.ckpt"
         try:
             trainer.save_checkpoint(path)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise Failed(f"{self.name}: {self._not_saved(step, error)}") from error
         self._saved_at, self._saved_step = time.monotonic(), step
         if trainer.is_global_zero:
@@ -166,11 +178,14 @@ class Saves(Callback):
     def _stop(self, trainer, number: int) -> None:
         """End the run; the status is rank 0's alone, since a rank that fails before it would have it killed."""
         if not trainer.is_global_zero:
-            raise Failed("", status=0)
+            raise Failed("", status=0, agreed=True)
         where = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
         why = f"stopped by {signal.Signals(number).name}" if number else "its time is up"
-        print(f"{self.name}: {why} at step {trainer.global_step}; the same command continues from {where}", flush=True)
-        raise Failed("", status=STATUS[number] if number else OUT_OF_TIME)
+        raise Failed(
+            f"{self.name}: {why} at step {trainer.global_step}; the same command continues from {where}",
+            status=STATUS[number] if number else OUT_OF_TIME,
+            agreed=True,
+        )
 
 
 def point_to(link: Path, name: str) -> None:
@@ -210,6 +225,9 @@ def save_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None
         temporary.unlink()
     if wanted is not None:
         wanted = wanted.resolve()
+        if wanted not in [path.resolve() for path in saves_of(run)]:
+            there = ", ".join(path.name for path in saves_of(run)) or "none"
+            raise BadRequest(f"{wanted} is not one of the saves of {run.path}; there are: {there}")
         if (damage := _damage(wanted)) is not None:
             raise BadRequest(f"{wanted} cannot be continued from: {damage}")
     problems = []

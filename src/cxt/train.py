@@ -34,7 +34,7 @@ from cxt.source import check_source, live_source, source_of
 from cxt.store import MANIFEST, read_manifest
 
 BEGAN = time.monotonic()
-"""When this process began, near enough: the budget of --max-minutes counts from here."""
+"""When this process began, near enough."""
 
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
 NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator")
@@ -391,11 +391,11 @@ def train_model(config=None, **settings) -> Path:
         args = parser.parse_args(words)
     except jsonargparse.ArgumentError as error:
         raise BadRequest(str(error)) from None
-    return train(args)
+    return train(args, began=time.monotonic())
 
 
-def train(args) -> Path:
-    """One run, from parsed arguments to a published checkpoint; its directory."""
+def train(args, *, began: float) -> Path:
+    """One run, from parsed arguments to a published checkpoint; its directory. --max-minutes count from *began*."""
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
     if args.out is not None:
@@ -411,9 +411,11 @@ def train(args) -> Path:
     try:
         stale = open_run(args, run, identity) if is_rank_0 else None
         if stale is not None or run.finished_checkpoint() is None:
-            deadline = None if args.max_minutes is None else BEGAN + 60 * args.max_minutes
+            deadline = None if args.max_minutes is None else began + 60 * args.max_minutes
             plan = dataclasses.replace(plan, deadline=deadline, wanted_save=save)
             run_plan(plan, run, identity=identity, settings=settings_of(args), stale=stale)
+        elif save is not None:
+            raise BadRequest(f"--resume {save}: {run.path} is finished; leave the save out, or start afresh with --restart")
         else:
             print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
         if is_rank_0:
@@ -460,7 +462,7 @@ def main() -> None:
     if args.print_config:
         print_settings(args)
     else:
-        train(args)
+        train(args, began=BEGAN)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ class TrainingModule(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, training),
             betas=(training.beta1, training.beta2),
-            fused=self.device.type == "cuda" and self.model.adapter is None,
+            # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
+            fused=self.device.type == "cuda" and self.model.adapter is None and self.trainer.precision != "16-mixed",
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, training, total_steps=self.total_steps)

@@ -12,6 +12,8 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.checkpoint import write_checkpoint
 from cxt.decode import Posterior, decode
+from cxt.errors import Failed
+from cxt.lineage import file_sha256
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog
 from cxt.targets import SPECIAL_TOKENS, Grid
@@ -62,7 +64,7 @@ class Validation(Callback):
     def __init__(self, run: RunDirectory, name, log: TrainingLog, *, record, items, seed, steps_per_epoch, patience, min_delta):
         self.run, self.name, self.training_log, self.record, self.items, self.seed = run, name, log, record, items, seed
         self.steps_per_epoch, self.patience, self.min_delta = steps_per_epoch, patience, min_delta
-        self.best = {"loss": math.inf, "step": 0, "reference": math.inf, "rounds": 0}
+        self.best = {"loss": math.inf, "step": 0, "sha256": "", "reference": math.inf, "rounds": 0}
         self.stopped = False
 
     def state_dict(self) -> dict:
@@ -87,6 +89,7 @@ class Validation(Callback):
             if trainer.is_global_zero:
                 about = {"epoch": (step - 1) // self.steps_per_epoch, "step": step, "val_loss": loss}
                 write_checkpoint(self.run.best, module.model.state_dict(), self.record | about)
+                self.best["sha256"] = file_sha256(self.run.best)
         if loss < self.best["reference"] - self.min_delta:
             self.best |= {"reference": loss, "rounds": 0}
         else:
@@ -99,6 +102,15 @@ class Validation(Callback):
                     f"{self.min_delta:g} below {self.best['reference']:.4f}",
                     flush=True,
                 )
+
+    def best_checkpoint(self):
+        """The file of the best weights; Failed if it is not the one that was written."""
+        if not self.run.best.is_file() or file_sha256(self.run.best) != self.best["sha256"]:
+            raise Failed(
+                f"{self.name}: {self.run.best}, of step {self.best['step']}, is gone or has been changed, and cannot be "
+                "published (export: best); to train again use --restart, or, under Snakemake, delete the run directory"
+            )
+        return self.run.best
 
 
 def truth_beside_prediction(items: DecodedItems, model, *, seed: int) -> dict:
