@@ -392,6 +392,13 @@ def test_precision_names():
         TrainingConfig(precision="banana")
 
 
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(BadRequest) as error:
+        TrainingConfig(epochs=0, patience=-1, schedule="cosin", min_delta=-0.5)
+    for text in ("epochs is 0", "patience is -1", "unknown schedule 'cosin'; did you mean 'cosine'", "min_delta is -0.5"):
+        assert text in str(error.value)
+
+
 def test_print_config(monkeypatch, capsys):
     for model, masks in (("w200_wmissing", False), ("broad", True)):
         train(monkeypatch, "--model", model, "--print-config")

@@ -127,30 +127,32 @@ class TrainingConfig:
     storage: str = "auto"
 
     def __post_init__(self):
+        problems = []
         if not self.lr > 0:
-            raise BadRequest(f"lr is {self.lr}, expected above 0")
+            problems.append(f"lr is {self.lr}, expected above 0")
         word = str(self.precision).lower()
         found = [name for name, others in PRECISIONS.items() if word in (name, *others)]
-        if not found:
-            accepted = [word for name, others in PRECISIONS.items() for word in (name, *others)]
-            raise BadRequest(
-                f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {', '.join(accepted)}"
-            )
-        object.__setattr__(self, "precision", found[0])
-        if self.min_lr > self.lr:
-            raise BadRequest(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
+        if found:
+            object.__setattr__(self, "precision", found[0])
+        else:
+            accepted = ", ".join(word for name, others in PRECISIONS.items() for word in (name, *others))
+            problems.append(f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {accepted}")
+        if self.lr > 0 and self.min_lr > self.lr:
+            problems.append(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
         for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every", "keep_saves", "log_every"):
             if getattr(self, name) < 1:
-                raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
+                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
         for name, choices in (("storage", STORAGES), ("schedule", SCHEDULES), ("export", EXPORTS)):
             if getattr(self, name) not in choices:
-                raise BadRequest(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
+                problems.append(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
         for name in (
             "seed", "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
             "validate_every", "decode_items", "patience", "min_delta", "save_minutes",
         ):  # fmt: skip
             if getattr(self, name) < 0:
-                raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 0")
+                problems.append(f"{name} is {getattr(self, name)}, expected at least 0")
+        if problems:
+            raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
 
 
 PRESETS = {

@@ -262,7 +262,8 @@ def differences(old: dict, new: dict) -> str:
             names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
             words += [f"{name} {before.get(name)} instead of {after.get(name)}" for name in names]
         elif old.get(key) != after:
-            words.append(f"another {key}")
+            found, wanted = (str(value)[:12] for value in (old.get(key), after))
+            words.append(f"another {key} ({found} instead of {wanted})")
     return ", ".join(words)
 
 
