@@ -3,6 +3,7 @@
 `make test-resume` runs the whole matrix with twenty kills each; by default there are a few.
 """
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -59,6 +60,7 @@ class Trainer:
 
     def __init__(self, arguments: list[str], out: Path, *, forks: bool):
         self.out = out
+        out.unlink(missing_ok=True)  # what the one before has said
         if forks:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["cxt.train", "cxt.fit", "matplotlib.pyplot"])
@@ -77,8 +79,10 @@ class Trainer:
 
     def kill(self) -> str:
         """`kill -9` of all its processes, and what it has said."""
-        if not self.ended():
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself, or has no session yet
             os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGKILL)
         self.wait()
         return self.said()
 
