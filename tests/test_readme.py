@@ -99,7 +99,7 @@ def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
         if words[1] == "cxt.runs" or "verify" in words:
             words += ["--configfile", TINY]
         if words[1] == "cxt.find_lr":
-            words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30]
+            words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30, "--threads", 1]
         said[words[1], words[2] if len(words) > 2 else ""] = run_python(*words, cwd=workflow, check="diff" not in words).stdout
     assert "mask_singletons: true" in said["cxt.train", "--model"]
     assert "the lineage of 'broad'" in said["cxt.checkpoint", "verify"]

@@ -30,7 +30,7 @@ from cxt.errors import BadRequest, Failed
 from cxt.fit import data_of, starting_model
 from cxt.jobs import run_directory
 from cxt.rundir import RunDirectory, take_lock
-from cxt.runlog import COLUMNS, TrainingLog, keep_rows, read_log
+from cxt.runlog import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.saves import saves_of
 from cxt.train import build_parser, plan_of
 from cxt.training import learning_rate_factor, parameter_groups
@@ -198,6 +198,40 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
             train(monkeypatch, *bare, "--resume", path)
     with pytest.raises(BadRequest, match=r"was started with lr 0.001 instead of 0.002"):
         train(monkeypatch, *bare, "--resume", run.path, "--lr", 2e-3)
+
+
+def cut_at(run: RunDirectory, step: int) -> None:
+    """Make a finished run look as if it had been killed right after it saved a step."""
+    for path in saves_of(run):
+        if int(path.stem.split("=")[1]) > step:
+            path.unlink()
+    state = json.loads((run.path / "run.json").read_text())
+    (run.path / "run.json").write_text(json.dumps(state | {"finished": None}))
+    for path in run.checkpoints.glob("broad_*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "validate_every"), [(6, 1, 0), (4, 3, 0), (8, 2, 5)])
+def test_resumed_at_every_save(dataset, tmp_path, batch, accumulation, validate_every):
+    """One after another, so that each resumed run is itself resumed, at the ends of epochs and elsewhere."""
+    settings = {
+        "model": "broad", "layers": 1, "heads": 2, "width": 16, "dropout": 0.1, "threads": 1, "devices": 0, "lr": 1e-3,
+        "min_lr": 1e-4, "decay_steps": 0, "warmup_steps": 3, "dataset_path": dataset, "batch_size": batch, "epochs": 3,
+        "grad_accum": accumulation, "validate_every": validate_every, "decode_items": 1, "log_every": 1, "keep_saves": 1000,
+        "save_every": 4, "save_minutes": 0,
+    }  # fmt: skip
+    whole, cut = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "cut")
+    cxt.train_model(**settings, run_dir=whole.path)
+    shutil.copytree(whole.path, cut.path, symlinks=True)
+    steps = sorted(int(path.stem.split("=")[1]) for path in saves_of(whole))
+    for step in steps[:-1]:
+        cut_at(cut, step)
+        cxt.train_model(**settings, run_dir=cut.path)
+        one, other = (torch.load(run.last, weights_only=True) for run in (whole, cut))
+        assert equal(one["state_dict"], other["state_dict"]), step
+        assert one["loops"] == other["loops"], step
+        logs = [[{key: row[key] for key in row if key not in TIMING} for row in read_log(run.log)] for run in (whole, cut)]
+        assert logs[0] == logs[1], step
 
 
 def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):

@@ -87,6 +87,12 @@ class Saves(Callback):
     def load_state_dict(self, state: dict) -> None:
         self._validation_left = state["validation_left"]
 
+    def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        # Resumed at the end of an epoch, Lightning 2.6 does not count the next one as begun. What is saved after that would be
+        # taken for another state, and continued with other items.
+        for progress in map(checkpoint["loops"]["fit_loop"]["epoch_progress"].get, ("total", "current")):
+            progress["ready"] = progress["started"] = progress["processed"] + 1
+
     def _asked(self, number: int, frame) -> None:
         self._signal = number
 
