@@ -68,6 +68,8 @@ def start(directory: Path, target: str, configfile: Path, **environment) -> subp
         [sys.executable, *map(str, words)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # Whatever started the tests may ignore Ctrl-C, as a shell's background jobs do, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from cxt.config import PRESETS, AdapterConfig
 from cxt.configfile import load, merge, read_yaml, resolve
 from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
 from cxt.errors import BadRequest
+from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.jobs import dataset_spec, leaf_of, leaves_of
 from cxt.kinds import KINDS
 from cxt.plan import plan, use_devices
-from cxt.rates import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import EVALUATION_START, leaves, random_generator, unique_seed
 from cxt.scenarios import batches as batches_of
 

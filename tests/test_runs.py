@@ -519,7 +519,8 @@ def test_bfloat16_network(dataset):
     counts, missing, tokens = data_of(plan).train_set.batch(range(4))
     loss = model.loss(model_input(counts, missing), tokens)
     loss.backward()
-    assert loss.dtype == torch.bfloat16
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert loss.dtype == model.backbone.rotary.dtype == torch.float32  # too coarse in 16 bits
     assert torch.isfinite(loss)
     tokens, probabilities = model.generate(model_input(counts, missing), replicates=2)
     assert torch.isfinite(probabilities).all()

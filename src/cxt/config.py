@@ -85,6 +85,15 @@ PRECISIONS = {
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 """Shapes of the learning rate after its warm-up; `wsd` stays at its peak for a part of the decay and ends as a cosine."""
 
+COMPILES = ("auto", "none", "inductor", "aot_eager", "eager")
+"""Backends of `torch.compile` for the training step; `auto` is inductor on a GPU and none on a CPU."""
+
+ATTENTIONS = ("split", "flex")
+"""How the prefix-LM attends: two fused calls, or FlexAttention, which needs a GPU."""
+
+LOSS_PATHS = ("target", "full", "chunked")
+"""Where the head computes logits: where windows are predicted, everywhere (as published), or there in parts."""
+
 EXPORTS = ("last", "best")
 """Which weights a finished run publishes: those after its last step, or those of the lowest validation loss."""
 
@@ -111,6 +120,10 @@ class TrainingConfig:
     beta2: float = 0.95
     backbone_lr_factor: float = 0.05
     precision: str = "bf16-mixed"
+    compile: str = "auto"
+    attention: str = "split"
+    loss_path: str = "target"
+    gradient_checkpointing: bool = False
     threads: int = 2
     workers: int = 0
     seed: int = 1
@@ -142,7 +155,11 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every", "keep_saves", "log_every"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name, choices in (("storage", STORAGES), ("schedule", SCHEDULES), ("export", EXPORTS)):
+        choices_of = {
+            "storage": STORAGES, "schedule": SCHEDULES, "export": EXPORTS, "compile": COMPILES, "attention": ATTENTIONS,
+            "loss_path": LOSS_PATHS,
+        }  # fmt: skip
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 problems.append(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
         for name in (

@@ -17,7 +17,6 @@ from cxt.kinds import simulate_one
 from cxt.lineage import digest
 from cxt.masks import read_mask, synthetic_mask
 from cxt.preprocess import preprocess_one
-from cxt.rates import describe_device, device_here, measure
 from cxt.scenarios import Leaf
 from cxt.store import write_shard
 
@@ -214,6 +213,8 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
     measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
     *progress* says so. What *save* gets has the content of a costs file.
     """
+    from cxt.bench import describe_device, device_here, measure
+
     masks = {}
     for name, dataset in config["datasets"].items():
         if "mask" in dataset:

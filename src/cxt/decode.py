@@ -1,13 +1,18 @@
 """From a trained model to estimates: decoding, and summaries of the predictive distribution of each window."""
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from cxt.dataset import model_input
+from cxt.generation import Decoder
 from cxt.model import CoalescenceModel
 from cxt.targets import Grid
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+"""What matrix products are computed in on a GPU, by the name of a training precision."""
 
 
 class Posterior(NamedTuple):
@@ -18,13 +23,31 @@ class Posterior(NamedTuple):
     high: np.ndarray
 
 
+def computing_in(precision: str, device):
+    """Context in which a network computes in a training precision on a GPU; on a CPU in 32 bits, as in training."""
+    kind = torch.device(device).type
+    if kind != "cuda" or precision not in AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=AUTOCAST[precision])
+
+
 def decode(
-    model: CoalescenceModel, counts, missing, *, grid: Grid, replicates: int, batch_size: int, seed: int, device="cpu"
+    model: CoalescenceModel,
+    counts,
+    missing,
+    *,
+    grid: Grid,
+    replicates: int,
+    batch_size: int,
+    seed: int,
+    device="cpu",
+    temperature: float = 1.0,
+    top_k: int | None = None,
 ) -> Posterior:
     """Posterior mean and central 95 % interval of each window, from the average of the replicates' distributions.
 
     Averaging predictive distributions is better than averaging sampled values: each replicate contributes all that its
-    past implies for a window, not one draw of it.
+    past implies for a window, not one draw of it. The result does not depend on *batch_size*, but for rounding.
 
     Parameters
     ----------
@@ -35,34 +58,36 @@ def decode(
     replicates : decoded sequences per item
     batch_size : items decoded together
     seed : of the sampling
+    temperature, top_k : of the sampling, see `cxt.generation.Decoder`
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
     parts = []
     for start in range(0, len(counts), batch_size):
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
         x = model_input(torch.as_tensor(counts[part], device=device), part_missing)
-        _, probabilities = model.generate(x, replicates=replicates, generator=generator)
-        distribution = probabilities.mean(dim=1, dtype=torch.float64).cpu().numpy()  # (items, windows, bins)
+        _, probabilities = decoder.decode(x, items=range(start, start + len(x)))
+        distribution = probabilities.mean(dim=1, dtype=torch.float64)  # (items, windows, bins)
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
-        parts.append((posterior_mean(distribution, grid), *quantiles))
+        parts.append([summary.cpu().numpy() for summary in (posterior_mean(distribution, grid), *quantiles)])
     return Posterior(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def posterior_mean(distribution: np.ndarray, grid: Grid) -> np.ndarray:
-    """Posterior mean of ln TMRCA, bins at their centres: (..., bins) -> (...).
+def posterior_mean(distribution: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Posterior mean of ln TMRCA, bins at their centres: (..., bins) float64 -> (...).
 
     It is the estimate with the least expected squared error of ln TMRCA. Its exponential is not the posterior mean of TMRCA.
     """
-    return distribution @ grid.centres
+    return distribution @ torch.as_tensor(grid.centres, device=distribution.device)
 
 
-def posterior_quantile(distribution: np.ndarray, grid: Grid, q: float) -> np.ndarray:
-    """Quantile *q* of ln TMRCA, linear within its bin: (..., bins) -> (...)."""
-    cumulative = np.cumsum(distribution, axis=-1)
+def posterior_quantile(distribution: torch.Tensor, grid: Grid, q: float) -> torch.Tensor:
+    """Quantile *q* of ln TMRCA, linear within its bin: (..., bins) float64 -> (...)."""
+    cumulative = distribution.cumsum(-1)
     target = q * cumulative[..., -1:]
-    bin_ = np.minimum((cumulative < target).sum(axis=-1), grid.bins - 1)[..., None]
-    mass = np.take_along_axis(distribution, bin_, axis=-1)
-    below = np.take_along_axis(cumulative, bin_, axis=-1) - mass
-    inside = np.divide(target - below, mass, out=np.full_like(mass, 0.5), where=mass > 0)
-    return (grid.edges[bin_] + grid.step * np.clip(inside, 0, 1))[..., 0]
+    bin_ = (cumulative < target).sum(-1, keepdim=True).clamp(max=grid.bins - 1)
+    mass = distribution.gather(-1, bin_)
+    below = cumulative.gather(-1, bin_) - mass
+    inside = torch.where(mass > 0, (target - below) / mass, 0.5).clamp(0, 1)
+    edges = torch.as_tensor(grid.edges, device=distribution.device)
+    return (edges[bin_] + grid.step * inside)[..., 0]

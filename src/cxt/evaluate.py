@@ -174,7 +174,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
     import torch
 
     from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
-    from cxt.decode import decode
+    from cxt.decode import computing_in, decode
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -197,16 +197,17 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
         began = time.monotonic()
         counts, missing = features_of(entries, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
-        posterior = decode(
-            model,
-            counts,
-            missing,
-            grid=grid,
-            replicates=spec["replicates"],
-            batch_size=spec["batch_size"],
-            seed=seed,
-            device=device,
-        )
+        with computing_in(about.record.get("precision", "32-true"), device):
+            posterior = decode(
+                model,
+                counts,
+                missing,
+                grid=grid,
+                replicates=spec["replicates"],
+                batch_size=spec["batch_size"],
+                seed=seed,
+                device=device,
+            )
         truth = np.stack([entry.log_tmrca for entry in entries])
         mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
         scenarios[name] = score(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)

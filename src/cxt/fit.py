@@ -21,14 +21,14 @@ from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epo
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
 from cxt.errors import Failed, first_line
+from cxt.flops import training_flops
 from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
-from cxt.rates import training_flops
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog, read_log
 from cxt.saves import AtomicIO, Saves, save_to_continue
 from cxt.targets import Grid
-from cxt.training import Reseed, TrainingModule
+from cxt.training import Reseed, TrainingModule, compile_backend
 from cxt.validation import DecodedItems, Validation, truth_beside_prediction
 
 SAVE_OF_RANK_0 = "CXT_SAVE"
@@ -83,6 +83,11 @@ class Plan:
     def precision(self) -> str:
         """What is computed in: the settings' on GPUs, 32-true on a CPU."""
         return self.training.precision if self.accelerator == "gpu" else "32-true"
+
+    @property
+    def device_type(self) -> str:
+        """As torch names it."""
+        return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
     def total_steps(self) -> int:
@@ -202,6 +207,10 @@ def summary_of(plan: Plan, model: CoalescenceModel) -> dict:
         "grad_accum": plan.training.grad_accum,
         "devices": plan.world,
         "accelerator": plan.accelerator,
+        "compile": compile_backend(plan.training, plan.device_type) or "none",
+        "attention": plan.training.attention,
+        "loss_path": plan.training.loss_path,
+        "gradient_checkpointing": plan.training.gradient_checkpointing,
         "planned_steps": plan.total_steps,
         "flops_per_item": flops,
         "flops": flops * plan.effective_batch * plan.total_steps,
@@ -222,6 +231,10 @@ def announce(plan: Plan, summary: dict) -> None:
         f"{plan.precision} on {plan.world} {plan.accelerator}, {training.threads} threads",
         flush=True,
     )
+    if summary["compile"] != "none":
+        print(
+            f"{plan.name}: the first step compiles the network ({summary['compile']}), which takes a minute or so", flush=True
+        )
 
 
 def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
@@ -338,9 +351,22 @@ def run_trainer(trainer: pl.Trainer, plan: Plan, module: TrainingModule, data: D
         # "can't allocate memory" is what torch says on a CPU.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise Failed(out_of_memory(plan, error)) from error
+        if is_compiler_error(error):
+            raise Failed(
+                f"{plan.name}: the network could not be compiled ({first_line(error)}); `compile: none` trains without, and "
+                "starts a new run"
+            ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise Failed(f"{plan.name}: {error}; make room and run the same command again") from error
         raise
+
+
+def is_compiler_error(error: BaseException) -> bool:
+    """Whether `torch.compile` has raised it."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return isinstance(error, TorchDynamoException | InductorError)
 
 
 def out_of_memory(plan: Plan, error: Exception) -> str:
@@ -351,7 +377,8 @@ def out_of_memory(plan: Plan, error: Exception) -> str:
     return (
         f"{plan.name}: out of memory on {plan.world} {plan.accelerator} ({first_line(error)}). Lower batch_size and "
         f"raise grad_accum, which keeps the effective batch of {plan.effective_batch}: batch_size: {half}, grad_accum: "
-        f"{accumulation}. Fewer windows (a shorter sequence_length) help most; these start a new run"
+        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true and "
+        "loss_path: chunked; these start a new run"
     )
 
 

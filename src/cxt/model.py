@@ -12,27 +12,14 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
 
+from cxt.attention import Attention, rotary_table
 from cxt.config import ModelConfig
-from cxt.targets import SPECIAL_TOKENS, START_TOKEN
+from cxt.generation import Decoder
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
-
-
-def rotary_table(positions: int, head_width: int) -> torch.Tensor:
-    """cos and sin of the rotary embedding: (2, positions, head_width / 2) float32, base 10 000."""
-    frequency = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float32) / head_width)
-    angle = torch.outer(torch.arange(positions, dtype=torch.float32), frequency)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate adjacent pairs of the last axis of x (..., L, hd) by *table* (2, L, hd / 2); in float32, cast back."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (..., L, hd / 2)
-    cos, sin = table
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
 class SourceEmbedding(nn.Module):
@@ -41,17 +28,18 @@ class SourceEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden = config.width // config.scales
-        self.mask_bin0 = config.mask_singletons
         self.inner = nn.Linear(config.samples, hidden)
         self.outer = nn.Linear(hidden, hidden)
         self.dropout = nn.Dropout(config.dropout)
-        self.register_buffer("channel_weights", torch.tensor(CHANNEL_WEIGHTS).view(2, 1, 1, 1), persistent=False)
+        bins = torch.ones(config.samples)
+        bins[0] = 0.0 if config.mask_singletons else 1.0
+        self.register_buffer("bins", bins, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 2, S, W, n) -> (B, W, D)
-        if self.mask_bin0:
-            x = torch.cat([torch.zeros_like(x[..., :1]), x[..., 1:]], dim=-1)
-        x = self.dropout(self.outer(F.gelu(self.inner(x))))  # (B, 2, S, W, D / S)
-        x = (x * self.channel_weights).sum(dim=1)  # (B, S, W, D / S)
+        # Masking bin 0 in the weights is the same as in x, and spares a copy of x.
+        x = F.linear(x, self.inner.weight * self.bins, self.inner.bias)
+        x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
+        x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
         return x.transpose(1, 2).flatten(2)  # scale-major within a window
 
 
@@ -60,40 +48,6 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-5, bias=False)
-
-
-class Attention(nn.Module):
-    """Prefix attention as two fused calls: sources among themselves, and targets over everything before them."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.out = nn.Linear(config.width, config.width, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def split(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, k·D) -> (B, k·H, L, hd)
-        return x.unflatten(-1, (-1, self.out.in_features // self.heads)).transpose(1, 2)
-
-    def project(self, x: torch.Tensor, table: torch.Tensor):
-        """Rotated queries and keys, and values, each (B, H, L, hd)."""
-        q, k, v = self.split(self.qkv(x)).chunk(3, dim=1)
-        return rotate(q, table), rotate(k, table), v
-
-    def merge(self, x: torch.Tensor) -> torch.Tensor:  # (B, H, L, hd) -> (B, L, D)
-        return self.dropout(self.out(x.transpose(1, 2).flatten(2)))
-
-    def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, last: bool = False) -> torch.Tensor:
-        """(B, L, D) -> (B, L, D), or the L - prefix last positions only where nothing reads the others (*last*)."""
-        q, k, v = self.project(x, table)
-        targets = x.shape[1] - prefix
-        out = []
-        if not last:
-            out.append(F.scaled_dot_product_attention(q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]))
-        if targets:
-            mask = causal_lower_right(targets, x.shape[1])
-            out.append(F.scaled_dot_product_attention(q[:, :, prefix:], k, v, attn_mask=mask))
-        return self.merge(torch.cat(out, dim=2))
 
 
 class MLP(nn.Module):
@@ -135,7 +89,8 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self.register_buffer("rotary", rotary_table(2 * config.windows + 1, config.width // config.heads), persistent=False)
+        self.gradient_checkpointing = False
+        self.register_buffer("rotary", self._rotary_table(), persistent=False)
         self.apply(self._initialise)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
@@ -148,24 +103,42 @@ class Backbone(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Logits (B, W, V) for windows 1..W given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
+    def _rotary_table(self, device=None) -> torch.Tensor:
+        return rotary_table(2 * self.config.windows + 1, self.config.width // self.config.heads, device=device)
 
-        The last token is not read: nothing is predicted after it.
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.rotary.dtype != torch.float32:  # half precision is too coarse for angles of up to 2W radians
+            self.rotary = self._rotary_table(self.rotary.device)
+        return self
+
+    def _block(self, block: Block, h: torch.Tensor, prefix: int, *, last: bool = False) -> torch.Tensor:
+        table = self.rotary[:, : h.shape[1]]
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, table, prefix, last=last, use_reentrant=False)
+        return block(h, table, prefix, last=last)
+
+    def states(self, x: torch.Tensor, y: torch.Tensor, *, everywhere: bool = False) -> torch.Tensor:
+        """What the head reads, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
+
+        The last token is not read: nothing is predicted after it. With *everywhere*, all positions (B, 2W, D).
         """
         source = self.source_embedding(x)  # (B, W, D)
         target = self.token_embedding(y[:, :-1])  # (B, W, D)
         h = self.dropout(torch.cat([source, target], dim=1))  # (B, 2W, D)
-        table = self.rotary[:, : h.shape[1]]
         windows = source.shape[1]
         prefix = windows + int(self.config.start_token_in_prefix)
         for block in self.blocks[:-1]:
-            h = block(h, table, prefix)
-        if prefix == windows:
-            h = self.blocks[-1](h, table, prefix, last=True)  # the sources' last states are read by nothing
-        else:
-            h = self.blocks[-1](h, table, prefix)[:, windows:]
-        return self.head(self.norm(h))
+            h = self._block(block, h, prefix)
+        # The sources' last states are read by nothing.
+        if prefix == windows and not everywhere:
+            return self.norm(self._block(self.blocks[-1], h, prefix, last=True))
+        h = self._block(self.blocks[-1], h, prefix)
+        return self.norm(h if everywhere else h[:, windows:])
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Logits (B, W, V) for windows 1..W."""
+        return self.head(self.states(x, y))
 
 
 class CoalescenceModel(nn.Module):
@@ -204,103 +177,37 @@ class CoalescenceModel(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.backbone(self.source(x), y)
 
-    def loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over all windows of all items."""
-        logits = self(x, y)
-        return F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten())
+    def loss(self, x: torch.Tensor, y: torch.Tensor, *, path: str = "target") -> torch.Tensor:
+        """Mean cross-entropy over all windows of all items.
 
-    @torch.no_grad()
-    def generate(
-        self,
-        x: torch.Tensor,
-        *,
-        replicates: int = 1,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        tokens: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode with a key-value cache; special tokens are never sampled.
-
-        The prefix is computed once for all replicates of an item.
-
-        Parameters
-        ----------
-        x : log1p counts (B, 2, S, W, n)
-        replicates : decoded sequences R per item
-        temperature : divides the logits before sampling
-        top_k : sample among this many most probable bins; all by default
-        generator : of random numbers; torch's default one if None
-        tokens : (B, R, W + 1); if given, nothing is sampled and these are fed instead (for tests and scoring)
-
-        Returns
-        -------
-        tokens : (B, R, W) int64, bin + 2
-        probabilities : (B, R, W, bins) float32, the predictive distribution of each window before *top_k*
+        The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
+        `chunked` never holds all logits at once (torch's `linear_cross_entropy`).
         """
-        if temperature <= 0:
-            raise ValueError(f"temperature {temperature}: expected above 0")
+        x, wanted = self.source(x), y[:, 1:].flatten()
+        if path == "chunked":
+            states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
+            return F.linear_cross_entropy(states, self.backbone.head.weight, wanted, options=nn.LinearCrossEntropyOptions())
+        if path == "full":
+            logits = self.backbone.head(self.backbone.states(x, y, everywhere=True))[:, -self.config.windows :]
+        else:
+            logits = self.backbone(x, y)  # (B, W, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), wanted)
+
+    def use_flex_attention(self) -> None:
+        """Compute attention with FlexAttention from now on; with gradients only on a GPU."""
+        for block in self.backbone.blocks:
+            block.attention.flexible = True
+
+    def generate(
+        self, x: torch.Tensor, *, items=None, tokens: torch.Tensor | None = None, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one batch: tokens (B, R, W) and predictive distributions (B, R, W, bins), as `cxt.generation.Decoder` does.
+
+        *options* are its: replicates, temperature, top_k, seed.
+        """
         was_training = self.training
         self.eval()
         try:
-            return self._generate(self.source(x), replicates, temperature, top_k, generator, tokens)
+            return Decoder(self, **options).decode(x, items=items, tokens=tokens)
         finally:
             self.train(was_training)
-
-    def _generate(self, x, replicates, temperature, top_k, generator, tokens):
-        backbone, windows = self.backbone, x.shape[3]
-        h = backbone.source_embedding(x)  # (B, W, D)
-        table = backbone.rotary[:, :windows]
-        caches = []
-        for block in backbone.blocks:
-            q, k, v = block.attention.project(block.norm_attention(h), table)
-            caches.append(Cache(k, v, replicates, windows))
-            h = h + block.attention.merge(F.scaled_dot_product_attention(q, k, v))
-            h = h + block.mlp(block.norm_mlp(h))
-        batch = x.shape[0]
-        current = torch.full((batch, replicates), START_TOKEN, device=x.device)
-        chosen = torch.empty((batch, replicates, windows), dtype=torch.int64, device=x.device)
-        probabilities = torch.empty((batch, replicates, windows, self.config.bins), device=x.device)
-        for step in range(windows):
-            h = backbone.token_embedding(current)  # (B, R, D)
-            position = backbone.rotary[:, windows + step : windows + step + 1]
-            for block, cache in zip(backbone.blocks, caches, strict=True):
-                q, k, v = block.attention.project(block.norm_attention(h), position)  # (B, H, R, hd), same position
-                h = h + block.attention.merge(cache.attend(q, k, v))
-                h = h + block.mlp(block.norm_mlp(h))
-            logits = backbone.head(backbone.norm(h)).float()[..., SPECIAL_TOKENS:] / temperature  # (B, R, bins)
-            probabilities[:, :, step] = logits.softmax(-1)
-            if tokens is not None:
-                current = tokens[:, :, step + 1]
-            else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-                    logits = logits.masked_fill(logits < least, -torch.inf)
-                drawn = torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator)
-                current = drawn.view(batch, replicates) + SPECIAL_TOKENS
-            chosen[:, :, step] = current
-        return chosen, probabilities
-
-
-class Cache:
-    """Keys and values of one block: of the prefix once per item, of decoded tokens per replicate."""
-
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, replicates: int, steps: int):
-        self.prefix_k, self.prefix_v = k, v  # (B, H, P, hd)
-        batch, heads, _, width = k.shape
-        self.k = k.new_empty((batch, heads, replicates, steps, width))
-        self.v = v.new_empty((batch, heads, replicates, steps, width))
-        self.length = 0
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Add one token per replicate, and attend from it to the prefix and to its own past: all (B, H, R, hd)."""
-        self.k[:, :, :, self.length] = k
-        self.v[:, :, :, self.length] = v
-        self.length += 1
-        past_k, past_v = self.k[:, :, :, : self.length], self.v[:, :, :, : self.length]  # (B, H, R, t, hd)
-        scale = 1 / math.sqrt(q.shape[-1])
-        to_prefix = q @ self.prefix_k.transpose(-1, -2)  # (B, H, R, P)
-        to_past = (past_k @ q.unsqueeze(-1)).squeeze(-1)  # (B, H, R, t)
-        weights = (torch.cat([to_prefix, to_past], dim=-1) * scale).float().softmax(-1).type_as(v)
-        prefix = to_prefix.shape[-1]
-        return weights[..., :prefix] @ self.prefix_v + (weights[..., None, prefix:] @ past_v).squeeze(-2)

@@ -20,7 +20,7 @@ from cxt.configfile import adapter_config, load, model_config, training_config
 from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
-from cxt.rates import decoding_flops, forward_flops, training_flops
+from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import Leaf, split_size
 
 

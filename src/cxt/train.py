@@ -117,6 +117,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
             type=str | bool | int if field.name == "precision" else field.type,  # YAML reads `no` and `16` as these
             default=getattr(training, field.name),
             help="see config/README.md",
+            **({"nargs": "?", "const": True} if field.type is bool else {}),
         )
     return parser
 
@@ -320,6 +321,8 @@ def plan_of(args):
     args.precision = training.precision
     check_source(args)
     accelerator, devices = choose_devices(args)
+    if training.attention == "flex" and accelerator == "cpu":
+        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; leave it at split")
     world = len(devices) if isinstance(devices, list) else devices
     if args.simulate is None:
         simulated, manifest = None, read_manifest(args.dataset_path)

@@ -59,6 +59,34 @@ def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[
     return [group for group in groups if group["params"]]
 
 
+def new_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW over what trains; an adapter's backbone is frozen first, but for what its strategy names."""
+    if model.adapter is not None:
+        freeze_backbone(model)
+    return torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2), fused=fused)
+
+
+def compile_backend(training: TrainingConfig, device: str) -> str | None:
+    """Backend of `torch.compile` for the training step on a *device* ("cuda" or "cpu"); None for no compilation."""
+    chosen = {"auto": "inductor" if device == "cuda" else "none"}.get(training.compile, training.compile)
+    return None if chosen == "none" else chosen
+
+
+def loss_function(model: CoalescenceModel, training: TrainingConfig):
+    """(counts, missing, tokens) to the loss, by the path and the attention that *training* names.
+
+    From the small integers of a batch on, so that the logarithm and the cast are done, and compiled, on the device.
+    """
+    model.backbone.gradient_checkpointing = training.gradient_checkpointing
+    if training.attention == "flex":
+        model.use_flex_attention()
+
+    def loss(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        return model.loss(model_input(counts, missing), tokens, path=training.loss_path)
+
+    return loss
+
+
 class TrainingModule(pl.LightningModule):
     """Trains a CoalescenceModel, plain or with an adapter; *record* goes into every save."""
 
@@ -67,24 +95,25 @@ class TrainingModule(pl.LightningModule):
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
+        self._loss = self._step_loss = loss_function(model, training)
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
-        return self.model.loss(model_input(batch.counts, batch.missing), batch.tokens)
+    def setup(self, stage: str) -> None:
+        backend = compile_backend(self.training_config, self.trainer.strategy.root_device.type)
+        if backend is not None:
+            # Training batches all have one shape; the last one of a validation has not, and is worth no compilation.
+            self._step_loss = torch.compile(self._loss, backend=backend, dynamic=False)
 
     def training_step(self, batch: Batch, _) -> torch.Tensor:
-        return self._loss(batch)
+        return self._step_loss(*batch)
 
     def validation_step(self, batch: Batch, _) -> None:
-        self.log("val_loss", self._loss(batch), batch_size=len(batch.tokens), sync_dist=True)
+        self.log("val_loss", self._loss(*batch), batch_size=len(batch.tokens), sync_dist=True)
 
     def configure_optimizers(self):
         training = self.training_config
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, training),
-            betas=(training.beta1, training.beta2),
-            # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
-            fused=self.device.type == "cuda" and self.model.adapter is None and self.trainer.precision != "16-mixed",
-        )
+        # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = new_optimizer(self.model, training, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, training, total_steps=self.total_steps)
         )

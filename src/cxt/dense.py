@@ -1,0 +1,42 @@
+"""The published formulation of the network, to compare speed and memory with: never used for training or decoding.
+
+One sequence of sources and tokens with a dense boolean mask, every layer and the head on all positions.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from cxt.model import CoalescenceModel
+
+
+def dense_mask(windows: int, prefix: int, device) -> torch.Tensor:
+    """True where a position may attend: (2W + 1, 2W + 1), causal but for the first *prefix*, which see each other."""
+    length = 2 * windows + 1
+    mask = torch.ones((length, length), dtype=torch.bool, device=device).tril()
+    mask[:prefix, :prefix] = True
+    return mask
+
+
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (B, H, L, hd) by the pairs' cos and sin (2, L, hd / 2), one operation after another."""
+    cos, sin = table
+    even, odd = x.float()[..., ::2], x.float()[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`model.loss(x, y)` as it was published."""
+    backbone = model.backbone
+    windows = x.shape[3]
+    source = backbone.source_embedding(model.source(x))  # (B, W, D)
+    h = backbone.dropout(torch.cat([source, backbone.token_embedding(y)], dim=1))  # (B, 2W + 1, D)
+    mask = dense_mask(windows, windows + int(model.config.start_token_in_prefix), x.device)
+    mask = mask.expand(len(x), 1, -1, -1).contiguous()  # (B, 1, 2W + 1, 2W + 1)
+    for block in backbone.blocks:
+        attention = block.attention
+        q, k, v = attention.split(attention.qkv(block.norm_attention(h))).chunk(3, dim=1)  # (B, H, 2W + 1, hd)
+        q, k = rotate(q, backbone.rotary), rotate(k, backbone.rotary)
+        h = h + attention.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+        h = h + block.mlp(block.norm_mlp(h))
+    logits = backbone.head(backbone.norm(h))[:, windows:-1]  # (B, W, V)
+    return F.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten())

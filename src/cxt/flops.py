@@ -1,0 +1,46 @@
+"""How much arithmetic training and decoding take.
+
+FLOPs are counted from the shapes, two for each multiplication and addition, and only where the prefix-LM lets a position
+attend. A forward pass over one item, for W windows, width D, L blocks, H scales and n samples:
+
+    matrices    2·W tokens × 24·D² × L      (attention 3 + 1, MLP 4 + 4)
+    attention   4·D × (W² + W² + W·(W + 1)/2) × L      (sources see sources; target i sees all sources and i targets)
+    head        2·W·D·vocabulary
+    embedding   2 channels × H·W × 2·(n·D/H + (D/H)²)
+
+A backward pass costs as much again for the gradients of activations, and once more for those of trained matrices.
+"""
+
+from cxt.config import AdapterConfig, ModelConfig
+
+
+def forward_flops(network: ModelConfig) -> dict[str, float]:
+    """FLOPs of one item forward, by part: blocks (matrices), attention, head, embedding."""
+    windows, width, hidden = network.windows, network.width, network.width // network.scales
+    live = 2 * windows**2 + windows * (windows + 1) / 2
+    return {
+        "blocks": 2 * windows * 24 * width**2 * network.layers,
+        "attention": 4 * width * live * network.layers,
+        "head": 2 * windows * width * network.vocabulary,
+        "embedding": 2 * network.scales * windows * 2 * (network.samples * hidden + hidden**2),
+    }
+
+
+def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None) -> float:
+    """FLOPs of one training item, forward and backward; a frozen matrix needs no gradient of its own."""
+    parts = forward_flops(network)
+    if adapter is None:
+        return 3 * sum(parts.values())
+    trained = min(adapter.last_n, network.layers) / network.layers if "lastN" in adapter.unfreeze_strategy else 0.0
+    frozen = parts["head"] + parts["embedding"] + (1 - trained) * parts["blocks"]
+    # The adapter itself, 3 matrices of some tens of rows, is below a thousandth of this.
+    return 3 * sum(parts.values()) - frozen
+
+
+def decoding_flops(network: ModelConfig, *, replicates: int) -> float:
+    """FLOPs of decoding one pair: the sources once, and each replicate's windows one after another."""
+    windows, width = network.windows, network.width
+    parts = forward_flops(network)
+    sources = parts["blocks"] / 2 + 4 * width * windows**2 * network.layers + parts["embedding"]
+    targets = parts["blocks"] / 2 + 4 * width * (windows**2 + windows * (windows + 1) / 2) * network.layers + parts["head"]
+    return sources + replicates * targets

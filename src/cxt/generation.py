@@ -1,0 +1,196 @@
+"""Autoregressive decoding with a key-value cache.
+
+The prefix of an item is computed once and shared by its replicates. Each step then passes one token per replicate through
+the network. All that changes from step to step is on the device, so that on a GPU a step is recorded once as a CUDA graph
+and replayed: launching its hundreds of small kernels one by one would take most of the time.
+
+Shapes: B items, R replicates, W windows, P = W positions of the prefix, H heads, D width, hd = D / H.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from cxt.sampling import draw, limited_to, uniforms
+from cxt.targets import SPECIAL_TOKENS, START_TOKEN
+
+SLOTS_OF_A_GRAPH = 64
+"""A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""
+
+
+class Cache:
+    """Keys and values of one block: of the prefix once per item, of decoded tokens per replicate."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, replicates: int):
+        self.prefix_k, self.prefix_v = k.contiguous(), v.contiguous()  # (B, H, P, hd)
+        batch, heads, steps, width = k.shape
+        self.k = k.new_zeros((batch, heads, replicates, steps, width))
+        self.v = v.new_zeros((batch, heads, replicates, steps, width))
+
+    def attend(self, q, k, v, step: torch.Tensor, slots: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        """Add one token per replicate at *step* (1,), and attend from it to the prefix and to the first *slots* tokens.
+
+        q, k, v and the result are (B, H, R, hd); *hidden* (slots,) is True for tokens that are not there yet.
+        """
+        self.k.index_copy_(3, step, k.unsqueeze(3))
+        self.v.index_copy_(3, step, v.unsqueeze(3))
+        past_k, past_v = self.k[:, :, :, :slots], self.v[:, :, :, :slots]  # (B, H, R, t, hd)
+        to_prefix = (q @ self.prefix_k.transpose(-1, -2)).float()  # (B, H, R, P)
+        to_past = (past_k @ q.unsqueeze(-1)).squeeze(-1).float()  # (B, H, R, t)
+        if hidden is not None:
+            to_past = to_past.masked_fill(hidden, -torch.inf)
+        weights = (torch.cat([to_prefix, to_past], dim=-1) / math.sqrt(q.shape[-1])).softmax(-1).type_as(v)
+        prefix = to_prefix.shape[-1]
+        return weights[..., :prefix] @ self.prefix_v + (weights[..., None, prefix:] @ past_v).squeeze(-2)
+
+
+class Decoder:
+    """Decodes batches of a fixed number of items, one after another; special tokens are never sampled.
+
+    The random numbers of an item depend on *seed* and on its number only, so that it does not matter which others are decoded
+    with it, nor on which device, but for the rounding of floating-point numbers. Keys and values are held in the precision
+    that the network computes in. The model's weights must not change while it is in use.
+
+    Parameters
+    ----------
+    model : CoalescenceModel, in eval mode
+    replicates : decoded sequences R per item
+    temperature : divides the logits before sampling
+    top_k : sample among this many most probable bins; all by default
+    seed : of the random numbers
+    slots : slots of the cache by which a step's view of it grows; by default 1 on a CPU, and 64 where graphs are recorded
+
+    Raises
+    ------
+    ValueError
+        If replicates, temperature, top_k or slots are not above 0.
+    """
+
+    def __init__(self, model, *, replicates: int = 1, temperature: float = 1.0, top_k=None, seed: int = 0, slots=None):
+        named = {"replicates": replicates, "temperature": temperature, "top_k": top_k, "slots": slots}
+        for name, value in named.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} {value}: expected above 0")
+        self.model, self.backbone = model, model.backbone
+        self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, seed
+        self.on_gpu = self.backbone.head.weight.is_cuda
+        self.slots = slots or (SLOTS_OF_A_GRAPH if self.on_gpu else 1)
+        self._shape = None
+
+    @torch.no_grad()
+    def decode(self, x: torch.Tensor, *, items=None, tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one batch; what it returns is overwritten by the next.
+
+        Parameters
+        ----------
+        x : log1p counts (B, 2, S, W, n)
+        items : (B,) whole numbers that tell the items apart; 0, 1, … by default
+        tokens : (B, R, W + 1); if given, nothing is sampled and these are fed instead (for tests and scoring)
+
+        Returns
+        -------
+        tokens : (B, R, W) int64, bin + 2
+        probabilities : (B, R, W, bins) float32, the predictive distribution of each window before *top_k*
+        """
+        kind = x.device.type
+        # Without a cache of cast weights: a graph must not hold what another one has made.
+        precision = torch.autocast(
+            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
+        with precision:
+            self._start(x, range(len(x)) if items is None else items, tokens)
+            for step in range(self.uniform.shape[-1]):
+                # As many slots as are needed, rounded up.
+                slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
+                if self.on_gpu:
+                    self._graph(slots).replay()
+                else:
+                    self._advance(slots)
+        return self.chosen, self.probabilities
+
+    def _start(self, x: torch.Tensor, items, tokens: torch.Tensor | None) -> None:
+        """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
+        batch, windows, device = x.shape[0], x.shape[3], x.device
+        uniform = torch.from_numpy(uniforms(self.seed, list(items), replicates=self.replicates, windows=windows))
+        caches = self._prefill(self.model.source(x))
+        shape = (batch, windows, tokens is None)
+        if shape == self._shape:
+            for mine, new in zip(self.caches, caches, strict=True):
+                mine.prefix_k.copy_(new[0])
+                mine.prefix_v.copy_(new[1])
+            self.uniform.copy_(uniform)
+            if tokens is not None:
+                self.tokens.copy_(tokens)
+            self.current.fill_(START_TOKEN)
+            self.step.zero_()
+            return
+        self._shape = shape
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.caches = [Cache(k, v, self.replicates) for k, v in caches]
+        self.uniform = uniform.to(device)  # (B, R, W)
+        self.tokens = None if tokens is None else tokens.clone()
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        self.current = torch.full((batch, self.replicates), START_TOKEN, device=device)
+        self.chosen = torch.zeros((batch, self.replicates, windows), dtype=torch.int64, device=device)
+        self.probabilities = torch.zeros((batch, self.replicates, windows, self.model.config.bins), device=device)
+
+    def _prefill(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of the prefix in each block, (B, H, P, hd)."""
+        h = self.backbone.source_embedding(x)  # (B, W, D)
+        table = self.backbone.rotary[:, : h.shape[1]]
+        result = []
+        for block in self.backbone.blocks:
+            q, k, v = block.attention.project(block.norm_attention(h), table)
+            result.append((k, v))
+            if block is not self.backbone.blocks[-1]:
+                h = h + block.attention.merge(F.scaled_dot_product_attention(q, k, v))
+                h = h + block.mlp(block.norm_mlp(h))
+        return result
+
+    def _logits(self, slots: int) -> torch.Tensor:
+        """Logits of the next window, (B, R, bins) float32, special tokens left out."""
+        backbone = self.backbone
+        h = backbone.token_embedding(self.current)  # (B, R, D)
+        position = backbone.rotary.index_select(1, self.step + self.uniform.shape[-1])
+        hidden = None if self.slots == 1 else torch.arange(slots, device=h.device) > self.step
+        for block, cache in zip(backbone.blocks, self.caches, strict=True):
+            q, k, v = block.attention.project(block.norm_attention(h), position)  # (B, H, R, hd), same position
+            h = h + block.attention.merge(cache.attend(q, k, v, self.step, slots, hidden))
+            h = h + block.mlp(block.norm_mlp(h))
+        return backbone.head(backbone.norm(h)).float()[..., SPECIAL_TOKENS:]
+
+    def _advance(self, slots: int) -> None:
+        """Decode one window, looking at the first *slots* slots of the caches; changes tensors in place only."""
+        logits = self._logits(slots) / self.temperature
+        probabilities = logits.softmax(-1)
+        self.probabilities.index_copy_(2, self.step, probabilities.unsqueeze(2))
+        if self.tokens is not None:
+            token = self.tokens.index_select(2, self.step + 1).squeeze(2)
+        else:
+            if self.top_k is not None:
+                probabilities = limited_to(logits, self.top_k).softmax(-1)
+            token = draw(probabilities, self.uniform.index_select(2, self.step).squeeze(2)) + SPECIAL_TOKENS
+        self.chosen.index_copy_(2, self.step, token.unsqueeze(2))
+        self.current.copy_(token)
+        self.step += 1
+
+    def _graph(self, slots: int) -> torch.cuda.CUDAGraph:
+        """The step as a CUDA graph, recorded when it is first asked for; before that it is run, and taken back."""
+        if slots in self._graphs:
+            return self._graphs[slots]
+        step, current = self.step.clone(), self.current.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._advance(slots)
+                self.step.copy_(step)
+                self.current.copy_(current)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._advance(slots)
+        self._graphs[slots] = graph
+        return graph
