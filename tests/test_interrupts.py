@@ -23,6 +23,14 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 thorough = pytest.mark.skipif(not KILLS, reason="takes long: `make test-resume`")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def interruptible():
+    """Whatever started the tests may ignore Ctrl-C, as a shell does for what it puts into the background: children inherit it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 LONG = {"narrow": 120} | ({"broad_adapter": 60, "w200_wmissing_adapter": 120} if KILLS else {})
 """Epochs of the models that train for some seconds."""
 
@@ -68,8 +76,6 @@ def start(directory: Path, target: str, configfile: Path, **environment) -> subp
         [sys.executable, *map(str, words)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")} | environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        # Whatever started the tests may ignore Ctrl-C, as a shell's background jobs do, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -307,8 +307,8 @@ def bench_decoding(
     Returns
     -------
     dict
-        pairs_per_second, windows_per_second (of all replicates), flops_per_second, peak_flops_per_second, memory_bytes, seconds,
-        pairs; with *compare*, ratio of pairs per second.
+        pairs, seconds, pairs_per_second, windows_per_second (of all replicates), flops_per_second, peak_flops_per_second,
+        memory_bytes; with *compare*, ratio of pairs per second.
     """
     precision = precision if device == "cuda" else "32-true"
     torch.manual_seed(1)

@@ -1,5 +1,6 @@
 """How much memory a piece of work takes at its peak."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ def peak_of(work: Callable[[], object], device: str) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
