@@ -225,9 +225,8 @@ def import_published(path, out, *, name: str | None = None) -> None:
     content = _read_torch_file(path)
     if not is_published(content):
         own = isinstance(content, dict) and "cxt" in content
-        raise BadRequest(
-            f"{path} is {'a checkpoint of cxt already, use it as it is' if own else 'not of the original package'}"
-        )
+        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
+        raise BadRequest(f"{path} is {what}")
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
     weights, network, adapter, more = read_published(content, path)

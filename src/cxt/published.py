@@ -106,7 +106,7 @@ def network_of(hyper: dict) -> ModelConfig:
         raise BadRequest("its hyper-parameters hold no `gpt_config`, which says what the network is")
     problems = [f"{name} is missing" for name in FIELDS if name not in given]
     problems += [
-        f"{name} is {given[name]!r}, expected a {kind.__name__}"
+        f"{name} is {given[name]!r}, expected {kind.__name__}"
         for name, kind in FIELDS.items()
         if name in given and type(given[name]) is not kind and not (kind is float and type(given[name]) is int)
     ]
@@ -166,6 +166,8 @@ def weights_of(tensors: dict, network: ModelConfig, adapter: AdapterConfig | Non
     """
     prefix = "model." if adapter is None else "model.backbone."
     fixed = f"{prefix}transformer.bt2ls.weights"
+    if any(str(key).startswith("model.adapter.") for key in tensors) != (adapter is not None):
+        raise BadRequest("adapter weights and the hyper-parameter `ie_new`, an adapter's samples, do not go together")
     # Before a network of any depth is built.
     blocks = {match[1] for key in tensors if (match := re.match(re.escape(prefix) + r"transformer\.h\.(\d+)\.", str(key)))}
     if len(blocks) != network.layers:

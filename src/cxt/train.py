@@ -97,9 +97,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--unfreeze-strategy", default=adapter.unfreeze_strategy, choices=["none", "ln", "lastN", "ln_lastN"],
         help="backbone parameters that train beside the adapter")  # fmt: skip
     add("--last-n", type=int, default=adapter.last_n, help="last blocks that lastN and ln_lastN unfreeze")
-    add(
-        "--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as the parent adapter)"
-    )
+    add("--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as its parent)")
     add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
     add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
@@ -112,11 +110,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         add(f"--{name}", type=int | None, help=f"{text} (default: the preset's)")
     add("--dropout", type=float | None, help="dropout of the network (default: the preset's)")
     add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
-    add(
-        "--start-token-in-prefix",
-        type=bool | None,
-        help="sources see the start token (published; default: as the parent)",
-    )
+    add("--start-token-in-prefix", type=bool | None, help="sources see the start token (published; default: as its parent)")
     for field in dataclasses.fields(TrainingConfig):
         add(
             f"--{field.name.replace('_', '-')}",
