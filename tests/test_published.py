@@ -373,6 +373,7 @@ def test_export(file, suffix, tmp_path):
     assert after.record == before.record
     assert (after.model, after.adapter) == (before.model, before.adapter)
     agrees(load_model(tmp_path / "exported"), suffix)
+    assert find_checkpoint(tmp_path / "exported" / "model.safetensors") == tmp_path / "exported" / "config.json"
     assert diff(find_checkpoint(tmp_path / "exported"), file, rtol=0, atol=0)[0]
 
 

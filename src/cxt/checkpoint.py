@@ -30,7 +30,7 @@ from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, near
 from cxt.files import atomic_write, check_writable
 from cxt.model import CoalescenceModel
 from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
-from cxt.published import CLASSES, is_published, read_published, stand_ins
+from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.rundir import RunDirectory
 
 FORMAT = 1
@@ -83,7 +83,7 @@ def _read_torch_file(path):
     if refused:
         raise BadRequest(
             f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where nothing but "
-            f"tensors, plain values and {', '.join(CLASSES)} is expected; get the file again from where it was published"
+            f"tensors, plain values and {MODULE}'s {', '.join(CLASSES)} is expected; get the file again from where it was published"
         )
     return content
 
@@ -169,8 +169,9 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     path = Path(name_or_path)
     if (path / "run.json").is_file():
         return _checkpoint_of_run(path, best=best)
-    if is_portable(path):
-        return path / CONFIG
+    directory = path.parent if path.name == WEIGHTS else path
+    if is_portable(directory):
+        return directory / CONFIG
     if path.suffix == ".ckpt" or len(path.parts) > 1:
         if path.is_file():
             return path

@@ -36,13 +36,15 @@ class Settings:
         self.fields = state
 
 
-CLASSES = ("cxt.config.ModelConfig", "cxt.config.TrainingConfig", "cxt.config.AdapterConfig")
-"""The original's classes that a file may hold. Only the first was seen in one; that the others exist is a guess."""
+MODULE = "cxt.config"
+CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
+"""The original's classes, in its MODULE, that a file may hold. Only the first was seen in one; that the others exist is a guess."""
 
 
 def stand_ins():
-    """Context in which torch reads `CLASSES`, although none of their code is here (the first is named like one of ours)."""
-    return torch.serialization.safe_globals([(Settings, name) for name in CLASSES])
+    """Context in which torch reads `CLASSES`, although none of their code is here (module and names are like ours)."""
+    # Torch goes by what a class says its name is; older ones cannot be told another.
+    return torch.serialization.safe_globals([type(name, (Settings,), {"__module__": MODULE}) for name in CLASSES])
 
 
 def is_published(content) -> bool:
