@@ -82,8 +82,8 @@ def _read_torch_file(path):
         raise BadRequest(f"{damaged}: {first_line(error)}") from None
     if refused:
         raise BadRequest(
-            f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where nothing but "
-            f"tensors, plain values and {MODULE}'s {', '.join(CLASSES)} is expected; get the file again from where it was published"
+            f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where only "
+            f"tensors, plain values and {MODULE}'s {', '.join(CLASSES)} are expected; get the file again from its publisher"
         )
     return content
 

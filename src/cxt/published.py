@@ -38,7 +38,7 @@ class Settings:
 
 MODULE = "cxt.config"
 CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
-"""The original's classes, in its MODULE, that a file may hold. Only the first was seen in one; that the others exist is a guess."""
+"""The original's classes, in its MODULE, that a file may hold. Only the first was seen; the others are a guess."""
 
 
 def stand_ins():
