@@ -3,9 +3,12 @@
     python -m cxt.checkpoint show results/broad.ckpt
     python -m cxt.checkpoint verify results/broad.ckpt
     python -m cxt.checkpoint diff results/broad.ckpt old/broad.ckpt
+    python -m cxt.checkpoint import published.ckpt --out broad.ckpt
+    python -m cxt.checkpoint export broad --out exported
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
-loads under `weights_only=True`. The trainer's own saves hold more, and are read as well.
+loads under `weights_only=True`. The trainer's own saves hold more, and are read as well. So are files of the original
+package, as `cxt.published` says, and exported directories.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import dataclasses
 import io
 import os
 import pickle
+import struct
 import sys
 import zipfile
 from pathlib import Path
@@ -23,11 +27,18 @@ import torch
 from cxt.adapter import build_model
 from cxt.config import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
-from cxt.files import atomic_write
+from cxt.files import atomic_write, check_writable
 from cxt.model import CoalescenceModel
+from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
+from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.rundir import RunDirectory
 
 FORMAT = 1
+UNREADABLE = (
+    pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError,
+    AssertionError,
+)  # fmt: skip
+"""What torch raises for files that are damaged or malformed."""
 
 
 class Checkpoint(NamedTuple):
@@ -56,29 +67,49 @@ def write_checkpoint(path, state_dict: dict, record: dict) -> None:
     atomic_write(path, out.getvalue())
 
 
+def _read_torch_file(path):
+    """What is in a torch file, without running anything that is pickled in it; BadRequest if it cannot be read so."""
+    if not Path(path).is_file():
+        raise BadRequest(f"there is no checkpoint {path}")
+    damaged = f"checkpoint {path} cannot be read, it is damaged or not one of cxt's"
+    if not zipfile.is_zipfile(path):
+        raise BadRequest(f"{damaged}: not a zip archive")
+    try:
+        with stand_ins():
+            refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            content = None if refused else torch.load(path, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        raise BadRequest(f"{damaged}: {first_line(error)}") from None
+    if refused:
+        raise BadRequest(
+            f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where only "
+            f"tensors, plain values and {MODULE}'s {', '.join(CLASSES)} are expected; get the file again from its publisher"
+        )
+    return content
+
+
 def read_checkpoint(path) -> Checkpoint:
-    """Read a checkpoint, or one of the trainer's saves.
+    """Read a checkpoint, a save of the trainer's, an exported directory by its config.json, or a file of the original package.
 
     Raises
     ------
     BadRequest
-        If the file is missing, damaged, not one of cxt's, or of a newer format.
+        If the file is missing, damaged, neither cxt's nor of the original package, of a newer format, or holds anything that
+        would have to be run to be read.
     """
-    if not Path(path).is_file():
-        raise BadRequest(f"there is no checkpoint {path}")
-    if not zipfile.is_zipfile(path):
-        raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: not a zip archive")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = first_line(error)
-        raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: {reason}") from None
-    if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
-        raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
-    record = content["cxt"]
+    if Path(path).name == CONFIG:
+        weights, record = read_portable(Path(path).parent)
+        content = {}
+    else:
+        content = _read_torch_file(path)
+        if is_published(content):
+            weights, network, adapter, more = read_published(content, path)
+            return Checkpoint(weights, network, adapter, model_record(network, adapter, **more))
+        if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
+            raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
+        weights, record = content["state_dict"], content["cxt"]
     if record["format"] > FORMAT:
         raise BadRequest(f"checkpoint {path} has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
-    weights = content["state_dict"]
     if "pytorch-lightning_version" in content:
         weights = {key.removeprefix("model."): value for key, value in weights.items()}
         record = record | {"step": content["global_step"], "epoch": content["epoch"]}
@@ -124,10 +155,11 @@ def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
 
 
 def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
-    """The file of a checkpoint given by name, by path, or by the run directory that it is in.
+    """The file of a checkpoint given by name, by path, or by the run directory or the exported directory that it is in.
 
-    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. A name
-    is looked up as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. Of an
+    exported directory, its config.json, which knows its weights by digest. A name is looked up as `<name>.ckpt` in
+    $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
 
     Raises
     ------
@@ -137,6 +169,9 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     path = Path(name_or_path)
     if (path / "run.json").is_file():
         return _checkpoint_of_run(path, best=best)
+    directory = path.parent if path.name == WEIGHTS else path
+    if is_portable(directory):
+        return directory / CONFIG
     if path.suffix == ".ckpt" or len(path.parts) > 1:
         if path.is_file():
             return path
@@ -154,7 +189,8 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
 
     Parameters
     ----------
-    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file or a run directory
+    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file (one of the original
+        package, too), a run directory, or an exported directory
     device : torch device to put it on
     best : of a run directory, the weights of the lowest validation loss instead of the last
 
@@ -176,29 +212,68 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
     return model.to(device).eval()
 
 
+def import_published(path, out, *, name: str | None = None) -> None:
+    """Write the file *path* of the original package as a checkpoint of cxt, *out*.
+
+    *name* is what the checkpoint calls its model; by default what the file's name has before `_epoch=`.
+
+    Raises
+    ------
+    BadRequest
+        If *path* is no such file, or *out* cannot be written.
+    """
+    check_writable(out)
+    content = _read_torch_file(path)
+    if not is_published(content):
+        own = isinstance(content, dict) and "cxt" in content
+        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
+        raise BadRequest(f"{path} is {what}")
+    if Path(out).exists() and Path(out).samefile(path):
+        raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
+    weights, network, adapter, more = read_published(content, path)
+    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
+
+
 def main() -> None:
-    from cxt.inspection import diff, show, verify
+    from cxt.inspection import check, diff, show, verify
 
     parser = argparse.ArgumentParser(
-        prog="python -m cxt.checkpoint", description="Look at checkpoints, check them, compare them."
+        prog="python -m cxt.checkpoint", description="Look at checkpoints, check them, compare them, import and export them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    there = "name, file, run directory or exported directory"
     command = commands.add_parser("show", help="what a checkpoint is: network, training, dataset, parent, lineage")
-    command.add_argument("checkpoint", help="name, file or run directory")
+    command.add_argument("checkpoint", help=there)
     command = commands.add_parser("verify", help="whether it is whole, and what the configuration asks for; exit 1 if not")
-    command.add_argument("checkpoint", help="name, file or run directory")
+    command.add_argument("checkpoint", help=there)
     command.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     command = commands.add_parser("diff", help="the worst differing tensor of two, and what else differs; exit 1 if not close")
-    command.add_argument("checkpoint", help="name, file or run directory")
-    command.add_argument("other", help="name, file or run directory")
+    command.add_argument("checkpoint", help=there)
+    command.add_argument("other", help=there)
     command.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance (default 1e-5)")
     command.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance (default 1e-6)")
+    command = commands.add_parser("import", help="make a checkpoint of a Lightning file of the original package")
+    command.add_argument("file", help="such a file; nothing in it is run")
+    command.add_argument("--out", required=True, help="checkpoint to write")
+    command.add_argument("--name", help="name of the model in it (default: the file's, before _epoch=)")
+    command = commands.add_parser("export", help=f"write {WEIGHTS} and {CONFIG}, for other programs and for cxt.load_model")
+    command.add_argument("checkpoint", help=there)
+    command.add_argument("--out", required=True, help="directory to write them to")
     args = parser.parse_args()
+    if args.command == "import":
+        import_published(args.file, args.out, name=args.name)
+        print(show(args.out))
+        return
     path = find_checkpoint(args.checkpoint)
     if args.command == "show":
         print(show(path))
     elif args.command == "verify":
         print(verify(path, configfiles=args.configfile))
+    elif args.command == "export":
+        check_writable(Path(args.out) / CONFIG)
+        checkpoint = check(path)
+        write_portable(args.out, checkpoint.state_dict, checkpoint.record)
+        print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
     else:
         close, text = diff(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
         print(text)

@@ -14,7 +14,7 @@ COMMANDS = {
     "train": "one checkpoint",
     "find_lr": "a learning rate to train with",
     "runs": "the run directories of the workflow, and removing old ones",
-    "checkpoint": "what a checkpoint is, whether it is current, where two differ",
+    "checkpoint": "what a checkpoint is, whether it is current, where two differ; import and export",
     "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
 }
 

@@ -11,31 +11,46 @@ from cxt.errors import Failed
 from cxt.lineage import file_sha256
 
 
+def _training(record: dict) -> str:
+    """How the weights were trained, in words."""
+    training = record["training"]
+    if training is None:
+        settings = record["published"]["hyper_parameters"].get("training_config", {})
+        said = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else ""
+        return f"by the original package: {said or 'its file does not say how'}"
+    effective = training["batch_size"] * training["grad_accum"] * record["devices"]
+    return (
+        f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, "
+        f"{training.get('schedule', 'cosine')}, {record['precision']} on {record['devices']} {record['accelerator']}, "
+        f"{record['threads']} threads, seed {training['seed']}"
+    )
+
+
 def show(path) -> str:
     """A checkpoint in words."""
     checkpoint = read_checkpoint(path)
     record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
-    training, data, parent = record["training"], record["dataset"], record["parent"]
-    schedule = training.get("schedule", "cosine")
+    data, parent, published = record["dataset"], record["parent"], record.get("published")
     parameters = sum(value.numel() for value in checkpoint.state_dict.values())
-    effective = training["batch_size"] * training["grad_accum"] * record["devices"]
     loss = f", validation loss {record['val_loss']:.4f}" if "val_loss" in record else ""
     rows = {
         "model": f"{record['name']} (preset {record['preset']}), step {record['step']}, epoch {record['epoch']}{loss}",
         "network": f"{network.layers} blocks, {network.heads} heads, width {network.width}, dropout {network.dropout:g}; "
         f"{parameters:,} parameters",
         "input": f"{network.windows} windows of {network.window_size} bp, {network.samples} samples, {network.scales} scales"
-        f"{'' if network.mask_singletons else ', missingness in bin 0'}",
+        f"{'' if network.mask_singletons else ', missingness in bin 0'}"
+        f"{', start token in the prefix' if network.start_token_in_prefix else ''}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
         "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adapter).items()),
-        "training": f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, {schedule}, "
-        f"{record['precision']} on {record['devices']} {record['accelerator']}, {record['threads']} threads, "
-        f"seed {training['seed']}",
-        "dataset": f"{data['sha256']}" + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
+        "training": _training(record),
+        "dataset": f"{data['sha256'] or 'not known'}"
+        + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
         "parent": "none" if parent is None else f"{parent['name']}, {parent['sha256']}",
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
+    if published is not None:
+        rows["imported"] = f"from {published['file']}, {published['sha256']}"
     return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])
 
 
@@ -60,6 +75,8 @@ def check(path) -> Checkpoint:
 def verify(path, *, configfiles) -> str:
     """What was checked of a checkpoint: readable, whole, finite, and of the lineage that the configuration asks for.
 
+    Weights of the original package have no lineage: of them, all but that is checked.
+
     Raises
     ------
     BadRequest
@@ -71,6 +88,9 @@ def verify(path, *, configfiles) -> str:
     from cxt.jobs import checkpoint_path, model_lineage, parent_of
 
     checkpoint = check(path)
+    if "published" in checkpoint.record:
+        file = checkpoint.record["published"]["file"]
+        return f"{path}: whole and finite; imported from {file}, so that no configuration says what it ought to be"
     name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
     config = load(configfiles)
     if name not in config["models"]:

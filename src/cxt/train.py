@@ -97,7 +97,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--unfreeze-strategy", default=adapter.unfreeze_strategy, choices=["none", "ln", "lastN", "ln_lastN"],
         help="backbone parameters that train beside the adapter")  # fmt: skip
     add("--last-n", type=int, default=adapter.last_n, help="last blocks that lastN and ln_lastN unfreeze")
-    add("--overwrite-bin0", type=bool, default=adapter.overwrite_bin0, help="adapter overwrites bin 0 always (published)")
+    add("--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as its parent)")
     add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
     add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
@@ -110,7 +110,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         add(f"--{name}", type=int | None, help=f"{text} (default: the preset's)")
     add("--dropout", type=float | None, help="dropout of the network (default: the preset's)")
     add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
-    add("--start-token-in-prefix", type=bool | None, help="sources see the start token in training (published)")
+    add("--start-token-in-prefix", type=bool | None, help="sources see the start token (published; default: as its parent)")
     for field in dataclasses.fields(TrainingConfig):
         add(
             f"--{field.name.replace('_', '-')}",
@@ -244,6 +244,18 @@ def read_parent(args):
     return path, parent
 
 
+def inherit(args, parent) -> None:
+    """Let weights of the published behaviour go on with it where no flag says otherwise, and say so."""
+    source = args.checkpoint or args.resume_adapter
+    if args.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
+        args.start_token_in_prefix = True
+        print(f"note: sources see the start token, as in {source}; --start-token-in-prefix false ends that", file=sys.stderr)
+    if args.overwrite_bin0 is None:
+        args.overwrite_bin0 = args.resume_adapter is not None and parent.adapter.overwrite_bin0
+        if args.overwrite_bin0:
+            print(f"note: the adapter overwrites bin 0, as in {source}; --overwrite-bin0 false ends that", file=sys.stderr)
+
+
 def settings_of(args) -> dict:
     """The settings that decide the result, as they can be read back with --config."""
     leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "lineage", "max_minutes", "print_config"}
@@ -332,6 +344,7 @@ def plan_of(args):
         simulated, manifest = live_source(args, training, world=world)
         data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
     parent_file, parent = read_parent(args)
+    inherit(args, parent)
     network, adapter = resolve_network(args, manifest, parent)
     items = manifest["splits"]["train"]["items"]
     steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
@@ -452,6 +465,7 @@ def print_settings(args) -> None:
 
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    inherit(args, read_parent(args)[1])
     settings = settings_of(args)
     for key in OF_THE_NETWORK:
         settings.setdefault(key, getattr(PRESETS[args.model], key))

@@ -1,0 +1,62 @@
+"""A checkpoint as other programs read it: a directory of `model.safetensors` and `config.json`.
+
+The weights are named and typed as in the checkpoint. The configuration is what the checkpoint says of itself (`model` is the
+network and its grid of ln generations, `adapter` the adapter or null), and the digest of the weights that it belongs to.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from cxt.errors import BadRequest, first_line
+from cxt.files import atomic_write
+from cxt.lineage import file_sha256
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def is_portable(directory) -> bool:
+    """Whether *directory* holds both files."""
+    return all((Path(directory) / name).is_file() for name in (WEIGHTS, CONFIG))
+
+
+def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict) -> None:
+    """Write both files, the configuration last, each under a temporary name first."""
+    from safetensors.torch import save
+
+    directory = Path(directory)
+    # safetensors takes no views of one memory.
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
+    atomic_write(directory / WEIGHTS, save(tensors))
+    config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}}
+    atomic_write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
+    """(weights, record) of what `write_portable` wrote.
+
+    Raises
+    ------
+    BadRequest
+        If a file is missing, damaged, not one of cxt's, or the two do not belong together.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    directory = Path(directory)
+    if not is_portable(directory):
+        raise BadRequest(f"there is no exported checkpoint in {directory}: it has {WEIGHTS} and {CONFIG}")
+    try:
+        record = json.loads((directory / CONFIG).read_text())
+    except (ValueError, OSError) as error:
+        raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
+    if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():
+        raise BadRequest(f"{directory / CONFIG} was not written by `python -m cxt.checkpoint export`")
+    expected = record.pop("weights")
+    if expected != {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}:
+        raise BadRequest(f"{directory / WEIGHTS} is damaged, or not the weights that {CONFIG} belongs to; export them again")
+    try:
+        return load_file(directory / WEIGHTS), record
+    except (SafetensorError, OSError) as error:
+        raise BadRequest(f"{directory / WEIGHTS} cannot be read: {first_line(error)}") from None
