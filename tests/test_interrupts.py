@@ -25,7 +25,7 @@ thorough = pytest.mark.skipif(not KILLS, reason="takes long: `make test-resume`"
 
 @pytest.fixture(autouse=True, scope="module")
 def interruptible():
-    """Whatever started the tests may ignore Ctrl-C, as a shell does for what it puts into the background: children inherit it."""
+    """Whatever started the tests may ignore Ctrl-C, as a shell makes its background jobs do, and children inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
