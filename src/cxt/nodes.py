@@ -15,7 +15,6 @@ import threading
 import time
 
 import psutil
-from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from cxt.errors import BadRequest, Failed, first_line
 
@@ -67,6 +66,8 @@ def _take_from_slurm() -> None:
     os.environ.setdefault("NODE_RANK", os.environ["SLURM_NODEID"])
     names = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if names:
+        from lightning_fabric.plugins.environments import SLURMEnvironment  # takes torch's seconds, which others need not wait
+
         os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(names))
     if os.environ.get("SLURM_JOB_ID", "").isdigit():  # two jobs may share their first node
         os.environ.setdefault("MASTER_PORT", str(20_000 + 2 * (int(os.environ["SLURM_JOB_ID"]) % 6_000)))
@@ -232,6 +233,7 @@ def _others(port: int, count: int, seconds: float) -> list[Peer]:
             f"port {port}, MASTER_PORT + 1, cannot be used here ({error.strerror}); another run may have it: set another "
             "MASTER_PORT on all nodes, and start one process on each"
         ) from None
+    print(f"node 0 of {count} waits for the others at {socket.gethostname()}, port {port}", flush=True)
     with server:
         while len(peers) < count - 1:
             server.settimeout(max(0.01, until - time.monotonic()))
