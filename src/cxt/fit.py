@@ -236,7 +236,9 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
         accelerator=plan.accelerator,
         devices=plan.devices,
         num_nodes=plan.nodes,
-        strategy="ddp" if plan.world > 1 else "auto",
+        # All are used; but without this, DDP puts the gradients into another order after its first step, and three or more
+        # devices then sum them in another order than a run that was resumed does.
+        strategy="ddp_find_unused_parameters_true" if plan.world > 1 else "auto",
         # Under Slurm, Lightning's own choice would train on one device and a share of the data.
         plugins=[LightningEnvironment(), AtomicIO()],
         precision=plan.precision,
@@ -265,6 +267,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # features cost less than a worker
         ".*exists and is not empty.*",  # that of the run which is continued
         ".*smaller than the logging interval.*",
+        ".*find_unused_parameters=True was specified.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -357,6 +360,7 @@ def run_trainer(trainer: pl.Trainer, plan: Plan, module: TrainingModule, data: D
         launcher = trainer.strategy.launcher
         if launcher is not None and trainer.local_rank == 0 and not getattr(error, "agreed", False):
             launcher.kill(signal.SIGKILL)  # they would wait for this one for ever
+            launcher.procs.clear()  # seeing them gone, Lightning would kill this one before it says why
         # "can't allocate memory" is what torch says on a CPU.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise Failed(out_of_memory(plan, error)) from error
