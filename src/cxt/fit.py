@@ -236,8 +236,8 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
         accelerator=plan.accelerator,
         devices=plan.devices,
         num_nodes=plan.nodes,
-        # All are used; but without this, DDP puts the gradients into another order after its first step, and three or more
-        # devices then sum them in another order than a run that was resumed does.
+        # None is unused; but without this, DDP puts the gradients into another order after its first step, and a resumed run
+        # would sum those of three or more devices in another order than the run that it continues.
         strategy="ddp_find_unused_parameters_true" if plan.world > 1 else "auto",
         # Under Slurm, Lightning's own choice would train on one device and a share of the data.
         plugins=[LightningEnvironment(), AtomicIO()],
@@ -267,7 +267,6 @@ def quieten() -> None:
         ".*does not have many workers.*",  # features cost less than a worker
         ".*exists and is not empty.*",  # that of the run which is continued
         ".*smaller than the logging interval.*",
-        ".*find_unused_parameters=True was specified.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

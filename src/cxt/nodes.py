@@ -161,6 +161,7 @@ class Nodes:
                 self._end_all(error)
         finally:
             self._closed.set()
+            self._tell({"end": "no more to say"})
             for peer in self._peers:
                 peer.close()
 
@@ -200,6 +201,8 @@ class Nodes:
                     "last save",
                     "status": 1,
                 }
+            if "end" in message:
+                return
             if "failed" in message:
                 break
             peer.inbox.put(message)
