@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import threading
@@ -9,13 +10,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import run_python
+from conftest import REPOSITORY, run_python
 from test_resume import _forked, assert_equal_runs, command
 
 from cxt import nodes as module
+from cxt.configfile import load
+from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.nodes import Nodes, node_rank
+from cxt.plan import plan
 from cxt.rundir import RunDirectory
+from cxt.train import build_parser, check_config_keys
 
 
 def free_port() -> int:
@@ -40,6 +45,35 @@ def environment(monkeypatch):
     for name, value in values.items():
         monkeypatch.setenv(name, value)
     return values
+
+
+# What the documentation says
+
+
+def test_table_of_devices(tmp_path):
+    """Its rows keep the published items of a step, and have the steps that are planned."""
+    overlay = tmp_path / "gpus.yaml"
+    text = (REPOSITORY / "docs" / "training.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    names = next(row for row in rows if row[0] == "GPUs")[3:]
+    rows = [row for row in rows if row[1].startswith("{devices:")]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "8"]
+    for row in rows:
+        overlay.write_text(f"training: {row[1]}")
+        models = plan(load([REPOSITORY / "config" / "paper.yaml", overlay]), Costs())["models"]
+        assert {str(model["devices"]) for model in models.values()} == {row[0]}
+        assert {model["effective_batch"] for model in models.values()} == {int(row[2])} == {2304}
+        assert {name: models[name]["steps"] for name in models} == dict(zip(names, map(int, row[3:]), strict=True))
+
+
+def test_command_in_the_documentation_parses():
+    text = (REPOSITORY / "docs" / "training.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith("srun")]
+    words = shlex.split(line.split("cxt.train", 1)[1])
+    parser = build_parser()
+    check_config_keys(words, parser)
+    args = parser.parse_args(words)
+    assert args.devices * args.nodes * args.batch_size * args.grad_accum == 2304
 
 
 # Which node this is
