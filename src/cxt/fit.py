@@ -20,10 +20,11 @@ from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpo
 from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
-from cxt.errors import Failed, first_line
+from cxt.errors import BadRequest, Failed, first_line
 from cxt.flops import training_flops
 from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
+from cxt.nodes import Nodes
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog, read_log
 from cxt.saves import AtomicIO, Saves, save_to_continue
@@ -47,7 +48,8 @@ class Plan:
     network, adapter, training : the configurations; adapter is None for a plain model
     parent, parent_file, parent_sha256 : checkpoint to start from, or None
     resumes_adapter : the parent's adapter weights are loaded too
-    accelerator, devices : as Lightning takes them; a number of devices, or a list of GPU indices
+    accelerator, devices : of a node, as Lightning takes them; a number of devices, or a list of GPU indices
+    nodes : number of nodes
     lineage : digest of everything the checkpoint depends on, or None
     max_steps : optimizer steps after which training ends, whatever the epochs say; None for no limit
     deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
@@ -69,6 +71,7 @@ class Plan:
     resumes_adapter: bool
     accelerator: str
     devices: int | list[int]
+    nodes: int
     lineage: str | None
     max_steps: int | None
     deadline: float | None = None
@@ -76,8 +79,8 @@ class Plan:
 
     @property
     def world(self) -> int:
-        """Number of devices."""
-        return len(self.devices) if isinstance(self.devices, list) else self.devices
+        """Number of devices, on all nodes."""
+        return self.nodes * (len(self.devices) if isinstance(self.devices, list) else self.devices)
 
     @property
     def precision(self) -> str:
@@ -206,6 +209,7 @@ def summary_of(plan: Plan, model: CoalescenceModel) -> dict:
         "batch_size": plan.training.batch_size,
         "grad_accum": plan.training.grad_accum,
         "devices": plan.world,
+        "nodes": plan.nodes,
         "accelerator": plan.accelerator,
         "compile": compile_backend(plan.training, plan.device_type) or "none",
         "attention": plan.training.attention,
@@ -224,11 +228,12 @@ def announce(plan: Plan, summary: dict) -> None:
         print(f"{plan.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
     if not summary["test_items"]:
         print(f"{plan.name}: the dataset has no test items: training without validation", flush=True)
+    on = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
     print(
         f"{plan.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
         f"{summary['train_items']:,} items, effective batch {plan.effective_batch} "
         f"({training.batch_size} x {training.grad_accum} x {plan.world}), {plan.total_steps} steps, "
-        f"{plan.precision} on {plan.world} {plan.accelerator}, {training.threads} threads",
+        f"{plan.precision} on {plan.world} {plan.accelerator}{on}, {training.threads} threads",
         flush=True,
     )
     if summary["compile"] != "none":
@@ -243,7 +248,10 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
     return pl.Trainer(
         accelerator=plan.accelerator,
         devices=plan.devices,
-        strategy="ddp" if plan.world > 1 else "auto",
+        num_nodes=plan.nodes,
+        # None is unused; but without this, DDP puts the gradients into another order after its first step, and a resumed run
+        # would sum those of three or more devices in another order than the run that it continues.
+        strategy="ddp_find_unused_parameters_true" if plan.world > 1 else "auto",
         # Under Slurm, Lightning's own choice would train on one device and a share of the data.
         plugins=[LightningEnvironment(), AtomicIO()],
         precision=plan.precision,
@@ -279,17 +287,30 @@ def quieten() -> None:
 def set_threads(plan: Plan) -> None:
     """Torch's threads, and how exact its matrix products on a GPU are in 32-bit parts."""
     torch.set_num_threads(plan.training.threads)
+    if plan.world > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(plan.training.threads))  # or Lightning sets another number for rank 0
     if plan.accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
 
 
-def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, settings: dict) -> None:
+def fit(
+    plan: Plan,
+    run: RunDirectory,
+    data: DataModule,
+    *,
+    nodes: Nodes | None = None,
+    identity: dict | None = None,
+    settings: dict | None = None,
+) -> None:
     """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint and its figures.
 
-    *identity* and *settings* are recorded in the run directory, unless the run has begun before.
+    *identity* and *settings* are recorded in the run directory, unless the run has begun before. The first process of a node
+    gives all three; those it has started for its other devices give none.
 
     Raises
     ------
+    BadRequest
+        If none of the saves can be read, or this node does not see the one to continue from.
     Failed
         If loss, gradient or weights are not finite, memory runs out, or a save cannot be written (status 1); after a signal
         (143; 130 for SIGINT) or when the time is up (75), saved.
@@ -317,17 +338,20 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
         total_steps=plan.total_steps, validates=plan.validates_after, before=log.stop_if_bad, deadline=plan.deadline,
     )  # fmt: skip
     trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, saves])
+    last = None
     if trainer.is_global_zero:
         summary = summary_of(plan, model)
         announce(plan, summary)
         if run.state() is None:
             run.start(identity, settings, grid=dataclasses.asdict(plan.grid), summary=summary)
         last = save_to_continue(run, plan.name, wanted=plan.wanted_save)
-        os.environ[SAVE_OF_RANK_0] = str(last or "")
         if last is not None:
             print(f"{plan.name}: continuing from {last}", flush=True)
-    else:
-        last = os.environ[SAVE_OF_RANK_0] or None
+    if nodes is not None:
+        os.environ[SAVE_OF_RANK_0] = nodes.share("" if last is None else str(last.absolute()))
+    last = os.environ[SAVE_OF_RANK_0] or None
+    if last is not None and not os.path.exists(last):
+        raise BadRequest(f"this node does not see {last}, to continue from; all need the file system of the run directory")
     with saves.listening():
         run_trainer(trainer, plan, module, data, last)
     if trainer.global_step != plan.total_steps and not validation.stopped:
@@ -341,13 +365,14 @@ def fit(plan: Plan, run: RunDirectory, data: DataModule, *, identity: dict, sett
 
 
 def run_trainer(trainer: pl.Trainer, plan: Plan, module: TrainingModule, data: DataModule, save) -> None:
-    """Lightning's fit; what it raises becomes a message, and ends the processes of the other devices."""
+    """Lightning's fit; what it raises becomes a message, and ends the processes of this node's other devices."""
     try:
         trainer.fit(module, data, ckpt_path=save, weights_only=True)
     except BaseException as error:
         launcher = trainer.strategy.launcher
-        if launcher is not None and trainer.is_global_zero and not getattr(error, "agreed", False):
+        if launcher is not None and trainer.local_rank == 0 and not getattr(error, "agreed", False):
             launcher.kill(signal.SIGKILL)  # they would wait for this one for ever
+            launcher.procs.clear()  # seeing them gone, Lightning would kill this one before it says why
         # "can't allocate memory" is what torch says on a CPU.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise Failed(out_of_memory(plan, error)) from error

@@ -26,9 +26,10 @@ from cxt.config import (
     steps_per_epoch,
 )
 from cxt.configfile import read_yaml
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
 from cxt.lineage import STAGE_VERSION, file_sha256, stage_lineage
+from cxt.nodes import Nodes
 from cxt.rundir import RunDirectory, newest_version, next_version
 from cxt.source import check_source, live_source, source_of
 from cxt.store import MANIFEST, read_manifest
@@ -37,7 +38,7 @@ BEGAN = time.monotonic()
 """When this process began, near enough."""
 
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
-NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "accelerator")
+NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
 """Settings that a run's identity holds in another form: files by digest, devices by number."""
 
 
@@ -63,6 +64,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--max-steps", type=int | None, help="optimizer steps to train for; with a dataset, at most its epochs")
     add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
     add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
+    add("--nodes", type=int, default=1, help="nodes with so many devices each; start the same command once on each")
     add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
@@ -335,7 +337,7 @@ def plan_of(args):
     accelerator, devices = choose_devices(args)
     if training.attention == "flex" and accelerator == "cpu":
         raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; leave it at split")
-    world = len(devices) if isinstance(devices, list) else devices
+    world = args.nodes * (len(devices) if isinstance(devices, list) else devices)
     if args.simulate is None:
         simulated, manifest = None, read_manifest(args.dataset_path)
         data_digest = file_sha256(Path(args.dataset_path) / MANIFEST)
@@ -355,7 +357,8 @@ def plan_of(args):
     leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in leave_out},
-        "devices": f"{world} {accelerator}",
+        # On several nodes a GPU's sums may be made in another order.
+        "devices": f"{world} {accelerator}" + (f" on {args.nodes} nodes" if args.nodes > 1 else ""),
         "lineage": args.lineage,
         "dataset": data_digest,
         "parent": None if parent_file is None else file_sha256(parent_file),
@@ -376,6 +379,7 @@ def plan_of(args):
         resumes_adapter=args.resume_adapter is not None,
         accelerator=accelerator,
         devices=devices,
+        nodes=args.nodes,
         lineage=args.lineage,
         max_steps=args.max_steps,
     )
@@ -413,50 +417,85 @@ def train_model(config=None, **settings) -> Path:
 
 def train(args, *, began: float) -> Path:
     """One run, from parsed arguments to a published checkpoint; its directory. --max-minutes count from *began*."""
+    if "LOCAL_RANK" in os.environ and RUN_DIRECTORY_OF_RANK_0 not in os.environ:
+        raise BadRequest(
+            "LOCAL_RANK is set, as by torchrun; start one process on each node without it: that one starts those of the other "
+            "devices (--devices N or --gpus)"
+        )
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return train_beside(args, began=began)
+    with Nodes(args.nodes) as nodes:
+        return train_on_node(args, nodes, began=began)
+
+
+def deadline_of(args, began: float) -> float | None:
+    """When --max-minutes are over, in `time.monotonic`."""
+    return None if args.max_minutes is None else began + 60 * args.max_minutes
+
+
+def train_beside(args, *, began: float) -> Path:
+    """The same in a process that another one of this node has started for one of its devices."""
+    from cxt.fit import data_of, fit
+
+    plan, _ = plan_of(args)
+    plan = dataclasses.replace(plan, deadline=deadline_of(args, began))
+    run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
+    fit(plan, run, data_of(plan))
+    return run.path
+
+
+def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
+    """The same in the first process of a node; that of the first node decides and writes."""
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
     if args.out is not None:
         check_writable(args.out)
     plan, identity = plan_of(args)
-    is_rank_0 = os.environ.get("LOCAL_RANK", "0") == "0"
-    if is_rank_0:
+    for node, theirs in enumerate(nodes.gather(identity), start=1):
+        if theirs != identity:
+            raise BadRequest(f"node {node} was started with {differences(theirs, identity)}, as on node 0; they must be alike")
+    if nodes.rank == 0:
         path, save = run_to_open(args)
-        run = RunDirectory(path)
-        os.environ[RUN_DIRECTORY_OF_RANK_0] = str(path)
+        nodes.share(str(path.absolute()))
     else:
-        run, save = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0]), None
+        path, save = Path(nodes.share()), None
+    run = RunDirectory(path)
+    os.environ[RUN_DIRECTORY_OF_RANK_0] = str(path)
     try:
-        stale = open_run(args, run, identity) if is_rank_0 else None
-        if stale is not None or run.finished_checkpoint() is None:
-            deadline = None if args.max_minutes is None else began + 60 * args.max_minutes
-            plan = dataclasses.replace(plan, deadline=deadline, wanted_save=save)
-            run_plan(plan, run, identity=identity, settings=settings_of(args), stale=stale)
+        stale = open_run(args, run, identity) if nodes.rank == 0 else None
+        is_finished = nodes.share(stale is None and run.finished_checkpoint() is not None)
+        if not is_finished:
+            plan = dataclasses.replace(plan, deadline=deadline_of(args, began), wanted_save=save)
+            run_plan(plan, run, nodes, identity=identity, settings=settings_of(args), stale=stale)
         elif save is not None:
             raise BadRequest(f"--resume {save}: {run.path} is finished; leave the save out, or start afresh with --restart")
-        else:
+        elif nodes.rank == 0:
             print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
-        if is_rank_0:
+        if nodes.rank == 0:
             print(f"finished: {run.finished_checkpoint()}", flush=True)
             if args.out is not None:
                 run.publish(args.out)
                 print(f"published: {args.out}", flush=True)
+        nodes.share()  # the others end when it is published
     finally:
         run.release()
     return run.path
 
 
-def run_plan(plan, run: RunDirectory, *, identity: dict, settings: dict, stale: str | None) -> None:
-    """Read the data, set what is *stale* aside, and train."""
+def run_plan(plan, run: RunDirectory, nodes: Nodes, *, identity: dict, settings: dict, stale: str | None) -> None:
+    """Read the data, set what is *stale* aside when all nodes have read theirs, and train."""
     from cxt.fit import data_of, fit
 
     try:
         data = data_of(plan)
-    except BadRequest:
-        run.discard_if_empty()
+        nodes.gather("read")
+    except (BadRequest, Failed):
+        if nodes.rank == 0:
+            run.discard_if_empty()
         raise
     if stale is not None:
         print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
-    fit(plan, run, data, identity=identity, settings=settings)
+    fit(plan, run, data, nodes=nodes, identity=identity, settings=settings)
 
 
 def print_settings(args) -> None:

@@ -1,0 +1,356 @@
+"""Several nodes of one run, which are processes of this machine here."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, run_python
+from test_resume import _forked, assert_equal_runs, command
+
+from cxt import nodes as module
+from cxt.configfile import load
+from cxt.costs import Costs
+from cxt.errors import BadRequest, Failed
+from cxt.nodes import Nodes, node_rank
+from cxt.plan import plan
+from cxt.rundir import RunDirectory
+from cxt.train import build_parser, check_config_keys
+
+
+def free_port() -> int:
+    """A port that is free, and the one after it, below those that the system gives to others."""
+    for port in range(15_000, 20_000, 2):
+        try:
+            for each in (port, port + 1):
+                socket.create_server(("", each)).close()
+        except OSError:
+            continue
+        return port
+    raise AssertionError("no free port")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Two nodes at a free port of this machine, of which this is the first."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_")) or name in ("NODE_RANK", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+    values = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    return values
+
+
+# What the documentation says
+
+
+def test_table_of_devices(tmp_path):
+    """Its rows keep the published items of a step, and have the steps that are planned."""
+    overlay = tmp_path / "gpus.yaml"
+    text = (REPOSITORY / "docs" / "training.md").read_text()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    names = next(row for row in rows if row[0] == "GPUs")[3:]
+    rows = [row for row in rows if row[1].startswith("{devices:")]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "8"]
+    for row in rows:
+        overlay.write_text(f"training: {row[1]}")
+        models = plan(load([REPOSITORY / "config" / "paper.yaml", overlay]), Costs())["models"]
+        assert {str(model["devices"]) for model in models.values()} == {row[0]}
+        assert {model["effective_batch"] for model in models.values()} == {int(row[2])} == {2304}
+        assert {name: models[name]["steps"] for name in models} == dict(zip(names, map(int, row[3:]), strict=True))
+
+
+def test_command_in_the_documentation_parses():
+    text = (REPOSITORY / "docs" / "training.md").read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith("srun")]
+    words = shlex.split(line.split("cxt.train", 1)[1])
+    parser = build_parser()
+    check_config_keys(words, parser)
+    args = parser.parse_args(words)
+    assert args.devices * args.nodes * args.batch_size * args.grad_accum == 2304
+
+
+# Which node this is
+
+
+def test_one_node_needs_nothing(environment, monkeypatch):
+    for name in environment:
+        monkeypatch.delenv(name)
+    with Nodes(1) as nodes:
+        assert (nodes.rank, nodes.gather("x"), nodes.share("y")) == (0, [], "y")
+    assert "MASTER_ADDR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [
+        (2, {"NODE_RANK": None}, r"--nodes 2, but NODE_RANK is not set.*NODE_RANK \(0 to 1\).*srun --nodes 2"),
+        (2, {"NODE_RANK": None, "MASTER_ADDR": None}, "NODE_RANK and MASTER_ADDR are not set"),
+        (2, {"NODE_RANK": "2"}, "NODE_RANK is '2': expected 0 to 1"),
+        (2, {"MASTER_PORT": "65535"}, "MASTER_PORT is '65535': expected 1 to 65534"),
+        (2, {"SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "several processes on this node"),
+        (1, {"NODE_RANK": "1"}, "NODE_RANK is 1, but --nodes is 1"),
+        (0, {}, "--nodes 0: expected at least 1"),
+    ],
+)
+def test_what_is_not_set(environment, monkeypatch, count, changes, message):
+    for name, value in changes.items():
+        monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(BadRequest, match=message):
+        node_rank(count)
+
+
+@pytest.mark.parametrize(
+    ("names", "first"), [("gpu[03-04,07]", "gpu03"), ("a1,b2", "a1"), ("n12", "n12"), ("rack2-gpu[9,11]", "rack2-gpu9")]
+)
+def test_slurm_says_it(environment, monkeypatch, names, first):
+    for name in environment:
+        monkeypatch.delenv(name)
+    slurm = {"SLURM_NODEID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": names, "SLURM_JOB_ID": "7000001"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert node_rank(2) == 1
+        assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "28002")
+    finally:
+        for name in environment:
+            os.environ.pop(name, None)
+
+
+# Coming together
+
+
+def test_others_do_not_come(environment, monkeypatch):
+    with pytest.raises(BadRequest, match=r"--nodes 3, but after 0 s nothing was heard of node 1, 2; start the same command"):
+        Nodes(3, seconds=0.2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(BadRequest, match=r"the first node has not answered at 127.0.0.1, port \d+ .*MASTER_ADDR must name"):
+        Nodes(2, seconds=0.2)
+
+
+def joins(environment, *ranks: int, count: int = 3) -> list[threading.Thread]:
+    """Threads that stand for other nodes: each joins, says nothing more, and keeps its connection for a while."""
+
+    def join(rank: int) -> None:
+        peer = module._first("127.0.0.1", int(environment["MASTER_PORT"]) + 1, rank, count, 10)
+        time.sleep(1)
+        peer.close()
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+@pytest.mark.parametrize(
+    ("ranks", "count", "message"),
+    [
+        ((1, 1), 3, "two processes say that they are node 1"),
+        ((1,), 2, "node 0 was started with --nodes 3, node 1 with --nodes 2"),
+    ],
+)
+def test_nodes_that_do_not_belong_together(environment, ranks, count, message):
+    threads = joins(environment, *ranks, count=count)
+    with pytest.raises(BadRequest, match=message):
+        Nodes(3, seconds=20)
+    for thread in threads:
+        thread.join()
+
+
+def test_port_in_use(environment):
+    port = int(environment["MASTER_PORT"]) + 1
+    with socket.create_server(("", port)), pytest.raises(BadRequest, match=f"port {port}, MASTER_PORT \\+ 1, cannot be used"):
+        Nodes(2)
+
+
+def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
+    port = int(environment["MASTER_PORT"]) + 1
+
+    def knock() -> None:
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port)) as stranger:
+                    stranger.sendall(b"GET / HTTP/1.1\n")
+                return
+            except OSError:
+                time.sleep(0.02)
+
+    stranger = threading.Thread(target=knock)
+    stranger.start()
+    threads = joins(environment, 1, 2)
+    with pytest.raises(Failed, match="node [12] is gone, without a word"), Nodes(3, seconds=20) as nodes:
+        nodes.gather("here")
+    for thread in (stranger, *threads):
+        thread.join()
+
+
+def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):
+    threads = joins(environment, 1, count=2)
+    code = """if True:
+        import subprocess, time
+        from cxt import nodes
+        nodes.TIME_TO_END = 0.2
+        with nodes.Nodes(2):
+            subprocess.Popen(["sleep", "600"])  # in the place of another device's process
+            time.sleep(600)  # and of a collective
+    """
+    done = run_python("-c", code, check=False)  # which waits until both have closed what they write to
+    assert done.returncode == 1
+    assert "cxt: node 1 is gone, without a word" in done.stderr
+    for thread in threads:
+        thread.join()
+
+
+# Training
+
+
+def _as_node(variables: dict, arguments: list[str], out: str) -> None:
+    os.environ.update(variables)
+    _forked(arguments, out)
+
+
+class Node:
+    """`python -m cxt.train` as node *rank* of *count*, in a process that has imported everything already."""
+
+    def __init__(self, arguments, rank: int, count: int, port: int, out: Path):
+        self.out = out
+        out.unlink(missing_ok=True)
+        variables = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["cxt.train", "cxt.fit", "matplotlib.pyplot"])
+        self.process = context.Process(
+            target=_as_node, args=(variables, [*map(str, arguments), "--nodes", str(count)], str(out))
+        )
+        self.process.start()
+
+    def end(self) -> tuple[int, str]:
+        """Its status (negative for a signal), and what it has said."""
+        self.process.join(timeout=60)
+        status = self.process.exitcode
+        self.process.kill()
+        return status, self.out.read_text()
+
+
+def start(arguments, directory: Path, *, count: int = 2, last=None) -> list[Node]:
+    """All nodes, the last with other arguments if *last* gives them."""
+    port = free_port()
+    words = [arguments] * (count - 1) + [last or arguments]
+    return [Node(words[rank], rank, count, port, directory / f"node{rank}") for rank in range(count)]
+
+
+def ends(nodes: list[Node]) -> tuple[list[int], list[str]]:
+    statuses, said = zip(*(node.end() for node in nodes), strict=True)
+    return list(statuses), list(said)
+
+
+def newest_step(run: RunDirectory) -> int:
+    return int(run.last.resolve().stem.removeprefix("step="))
+
+
+def wait_for_a_save_after(run: RunDirectory, step: int, both: list[Node]) -> None:
+    while newest_step(run) <= step:
+        assert all(node.process.exitcode is None for node in both), [node.out.read_text() for node in both]
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def arguments(dataset) -> list[str]:
+    return command("--dataset-path", dataset, "--accelerator", "cpu", "--epochs", 60, "--grad-accum", 3, "--keep-saves", 2)
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> Path:
+    """The run on one node with two processes."""
+    directory = tmp_path_factory.mktemp("whole")
+    out = ["--run-dir", directory / "run", "--out", directory / "x.ckpt", "--devices", 2]
+    run_python("-m", "cxt.train", *arguments, *out, env={"OMP_NUM_THREADS": "1"})
+    return directory
+
+
+def test_two_nodes_end_as_one_with_two_devices(arguments, whole, tmp_path):
+    """Whatever stops either of them, and with the status that says why on both."""
+    out = tmp_path / "x.ckpt"
+    words = [*arguments, "--run-dir", tmp_path / "run", "--out", out, "--devices", 1]
+    run = RunDirectory(tmp_path / "run")
+
+    statuses, said = ends(start([*words, "--max-minutes", "0.001"], tmp_path))
+    assert statuses == [75, 75]
+    assert all("its time is up at step 1; the same command continues from step 1" in text for text in said)
+
+    for number, of, expected in (
+        (signal.SIGTERM, 1, [143, 143]),
+        (signal.SIGKILL, 1, [1, -signal.SIGKILL]),
+        (signal.SIGKILL, 0, [-signal.SIGKILL, 1]),
+    ):
+        step = newest_step(run)
+        both = start(words, tmp_path)
+        wait_for_a_save_after(run, step, both)
+        os.kill(both[of].process.pid, number)
+        statuses, said = ends(both)
+        assert statuses == expected, said
+        if number == signal.SIGTERM:
+            assert all("stopped by SIGTERM at step" in text for text in said)
+        else:
+            assert f"cxt: node {of} is gone, without a word; the same command" in said[1 - of]
+        assert not out.exists()
+
+    statuses, said = ends(start(words, tmp_path))
+    assert statuses == [0, 0]
+    assert "continuing from" in said[0]
+    assert "on 2 cpu on 2 nodes" in said[0]
+    assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
+    assert_equal_runs(whole / "run", run.path)
+
+    out.unlink()
+    statuses, said = ends(start(words, tmp_path))
+    assert statuses == [0, 0]
+    assert "is finished: publishing its checkpoint again" in said[0]
+    assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
+
+
+def test_three_nodes_continue_exactly(dataset, tmp_path):
+    """Of two numbers the sum is the same in any order; of three it is not."""
+    arguments = command("--dataset-path", dataset, "--accelerator", "cpu", "--epochs", 6, "--decode-items", 0)
+    for name in ("whole", "cut"):
+        words = [*arguments, "--run-dir", tmp_path / name, "--out", tmp_path / f"{name}.ckpt", "--devices", 1]
+        if name == "cut":
+            assert ends(start([*words, "--max-minutes", "0.001"], tmp_path, count=3))[0] == [75, 75, 75]
+        statuses, said = ends(start(words, tmp_path, count=3))
+        assert statuses == [0, 0, 0], said
+    assert "continuing from" in said[0]
+    assert (tmp_path / "whole.ckpt").read_bytes() == (tmp_path / "cut.ckpt").read_bytes()
+
+
+def test_nodes_that_were_started_differently(arguments, tmp_path):
+    words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
+    statuses, said = ends(start(words, tmp_path, last=[*words, "--lr", "2e-3"]))
+    assert statuses == [2, 2]
+    assert all("node 1 was started with lr 0.002 instead of 0.001" in text for text in said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_one_node_cannot_do_ends_all(arguments, tmp_path):
+    words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
+    statuses, said = ends(start(words, tmp_path, last=[*words, "--dataset-path", tmp_path / "nowhere"]))
+    assert statuses == [2, 2]
+    assert "cxt: node 1: " in said[0]
+    assert "nowhere" in said[0]
+    held = RunDirectory(tmp_path / "held")
+    held.lock()
+    words = [*arguments, "--run-dir", tmp_path / "held", "--devices", 1]
+    statuses, said = ends(start(words, tmp_path))
+    assert statuses == [2, 2]
+    assert f"cxt: node 0: {held.path} is in use by process {os.getpid()}" in said[1]
+    held.release()
+
+
+def test_torchrun_is_refused(arguments, tmp_path):
+    done = run_python("-m", "cxt.train", *arguments, "--run-dir", tmp_path / "run", env={"LOCAL_RANK": "0"}, check=False)
+    assert done.returncode == 2
+    assert "LOCAL_RANK is set, as by torchrun; start one process on each node" in done.stderr
