@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 1, "evaluate": 1}
+STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 2, "evaluate": 2}
 """Raise one of these and everything from that stage on is made again."""
 
 STAGE_SOURCES = {
@@ -22,6 +22,7 @@ STAGE_SOURCES = {
         "targets.py",
         "dataset.py",
         "live.py",
+        "attention.py",
         "model.py",
         "adapter.py",
         "datamodule.py",
@@ -37,8 +38,11 @@ STAGE_SOURCES = {
         "features.py",
         "targets.py",
         "preprocess.py",
+        "attention.py",
         "model.py",
         "adapter.py",
+        "sampling.py",
+        "generation.py",
         "decode.py",
         "evaluate.py",
     ),
