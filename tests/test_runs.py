@@ -448,7 +448,8 @@ def test_print_config(monkeypatch, capsys):
 OPTIONAL = {
     "schedule": "cosine", "patience": 0, "min_delta": 0.0, "export": "last", "grad_clip": 0.0, "validate_every": 0,
     "validation_items": 0, "decode_items": 0, "keep_saves": 2, "save_minutes": 10.0, "log_every": 10, "storage": "auto",
-    "workers": 0, "save_every": 200,
+    "workers": 0, "save_every": 200, "compile": "auto", "attention": "split", "loss_path": "target",
+    "gradient_checkpointing": False,
 }  # fmt: skip
 RECIPES = {  # spec: layers, epochs, learning rate
     "narrow": (6, 6, 3e-4), "broad": (10, 2, 3e-4), "broad_w200": (10, 2, 3e-5), "broad_adapter": (10, 3, 3e-4),
@@ -504,6 +505,54 @@ def plain_losses(dataset, arguments) -> list[float]:
             if len(losses) == 10:
                 return losses
     raise AssertionError("fewer than ten steps")
+
+
+STEP = {
+    "aot_eager": ["--compile", "aot_eager"],
+    "inductor": ["--compile", "inductor"],
+    "full": ["--loss-path", "full"],
+    "chunked": ["--loss-path", "chunked", "--gradient-checkpointing"],
+}
+
+
+@pytest.mark.parametrize("way", STEP)
+def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
+    """The same losses but for rounding, a checkpoint under the same names, and exact to continue."""
+    if way == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles with g++")
+    arguments = [
+        *SMALL, "--dataset-path", dataset, "--epochs", 2, "--log-every", 1, "--decode-items", 0, "--save-every", 4,
+        "--keep-saves", 9, "--dropout", 0,
+    ]  # fmt: skip
+    train(monkeypatch, *arguments, "--run-dir", tmp_path / "default")
+    train(monkeypatch, *arguments, *STEP[way], "--run-dir", tmp_path / "other")
+    default, other = RunDirectory(tmp_path / "default"), RunDirectory(tmp_path / "other")
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        expected = [row[key] for row in read_log(default.log)]
+        found = [row[key] for row in read_log(other.log)]
+        assert len(found) > 8
+        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(found, expected, strict=True)), key
+    one, two = (read_checkpoint(run.finished_checkpoint()) for run in (default, other))
+    assert one.state_dict.keys() == two.state_dict.keys()
+    summary = json.loads((tmp_path / "other" / "model_summary.json").read_text())
+    assert summary["compile"] == (way if way in ("aot_eager", "inductor") else "none")
+    assert summary["gradient_checkpointing"] == (way == "chunked")
+    finished_bytes = other.finished_checkpoint().read_bytes()
+    cut_at(other, 8)
+    train(monkeypatch, *arguments, *STEP[way], "--run-dir", tmp_path / "other")
+    assert other.finished_checkpoint().read_bytes() == finished_bytes
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="breaks g++")
+def test_no_compiler(dataset, tmp_path):
+    """What torch.compile raises becomes a message that says how to go on."""
+    arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--compile", "inductor", "--run-dir", tmp_path / "run"]
+    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_python("-m", "cxt.train", *arguments, env=broken, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "could not be compiled" in done.stderr
+    assert "`compile: none` trains without" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
 
 
 def test_what_changes_no_result():

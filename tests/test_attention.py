@@ -1,0 +1,160 @@
+"""Attention without a mask against a dense one: values, gradients, every way of computing it, and compiled."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from cxt.attention import flexible_attention, rotary_table, rotate, split_attention
+from cxt.config import TrainingConfig
+from cxt.dense import dense_loss, dense_mask
+from cxt.training import loss_function
+
+from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+
+
+def dense_attention(q, k, v, prefix):
+    """The definition, with scores and a mask written out, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    length = q.shape[2]
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for query in range(length):
+        for key in range(length):
+            allowed[query, key] = key <= query or (query < prefix and key < prefix)
+    scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def tensors(length, width, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, length, width, generator=generator).requires_grad_() for _ in range(3)]
+
+
+# The published width of a head, 100, is no multiple of 8; 300 positions are several blocks of the kernel.
+@pytest.mark.parametrize(("prefix", "length", "width"), [(5, 10, 6), (6, 10, 100), (9, 9, 8), (1, 7, 4), (140, 300, 100)])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("way", ["merged", "square"])
+def test_values_and_gradients(prefix, length, width, last, way, monkeypatch):
+    if last and prefix == length:
+        pytest.skip("there would be nothing to compute")
+    if way == "square":  # what is compiled, and what a GPU runs
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    parts = tensors(length, width)
+    expected = dense_attention(*parts, prefix)[:, :, prefix if last else 0 :]
+    found = split_attention(*parts, prefix, last=last)
+    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    wanted = torch.autograd.grad(expected, parts, gradient.double())
+    for one, other in zip(torch.autograd.grad(found, parts, gradient), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
+def test_half_precision():
+    parts = [part.detach().bfloat16() for part in tensors(30, 20)]
+    found = split_attention(*parts, 13, last=False)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [False, True])
+def test_flex_attention(last):
+    """Values only: on a CPU it has no gradients."""
+    parts = [part.detach() for part in tensors(300, 100)]
+    expected = dense_attention(*parts, 140)[:, :, 140 if last else 0 :]
+    torch.testing.assert_close(flexible_attention(*parts, 140, last=last).double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_rotation(compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    table = rotary_table(9, 6)
+    torch.testing.assert_close(rotate(x, table), slow_rotate(x.detach()))
+    # A rotation's gradient is the rotation back, and keeps lengths.
+    gradient = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(2))
+    (back,) = torch.autograd.grad(rotate(x, table), x, gradient)
+    torch.testing.assert_close(back.square().sum(-1), gradient.square().sum(-1))
+    torch.testing.assert_close(rotate(back, table), gradient)
+
+
+def loss_and_gradients(model, loss, *batch):
+    model.zero_grad()
+    value = loss(*batch)
+    value.backward()
+    return value.detach(), [p.grad.clone() for p in model.parameters()]
+
+
+def assert_same(one, other, *, loss=1e-5, gradient=1e-4):
+    assert abs(float(one[0] - other[0])) < loss
+    largest = max(float(g.abs().max()) for g in other[1])
+    for a, b in zip(one[1], other[1], strict=True):
+        assert float((a - b).abs().max()) < gradient * largest
+
+
+def batch():
+    x, y = inputs()
+    return torch.expm1(x).round().to(torch.int16), None, y
+
+
+@pytest.mark.parametrize("start_token_in_prefix", [False, True])
+def test_loss_and_gradients_are_those_of_the_dense_network(start_token_in_prefix):
+    """The formulation that cxt.bench compares with, and the plain one of the tests."""
+    model = model_of(dataclasses.replace(SMALL, start_token_in_prefix=start_token_in_prefix))
+    x, y = inputs()
+    x[..., 0] = 1.5  # what is masked
+    one = loss_and_gradients(model, model.loss, x, y)
+    assert_same(one, loss_and_gradients(model, lambda x, y: dense_loss(model, x, y), x, y))
+
+    def plain(x, y):
+        return torch.nn.functional.cross_entropy(dense_logits(model, x, y).flatten(0, 1), y[:, 1:].flatten())
+
+    assert_same(one, loss_and_gradients(model, plain, x, y))
+
+
+def test_dense_mask_of_the_published_model():
+    mask = dense_mask(500, 501, "cpu")
+    assert mask.shape == (1001, 1001)
+    assert float(mask.float().mean()) == pytest.approx(0.625, abs=0.001)
+
+
+@pytest.mark.parametrize("path", ["full", "chunked"])
+def test_paths_to_the_loss(path):
+    model = model_of()
+    default = loss_and_gradients(model, loss_function(model, TrainingConfig()), *batch())
+    assert_same(loss_and_gradients(model, loss_function(model, TrainingConfig(loss_path=path)), *batch()), default)
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    model = model_of().train()
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(4)  # dropout
+        loss = loss_function(model, TrainingConfig(gradient_checkpointing=checkpointing))
+        found.append(loss_and_gradients(model, loss, *batch()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("path", ["target", "full"])
+def test_compiled(backend, path):
+    model = model_of()
+    loss = loss_function(model, TrainingConfig(loss_path=path))
+    compiled = torch.compile(loss, backend=backend, dynamic=False, fullgraph=True)  # fails where the graph would break
+    assert_same(loss_and_gradients(model, compiled, *batch()), loss_and_gradients(model, loss, *batch()), loss=1e-4)
+    assert not any("_orig_mod" in key for key in model.state_dict())
+
+
+def test_compiled_dropout_is_repeatable():
+    model = model_of().train()
+    compiled = torch.compile(loss_function(model, TrainingConfig()), backend="aot_eager", dynamic=False)
+    found = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        found.append(loss_and_gradients(model, compiled, *batch()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
