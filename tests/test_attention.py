@@ -149,6 +149,17 @@ def test_compiled(backend, path):
     assert not any("_orig_mod" in key for key in model.state_dict())
 
 
+def test_compiled_with_missingness():
+    model = model_of(dataclasses.replace(SMALL, mask_singletons=False))
+    counts, _, y = batch()
+    missing = torch.rand(len(y), SMALL.scales, SMALL.windows, generator=torch.Generator().manual_seed(1))
+    loss = loss_function(model, TrainingConfig())
+    compiled = torch.compile(loss, backend="aot_eager", dynamic=False, fullgraph=True)
+    expected = loss_and_gradients(model, loss, counts, missing, y)
+    assert_same(loss_and_gradients(model, compiled, counts, missing, y), expected, loss=1e-4)
+    assert abs(float(loss(counts, 1 - missing, y)) - float(expected[0])) > 1e-4  # it is read
+
+
 def test_compiled_dropout_is_repeatable():
     model = model_of().train()
     compiled = torch.compile(loss_function(model, TrainingConfig()), backend="aot_eager", dynamic=False)

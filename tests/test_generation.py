@@ -104,6 +104,14 @@ def test_half_precision_is_close():
         _, rough = decoder.decode(x, tokens=y[:, None])
     assert {cache.k.dtype for cache in decoder.caches} == {torch.bfloat16}
     assert 0 < float((exact - rough).abs().max()) < 0.05
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for bf16-true
+    try:
+        _, rougher = model.to(torch.bfloat16).generate(x, tokens=y[:, None])
+    finally:
+        torch.set_default_dtype(before)
+    assert rougher.dtype == torch.float32
+    assert float((exact - rougher).abs().max()) < 0.05
 
 
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"top_k": 0}, {"replicates": 0}, {"slots": -1}])

@@ -134,7 +134,10 @@ class Decoder:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.current = torch.full((batch, self.replicates), START_TOKEN, device=device)
         self.chosen = torch.zeros((batch, self.replicates, windows), dtype=torch.int64, device=device)
-        self.probabilities = torch.zeros((batch, self.replicates, windows, self.model.config.bins), device=device)
+        # Lightning's bf16-true makes another type the default.
+        self.probabilities = torch.zeros(
+            (batch, self.replicates, windows, self.model.config.bins), dtype=torch.float32, device=device
+        )
 
     def _prefill(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the prefix in each block, (B, H, P, hd)."""
@@ -190,7 +193,8 @@ class Decoder:
                 self.current.copy_(current)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Threads that make batches, and those that watch other ranks, go on talking to the GPU.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self._advance(slots)
         self._graphs[slots] = graph
         return graph
