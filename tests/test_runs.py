@@ -306,7 +306,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
 
 
 def test_out_of_memory(dataset, tmp_path, monkeypatch):
-    def loss(self, x, y):
+    def loss(self, x, y, *, path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr("cxt.model.CoalescenceModel.loss", loss)

@@ -60,10 +60,19 @@ def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> 
     }
 
 
+def _interned(value):
+    """*value* with equal texts being one object: a pickle tells whether they are, and equal checkpoints have equal bytes."""
+    if isinstance(value, dict):
+        return {_interned(key): _interned(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_interned(child) for child in value]
+    return sys.intern(value) if type(value) is str else value
+
+
 def write_checkpoint(path, state_dict: dict, record: dict) -> None:
     """Write a checkpoint under a temporary name and rename it."""
     out = io.BytesIO()
-    torch.save({"cxt": record, "state_dict": {key: value.detach().cpu() for key, value in state_dict.items()}}, out)
+    torch.save({"cxt": _interned(record), "state_dict": {key: value.detach().cpu() for key, value in state_dict.items()}}, out)
     atomic_write(path, out.getvalue())
 
 
