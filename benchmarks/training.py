@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from cxt.adapter import build_model
-from cxt.bench import Loader, Steps, describe_device, device_here, fitting, items_for
 from cxt.config import PRESETS, AdapterConfig, TrainingConfig
 from cxt.flops import training_flops
+from cxt.speed import Loader, Steps, describe_device, device_here, fitting, items_for
 from cxt.training import compile_backend, loss_function, new_optimizer
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]

@@ -63,6 +63,15 @@ def test_start_from_published_checkpoints(tmp_path):
     run_python("-c", "import cxt; cxt.load_model('broad_epoch=1-step=5280.ckpt'); cxt.load_model('exported')", cwd=tmp_path)
 
 
+def test_benchmarks(tmp_path):
+    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.bench")]
+    assert len(lines) == 2
+    smaller = ["--layers", 1, "--heads", 2, "--width", 16, "--windows", 10, "--samples", 6, "--batch-size", 4, "--seconds", 0.1]
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        assert "times as fast" in run_python(*words, *smaller, "--device", "cpu", "--threads", 1, cwd=tmp_path).stdout
+
+
 def test_training_without_a_dataset(tmp_path):
     (command,) = [line for line in "\n".join(blocks("sh")).replace("\\\n", " ").splitlines() if "--simulate" in line]
     shorter = ["--max-steps", 2, "--eval-samples", 4, "--workers", 0, "--log-dir", tmp_path]

@@ -1,0 +1,354 @@
+"""How fast this machine trains and decodes, on real items and by the code that training runs.
+
+The share of the peak is that of the largest rate of a matrix product that the device reaches in the same run.
+"""
+
+import contextlib
+import dataclasses
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from cxt.adapter import build_model
+from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
+from cxt.datamodule import EpochBatches, PrefetchLoader
+from cxt.dataset import Batch, PairDataset, model_input
+from cxt.decode import computing_in
+from cxt.dense import dense_loss
+from cxt.errors import BadRequest
+from cxt.flops import decoding_flops, training_flops
+from cxt.generation import Decoder
+from cxt.memory import peak_of
+from cxt.targets import START_TOKEN, Grid
+from cxt.training import compile_backend, loss_function, new_optimizer
+
+SIMULATIONS, PAIRS = 20, 200
+
+
+def device_here() -> str:
+    """`cuda` or `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def describe_device(device: str) -> str:
+    """The device in words, with its number of threads or its name."""
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, torch {torch.__version__}"
+
+
+def finish(device: str) -> None:
+    """Wait until the device has done what it was told to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
+    """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
+    from cxt.features import SCALES
+    from cxt.preprocess import write_split
+    from cxt.scenarios import leaves
+    from cxt.simulate import write_batch
+    from cxt.store import SPLITS, write_manifest
+
+    samples = network.samples if adapter is None else adapter.samples
+    length = network.windows * network.window_size
+    entry = {
+        "kind": "constant", "simulations": SIMULATIONS, "batch": SIMULATIONS, "individuals": -(-samples // 2),
+        "sequence_length": length, "mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8, "population_size": 20_000,
+    }  # fmt: skip
+    spec = {
+        "window_size": network.window_size, "sequence_length": length, "samples": samples,
+        "pairs": min(PAIRS, pairs_of(samples)), "scales": list(SCALES[: network.scales]),
+    }  # fmt: skip
+    mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
+    with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
+        leaf = leaves("constant", entry)[0]
+        batch = Path(directory) / "batch"
+        write_batch(batch, leaf.spec, start=0, count=SIMULATIONS, seed=1)
+        shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
+        for split, (shard,) in shards.items():
+            write_split(Path(directory) / shard, batch, spec, start=0, count=SIMULATIONS, split=split, mask=mask)
+        write_manifest(directory, shards)
+        dataset = PairDataset(directory, "train", grid=Grid(network.grid_low, network.grid_high, network.bins))
+        if len(dataset) < batch_size:
+            raise BadRequest(f"--batch-size {batch_size}: there are only {len(dataset)} items; choose fewer")
+        yield dataset
+
+
+class Loader:
+    """Batches of a dataset without end, on the device, as training gets them."""
+
+    def __init__(self, dataset, *, batch_size: int, workers: int, device: str):
+        self.device = device
+        self.batch_size = batch_size
+        self.sampler = EpochBatches(items=len(dataset), batch_size=batch_size, seed=1)
+        self.loader = PrefetchLoader(dataset, self.sampler, batch_size=batch_size, threads=workers, pin=device == "cuda")
+        self._batches = self._all()
+
+    def _all(self):
+        while True:
+            for batch in self.loader:
+                moved = Batch(*(None if part is None else part.to(self.device, non_blocking=True) for part in batch))
+                if self.device == "cuda":
+                    self.loader.copied(batch)
+                yield moved
+            self.sampler.epoch += 1
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    @property
+    def waited(self) -> float:
+        """Seconds that batches were waited for."""
+        return self.loader.waited
+
+
+def dense_loss_function(model):
+    """(counts, missing, tokens) to the loss, as it was published."""
+    return lambda counts, missing, tokens: dense_loss(model, model_input(counts, missing), tokens)
+
+
+class Steps:
+    """Optimizer steps of one model, by *loss*, a function of a batch."""
+
+    def __init__(self, model, training: TrainingConfig, loss, optimizer, loader: Loader, *, precision: str):
+        self.model, self.loss, self.optimizer, self.loader, self.precision = model, loss, optimizer, loader, precision
+
+    def __call__(self, count: int) -> None:
+        for _ in range(count):
+            with computing_in(self.precision, self.loader.device):
+                loss = self.loss(*next(self.loader))
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def timed(self, count: int) -> float:
+        """Seconds of a step, over *count* of them."""
+        finish(self.loader.device)
+        began = time.perf_counter()
+        self(count)
+        finish(self.loader.device)
+        return (time.perf_counter() - began) / count
+
+
+def matrix_peak(device: str, precision: str) -> float:
+    """FLOP/s of a large square matrix product, the best of several: what the device can do in this precision."""
+    dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn((size, size), dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    torch.mm(a, b, out=out)
+    best = 0.0
+    for _ in range(5):
+        finish(device)
+        began = time.perf_counter()
+        repeats = 10 if device == "cuda" else 1
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        finish(device)
+        best = max(best, 2 * size**3 * repeats / (time.perf_counter() - began))
+    return best
+
+
+def fitting(batch: int, flops: float, device: str) -> int:
+    """*batch*, or on a CPU as much of it as takes half a teraFLOP: some seconds."""
+    return batch if device == "cuda" else max(1, min(batch, int(5e11 / flops)))
+
+
+def kernels(network: ModelConfig, precision: str, device: str) -> str:
+    """Which of torch's attention kernels take heads of this width here."""
+    if device == "cpu":
+        return "flash (CPU)"
+    backends = torch.backends.cuda
+    dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
+    q = torch.empty((1, network.heads, 128, network.width // network.heads), dtype=dtype, device=device, requires_grad=True)
+    asked = backends.SDPAParams(q, q, q, None, 0.0, True, False)
+    found = {
+        "flash": backends.can_use_flash_attention(asked),
+        "memory-efficient": backends.can_use_efficient_attention(asked),
+        "cuDNN": backends.can_use_cudnn_attention(asked),
+    }
+    return ", ".join(name for name, usable in found.items() if usable) or "none: torch would write out all scores"
+
+
+def bench_training(
+    network: ModelConfig, adapter: AdapterConfig | None, training: TrainingConfig, *, device: str, seconds: float, compare=None
+) -> dict:
+    """What optimizer steps of a network cost on this machine, loading included; no accumulation, no logging.
+
+    Parameters
+    ----------
+    training : batch_size, precision, compile, attention, loss_path, gradient_checkpointing, workers and rates are used
+    seconds : of measuring, about
+    compare : "dense" also measures the published formulation, in turns, with the same weights and items
+
+    Returns
+    -------
+    dict
+        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `cxt.memory.peak_of`
+        has it), waiting (fraction of time); with *compare*, ratio (of items per second, median of the turns), ratios,
+        dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
+    """
+    precision = training.precision if device == "cuda" else "32-true"
+    torch.manual_seed(1)
+    model = build_model(network, adapter).to(device).train()
+    if precision == "bf16-true":
+        model.to(torch.bfloat16)
+    loss = plain = loss_function(model, training)
+    optimizer = new_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
+    backend = compile_backend(training, device)
+    if backend is not None:
+        loss = torch.compile(loss, backend=backend, dynamic=False)
+    result = {
+        "batch": training.batch_size,
+        "precision": precision,
+        "compile": backend or "none",
+        "adapter": adapter is not None,
+    }
+    with items_for(network, adapter, batch_size=training.batch_size) as dataset:
+        loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
+        contenders = {"": Steps(model, training, loss, optimizer, loader, precision=precision)}
+        if compare == "dense":
+            dense = dense_loss_function(model)
+            contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=precision)
+            result |= differences(model, plain, dense, next(loader), precision=precision, device=device)
+        for name, steps in contenders.items():
+            steps(2)  # compiles, and fills the caches
+            result[f"{name}memory_bytes"] = peak_of(lambda steps=steps: steps(1), device)
+        each = {name: steps.timed(1) for name, steps in contenders.items()}
+        count = max(1, int(1.0 / each[""]))  # steps of a turn: a second or so
+        turns = max(3, int(seconds / (count * sum(each.values()))))
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        waited, spent = loader.waited, 0.0
+        for _ in range(turns):
+            for name, steps in contenders.items():
+                before = loader.waited
+                times[name].append(steps.timed(count))
+                if name:
+                    waited += loader.waited - before  # not ours
+                else:
+                    spent += times[name][-1] * count
+        result["waiting"] = (loader.waited - waited) / spent
+    for name, seconds_each in times.items():
+        result[f"{name}items_per_second"] = training.batch_size / statistics.median(seconds_each)
+    rate = result["items_per_second"]
+    result |= {
+        "windows_per_second": rate * network.windows,
+        "flops_per_second": rate * training_flops(network, adapter),
+        "peak_flops_per_second": matrix_peak(device, precision),
+        "attention_kernels": "FlexAttention" if training.attention == "flex" else kernels(network, precision, device),
+    }
+    if compare == "dense":
+        result["ratios"] = [b / a for a, b in zip(times[""], times["dense_"], strict=True)]
+        result["ratio"] = statistics.median(result["ratios"])
+    return result
+
+
+def differences(model, ours, dense, batch: Batch, *, precision: str, device: str) -> dict:
+    """How far apart loss and gradients of two formulations are on one batch, without dropout."""
+    model.eval()
+    found = []
+    for loss in (ours, dense):
+        model.zero_grad()
+        with computing_in(precision, device):
+            value = loss(*batch)
+        value.backward()
+        found.append((float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]))
+    model.zero_grad()
+    model.train()
+    (first, gradients), (second, others) = found
+    largest = max(float(g.abs().max()) for g in others)
+    worst = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
+    return {"loss_difference": abs(first - second), "gradient_difference": worst / largest}
+
+
+@torch.no_grad()
+def decode_uncached(model, x: torch.Tensor, *, replicates: int, every: int = 1) -> float:
+    """Seconds that decoding takes when all is computed again for each window; only one window of *every* is timed."""
+    x = x.repeat_interleave(replicates, dim=0)
+    windows = x.shape[3]
+    tokens = torch.full((len(x), windows + 1), START_TOKEN, device=x.device)
+    began = time.perf_counter()
+    timed = range(0, windows, every)
+    for step in timed:
+        distribution = model(x, tokens)[:, step, 2:].float().softmax(-1)
+        tokens[:, step + 1] = torch.multinomial(distribution, 1)[:, 0] + 2
+    finish(x.device.type)
+    return (time.perf_counter() - began) / len(timed) * windows
+
+
+def bench_decoding(
+    network: ModelConfig, *, device: str, precision: str, batch: int, pairs: int | None, replicates: int, seconds: float,
+    compare=None,
+) -> dict:  # fmt: skip
+    """What decoding costs on this machine, prefix included.
+
+    Parameters
+    ----------
+    batch : pairs decoded together
+    pairs : decoded in all, once; None repeats one batch for about *seconds*
+    compare : "uncached" also measures decoding without a cache, on one pair of each batch
+
+    Returns
+    -------
+    dict
+        pairs, seconds, pairs_per_second, windows_per_second (of all replicates), flops_per_second, peak_flops_per_second,
+        memory_bytes; with *compare*, ratio of pairs per second.
+    """
+    precision = precision if device == "cuda" else "32-true"
+    torch.manual_seed(1)
+    model = build_model(network).to(device).eval()
+    result = {"batch": batch, "replicates": replicates, "precision": precision, "adapter": False}
+    with items_for(network, None, batch_size=batch) as dataset, computing_in(precision, device), torch.no_grad():
+        loader = Loader(dataset, batch_size=batch, workers=0, device=device)
+        first = next(loader)
+        x = model_input(first.counts, first.missing)
+        decoder = Decoder(model, replicates=replicates, seed=1)
+        result["memory_bytes"] = peak_of(lambda: decoder.decode(x), device)
+        finish(device)
+        began, done = time.perf_counter(), 0
+        while done < (pairs or 1) or (pairs is None and time.perf_counter() - began < seconds):
+            decoder.decode(x, items=range(done, done + batch))
+            finish(device)
+            done += batch
+        spent = time.perf_counter() - began
+        rate = done / spent
+        if compare == "uncached":
+            few = max(1, batch // 8)
+            every = max(1, network.windows // 50)
+            result["uncached_pairs_per_second"] = few / decode_uncached(model, x[:few], replicates=replicates, every=every)
+            result["ratio"] = rate / result["uncached_pairs_per_second"]
+    return result | {
+        "pairs": done,
+        "seconds": spent,
+        "pairs_per_second": rate,
+        "windows_per_second": rate * replicates * network.windows,
+        "flops_per_second": rate * decoding_flops(network, replicates=replicates),
+        "peak_flops_per_second": matrix_peak(device, precision),
+    }
+
+
+def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print) -> dict:
+    """Rates of several networks {name: (ModelConfig, AdapterConfig | None, TrainingConfig)} on this machine's device."""
+    device = device_here()
+    result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
+    for name, (network, adapter, training) in networks.items():
+        items = fitting(training.batch_size, training_flops(network, adapter), device)
+        chosen = dataclasses.replace(training, batch_size=items)
+        rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
+        progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
+        if adapter is None:
+            replicates = 15 if device == "cuda" else 12
+            pairs = fitting(64 if device == "cuda" else 40, decoding_flops(network, replicates=replicates), device)
+            rate = result["decoding"][name] = bench_decoding(
+                network, device=device, precision=training.precision, batch=pairs, pairs=None, replicates=replicates,
+                seconds=seconds,
+            )  # fmt: skip
+            progress(f"{name}: decoding {rate['pairs_per_second']:.2f} pairs/s of {replicates} replicates")
+    return result
