@@ -118,7 +118,9 @@ def flexible_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix
     length = q.shape[2]
     first = prefix if last else 0
     mask = block_mask(length, prefix, first, str(q.device))
-    return compiled_flex_attention()(q[:, :, first:], k, v, block_mask=mask)
+    # Where the whole step is compiled, so is this; a compilation inside of it would cut the network into pieces.
+    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    return attend(q[:, :, first:], k, v, block_mask=mask)
 
 
 class Attention(nn.Module):
