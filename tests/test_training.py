@@ -124,6 +124,34 @@ def test_loss_falls(dataset, tmp_path, monkeypatch):
     assert trained < fresh - 1.0
 
 
+def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
+    """bf16-mixed with the fused optimizer, which Lightning would not clip for; a CPU has both when it is told to."""
+    import cxt.training
+
+    fused = []
+
+    def on_a_gpu(model, training, **_):
+        fused.append(torch.optim.AdamW(cxt.training.parameter_groups(model, training), fused=True))
+        return fused[-1]
+
+    norms = []
+
+    def clipped(parameters, norm):
+        parameters = list(parameters)
+        clip(parameters, norm)
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr("cxt.training.new_optimizer", on_a_gpu)
+    monkeypatch.setattr("cxt.fit.Plan.precision", "bf16-mixed")
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
+    out = tmp_path / "clipped.ckpt"
+    train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", "--grad-clip", 0.01, "--out", out)
+    assert fused[0].param_groups[0]["fused"]
+    assert len(norms) == read_checkpoint(out).record["step"]
+    assert norms == pytest.approx([0.01] * len(norms), rel=0.01)
+
+
 def test_seeds(parent, dataset, tmp_path, monkeypatch):
     arguments = (*SMALL, *FINE, "--dataset-path", dataset)
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "a", "--out", tmp_path / "a.ckpt", "--lineage", "abc")
