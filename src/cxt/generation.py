@@ -7,6 +7,8 @@ and replayed: launching its hundreds of small kernels one by one would take most
 Shapes: B items, R replicates, W windows, P = W positions of the prefix, H heads, D width, hd = D / H.
 """
 
+import contextlib
+import functools
 import math
 
 import torch
@@ -17,6 +19,12 @@ from cxt.targets import SPECIAL_TOKENS, START_TOKEN
 
 SLOTS_OF_A_GRAPH = 64
 """A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are recorded, one for each GPU: every stream that computes keeps a workspace of some MB for good."""
+    return torch.cuda.Stream(device)
 
 
 class Cache:
@@ -98,7 +106,8 @@ class Decoder:
         precision = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
-        with precision:
+        # Streams and graphs are of torch's current GPU, which need not be the model's.
+        with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
             self._start(x, range(len(x)) if items is None else items, tokens)
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
@@ -184,7 +193,7 @@ class Decoder:
         if slots in self._graphs:
             return self._graphs[slots]
         step, current = self.step.clone(), self.current.clone()
-        side = torch.cuda.Stream()
+        side = recording_stream(self.step.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -194,7 +203,7 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Threads that make batches, and those that watch other ranks, go on talking to the GPU.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             self._advance(slots)
         self._graphs[slots] = graph
         return graph
