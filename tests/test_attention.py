@@ -8,7 +8,9 @@ import torch
 
 from cxt.attention import flexible_attention, rotary_table, rotate, split_attention
 from cxt.config import TrainingConfig
+from cxt.dataset import model_input
 from cxt.dense import dense_loss, dense_mask
+from cxt.memory import peak_of
 from cxt.training import loss_function
 
 from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
@@ -128,6 +130,29 @@ def test_paths_to_the_loss(path):
     assert_same(loss_and_gradients(model, loss_function(model, TrainingConfig(loss_path=path)), *batch()), default)
 
 
+@pytest.mark.parametrize("path", ["target", "full", "chunked"])
+def test_the_loss_of_a_network_in_half_precision_is_exact(path):
+    """Its sum is made in 32 bits, on whichever path: a bfloat16 has no more than three digits."""
+    model = model_of().to(torch.bfloat16)
+    counts, missing, y = batch()
+    with torch.no_grad():
+        found = loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
+        logits = model(model_input(counts, missing), y).flatten(0, 1).double()
+        exact = torch.nn.functional.cross_entropy(logits, y[:, 1:].flatten())
+    assert found.dtype == torch.float32
+    assert abs(float(found) - float(exact)) < 1e-3
+
+
+def test_a_loss_in_chunks_takes_less_memory():
+    model = model_of(dataclasses.replace(SMALL, windows=250, bins=1000))
+    x, y = inputs(items=8, config=model.config)
+
+    def peak(path):
+        return peak_of(lambda: model.loss(x, y, path=path).backward(), "cpu")
+
+    assert peak("chunked") < 0.7 * peak("target") < 0.7 * peak("full")
+
+
 def test_gradient_checkpointing_changes_no_bit():
     model = model_of().train()
     found = []
@@ -140,13 +165,25 @@ def test_gradient_checkpointing_changes_no_bit():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
-@pytest.mark.parametrize("path", ["target", "full"])
+@pytest.mark.parametrize("path", ["target", "full", "chunked"])
 def test_compiled(backend, path):
     model = model_of()
     loss = loss_function(model, TrainingConfig(loss_path=path))
     compiled = torch.compile(loss, backend=backend, dynamic=False, fullgraph=True)  # fails where the graph would break
     assert_same(loss_and_gradients(model, compiled, *batch()), loss_and_gradients(model, loss, *batch()), loss=1e-4)
     assert not any("_orig_mod" in key for key in model.state_dict())
+
+
+@needs_compiler
+def test_compiled_flex_attention():
+    """In one graph as well; values only, as above."""
+    model = model_of()
+    with torch.no_grad():
+        expected = float(loss_function(model, TrainingConfig())(*batch()))
+        loss = loss_function(model, TrainingConfig(attention="flex"))
+        assert abs(float(loss(*batch())) - expected) < 1e-5  # a validation's
+        compiled = torch.compile(loss, backend="aot_eager", dynamic=False, fullgraph=True)
+        assert abs(float(compiled(*batch())) - expected) < 1e-5
 
 
 def test_compiled_with_missingness():

@@ -280,6 +280,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # features cost less than a worker
         ".*exists and is not empty.*",  # that of the run which is continued
         ".*smaller than the logging interval.*",
+        ".*functools.lru_cache.*",  # FlexAttention's block mask, which a compiled step makes anew
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -402,8 +403,8 @@ def out_of_memory(plan: Plan, error: Exception) -> str:
     return (
         f"{plan.name}: out of memory on {plan.world} {plan.accelerator} ({first_line(error)}). Lower batch_size and "
         f"raise grad_accum, which keeps the effective batch of {plan.effective_batch}: batch_size: {half}, grad_accum: "
-        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true and "
-        "loss_path: chunked; these start a new run"
+        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true; these start "
+        "a new run"
     )
 
 

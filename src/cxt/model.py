@@ -21,6 +21,9 @@ from cxt.generation import Decoder
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
 
+CHUNKS = 8
+"""Parts of a loss that is computed in chunks."""
+
 
 class SourceEmbedding(nn.Module):
     """Counts of one window to one vector; the same two-layer perceptron for every channel and scale."""
@@ -181,17 +184,21 @@ class CoalescenceModel(nn.Module):
         """Mean cross-entropy over all windows of all items.
 
         The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
-        `chunked` never holds all logits at once (torch's `linear_cross_entropy`).
+        `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
         """
         x, wanted = self.source(x), y[:, 1:].flatten()
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
-            return F.linear_cross_entropy(states, self.backbone.head.weight, wanted, options=nn.LinearCrossEntropyOptions())
+            parts = zip(states.chunk(CHUNKS), wanted.chunk(CHUNKS), strict=True)
+            return sum(checkpoint(self._part_of_loss, *part, use_reentrant=False) for part in parts) / len(wanted)
         if path == "full":
             logits = self.backbone.head(self.backbone.states(x, y, everywhere=True))[:, -self.config.windows :]
         else:
             logits = self.backbone(x, y)  # (B, W, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), wanted)
+
+    def _part_of_loss(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
+        return F.cross_entropy(self.backbone.head(states).float(), wanted, reduction="sum")
 
     def use_flex_attention(self) -> None:
         """Compute attention with FlexAttention from now on; with gradients only on a GPU."""
