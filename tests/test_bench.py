@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import run_python
 
+from cxt.bench import main
 from cxt.config import AdapterConfig, ModelConfig
+from cxt.errors import Failed
 from cxt.flops import forward_flops
 from cxt.memory import peak_of
 
@@ -85,6 +87,18 @@ def test_bad_requests(arguments, message):
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_out_of_memory(monkeypatch):
+    def all_of_it(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("cxt.bench.bench_training", all_of_it)
+    monkeypatch.setattr(
+        "sys.argv", ["bench", "train", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--compare", "dense"]
+    )
+    with pytest.raises(Failed, match=r"20.00 GiB.*smaller --batch-size, or leave --compare out"):
+        main()
 
 
 def test_no_gpu():

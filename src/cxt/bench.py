@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cxt.config import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, training_flops
 from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting
@@ -85,6 +85,26 @@ def network_of(args) -> ModelConfig:
     return dataclasses.replace(PRESETS[args.model], **{name: value for name, value in given.items() if value is not None})
 
 
+def measured(args, network: ModelConfig, device: str) -> dict:
+    """What the command and the flags ask for."""
+    if args.command == "train":
+        adapter = AdapterConfig() if args.adapter else None
+        batch = args.batch_size or fitting(TrainingConfig().batch_size, training_flops(network, adapter), device)
+        settings = TrainingConfig(
+            batch_size=batch, precision=args.precision, compile=args.compile, attention=args.attention, workers=args.workers,
+            loss_path=args.loss_path, gradient_checkpointing=args.gradient_checkpointing,
+        )  # fmt: skip
+        if args.attention == "flex" and device == "cpu":
+            raise BadRequest("--attention flex trains on GPUs only; leave it at split")
+        return bench_training(network, adapter, settings, device=device, seconds=args.seconds, compare=args.compare)
+    precision = TrainingConfig(precision=args.precision).precision
+    batch = args.batch_size or fitting(64, decoding_flops(network, replicates=args.replicates), device)
+    return bench_decoding(
+        network, device=device, precision=precision, batch=min(batch, args.pairs or batch), pairs=args.pairs,
+        replicates=args.replicates, seconds=args.seconds, compare=args.compare,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.bench", description="How fast this machine trains and decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -115,23 +135,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium" if device == "cuda" else "highest")
     network = network_of(args)
-    if args.command == "train":
-        adapter = AdapterConfig() if args.adapter else None
-        batch = args.batch_size or fitting(TrainingConfig().batch_size, training_flops(network, adapter), device)
-        settings = TrainingConfig(
-            batch_size=batch, precision=args.precision, compile=args.compile, attention=args.attention, workers=args.workers,
-            loss_path=args.loss_path, gradient_checkpointing=args.gradient_checkpointing,
-        )  # fmt: skip
-        if args.attention == "flex" and device == "cpu":
-            raise BadRequest("--attention flex trains on GPUs only; leave it at split")
-        found = bench_training(network, adapter, settings, device=device, seconds=args.seconds, compare=args.compare)
-    else:
-        precision = TrainingConfig(precision=args.precision).precision
-        batch = args.batch_size or fitting(64, decoding_flops(network, replicates=args.replicates), device)
-        found = bench_decoding(
-            network, device=device, precision=precision, batch=min(batch, args.pairs or batch), pairs=args.pairs,
-            replicates=args.replicates, seconds=args.seconds, compare=args.compare,
-        )  # fmt: skip
+    try:
+        found = measured(args, network, device)
+    except torch.OutOfMemoryError as error:
+        without = ", or leave --compare out" if args.compare else ""
+        raise Failed(f"out of memory ({first_line(error)}); choose a smaller --batch-size{without}") from error
     what = "training" if args.command == "train" else "decoding"
     name = f"{args.model} with an adapter" if found["adapter"] else args.model
     print(report(name, what, found, device))
