@@ -1,6 +1,7 @@
 """Run directories: what is in them, how they are continued, and what everyday settings do."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from cxt.configfile import load, training_settings
 from cxt.datamodule import EpochBatches
 from cxt.dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
-from cxt.fit import data_of, starting_model
+from cxt.fit import data_of, set_threads, starting_model, trainer_of
 from cxt.jobs import run_directory
 from cxt.rundir import RunDirectory, take_lock
 from cxt.runlog import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
@@ -541,6 +542,31 @@ def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
     cut_at(other, 8)
     train(monkeypatch, *arguments, *STEP[way], "--run-dir", tmp_path / "other")
     assert other.finished_checkpoint().read_bytes() == finished_bytes
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "wanted", "expected"), [("gpu", True, True), ("gpu", False, False), ("cpu", True, False)]
+)
+def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, wanted, expected):
+    """What is asked of torch and Lightning; whether a GPU then repeats itself, only one can show."""
+    import torch._inductor.config as inductor
+
+    plan, _ = plan_of(
+        build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset), "--deterministic", str(wanted)])
+    )
+    plan = dataclasses.replace(plan, accelerator=accelerator)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr("cxt.fit.pl.Trainer", dict)
+    precision, before = torch.get_float32_matmul_precision(), inductor.deterministic
+    inductor.deterministic = False
+    try:
+        set_threads(plan)
+        assert inductor.deterministic == expected
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        inductor.deterministic = before
+    assert torch.utils.deterministic.fill_uninitialized_memory != expected
+    assert trainer_of(plan, RunDirectory(tmp_path), [])["deterministic"] == ("warn" if expected else False)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="breaks g++")

@@ -124,6 +124,7 @@ class TrainingConfig:
     attention: str = "split"
     loss_path: str = "target"
     gradient_checkpointing: bool = False
+    deterministic: bool = True
     threads: int = 2
     workers: int = 0
     seed: int = 1

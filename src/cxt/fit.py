@@ -255,6 +255,7 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
         # Under Slurm, Lightning's own choice would train on one device and a share of the data.
         plugins=[LightningEnvironment(), AtomicIO()],
         precision=plan.precision,
+        deterministic="warn" if plan.accelerator == "gpu" and training.deterministic else False,
         max_epochs=training.epochs,
         min_epochs=0,
         max_steps=plan.total_steps,
@@ -278,6 +279,7 @@ def quieten() -> None:
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # features cost less than a worker
+        ".*cumsum_cuda_kernel does not have a deterministic.*",  # of decoding, which trains nothing
         ".*exists and is not empty.*",  # that of the run which is continued
         ".*smaller than the logging interval.*",
         ".*functools.lru_cache.*",  # FlexAttention's block mask, which a compiled step makes anew
@@ -292,6 +294,12 @@ def set_threads(plan: Plan) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(plan.training.threads))  # or Lightning sets another number for rank 0
     if plan.accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
+        if plan.training.deterministic:
+            import torch._inductor.config as inductor
+
+            torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+            if hasattr(inductor, "deterministic"):  # chooses kernels by rules, not by their speed on the day
+                inductor.deterministic = True
 
 
 def fit(
