@@ -172,21 +172,26 @@ def test_port_in_use(environment):
 def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
     port = int(environment["MASTER_PORT"]) + 1
 
+    threads = []
+
     def knock() -> None:
-        while True:
+        """Before the others join: with the last of them the port is closed."""
+        for _ in range(500):
             try:
                 with socket.create_connection(("127.0.0.1", port)) as stranger:
                     stranger.sendall(b"GET / HTTP/1.1\n")
+                threads.extend(joins(environment, 1, 2))
                 return
             except OSError:
                 time.sleep(0.02)
 
     stranger = threading.Thread(target=knock)
     stranger.start()
-    threads = joins(environment, 1, 2)
     with pytest.raises(Failed, match="node [12] is gone, without a word"), Nodes(3, seconds=20) as nodes:
         nodes.gather("here")
-    for thread in (stranger, *threads):
+    stranger.join()
+    assert len(threads) == 2
+    for thread in threads:
         thread.join()
 
 
