@@ -22,24 +22,25 @@ from cxt.speed import Loader, Steps, describe_device, device_here, fitting, item
 from cxt.training import compile_backend, loss_function, new_optimizer
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
+DENSE = ["--compare", "dense"]
 TRAINING = {
     "cuda": {
-        "narrow": ["--model", "narrow"],
-        "broad": [],
+        "narrow": ["--model", "narrow", *DENSE],
+        "broad": DENSE,
         "broad, not compiled": ["--compile", "none"],
         "broad, FlexAttention": ["--attention", "flex"],
         "broad, loss in chunks": ["--loss-path", "chunked"],
         "broad, gradient checkpointing": ["--gradient-checkpointing"],
         "broad, bf16-true": ["--precision", "bf16-true"],
-        "broad with its adapter": ["--adapter"],
+        "broad with its adapter": ["--adapter", *DENSE],
     },
     "cpu": {
-        "narrow": ["--model", "narrow"],
-        "broad": [],
-        "broad, compiled": ["--compile", "inductor"],
-        "broad, gradient checkpointing": ["--gradient-checkpointing"],
-        "laptop size": [*LAPTOP, "--batch-size", "16"],
-        "laptop size, compiled": [*LAPTOP, "--batch-size", "16", "--compile", "inductor"],
+        "narrow": ["--model", "narrow", *DENSE],
+        "broad": DENSE,
+        "broad, compiled": ["--compile", "inductor", *DENSE],
+        "broad, gradient checkpointing": ["--gradient-checkpointing", *DENSE],
+        "laptop size": [*LAPTOP, "--batch-size", "16", *DENSE],
+        "laptop size, compiled": [*LAPTOP, "--batch-size", "16", "--compile", "inductor", *DENSE],
     },
 }
 DECODING = {
@@ -54,27 +55,34 @@ DECODING = {
 }
 
 
-def bench(what: str, flags: list[str], *, seconds: float) -> dict:
-    """One row: `python -m cxt.bench` with these flags, and what it found."""
+def bench(what: str, flags: list[str], *, seconds: float) -> dict | None:
+    """One row: `python -m cxt.bench` with these flags, and what it found; None if it failed, which it says itself."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "found.json"
         words = ["-m", "cxt.bench", what, *flags, "--seconds", str(seconds), "--out", str(out)]
         print(" ".join(["python", *words]), file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, *words], check=True, stdout=sys.stderr)
-        return json.loads(out.read_text())
+        done = subprocess.run([sys.executable, *words], check=False, stdout=sys.stderr)
+        return json.loads(out.read_text()) if done.returncode == 0 else None
 
 
-def training_row(name: str, found: dict) -> list[str]:
-    low, high = min(found["ratios"]), max(found["ratios"])
+def training_row(name: str, found: dict | None) -> list[str]:
+    if found is None:
+        return [name, "failed", *[""] * 10]
+    dense = ["", ""]
+    if "ratio" in found:
+        low, high = min(found["ratios"]), max(found["ratios"])
+        dense = [f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{found['dense_memory_bytes'] / 1e9:.2f}"]
     return [
         name, str(found["batch"]), found["precision"], found["compile"], f"{found['items_per_second']:,.3g}",
         f"{found['windows_per_second']:,.0f}", f"{found['flops_per_second'] / 1e12:.3g}",
         f"{found['flops_per_second'] / found['peak_flops_per_second']:.0%}", f"{found['memory_bytes'] / 1e9:.2f}",
-        f"{found['waiting']:.1%}", f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{found['dense_memory_bytes'] / 1e9:.2f}",
+        f"{found['waiting']:.1%}", *dense,
     ]  # fmt: skip
 
 
-def decoding_row(name: str, found: dict) -> list[str]:
+def decoding_row(name: str, found: dict | None) -> list[str]:
+    if found is None:
+        return [name, "failed", *[""] * 7]
     return [
         name, str(found["pairs"]), str(found["replicates"]), str(found["batch"]), f"{found['seconds']:.1f}",
         f"{found['pairs_per_second']:.3g}", f"{found['windows_per_second']:,.0f}", f"{found['memory_bytes'] / 1e9:.2f}",
@@ -116,10 +124,7 @@ def main() -> None:
     device = device_here()
     torch.set_num_threads(2)
     torch.set_float32_matmul_precision("medium" if device == "cuda" else "highest")
-    trained = [
-        training_row(name, bench("train", [*flags, "--compare", "dense"], seconds=args.seconds))
-        for name, flags in TRAINING[device].items()
-    ]
+    trained = [training_row(name, bench("train", flags, seconds=args.seconds)) for name, flags in TRAINING[device].items()]
     decoded = [decoding_row(name, bench("decode", flags, seconds=args.seconds)) for name, flags in DECODING[device].items()]
     ratios = adapter_in_turns(device, turns=8)
     lines = [

@@ -198,8 +198,10 @@ def bench_training(
     precision = training.precision if device == "cuda" else "32-true"
     torch.manual_seed(1)
     model = build_model(network, adapter).to(device).train()
+    autocast = precision
     if precision == "bf16-true":
         model.to(torch.bfloat16)
+        autocast = "32-true"  # none: the network itself is in 16 bits
     loss = plain = loss_function(model, training)
     optimizer = new_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
     backend = compile_backend(training, device)
@@ -213,11 +215,11 @@ def bench_training(
     }
     with items_for(network, adapter, batch_size=training.batch_size) as dataset:
         loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
-        contenders = {"": Steps(model, training, loss, optimizer, loader, precision=precision)}
+        contenders = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
         if compare == "dense":
             dense = dense_loss_function(model)
-            contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=precision)
-            result |= differences(model, plain, dense, next(loader), precision=precision, device=device)
+            contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
+            result |= differences(model, plain, dense, next(loader), precision=autocast, device=device)
         for name, steps in contenders.items():
             steps(2)  # compiles, and fills the caches
             result[f"{name}memory_bytes"] = peak_of(lambda steps=steps: steps(1), device)
