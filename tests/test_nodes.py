@@ -17,10 +17,10 @@ from cxt import nodes as module
 from cxt.configfile import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
+from cxt.flags import build_parser, check_config_keys
 from cxt.nodes import Nodes, node_rank
 from cxt.plan import plan
 from cxt.rundir import RunDirectory
-from cxt.train import build_parser, check_config_keys
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
 from cxt.configfile import load
-from cxt.train import build_parser, check_config_keys
+from cxt.flags import build_parser, check_config_keys
 
 README = (REPOSITORY / "README.md").read_text()
 

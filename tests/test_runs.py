@@ -29,11 +29,12 @@ from cxt.datamodule import EpochBatches
 from cxt.dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
 from cxt.fit import data_of, set_threads, starting_model, trainer_of
+from cxt.flags import build_parser
 from cxt.jobs import run_directory
 from cxt.rundir import RunDirectory, take_lock
 from cxt.runlog import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.saves import saves_of
-from cxt.train import build_parser, plan_of
+from cxt.train import plan_of
 from cxt.training import learning_rate_factor, parameter_groups
 from cxt.validation import Validation
 

@@ -12,7 +12,8 @@ import jsonargparse
 
 from cxt.errors import BadRequest, Failed, exit_on_bad_request
 from cxt.files import check_writable
-from cxt.train import build_parser, check_config_keys, plan_of
+from cxt.flags import build_parser, check_config_keys
+from cxt.train import plan_of
 
 
 def find_lr(plan, *, lowest: float, highest: float, num_steps: int):

@@ -31,6 +31,7 @@ STAGE_SOURCES = {
         "validation.py",
         "fit.py",
         "source.py",
+        "parents.py",
         "train.py",
     ),
     "evaluate": (

@@ -16,22 +16,18 @@ import jsonargparse
 
 from cxt.config import (
     PRESETS,
-    AdapterConfig,
-    ModelConfig,
     TrainingConfig,
     change_no_result,
-    check_adapter_samples,
-    check_inheritance,
-    check_missingness,
     steps_per_epoch,
 )
-from cxt.configfile import read_yaml
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
+from cxt.flags import build_parser, check_config_keys
 from cxt.lineage import STAGE_VERSION, file_sha256, stage_lineage
 from cxt.nodes import Nodes
+from cxt.parents import OF_THE_NETWORK, inherit, read_parent, resolve_network
 from cxt.rundir import RunDirectory, newest_version, next_version
-from cxt.source import check_source, live_source, source_of
+from cxt.source import check_source, live_source
 from cxt.store import MANIFEST, read_manifest
 
 BEGAN = time.monotonic()
@@ -40,102 +36,6 @@ BEGAN = time.monotonic()
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
 NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
 """Settings that a run's identity holds in another form: files by digest, devices by number."""
-
-
-OF_THE_NETWORK = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
-"""Flags whose default is the preset's."""
-
-
-def build_parser(**options) -> jsonargparse.ArgumentParser:
-    """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
-    training = TrainingConfig()
-    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
-    add = parser.add_argument
-    add("--config", action="config", help="YAML file whose keys are the names of these flags; the command line wins")
-    add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
-    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
-    add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
-    add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
-    add("--configfile", type=str, nargs="+", default=[], help="overlays over the default configuration, for --simulate")
-    add("--window-size", type=int | None, help="base pairs of a window, for --simulate (default: the preset's)")
-    add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
-    add("--eval-samples", type=int | None, help="items held out for validation, for --simulate: the first ones")
-    add("--eval-max-batches", type=int | None, help="the same in batches of --batch-size")
-    add("--max-steps", type=int | None, help="optimizer steps to train for; with a dataset, at most its epochs")
-    add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
-    add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
-    add("--nodes", type=int, default=1, help="nodes with so many devices each; start the same command once on each")
-    add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
-    add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
-    add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
-    add(
-        "--resume",
-        type=bool | str,
-        default=False,
-        nargs="?",
-        const=True,
-        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path",
-    )
-    add(
-        "--restart",
-        type=bool,
-        default=False,
-        nargs="?",
-        const=True,
-        help="start the run directory afresh; what it held is kept as …-superseded-N",
-    )
-    add(
-        "--adapter",
-        type=bool,
-        default=False,
-        nargs="?",
-        const=True,
-        help="train a sample-size adapter on the backbone of --checkpoint",
-    )
-    add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
-    adapter = AdapterConfig()
-    add("--adapter-bottleneck", type=int, default=adapter.bottleneck, help="width of the adapter's gated branch")
-    add("--adapter-dropout", type=float, default=adapter.dropout, help="dropout in the adapter's gated branch")
-    add("--unfreeze-strategy", default=adapter.unfreeze_strategy, choices=["none", "ln", "lastN", "ln_lastN"],
-        help="backbone parameters that train beside the adapter")  # fmt: skip
-    add("--last-n", type=int, default=adapter.last_n, help="last blocks that lastN and ln_lastN unfreeze")
-    add("--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as its parent)")
-    add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
-    add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
-    add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
-    add("--out", type=str | None, help="publish the finished checkpoint here")
-    add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and end")
-    add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
-    for name, text in {
-        "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
-    }.items():  # fmt: skip
-        add(f"--{name}", type=int | None, help=f"{text} (default: the preset's)")
-    add("--dropout", type=float | None, help="dropout of the network (default: the preset's)")
-    add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
-    add("--start-token-in-prefix", type=bool | None, help="sources see the start token (published; default: as its parent)")
-    for field in dataclasses.fields(TrainingConfig):
-        add(
-            f"--{field.name.replace('_', '-')}",
-            type=str | bool | int if field.name == "precision" else field.type,  # YAML reads `no` and `16` as these
-            default=getattr(training, field.name),
-            help="see config/README.md",
-            **({"nargs": "?", "const": True} if field.type is bool else {}),
-        )
-    return parser
-
-
-def check_config_keys(argv: list[str], parser: jsonargparse.ArgumentParser) -> None:
-    """BadRequest with the nearest name for an unknown key in a --config file, or an unknown flag."""
-    known = {action.dest for action in parser._actions} - {"help", "config"}
-    flags = {option for action in parser._actions for option in action.option_strings}
-    for i, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        if flag.startswith("--") and flag not in flags:
-            raise BadRequest(f"unknown flag {flag}{nearest(flag, flags)}")
-        if flag == "--config":
-            for key in read_yaml(value or argv[min(i + 1, len(argv) - 1)]):
-                if key not in known:
-                    raise BadRequest(f"{value or argv[i + 1]}: unknown key '{key}'{nearest(key, known)}")
 
 
 def choose_devices(args) -> tuple[str, int | list[int]]:
@@ -167,95 +67,6 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
         has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
         raise BadRequest(f"{flag}, but {has}; leave the flag out, or use --devices 0 to train on the CPU")
     return "gpu", wanted
-
-
-def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
-    """Network and adapter of this run, checked against dataset and parent."""
-    is_adapter = args.adapter or args.resume_adapter is not None
-    explicit = {key: getattr(args, key) for key in OF_THE_NETWORK if getattr(args, key) is not None}
-    shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
-    if is_adapter and parent is not None:
-        shape["samples"] = parent.model.samples
-    network = dataclasses.replace(PRESETS[args.model], **(explicit | shape))
-    dataset = source_of(args)
-    check_missingness(f"--model {args.model}", network, dataset, manifest["missing"])
-    if parent is not None:
-        source = args.checkpoint or args.resume_adapter
-        theirs = {key: getattr(parent.model, key) for key in ("layers", "heads", "width")}
-        mine = {key: getattr(network, key) for key in theirs}
-        if mine != theirs:
-            flags = " ".join(f"--{key} {value}" for key, value in theirs.items())
-            raise BadRequest(
-                f"--model {args.model} has {mine}, but checkpoint {source} (preset {parent.record['preset']}) has {theirs}; "
-                f"choose its preset, or pass {flags}"
-            )
-        check_inheritance(
-            child=f"--model {args.model}",
-            network=network,
-            parent=source,
-            parent_network=parent.model,
-            dataset=dataset,
-            scales=manifest["scales"],
-            parent_scales=parent.record["dataset"]["scales"],
-            samples_in=manifest["samples"],
-            parent_samples_in=parent.model.samples if parent.adapter is None else parent.adapter.samples,
-            fresh_adapter=args.adapter and args.resume_adapter is None,
-            missing=manifest["missing"],
-        )
-        if network.window_size != parent.model.window_size:
-            print(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp", flush=True)
-    if not is_adapter:
-        return network, None
-    if args.adapter_samples is not None and args.adapter_samples != manifest["samples"]:
-        raise BadRequest(f"--adapter-samples {args.adapter_samples}, but dataset {dataset} has {manifest['samples']} samples")
-    check_adapter_samples(f"--model {args.model}", dataset, manifest["samples"], network.samples)
-    adapter = AdapterConfig(
-        samples=manifest["samples"],
-        bottleneck=args.adapter_bottleneck,
-        dropout=args.adapter_dropout,
-        unfreeze_strategy=args.unfreeze_strategy,
-        last_n=args.last_n,
-        overwrite_bin0=args.overwrite_bin0,
-    )
-    if args.resume_adapter is not None and parent.adapter.bottleneck != adapter.bottleneck:
-        raise BadRequest(
-            f"--adapter-bottleneck {adapter.bottleneck}, but {args.resume_adapter} has {parent.adapter.bottleneck}"
-        )
-    return network, adapter
-
-
-def read_parent(args):
-    """File and content of the checkpoint that the verb names, or (None, None); BadRequest when it is of the other sort."""
-    from cxt.checkpoint import find_checkpoint, read_checkpoint
-
-    if args.checkpoint is not None and args.resume_adapter is not None:
-        raise BadRequest("--checkpoint and --resume-adapter exclude each other")
-    if args.resume and args.restart:
-        raise BadRequest("--resume and --restart exclude each other")
-    if args.adapter and args.checkpoint is None and args.resume_adapter is None:
-        raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
-    source = args.checkpoint or args.resume_adapter
-    if source is None:
-        return None, None
-    path = find_checkpoint(source)
-    parent = read_checkpoint(path)
-    if args.checkpoint is not None and parent.adapter is not None:
-        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {source}")
-    if args.resume_adapter is not None and parent.adapter is None:
-        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {source} --adapter")
-    return path, parent
-
-
-def inherit(args, parent) -> None:
-    """Let weights of the published behaviour go on with it where no flag says otherwise, and say so."""
-    source = args.checkpoint or args.resume_adapter
-    if args.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
-        args.start_token_in_prefix = True
-        print(f"note: sources see the start token, as in {source}; --start-token-in-prefix false ends that", file=sys.stderr)
-    if args.overwrite_bin0 is None:
-        args.overwrite_bin0 = args.resume_adapter is not None and parent.adapter.overwrite_bin0
-        if args.overwrite_bin0:
-            print(f"note: the adapter overwrites bin 0, as in {source}; --overwrite-bin0 false ends that", file=sys.stderr)
 
 
 def settings_of(args) -> dict:

@@ -1,0 +1,107 @@
+"""The network of a run, and the checkpoint that it starts from: what the flags ask for against what dataset and parent are."""
+
+import dataclasses
+import sys
+
+from cxt.config import (
+    PRESETS,
+    AdapterConfig,
+    ModelConfig,
+    check_adapter_samples,
+    check_inheritance,
+    check_missingness,
+)
+from cxt.errors import BadRequest
+from cxt.source import source_of
+
+OF_THE_NETWORK = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
+"""Flags whose default is the preset's."""
+
+
+def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterConfig | None]:
+    """Network and adapter of this run, checked against dataset and parent."""
+    is_adapter = args.adapter or args.resume_adapter is not None
+    explicit = {key: getattr(args, key) for key in OF_THE_NETWORK if getattr(args, key) is not None}
+    shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
+    if is_adapter and parent is not None:
+        shape["samples"] = parent.model.samples
+    network = dataclasses.replace(PRESETS[args.model], **(explicit | shape))
+    dataset = source_of(args)
+    check_missingness(f"--model {args.model}", network, dataset, manifest["missing"])
+    if parent is not None:
+        source = args.checkpoint or args.resume_adapter
+        theirs = {key: getattr(parent.model, key) for key in ("layers", "heads", "width")}
+        mine = {key: getattr(network, key) for key in theirs}
+        if mine != theirs:
+            flags = " ".join(f"--{key} {value}" for key, value in theirs.items())
+            raise BadRequest(
+                f"--model {args.model} has {mine}, but checkpoint {source} (preset {parent.record['preset']}) has {theirs}; "
+                f"choose its preset, or pass {flags}"
+            )
+        check_inheritance(
+            child=f"--model {args.model}",
+            network=network,
+            parent=source,
+            parent_network=parent.model,
+            dataset=dataset,
+            scales=manifest["scales"],
+            parent_scales=parent.record["dataset"]["scales"],
+            samples_in=manifest["samples"],
+            parent_samples_in=parent.model.samples if parent.adapter is None else parent.adapter.samples,
+            fresh_adapter=args.adapter and args.resume_adapter is None,
+            missing=manifest["missing"],
+        )
+        if network.window_size != parent.model.window_size:
+            print(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp", flush=True)
+    if not is_adapter:
+        return network, None
+    if args.adapter_samples is not None and args.adapter_samples != manifest["samples"]:
+        raise BadRequest(f"--adapter-samples {args.adapter_samples}, but dataset {dataset} has {manifest['samples']} samples")
+    check_adapter_samples(f"--model {args.model}", dataset, manifest["samples"], network.samples)
+    adapter = AdapterConfig(
+        samples=manifest["samples"],
+        bottleneck=args.adapter_bottleneck,
+        dropout=args.adapter_dropout,
+        unfreeze_strategy=args.unfreeze_strategy,
+        last_n=args.last_n,
+        overwrite_bin0=args.overwrite_bin0,
+    )
+    if args.resume_adapter is not None and parent.adapter.bottleneck != adapter.bottleneck:
+        raise BadRequest(
+            f"--adapter-bottleneck {adapter.bottleneck}, but {args.resume_adapter} has {parent.adapter.bottleneck}"
+        )
+    return network, adapter
+
+
+def read_parent(args):
+    """File and content of the checkpoint that the verb names, or (None, None); BadRequest when it is of the other sort."""
+    from cxt.checkpoint import find_checkpoint, read_checkpoint
+
+    if args.checkpoint is not None and args.resume_adapter is not None:
+        raise BadRequest("--checkpoint and --resume-adapter exclude each other")
+    if args.resume and args.restart:
+        raise BadRequest("--resume and --restart exclude each other")
+    if args.adapter and args.checkpoint is None and args.resume_adapter is None:
+        raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
+    source = args.checkpoint or args.resume_adapter
+    if source is None:
+        return None, None
+    path = find_checkpoint(source)
+    parent = read_checkpoint(path)
+    if args.checkpoint is not None and parent.adapter is not None:
+        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {source}")
+    if args.resume_adapter is not None and parent.adapter is None:
+        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {source} --adapter")
+    return path, parent
+
+
+def inherit(args, parent) -> None:
+    """Let weights of the published behaviour go on with it where no flag says otherwise, and say so."""
+    source = args.checkpoint or args.resume_adapter
+    if args.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
+        args.start_token_in_prefix = True
+        print(f"note: sources see the start token, as in {source}; --start-token-in-prefix false ends that", file=sys.stderr)
+    if args.overwrite_bin0 is None:
+        args.overwrite_bin0 = args.resume_adapter is not None and parent.adapter.overwrite_bin0
+        if args.overwrite_bin0:
+            print(f"note: the adapter overwrites bin 0, as in {source}; --overwrite-bin0 false ends that", file=sys.stderr)
