@@ -10,23 +10,29 @@ from conftest import constant_scenario
 from cxt.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
 from cxt.config import ModelConfig
-from cxt.decode import decode, posterior_mean, posterior_quantile
+from cxt.decode import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest
 from cxt.evaluate import (
+    BASELINE_WIDTHS,
     accessible_bases,
     best_window,
     clustered_error,
     differences,
     evaluate,
     heterozygosity_estimate,
-    pearson_per_pair,
+    overall,
+    score,
     table,
 )
+from cxt.figures import draw_scatter
+from cxt.jsontext import json_text
 from cxt.kinds import simulate_one
+from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.scenarios import EVALUATION_START, leaves
 from cxt.simulate import write_batch
 from cxt.targets import Grid
+from cxt.validation import DecodedItems
 
 SPEC = leaves("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
@@ -46,7 +52,7 @@ def test_baseline_against_loops(mask, masked):
     haplotypes = few.genotype_matrix()
     found = differences(entry, window_size=1000, windows=20)
     bases = accessible_bases(entry, window_size=1000, windows=20)
-    estimate = heterozygosity_estimate(entry, 5, window_size=1000, windows=20)
+    estimate = heterozygosity_estimate(entry, 5, window_size=1000, windows=20, constant=10.0)
     for p, (a, b) in enumerate(entry.pairs):
         sites = [
             int(position // 1000)
@@ -58,7 +64,8 @@ def test_baseline_against_loops(mask, masked):
             near = range(max(0, k - 2), min(20, k + 3))
             d = sum(sites.count(w) for w in near)
             length = sum(int((~crop[w * 1000 : (w + 1) * 1000]).sum()) for w in near)
-            assert estimate[p, k] == pytest.approx(np.log((d + 0.5) / (2 * 1.29e-8 * length)))
+            prior = 0.5 / (2 * 1.29e-8 * np.exp(10.0))  # bases on which half a difference is expected
+            assert estimate[p, k] == pytest.approx(np.log((d + 0.5) / (2 * 1.29e-8 * (length + prior))))
     assert bases.sum() == (~crop).sum()
 
 
@@ -67,10 +74,68 @@ def test_best_window_is_the_best():
     best = best_window(entries, window_size=1000, windows=20)
     truth = np.concatenate([e.log_tmrca for e in entries])
     for width in (1, 3, 9, 25):
-        estimate = np.concatenate([heterozygosity_estimate(e, width, window_size=1000, windows=20) for e in entries])
+        estimate = np.concatenate(
+            [heterozygosity_estimate(e, width, window_size=1000, windows=20, constant=truth.mean()) for e in entries]
+        )
         assert best["mse"] <= ((estimate - truth) ** 2).mean() + 1e-12
         assert best["r"] >= pearson_per_pair(truth, estimate) - 1e-12
     assert best["mse_width"] % 1000 == 0
+
+
+def test_baseline_takes_the_constant_where_nothing_is_accessible():
+    hidden = np.zeros(20_000, bool)
+    hidden[5000:12_000] = True
+    entries = [preprocess_one(simulate_one(SPEC, index=i, seed=1), SHAPE, mask=hidden) for i in range(4)]
+    truth = np.concatenate([e.log_tmrca for e in entries])
+    estimate = heterozygosity_estimate(entries[0], 1, window_size=1000, windows=20, constant=truth.mean())
+    np.testing.assert_allclose(estimate[:, 5:12], truth.mean())
+    assert (estimate < truth.mean() + 3).all()  # half a difference on one base would be 17
+    widths = [w for w in BASELINE_WIDTHS if w // 2 < 20]
+    plain = min(np.mean([(plain_estimate(e, w, constant=truth.mean()) - e.log_tmrca) ** 2 for e in entries]) for w in widths)
+    assert best_window(entries, window_size=1000, windows=20)["mse"] == pytest.approx(plain)
+
+
+def plain_estimate(entry, width, *, constant):
+    """The baseline of a 20 kb entry with a mask, window by window from the packed haplotypes."""
+    bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
+    result = np.empty((len(entry.pairs), 20))
+    for p, (a, b) in enumerate(entry.pairs):
+        for k in range(20):
+            low, high = max(0, k - width // 2) * 1000, min(20, k + width // 2 + 1) * 1000
+            d = sum(low <= at < high and row[a] != row[b] for at, row in zip(entry.positions, bits, strict=True))
+            bases = sum(not hidden for hidden in entry.mask[low:high])
+            theta = 2 * entry.mutation_rate
+            result[p, k] = np.log((d + 0.5) / (theta * (bases + 0.5 / (theta * np.exp(constant)))))
+    return result
+
+
+def test_what_is_not_known_is_null(tmp_path):
+    entry = preprocess_one(simulate_one(SPEC, index=1, seed=1), SHAPE)
+    entry.log_tmrca = np.full_like(entry.log_tmrca, 9.5)  # a pair of one tree: nothing to correlate with
+    truth = entry.log_tmrca[None]
+    flat = score(truth, truth + 0.1, truth, truth + 1, [entry], window_size=1000, windows=20)
+    assert flat["r"] is flat["mse_se"] is flat["baseline"]["heterozygosity"]["r"] is None
+    both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1}}
+    assert overall(both)["r"] == 0.5
+    result = {"checkpoint": "x", "scenarios": both, "overall": overall({"flat": flat})}
+    assert json.loads(json_text(result), parse_constant=pytest.fail) == result
+    (row,) = [line for line in table([result]).splitlines() if "| flat" in line]
+    assert [cell.strip() for cell in row.split("|")][3:6] == ["0.010", "-", "-"]
+    draw_scatter(dict.fromkeys(both, (truth, truth + 0.1, truth, truth + 1)), tmp_path / "s.png", title="x", scenarios=both)
+    assert (tmp_path / "s.png").stat().st_size > 1000
+
+
+def test_training_and_evaluation_mean_the_same_by_r():
+    items = DecodedItems.__new__(DecodedItems)
+    rng = np.random.default_rng(1)
+    items.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
+    mean = items.truth + rng.normal(size=(6, 20))
+    scores = items.scores(Posterior(mean, mean, mean))
+    by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(items.truth, mean, strict=True)]
+    assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(items.truth, mean))
+    assert abs(scores["val_r"] - np.corrcoef(items.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
+    items.truth = np.ones((6, 20))
+    assert scores.keys() - items.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
 
 
 def test_metrics():

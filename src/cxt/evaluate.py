@@ -18,8 +18,10 @@ import numpy as np
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 from cxt.lineage import digest
 from cxt.masks import read_mask
+from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.simulate import read_batch
 from cxt.store import Entry
@@ -50,10 +52,12 @@ def accessible_bases(entry: Entry, *, window_size: int, windows: int) -> np.ndar
     return (~entry.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
 
 
-def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windows: int) -> np.ndarray:
-    """ln((d + 1/2) / (2 mu l)) with d differences on l accessible bases in *width* windows around each: (pairs, windows).
+def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windows: int, constant: float) -> np.ndarray:
+    """ln((d + 1/2) / (2 mu (l + l0))), d differences on l accessible bases in *width* windows around each: (pairs, windows).
 
-    Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm.
+    Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm, and the l0 bases on
+    which half a difference is expected, l0 = 1/2 / (2 mu exp(*constant*)), so that few bases say little: where none is
+    accessible, the estimate is *constant*, the ln TMRCA that one would take without any data.
     """
     half = width // 2
     left = np.maximum(np.arange(windows) - half, 0)
@@ -64,35 +68,41 @@ def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windo
         return cumulative[..., right] - cumulative[..., left]
 
     found = summed(differences(entry, window_size=window_size, windows=windows))
-    bases = np.maximum(summed(accessible_bases(entry, window_size=window_size, windows=windows)), 1.0)
-    return np.log((found + 0.5) / (2 * entry.mutation_rate * bases))
-
-
-def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
-    """Mean over pairs of Pearson's r along the windows; pairs without variation in either are left out."""
-    t = truth - truth.mean(axis=-1, keepdims=True)
-    e = estimate - estimate.mean(axis=-1, keepdims=True)
-    norm = np.sqrt((t**2).sum(-1) * (e**2).sum(-1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = (t * e).sum(-1) / norm
-    r = r[norm > 1e-12]
-    return float(r.mean()) if r.size else float("nan")
+    bases = summed(accessible_bases(entry, window_size=window_size, windows=windows))
+    return np.log((found + 0.5) / (2 * entry.mutation_rate * bases + 0.5 * np.exp(-constant)))
 
 
 def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict:
-    """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own."""
+    """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own.
+
+    It knows the best constant as well, the mean true ln TMRCA of these pairs, and falls back to it where there are few bases.
+    """
     truth = np.concatenate([entry.log_tmrca for entry in entries])
-    result = {"mse": np.inf, "r": -np.inf}
+    constant = float(truth.mean())
+    result = {"mse": np.inf, "mse_width": None, "r": None, "r_width": None}
     for width in (w for w in BASELINE_WIDTHS if w == 1 or w // 2 < windows):
         estimate = np.concatenate(
-            [heterozygosity_estimate(entry, width, window_size=window_size, windows=windows) for entry in entries]
+            [
+                heterozygosity_estimate(entry, width, window_size=window_size, windows=windows, constant=constant)
+                for entry in entries
+            ]
         )
-        mse, r = float(((estimate - truth) ** 2).mean()), pearson_per_pair(truth, estimate)
+        mse, r = float(((estimate - truth) ** 2).mean()), known(pearson_per_pair(truth, estimate))
         if mse < result["mse"]:
             result |= {"mse": mse, "mse_width": width * window_size}
-        if r > result["r"]:
+        if r is not None and (result["r"] is None or r > result["r"]):
             result |= {"r": r, "r_width": width * window_size}
     return result
+
+
+def known(value: float) -> float | None:
+    """None for a figure that is NaN: a correlation where nothing varies, an error of one simulation."""
+    return None if np.isnan(value) else value
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure in a table or a line; "-" if it is not known."""
+    return "-" if value is None else format(value, form)
 
 
 def clustered_error(errors: np.ndarray) -> float:
@@ -102,15 +112,18 @@ def clustered_error(errors: np.ndarray) -> float:
 
 
 def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
-    """All figures of one leaf scenario; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA."""
+    """All figures of one leaf scenario; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+
+    None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
+    """
     squared = (mean - truth) ** 2
     constant = (truth - truth.mean()) ** 2
     return {
         "simulations": len(entries),
         "pairs": int(truth.shape[0] * truth.shape[1]),
         "mse": float(squared.mean()),
-        "mse_se": clustered_error(squared),
-        "r": pearson_per_pair(truth, mean),
+        "mse_se": known(clustered_error(squared)),
+        "r": known(pearson_per_pair(truth, mean)),
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
         "baseline": {
@@ -214,7 +227,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
         tracks[name] = (truth, mean, low, high)
         figures = scenarios[name]
         progress(
-            f"{path}, {name}: MSE {figures['mse']:.3f} ± {figures['mse_se']:.3f}, r {figures['r']:.3f} "
+            f"{path}, {name}: MSE {figures['mse']:.3f} ± {shown(figures['mse_se'], '.3f')}, r {shown(figures['r'], '.3f')} "
             f"({time.monotonic() - began:.0f} s)"
         )
     result = {
@@ -229,11 +242,12 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
 
 
 def overall(scenarios: dict) -> dict:
-    """Means over scenarios, each counted once, of the MSEs of model and baselines and of r and coverage."""
+    """Means over scenarios, each counted once, of the MSEs of model and baselines and of coverage and, where known, r."""
     rows = list(scenarios.values())
+    correlations = [row["r"] for row in rows if row["r"] is not None]
     return {
         "mse": float(np.mean([row["mse"] for row in rows])),
-        "r": float(np.nanmean([row["r"] for row in rows])),
+        "r": float(np.mean(correlations)) if correlations else None,
         "coverage95": float(np.mean([row["coverage95"] for row in rows])),
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
         "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
@@ -251,12 +265,12 @@ def table(results: list[dict]) -> str:
                     result["checkpoint"],
                     name,
                     f"{figures['mse']:.3f}",
-                    f"{figures['mse_se']:.3f}",
-                    f"{figures['r']:.3f}",
+                    shown(figures["mse_se"], ".3f"),
+                    shown(figures["r"], ".3f"),
                     f"{figures['bias']:+.3f}",
                     f"{figures['coverage95']:.1%}",
                     f"{window['mse']:.3f}",
-                    f"{window['r']:.3f}",
+                    shown(window["r"], ".3f"),
                     f"{constant['mse']:.3f}",
                 )
             )
@@ -267,7 +281,7 @@ def table(results: list[dict]) -> str:
                 "mean",
                 f"{mean['mse']:.3f}",
                 "",
-                f"{mean['r']:.3f}",
+                shown(mean["r"], ".3f"),
                 "",
                 f"{mean['coverage95']:.1%}",
                 f"{mean['heterozygosity_mse']:.3f}",
@@ -288,7 +302,7 @@ def table(results: list[dict]) -> str:
 def read_result(path: Path) -> dict:
     """One evaluation's JSON; BadRequest if it is not there or damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:
         raise BadRequest(f"evaluation {path} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
@@ -346,7 +360,7 @@ def main() -> None:
 
     draw_tracks(tracks, f"{args.figures}-tracks.png", title=result["checkpoint"], window_size=spec["window_size"])
     draw_scatter(tracks, f"{args.figures}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
-    atomic_write(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    atomic_write(args.out, json_text(result).encode())
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
     panels = (
         ("loss", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
-        ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation", TRUTH))),
+        ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation along a pair", TRUTH))),
         ("learning rate", (("lr", "", ESTIMATE),)),
         ("gradient norm before clipping", (("grad_norm", "", ESTIMATE),)),
     )
@@ -101,7 +101,8 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
         high = max(truth.max(), mean.max())
         axis.hexbin(truth.ravel(), mean.ravel(), gridsize=50, bins="log", cmap="Blues", extent=(low, high, low, high), mincnt=1)
         axis.plot([low, high], [low, high], color=TRUTH, lw=0.8)
-        axis.set_title(f"{name}\nMSE {scenarios[name]['mse']:.3f}, r {scenarios[name]['r']:.3f}", fontsize=9)
+        r = scenarios[name]["r"]
+        axis.set_title(f"{name}\nMSE {scenarios[name]['mse']:.3f}, r {'-' if r is None else f'{r:.3f}'}", fontsize=9)
         axis.set_aspect("equal")
     for axis in axes.flat[len(tracks) :]:
         axis.set_visible(False)

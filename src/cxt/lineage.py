@@ -45,6 +45,7 @@ STAGE_SOURCES = {
         "sampling.py",
         "generation.py",
         "decode.py",
+        "metrics.py",
         "evaluate.py",
     ),
 }

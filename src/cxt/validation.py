@@ -14,6 +14,7 @@ from cxt.checkpoint import write_checkpoint
 from cxt.decode import Posterior, decode
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
+from cxt.metrics import pearson_per_pair
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog
 from cxt.targets import SPECIAL_TOKENS, Grid
@@ -42,13 +43,13 @@ class DecodedItems:
         )
 
     def scores(self, posterior: Posterior) -> dict[str, float]:
-        """Mean squared error and correlation of the posterior mean of ln TMRCA over all windows."""
-        truth, mean = self.truth.ravel(), posterior.mean.ravel()
-        varies = truth.std() > 0 and mean.std() > 0
-        return {
-            "val_mse": float(np.mean((mean - truth) ** 2)),
-            "val_r": float(np.corrcoef(truth, mean)[0, 1]) if varies else 0.0,
-        }
+        """`val_mse` and `val_r` of the posterior mean of ln TMRCA: what an evaluation calls `mse` and `r`.
+
+        `val_r` is left out if no item varies along its windows.
+        """
+        values = {"val_mse": float(np.mean((posterior.mean - self.truth) ** 2))}
+        r = pearson_per_pair(self.truth, posterior.mean)
+        return values if math.isnan(r) else values | {"val_r": r}
 
 
 class Validation(Callback):
@@ -82,7 +83,8 @@ class Validation(Callback):
                 values |= self.items.scores(self.items.decoded(module.model, seed=self.seed, device=module.device))
         self.training_log.validated(trainer, values)
         if trainer.is_global_zero:
-            decoded = f", decoded: MSE {values['val_mse']:.3f}, r {values['val_r']:.3f}" if "val_mse" in values else ""
+            decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
+            decoded += f", r {values['val_r']:.3f}" if "val_r" in values else ""
             print(f"{self.name}: step {step}, validation loss {loss:.4f}{decoded}", flush=True)
         if loss < self.best["loss"]:
             self.best |= {"loss": loss, "step": step}
