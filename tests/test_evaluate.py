@@ -149,6 +149,8 @@ def test_metrics():
         [np.corrcoef(t, e)[0, 1] for t, e in zip(truth[1:].reshape(-1, 50), estimate[1:].reshape(-1, 50), strict=True)]
     )
     assert pearson_per_pair(truth, estimate) == pytest.approx(part)
+    truth[0] += 1e-13 * rng.normal(size=(4, 50))  # nor those that vary by rounding, whatever the scale of the estimate
+    assert pearson_per_pair(truth, 1000 * estimate) == pytest.approx(part)
     errors = rng.random((5, 4, 50))
     means = errors.mean(axis=(1, 2))
     assert clustered_error(errors) == pytest.approx(means.std(ddof=1) / np.sqrt(5))
