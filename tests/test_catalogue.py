@@ -12,9 +12,10 @@ import stdpopsim
 from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
 from cxt import catalogue
-from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map
+from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, simulated_contig
 from cxt.errors import BadRequest
 from cxt.kinds import check_leaf, simulate_one
+from cxt.scenarios import EngineSeeds, engine_seeds
 
 SPEC = {
     "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,
@@ -71,7 +72,10 @@ def test_map_is_used(cache):
         assert about["left"] >= 5_000_000  # never where it has no rate
         assert ts.sequence_length == 1_000_000
         assert about["stdpopsim"] == stdpopsim.__version__
-    where = {bool(simulate_one(SPEC, index=i, seed=1).metadata["cxt"]["left"] < 9_000_000): i for i in range(40)}
+    lefts = {i: simulate_one(SPEC, index=i, seed=1).metadata["cxt"]["left"] for i in range(40)}
+    where = {
+        fast: next(i for i in lefts if (lefts[i] < 9_000_000 if fast else lefts[i] >= 10_000_000)) for fast in (True, False)
+    }
     fast, slow = simulate_one(SPEC, index=where[True], seed=1), simulate_one(SPEC, index=where[False], seed=1)
     assert fast.num_trees > slow.num_trees + 2 * np.sqrt(slow.num_trees)
     assert simulate_one(SPEC | {"ancestry_model": "smc_prime"}, index=where[True], seed=1).num_trees > slow.num_trees
@@ -88,11 +92,12 @@ def test_segments_by_hand(cache):
         assert not np.isnan(rates.get_rate(np.linspace(left, left + 999_999, 50))).any()
 
 
-def test_map_without_a_segment(cache, monkeypatch):
+def test_map_without_a_segment(cache):
     put_map_into(cache)
-    monkeypatch.setattr(catalogue, "DRAWS", 50)
-    with pytest.raises(BadRequest, match="50 random segments of 29000000 bp were tried"):
-        simulate_one(SPEC | {"sequence_length": 29_000_000}, index=0, seed=1)
+    longest = SPEC | {"sequence_length": 20_000_000}
+    assert catalogue.draw_segment(longest, np.random.default_rng(1))[:2] == ("1", 5_000_000)
+    with pytest.raises(BadRequest, match="covers no stretch of 20000001 bp; the longest, on chromosome 1, has 20000000 bp"):
+        simulate_one(SPEC | {"sequence_length": 20_000_001}, index=0, seed=1)
 
 
 def test_map_that_is_not_cached(cache):
@@ -291,11 +296,14 @@ def test_sizes_and_rates_are_the_catalogues():
         about["chromosome"], left=about["left"], right=about["left"] + 50_000, mutation_rate=model.mutation_rate
     )
     assert about["mutation_rate"] == contig.mutation_rate
-    from cxt.scenarios import unique_seed
-
-    seed = unique_seed(seed=1, spec=spec, index=1)
-    direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=seed).trim()
-    assert direct.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
+    assert about["recombination_rate"] == pytest.approx(species.genome.get_chromosome(about["chromosome"]).recombination_rate)
+    # The engine draws two seeds from its one; with these, ours makes the same.
+    seeds = EngineSeeds(*np.random.default_rng(7).integers(1, 2**31 - 1, size=2))
+    direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=7)
+    assert direct.tables.equals(simulated_contig(model, contig, about["samples"], seeds).tables, ignore_provenance=True)
+    seeds = engine_seeds(seed=1, spec=spec, index=1)
+    again = simulated_contig(model, contig, about["samples"], seeds).trim()
+    assert again.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
     assert sum(about["samples"].values()) == 4
 
 

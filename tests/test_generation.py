@@ -9,6 +9,7 @@ from conftest import GOLDEN
 
 from cxt import load_model
 from cxt.adapter import build_model
+from cxt.errors import BadRequest
 from cxt.generation import Decoder
 from cxt.sampling import draw, limited_to, uniforms
 
@@ -136,8 +137,23 @@ def test_uniform_numbers():
         first, second = np.delete(centred, 0, axis=axis), np.delete(centred, -1, axis=axis)
         assert abs((first * second).mean()) * 12 < 5 / first.size**0.5
     assert abs((centred * (uniforms(8, range(100), replicates=20, windows=50) - 0.5)).mean()) * 12 < 5 / centred.size**0.5
-    large = uniforms(2**80 + 7, range(2), replicates=2, windows=2)
-    assert np.array_equal(large, uniforms(7, range(2), replicates=2, windows=2))
+
+
+def test_uniform_numbers_of_seeds_and_items():
+    """No seed's items are another seed's, however close the two: (1, 5) and (2, 4) once had the same numbers."""
+    seeds = [0, 1, 2, 3, 2**32, 2**32 + 1, 2**63 - 1]
+    grid = np.stack([uniforms(seed, range(64), replicates=8, windows=32) for seed in seeds])
+    assert np.unique(grid).size == grid.size
+    flat = grid.reshape(len(seeds) * 64, -1) - 0.5  # one row for each (seed, item)
+    correlations = np.corrcoef(flat)[np.triu_indices(len(flat), 1)]
+    assert abs(correlations).max() < 6.5 / flat.shape[1] ** 0.5  # of 100 128, normal with that standard deviation
+    assert abs(correlations.mean()) < 5 / (correlations.size * flat.shape[1]) ** 0.5
+    counts, _ = np.histogram(grid, bins=100, range=(0, 1))
+    expected = grid.size / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 160  # chi-square of 99 degrees of freedom: 1e-4
+    for seed in (-1, 10**29, 2**63, 1.5, None):
+        with pytest.raises(BadRequest, match="seed is .*, expected .* 9223372036854775807"):
+            uniforms(seed, [0], replicates=1, windows=1)
 
 
 def test_drawing():

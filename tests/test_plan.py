@@ -6,7 +6,6 @@ import re
 import msprime
 import numpy as np
 import pytest
-import stdpopsim
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt import catalogue
@@ -17,10 +16,10 @@ from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, me
 from cxt.errors import BadRequest
 from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.jobs import dataset_spec, leaf_of, leaves_of
-from cxt.kinds import KINDS
+from cxt.kinds import KINDS, simulate_one
 from cxt.plan import plan, use_devices
-from cxt.scenarios import EVALUATION_START, leaves, random_generator, unique_seed
 from cxt.scenarios import batches as batches_of
+from cxt.scenarios import leaves
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -102,7 +101,7 @@ def test_published_leaves(paper):
 
 
 def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
-    """{(leaf, index): seeds handed to msprime or to stdpopsim's engine} for every simulation, without simulating any."""
+    """{(leaf, index): seeds handed to msprime for ancestry and mutations} for every simulation, without simulating any."""
 
     class Stop(Exception):
         pass
@@ -110,13 +109,12 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     caught: list[int] = []
 
     def catch(*args, **kwargs):
-        caught.append(kwargs.get("random_seed", kwargs.get("seed")))
-        if len(caught) == 2 or "seed" in kwargs:
+        caught.append(kwargs["random_seed"])
+        if len(caught) == 2:
             raise Stop
 
     for name in ("sim_ancestry", "sim_mutations"):
         monkeypatch.setattr(msprime, name, catch)
-    monkeypatch.setattr(type(stdpopsim.get_engine("msprime")), "simulate", catch)
     monkeypatch.setattr(catalogue, "mapped_autosomes", catalogue.autosomes)  # the maps taken as present
     monkeypatch.setattr(catalogue, "_rates", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
@@ -124,25 +122,20 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     for leaf in leaves_of(config, sorted(names)):
         for index in range(leaf.simulations):
             caught.clear()
-            rng = random_generator(seed=config["seed"], spec=leaf.spec, index=index, purpose="simulate")
-            alone = {"seed": unique_seed(seed=config["seed"], spec=leaf.spec, index=index)} if "species" in leaf.spec else {}
             with pytest.raises(Stop):
-                KINDS[leaf.spec["kind"]].simulate(leaf.spec, rng, **alone)
+                simulate_one(leaf.spec, index=index, seed=config["seed"])
             result[leaf.name, index] = tuple(caught)
     return result
 
 
 def test_no_two_simulations_share_seeds(paper, monkeypatch):
-    """All 33 790: (ancestry, mutation) pairs of msprime; the engine's one seed within its scenario."""
+    """All 33 790: msprime's two seeds, of which each comes once in a leaf, and no pair comes twice."""
     seeds = seeds_of(paper, monkeypatch)
     assert len(seeds) == 33_790
-    pairs = [pair for pair in seeds.values() if len(pair) == 2]
-    assert len(pairs) == 18_750
-    assert len(set(pairs)) == len(pairs)
-    alone = [(leaf, seed[0]) for (leaf, _), seed in seeds.items() if len(seed) == 1]
-    assert len(alone) == 15_040
-    assert len(set(alone)) == len(alone)
-    assert all(1 <= s < 2**32 for seed in seeds.values() for s in seed)
+    assert len(set(seeds.values())) == len(seeds)
+    for place in (0, 1):
+        assert len({(leaf, pair[place]) for (leaf, _), pair in seeds.items()}) == len(seeds)
+    assert all(1 <= s < 2**32 for pair in seeds.values() for s in pair)
 
 
 def test_seeds_stay_when_scenarios_come_and_go(monkeypatch):
@@ -159,17 +152,6 @@ def test_seeds_stay_when_scenarios_come_and_go(monkeypatch):
     after = seeds_of(config, monkeypatch)
     assert len(after) == len(before) + 20 + 10
     assert all(after[key] == seeds for key, seeds in before.items())
-
-
-def test_unique_seeds_are_unique_by_construction():
-    """The map from index to seed is affine modulo 2^32 - 1 with a factor that is prime to it."""
-    spec = {"name": "x"}
-    assert np.gcd(2654435761, 2**32 - 1) == 1
-    first = unique_seed(seed=1, spec=spec, index=0)
-    for index in (1, 2, 12_345, EVALUATION_START, EVALUATION_START + 999_999):
-        assert (unique_seed(seed=1, spec=spec, index=index) - first - 2654435761 * index) % (2**32 - 1) == 0
-    others = [unique_seed(seed=2, spec=spec, index=0), unique_seed(seed=1, spec={"name": "y"}, index=0)]
-    assert len({first, *others}) == 3
 
 
 def test_flops_by_counting():

@@ -34,6 +34,7 @@ from cxt.jobs import run_directory
 from cxt.rundir import RunDirectory, take_lock
 from cxt.runlog import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.saves import saves_of
+from cxt.seeds import torch_seed
 from cxt.train import plan_of
 from cxt.training import learning_rate_factor, parameter_groups
 from cxt.validation import Validation
@@ -495,7 +496,7 @@ def plain_losses(dataset, arguments) -> list[float]:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning_rate_factor(len(losses), training, total_steps=plan.total_steps)
             for chosen in window:
-                torch.manual_seed((training.seed * 1_000_003 + number) * 1009)
+                torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
                 number += 1
                 counts, missing, tokens = items.batch(chosen)
                 loss = model.loss(model_input(counts, missing), tokens) / training.grad_accum

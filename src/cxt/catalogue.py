@@ -7,6 +7,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
+import math
 import sys
 import types
 import warnings
@@ -17,18 +18,15 @@ import numpy as np
 import tskit
 
 from cxt.demographies import Simulated, ancestry_model
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write
-from cxt.scenarios import scenario_of
+from cxt.scenarios import EngineSeeds, scenario_of
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
 """Catalogue models built around ancient samples, which the published training set leaves out."""
 
 SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
 """Sex chromosomes whose names in the catalogue do not say so: X of the anole, X of the stickleback, Z of the butterfly."""
-
-DRAWS = 10_000
-"""Segments that are tried before a genetic map is said to have none of the length asked for."""
 
 
 @functools.cache
@@ -195,14 +193,62 @@ def write_record(spec: dict, path) -> None:
     atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
 
 
+def read_map(path, *, length: float) -> msprime.RateMap:
+    """The map of a chromosome of *length* bp from a HapMap file: position and rate (cM/Mb) in its second and third column.
+
+    The rate is missing (NaN) before the first position and beyond the last, and where nothing recombines before the first rate
+    above 0 or after the last one: there the map has no data, though its file may say 0.
+
+    Raises
+    ------
+    BadRequest
+        If the file cannot be read, or is no such map.
+    """
+
+    def damaged(reason: str) -> BadRequest:
+        return BadRequest(
+            f"genetic map {path}: {reason}; expected a header line, then lines of chromosome, position (bp), rate (cM/Mb) and "
+            f"map position. Delete {Path(path).parent}, and the map is fetched again"
+        )
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input contained no data.*")
+            table = np.loadtxt(path, skiprows=1, usecols=(1, 2), ndmin=2, encoding="utf-8")
+    except OSError as error:
+        raise damaged(f"cannot be read ({error.strerror or error})") from None
+    except (ValueError, IndexError) as error:  # a line without such columns, or with words in them; not text
+        raise damaged(f"is not a table of numbers ({first_line(error)})") from None
+    if len(table) < 2:
+        raise damaged(f"has {len(table)} lines with a position, expected at least 2")
+    position, rate = table.T
+    if not np.isfinite(table).all():
+        raise damaged("holds NaN or infinite numbers")
+    if position[0] < 0 or (np.diff(position) <= 0).any():
+        raise damaged("its positions are negative, or not in rising order")
+    if (rate < 0).any():
+        raise damaged(f"holds a negative rate, {rate.min():g} cM/Mb")
+    if rate[-1] != 0:
+        raise damaged(f"its last line has the rate {rate[-1]:g} cM/Mb, which has no end; it may be cut")
+    (known,) = np.nonzero((rate > 0) & (position < length))
+    if not known.size:
+        raise damaged(f"has no rate above 0 within the {length:.0f} bp of the chromosome")
+    position = np.minimum(position[known[0] : known[-1] + 2], length)
+    rate = rate[known[0] : known[-1] + 1] / 1e8  # per bp
+    if position[0] > 0:
+        position, rate = np.insert(position, 0, 0), np.insert(rate, 0, np.nan)
+    if position[-1] < length:
+        position, rate = np.append(position, length), np.append(rate, np.nan)
+    return msprime.RateMap(position=position, rate=rate)
+
+
 @functools.lru_cache(maxsize=64)
 def _rates(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
     """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
-    found = catalogue().get_species(species).get_genetic_map(name)
-    # stdpopsim would put a flat map in the place of one that is not there, with a warning.
-    if not (found.map_cache_dir / found.file_pattern.format(id=chromosome)).is_file():
-        return None
-    return found.get_chromosome_map(chromosome)
+    genome = catalogue().get_species(species)
+    found = genome.get_genetic_map(name)
+    path = found.map_cache_dir / found.file_pattern.format(id=chromosome)
+    return read_map(path, length=genome.genome.get_chromosome(chromosome).length) if path.is_file() else None
 
 
 def mapped_autosomes(spec: dict) -> list:
@@ -219,31 +265,39 @@ def mapped_autosomes(spec: dict) -> list:
     return covered
 
 
-def _covers(rates: msprime.RateMap, left: int, right: int) -> bool:
-    """Whether the map has a rate everywhere in [left, right)."""
-    inside = (rates.left < right) & (rates.right > left)
-    return not np.isnan(rates.rate[inside]).any()
+def _covered(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
+    """Left and right end, whole bp, of the part of a chromosome that its map has rates of."""
+    (known,) = np.nonzero(~rates.missing)
+    return math.ceil(rates.left[known[0]]), min(math.floor(rates.right[known[-1]]), int(chromosome.length))
 
 
 def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprime.RateMap | None]:
-    """(chromosome, left end, genetic map or None): uniform, with a map drawn again until it has rates everywhere."""
+    """(chromosome, left end, genetic map or None): uniform; with a map, within the part of a chromosome that it covers.
+
+    Raises
+    ------
+    BadRequest
+        If the map is not there, is damaged, or covers no part as long as the segment.
+    """
     length = spec["sequence_length"]
-    mapped = "genetic_map" in spec
-    candidates = mapped_autosomes(spec) if mapped else autosomes(spec)
-    for _ in range(DRAWS):
-        chromosome = candidates[rng.integers(len(candidates))]
-        left = int(rng.integers(0, int(chromosome.length) - length + 1))
-        rates = _rates(spec["species"], spec["genetic_map"], chromosome.id) if mapped else None
-        if rates is None or _covers(rates, left, left + length):
-            return chromosome.id, left, rates
-    raise BadRequest(
-        f"scenario '{spec['name']}': {DRAWS} random segments of {length} bp were tried, and the genetic map "
-        f"{spec['genetic_map']} has rates throughout none of them; lower sequence_length"
-    )
+    if "genetic_map" in spec:
+        mapped = [(c, _rates(spec["species"], spec["genetic_map"], c.id)) for c in mapped_autosomes(spec)]
+        places = [(chromosome.id, *_covered(chromosome, rates), rates) for chromosome, rates in mapped]
+    else:
+        places = [(chromosome.id, 0, int(chromosome.length), None) for chromosome in autosomes(spec)]
+    long_enough = [place for place in places if place[2] - place[1] >= length]
+    if not long_enough:
+        name, left, right, _ = max(places, key=lambda place: place[2] - place[1])
+        raise BadRequest(
+            f"scenario '{spec['name']}': the genetic map {spec['genetic_map']} covers no stretch of {length} bp; "
+            f"the longest, on chromosome {name}, has {right - left} bp: lower sequence_length"
+        )
+    name, left, right, rates = long_enough[rng.integers(len(long_enough))]
+    return name, int(rng.integers(left, right - length + 1)), rates
 
 
-def stdpopsim_segment(spec: dict, rng: np.random.Generator, *, seed: int) -> Simulated:
-    """A random segment under a random model; the engine's one *seed* must be unique within the scenario."""
+def stdpopsim_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator) -> Simulated:
+    """A random segment under a random model."""
     stdpopsim = catalogue()
     species = get_species(spec)
     models = catalogue_models(spec)
@@ -265,38 +319,40 @@ def stdpopsim_segment(spec: dict, rng: np.random.Generator, *, seed: int) -> Sim
         # Published recipe: the catalogue model's mutation rate with the chromosome's recombination rate.
         warnings.filterwarnings("ignore", message=".*demographic model has .* rate.*")
         contig = species.get_contig(chromosome, left=left, right=right, mutation_rate=rate)
-        if rates is not None:
-            # As get_contig does, which would read the map's file again for every simulation.
-            contig.recombination_map = rates.slice(left=left, right=right)
-        if spec.get("ancestry_model") == "smc_prime":
-            ts = _smc_prime(model, contig, samples, spec, seed)
-        else:
-            ts = stdpopsim.get_engine("msprime").simulate(model, contig, samples, seed=seed)
+    if rates is not None:
+        # As get_contig does, which would read the map's file again for every simulation.
+        contig.recombination_map = rates.slice(left=left, right=right)
     made = {
         "model": name,
         "chromosome": chromosome,
         "left": left,
         "samples": samples,
         "mutation_rate": contig.mutation_rate,
+        "recombination_rate": float(contig.recombination_map.mean_rate),
         "stdpopsim": stdpopsim.__version__,
     }
-    tables = ts.dump_tables()
+    if model.recombination_rate is not None:
+        made["model_recombination_rate"] = model.recombination_rate
+    tables = simulated_contig(model, contig, samples, seeds, ancestry_model=ancestry_model(spec)).dump_tables()
     tables.trim()
     return tables, made
 
 
-def _smc_prime(model, contig, samples: dict, spec: dict, seed: int) -> tskit.TreeSequence:
-    """What stdpopsim's engine does, with SMC(k): its own choice of models has only msprime's old, slow SMC'."""
-    seeds = np.random.default_rng(seed).integers(1, 2**31 - 1, size=2)
+def simulated_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancestry_model=None) -> tskit.TreeSequence:
+    """What stdpopsim's msprime engine does for a diploid contig without gene conversion, but with our seeds.
+
+    The engine takes one seed and draws two of 31 bits from it, which collide: among 10 000 simulations two have the same
+    ancestry in one case of fifty. Of msprime's models it knows only the old, slow SMC'.
+    """
     ts = msprime.sim_ancestry(
         samples=model.get_sample_sets(samples, ploidy=contig.ploidy),
         demography=model.model,
         recombination_rate=contig.recombination_map,
         ploidy=contig.ploidy,
-        random_seed=seeds[0],
-        model=ancestry_model(spec),
+        random_seed=seeds.ancestry,
+        model=ancestry_model,
     )
-    return msprime.sim_mutations(ts, rate=contig.mutation_rate, random_seed=seeds[1])
+    return msprime.sim_mutations(ts, rate=contig.mutation_rate, random_seed=seeds.mutations)
 
 
 def main() -> None:

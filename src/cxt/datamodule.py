@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cxt.dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
+from cxt.seeds import torch_seed
 
 
 class EpochBatches(Sampler):
@@ -30,7 +31,7 @@ class EpochBatches(Sampler):
         self.epoch = epoch
 
     def _order(self, epoch: int):
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        generator = torch.Generator().manual_seed(torch_seed(self.seed, "order", number=epoch))
         return torch.randperm(self.items, generator=generator)
 
     def _mine(self, epoch: int):

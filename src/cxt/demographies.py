@@ -4,18 +4,18 @@ import functools
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import demes
 import msprime
-import numpy as np
 import tskit
 
 from cxt.errors import BadRequest, nearest
-from cxt.scenarios import engine_seed
+from cxt.scenarios import EngineSeeds
 
 Simulated = tuple[tskit.TableCollection, dict]
-"""A simulation as tables, and what to record of it; its mutation rate at least."""
+"""A simulation as tables, and what to record of it; its mutation and recombination rate at least."""
 
 LONGEST_DEMOGRAPHY = 50_000
 """Characters of a Demes graph in JSON: it travels on command lines, whose words may hold 131 072."""
@@ -26,14 +26,14 @@ def ancestry_model(spec: dict) -> msprime.AncestryModel | None:
     return msprime.SMCK(k=1) if spec.get("ancestry_model") == "smc_prime" else None
 
 
-def _infinite_sites(spec: dict, demography: msprime.Demography, samples, rng, *, model=None) -> Simulated:
-    """Ancestry, and infinite-sites mutations at real positions, both seeded from *rng*."""
+def _infinite_sites(spec: dict, demography: msprime.Demography, samples, seeds: EngineSeeds, *, model=None) -> Simulated:
+    """Ancestry, and infinite-sites mutations at real positions."""
     ts = msprime.sim_ancestry(
         samples=samples,
         demography=demography,
         sequence_length=spec["sequence_length"],
         recombination_rate=spec["recombination_rate"],
-        random_seed=engine_seed(rng),
+        random_seed=seeds.ancestry,
         model=ancestry_model(spec) if model is None else model,
     )
     ts = msprime.sim_mutations(
@@ -41,9 +41,9 @@ def _infinite_sites(spec: dict, demography: msprime.Demography, samples, rng, *,
         rate=spec["mutation_rate"],
         discrete_genome=False,
         model=msprime.BinaryMutationModel(),
-        random_seed=engine_seed(rng),
+        random_seed=seeds.mutations,
     )
-    return ts.dump_tables(), {"mutation_rate": spec["mutation_rate"]}
+    return ts.dump_tables(), {key: float(spec[key]) for key in ("mutation_rate", "recombination_rate")}
 
 
 def _one_population(size: float) -> msprime.Demography:
@@ -52,9 +52,9 @@ def _one_population(size: float) -> msprime.Demography:
     return demography
 
 
-def constant(spec: dict, rng: np.random.Generator) -> Simulated:
+def constant(spec: dict, seeds: EngineSeeds) -> Simulated:
     """One population of constant size."""
-    return _infinite_sites(spec, _one_population(spec["population_size"]), {"A": spec["individuals"]}, rng)
+    return _infinite_sites(spec, _one_population(spec["population_size"]), {"A": spec["individuals"]}, seeds)
 
 
 # (time in generations, growth rate times the denominator); the first denominator is always 4e4, the others magnitude·1e4.
@@ -76,9 +76,9 @@ def zigzag(population_size: float, magnitude: float) -> msprime.Demography:
     return demography
 
 
-def sawtooth(spec: dict, rng: np.random.Generator) -> Simulated:
+def sawtooth(spec: dict, seeds: EngineSeeds) -> Simulated:
     """One population of zig-zag size."""
-    return _infinite_sites(spec, zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, rng)
+    return _infinite_sites(spec, zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, seeds)
 
 
 def island_samples(individuals: int) -> tuple[int, int, int]:
@@ -87,15 +87,15 @@ def island_samples(individuals: int) -> tuple[int, int, int]:
     return individuals - 2 * small, small, small
 
 
-def island(spec: dict, rng: np.random.Generator) -> Simulated:
+def island(spec: dict, seeds: EngineSeeds) -> Simulated:
     """Three demes of N, N/2 and N/2 with symmetric migration."""
     size = spec["population_size"]
     demography = msprime.Demography.island_model([size, size / 2, size / 2], migration_rate=spec["migration_rate"])
     counts = island_samples(spec["individuals"])
-    return _infinite_sites(spec, demography, {f"pop_{i}": n for i, n in enumerate(counts) if n}, rng)
+    return _infinite_sites(spec, demography, {f"pop_{i}": n for i, n in enumerate(counts) if n}, seeds)
 
 
-def hard_sweep(spec: dict, rng: np.random.Generator) -> Simulated:
+def hard_sweep(spec: dict, seeds: EngineSeeds) -> Simulated:
     """A sweep from frequency 1/N to 1 - 1/N that ends today, before it the Hudson coalescent."""
     size = spec["population_size"]
     sweep = msprime.SweepGenicSelection(
@@ -106,21 +106,21 @@ def hard_sweep(spec: dict, rng: np.random.Generator) -> Simulated:
         dt=1e-6,
     )
     model = [sweep, msprime.StandardCoalescent()]
-    return _infinite_sites(spec, _one_population(size), {"A": spec["individuals"]}, rng, model=model)
+    return _infinite_sites(spec, _one_population(size), {"A": spec["individuals"]}, seeds, model=model)
 
 
-def piecewise(spec: dict, rng: np.random.Generator) -> Simulated:
+def piecewise(spec: dict, seeds: EngineSeeds) -> Simulated:
     """One population whose size is constant between given times."""
     demography = _one_population(spec["history"][0]["population_size"])
     for epoch in spec["history"][1:]:
         demography.add_population_parameters_change(time=epoch["time"], initial_size=epoch["population_size"], population="A")
-    return _infinite_sites(spec, demography, {"A": spec["individuals"]}, rng)
+    return _infinite_sites(spec, demography, {"A": spec["individuals"]}, seeds)
 
 
-def from_demes(spec: dict, rng: np.random.Generator) -> Simulated:
+def from_demes(spec: dict, seeds: EngineSeeds) -> Simulated:
     """A Demes graph, sampled at time 0."""
     demography = msprime.Demography.from_demes(_graph(json.dumps(spec["demography"])))
-    return _infinite_sites(spec, demography, spec["samples"], rng)
+    return _infinite_sites(spec, demography, spec["samples"], seeds)
 
 
 @functools.lru_cache(maxsize=4)
@@ -188,35 +188,63 @@ def check_demes(spec: dict) -> None:
         )
 
 
+def _reached(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
+    """What can be reached from *start* by any number of *moves*, *start* included."""
+    found, todo = set(), list(start)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += moves.get(name, ())
+    return found
+
+
+def _migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[str]]:
+    """Backwards in time, where a lineage can migrate to between two times with no event between: {destination: sources}."""
+    moves: dict[str, set[str]] = {}
+    for migration in graph.migrations:
+        if migration.rate > 0 and migration.end_time <= recent and old <= migration.start_time:
+            moves.setdefault(migration.dest, set()).add(migration.source)
+    return moves
+
+
+def _before(graph: demes.Graph, time: float, where: set[str]) -> set[str]:
+    """Demes in which lineages that are in *where* can be beyond the events of *time*, in msprime's order of these."""
+
+    def to_ancestors(where: set[str], several: bool) -> set[str]:
+        begun = {d.name: d for d in graph.demes if d.start_time == time and (len(d.ancestors) > 1) == several}
+        moved = {
+            a for n in where & begun.keys() for a, p in zip(begun[n].ancestors, begun[n].proportions, strict=True) if p > 0
+        }
+        return (where - begun.keys()) | moved
+
+    where = to_ancestors(where, several=False)
+    for pulse in reversed(graph.pulses):
+        if pulse.time == time and pulse.dest in where:
+            where = where | {s for s, p in zip(pulse.sources, pulse.proportions, strict=True) if p > 0}
+            if math.isclose(sum(pulse.proportions), 1):  # no lineage stays
+                where = where - {pulse.dest}
+    return to_ancestors(where, several=True)
+
+
 def _cannot_meet(graph: demes.Graph, sampled: list[str]) -> list[str]:
     """Two of the oldest demes between which lineages of *sampled* demes can stay apart for ever; empty if there are none.
 
-    Backwards in time lineages move to ancestors, and from destination to source of pulses and migrations. Beyond the last
-    event they are in demes without a start. They all meet if one of these can be reached from every other.
+    Followed backwards in time, lineages move from a deme to its ancestors, and from destination to source of pulses and
+    migrations. Beyond the last event they all meet if one deme can be reached from every other that they can be in.
     """
-
-    def reached(start: list[str], moves: dict[str, set[str]]) -> set[str]:
-        found, todo = set(), list(start)
-        while todo:
-            name = todo.pop()
-            if name not in found:
-                found.add(name)
-                todo += moves.get(name, ())
-        return found
-
-    moves: dict[str, set[str]] = {deme.name: set(deme.ancestors) for deme in graph.demes}
-    for pulse in graph.pulses:
-        moves[pulse.dest] |= {s for s, p in zip(pulse.sources, pulse.proportions, strict=True) if p > 0}
-    for_ever: dict[str, set[str]] = {}
-    for migration in (migration for migration in graph.migrations if migration.rate > 0):
-        moves[migration.dest].add(migration.source)
-        if math.isinf(migration.start_time):
-            for_ever.setdefault(migration.dest, set()).add(migration.source)
-    oldest = sorted(name for name in reached(sampled, moves) if math.isinf(graph[name].start_time))
-    ends = {name: reached([name], for_ever) for name in oldest}
+    times = {0.0, *(deme.start_time for deme in graph.demes), *(pulse.time for pulse in graph.pulses)}
+    times |= {time for migration in graph.migrations for time in (migration.start_time, migration.end_time)}
+    where = set(sampled)
+    for recent, old in itertools.pairwise(sorted(times)):
+        moves = _migrations(graph, recent, old)
+        where = _reached(where, moves)
+        if not math.isinf(old):
+            where = _before(graph, old, where)
+    ends = {name: _reached([name], moves) for name in sorted(where)}
     if set.intersection(*ends.values()):
         return []
-    return next([a, b] for a, b in itertools.combinations(oldest, 2) if not ends[a] & ends[b])
+    return next([a, b] for a, b in itertools.combinations(ends, 2) if not ends[a] & ends[b])
 
 
 def check_history(spec: dict) -> None:

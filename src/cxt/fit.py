@@ -28,6 +28,7 @@ from cxt.nodes import Nodes
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog, read_log
 from cxt.saves import AtomicIO, Saves, save_to_continue
+from cxt.seeds import torch_seed
 from cxt.targets import Grid
 from cxt.training import Reseed, TrainingModule, compile_backend
 from cxt.validation import DecodedItems, Validation, truth_beside_prediction
@@ -177,7 +178,7 @@ def data_of(plan: Plan) -> DataModule:
 
 def starting_model(plan: Plan) -> CoalescenceModel:
     """The network before its first step: random weights from the seed, then the parent's where there is one."""
-    torch.manual_seed(plan.training.seed)
+    torch.manual_seed(torch_seed(plan.training.seed, "weights"))
     model = build_model(plan.network, plan.adapter)
     if plan.parent is not None:
         weights = plan.parent.state_dict

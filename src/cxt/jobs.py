@@ -16,7 +16,7 @@ from cxt.kinds import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import read_mask
 from cxt.preprocess import planned_shards
-from cxt.scenarios import EVALUATION_START, Leaf, batches, leaves, scenario_of, split_size
+from cxt.scenarios import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.schema import REPOSITORY
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
@@ -38,9 +38,12 @@ def check_plan(config: dict) -> None:
     Raises
     ------
     BadRequest
-        If a scenario cannot be simulated, a dataset has no training simulation, or a model has less than one batch.
+        If a scenario cannot be simulated, two simulations would have the same ancestry, a dataset has no training
+        simulation, or a model has less than one batch.
     """
     check_scenarios(config)
+    counted = [(leaf.spec, _all_batches(config, leaf)) for leaf in leaves_of(config, list(config["scenarios"]))]
+    check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
         for leaf in leaves_of(config, dataset["scenarios"]):
             if not split_size(0, leaf.simulations, "train"):
@@ -102,10 +105,15 @@ def batch_path(leaf: str, start: int) -> str:
 
 def batch_count(config: dict, leaf: Leaf, start: int) -> int:
     """Simulations in the batch of *leaf* that begins at *start*; BadRequest if no batch begins there."""
-    counts = dict(batches(simulations=leaf.simulations, batch=leaf.batch)) | dict(evaluation_starts(config, leaf))
+    counts = dict(_all_batches(config, leaf))
     if start not in counts:
         raise BadRequest(f"no batch of '{leaf.name}' begins at {start}; there are {', '.join(map(str, counts))}")
     return counts[start]
+
+
+def _all_batches(config: dict, leaf: Leaf) -> list[tuple[int, int]]:
+    """(first index, count) of the batches of a leaf, those for evaluation last."""
+    return batches(simulations=leaf.simulations, batch=leaf.batch) + evaluation_starts(config, leaf)
 
 
 def evaluation_starts(config: dict, leaf: Leaf) -> list[tuple[int, int]]:

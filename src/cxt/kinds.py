@@ -8,7 +8,7 @@ import tskit
 from cxt import demographies
 from cxt.catalogue import autosomes, catalogue_models, genetic_map, stdpopsim_segment
 from cxt.errors import BadRequest
-from cxt.scenarios import leaves, random_generator, unique_seed
+from cxt.scenarios import engine_seeds, leaves, random_generator
 
 METADATA = tskit.MetadataSchema.permissive_json()
 
@@ -57,9 +57,12 @@ def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollect
 
     Parameters, metadata and errors as in `simulate_one`.
     """
-    rng = random_generator(seed=seed, spec=spec, index=index, purpose="simulate")
-    only_one = {"seed": unique_seed(seed=seed, spec=spec, index=index)} if spec["kind"] == "stdpopsim" else {}
-    tables, made = KINDS[spec["kind"]].simulate(spec, rng, **only_one)
+    seeds = engine_seeds(seed=seed, spec=spec, index=index)
+    if spec["kind"] == "stdpopsim":  # draws a model, a segment and samples
+        drawn = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
+    else:
+        drawn = {}
+    tables, made = KINDS[spec["kind"]].simulate(spec, seeds, **drawn)
     if tables.sequence_length != spec["sequence_length"]:
         raise BadRequest(
             f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"
@@ -71,7 +74,7 @@ def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollect
 
 
 def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
-    """Simulation *index* of the leaf scenario *spec*, with its identity and mutation rate in its metadata.
+    """Simulation *index* of the leaf scenario *spec*, with its identity and its rates in its metadata.
 
     Parameters
     ----------
@@ -82,8 +85,9 @@ def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
     Returns
     -------
     tskit.TreeSequence
-        ``ts.metadata["cxt"]`` holds scenario, index, seed, spec, ancestry model, and what was drawn (mutation rate; for
-        stdpopsim also model, chromosome, left end, samples, and stdpopsim's version).
+        ``ts.metadata["cxt"]`` holds scenario, index, seed, spec, ancestry model, mutation rate, recombination rate (the mean
+        over the sequence), and for stdpopsim also what was drawn (model, chromosome, left end, samples), the recombination
+        rate that the model was inferred with where it has one, and stdpopsim's version.
 
     Raises
     ------

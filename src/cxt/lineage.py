@@ -14,9 +14,10 @@ STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 2, "evaluate": 2}
 """Raise one of these and everything from that stage on is made again."""
 
 STAGE_SOURCES = {
-    "simulate": ("scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
+    "simulate": ("seeds.py", "scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
     "preprocess": ("kernel.py", "features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
     "train": (
+        "seeds.py",
         "kernel.py",
         "features.py",
         "targets.py",
@@ -35,6 +36,7 @@ STAGE_SOURCES = {
         "train.py",
     ),
     "evaluate": (
+        "seeds.py",
         "kernel.py",
         "features.py",
         "targets.py",

@@ -1,20 +1,13 @@
 """Random numbers for decoding that depend on what is decoded, not on the order or company in which it is.
 
 Each number is a hash of (seed, item, replicate, window), so that an item gets the same ones in any batch and on any device.
-The hash is SplitMix64's finalizer (Steele, Lea and Flood 2014), applied once for each part of the key.
+The hash is SplitMix64's finalizer, applied to the seed alone and again after each further part of the key is added.
 """
 
 import numpy as np
 import torch
 
-GOLDEN = 0x9E3779B97F4A7C15
-MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-
-
-def _mixed(state: np.ndarray) -> np.ndarray:
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
-    return state ^ (state >> np.uint64(31))
+from cxt.seeds import GOLDEN, check_seed, mixed
 
 
 def uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
@@ -22,14 +15,18 @@ def uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
 
     Parameters
     ----------
-    seed : any whole number; its lowest 64 bits count
-    items : (items,) numbers that tell items apart, such as their positions in a dataset
+    seed : a whole number from 0 to 2^63 - 1
+    items : (items,) whole numbers from 0 that tell items apart, such as their positions in a dataset
+
+    Raises
+    ------
+    BadRequest
+        If there is no such seed.
     """
     with np.errstate(over="ignore"):
-        state = _mixed(np.uint64(seed % 2**64) + np.uint64(GOLDEN) + np.asarray(items).astype(np.uint64))
-        for size in (replicates, windows):
-            step = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-            state = _mixed(state[..., None] + step)
+        state = mixed(np.uint64(check_seed(seed)) + np.uint64(GOLDEN))
+        for places in (np.asarray(items).astype(np.uint64), *(np.arange(n, dtype=np.uint64) for n in (replicates, windows))):
+            state = mixed(state[..., None] + (places + np.uint64(1)) * np.uint64(GOLDEN))
     return (state >> np.uint64(11)) * 2.0**-53
 
 

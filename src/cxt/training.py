@@ -10,6 +10,7 @@ from cxt.adapter import freeze_backbone
 from cxt.config import TrainingConfig
 from cxt.dataset import Batch, model_input
 from cxt.model import CoalescenceModel
+from cxt.seeds import torch_seed
 
 STABLE = 0.4
 """Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""
@@ -136,4 +137,4 @@ class Reseed(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
         number = trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed((self.seed * 1_000_003 + number) * 1009 + trainer.global_rank)
+        torch.manual_seed(torch_seed(self.seed, "dropout", trainer.global_rank, number=number))

@@ -1,0 +1,85 @@
+"""Seeds: which there are, and how the seeds of other generators are made from them.
+
+msprime takes 32 bits of a seed, and so does torch's generator on a CPU, which ignores all others. Sums and products of seeds
+and counters collide (1_000_003 · 1 + 1_000_003 = 1_000_003 · 2), and 32 random bits collide among 100 000. Here seeds are
+hashed before anything is combined with them, and a counter goes through a permutation of the 32-bit words, so that two
+values of it cannot give the same.
+"""
+
+import hashlib
+import operator
+
+import numpy as np
+
+from cxt.errors import BadRequest
+from cxt.lineage import canonical
+
+LARGEST_SEED = 2**63 - 1
+"""The largest seed of a workflow, a training run or a decoding; the smallest is 0. The schema says the same."""
+
+GOLDEN = 0x9E3779B97F4A7C15
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+
+
+def check_seed(seed, *, at: str = "seed") -> int:
+    """*seed* as an int; BadRequest if it is no whole number from 0 to `LARGEST_SEED`. *at* says what it is called."""
+    try:
+        found = operator.index(seed)
+    except TypeError:
+        raise BadRequest(f"{at} is {seed!r}, expected a whole number from 0 to {LARGEST_SEED}") from None
+    if not 0 <= found <= LARGEST_SEED:
+        raise BadRequest(f"{at} is {found}, expected at least 0 and at most {LARGEST_SEED}")
+    return found
+
+
+def mixed(state):
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014), a permutation of the 64-bit words; *state* is uint64."""
+    with np.errstate(over="ignore"):
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
+    return state ^ (state >> np.uint64(31))
+
+
+def key_of(*parts) -> int:
+    """64 bits that identify *parts* (JSON-able): the first of their sha256."""
+    return int.from_bytes(hashlib.sha256(canonical(parts).encode()).digest()[:8], "big")
+
+
+def permuted(words, *, key: int) -> np.ndarray:
+    """A permutation of the 32-bit words that is unrelated to that of any other *key* (64 bits).
+
+    A Feistel network of four rounds on halves of 16 bits, which is a permutation whatever its round function is.
+
+    Parameters
+    ----------
+    words : whole numbers below 2^32, an array or one
+
+    Returns
+    -------
+    uint64 array of the shape of *words*, values below 2^32
+    """
+    words = np.asarray(words, dtype=np.uint64)
+    left, right = words >> np.uint64(16), words & np.uint64(0xFFFF)
+    with np.errstate(over="ignore"):
+        for step in range(4):
+            hashed = mixed(np.uint64(key) + (right + np.uint64((step + 1) << 16)) * np.uint64(GOLDEN))
+            left, right = right, left ^ (hashed >> np.uint64(48))
+    return np.asarray((left << np.uint64(16)) | right)
+
+
+def msprime_seeds(indices, *, key: int) -> np.ndarray:
+    """Seeds for msprime (1 to 2^32 - 1), different for all *indices* (0 to 2^32 - 2) under one *key*.
+
+    `permuted` on 1 to 2^32 - 1: where it gives 0, which is no seed, it is applied once more, which remains a permutation.
+    """
+    seeds = permuted(np.asarray(indices, dtype=np.uint64) + np.uint64(1), key=key)
+    return np.where(seeds == 0, permuted(0, key=key), seeds)
+
+
+def torch_seed(*parts, number: int = 0) -> int:
+    """A seed for torch, of its 64 bits: a hash of *parts* above, and below a permutation of *number* (below 2^32).
+
+    Under the same *parts* two numbers differ in the 32 bits that the CPU's generator takes.
+    """
+    key = key_of(*parts)
+    return (key >> 32 << 32) | int(permuted(number, key=key))
