@@ -185,7 +185,7 @@ def test_decoding_averages_replicates_distributions():
     one = decode(model, counts, None, **arguments)
     assert all(np.array_equal(a, b) for a, b in zip(one, decode(model, counts, None, **arguments), strict=True))
     x = torch.log1p(torch.from_numpy(counts).float())
-    _, probabilities = model.generate(x, replicates=7, seed=5)
+    _, probabilities = model.generate(x, window_size=2000, replicates=7, seed=5)
     average = probabilities.double().mean(1)
     np.testing.assert_allclose(one.mean, average.numpy() @ grid.centres, atol=1e-6)
     np.testing.assert_allclose(one.high, posterior_quantile(average, grid, 0.975), atol=1e-6)
@@ -197,7 +197,7 @@ def test_decoding_averages_replicates_distributions():
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "x.ckpt"
-    model = tiny_model()
+    model = tiny_model(window_size=1000)
     record = model_record(
         model.config, None, name="x", preset="broad", lineage="abc", dataset={"scales": [2, 4], "missing": False}
     )
@@ -227,6 +227,7 @@ def test_evaluate(tmp_path, checkpoint, mask):
     for change, message in (
         ({"samples": 20}, "was trained with .*'samples': 10.*'samples': 20"),
         ({"sequence_length": 10_000}, "'windows': 10"),
+        ({"sequence_length": 40_000, "window_size": 2000}, "'window_size': 1000.*'window_size': 2000"),
         ({"scales": [2, 8]}, r"'scales': \[2, 8\]"),
     ):
         with pytest.raises(BadRequest, match=message):

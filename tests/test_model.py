@@ -17,7 +17,8 @@ SMALL = ModelConfig(layers=3, heads=2, width=32, windows=12, samples=10, scales=
 
 def inputs(config=SMALL, samples=None, items=3, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.rand((items, 2, config.scales, config.windows, samples or config.samples), generator=generator) * 3
+    x = torch.randint(0, 20, (items, 2, config.scales, config.windows, samples or config.samples), generator=generator)
+    x = torch.log1p(x)
     y = torch.randint(2, config.vocabulary, (items, config.windows + 1), generator=generator)
     y[:, 0] = 1
     return x, y
@@ -104,7 +105,7 @@ def test_cached_decoding_equals_uncached(adapter):
     model = model_of(adapter=adapter)
     x, y = inputs(samples=None if adapter is None else 6)
     replicates = torch.stack([y, y.flip(0), y.roll(1, 0)], dim=1)  # (B, R, W + 1)
-    _, probabilities = model.generate(x, replicates=3, tokens=replicates)
+    _, probabilities = model.generate(x, window_size=2000, replicates=3, tokens=replicates)
     with torch.no_grad():
         for r in range(3):
             logits = model(x, replicates[:, r])[..., 2:]
@@ -116,16 +117,16 @@ def test_sampling():
     with torch.no_grad():  # special tokens would be drawn all the time, if they could be
         model.backbone.head.weight[:2] = 100 * model.backbone.norm.weight
     x, _ = inputs()
-    tokens, probabilities = model.generate(x, replicates=4, seed=1)
-    again, _ = model.generate(x, replicates=4, seed=1)
-    other, _ = model.generate(x, replicates=4, seed=2)
+    tokens, probabilities = model.generate(x, window_size=2000, replicates=4, seed=1)
+    again, _ = model.generate(x, window_size=2000, replicates=4, seed=1)
+    other, _ = model.generate(x, window_size=2000, replicates=4, seed=2)
     assert tokens.shape == (3, 4, 12)
     assert probabilities.shape == (3, 4, 12, 324)
     assert tokens.min() >= 2
     assert torch.equal(tokens, again)
     assert not torch.equal(tokens, other)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(3, 4, 12))
-    greedy, probabilities = model.generate(x, top_k=1)
+    greedy, probabilities = model.generate(x, window_size=2000, top_k=1)
     assert torch.equal(greedy - 2, probabilities.argmax(-1))
     assert not model.training
 
@@ -133,7 +134,7 @@ def test_sampling():
 def test_sampled_frequencies_are_the_probabilities():
     model = model_of()
     x, _ = inputs(items=1)
-    tokens, probabilities = model.generate(x, replicates=4000, seed=3)
+    tokens, probabilities = model.generate(x, window_size=2000, replicates=4000, seed=3)
     first = torch.bincount(tokens[0, :, 0] - 2, minlength=324) / 4000
     assert (first - probabilities[0, 0, 0]).abs().max() < 0.03
 

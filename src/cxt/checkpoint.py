@@ -12,33 +12,24 @@ package, as `cxt.published` says, and exported directories.
 """
 
 import argparse
-import dataclasses
-import io
 import os
-import pickle
-import struct
 import sys
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from cxt.adapter import build_model
+from cxt.archive import UNREADABLE, opened, packed
 from cxt.config import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
+from cxt.inputs import TrainedOn
 from cxt.model import CoalescenceModel
 from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
 from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
+from cxt.record import check_record, check_tensors, model_record
 from cxt.rundir import RunDirectory
-
-FORMAT = 1
-UNREADABLE = (
-    pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError,
-    AssertionError,
-)  # fmt: skip
-"""What torch raises for files that are damaged or malformed."""
 
 
 class Checkpoint(NamedTuple):
@@ -48,16 +39,6 @@ class Checkpoint(NamedTuple):
     model: ModelConfig
     adapter: AdapterConfig | None
     record: dict
-
-
-def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
-    """The `cxt` entry of a checkpoint: the network's configuration, and *more* of its history."""
-    return {
-        "format": FORMAT,
-        "model": dataclasses.asdict(config),
-        "adapter": None if adapter is None else dataclasses.asdict(adapter),
-        **more,
-    }
 
 
 def _interned(value):
@@ -71,24 +52,21 @@ def _interned(value):
 
 def write_checkpoint(path, state_dict: dict, record: dict) -> None:
     """Write a checkpoint under a temporary name and rename it."""
-    out = io.BytesIO()
-    torch.save({"cxt": _interned(record), "state_dict": {key: value.detach().cpu() for key, value in state_dict.items()}}, out)
-    atomic_write(path, out.getvalue())
+    tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
+    atomic_write(path, packed({"cxt": _interned(record), "state_dict": tensors}))
 
 
 def _read_torch_file(path):
     """What is in a torch file, without running anything that is pickled in it; BadRequest if it cannot be read so."""
     if not Path(path).is_file():
         raise BadRequest(f"there is no checkpoint {path}")
-    damaged = f"checkpoint {path} cannot be read, it is damaged or not one of cxt's"
-    if not zipfile.is_zipfile(path):
-        raise BadRequest(f"{damaged}: not a zip archive")
     try:
-        with stand_ins():
-            refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            content = None if refused else torch.load(path, map_location="cpu", weights_only=True)
+        with stand_ins(), opened(path) as file:
+            refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+            file.seek(0)
+            content = None if refused else torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise BadRequest(f"{damaged}: {first_line(error)}") from None
+        raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: {first_line(error)}") from None
     if refused:
         raise BadRequest(
             f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where only "
@@ -106,9 +84,9 @@ def read_checkpoint(path) -> Checkpoint:
         If the file is missing, damaged, neither cxt's nor of the original package, of a newer format, or holds anything that
         would have to be run to be read.
     """
+    content = {}
     if Path(path).name == CONFIG:
         weights, record = read_portable(Path(path).parent)
-        content = {}
     else:
         content = _read_torch_file(path)
         if is_published(content):
@@ -117,18 +95,22 @@ def read_checkpoint(path) -> Checkpoint:
         if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
             raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
         weights, record = content["state_dict"], content["cxt"]
-    if record["format"] > FORMAT:
-        raise BadRequest(f"checkpoint {path} has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
-    if "pytorch-lightning_version" in content:
-        weights = {key.removeprefix("model."): value for key, value in weights.items()}
-        record = record | {"step": content["global_step"], "epoch": content["epoch"]}
-    adapter = record["adapter"]
-    return Checkpoint(weights, ModelConfig(**record["model"]), None if adapter is None else AdapterConfig(**adapter), record)
+    try:
+        network, adapter, record = check_record(record)
+        check_tensors(weights)
+        if "pytorch-lightning_version" in content:
+            weights = {key.removeprefix("model."): value for key, value in weights.items()}
+            for key, name in (("step", "global_step"), ("epoch", "epoch")):
+                if type(content.get(name)) is not int:
+                    raise BadRequest(f"it is a save of the trainer's without its {name}")
+                record[key] = content[name]
+    except BadRequest as error:
+        raise BadRequest(f"checkpoint {path} cannot be used: {error}") from None
+    return Checkpoint(weights, network, adapter, record)
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:
-    """Load *weights* into *model*, all of them and nothing else; BadRequest names the tensors that do not fit."""
-    own = model.state_dict()
+def check_weights(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
+    """BadRequest naming the tensors of *weights* that a network with the state dict *own* cannot take."""
     problems = [f"{key} is missing" for key in own if key not in weights]
     problems += [f"{key} is not in this model" for key in weights if key not in own]
     problems += [
@@ -139,7 +121,24 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, so
     if problems:
         shown = "\n  ".join(problems[:8]) + (f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise BadRequest(f"the weights of {source} do not fit this model:\n  {shown}")
+
+
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:
+    """Load *weights* into *model*, all of them and nothing else; BadRequest names the tensors that do not fit."""
+    check_weights(model.state_dict(), weights, source=source)
     model.load_state_dict(weights)
+
+
+def model_of(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
+    """The network of a checkpoint with its weights; BadRequest if they do not fit, before memory is taken for it."""
+    with torch.device("meta"):
+        described = build_model(checkpoint.model, checkpoint.adapter).state_dict()
+    check_weights(described, checkpoint.state_dict, source=source)
+    model = build_model(checkpoint.model, checkpoint.adapter)
+    model.load_state_dict(checkpoint.state_dict)
+    data = checkpoint.record["dataset"]
+    model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
+    return model
 
 
 def checkpoint_directories() -> list[Path]:
@@ -155,12 +154,29 @@ def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
     run = RunDirectory(path)
     if best and run.best.is_file():
         return run.best
-    for file in (run.finished_checkpoint(), run.last):
+    finished = run.finished_checkpoint()
+    if finished is None and (run.state() or {}).get("finished"):
+        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last save", file=sys.stderr)
+    for file in (finished, run.last):
         if file is not None and file.is_file():
             if best:
                 print(f"note: {path} has no best weights yet, taking {file.name}", file=sys.stderr)
             return file
     raise BadRequest(f"{path} has saved nothing yet")
+
+
+def _path_of(name_or_path) -> Path:
+    """A name or path as a Path; BadRequest if it can be neither."""
+    if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
+        raise BadRequest(f"no checkpoint is called {name_or_path!r}: expected the name or the path of one")
+    path = Path(name_or_path)
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # it need not be there as a path, but must be able to
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            shown = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
+            raise BadRequest(f"no checkpoint is called {shown!r}: {getattr(error, 'strerror', None) or error}") from None
+    return path
 
 
 def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
@@ -175,7 +191,7 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     BadRequest
         If there is none; it says where was looked and what is there.
     """
-    path = Path(name_or_path)
+    path = _path_of(name_or_path)
     if (path / "run.json").is_file():
         return _checkpoint_of_run(path, best=best)
     directory = path.parent if path.name == WEIGHTS else path
@@ -207,18 +223,34 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
     -------
     CoalescenceModel
         ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1) and returns
-        logits (B, windows, vocabulary); ``generate(X)`` decodes.
+        logits (B, windows, vocabulary); ``generate(X, window_size=…)`` decodes. Its ``trained_on`` holds the ranges of the
+        data that it was trained on, where its file has them; of a fine-tuned model, those of its own dataset.
 
     Raises
     ------
     BadRequest
-        If there is no such checkpoint, or it is damaged.
+        If there is no such checkpoint, it is damaged, or torch cannot use *device*.
     """
+    device = _device_of(device)
     path = find_checkpoint(name_or_path, best=best)
-    checkpoint = read_checkpoint(path)
-    model = build_model(checkpoint.model, checkpoint.adapter)
-    load_weights(model, checkpoint.state_dict, source=path)
-    return model.to(device).eval()
+    model = model_of(read_checkpoint(path), source=path).eval()
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # a torch without it
+        raise BadRequest(f"device {device}: {first_line(error)}") from None
+
+
+def _device_of(device) -> torch.device:
+    """A torch device by its name; BadRequest if there is none, or no such GPU."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BadRequest(f"device {device!r}: {first_line(error)}") from None
+    present = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= present:
+        has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
+        raise BadRequest(f"device {found}, but {has}; leave device out to use the CPU")
+    return found
 
 
 def import_published(path, out, *, name: str | None = None) -> None:
@@ -231,7 +263,6 @@ def import_published(path, out, *, name: str | None = None) -> None:
     BadRequest
         If *path* is no such file, or *out* cannot be written.
     """
-    check_writable(out)
     content = _read_torch_file(path)
     if not is_published(content):
         own = isinstance(content, dict) and "cxt" in content
@@ -240,6 +271,7 @@ def import_published(path, out, *, name: str | None = None) -> None:
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
     weights, network, adapter, more = read_published(content, path)
+    check_writable(out)
     write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
 
 
@@ -279,8 +311,8 @@ def main() -> None:
     elif args.command == "verify":
         print(verify(path, configfiles=args.configfile))
     elif args.command == "export":
-        check_writable(Path(args.out) / CONFIG)
         checkpoint = check(path)
+        check_writable(Path(args.out) / CONFIG)
         write_portable(args.out, checkpoint.state_dict, checkpoint.record)
         print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
     else:

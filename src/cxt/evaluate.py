@@ -182,7 +182,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
     Raises
     ------
     BadRequest
-        If checkpoint and spec disagree on windows, samples, scales or missingness, or a batch is damaged.
+        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, or a batch is damaged.
     """
     import torch
 
@@ -196,11 +196,15 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
     windows = spec["sequence_length"] // spec["window_size"]
     expected = {
         "windows": about.model.windows,
+        "window_size": about.model.window_size,
         "samples": about.model.samples if about.adapter is None else about.adapter.samples,
         "scales": about.record["dataset"]["scales"],
         "missingness": about.record["dataset"]["missing"],
     }
-    found = {"windows": windows, "samples": spec["samples"], "scales": spec["scales"], "missingness": mask is not None}
+    found = {key: spec[key] for key in ("window_size", "samples", "scales")} | {
+        "windows": windows,
+        "missingness": mask is not None,
+    }
     if found != expected:
         raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {found}")
     model = load_model(path, device=device)

@@ -140,7 +140,8 @@ class Plan:
             training=dataclasses.asdict(self.training),
             lineage=self.lineage,
             dataset={key: self.manifest[key] for key in shape}
-            | {"sha256": self.dataset_sha256, "simulated": self.simulated and [leaf["name"] for leaf in self.simulated]},
+            | {"sha256": self.dataset_sha256, "simulated": self.simulated and [leaf["name"] for leaf in self.simulated]}
+            | {"ranges": self.manifest.get("ranges")},
             parent=None if self.parent is None else {"name": self.parent.record["name"], "sha256": self.parent_sha256},
             accelerator=self.accelerator,
             devices=self.world,

@@ -10,10 +10,13 @@ Shapes: B items, R replicates, W windows, P = W positions of the prefix, H heads
 import contextlib
 import functools
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
 
+from cxt.errors import BadRequest
+from cxt.inputs import check_tokens
 from cxt.sampling import draw, limited_to, uniforms
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN
 
@@ -25,6 +28,10 @@ SLOTS_OF_A_GRAPH = 64
 def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Where graphs are recorded, one for each GPU: every stream that computes keeps a workspace of some MB for good."""
     return torch.cuda.Stream(device)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class Cache:
@@ -71,15 +78,20 @@ class Decoder:
 
     Raises
     ------
-    ValueError
-        If replicates, temperature, top_k or slots are not above 0.
+    BadRequest
+        If replicates, temperature, top_k or slots are not above 0, or all but the temperature not whole numbers.
     """
 
     def __init__(self, model, *, replicates: int = 1, temperature: float = 1.0, top_k=None, seed: int = 0, slots=None):
-        named = {"replicates": replicates, "temperature": temperature, "top_k": top_k, "slots": slots}
-        for name, value in named.items():
+        whole = {"replicates": replicates, "top_k": top_k, "slots": slots}
+        for name, value in {**whole, "seed": seed}.items():
+            if (value is not None or name in ("replicates", "seed")) and not _is_whole(value):
+                raise BadRequest(f"{name} {value!r}: expected a whole number")
+        if not (isinstance(temperature, numbers.Real) and temperature < math.inf):
+            raise BadRequest(f"temperature {temperature!r}: expected a finite number")
+        for name, value in {**whole, "temperature": temperature}.items():
             if value is not None and not value > 0:
-                raise ValueError(f"{name} {value}: expected above 0")
+                raise BadRequest(f"{name} {value}: expected above 0")
         self.model, self.backbone = model, model.backbone
         self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, seed
         self.on_gpu = self.backbone.head.weight.is_cuda
@@ -108,7 +120,7 @@ class Decoder:
         )
         # Streams and graphs are of torch's current GPU, which need not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, range(len(x)) if items is None else items, tokens)
+            self._start(x, self._numbers(items, len(x)), self._fed(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -117,6 +129,22 @@ class Decoder:
                 else:
                     self._advance(slots)
         return self.chosen, self.probabilities
+
+    def _numbers(self, items, count: int) -> list[int]:
+        """The numbers of *count* items; BadRequest if they are none."""
+        items = list(range(count) if items is None else getattr(items, "tolist", lambda: items)())
+        if len(items) != count or not all(_is_whole(item) and -(2**63) <= item < 2**63 for item in items):
+            raise BadRequest(f"items: expected {count} whole numbers, one for each item of X")
+        return items
+
+    def _fed(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
+        """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* items."""
+        if tokens is None:
+            return None
+        check_tokens(self.model, tokens, items=count, replicates=self.replicates)
+        if tokens.is_floating_point() or tokens.min() < 0 or tokens.max() >= self.model.config.vocabulary:
+            raise BadRequest(f"tokens: expected whole numbers from 0 to {self.model.config.vocabulary - 1}")
+        return tokens.to(self.backbone.head.weight.device)
 
     def _start(self, x: torch.Tensor, items, tokens: torch.Tensor | None) -> None:
         """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.adapter import build_model
-from cxt.checkpoint import Checkpoint, load_weights, read_checkpoint
+from cxt.checkpoint import Checkpoint, model_of, read_checkpoint
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
 
@@ -14,6 +13,8 @@ from cxt.lineage import file_sha256
 def _training(record: dict) -> str:
     """How the weights were trained, in words."""
     training = record["training"]
+    if training is None and record.get("published") is None:
+        return "not known"
     if training is None:
         settings = record["published"]["hyper_parameters"].get("training_config", {})
         said = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else ""
@@ -24,6 +25,12 @@ def _training(record: dict) -> str:
         f"{training.get('schedule', 'cosine')}, {record['precision']} on {record['devices']} {record['accelerator']}, "
         f"{record['threads']} threads, seed {training['seed']}"
     )
+
+
+def _ranges(ranges: dict | None) -> str:
+    """What the training data was like, in words."""
+    said = [f"{name.replace('_', ' ')} {pair[0]:.3g} to {pair[1]:.3g}" for name, pair in (ranges or {}).items() if pair]
+    return ", ".join(said) or "not known"
 
 
 def show(path) -> str:
@@ -45,6 +52,7 @@ def show(path) -> str:
         "training": _training(record),
         "dataset": f"{data['sha256'] or 'not known'}"
         + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
+        "ranges": _ranges(data.get("ranges")),
         "parent": "none" if parent is None else f"{parent['name']}, {parent['sha256']}",
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -65,7 +73,7 @@ def check(path) -> Checkpoint:
         If a weight is not finite.
     """
     checkpoint = read_checkpoint(path)
-    load_weights(build_model(checkpoint.model, checkpoint.adapter), checkpoint.state_dict, source=path)
+    model_of(checkpoint, source=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
         raise Failed(f"{path}: {', '.join(bad)} not finite")

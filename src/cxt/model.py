@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from cxt.attention import Attention, rotary_table
 from cxt.config import ModelConfig
 from cxt.generation import Decoder
+from cxt.inputs import as_input, check_input, check_shape, check_tokens
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
@@ -148,7 +149,9 @@ class CoalescenceModel(nn.Module):
     """A backbone, with or without a sample-size adapter in front of it.
 
     ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1), and returns logits
-    (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X)`` decodes.
+    (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X, window_size=…)`` decodes.
+
+    *trained_on*, a `cxt.inputs.TrainedOn`, is what its checkpoint says of its training data; None for a new network.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -156,6 +159,7 @@ class CoalescenceModel(nn.Module):
         self.config = config
         self.adapter = adapter
         self.backbone = Backbone(config)
+        self.trained_on = None
 
     @property
     def samples(self) -> int:
@@ -171,14 +175,14 @@ class CoalescenceModel(nn.Module):
 
     def source(self, x: torch.Tensor) -> torch.Tensor:
         """Check the shape of X, and pass it through the adapter if there is one."""
-        expected = (2, self.config.scales, self.config.windows, self.samples)
-        if tuple(x.shape[1:]) != expected:
-            raise ValueError(f"X has shape {tuple(x.shape)}, expected (B, 2, scales, windows, samples) = (B, {expected})")
+        check_shape(self, x)
         x = x.to(self.backbone.head.weight.dtype)  # counts come as float32; the network may be in bfloat16
         return x if self.adapter is None else self.adapter(x)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.backbone(self.source(x), y)
+        source = self.source(x)
+        check_tokens(self, y, items=len(source))
+        return self.backbone(source, y)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, path: str = "target") -> torch.Tensor:
         """Mean cross-entropy over all windows of all items.
@@ -186,7 +190,9 @@ class CoalescenceModel(nn.Module):
         The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
         `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
         """
-        x, wanted = self.source(x), y[:, 1:].flatten()
+        x = self.source(x)
+        check_tokens(self, y, items=len(x))
+        wanted = y[:, 1:].flatten()
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), wanted.chunk(CHUNKS), strict=True)
@@ -206,15 +212,55 @@ class CoalescenceModel(nn.Module):
             block.attention.flexible = True
 
     def generate(
-        self, x: torch.Tensor, *, items=None, tokens: torch.Tensor | None = None, **options
+        self,
+        x,
+        *,
+        window_size: int,
+        mutation_rate: float | None = None,
+        recombination_rate: float | None = None,
+        replicates: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        items=None,
+        tokens: torch.Tensor | None = None,
+        slots: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one batch: tokens (B, R, W) and predictive distributions (B, R, W, bins), as `cxt.generation.Decoder` does.
+        """Decode one batch, after a check that X is what this network was trained for.
 
-        *options* are its: replicates, temperature, top_k, seed.
+        Parameters
+        ----------
+        x : log1p of the counts that `cxt.pair_features` makes, tensor or array (B, 2, scales, windows, samples)
+        window_size : base pairs of a window of X; must be the model's
+        mutation_rate, recombination_rate : per bp and generation, of the species that X is from, where they are known;
+            compared with those of the training data
+        replicates, temperature, top_k, seed, slots : of the sampling, as `cxt.generation.Decoder` says
+        items : (B,) whole numbers that tell the items apart; 0, 1, … by default
+        tokens : (B, replicates, windows + 1); if given, nothing is sampled and these are fed instead
+
+        Returns
+        -------
+        tokens : (B, replicates, windows) int64, bin + 2
+        probabilities : (B, replicates, windows, bins) float32, the predictive distribution of each window
+
+        Raises
+        ------
+        BadRequest
+            If X has another shape or window size, is not log1p of counts, lacks missingness that the model reads, or a setting
+            is not valid.
+
+        Warns
+        -----
+        cxt.inputs.OutsideTraining
+            If diversity, missing data or a given rate lie outside the range of the training data, which the checkpoint stores:
+            diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
         """
+        x = as_input(self, x)
+        check_input(self, x, window_size=window_size, mutation_rate=mutation_rate, recombination_rate=recombination_rate)
         was_training = self.training
         self.eval()
         try:
-            return Decoder(self, **options).decode(x, items=items, tokens=tokens)
+            decoder = Decoder(self, replicates=replicates, temperature=temperature, top_k=top_k, seed=seed, slots=slots)
+            return decoder.decode(x, items=items, tokens=tokens)
         finally:
             self.train(was_training)

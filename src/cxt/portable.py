@@ -1,7 +1,8 @@
 """A checkpoint as other programs read it: a directory of `model.safetensors` and `config.json`.
 
 The weights are named and typed as in the checkpoint. The configuration is what the checkpoint says of itself (`model` is the
-network and its grid of ln generations, `adapter` the adapter or null), and the digest of the weights that it belongs to.
+network and its grid of ln generations, `adapter` the adapter or null), the digest of the weights that it belongs to, and one
+of what it says itself.
 """
 
 import json
@@ -11,9 +12,10 @@ import torch
 
 from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
-from cxt.lineage import file_sha256
+from cxt.lineage import digest, file_sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+LARGEST_CONFIG = 10_000_000
 
 
 def is_portable(directory) -> bool:
@@ -29,7 +31,7 @@ def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict)
     # safetensors takes no views of one memory.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     atomic_write(directory / WEIGHTS, save(tensors))
-    config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}}
+    config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}, "digest": digest(record)}
     atomic_write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
@@ -48,12 +50,16 @@ def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
     if not is_portable(directory):
         raise BadRequest(f"there is no exported checkpoint in {directory}: it has {WEIGHTS} and {CONFIG}")
     try:
-        record = json.loads((directory / CONFIG).read_text())
-    except (ValueError, OSError) as error:
+        if (directory / CONFIG).stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
+        record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():
         raise BadRequest(f"{directory / CONFIG} was not written by `python -m cxt.checkpoint export`")
-    expected = record.pop("weights")
+    expected, own = record.pop("weights"), record.pop("digest", None)
+    if own is not None and own != digest(record):  # exports of earlier versions have none
+        raise BadRequest(f"{directory / CONFIG} is damaged, or was changed after it was exported; export it again")
     if expected != {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}:
         raise BadRequest(f"{directory / WEIGHTS} is damaged, or not the weights that {CONFIG} belongs to; export them again")
     try:

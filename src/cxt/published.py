@@ -22,6 +22,7 @@ from cxt.config import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256
 from cxt.model import CHANNEL_WEIGHTS
+from cxt.record import VALUES, check_sizes, check_tensors
 
 SCALES = (2, 8, 32, 64)
 """Window widths that every published network was trained with."""
@@ -211,13 +212,18 @@ def preset_of(network: ModelConfig) -> str:
     )
 
 
-def plain(value):
-    """*value* as dicts, lists, numbers and strings."""
+def plain(value, *, depth: int = 0, left: list[int] | None = None):
+    """*value* as dicts, lists, numbers and strings; BadRequest if it has no end, or not one within `VALUES` values."""
+    left = [VALUES] if left is None else left
+    left[0] -= 1
+    if left[0] < 0 or depth > 50 or (isinstance(value, int) and value.bit_length() > 4096):
+        raise BadRequest("its hyper-parameters hold more than any that the original package writes")
     value = value.__dict__.get("fields", {}) if isinstance(value, Settings) else value
+    deeper = {"depth": depth + 1, "left": left}
     if isinstance(value, dict):
-        return {str(key): plain(child) for key, child in value.items()}
+        return {str(key): plain(child, **deeper) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(child) for child in value]
+        return [plain(child, **deeper) for child in value]
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -236,12 +242,17 @@ def read_published(content: dict, path) -> tuple[dict, ModelConfig, AdapterConfi
         hyper, tensors = content["hyper_parameters"], content.get("state_dict")
         if not isinstance(hyper, dict) or not isinstance(tensors, dict):
             raise BadRequest("it has no hyper-parameters or no weights")
+        hyper, version = plain(hyper), plain(content["pytorch-lightning_version"])
         for key in ("global_step", "epoch"):
             if type(content.get(key)) is not int:
                 raise BadRequest(f"its {key} is {content.get(key)!r}, expected a number")
         network = network_of(hyper)
         adapter = adapter_of(hyper, network)
+        for configuration in (network, adapter):
+            if configuration is not None:
+                check_sizes(configuration)
         weights = weights_of(tensors, network, adapter)
+        check_tensors(weights)
     except BadRequest as error:
         raise BadRequest(f"{path} is not a checkpoint of the original package as this cxt knows them: {error}") from None
     preset = preset_of(network)
@@ -259,10 +270,11 @@ def read_published(content: dict, path) -> tuple[dict, ModelConfig, AdapterConfi
             "scales": list(SCALES),
             "sha256": None,
             "simulated": None,
+            "ranges": None,
         },
         "parent": None,
-        "published": {"file": Path(path).name, "sha256": file_sha256(path), "hyper_parameters": plain(hyper)},
-        "versions": {"pytorch-lightning": str(content["pytorch-lightning_version"])},
+        "published": {"file": Path(path).name, "sha256": file_sha256(path), "hyper_parameters": hyper},
+        "versions": {"pytorch-lightning": str(version)},
         "step": content["global_step"],
         "epoch": content["epoch"],
     }

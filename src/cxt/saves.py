@@ -5,8 +5,6 @@ one is due. Before a validation the save says that it is still to be done, so th
 """
 
 import contextlib
-import io
-import pickle
 import re
 import signal
 import threading
@@ -18,6 +16,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
+from cxt.archive import UNREADABLE, opened, packed
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.files import atomic_write
 from cxt.rundir import RunDirectory
@@ -32,15 +31,20 @@ NOTHING, SAVE, STOP = 0, 1, 2
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes a save under a temporary name, flushes it to disk and renames it.
+    """Writes a save under a temporary name, flushes it to disk and renames it; reads none that is not as it was written.
 
     Through memory, since torch says of a full disk only that something was not where it should be.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        atomic_write(path, content.getbuffer())
+        atomic_write(path, packed(checkpoint))
+
+    def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict:
+        try:
+            with opened(path) as file:
+                return torch.load(file, map_location=map_location or "cpu", weights_only=True)
+        except UNREADABLE as error:
+            raise BadRequest(f"the save {path} cannot be read ({first_line(error)}); repeat the command") from None
 
 
 def validate_now(trainer: pl.Trainer) -> None:
@@ -211,8 +215,9 @@ def saves_of(run: RunDirectory) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """Why a save cannot be read, or None."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        with opened(path) as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
         return first_line(error)
     return None if isinstance(content, dict) and "loops" in content else "it is not one of the trainer's saves"
 

@@ -1,0 +1,212 @@
+"""What a checkpoint says of itself, and the check that it says it in the words of this version.
+
+Files come from other versions and other people: after `check_record` every key is there and of its type, sizes are bounded,
+and the two configurations can be built, so that readers need not look again.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from cxt.config import AdapterConfig, ModelConfig
+from cxt.errors import BadRequest
+
+FORMAT = 1
+
+TEXT, NUMBER, WHOLE, FLAG, TABLE, LIST = (str,), (int, float), (int,), (bool,), (dict,), (list,)
+NONE = type(None)
+
+KNOWN = {
+    "format": WHOLE, "model": TABLE, "adapter": (dict, NONE),
+    "name": (str, NONE), "preset": (str, NONE), "lineage": (str, NONE),
+    "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "versions": TABLE, "published": TABLE,
+    "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
+    "processor": (str, NONE), "step": (int, NONE), "epoch": (int, NONE), "val_loss": NUMBER,
+}  # fmt: skip
+"""The keys of a record, with the types of what they hold."""
+
+PARTS = {
+    "training": {"batch_size": WHOLE, "grad_accum": WHOLE, "epochs": WHOLE, "lr": NUMBER, "seed": WHOLE},
+    "dataset": {"scales": LIST, "missing": FLAG},
+    "parent": {"name": (str, NONE), "sha256": (str, NONE)},
+    "published": {"file": TEXT, "sha256": TEXT, "hyper_parameters": TABLE},
+}  # fmt: skip
+"""What the tables among them must hold; they may hold more."""
+
+DATASET = {
+    "window_size": (int, NONE), "sequence_length": (int, float, NONE), "samples": (int, NONE), "sha256": (str, NONE),
+    "simulated": (list, NONE), "ranges": (dict, NONE),
+}  # fmt: skip
+"""What a dataset's table may lack, in files of earlier versions."""
+
+LARGEST = {
+    "layers": 1000, "heads": 1000, "width": 100_000, "windows": 100_000, "samples": 100_000, "scales": 1000, "bins": 1_000_000,
+    "window_size": 10**9, "bottleneck": 100_000,
+}  # fmt: skip
+"""Far above any network that is trained; beyond, a file would have memory reserved that nothing in it needs."""
+
+VALUES = 100_000
+"""Values in a record, with those in its tables and lists. One that names itself would have no end."""
+
+
+def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
+    """The `cxt` entry of a checkpoint: the network's configuration, and *more* of its history."""
+    return {
+        "format": FORMAT,
+        "model": dataclasses.asdict(config),
+        "adapter": None if adapter is None else dataclasses.asdict(adapter),
+        **more,
+    }
+
+
+def check_plain(value, *, what: str) -> None:
+    """BadRequest unless *value* is tables by text, lists, numbers and text, and not too many of them."""
+    left, seen = [(value, 0)], 0
+    while left:
+        value, depth = left.pop()
+        seen += 1
+        if seen > VALUES or depth > 50:
+            raise BadRequest(f"{what} holds more values than any that cxt writes")
+        if type(value) is dict:
+            if not all(type(key) is str for key in value):
+                raise BadRequest(f"{what} holds a key that is not text")
+            left += [(child, depth + 1) for child in value.values()]
+        elif type(value) is list:
+            left += [(child, depth + 1) for child in value]
+        elif type(value) is int and value.bit_length() > 4096:
+            raise BadRequest(f"{what} holds a number of {value.bit_length()} bits")
+        elif not (value is None or type(value) in (str, int, float, bool)):
+            raise BadRequest(f"{what} holds a {type(value).__name__}, where only numbers, text, lists and tables are expected")
+
+
+def _is_of(value, types: tuple) -> bool:
+    return type(value) in types or (value is None and NONE in types)
+
+
+def _words(types: tuple) -> str:
+    named = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
+    return "a number" if types == NUMBER else " or ".join(named.get(kind, "null") for kind in types)
+
+
+def _shown(value) -> str:
+    """A value as a message shows it: whole where it is short, and never longer to write than a line."""
+    if isinstance(value, list) and len(value) <= 20:
+        return f"[{', '.join(_shown(child) if isinstance(child, int | float | str) else '…' for child in value)}]"
+    if value is not None and not isinstance(value, str | int | float):
+        return f"a {type(value).__name__}"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length()} bits"
+    return repr(value) if len(str(value)) <= 60 else repr(str(value)[:57] + "…")
+
+
+def _check_types(table: dict, expected: dict, *, within: str) -> None:
+    for key, types in expected.items():
+        if key in table and not _is_of(table[key], types):
+            raise BadRequest(f"its {within}{key} is {_shown(table[key])}, expected {_words(types)}")
+
+
+def _check_known(table: dict, known, *, within: str) -> None:
+    if unknown := sorted(key for key in table if key not in known):
+        raise BadRequest(
+            f"its {within.rstrip('.') or 'record'} has {', '.join(map(_shown, unknown[:5]))}, which this cxt does not know: "
+            "a newer cxt wrote it; update cxt"
+        )
+
+
+def _check_there(table: dict, expected, *, within: str) -> None:
+    if lacking := [key for key in expected if key not in table]:
+        raise BadRequest(f"its {within.rstrip('.') or 'record'} lacks {', '.join(lacking)}")
+
+
+def _configuration(kind, table: dict, *, within: str):
+    """The ModelConfig or AdapterConfig that a table of a record describes."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    _check_known(table, fields, within=within)
+    _check_there(table, fields, within=within)
+    _check_types(table, {key: NUMBER if field is float else (field,) for key, field in fields.items()}, within=within)
+    for key, value in table.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRequest(f"its {within}{key} is {value}, expected a finite number")
+    configuration = kind(**table)
+    check_sizes(configuration)
+    return configuration
+
+
+def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
+    """BadRequest for sizes that no network has, before memory is reserved for one."""
+    for field in dataclasses.fields(configuration):
+        value = getattr(configuration, field.name)
+        largest = LARGEST.get(field.name)
+        if largest is not None and not 0 <= value <= largest:
+            raise BadRequest(f"its {field.name} is {_shown(value)}, expected at most {largest}")
+    if isinstance(configuration, ModelConfig) and not configuration.grid_low < configuration.grid_high:
+        raise BadRequest(f"its grid is from {configuration.grid_low} to {configuration.grid_high}")
+    if isinstance(configuration, AdapterConfig) and (configuration.bottleneck < 1 or not 0 <= configuration.dropout < 1):
+        raise BadRequest(f"its adapter has bottleneck {configuration.bottleneck} and dropout {configuration.dropout}")
+
+
+def _check_ranges(ranges: dict) -> None:
+    for name, pair in ranges.items():
+        numbers = type(pair) is list and len(pair) == 2 and all(_is_of(value, NUMBER) for value in pair)
+        if pair is not None and not (numbers and -math.inf < pair[0] <= pair[1] < math.inf):
+            raise BadRequest(f"its dataset.ranges.{name} is {_shown(pair)}, expected two numbers, the smaller first")
+
+
+def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
+    """Network, adapter, and the record with None for what a file of an earlier version does not say.
+
+    Raises
+    ------
+    BadRequest
+        If it is of a newer format, holds a key that this version does not know, lacks one that it needs, or a value is of
+        another type or size. The message says which, not where: the caller knows the file.
+    """
+    if type(record) is not dict:
+        raise BadRequest(f"its `cxt` record is {_shown(record)}, expected a table")
+    check_plain(record, what="its `cxt` record")
+    _check_there(record, ("format",), within="")
+    _check_types(record, {"format": WHOLE}, within="")
+    if record["format"] > FORMAT:
+        raise BadRequest(f"it has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
+    _check_known(record, KNOWN, within="")
+    _check_there(record, ("model", "adapter", "dataset"), within="")
+    _check_types(record, KNOWN, within="")
+    optional = {key for key in KNOWN if key not in ("published", "val_loss")}
+    record = {key: None for key in KNOWN if key in optional and key not in record} | record
+    record["versions"] = record["versions"] or {}
+    for part, expected in PARTS.items():
+        if record.get(part) is not None:
+            _check_there(record[part], expected, within=f"{part}.")
+            _check_types(record[part], expected, within=f"{part}.")
+    if record["training"] is not None:
+        _check_types(record, {"accelerator": TEXT, "devices": WHOLE, "precision": TEXT, "threads": WHOLE}, within="")
+    _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
+    network = _configuration(ModelConfig, record["model"], within="model.")
+    adapter = None if record["adapter"] is None else _configuration(AdapterConfig, record["adapter"], within="adapter.")
+    _check_types(record["dataset"], DATASET, within="dataset.")
+    record["dataset"] = dict.fromkeys(DATASET) | record["dataset"]
+    scales = record["dataset"]["scales"]
+    if len(scales) != network.scales or not all(_is_of(scale, WHOLE) and 0 < scale <= 10**6 for scale in scales):
+        raise BadRequest(f"its dataset.scales is {_shown(scales)}, expected {network.scales} positive whole numbers")
+    if not all(_is_of(name, TEXT) for name in record["dataset"]["simulated"] or []):
+        raise BadRequest("its dataset.simulated holds something else than names")
+    _check_ranges(record["dataset"]["ranges"] or {})
+    return network, adapter, record
+
+
+def check_tensors(weights) -> None:
+    """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all in the file."""
+    if not isinstance(weights, dict):
+        raise BadRequest(f"its `state_dict` is {_shown(weights)}, expected tensors by name")
+    for key, value in weights.items():
+        if type(key) is not str:
+            raise BadRequest(f"its `state_dict` has the key {_shown(key)}, expected text")
+        if not isinstance(value, torch.Tensor):
+            raise BadRequest(f"its {key} is {_shown(value)}, expected a tensor")
+        is_dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
+        if not (is_dense and value.is_floating_point()):
+            raise BadRequest(f"its {key} is a tensor of {value.dtype} ({value.layout}, {value.device}), expected dense floats")
+        # One number can be called a tensor of any size.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise BadRequest(f"its {key} claims shape {tuple(value.shape)}, more numbers than the file holds")
