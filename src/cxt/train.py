@@ -241,8 +241,14 @@ def train(args, *, began: float) -> Path:
         )
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train_beside(args, began=began)
-    with Nodes(args.nodes) as nodes:
+    with Nodes(args.nodes, directory=meeting_place(args)) as nodes:
         return train_on_node(args, nodes, began=began)
+
+
+def meeting_place(args) -> Path:
+    """A directory that all nodes see before the first one has said which run it is."""
+    run = args.run_dir or (args.resume if isinstance(args.resume, str) else None)
+    return Path(args.log_dir) if run is None else Path(run).absolute().parent
 
 
 def deadline_of(args, began: float) -> float | None:
