@@ -17,6 +17,7 @@ import torch
 
 from cxt.adapter import build_model
 from cxt.config import PRESETS, AdapterConfig, TrainingConfig
+from cxt.files import atomic_write
 from cxt.flops import training_flops
 from cxt.speed import Loader, Steps, describe_device, device_here, fitting, items_for
 from cxt.training import compile_backend, loss_function, new_optimizer
@@ -148,7 +149,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if args.out is not None:
-        args.out.write_text(text)
+        atomic_write(args.out, text.encode())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Several nodes of one run, which are processes of this machine here."""
 
+import contextlib
 import multiprocessing
 import os
 import shlex
@@ -36,7 +37,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def environment(monkeypatch):
+def environment(monkeypatch, tmp_path):
     """Two nodes at a free port of this machine, of which this is the first."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "MASTER_")) or name in ("NODE_RANK", "LOCAL_RANK"):
@@ -44,6 +45,7 @@ def environment(monkeypatch):
     values = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)  # where the first leaves the secret
     return values
 
 
@@ -132,13 +134,15 @@ def test_others_do_not_come(environment, monkeypatch):
     monkeypatch.setenv("NODE_RANK", "1")
     with pytest.raises(BadRequest, match=r"the first node has not answered at 127.0.0.1, port \d+ .*MASTER_ADDR must name"):
         Nodes(2, seconds=0.2)
+    assert not list(Path().iterdir())  # the secret is gone with who left it
 
 
 def joins(environment, *ranks: int, count: int = 3) -> list[threading.Thread]:
     """Threads that stand for other nodes: each joins, says nothing more, and keeps its connection for a while."""
 
     def join(rank: int) -> None:
-        peer = module._first("127.0.0.1", int(environment["MASTER_PORT"]) + 1, rank, count, 10)
+        port = int(environment["MASTER_PORT"]) + 1
+        peer = module._first("127.0.0.1", port, rank, count, 10, module.secret_file("."))
         time.sleep(1)
         peer.close()
 
@@ -187,12 +191,156 @@ def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
 
     stranger = threading.Thread(target=knock)
     stranger.start()
+    silent = [threading.Thread(target=sit, args=(port,)) for _ in range(3)]
+    for thread in silent:
+        thread.start()
     with pytest.raises(Failed, match="node [12] is gone, without a word"), Nodes(3, seconds=20) as nodes:
         nodes.gather("here")
     stranger.join()
     assert len(threads) == 2
-    for thread in threads:
+    for thread in threads + silent:
         thread.join()
+
+
+def sit(port: int) -> None:
+    """Connect and say nothing, as one who wants the others to wait; a node that listens ends it in its time."""
+    for _ in range(500):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as stranger:
+            stranger.recv(1000)
+            stranger.recv(1000)
+            return
+        time.sleep(0.02)
+
+
+class Stranger:
+    """A connection to the first node, which has not said who it is."""
+
+    def __init__(self, port: int):
+        for _ in range(500):
+            with contextlib.suppress(OSError):
+                self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+                break
+            time.sleep(0.02)
+        self.peer = module.Peer(self.socket)
+
+    def is_sent_away(self) -> bool:
+        """Whether nothing comes but the end of the connection."""
+        try:
+            return self.socket.recv(1000) == b""
+        except ConnectionError:
+            return True
+
+
+def first_of_two(seconds: float = 20) -> tuple[threading.Thread, list]:
+    """A thread in which the first of two nodes waits for the other, and what has come of it."""
+    result = []
+
+    def wait() -> None:
+        try:
+            with Nodes(2, seconds=seconds) as nodes:
+                result.append(nodes.gather("here"))
+        except (BadRequest, Failed) as error:
+            result.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread, result
+
+
+def hello(number: str, secret: str, **changes) -> dict:
+    """What a node says that knows *secret*, with *changes* that it has signed."""
+    said = {"number": "1", "node": 1, "nodes": 2} | changes
+    numbers = (number, said["number"], str(said["node"]), str(said["nodes"]))
+    return {"proof": module._proof(secret, "node", *numbers)} | said
+
+
+def test_who_does_not_know_the_secret_is_sent_away(environment):
+    """Guesses, answers to another connection, ranks that cannot be, and lines of any length; the node itself is let in."""
+    port = int(environment["MASTER_PORT"]) + 1
+    thread, result = first_of_two()
+    strangers = [Stranger(port) for _ in range(7)]
+    numbers = [stranger.peer.read()["number"] for stranger in strangers]
+    file = module.secret_file(".")
+    secret = file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert len(set(numbers)) == 7
+    say = [
+        hello(numbers[0], "guess"),
+        {"node": 1, "nodes": 2},
+        hello(numbers[1], secret),  # of another connection
+        hello(numbers[3], secret, node=0),
+        hello(numbers[4], secret, node=2),
+        hello(numbers[5], secret, node=True),
+    ]
+    for stranger, message in zip(strangers, say, strict=False):
+        stranger.peer.say(message)
+    with contextlib.suppress(ConnectionError):
+        strangers[6].socket.sendall(b"x" * 100_000)
+    assert all(stranger.is_sent_away() for stranger in strangers)
+    assert not result
+    peer = module._first("127.0.0.1", port, 1, 2, 10, file)
+    peer.say({"value": "there"})
+    thread.join()
+    assert result == [["there"]]
+    assert not file.exists()
+    peer.close()
+
+
+def test_only_the_first_node_is_believed(environment):
+    """Whoever answers at its address without the secret gets nothing of it, and nothing from it is taken."""
+    port = int(environment["MASTER_PORT"]) + 1
+    module._leave_secret(module.secret_file("."))
+    heard = []
+
+    def pretend() -> None:
+        connection = server.accept()[0]
+        peer = module.Peer(connection)
+        peer.say({"number": "1"})
+        heard.append(peer.read())
+        peer.say({"proof": heard[0]["proof"]})
+        peer.say({"value": "/tmp/evil"})
+        peer.close()
+
+    with socket.create_server(("127.0.0.1", port)) as server:
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        with pytest.raises(BadRequest, match="it does not know the secret|timed out"):
+            module._first("127.0.0.1", port, 1, 2, 0.1, module.secret_file("."))
+        thread.join()
+    assert module.secret_file(".").read_text() not in str(heard)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (b"x" * (2**20 + 2), "node 1 sent a message of more than 1048576 bytes"),
+        (b"[1]\n", "node 1 sent a message that is no mapping"),
+        (b'{"failed": 1, "status": 0}\n', "node 1 sent a message that no node sends"),
+        (b'{"value": 1, "more": 2}\n', "node 1 sent a message that no node sends"),
+        (b"[" * 100_000 + b"\n", "node 1 sent a message of lists in lists"),
+    ],
+)
+def test_messages_are_looked_at(environment, message, said):
+    port = int(environment["MASTER_PORT"]) + 1
+    thread, result = first_of_two()
+    peer = module._first("127.0.0.1", port, 1, 2, 10, module.secret_file("."))
+    with contextlib.suppress(ConnectionError):
+        peer._connection.sendall(message)
+    thread.join()
+    assert said in str(result[0])
+    assert isinstance(result[0], Failed)
+    peer.close()
+
+
+def test_listens_where_it_is_told(environment, capsys):
+    port = int(environment["MASTER_PORT"])
+    for address, at in (("127.0.0.1", "127.0.0.1"), ("localhost", None), ("192.0.2.1", "0.0.0.0")):
+        with module._listener(address, port) as server:
+            where = server.getsockname()[0]
+            assert where == at if at else where in ("127.0.0.1", "::1")
+        assert ("names no address of this node" in capsys.readouterr().out) == (at == "0.0.0.0")
+    with pytest.raises(BadRequest, match="MASTER_ADDR 'no.such.invalid' is no address that this node knows"):
+        module._listener("no.such.invalid", port)
 
 
 def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):

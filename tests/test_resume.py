@@ -50,9 +50,12 @@ def _forked(arguments: list[str], out: str) -> None:
     os.dup2(file, 2)
     sys.argv = ["train", *arguments]
     from cxt.errors import exit_on_bad_request
+    from cxt.signals import end_at_once, ignore
     from cxt.train import main
 
+    end_at_once()
     exit_on_bad_request(main)
+    ignore()
 
 
 class Trainer:

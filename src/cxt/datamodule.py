@@ -6,6 +6,8 @@ Lightning's own counters, so that a resumed run sees exactly the batches that ar
 
 import collections
 import itertools
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cxt.dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.seeds import torch_seed
+from cxt.signals import end_with_parent, held_back, ignore
 
 
 class EpochBatches(Sampler):
@@ -156,6 +159,14 @@ class _Batches(Dataset):
             return error  # raised in a process, it would come with that process's traceback
 
 
+def _in_a_loader(number: int) -> None:
+    """Leave signals, which may be sent to all processes of a job, to the trainer, and end when it ends."""
+    ignore()
+    end_with_parent(os.getppid())
+    if not multiprocessing.parent_process().is_alive():  # it ended before that
+        os._exit(1)
+
+
 class ProcessLoader(_StateElsewhere, DataLoader):
     """The batches of *dataset* in the order of *sampler*, made by processes: for items that cost more than their copying."""
 
@@ -167,8 +178,16 @@ class ProcessLoader(_StateElsewhere, DataLoader):
             num_workers=processes,
             persistent_workers=processes > 0,
             pin_memory=pin,
+            worker_init_fn=_in_a_loader,
             generator=torch.Generator().manual_seed(1),  # its own: drawing seeds for processes leaves the global one alone
         )
+
+    def _get_iterator(self):
+        with held_back():
+            iterator = super()._get_iterator()
+        for process in getattr(iterator, "_workers", ()):
+            process._popen.terminate = process._popen.kill  # torch's way to end one that is busy is a signal that they ignore
+        return iterator
 
     def __iter__(self) -> Iterator[Batch]:
         try:

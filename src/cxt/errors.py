@@ -1,6 +1,7 @@
 """Exceptions for bad requests and failed runs, and the exit statuses of every command."""
 
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -37,7 +38,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def exit_on_bad_request(main: Callable[[], None]) -> None:
     """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
 
-    Anything else propagates: Python prints its traceback and exits 1.
+    Ctrl-C is one line and status 130. Anything else propagates: Python prints its traceback and exits 1.
     """
     try:
         main()
@@ -48,3 +49,10 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
         if str(error):
             print(f"cxt: {error}", file=sys.stderr, flush=True)
         raise SystemExit(error.status) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes another exit of it.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
+        print("cxt: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None

@@ -349,6 +349,7 @@ def fit(
         total_steps=plan.total_steps, validates=plan.validates_after, before=log.stop_if_bad, deadline=plan.deadline,
     )  # fmt: skip
     trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, saves])
+    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's would take the place of ours
     last = None
     if trainer.is_global_zero:
         summary = summary_of(plan, model)

@@ -12,69 +12,126 @@ events.…             TensorBoard
 Beside it, <name>.lock is held by the trainer that writes here.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import yaml
 
 from cxt.errors import BadRequest
-from cxt.files import atomic_write, check_writable
+from cxt.files import atomic_file, atomic_write, check_writable, is_at
 from cxt.lineage import file_sha256
 
+_held: set[int] = set()
+"""Descriptors of the locks of this process."""
 
-def take_lock(path, what):
-    """Hold the lock file *path* until the file that is returned is closed, or this process ends, however it ends.
 
-    `lockf` dies with its process, so that a file which is left behind locks nothing, and is not inherited by forked loader
-    workers, as `flock` is.
+def _let_go_after_fork() -> None:
+    """A forked process holds no lock of its parent, which would else be locked out by a loader that outlived the trainer."""
+    for number in _held:
+        with contextlib.suppress(OSError):
+            os.close(number)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_after_fork)
+
+
+class Lock:
+    """A lock file that this process holds, until `close`, or until the process ends, however it ends.
+
+    It is of the file that was opened (`flock`): other descriptors of it may be opened and closed in this process, and what is
+    forked does not hold it. One that was left behind by a process that is gone locks nothing.
+    """
+
+    def __init__(self, path: Path, number: int):
+        self.path, self._number = path, number
+        _held.add(number)
+
+    def close(self, *, remove: bool = False) -> None:
+        """Let go, and leave word that this process has ended in good order; or *remove* the file, while it is still held."""
+        if self._number not in _held:  # released before, or a fork's
+            return
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.ftruncate(self._number, 0)
+        _held.discard(self._number)
+        os.close(self._number)
+
+
+def take_lock(path, what) -> Lock:
+    """Hold the lock file *path*.
 
     Raises
     ------
     BadRequest
-        If another process has it; says which.
+        If another process has it, says which; or if it cannot be locked.
     """
     path = Path(path)
     check_writable(path)
-    file = open(path, "a+")  # noqa: SIM115 - held by the caller
-    file.seek(0)
-    holder = file.read().strip()
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
+    tries = 0
+    while True:
+        try:
+            # No link is followed: what it points to would be emptied.
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise BadRequest(f"{what}: the lock {path} cannot be opened: {error.strerror}; remove it") from None
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(number)
+            os.close(number)
+            if error.errno not in IS_TAKEN:
+                raise BadRequest(
+                    f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at "
+                    "once; put it on one that can"
+                ) from None
+            tries += 1
+            if tries < 5:  # it may be `is_locked` that looks at it
+                time.sleep(0.05)
+                continue
+            words = holder.split()
+            here = len(words) == 4 and words[3] == socket.gethostname()
+            stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
             raise BadRequest(
-                f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at once; "
-                "put it on one that can"
+                f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
             ) from None
-        words = holder.split()
-        here = len(words) == 4 and words[3] == socket.gethostname()
-        stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
-        raise BadRequest(
-            f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
-        ) from None
+        if is_at(number, path):
+            break
+        os.close(number)  # its holder has removed it meanwhile, and another may hold the one that is there now
+    holder = _holder(number)
     if holder:
         print(f"note: {what} was left by {holder}, which is gone", flush=True)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
+    os.ftruncate(number, 0)
+    os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    return Lock(path, number)
+
+
+IS_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+
+
+def _holder(number: int) -> str:
+    return os.pread(number, 1000, 0).decode(errors="replace").strip()
 
 
 def is_locked(path) -> bool:
-    """Whether another process holds the lock file *path*."""
-    if not Path(path).is_file() or not os.access(path, os.W_OK):
+    """Whether a process holds the lock file *path*."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
         return False
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno in (errno.EACCES, errno.EAGAIN)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in IS_TAKEN
+    finally:
+        os.close(number)
     return False
 
 
@@ -83,7 +140,7 @@ class RunDirectory:
 
     def __init__(self, path):
         self.path = Path(path)
-        self._locks = []
+        self._locks: list[Lock] = []
 
     @property
     def checkpoints(self) -> Path:
@@ -115,9 +172,21 @@ class RunDirectory:
 
     def release(self) -> None:
         """Let go of what was locked, and say in the lock files that this process has ended in good order."""
-        for file in self._locks:
-            file.truncate(0)
-            file.close()
+        for lock in self._locks:
+            lock.close()
+        self._locks.clear()
+
+    def abandon(self) -> None:
+        """Release the directory, if it was locked, and leave nothing of one in which nothing was started."""
+        if self._locks and self.path.is_dir():
+            self.discard_if_empty()
+        self.release()
+
+    def remove(self) -> None:
+        """Remove the directory, which must be locked, and then its lock."""
+        shutil.rmtree(self.path)
+        for lock in self._locks:
+            lock.close(remove=lock.path == self.lock_path)
         self._locks.clear()
 
     @property
@@ -178,11 +247,8 @@ class RunDirectory:
 
     def publish(self, out) -> None:
         """Copy the finished checkpoint to *out*, byte for byte, under a temporary name first."""
-        out = Path(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".tmp")
-        shutil.copyfile(self.finished_checkpoint(), temporary)
-        temporary.replace(out)
+        with open(self.finished_checkpoint(), "rb") as finished, atomic_file(out) as file:
+            shutil.copyfileobj(finished, file)
 
 
 def next_version(log_dir) -> Path:

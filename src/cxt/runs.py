@@ -6,7 +6,6 @@ cxt runs --prune                            remove those of another lineage, aft
 
 import argparse
 import contextlib
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -95,10 +94,13 @@ def prune(runs: list[Run], *, yes: bool) -> None:
         except BadRequest as error:  # begun while the question was on the screen
             print(f"not removed: {error}")
             continue
-        shutil.rmtree(path)
-        run.lock_path.unlink()
-        run.release()
-        removed += 1
+        try:
+            run.remove()
+            removed += 1
+        except OSError as error:
+            print(f"not removed: {error}")
+        finally:
+            run.release()
     print(f"{removed} removed")
 
 

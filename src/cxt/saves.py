@@ -18,11 +18,10 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.archive import UNREADABLE, opened, packed
 from cxt.errors import BadRequest, Failed, first_line
-from cxt.files import atomic_write
+from cxt.files import atomic_link, atomic_write
 from cxt.rundir import RunDirectory
+from cxt.signals import STATUS, end, ends_at_once, ignore, is_led, listen
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 OUT_OF_TIME = 75
 """Exit status when the wall-clock budget is spent: try again, and it goes on."""
 
@@ -80,6 +79,7 @@ class Saves(Callback):
         self.every_steps, self.every_seconds, self.keep = every_steps, 60 * every_minutes, keep
         self.total_steps, self.deadline = total_steps, deadline
         self._signal = None
+        self._stepped = False  # this process has something to save
         self._validation_left = False
         self._step = 0
         self._saved_at = time.monotonic()
@@ -98,26 +98,32 @@ class Saves(Callback):
             progress["ready"] = progress["started"] = progress["processed"] + 1
 
     def _asked(self, number: int, frame) -> None:
+        if ends_at_once() and not self._stepped:  # it may be compiling for minutes
+            end(number)
         self._signal = number
 
     @contextlib.contextmanager
     def listening(self):
-        """Take note of signals while this lasts, instead of ending; loader processes that are forked meanwhile ignore them."""
+        """Take note of signals while this lasts, instead of ending; what other processes lead leaves them to those.
+
+        A command that ends with an exception is not to be interrupted before it has said why.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
             yield
             return
-        before = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        before = listen(signal.SIG_IGN if is_led() else self._asked)
         try:
             yield
+        except BaseException:
+            if ends_at_once():
+                ignore()
+                before.clear()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer, module) -> None:
-        # Lightning has put its own handler around ours, which would end the run with status 0.
-        trainer._signal_connector.received_sigterm = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._asked)
         self._step = trainer.global_step
         self._saved_step = trainer.global_step if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
@@ -145,7 +151,7 @@ class Saves(Callback):
         step = trainer.global_step
         if step == self._step:  # a batch whose gradient waits for others
             return
-        self._step = step
+        self._step, self._stepped = step, True
         due = self._due(trainer, step)
         self._validation_left = self.validates(step)
         last = step >= self.total_steps
@@ -173,7 +179,7 @@ class Saves(Callback):
             raise Failed(f"{self.name}: {self._not_saved(step, error)}") from error
         self._saved_at, self._saved_step = time.monotonic(), step
         if trainer.is_global_zero:
-            point_to(self.run.last, path.name)
+            atomic_link(self.run.last, path.name)
             for old in saves_of(self.run)[self.keep :]:
                 old.unlink(missing_ok=True)
 
@@ -196,14 +202,6 @@ class Saves(Callback):
             status=STATUS[number] if number else OUT_OF_TIME,
             agreed=True,
         )
-
-
-def point_to(link: Path, name: str) -> None:
-    """Make *link* a symbolic link to the file *name* beside it, whatever it was before, at once."""
-    temporary = link.with_name(link.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name)
-    temporary.replace(link)
 
 
 def saves_of(run: RunDirectory) -> list[Path]:
@@ -251,7 +249,7 @@ def save_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None
         if (damage := _damage(path)) is None:
             for newer in problems:
                 print(f"{name}: {newer}; going on from the one before", flush=True)
-            point_to(run.last, path.name)
+            atomic_link(run.last, path.name)
             return path
         problems.append(f"the save {path} cannot be read ({damage})")
     if problems:

@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
 import shlex
 import signal
 import sys
@@ -22,12 +21,13 @@ from pathlib import Path
 import tskit
 
 from cxt.demographies import read_demes
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.files import check_writable
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
+from cxt.files import atomic_file, check_writable, remove_abandoned
 from cxt.kinds import KINDS, check_leaf, simulated_tables
 from cxt.lineage import canonical
 from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
+from cxt.signals import STATUS, held_back, ignore, listen
 
 
 def reproduce(spec: dict, *, index: int, seed: int) -> str:
@@ -47,28 +47,19 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress
     """
     path = Path(path)
     check_writable(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # not to share it with a process that was left behind
-    try:
-        with open(temporary, "xb") as file:
-            for index in range(start, start + count):
-                if progress is not None:
-                    progress(index)
-                try:
-                    simulated_tables(spec, index=index, seed=seed).dump(file)
-                except BadRequest as error:
-                    raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
-                except Exception as error:
-                    error.add_note(reproduce(spec, index=index, seed=seed))
-                    raise
-            file.flush()
-            os.fsync(file.fileno())
+    with atomic_file(path) as file:
+        for index in range(start, start + count):
+            if progress is not None:
+                progress(index)
+            try:
+                simulated_tables(spec, index=index, seed=seed).dump(file)
+            except BadRequest as error:
+                raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
+            except Exception as error:
+                error.add_note(reproduce(spec, index=index, seed=seed))
+                raise
         if progress is not None:
             progress(index)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
 
 
 def read_batch(
@@ -175,22 +166,24 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
 
     def work() -> None:
         receiver.close()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ignore()  # of a signal to both, only the parent must speak
         # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
         exit_on_bad_request(lambda: write_batch(out, spec, start=start, count=count, seed=seed, progress=sender.send))
 
     child = context.Process(target=work)
 
     def stop(number, frame) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        child.terminate()
-        child.join()
-        out.with_name(out.name + ".tmp").unlink(missing_ok=True)
-        sys.exit(128 + number)
+        ignore()
+        if child.pid is not None:
+            child.kill()
+            child.join()
+        remove_abandoned(out)
+        raise Failed(f"{spec['name']}: stopped by {signal.Signals(number).name}, nothing was written", status=STATUS[number])
 
-    signal.signal(signal.SIGTERM, stop)
+    listen(stop)
     gc.freeze()  # or the child's first collection would copy every page of memory that the two share
-    child.start()
+    with held_back():  # the child ignores them from its start
+        child.start()
     sender.close()
     began = said = time.monotonic()
     index = start

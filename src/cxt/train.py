@@ -6,6 +6,12 @@ Three verbs: `--checkpoint X` starts a new run from X's weights, `--resume-adapt
 weights, `--resume` continues this very run. Without one, training starts from random weights.
 """
 
+from cxt.signals import end_at_once, follow, ignore, last_words
+
+if __name__ == "__main__":  # before the other imports, which take a second
+    end_at_once()
+
+import contextlib
 import dataclasses
 import os
 import sys
@@ -235,8 +241,14 @@ def train(args, *, began: float) -> Path:
         )
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train_beside(args, began=began)
-    with Nodes(args.nodes) as nodes:
+    with Nodes(args.nodes, directory=meeting_place(args)) as nodes:
         return train_on_node(args, nodes, began=began)
+
+
+def meeting_place(args) -> Path:
+    """A directory that all nodes see before the first one has said which run it is."""
+    run = args.run_dir or (args.resume if isinstance(args.resume, str) else None)
+    return Path(args.log_dir) if run is None else Path(run).absolute().parent
 
 
 def deadline_of(args, began: float) -> float | None:
@@ -246,6 +258,7 @@ def deadline_of(args, began: float) -> float | None:
 
 def train_beside(args, *, began: float) -> Path:
     """The same in a process that another one of this node has started for one of its devices."""
+    follow()
     from cxt.fit import data_of, fit
 
     plan, _ = plan_of(args)
@@ -272,7 +285,7 @@ def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
         path, save = Path(nodes.share()), None
     run = RunDirectory(path)
     os.environ[RUN_DIRECTORY_OF_RANK_0] = str(path)
-    try:
+    with let_go_at_the_end(run):
         stale = open_run(args, run, identity) if nodes.rank == 0 else None
         is_finished = nodes.share(stale is None and run.finished_checkpoint() is not None)
         if not is_finished:
@@ -288,9 +301,17 @@ def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
                 run.publish(args.out)
                 print(f"published: {args.out}", flush=True)
         nodes.share()  # the others end when it is published
+    return run.path
+
+
+@contextlib.contextmanager
+def let_go_at_the_end(run: RunDirectory):
+    """Release *run* at the end of a `with` block, also if a signal is the end of it."""
+    try:
+        with last_words(lambda text, status: run.abandon()):
+            yield
     finally:
         run.release()
-    return run.path
 
 
 def run_plan(plan, run: RunDirectory, nodes: Nodes, *, identity: dict, settings: dict, stale: str | None) -> None:
@@ -335,3 +356,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     exit_on_bad_request(main)
+    ignore()  # it is done, whatever comes now

@@ -9,7 +9,7 @@ from pathlib import Path
 import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.files import check_writable
+from cxt.files import atomic_file, check_writable
 
 
 def find(path, index: int) -> tskit.TreeSequence:
@@ -52,12 +52,10 @@ def main() -> None:
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
         raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
     ts = find(args.batch, args.index)
-    temporary = args.out.with_name(args.out.name + ".tmp")
     try:
-        ts.dump(temporary)
-        temporary.replace(args.out)
+        with atomic_file(args.out) as file:
+            ts.dump(file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise BadRequest(f"{args.out} cannot be written: {error.strerror or error}") from None
     about = ts.metadata["cxt"]
     print(f"{args.out}: simulation {args.index} of '{about['scenario']}', {ts.num_trees} trees, {ts.num_sites} sites")
