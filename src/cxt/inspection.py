@@ -114,7 +114,7 @@ def verify(path, *, configfiles) -> str:
         raise Failed(f"{path}: the weights are whole, but the configuration has no model '{name}' to compare with")
     now = model_lineage(config, name)
     with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
-    again = snakemake_command(checkpoint_path(name), *with_files, "--forcerun", f"train_{name}")
+    again = snakemake_command(checkpoint_path(name), "--forcerun", f"train_{name}", *with_files)
     make_again = f"`{again}` makes it again"
     if lineage != now:
         raise Failed(

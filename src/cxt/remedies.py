@@ -11,13 +11,14 @@ def snakemake_command(target, *options: str) -> str:
     """The command that makes *target*, a file of the workflow, from the directory where it is asked for.
 
     Snakemake knows targets by their path from its working directory, so that an absolute path, or one into another workflow's
-    results, becomes `--directory` and the path below it. *options* stand before the target.
+    results, becomes `--directory` and the path below it. *options* follow the target.
     """
     path = Path(os.path.abspath(target))
     above = [parent for parent in path.parents if parent.name == RESULTS]
     root = above[-1].parent if above else Path.cwd()  # the outermost results/
     elsewhere = [] if root == Path(os.path.abspath(".")) else ["--directory", str(root)]
-    return shlex.join(["snakemake", "--cores", "2", *elsewhere, *options, "--", os.path.relpath(path, root)])
+    # The target first, so that options which take lists may follow, as well as a --configfile that a person adds.
+    return shlex.join(["snakemake", "--cores", "2", os.path.relpath(path, root), *elsewhere, *options])
 
 
 def is_of_workflow(path) -> bool:
@@ -30,7 +31,7 @@ def make_again(target, *, delete: str | None = None) -> str:
     gone = f"delete {delete}, then " if delete else ""
     if not is_of_workflow(target):
         return f"{gone}make {target} again as it was made"
-    return f"{gone}run `{snakemake_command(target)}` (with the --configfile of before, where there was one)"
+    return f"{gone}run `{snakemake_command(target)}` (with your --configfile, if any)"
 
 
 def plan_again(target) -> str:

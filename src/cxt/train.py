@@ -76,11 +76,13 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
 def fewer_devices(args, present: int) -> str:
     """What to ask for where only *present* GPUs are: the same effective batch, where it can be divided so."""
     wanted = len(args.gpus) if args.gpus is not None else args.devices
+    if wanted <= present:
+        return f"their indices are 0 to {present - 1}"
     accumulation = args.grad_accum * wanted / max(1, present)
     keep = f" with --grad-accum {accumulation:g}, which keeps the effective batch" if accumulation.is_integer() else ""
     return (
-        f"use --devices {present}{keep}{'' if present else ', to train on the CPU'}, or, in the workflow, the same of "
-        "`training:` (devices, grad_accum)"
+        f"use --devices {present}{keep}{'' if present else ', to train on the CPU'}; in the workflow these are `devices` and "
+        "`grad_accum` of `training:`"
     )
 
 
