@@ -102,7 +102,7 @@ def verify(path, *, configfiles) -> str:
         If a weight is not finite, or it is not what the configuration would make today.
     """
     from cxt.configfile import load
-    from cxt.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of
+    from cxt.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
 
     checkpoint = check(path)
     if "published" in checkpoint.record:
@@ -114,7 +114,8 @@ def verify(path, *, configfiles) -> str:
         raise Failed(f"{path}: the weights are whole, but the configuration has no model '{name}' to compare with")
     now = model_lineage(config, name)
     with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
-    again = snakemake_command(checkpoint_path(name), "--forcerun", f"train_{name}", *with_files)
+    # Its settings, too: they are all that another learning rate changes, and may have been taken as they are by --touch.
+    again = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
     make_again = f"`{again}` makes it again"
     if lineage != now:
         raise Failed(

@@ -39,13 +39,16 @@ def check_plan(config: dict) -> None:
     Raises
     ------
     BadRequest
-        If a scenario cannot be simulated, a dataset has no training simulation, or a model has less than one batch.
+        If a scenario cannot be simulated or has no training simulation for a dataset, or a model has less than one batch.
     """
     check_scenarios(config)
     for name, dataset in config["datasets"].items():
         for leaf in leaves_of(config, dataset["scenarios"]):
             if not split_size(0, leaf.simulations, "train"):
-                print(f"cxt: warning: datasets.{name}: scenario '{leaf.name}' has no training simulation", file=sys.stderr)
+                raise BadRequest(
+                    f"datasets.{name}: scenario '{leaf.name}' has no training simulation: `simulations: {leaf.simulations}` "
+                    "is index 0 alone, and every index that is a multiple of 10 is held out; give it 2 or more"
+                )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
             mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"))
@@ -54,10 +57,6 @@ def check_plan(config: dict) -> None:
                     f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
                     f"{dataset['sequence_length']}"
                 )
-        if not items(config, name, "train"):
-            raise BadRequest(
-                f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`"
-            )
     for name, model in config["models"].items():
         training = training_config(config, name)
         try:
@@ -299,8 +298,12 @@ def training_threads(config: dict, name: str) -> int:
     return (training.threads + training.workers) * max(1, devices(config, name))
 
 
+def settings_path(model: str) -> str:
+    return f"results/config/{model}.yaml"
+
+
 def settings_file(config: dict, name: str) -> dict:
-    """What `results/config/<model>.yaml` holds: a model's settings, and the lineage of the checkpoint they are for."""
+    """What the file `settings_path` holds: a model's settings, and the lineage of the checkpoint they are for."""
     return training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
 
 
