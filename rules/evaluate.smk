@@ -35,6 +35,7 @@ rule evaluate:
     resources:
         mem_mb=lambda wildcards: jobs.evaluation_memory_mb(config, wildcards.model),
         runtime=240,
+        # Clipped to 0, it decodes on the CPU: the same but for rounding, unlike training.
         gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical(jobs.evaluation_spec(config, wildcards.model)),
@@ -42,11 +43,13 @@ rule evaluate:
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=lambda wildcards: training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
+        checkpoint_lineage=lambda wildcards: jobs.model_lineage(config, wildcards.model),
         lineage=lambda wildcards: jobs.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
         " --checkpoint {input.checkpoint:q} --spec {params.spec:q} --batches {params.batches:q} {params.mask:q}"
-        " --devices {resources.gpu} --threads {params.threads} --out {output.figures:q} --figures {params.prefix:q}"
+        " --devices {resources.gpu} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
+        " --lineage {params.lineage} --out {output.figures:q} --figures {params.prefix:q}"
 
 
 rule accuracy_table:
@@ -59,7 +62,7 @@ rule accuracy_table:
             category="Evaluation",
         ),
     log:
-        "results/logs/evaluate/table.log",
+        "results/logs/table.log",
     conda:
         "../envs/evaluate.yaml"
     threads: 1
@@ -70,4 +73,4 @@ rule accuracy_table:
     params:
         lineage=jobs.table_lineage(config),
     shell:
-        "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --out {output:q}"
+        "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --lineage {params.lineage} --out {output:q}"

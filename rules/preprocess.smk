@@ -20,7 +20,7 @@ rule synthetic_mask:
         lineage=lambda wildcards: jobs.mask_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess mask"
-        " --spec {params.spec:q} --seed {params.seed} --out {output:q}"
+        " --spec {params.spec:q} --seed {params.seed} --lineage {params.lineage} --out {output:q}"
 
 
 rule preprocess:
@@ -43,12 +43,14 @@ rule preprocess:
         simulations=batch_count,
         seed=config["seed"],
         mask=lambda wildcards: mask_flags(wildcards.dataset),
+        batch_lineage=batch_lineage,
         lineage=shard_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess shard"
         " --batch {input.batch:q} --scenario {wildcards.leaf:q} --seed {params.seed}"
         " --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
-        " --spec {params.spec:q} {params.mask:q} --out {output:q}"
+        " --spec {params.spec:q} {params.mask:q} --batch-lineage {params.batch_lineage}"
+        " --lineage {params.lineage} --out {output:q}"
 
 
 rule manifest:
@@ -66,7 +68,7 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical(jobs.leaf_table(config, wildcards.dataset)),
+        shards=lambda wildcards: canonical(jobs.leaf_table_with_lineages(config, wildcards.dataset)),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: jobs.dataset_lineage(config, wildcards.dataset),
     shell:

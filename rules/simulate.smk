@@ -47,4 +47,4 @@ rule simulate:
     shell:
         "exec &> {log:q}; exec python -m cxt.simulate"
         " --spec {params.spec:q} --start {wildcards.start} --count {params.simulations} --seed {params.seed}"
-        " --out {output:q}"
+        " --lineage {params.lineage} --out {output:q}"

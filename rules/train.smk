@@ -19,7 +19,7 @@ rule training_settings:
         runtime=5,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical(training_settings(config, wildcards.model)),
+        spec=lambda wildcards: canonical(jobs.settings_file(config, wildcards.model)),
     shell:
         "exec &> {log:q}; exec python -m cxt.configfile --spec {params.spec:q} --out {output:q}"
 
@@ -52,6 +52,9 @@ for model, entry in config["models"].items():
         params:
             dataset=lambda wildcards, input: os.path.dirname(input.manifest),
             parent=jobs.parent_flag(config, model),
+            # As configured: the resource `gpu` is clipped to what Snakemake was told there is, which would change the batch.
+            devices=jobs.devices(config, model),
+            lineages=jobs.lineages_to_train_on(config, model),
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
             run=jobs.run_directory(config, model),
             lineage=jobs.model_lineage(config, model),
@@ -60,5 +63,6 @@ for model, entry in config["models"].items():
         shell:
             "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.train"
             " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q}"
-            " --devices {resources.gpu} --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"
-            " ${{SLURM_JOB_ID:+--max-minutes $(( {resources.runtime} - {resources.runtime} / 20 ))}}"
+            " --devices {params.devices} --lineage {params.lineage} {params.lineages} --run-dir {params.run:q}"
+            " --out {output:q}"
+            " ${{SLURM_JOB_ID:+--wait-for-lock 20 --max-minutes $(( {resources.runtime} - {resources.runtime} / 20 ))}}"

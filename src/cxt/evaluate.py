@@ -19,8 +19,8 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
-from cxt.lineage import digest
-from cxt.masks import read_mask
+from cxt.lineage import check_lineage, digest, stage_lineage
+from cxt.masks import check_mask, read_mask
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.simulate import read_batch
@@ -134,10 +134,14 @@ def score(truth, mean, low, high, entries, *, window_size: int, windows: int) ->
 
 
 def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]]:
-    """{leaf scenario: its evaluation simulations, preprocessed} from [{path, scenario, start, count}, …]."""
+    """{leaf scenario: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
+
+    The lineage may be left out, and is checked where it is given.
+    """
     result: dict[str, list[Entry]] = {}
     for batch in batches:
-        for ts in read_batch(batch["path"], start=batch["start"], count=batch["count"], scenario=batch["scenario"]):
+        expected = {key: batch.get(key) for key in ("start", "count", "scenario", "lineage")}
+        for ts in read_batch(batch["path"], **expected):
             result.setdefault(batch["scenario"], []).append(preprocess_one(ts, spec, mask=mask))
     return result
 
@@ -168,21 +172,35 @@ def features_of(entries: list[Entry], spec: dict, windows: int):
     return np.concatenate(counts), np.concatenate(missing) if missing else None
 
 
-def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="cpu", threads=None, progress=print):
+def evaluate(
+    checkpoint,
+    spec: dict,
+    batches: list[dict],
+    *,
+    mask=None,
+    device="cpu",
+    threads=None,
+    checkpoint_lineage=None,
+    lineage=None,
+    progress=print,
+):
     """Evaluate a checkpoint; ({scenarios: {leaf: figures}, overall}, tracks to draw).
 
     Parameters
     ----------
     checkpoint : path or name
     spec : window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed
-    batches : evaluation batches [{path, scenario, start, count}, …]
+    batches : evaluation batches [{path, scenario, start, count}, …], each also with the `lineage` that it must have
     mask : accessibility mask (True = inaccessible), or None
     threads : CPU threads; torch's own choice if None
+    checkpoint_lineage : lineage that the checkpoint must have, or None
+    lineage : digest of everything that the result depends on, stored in it, or None
 
     Raises
     ------
     BadRequest
-        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, or a batch is damaged.
+        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a batch is damaged, or
+        checkpoint or a batch are of another lineage.
     """
     import torch
 
@@ -193,6 +211,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)
     about = read_checkpoint(path)
+    check_lineage(f"checkpoint {path}", found=about.record.get("lineage"), planned=checkpoint_lineage, target=path)
     windows = spec["sequence_length"] // spec["window_size"]
     expected = {
         "windows": about.model.windows,
@@ -236,7 +255,9 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
         )
     result = {
         "checkpoint": about.record["name"],
-        "lineage": about.record["lineage"],
+        "lineage": lineage,
+        "checkpoint_lineage": about.record["lineage"],
+        "device": torch.device(device).type,
         "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
         "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
         "scenarios": scenarios,
@@ -303,6 +324,11 @@ def table(results: list[dict]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
 
 
+def table_lineage_of(evaluations: list[str | None]) -> str | None:
+    """The lineage of a table of results with the lineages *evaluations*, in no particular order; None if one has none."""
+    return None if None in evaluations else stage_lineage("evaluate", sorted(evaluations))
+
+
 def read_result(path: Path) -> dict:
     """One evaluation's JSON; BadRequest if it is not there or damaged."""
     try:
@@ -318,19 +344,28 @@ def main() -> None:
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
+    parser.add_argument(
+        "--lineage", help="digest of everything that the result depends on, stored in it; of --table, what its files must make"
+    )
     parser.add_argument("--checkpoint", help="name or path of a checkpoint")
+    parser.add_argument("--checkpoint-lineage", help="lineage that the checkpoint must have")
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
-    parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count}, …]")
+    parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count, lineage}, …]")
     parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
     parser.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
     parser.add_argument("--mask-contig", help="sequence in the BED file")
+    parser.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
+    parser.add_argument("--mask-sha256", help="digest that the mask file must have")
     parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = decode on the first GPU (default 0, CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
     args = parser.parse_args()
     if args.table:
-        text = table([read_result(path) for path in args.table])
+        results = [read_result(path) for path in args.table]
+        found = table_lineage_of([result.get("lineage") for result in results])
+        check_lineage("an evaluation of this table", found=found, planned=args.lineage, target=args.out or args.table[0])
+        text = table(results)
         print(text, end="")
         if args.out:
             atomic_write(args.out, text.encode())
@@ -350,6 +385,8 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
+    if args.mask is not None:
+        check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
     mask = None if args.mask is None else read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
     result, tracks = evaluate(
         args.checkpoint,
@@ -358,6 +395,8 @@ def main() -> None:
         mask=mask,
         device="cuda:0" if args.devices else "cpu",
         threads=args.threads,
+        checkpoint_lineage=args.checkpoint_lineage,
+        lineage=args.lineage,
         progress=functools.partial(print, flush=True),
     )
     from cxt.figures import draw_scatter, draw_tracks

@@ -140,9 +140,19 @@ class Plan:
             training=dataclasses.asdict(self.training),
             lineage=self.lineage,
             dataset={key: self.manifest[key] for key in shape}
-            | {"sha256": self.dataset_sha256, "simulated": self.simulated and [leaf["name"] for leaf in self.simulated]}
-            | {"ranges": self.manifest.get("ranges")},
-            parent=None if self.parent is None else {"name": self.parent.record["name"], "sha256": self.parent_sha256},
+            | {
+                "lineage": self.manifest.get("lineage"),
+                "sha256": self.dataset_sha256,
+                "simulated": self.simulated and [leaf["name"] for leaf in self.simulated],
+                "ranges": self.manifest.get("ranges"),
+            },
+            parent=None
+            if self.parent is None
+            else {
+                "name": self.parent.record["name"],
+                "lineage": self.parent.record.get("lineage"),
+                "sha256": self.parent_sha256,
+            },
             accelerator=self.accelerator,
             devices=self.world,
             precision=self.precision,
@@ -285,6 +295,7 @@ def quieten() -> None:
         ".*exists and is not empty.*",  # that of the run which is continued
         ".*smaller than the logging interval.*",
         ".*functools.lru_cache.*",  # FlexAttention's block mask, which a compiled step makes anew
+        ".*`srun` command is available.*",  # a rank is started by the trainer, never by srun
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -69,6 +69,10 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--out", type=str | None, help="publish the finished checkpoint here")
     add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and end")
     add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
+    add("--settings-lineage", type=str | None, help="lineage that the settings of --config are for; must be --lineage's")
+    add("--dataset-lineage", type=str | None, help="lineage that the dataset must have")
+    add("--parent-lineage", type=str | None, help="lineage that --checkpoint or --resume-adapter must have")
+    add("--wait-for-lock", type=float, default=0.0, help="minutes to wait where another trainer has the run directory")
     for name, text in {
         "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
     }.items():  # fmt: skip

@@ -18,6 +18,7 @@ from cxt.masks import read_mask
 from cxt.preprocess import planned_shards
 from cxt.scenarios import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.schema import REPOSITORY
+from cxt.store import SPLITS, dataset_lineage_of
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
@@ -38,8 +39,8 @@ def check_plan(config: dict) -> None:
     Raises
     ------
     BadRequest
-        If a scenario cannot be simulated, two simulations would have the same ancestry, a dataset has no training
-        simulation, or a model has less than one batch.
+        If a scenario cannot be simulated or has no training simulation for a dataset, two simulations would have the same
+        ancestry, or a model has less than one batch.
     """
     check_scenarios(config)
     counted = [(leaf.spec, _all_batches(config, leaf)) for leaf in leaves_of(config, list(config["scenarios"]))]
@@ -47,7 +48,10 @@ def check_plan(config: dict) -> None:
     for name, dataset in config["datasets"].items():
         for leaf in leaves_of(config, dataset["scenarios"]):
             if not split_size(0, leaf.simulations, "train"):
-                print(f"cxt: warning: datasets.{name}: scenario '{leaf.name}' has no training simulation", file=sys.stderr)
+                raise BadRequest(
+                    f"datasets.{name}: scenario '{leaf.name}' has no training simulation: `simulations: {leaf.simulations}` "
+                    "is index 0 alone, and every index that is a multiple of 10 is held out; give it 2 or more"
+                )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
             mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"))
@@ -56,10 +60,6 @@ def check_plan(config: dict) -> None:
                     f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
                     f"{dataset['sequence_length']}"
                 )
-        if not items(config, name, "train"):
-            raise BadRequest(
-                f"datasets.{name} has no training simulation: every index is a multiple of 10; raise `simulations`"
-            )
     for name, model in config["models"].items():
         training = training_config(config, name)
         try:
@@ -176,13 +176,17 @@ def mask_spec(config: dict, name: str) -> dict:
 
 
 def mask_arguments(config: dict, name: str) -> list[str]:
-    """How the stages are told of a dataset's mask, as command-line words after the path."""
+    """How the stages are told of a dataset's mask, and of what it must be, as command-line words after the path."""
     mask = config["datasets"][name].get("mask", {})
     words = []
     if "path" in mask and mask["path"].endswith(".npz"):
         words += ["--mask-key", mask["key"]]
     if "contig" in mask:
         words += ["--mask-contig", mask["contig"]]
+    if "path" in mask:
+        words += ["--mask-sha256", _external_digest(mask["path"])]
+    elif "mask" in config["datasets"][name]:
+        words += ["--mask-lineage", mask_lineage(config, name)]
     return words
 
 
@@ -211,6 +215,24 @@ def leaf_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
     return {leaf.name: (leaf.simulations, leaf.batch) for leaf in leaves_of(config, config["datasets"][dataset]["scenarios"])}
 
 
+def leaf_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
+    """{leaf: (simulations, batch, lineage of its shards)} of a dataset."""
+    leaves = leaves_of(config, config["datasets"][dataset]["scenarios"])
+    return {
+        leaf.name: (leaf.simulations, leaf.batch, dataset_lineage_of(shard_lineages(config, dataset, leaf))) for leaf in leaves
+    }
+
+
+def shard_lineages(config: dict, dataset: str, leaf: Leaf) -> list[str]:
+    """The lineages of all shards of a leaf in a dataset."""
+    return [
+        shard_lineage(config, dataset, leaf, start, split)
+        for start, count in batches(simulations=leaf.simulations, batch=leaf.batch)
+        for split in SPLITS
+        if split_size(start, count, split)
+    ]
+
+
 def dataset_directory(name: str) -> str:
     return f"results/datasets/{name}"
 
@@ -223,14 +245,8 @@ def shard_paths(config: dict, dataset: str) -> list[str]:
 
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, in no particular order of scenarios."""
-    shards = sorted(
-        shard_lineage(config, name, leaf, start, split)
-        for leaf in leaves_of(config, config["datasets"][name]["scenarios"])
-        for start, count in batches(simulations=leaf.simulations, batch=leaf.batch)
-        for split in ("train", "test")
-        if split_size(start, count, split)
-    )
-    return stage_lineage("preprocess", shards)
+    leaves = leaves_of(config, config["datasets"][name]["scenarios"])
+    return dataset_lineage_of([lineage for leaf in leaves for lineage in shard_lineages(config, name, leaf)])
 
 
 def preprocessing_memory_mb(config: dict, dataset: str, simulations: int, tree_bytes: float) -> int:
@@ -290,6 +306,22 @@ def training_threads(config: dict, name: str) -> int:
     return (training.threads + training.workers) * max(1, devices(config, name))
 
 
+def settings_path(model: str) -> str:
+    return f"results/config/{model}.yaml"
+
+
+def settings_file(config: dict, name: str) -> dict:
+    """What the file `settings_path` holds: a model's settings, and the lineage of the checkpoint they are for."""
+    return training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
+
+
+def lineages_to_train_on(config: dict, name: str) -> list[str]:
+    """The lineages that a model's dataset and parent must have, as command-line words."""
+    words = ["--dataset-lineage", dataset_lineage(config, config["models"][name]["dataset"])]
+    parent = parent_of(config["models"][name])
+    return words if parent is None else [*words, "--parent-lineage", model_lineage(config, parent)]
+
+
 def parent_flag(config: dict, name: str) -> list[str]:
     """The verb and file of a model's parent, as command-line words."""
     model = config["models"][name]
@@ -314,9 +346,15 @@ def evaluation_scenarios(config: dict, model: str) -> list[str]:
 
 
 def evaluation_batches(config: dict, model: str) -> list[dict]:
-    """[{path, scenario, start, count}, …] of everything that a model is evaluated on."""
+    """[{path, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
     return [
-        {"path": batch_path(leaf.name, start), "scenario": leaf.name, "start": start, "count": count}
+        {
+            "path": batch_path(leaf.name, start),
+            "scenario": leaf.name,
+            "start": start,
+            "count": count,
+            "lineage": batch_lineage(config, leaf, start, count),
+        }
         for scenario in evaluation_scenarios(config, model)
         for leaf in leaves(scenario, config["scenarios"][scenario])
         for start, count in evaluation_starts(config, leaf)
@@ -335,10 +373,7 @@ def evaluation_spec(config: dict, model: str) -> dict:
 
 
 def evaluation_lineage(config: dict, model: str) -> str:
-    used = sorted(
-        batch_lineage(config, leaf_of(config, batch["scenario"]), batch["start"], batch["count"])
-        for batch in evaluation_batches(config, model)
-    )
+    used = sorted(batch["lineage"] for batch in evaluation_batches(config, model))
     dataset = config["models"][model]["dataset"]
     return stage_lineage(
         "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)

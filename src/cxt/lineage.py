@@ -10,6 +10,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from cxt.errors import BadRequest
+from cxt.remedies import plan_again
+
 STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 2, "evaluate": 2}
 """Raise one of these and everything from that stage on is made again."""
 
@@ -73,6 +76,20 @@ def file_sha256(path) -> str:
 def stage_lineage(stage: str, *parts) -> str:
     """Digest of a job of *stage*: its version and *parts* (settings, digests of parents and external files)."""
     return digest([stage, STAGE_VERSION[stage], *parts])
+
+
+def check_lineage(what: str, *, found: str | None, planned: str | None, target) -> None:
+    """BadRequest if *what* is of another lineage than *planned*; None, as when a stage is run by hand, plans nothing.
+
+    *target* is the file to make again.
+    """
+    if planned is not None and found != planned:
+        raise BadRequest(f"{what} is not the one that was planned: {differing(found, planned)}; {plan_again(target)}")
+
+
+def differing(found: str | None, planned: str) -> str:
+    """What was found instead of the lineage *planned*, in words."""
+    return f"its lineage is {found}, expected {planned}" if found else f"it has no lineage, expected {planned}"
 
 
 def _shape(node) -> object:

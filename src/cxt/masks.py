@@ -12,6 +12,8 @@ import numpy as np
 
 from cxt.errors import BadRequest, nearest
 from cxt.files import atomic_write
+from cxt.lineage import check_lineage, file_sha256
+from cxt.remedies import make_again
 from cxt.scenarios import random_generator
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
@@ -101,11 +103,24 @@ def synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     return mask
 
 
-def write_mask(path, mask: np.ndarray) -> None:
-    """Write a mask (True = inaccessible) as .npz, where array `accessible` is its opposite."""
+def write_mask(path, mask: np.ndarray, *, lineage: str | None = None) -> None:
+    """Write a mask (True = inaccessible) as .npz, where array `accessible` is its opposite; *lineage* is stored beside it."""
     out = io.BytesIO()
-    np.savez_compressed(out, accessible=~mask)
+    np.savez_compressed(out, accessible=~mask, **({} if lineage is None else {"lineage": lineage}))
     atomic_write(path, out.getvalue())
+
+
+def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -> None:
+    """BadRequest if the mask file is not what was planned: the *lineage* that `write_mask` stored, or the file's *sha256*."""
+    if lineage is not None:
+        try:
+            with np.load(path) as arrays:
+                found = str(arrays["lineage"]) if "lineage" in arrays else None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise BadRequest(f"mask {path} cannot be read: {error}; {make_again(path, delete=str(path))}") from None
+        check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
 
 
 def cut_mask(mask: np.ndarray, *, length: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:

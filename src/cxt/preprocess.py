@@ -14,7 +14,7 @@ import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
-from cxt.masks import cut_mask, read_mask, synthetic_mask, write_mask
+from cxt.masks import check_mask, cut_mask, read_mask, synthetic_mask, write_mask
 from cxt.scenarios import batches, random_generator, split_of, split_size
 from cxt.schema import complete_part
 from cxt.simulate import read_batch
@@ -104,14 +104,27 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
     )
 
 
-def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, mask=None, scenario=None, seed=None) -> int:
+def write_split(
+    out,
+    batch,
+    spec: dict,
+    *,
+    start: int,
+    count: int,
+    split: str,
+    mask=None,
+    scenario=None,
+    seed=None,
+    batch_lineage=None,
+    lineage=None,
+) -> int:
     """Preprocess one split of a batch file into the shard *out*; the number of simulations in it.
 
-    The whole batch is read, so that a batch that was cut is noticed whatever the split. *scenario* and *seed*, where
-    given, must be those that it was simulated with.
+    The whole batch is read, so that a batch that was cut is noticed whatever the split. *scenario*, *seed* and
+    *batch_lineage*, where given, must be those that it was simulated with. *lineage* is the shard's own, stored in it.
     """
     entries = []
-    for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed):
+    for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed, lineage=batch_lineage):
         identity = ts.metadata["cxt"]
         if split_of(identity["index"]) != split:
             continue
@@ -127,16 +140,18 @@ def write_split(out, batch, spec: dict, *, start: int, count: int, split: str, m
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
     attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
+    if lineage is not None:
+        attributes["lineage"] = lineage
     write_shard(out, entries, attributes)
     return len({entry.index for entry in entries})
 
 
-def planned_shards(leaves: dict[str, tuple[int, int]]) -> dict[str, list[str]]:
-    """{split: shard names} of a dataset of *leaves* {name: (simulations, batch)}; empty splits have no shard."""
+def planned_shards(leaves: dict[str, tuple]) -> dict[str, list[str]]:
+    """{split: shard names} of a dataset of *leaves* {name: (simulations, batch, …)}; empty splits have no shard."""
     return {
         split: [
             f"{split}/{leaf}-{start}.zarr.zip"
-            for leaf, (simulations, batch) in leaves.items()
+            for leaf, (simulations, batch, *_) in leaves.items()
             for start, count in batches(simulations=simulations, batch=batch)
             if split_size(start, count, split)
         ]
@@ -157,6 +172,7 @@ def _shard(args) -> None:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = None
     if args.mask is not None:
+        check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
         mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
     done = write_split(
         args.out,
@@ -168,19 +184,24 @@ def _shard(args) -> None:
         mask=mask,
         scenario=args.scenario,
         seed=args.seed,
+        batch_lineage=args.batch_lineage,
+        lineage=args.lineage,
     )
     print(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
 
 
 def _manifest(args) -> None:
+    lineages = None
     if args.shards is not None:
-        shards = planned_shards(_json(args.shards, "--shards"))
+        leaves = _json(args.shards, "--shards")
+        shards = planned_shards(leaves)
+        lineages = {leaf: row[2] for leaf, row in leaves.items() if len(row) > 2}
     else:
         shards = {
             split: sorted(str(path.relative_to(args.dataset)) for path in (args.dataset / split).glob("*.zarr.zip"))
             for split in SPLITS
         }
-    manifest = write_manifest(args.dataset, shards)
+    manifest = write_manifest(args.dataset, shards, lineages=lineages)
     for split in SPLITS:
         part = manifest["splits"][split]
         print(f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} items, {len(part['shards'])} shards")
@@ -188,7 +209,7 @@ def _manifest(args) -> None:
 
 def _mask(args) -> None:
     mask = synthetic_mask(_json(args.spec, "--spec"), seed=args.seed)
-    write_mask(args.out, mask)
+    write_mask(args.out, mask, lineage=args.lineage)
     print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
 
@@ -206,15 +227,21 @@ def main() -> None:
     shard.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
     shard.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
     shard.add_argument("--mask-contig", help="sequence in the BED file")
+    shard.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
+    shard.add_argument("--mask-sha256", help="digest that the mask file must have")
+    shard.add_argument("--batch-lineage", help="lineage that the batch must have")
+    shard.add_argument("--lineage", help="digest of all that decides the shard, stored in it")
     shard.add_argument("--out", type=Path, required=True, help="shard to write, FILE.zarr.zip")
     shard.set_defaults(run=_shard)
     manifest = commands.add_parser("manifest", help="list and check the shards of a dataset in its dataset.json")
     manifest.add_argument("--dataset", type=Path, required=True, help="directory with train/ and test/")
-    manifest.add_argument("--shards", help="{leaf: [simulations, batch]} as JSON (default: the shards that are there)")
+    manifest.add_argument("--shards", help="{leaf: [simulations, batch]} as JSON, or with the lineage that its shards must "
+                          "have as a third entry (default: the shards that are there, whatever they are)")  # fmt: skip
     manifest.set_defaults(run=_manifest)
     mask = commands.add_parser("mask", help="a synthetic accessibility mask")
     mask.add_argument("--spec", required=True, help="length, accessible_run and inaccessible_run as JSON")
     mask.add_argument("--seed", type=int, required=True)
+    mask.add_argument("--lineage", help="digest of all that decides the mask, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     args = parser.parse_args()

@@ -135,6 +135,11 @@ def is_locked(path) -> bool:
     return False
 
 
+def target_lock(out) -> Path:
+    """The lock file of a file that a run will publish."""
+    return Path(out).with_name(f".{Path(out).name}.lock")
+
+
 class RunDirectory:
     """One run's directory, locked by this process from `lock` until it ends."""
 
@@ -167,8 +172,7 @@ class RunDirectory:
 
     def lock_target(self, out) -> None:
         """Take the file that the run will publish, too: a trainer of another run may still be about to publish there."""
-        out = Path(out)
-        self._locks.append(take_lock(out.with_name(f".{out.name}.lock"), out))
+        self._locks.append(take_lock(target_lock(out), Path(out)))
 
     def release(self) -> None:
         """Let go of what was locked, and say in the lock files that this process has ended in good order."""

@@ -24,7 +24,8 @@ from cxt.demographies import read_demes
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import atomic_file, check_writable, remove_abandoned
 from cxt.kinds import KINDS, check_leaf, simulated_tables
-from cxt.lineage import canonical
+from cxt.lineage import canonical, check_lineage
+from cxt.remedies import make_again
 from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
 from cxt.signals import STATUS, held_back, ignore, listen
@@ -39,11 +40,12 @@ def reproduce(spec: dict, *, index: int, seed: int) -> str:
     )
 
 
-def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress=None) -> None:
+def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None = None, progress=None) -> None:
     """Simulate indices start..start+count-1 of a leaf scenario into one file, which appears only when complete.
 
     One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated, and once
-    more before the file gets its name. An exception says which simulation it came from, and how to reproduce it alone.
+    more before the file gets its name. *lineage*, if given, goes into the metadata of each. An exception says which simulation
+    it came from, and how to reproduce it alone.
     """
     path = Path(path)
     check_writable(path)
@@ -52,7 +54,10 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress
             if progress is not None:
                 progress(index)
             try:
-                simulated_tables(spec, index=index, seed=seed).dump(file)
+                tables = simulated_tables(spec, index=index, seed=seed)
+                if lineage is not None:
+                    tables.metadata = {"cxt": tables.metadata["cxt"] | {"lineage": lineage}}
+                tables.dump(file)
             except BadRequest as error:
                 raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
             except Exception as error:
@@ -63,21 +68,21 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, progress
 
 
 def read_batch(
-    path, *, start: int, count: int, scenario: str | None = None, seed: int | None = None
+    path, *, start: int, count: int, scenario: str | None = None, seed: int | None = None, lineage: str | None = None
 ) -> Iterator[tskit.TreeSequence]:
-    """The tree sequences of a batch file, in order; *scenario* and *seed* are checked where given.
+    """The tree sequences of a batch file, in order; *scenario*, *seed* and *lineage* are checked where given.
 
     Raises
     ------
     BadRequest
         If the file is cut (within or between two tree sequences), holds more than *count*, or holds another simulation
-        than (*scenario*, *start* + i) at place i.
+        than (*scenario*, *start* + i) at place i, or of another *lineage*.
     """
-    remedy = f"delete {path} and run the workflow again"
+    remedy = make_again(path, delete=str(path))
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; run the workflow again to make it") from None
+        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; {make_again(path)}") from None
     with file:
         for i in range(count):
             try:
@@ -99,6 +104,7 @@ def read_batch(
                 )
             if seed is not None and identity["seed"] != seed:
                 raise BadRequest(f"{path} was simulated with seed {identity['seed']}, expected {seed}; {remedy}")
+            check_lineage(f"batch {path}", found=identity.get("lineage"), planned=lineage, target=path)
             yield ts
         if file.read(1):
             raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")
@@ -144,6 +150,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="first index (default 0)")
     parser.add_argument("--count", type=int, required=True, help="number of simulations")
     parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
+    parser.add_argument("--lineage", help="digest of all that decides the batch, stored in it")
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
     args = parser.parse_args()
     if args.count < 1 or args.start < 0:
@@ -156,10 +163,10 @@ def main() -> None:
         raise BadRequest(f"--seed {seed}: expected at least 0")
     check_leaf(spec)
     check_writable(args.out)
-    _watch(args.out, spec, start=args.start, count=args.count, seed=seed)
+    _watch(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 
 
-def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
+def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None) -> None:
     """`write_batch` in a child process, so that even its sudden death (no memory, a crash) can be told and reproduced."""
     context = multiprocessing.get_context("fork")  # nothing runs in threads yet
     receiver, sender = context.Pipe(duplex=False)
@@ -168,7 +175,8 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int) -> None:
         receiver.close()
         ignore()  # of a signal to both, only the parent must speak
         # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
-        exit_on_bad_request(lambda: write_batch(out, spec, start=start, count=count, seed=seed, progress=sender.send))
+        what = {"start": start, "count": count, "seed": seed, "lineage": lineage}
+        exit_on_bad_request(lambda: write_batch(out, spec, **what, progress=sender.send))
 
     child = context.Process(target=work)
 

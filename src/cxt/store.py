@@ -35,6 +35,8 @@ from zarr.storage import MemoryStore
 
 from cxt.errors import BadRequest
 from cxt.files import atomic_write
+from cxt.lineage import check_lineage, stage_lineage
+from cxt.remedies import make_again
 
 SCHEMA_VERSION = 3
 SPLITS = ("train", "test")
@@ -42,8 +44,11 @@ MANIFEST = "dataset.json"
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
 """What all shards of a dataset agree on."""
 
-REBUILD = f"delete it and the dataset's {MANIFEST}, and run the workflow again"
-"""What to do about a bad shard; the manifest too, or Snakemake would find nothing to do."""
+
+def rebuild(shard) -> str:
+    """What to do about a bad shard: the manifest goes, too, or Snakemake would find nothing to do."""
+    manifest = Path(shard).parent.parent / MANIFEST
+    return make_again(manifest, delete=f"it and the dataset's {MANIFEST}")
 
 
 @dataclasses.dataclass
@@ -104,9 +109,9 @@ def _zip(content: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def _check_version(what: str, version: int) -> None:
+def _check_version(what: str, version: int, *, remedy: str) -> None:
     if version != SCHEMA_VERSION:
-        remedy = "update cxt" if version > SCHEMA_VERSION else "it is of an older cxt: run the workflow again to rebuild it"
+        remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
         raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
 
 
@@ -123,10 +128,10 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {REBUILD}") from None
+        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {rebuild(path)}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise BadRequest(
-            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; {REBUILD}"
+            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; {rebuild(path)}"
         )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
@@ -134,8 +139,8 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
     except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError, EOFError, RuntimeError) as error:
-        raise BadRequest(f"shard {path} is damaged or truncated: {error}; {REBUILD}") from None
-    _check_version(f"shard {path}", version)
+        raise BadRequest(f"shard {path} is damaged or truncated: {error}; {rebuild(path)}") from None
+    _check_version(f"shard {path}", version, remedy=rebuild(path))
     try:
         yield group, data
     finally:
@@ -163,9 +168,9 @@ def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dic
     }
     expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
     if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
-        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {REBUILD}")
+        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {rebuild(path)}")
     if not np.isfinite(arrays["log_tmrca"]).all():
-        raise BadRequest(f"shard {path} holds targets that are not finite; {REBUILD}")
+        raise BadRequest(f"shard {path} holds targets that are not finite; {rebuild(path)}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
@@ -174,17 +179,21 @@ def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray
         return {name: array[:] for name, array in group.arrays()}, dict(group.attrs)
 
 
-def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
+def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
     """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
+
+    *lineages*, if given, are {leaf scenario: `dataset_lineage_of` its shards} as planned. The manifest's own is that of all
+    shards; it has none where one of them has none.
 
     Raises
     ------
     BadRequest
-        If a shard is damaged, shards disagree in shape, or no simulation is in `train`.
+        If a shard is damaged or of another lineage, shards disagree in shape, or no simulation is in `train`.
     """
     directory = Path(directory)
     shape: dict | None = None
     splits = {}
+    of_shards: dict[str, list[str | None]] = {}
     for split in SPLITS:
         rows = []
         for name in shards[split]:
@@ -195,6 +204,7 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
                 if attributes["split"] != split:
                     raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
                 index, sites = group["index"][:], group["positions"].shape[0]
+                of_shards.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
             rows.append(
                 {
                     "path": name,
@@ -213,16 +223,28 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
             "bytes": sum(row["bytes"] for row in rows),
             "shards": rows,
         }
+    for leaf, planned in (lineages or {}).items():
+        check_lineage(
+            f"{directory}: a shard of '{leaf}'", found=dataset_lineage_of(of_shards.get(leaf, [])), planned=planned,
+            target=directory / MANIFEST,
+        )  # fmt: skip
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
+    lineage = dataset_lineage_of([lineage for of_leaf in of_shards.values() for lineage in of_leaf])
     manifest = {
         "schema_version": SCHEMA_VERSION,
+        **({} if lineage is None else {"lineage": lineage}),
         **shape,
         "windows": shape["sequence_length"] // shape["window_size"],
         "splits": splits,
     }
     atomic_write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     return manifest
+
+
+def dataset_lineage_of(shards: list[str | None]) -> str | None:
+    """The lineage of shards with the lineages *shards*, in no particular order; None if one of them has none."""
+    return None if None in shards else stage_lineage("preprocess", sorted(shards))
 
 
 def read_manifest(directory) -> dict:
@@ -234,29 +256,27 @@ def read_manifest(directory) -> dict:
         If the directory, train/, test/ or the manifest is missing, or the manifest is newer than this package.
     """
     directory = Path(directory)
+    file = directory / MANIFEST
     if not directory.is_dir():
-        raise BadRequest(f"there is no dataset directory {directory}; build it with `snakemake {directory / MANIFEST}`")
+        raise BadRequest(f"there is no dataset directory {directory}; {make_again(file)}")
     missing = [split for split in SPLITS if not (directory / split).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
-        raise BadRequest(
-            f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); "
-            f"build it with `snakemake {directory / MANIFEST}`"
-        )
+        raise BadRequest(f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {make_again(file)}")
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
     except OSError:
         raise BadRequest(
-            f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or "
-            "`python -m cxt.preprocess manifest`"
+            f"{directory} has no {MANIFEST}; {make_again(file)}, or list the shards that are there with "
+            f"`python -m cxt.preprocess manifest --dataset {directory}`"
         ) from None
     except ValueError as error:  # no JSON, no UTF-8
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; delete it and run the workflow again") from None
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {make_again(file, delete='it')}") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
-        _check_version(str(directory / MANIFEST), manifest["schema_version"])
+        _check_version(str(file), manifest["schema_version"], remedy=make_again(file, delete="it"))
     fault = _fault(manifest)
     if fault is not None:
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; delete it and run the workflow again")
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; {make_again(file, delete='it')}")
     return manifest
 
 
@@ -268,6 +288,8 @@ def _fault(manifest) -> str | None:
             return "a size is not a positive whole number"
         if manifest["windows"] != manifest["sequence_length"] // manifest["window_size"]:
             return f"windows is {manifest['windows']}, which sequence_length and window_size do not make"
+        if not isinstance(manifest.get("lineage"), str | None):
+            return "its lineage is no text"
         if not isinstance(manifest["missing"], bool) or not isinstance(manifest["schema_version"], int):
             return "`missing` or `schema_version` is of another type"
         for split in SPLITS:

@@ -29,10 +29,11 @@ from cxt.config import (
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
 from cxt.flags import build_parser, check_config_keys
-from cxt.lineage import STAGE_VERSION, file_sha256, stage_lineage
+from cxt.lineage import STAGE_VERSION, differing, file_sha256, stage_lineage
 from cxt.nodes import Nodes
 from cxt.parents import OF_THE_NETWORK, inherit, read_parent, resolve_network
-from cxt.rundir import RunDirectory, newest_version, next_version
+from cxt.remedies import plan_again
+from cxt.rundir import RunDirectory, is_locked, newest_version, next_version, target_lock
 from cxt.source import check_source, live_source
 from cxt.store import MANIFEST, read_manifest
 
@@ -40,6 +41,9 @@ BEGAN = time.monotonic()
 """When this process began, near enough."""
 
 RUN_DIRECTORY_OF_RANK_0 = "CXT_RUN_DIRECTORY"
+OF_THE_WORKFLOW = ("lineage", "settings_lineage", "dataset_lineage", "parent_lineage", "wait_for_lock")
+"""Flags by which the workflow says what it planned, and how to start: they are no settings of a run."""
+
 NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
 """Settings that a run's identity holds in another form: files by digest, devices by number."""
 
@@ -71,13 +75,41 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
     if highest >= present or (isinstance(wanted, list) and min(wanted) < 0):
         flag = "--gpus " + " ".join(map(str, wanted)) if isinstance(wanted, list) else f"--devices {wanted}"
         has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
-        raise BadRequest(f"{flag}, but {has}; leave the flag out, or use --devices 0 to train on the CPU")
+        raise BadRequest(f"{flag}, but {has}; {fewer_devices(args, present)}")
     return "gpu", wanted
+
+
+def fewer_devices(args, present: int) -> str:
+    """What to ask for where only *present* GPUs are: the same effective batch, where it can be divided so."""
+    wanted = len(args.gpus) if args.gpus is not None else args.devices
+    if wanted <= present:
+        return f"their indices are 0 to {present - 1}"
+    accumulation = args.grad_accum * wanted / max(1, present)
+    keep = f" with --grad-accum {accumulation:g}, which keeps the effective batch" if accumulation.is_integer() else ""
+    return (
+        f"use --devices {present}{keep}{'' if present else ', to train on the CPU'}; in the workflow these are `devices` and "
+        "`grad_accum` of `training:`"
+    )
+
+
+def check_lineages(args, manifest: dict, parent) -> None:
+    """BadRequest if settings, dataset or parent are not those that the workflow has planned the run with."""
+    looked_at = [(f"the settings of {args.name or args.model}", args.settings_lineage, args.settings_lineage and args.lineage)]
+    looked_at.append((f"dataset {args.dataset_path}", manifest.get("lineage"), args.dataset_lineage))
+    if args.parent_lineage is not None:
+        source = args.checkpoint or args.resume_adapter
+        if parent is None:
+            raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
+        looked_at.append((f"parent {source}", parent.record.get("lineage"), args.parent_lineage))
+    wrong = [(what, found, planned) for what, found, planned in looked_at if planned is not None and found != planned]
+    if wrong:
+        said = "; ".join(f"{what}: {differing(found, planned)}" for what, found, planned in wrong)
+        raise BadRequest(f"not what was planned to train on: {said}; {plan_again(args.out or args.dataset_path)}")
 
 
 def settings_of(args) -> dict:
     """The settings that decide the result, as they can be read back with --config."""
-    leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "lineage", "max_minutes", "print_config"}
+    leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "print_config", *OF_THE_WORKFLOW}
     return {
         key: value
         for key, value in vars(args).items()
@@ -116,10 +148,24 @@ def run_to_open(args) -> tuple[Path, Path | None]:
     return (newest_version if args.resume else next_version)(args.log_dir), None
 
 
+def wait_for_lock(path: Path, *, until: float) -> None:
+    """Wait while another process has the lock file *path*, at most *until* then (of `time.monotonic`).
+
+    A job that was cancelled, or whose time was up, may still be saving when its next try begins.
+    """
+    if time.monotonic() < until and is_locked(path):
+        print(f"another trainer has {path}: waiting for it, {until - time.monotonic():.0f} s at most", flush=True)
+        while time.monotonic() < until and is_locked(path):
+            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+
+
 def open_run(args, run: RunDirectory, identity: dict) -> str | None:
     """Lock the run directory; why what it holds is not this run's, or None if it is, or is empty."""
+    until = time.monotonic() + 60 * args.wait_for_lock
+    wait_for_lock(run.lock_path, until=until)
     run.lock()
     if args.out is not None:
+        wait_for_lock(target_lock(args.out), until=until)
         run.lock_target(args.out)
     state = run.state()
     if state is not None and (args.restart or state["identity"] != identity):
@@ -127,15 +173,13 @@ def open_run(args, run: RunDirectory, identity: dict) -> str | None:
         reason = "--restart" if args.restart else differences(before, identity)
         if args.resume:
             raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
-        if not args.restart and before | {"devices": identity["devices"]} == identity:
-            if run.finished_checkpoint() is not None:
-                return None  # whatever it was trained on, it is what was asked for
-            if run.last.exists():
-                raise BadRequest(
-                    f"{run.path} was begun on {before['devices']} and cannot go on with {identity['devices']}: it would not be "
-                    f"the same run. Give it {before['devices']} again (`--resources gpu=N` may have clipped them), or start "
-                    f"afresh with --restart, or, under Snakemake, by `rm -r {run.path}`"
-                )
+        is_on_others = before | {"devices": identity["devices"]} == identity
+        if not args.restart and is_on_others and run.last.exists() and run.finished_checkpoint() is None:
+            raise BadRequest(
+                f"{run.path} was begun on {before['devices']} and cannot go on with {identity['devices']}: it would not be "
+                f"the same run. Give it {before['devices']} again, or start afresh with --restart, or, under Snakemake, by "
+                f"`rm -r {run.path}`"
+            )
         return reason
     if state is None and args.resume:
         print(f"nothing to resume in {run.path}: starting from step 0", file=sys.stderr, flush=True)
@@ -163,6 +207,7 @@ def plan_of(args):
         simulated, manifest = live_source(args, training, world=world)
         data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
     parent_file, parent = read_parent(args)
+    check_lineages(args, manifest, parent)
     inherit(args, parent)
     network, adapter = resolve_network(args, manifest, parent)
     items = manifest["splits"]["train"]["items"]
