@@ -107,6 +107,35 @@ def test_other_processes_read_the_same_memory(dataset, method, storage):
     assert writeable == (method == "fork")
 
 
+def _item_after_fork(items, queue):
+    x, y = items[1]
+    queue.put((x.numpy(), y.numpy()))
+
+
+def test_a_forked_process_reads_after_torch_has_used_threads(tmp_path):
+    """Items of the published size, which torch computes with several threads; those do not survive a fork."""
+    entry = constant_scenario(sequence_length=1_000_000, simulations=10, individuals=25)
+    shape = {"window_size": 2000, "sequence_length": 1_000_000, "samples": 50, "pairs": 2, "scales": [2, 8, 32, 64]}
+    items = PairDataset(build_dataset(tmp_path, entry=entry, **shape), "test")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        items[0]
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        process = context.Process(target=_item_after_fork, args=(items, queue))
+        process.start()
+        try:
+            x, y = queue.get(timeout=60)
+        finally:
+            process.kill()
+            process.join()
+        assert torch.equal(torch.from_numpy(x), items[1][0])
+        assert torch.equal(torch.from_numpy(y), items[1][1])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_pickles_hold_no_data(dataset):
     items = PairDataset(dataset, "train")
     data = pickle.dumps(items)

@@ -3,10 +3,13 @@
 import msprime
 import numpy as np
 import pytest
-from conftest import simulate
+from conftest import constant_scenario, simulate
 
 from cxt import pair_log_tmrca
 from cxt.errors import BadRequest
+from cxt.kinds import simulate_one
+from cxt.preprocess import preprocess_one
+from cxt.scenarios import leaves
 from cxt.targets import Grid
 
 
@@ -63,6 +66,37 @@ def test_ancient_samples_are_refused():
     ts = msprime.sim_ancestry(samples, population_size=1e4, sequence_length=1000, random_seed=1)
     with pytest.raises(BadRequest, match=r"2 of 8 samples are not at time 0 \(the oldest at 50\)"):
         pair_log_tmrca(ts, [(0, 1)], window_size=100, sequence_length=1000)
+
+
+@pytest.mark.parametrize(
+    ("units", "remedy"),
+    [
+        ("years", "divide node and mutation times by the years per generation"),
+        ("ticks", "generations per tick"),
+        ("uncalibrated", "date it first"),
+        ("unknown", r"tables\.time_units = 'generations'"),
+        ("centuries", "convert its times"),
+    ],
+)
+def test_other_units_of_time_are_refused(units, remedy):
+    tables = simulate(seed=1).dump_tables()
+    tables.time_units = units
+    ts = tables.tree_sequence()
+    with pytest.raises(BadRequest, match=f"times in '{units}', expected 'generations': .*{remedy}"):
+        pair_log_tmrca(ts, [(0, 1)], window_size=1000, sequence_length=100_000)
+    identified = simulate_one(leaves("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
+    identified.time_units = units
+    with pytest.raises(BadRequest, match=f"times in '{units}'"):
+        preprocess_one(
+            identified.tree_sequence(), {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6}
+        )
+
+
+def test_negative_times_are_refused():
+    tables = msprime.sim_ancestry(5, population_size=1e4, sequence_length=1000, random_seed=1).dump_tables()
+    tables.nodes.time = tables.nodes.time - 500  # as SLiM counted, from the start of the simulation
+    with pytest.raises(BadRequest, match="negative times .*SLiM"):
+        pair_log_tmrca(tables.tree_sequence(), [(0, 1)], window_size=100, sequence_length=1000)
 
 
 def test_too_short_is_refused():

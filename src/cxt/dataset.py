@@ -10,6 +10,7 @@ of times asks for (9 as published). That is about what the shards take on disk.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -33,6 +34,11 @@ from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 
 LARGEST_SHARE = 0.7
 """Share of the free memory that `auto` lets a dataset take."""
+
+
+# The threads of torch's OpenMP do not survive a fork: a child that asks for them waits for ever. With one, none are asked for.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 class Item(NamedTuple):
@@ -106,7 +112,8 @@ class PairDataset(Items):
 
     ``len()`` is the number of items; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
     int64 tokens (windows + 1,), start token first. ``describe(i)`` tells scenario, simulation index and pair. It may be
-    read by forked and by spawned processes and by threads, which all share one copy of the data.
+    read by forked and by spawned processes and by threads, which all share one copy of the data. Forked processes compute
+    with one torch thread.
 
     Parameters
     ----------

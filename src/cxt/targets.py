@@ -129,6 +129,38 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     return -1.0
 
 
+_IN_GENERATIONS = {
+    "years": "divide node and mutation times by the years per generation, and set `tables.time_units = 'generations'`",
+    "ticks": "SLiM counts in ticks: multiply node and mutation times by the generations per tick (1 in a Wright-Fisher model "
+    "without a changed tick cycle), and set `tables.time_units = 'generations'`",
+    "uncalibrated": "its times are only an order, as of tsinfer: date it first, as with tsdate",
+    "unknown": "if its times are generations, say so: `tables.time_units = 'generations'`",
+}
+"""What to do about tree sequences whose times are in other units."""
+
+
+def check_times(ts: tskit.TreeSequence) -> None:
+    """BadRequest unless times are in generations before the samples, which are all at time 0."""
+    if ts.time_units != "generations":
+        remedy = _IN_GENERATIONS.get(ts.time_units, "convert its times, and set `tables.time_units = 'generations'`")
+        raise BadRequest(f"the tree sequence has times in '{ts.time_units}', expected 'generations': {remedy}")
+    times = ts.nodes_time
+    if not np.isfinite(times).all():
+        raise BadRequest("the tree sequence has nodes whose time is not a number; date them first")
+    if len(times) and times.min() < 0:
+        raise BadRequest(
+            f"the tree sequence has nodes at negative times ({times.min():g}): old versions of SLiM and pyslim count from the "
+            "start of the simulation, and times have to count backwards from its end. Load it with a current pyslim "
+            "(`pyslim.update`), or shift all times so that the samples are at 0"
+        )
+    times = times[ts.samples()]
+    if np.any(times != 0):
+        raise BadRequest(
+            f"{int(np.sum(times != 0))} of {ts.num_samples} samples are not at time 0 (the oldest at {times.max():g}); "
+            "the TMRCA of ancient samples is not defined here: sample every population at time 0"
+        )
+
+
 def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_length):
     """Natural log of the span-weighted mean TMRCA, in generations, of pairs of samples in windows.
 
@@ -138,7 +170,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
     Parameters
     ----------
     ts : tskit.TreeSequence
-        Single-rooted on [0, *sequence_length*), samples at time 0, at least *sequence_length* long.
+        Single-rooted on [0, *sequence_length*), times in generations, samples at time 0, at least *sequence_length* long.
     pairs : (pairs, 2) integer array
         Indices into ``ts.samples()``.
     window_size, sequence_length : int
@@ -151,7 +183,8 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
     Raises
     ------
     BadRequest
-        If a sample is ancient, a tree has several roots, or *ts* is shorter than *sequence_length*.
+        If times are not in generations, a sample is ancient, a tree has several roots, or *ts* is shorter than
+        *sequence_length*.
     """
     pairs = check_pairs(pairs, ts.num_samples)
     if ts.sequence_length < sequence_length:
@@ -159,12 +192,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
             f"the tree sequence is {ts.sequence_length:.0f} bp long, {sequence_length:.0f} were asked for; "
             "lower the dataset's sequence_length or simulate longer sequences"
         )
-    times = ts.nodes_time[ts.samples()]
-    if np.any(times != 0):
-        raise BadRequest(
-            f"{int(np.sum(times != 0))} of {ts.num_samples} samples are not at time 0 (the oldest at {times.max():g}); "
-            "the TMRCA of ancient samples is not defined here: sample every population at time 0"
-        )
+    check_times(ts)
     total = np.zeros((len(pairs), num_windows(window_size=window_size, sequence_length=sequence_length)))
     several_roots_at = _sweep(
         (ts.edges_left, ts.edges_right, ts.edges_parent, ts.edges_child),
