@@ -87,9 +87,7 @@ def test_other_units_of_time_are_refused(units, remedy):
     identified = simulate_one(leaves("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
     identified.time_units = units
     with pytest.raises(BadRequest, match=f"times in '{units}'"):
-        preprocess_one(
-            identified.tree_sequence(), {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6}
-        )
+        preprocess_one(identified.tree_sequence(), {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6})
 
 
 def test_negative_times_are_refused():
