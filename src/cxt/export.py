@@ -31,7 +31,17 @@ def information(path) -> str:
             "missing",
         )
     }
-    lines = [f"{path}, schema version {manifest['schema_version']}", ", ".join(f"{k} {v}" for k, v in shape.items()), ""]
+    ranges = [
+        f"{name.replace('_', ' ')} {pair[0]:.3g} to {pair[1]:.3g}"
+        for name, pair in manifest["ranges"].items()
+        if pair is not None
+    ]
+    lines = [
+        f"{path}, schema version {manifest['schema_version']}",
+        ", ".join(f"{k} {v}" for k, v in shape.items()),
+        f"training simulations: {', '.join(ranges)}",
+        "",
+    ]
     table = [("scenario", "split", "simulations", "items", "sites/simulation", "kB/simulation", "shards")]
     for split in SPLITS:
         rows: dict[str, list[dict]] = collections.defaultdict(list)

@@ -18,7 +18,7 @@ STAGE_VERSION = {"simulate": 2, "preprocess": 3, "train": 2, "evaluate": 2}
 
 STAGE_SOURCES = {
     "simulate": ("seeds.py", "scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
-    "preprocess": ("kernel.py", "features.py", "targets.py", "store.py", "masks.py", "preprocess.py"),
+    "preprocess": ("kernel.py", "features.py", "targets.py", "data_ranges.py", "store.py", "masks.py", "preprocess.py"),
     "train": (
         "seeds.py",
         "kernel.py",

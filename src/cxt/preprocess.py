@@ -95,6 +95,7 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
         index=identity["index"],
         start=start,
         mutation_rate=identity["mutation_rate"],
+        recombination_rate=identity["recombination_rate"],
         genotypes=pack_haplotypes(genotypes),
         positions=positions,
         pairs=pairs,

@@ -10,6 +10,7 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     index         (simulations,) int64               index of the simulation in its leaf scenario
     start         (simulations,) int64               where in it the stretch that is used begins, in base pairs
     mutation_rate (simulations,) float64
+    recombination_rate (simulations,) float64        mean over the simulation; both per base pair and generation
     mask          (simulations, ceil(length / 8)) uint8, only with missingness: bit 1 = inaccessible
     mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
 
@@ -22,6 +23,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -33,14 +35,25 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.errors import BadRequest
+from cxt.arena import free_memory
+from cxt.data_ranges import RANGES, overall_ranges, ranges_of
+from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
 from cxt.lineage import check_lineage, stage_lineage
 from cxt.remedies import make_again
+from cxt.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
 
-SCHEMA_VERSION = 3
-SPLITS = ("train", "test")
+SCHEMA_VERSION = 4
 MANIFEST = "dataset.json"
+LARGEST_COUNT = 2**48
+"""Simulations, items, sites or bytes; more would not fit into any machine."""
+
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, AttributeError,
+    ArithmeticError, AssertionError, MemoryError,
+)  # fmt: skip
+"""What zipfile and zarr raise for files that are damaged or malformed."""
+
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
 """What all shards of a dataset agree on."""
 
@@ -58,6 +71,7 @@ class Entry:
     scenario: str
     index: int
     mutation_rate: float
+    recombination_rate: float
     genotypes: np.ndarray  # (sites, bytes), packed
     positions: np.ndarray  # (sites,)
     pairs: np.ndarray  # (pairs, 2)
@@ -78,6 +92,7 @@ def write_shard(path, entries: list[Entry], attributes: dict) -> None:
         "index": np.array([e.index for e in entries], dtype=np.int64),
         "start": np.array([e.start for e in entries], dtype=np.int64),
         "mutation_rate": np.array([e.mutation_rate for e in entries], dtype=np.float64),
+        "recombination_rate": np.array([e.recombination_rate for e in entries], dtype=np.float64),
     }
     if attributes["missing"]:
         chunks_of_all["mask"] = np.stack([np.packbits(e.mask, bitorder="little") for e in entries])
@@ -135,16 +150,25 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
+            check_entries(archive, len(data))
             content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
-    except (zipfile.BadZipFile, zlib.error, OSError, KeyError, ValueError, EOFError, RuntimeError) as error:
-        raise BadRequest(f"shard {path} is damaged or truncated: {error}; {rebuild(path)}") from None
+        if type(version) is not int:
+            raise Fault(f"its schema version is {version!r}")
+        if version == SCHEMA_VERSION:
+            check_layout(group, content, memory=free_memory())
+    except UNREADABLE as error:
+        raise _damaged(path, error) from None
     _check_version(f"shard {path}", version, remedy=rebuild(path))
     try:
         yield group, data
     finally:
         content.clear()  # zarr's objects refer to each other, and would keep it until some later collection
+
+
+def _damaged(path, error: Exception) -> BadRequest:
+    return BadRequest(f"shard {path} is damaged or truncated: {first_line(error)}; {rebuild(path)}")
 
 
 def check_shape(path, attributes: dict, shape: dict) -> None:
@@ -169,14 +193,21 @@ def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dic
     expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
     if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
         raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {rebuild(path)}")
-    if not np.isfinite(arrays["log_tmrca"]).all():
-        raise BadRequest(f"shard {path} holds targets that are not finite; {rebuild(path)}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of a shard, decompressed into memory; errors as in `open_shard`."""
+    """Arrays and attributes of a shard, decompressed into memory, checked; errors as in `open_shard`."""
     with open_shard(path, sha256=sha256) as (group, _):
-        return {name: array[:] for name, array in group.arrays()}, dict(group.attrs)
+        return _arrays_of(path, group), dict(group.attrs)
+
+
+def _arrays_of(path, group: zarr.Group) -> dict[str, np.ndarray]:
+    try:
+        arrays = {name: array[:] for name, array in group.arrays()}
+        check_arrays(arrays, group.attrs)
+    except UNREADABLE as error:
+        raise _damaged(path, error) from None
+    return arrays
 
 
 def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
@@ -194,6 +225,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     shape: dict | None = None
     splits = {}
     of_shards: dict[str, list[str | None]] = {}
+    ranges: list[dict[str, list[float] | None]] = []
     for split in SPLITS:
         rows = []
         for name in shards[split]:
@@ -203,7 +235,10 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
                 check_shape(directory / name, attributes, shape)
                 if attributes["split"] != split:
                     raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
-                index, sites = group["index"][:], group["positions"].shape[0]
+                arrays = _arrays_of(directory / name, group)
+                index, sites = arrays["index"], len(arrays["positions"])
+                if split == "train":
+                    ranges.append(ranges_of(arrays, attributes))
                 of_shards.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
             rows.append(
                 {
@@ -236,6 +271,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
         **({} if lineage is None else {"lineage": lineage}),
         **shape,
         "windows": shape["sequence_length"] // shape["window_size"],
+        "ranges": overall_ranges(ranges),
         "splits": splits,
     }
     atomic_write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
@@ -284,8 +320,12 @@ def _fault(manifest) -> str | None:
     """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
     try:
         numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
-        if not all(isinstance(n, int) and n > 0 for n in [*numbers, *manifest["scales"]]):
-            return "a size is not a positive whole number"
+        if not all(type(n) is int and 0 < n <= LONGEST for n in [*numbers, *manifest["scales"]]) or not manifest["scales"]:
+            return f"a size is not a whole number of 1 to {LONGEST}"
+        if not 2 <= manifest["samples"] <= 65_535 or manifest["pairs"] > math.comb(manifest["samples"], 2):
+            return f"{manifest['pairs']} pairs cannot be taken from {manifest['samples']} samples"
+        if not _are_ranges(manifest["ranges"]):
+            return "its ranges are not pairs of numbers"
         if manifest["windows"] != manifest["sequence_length"] // manifest["window_size"]:
             return f"windows is {manifest['windows']}, which sequence_length and window_size do not make"
         if not isinstance(manifest.get("lineage"), str | None):
@@ -296,18 +336,31 @@ def _fault(manifest) -> str | None:
             part = manifest["splits"][split]
             rows = part["shards"]
             for key in ("simulations", "items", "sites", "bytes"):
-                if part[key] != sum(row[key] for row in rows) or min([0, *(row[key] for row in rows)]) < 0:
+                counts = [row[key] for row in rows]
+                if not all(type(n) is int and 0 <= n <= LARGEST_COUNT for n in counts) or part[key] != sum(counts):
                     return f"the {key} of {split} are not those of its shards"
             names = [row["path"] for row in rows]
             if len(set(names)) < len(names):
                 return f"a shard of {split} is listed twice"
             for row in rows:
+                if row["items"] % (manifest["pairs"] * manifest["regions_per_simulation"]):
+                    return f"{row['items']} items of {row['path']} are not {manifest['pairs']} pairs of each region"
                 if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
                     return f"{row['path']} is no shard of {split}"
                 if not isinstance(row["sha256"], str) or "/" in row["scenario"] or row["scenario"] in ("", ".", ".."):
                     return f"the entry of {row['path']}"
     except KeyError as error:
         return f"it has no {error}"
-    except (TypeError, IndexError, ZeroDivisionError):
+    except (TypeError, IndexError, ZeroDivisionError, AttributeError):
         return "a value is of another type"
     return None
+
+
+def _are_ranges(ranges) -> bool:
+    """Whether *ranges* are those of a manifest: for each name two finite numbers, the least and the largest, or nothing."""
+
+    def is_range(pair) -> bool:
+        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in pair)
+        return pair is None or (is_pair and 0 <= pair[0] <= pair[1])
+
+    return isinstance(ranges, dict) and ranges.keys() == set(RANGES) and all(map(is_range, ranges.values()))
