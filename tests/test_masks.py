@@ -2,12 +2,14 @@
 
 import gzip
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from cxt.errors import BadRequest
-from cxt.masks import cut_mask, read_mask, synthetic_mask, write_mask
+from cxt.features import missing_fraction
+from cxt.masks import cut_mask, describe_mask, read_mask, synthetic_mask, write_mask
 
 SYNTHETIC = {"length": 2_000_000, "accessible_run": 500, "inaccessible_run": 200}
 
@@ -84,3 +86,108 @@ def test_cut():
     assert offsets == {0, 1, 2}
     with pytest.raises(BadRequest, match="100 bp long, shorter than the sequence of 101 bp"):
         cut_mask(mask, length=101, rng=np.random.default_rng(1))
+
+
+def bed(tmp_path, content, name="m.bed"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+PLAIN = "chr1\t2\t5\nchr1\t8\t10\n"
+ACCESSIBLE = np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 0], dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.BED", PLAIN), ("m.bed.bgz", gzip.compress(PLAIN.encode())), ("m.bed", gzip.compress(PLAIN.encode())),
+        ("m.bed", "\ufeff" + PLAIN), ("m.bed", PLAIN.replace("\n", "\r\n")), ("m.bed", PLAIN.replace("\t", " ")),
+        ("m.bed", "chrom\tchromStart\tchromEnd\n" + PLAIN),
+        ("m.bed", "browser position chr1:1-9\ntrack name=x\n#c\n\n" + PLAIN),
+        ("m.bed", "chr1\t2\t5\ta\nchr1\t8\t10\tb\n"), ("m.bed", "chr1\t2\t4\ta\nchr1\t3\t5\ta\nchr1\t8\t10\tb\n"),
+    ],
+)  # fmt: skip
+def test_beds_that_say_the_same(tmp_path, name, content):
+    path = bed(tmp_path, content, name)
+    assert np.array_equal(read_mask(path), ACCESSIBLE)
+    assert np.array_equal(read_mask(path, marks="inaccessible"), ~ACCESSIBLE)
+    assert describe_mask(path, ACCESSIBLE) == f"mask {path}: 50.0% of 10 bp accessible"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("m.bed", "", "has no intervals"), ("m.bed", "# nothing\ntrack x\n", "has no intervals"),
+        ("m.bed", "chr1\t5\t5\n", "all intervals of 'chr1' are empty"),
+        ("m.bed", "chr1\t0\t100000000000000\n", "line 1: the end 100000000000000 is beyond any chromosome"),
+        ("m.bed", "chr1\t-1\t5\n", "line 1: expected contig, start and end"),
+        ("m.bed", "chr1\t0.5\t5\n", "line 1: expected"), ("m.bed", "chr1\t1_0\t50\n", "line 1: expected"),
+        ("m.bed", "chr1\t1\t\u0665\n", "line 1: expected"), ("m.bed", PLAIN + "chrom\tstart\tend\n", "line 3: expected"),
+        ("m.bed", bytes(range(256)), "cannot be read"), ("m.bed.gz", gzip.compress(PLAIN.encode())[:-9], "cannot be read"),
+        ("m.bed", "chr1\t0\t9\tNA12878\nchr1\t5\t9\tNA12891\n", "intervals of 'NA12891' and 'NA12878' overlap at 5"),
+        ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t2\ta\nchr1\t95\t99\tb\nchr1\t96\t97\tc\n", "'c' and 'b' overlap at 96"),
+        ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t20\ta\nchr1\t30\t35\tb\n", "'b' and 'a' overlap at 30"),
+    ],
+)  # fmt: skip
+def test_beds_that_are_refused(tmp_path, name, content, message):
+    path = bed(tmp_path, content, name)
+    with pytest.raises(BadRequest, match=f"{re.escape(str(path))}.*{message}"):
+        read_mask(path)
+
+
+def test_damaged_gz(tmp_path):
+    whole = gzip.compress(PLAIN.encode() * 1000)
+    for at in range(12, len(whole), 3):
+        damaged = bytearray(whole)
+        damaged[at] ^= 16
+        with pytest.raises(BadRequest, match=r"cannot be read|, line \d+: expected"):
+            read_mask(bed(tmp_path, bytes(damaged), "m.bed.gz"))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array(["yes", "no"]), "values of type <U3"), (np.array([0.0, np.nan]), "values of type float64"),
+        (np.array([0, -1]), "found the value -1"), (np.array([0, 1, 5000]), "found the value 5000"),
+        (np.array([], bool), "is empty"), (np.array([{}], dtype=object), "cannot be read: .*pickle"),
+    ],
+)  # fmt: skip
+def test_arrays_that_are_no_mask(tmp_path, values, message):
+    np.savez(tmp_path / "m.npz", accessible=values)
+    with pytest.raises(BadRequest, match=message):
+        read_mask(tmp_path / "m.npz")
+
+
+def test_arrays_of_0_and_1(tmp_path):
+    for dtype in (np.uint8, np.int64, bool):
+        np.savez_compressed(tmp_path / "m.npz", accessible=(~ACCESSIBLE).astype(dtype))
+        assert np.array_equal(read_mask(tmp_path / "m.npz"), ACCESSIBLE)
+
+
+def test_reading_takes_little_more_than_a_byte_a_base(tmp_path):
+    length = 20_000_000
+    path = bed(tmp_path, "".join(f"1\t{at}\t{at + 700}\n" for at in range(0, length, 1000)) + f"1\t{length - 9}\t{length}\n")
+    np.savez_compressed(tmp_path / "m.npz", accessible=np.ones(length, bool))
+    for file in (path, tmp_path / "m.npz"):
+        tracemalloc.start()
+        mask = read_mask(file)
+        whole = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        missing_fraction(mask, window_size=2000, sequence_length=length)
+        more = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert whole < 1.5 * length
+        assert more < 0.2 * length
+
+
+def test_missing_fraction_is_that_of_a_sum_for_every_base():
+    mask = np.random.default_rng(1).random(10_050) < 0.3
+    for length in (10_000, 9_950):
+        covered = np.concatenate([[0], np.cumsum(mask[:length])])
+        left = np.arange(-(-length // 100)) * 100
+        for scale, found in zip(
+            (2, 7), missing_fraction(mask, window_size=100, sequence_length=length, scales=(2, 7)), strict=True
+        ):
+            right = np.minimum(left + scale * 100, length)
+            assert np.array_equal(found, (covered[right] - covered[left]) / (right - left))

@@ -220,7 +220,9 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
         if "mask" in dataset:
             m = dataset["mask"]
             masks[name] = (
-                read_mask(m["path"], key=m["key"], contig=m.get("contig")) if "path" in m else synthetic_mask(m, seed=1)
+                read_mask(m["path"], key=m["key"], contig=m.get("contig"), marks=m["marks"])
+                if "path" in m
+                else synthetic_mask(m, seed=1)
             )
     used = {name: {leaf.name for leaf in leaves_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
     for leaf in reached(config):

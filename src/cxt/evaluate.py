@@ -20,7 +20,7 @@ from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
 from cxt.lineage import check_lineage, digest, stage_lineage
-from cxt.masks import check_mask, read_mask
+from cxt.masks import add_mask_flags, mask_from_flags
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.simulate import read_batch
@@ -351,11 +351,7 @@ def main() -> None:
     parser.add_argument("--checkpoint-lineage", help="lineage that the checkpoint must have")
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
     parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count, lineage}, …]")
-    parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
-    parser.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
-    parser.add_argument("--mask-contig", help="sequence in the BED file")
-    parser.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
-    parser.add_argument("--mask-sha256", help="digest that the mask file must have")
+    add_mask_flags(parser)
     parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = decode on the first GPU (default 0, CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
@@ -385,9 +381,7 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
-    if args.mask is not None:
-        check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
-    mask = None if args.mask is None else read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
+    mask = mask_from_flags(args)
     result, tracks = evaluate(
         args.checkpoint,
         spec,

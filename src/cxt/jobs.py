@@ -14,7 +14,7 @@ from cxt.configfile import lineage_of_parents, model_config, parent_of, training
 from cxt.errors import BadRequest
 from cxt.kinds import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
-from cxt.masks import read_mask
+from cxt.masks import describe_mask, read_mask
 from cxt.preprocess import planned_shards
 from cxt.scenarios import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.schema import REPOSITORY
@@ -54,7 +54,8 @@ def check_plan(config: dict) -> None:
                 )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
-            mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"))
+            mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"), marks=settings["marks"])
+            print(f"cxt: datasets.{name}: {describe_mask(settings['path'], mask)}", file=sys.stderr)
             if len(mask) < dataset["sequence_length"]:
                 raise BadRequest(
                     f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
@@ -184,6 +185,7 @@ def mask_arguments(config: dict, name: str) -> list[str]:
     if "contig" in mask:
         words += ["--mask-contig", mask["contig"]]
     if "path" in mask:
+        words += ["--mask-marks", mask["marks"]]
         words += ["--mask-sha256", _external_digest(mask["path"])]
     elif "mask" in config["datasets"][name]:
         words += ["--mask-lineage", mask_lineage(config, name)]
@@ -200,7 +202,7 @@ def mask_lineage(config: dict, name: str) -> str | None:
     if mask is None:
         return None
     if "path" in mask:
-        return stage_lineage("preprocess", _external_digest(mask["path"]), mask["key"], mask.get("contig"))
+        return stage_lineage("preprocess", _external_digest(mask["path"]), mask["key"], mask.get("contig"), mask["marks"])
     return stage_lineage("preprocess", mask_spec(config, name), config["seed"])
 
 

@@ -1,16 +1,21 @@
 """Accessibility masks: reading them, making synthetic ones, and cutting a piece for one simulation.
 
-Files say what is *accessible* (BED intervals, or True in a .npz). Inside the package a mask is True = *in*accessible.
+Files say what is *accessible* (BED intervals, or True in a .npz), or the opposite where `marks` says so. Inside the package a
+mask is True = *in*accessible.
 """
 
+import argparse
 import gzip
 import io
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from cxt.errors import BadRequest, nearest
+from cxt.arena import free_memory
+from cxt.errors import BadRequest, first_line, nearest
 from cxt.files import atomic_write
 from cxt.lineage import check_lineage, file_sha256
 from cxt.remedies import make_again
@@ -20,63 +25,174 @@ ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 """Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""
 
 
-def read_mask(path, *, key: str = "accessible", contig: str | None = None) -> np.ndarray:
+MARKS = ("accessible", "inaccessible")
+"""What the intervals of a BED file, or the True of an array, can mean."""
+
+LONGEST = 2**33
+"""Base pairs; no chromosome is longer."""
+
+UNREADABLE = (
+    OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What gzip, zipfile and numpy raise for files that are damaged or malformed."""
+
+
+def read_mask(path, *, key: str = "accessible", contig: str | None = None, marks: str = "accessible") -> np.ndarray:
     """An accessibility mask as a bool array over its chromosome, True = inaccessible.
 
     Parameters
     ----------
-    path : a BED file of accessible intervals (`.bed`, `.bed.gz`), or a .npz with an array that is True = accessible
+    path : a BED file (`.bed`, `.bed.gz`, `.bed.bgz`), or a .npz that holds one value (bool, 0 or 1) per base
     key : name of the array in the .npz
     contig : sequence to take from the BED file; may be left out when it has one only
+    marks : "accessible" if intervals, or True, are where genotypes can be called; "inaccessible" if they are where not
+
+    Returns
+    -------
+    bool array
+        Up to the end of the last interval of a BED file, which does not say how long its sequence is.
 
     Raises
     ------
     BadRequest
-        If the file cannot be read, or has no such array or contig.
+        If the file cannot be read, has no such array or contig, holds other values or intervals of several samples, or the
+        mask does not fit into memory.
     """
     path = Path(path)
+    name = path.name.lower()
+    if marks not in MARKS:
+        raise BadRequest(f"mask {path}: `marks` is '{marks}', expected one of {', '.join(MARKS)}")
     try:
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                if key not in arrays:
-                    raise BadRequest(f"{path} has no array '{key}'{nearest(key, arrays.files)}")
-                if arrays[key].ndim != 1:
-                    raise BadRequest(f"{path}, array '{key}': found shape {arrays[key].shape}, expected one value per base")
-                return ~arrays[key].astype(bool)
-        if path.name.endswith((".bed", ".bed.gz")):
-            return _read_bed(path, contig)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        if name.endswith(".npz"):
+            marked = _read_npz(path, key)
+        elif name.endswith((".bed", ".bed.gz", ".bed.bgz")):
+            marked = _read_bed(path, contig)
+        else:
+            raise BadRequest(f"mask {path}: expected a name that ends in .npz, .bed or .bed.gz")
+    except UNREADABLE as error:
         if isinstance(error, BadRequest):
             raise
-        raise BadRequest(f"mask {path} cannot be read: {error}") from None
-    raise BadRequest(f"mask {path}: expected a name that ends in .npz, .bed or .bed.gz")
+        raise BadRequest(f"mask {path} cannot be read: {first_line(error)}") from None
+    return np.logical_not(marked, out=marked) if marks == "accessible" else marked
+
+
+def describe_mask(path, mask: np.ndarray) -> str:
+    """How much of a mask is accessible, in words: the quickest way to see that its polarity is right."""
+    return f"mask {path}: {1 - mask.mean(dtype=np.float64):.1%} of {len(mask):,} bp accessible"
+
+
+def _check_memory(path: Path, size: int) -> None:
+    if size > free_memory():
+        raise BadRequest(
+            f"mask {path} has {size:,} bp, a byte each, more than the {free_memory() / 1e9:,.1f} GB of free memory"
+        )
+
+
+def _read_npz(path: Path, key: str) -> np.ndarray:
+    """Array *key*, a new bool array."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.filename == f"{key}.npy":
+                _check_memory(path, entry.file_size)
+    with np.load(path) as arrays:
+        if key not in arrays:
+            raise BadRequest(f"{path} has no array '{key}'{nearest(key, arrays.files)}")
+        values = arrays[key]
+    if not isinstance(values, np.ndarray):
+        raise BadRequest(f"{path}, '{key}': not an array of numpy's")
+    if values.ndim != 1:
+        raise BadRequest(f"{path}, array '{key}': found shape {values.shape}, expected one value per base")
+    if not values.size:
+        raise BadRequest(f"{path}, array '{key}' is empty")
+    if values.dtype == bool:
+        return values
+    if values.dtype.kind not in "iu":
+        raise BadRequest(f"{path}, array '{key}': found values of type {values.dtype}, expected True and False, or 0 and 1")
+    if values.min() < 0 or values.max() > 1:
+        odd = values[(values < 0) | (values > 1)][0]
+        raise BadRequest(
+            f"{path}, array '{key}': found the value {odd}, expected one value per base, True and False, or 0 and 1"
+        )
+    return values.astype(bool)
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether the first line of a table names its columns."""
+    return len(fields) >= 3 and "start" in fields[1].lower() and "end" in fields[2].lower()
+
+
+def _intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
+    """(contig, start, end, name or None) of each line of a BED file."""
+    with open(path, "rb") as file:
+        is_packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path, "rt", encoding="utf-8-sig") if is_packed else open(path, encoding="utf-8-sig") as file:
+        is_first = True
+        for number, line in enumerate(file, 1):
+            fields = line.split("\t") if "\t" in line else line.split()
+            fields = [field.strip() for field in fields]
+            if not fields or not fields[0] or fields[0].startswith("#") or line.split()[0] in ("track", "browser"):
+                continue
+            if is_first and _is_header(fields):
+                is_first = False
+                continue
+            is_first = False
+            if len(fields) < 3 or not all(field.isascii() and field.isdigit() for field in fields[1:3]):
+                raise BadRequest(f"{path}, line {number}: expected contig, start and end, found {line.strip()[:100]!r}")
+            left, right = int(fields[1][:20]), int(fields[2][:20])
+            if left > right:
+                raise BadRequest(f"{path}, line {number}: expected 0 <= start <= end, found {left} and {right}")
+            if right > LONGEST:
+                raise BadRequest(f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {LONGEST}")
+            yield fields[0], left, right, fields[3] if len(fields) > 3 else None
+
+
+def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> None:
+    """BadRequest if intervals with different names overlap: they are of different samples, or no mask at all."""
+    ends: dict[str | None, int] = {}  # how far intervals reach: of the name that reaches farthest, and of all others
+    farthest, others = None, 0
+    for left, right, name in sorted(intervals, key=lambda interval: interval[:2]):
+        if ends and left < right and left < (others if name == farthest else max(others, ends[farthest])):
+            other = next(n for n, end in ends.items() if n != name and end > left)
+            raise BadRequest(
+                f"{path}: intervals of '{name}' and '{other}' overlap at {left}; it lists intervals of several samples or "
+                "features, and a mask is one set of intervals. Take those of one sample, or those that all samples share "
+                "(`bedtools multiinter`); `cut -f 1-3` takes their union"
+            )
+        ends[name] = max(ends.get(name, 0), right)
+        if farthest not in ends or ends[name] > ends[farthest]:
+            if farthest in ends and farthest != name:
+                others = max(others, ends[farthest])
+            farthest = name
+        elif name != farthest:
+            others = max(others, ends[name])
 
 
 def _read_bed(path: Path, contig: str | None) -> np.ndarray:
-    intervals: dict[str, list[tuple[int, int]]] = {}
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.split()
-            if not fields or fields[0].startswith("#") or fields[0] in ("track", "browser"):
-                continue
-            try:
-                left, right = int(fields[1]), int(fields[2])
-            except (IndexError, ValueError):
-                raise BadRequest(f"{path}, line {number}: expected contig, start and end, found {line.strip()!r}") from None
-            if not 0 <= left <= right:
-                raise BadRequest(f"{path}, line {number}: expected 0 <= start <= end, found {left} and {right}")
-            intervals.setdefault(fields[0], []).append((left, right))
+    """True where an interval of *contig* is."""
+    intervals: dict[str, list[tuple[int, int, str | None]]] = {}
+    for name, left, right, label in _intervals(path):
+        found = intervals.setdefault(name, [])
+        if contig is None or name == contig:
+            found.append((left, right, label))
+    if not intervals:
+        raise BadRequest(f"{path} has no intervals")
     if contig is None:
         if len(intervals) != 1:
             raise BadRequest(f"{path} has {len(intervals)} contigs; say which with `contig`{nearest('', intervals)}")
         contig = next(iter(intervals))
     if contig not in intervals:
         raise BadRequest(f"{path} has no contig '{contig}'{nearest(contig, intervals)}")
-    mask = np.ones(max(right for _, right in intervals[contig]), dtype=bool)
-    for left, right in intervals[contig]:
-        mask[left:right] = False
-    return mask
+    chosen = intervals[contig]
+    length = max(right for _, right, _ in chosen)
+    if all(left == right for left, right, _ in chosen):
+        raise BadRequest(f"{path}: all intervals of '{contig}' are empty")
+    _check_names(path, chosen)
+    _check_memory(path, length)
+    marked = np.zeros(length, dtype=bool)
+    for left, right, _ in chosen:
+        marked[left:right] = True
+    return marked
 
 
 def synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
@@ -116,8 +232,8 @@ def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -
         try:
             with np.load(path) as arrays:
                 found = str(arrays["lineage"]) if "lineage" in arrays else None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise BadRequest(f"mask {path} cannot be read: {error}; {make_again(path, delete=str(path))}") from None
+        except UNREADABLE as error:
+            raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {make_again(path, delete=str(path))}") from None
         check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
     if sha256 is not None and file_sha256(path) != sha256:
         raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
@@ -134,3 +250,25 @@ def cut_mask(mask: np.ndarray, *, length: int, rng: np.random.Generator) -> tupl
         )
     offset = int(rng.integers(0, len(mask) - length + 1))
     return mask[offset : offset + length], offset
+
+
+def add_mask_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that tell a stage of a dataset's mask; `mask_from_flags` reads it."""
+    parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
+    parser.add_argument("--mask-key", default="accessible", help="array in the .npz (default accessible)")
+    parser.add_argument("--mask-contig", help="sequence in the BED file")
+    parser.add_argument(
+        "--mask-marks", choices=MARKS, default=MARKS[0], help="what its intervals or true values mark (default accessible)"
+    )
+    parser.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
+    parser.add_argument("--mask-sha256", help="digest that the mask file must have")
+
+
+def mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
+    """The mask that the flags name, checked, after saying how much of it is accessible; None without one."""
+    if args.mask is None:
+        return None
+    check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
+    mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig, marks=args.mask_marks)
+    print(describe_mask(args.mask, mask), flush=True)
+    return mask

@@ -14,7 +14,7 @@ import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
-from cxt.masks import check_mask, cut_mask, read_mask, synthetic_mask, write_mask
+from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
 from cxt.scenarios import batches, random_generator, split_of, split_size
 from cxt.schema import complete_part
 from cxt.simulate import read_batch
@@ -171,10 +171,7 @@ def _shard(args) -> None:
     spec = complete_part(_json(args.spec, "--spec"), "dataset", leave_out=("scenarios", "mask"), at="--spec")
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
-    mask = None
-    if args.mask is not None:
-        check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
-        mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
+    mask = mask_from_flags(args)
     done = write_split(
         args.out,
         args.batch,
@@ -225,11 +222,7 @@ def main() -> None:
     shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the batch")
     shard.add_argument("--split", choices=SPLITS, required=True)
     shard.add_argument("--spec", default="{}", help="the dataset's keys as JSON, over the published defaults")
-    shard.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
-    shard.add_argument("--mask-key", default="accessible", help="array in the .npz (True = accessible)")
-    shard.add_argument("--mask-contig", help="sequence in the BED file")
-    shard.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
-    shard.add_argument("--mask-sha256", help="digest that the mask file must have")
+    add_mask_flags(shard)
     shard.add_argument("--batch-lineage", help="lineage that the batch must have")
     shard.add_argument("--lineage", help="digest of all that decides the shard, stored in it")
     shard.add_argument("--out", type=Path, required=True, help="shard to write, FILE.zarr.zip")
