@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import simulate
 
-from cxt import pair_features
+from cxt import pair_features, pair_log_tmrca
 from cxt.features import first_sites, missing_fraction, pack_haplotypes, pair_counts, usable_sites
 
 SCALES = (2, 8, 32, 64)
@@ -54,7 +54,8 @@ def test_multi_allelic_sites_are_there_and_dropped():
     ts = simulate(seed=3, rate=5e-6, length=20_000)
     genotypes = ts.genotype_matrix()
     assert (genotypes.max(axis=1) >= 2).any()
-    fast = pair_features(genotypes, ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)
+    with pytest.warns(UserWarning, match="more than two alleles"):
+        fast = pair_features(genotypes, ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)
     slow = slow_features(genotypes, ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)
     assert np.array_equal(fast, slow)
 
@@ -78,7 +79,7 @@ def test_no_sites():
 def test_shorter_than_the_tree_sequence_and_a_short_last_window():
     ts = simulate(seed=5, length=50_000)
     genotypes, positions = ts.genotype_matrix(), ts.sites_position
-    arguments = {"window_size": 700, "sequence_length": 10_000}
+    arguments = {"window_size": 700, "sequence_length": 30_000}
     fast = pair_features(genotypes, positions, PAIRS, **arguments)
     assert np.array_equal(fast, slow_features(genotypes, positions, PAIRS, **arguments))
 
@@ -153,6 +154,13 @@ def test_small_integers_hold_the_same_counts():
     assert np.array_equal(counts, full)
 
 
+def with_value(value, dtype):
+    """Genotypes of two sites, with *value* at the second site's haplotype 3."""
+    genotypes = np.eye(2, 10, dtype=dtype)
+    genotypes[1, 3] = value
+    return genotypes
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -163,11 +171,66 @@ def test_small_integers_hold_the_same_counts():
         ({"genotypes": np.full((2, 10), -1)}, "missing data"),
         ({"positions": np.array([5.0, 1.0])}, "ascend"),
         ({"positions": np.array([5.0])}, "disagree"),
+        ({"positions": np.array([np.nan, 1.0])}, "the position of site 0 is nan, expected a number"),
+        ({"positions": np.array([1.0, np.inf])}, "the position of site 1 is inf"),
+        ({"positions": np.array([1.0, 100.0])}, "the last site is at 100, the very end .* subtract 1"),
+        ({"positions": np.array([5e6, 5e6 + 3])}, r"2 of 2 sites are outside .* from 0 to 100 bp: .* start="),
+        ({"positions": np.array([5.0, 7.0]), "start": 50}, r"2 of 2 sites are outside .* from 50 to 150 bp"),
+        ({"genotypes": with_value(255, np.uint8)}, "hold 255 at site 1, haplotype 3, which stands for missing data"),
+        ({"genotypes": with_value(-1, np.int8)}, "hold -1 at site 1, haplotype 3, which stands for missing data"),
+        ({"genotypes": with_value(np.nan, float)}, "hold nan at site 1, haplotype 3; expected whole numbers"),
+        ({"genotypes": with_value(0.5, float)}, "hold 0.5 at site 1, haplotype 3; expected whole numbers"),
+        ({"genotypes": with_value(1, float)}, "of type float64; expected whole numbers: .* Convert them"),
+        ({"genotypes": with_value("1", object)}, "of type object; expected whole numbers"),
+        ({"genotypes": np.zeros(3, int)}, r"shape \(3,\), expected \(sites, haplotypes\)"),
+        ({"mask": np.full(100, np.nan)}, "mask is of type float64"),
+        ({"mask": np.full(100, 2)}, "mask is of type int64, expected True"),
+        ({"mask": np.zeros(200, bool), "start": 1}, r"mask has 200 values, expected 100: .* mask\[1:101\]"),
+        ({"window_size": 0}, "window_size is 0"),
+        ({"window_size": 2.5}, "window_size is 2.5"),
+        ({"sequence_length": 0}, "sequence_length is 0"),
+        ({"scales": (0, 2)}, "scales are"),
     ],
 )
 def test_bad_input(change, message):
     arguments = {
         "genotypes": np.eye(2, 10, dtype=np.int8), "positions": np.array([1.0, 2.0]), "pairs": [(0, 1)], "mask": None,
+        "window_size": 10, "sequence_length": 100,
     } | change  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        pair_features(**arguments, window_size=10, sequence_length=100)
+        pair_features(**arguments)
+
+
+def test_windows_of_no_width_are_refused_by_targets():
+    with pytest.raises(ValueError, match="window_size is 0"):
+        pair_log_tmrca(simulate(seed=1), PAIRS, window_size=0, sequence_length=100_000)
+
+
+def test_coordinates_of_a_chromosome():
+    ts = simulate(seed=8, length=20_000, rate=2e-7, discrete=False)
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    arguments = {"window_size": 1000, "sequence_length": 20_000}
+    expected = pair_features(genotypes, positions, PAIRS, **arguments)
+    mask = np.random.default_rng(1).random(20_000) < 0.2
+    assert np.array_equal(pair_features(genotypes, np.rint(positions * 2**20) / 2**20, PAIRS, **arguments), expected)
+    moved = 5_000_000 + np.rint(positions * 2**20) / 2**20
+    assert np.array_equal(pair_features(genotypes, moved, PAIRS, start=5_000_000, **arguments), expected)
+    assert np.array_equal(
+        pair_features(genotypes, moved, PAIRS, start=5_000_000, mask=mask, **arguments),
+        pair_features(genotypes, positions, PAIRS, mask=mask, **arguments),
+    )
+    assert np.array_equal(pair_features(genotypes.astype(bool), positions, PAIRS, **arguments), expected)
+
+
+def test_dosages_of_diploids_are_refused():
+    ts = simulate(seed=8, individuals=20, discrete=False)
+    haplotypes = ts.genotype_matrix()
+    dosages = haplotypes[:, ::2] + haplotypes[:, 1::2]
+    with pytest.raises(ValueError, match=r"a 2 at \d+% of the sites, as dosages of diploid individuals do"):
+        pair_features(dosages, ts.sites_position, PAIRS, window_size=1000, sequence_length=100_000)
+
+
+def test_many_alleles_are_said():
+    ts = simulate(seed=3, rate=5e-6, length=20_000)
+    with pytest.warns(UserWarning, match=r"793 of 5802 sites have more than two alleles"):
+        pair_features(ts.genotype_matrix(), ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)

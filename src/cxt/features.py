@@ -5,6 +5,8 @@ bin c of that channel in every window that covers it. Windows of several widths 
 and look to the right. All scales are differences of one cumulative sum, and XNOR is what XOR leaves of all sites.
 """
 
+import warnings
+
 import numpy as np
 
 from cxt.kernel import haplotype_words, pairs_of_one
@@ -14,8 +16,108 @@ SCALES = (2, 8, 32, 64)
 
 
 def num_windows(*, window_size: int, sequence_length: float) -> int:
-    """Number of base windows on [0, sequence_length); the last may be shorter."""
+    """Number of base windows on [0, sequence_length); the last may be shorter.
+
+    Raises
+    ------
+    ValueError
+        If *window_size* is no whole number above 0, or *sequence_length* no number above 0.
+    """
+    if isinstance(window_size, bool) or not (window_size >= 1 and window_size == int(window_size)):
+        raise ValueError(f"window_size is {window_size}, expected a whole number of base pairs, at least 1")
+    if not 0 < sequence_length < np.inf:
+        raise ValueError(f"sequence_length is {sequence_length}, expected a number of base pairs above 0")
     return int(np.ceil(sequence_length / window_size))
+
+
+def _at(wrong: np.ndarray) -> tuple[int, int]:
+    """Site and haplotype of the first True of (sites, haplotypes)."""
+    site, haplotype = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
+    return int(site), int(haplotype)
+
+
+def check_genotypes(genotypes) -> np.ndarray:
+    """*genotypes* as an integer array, after it was found to hold allele codes of haplotypes and nothing else.
+
+    Raises
+    ------
+    ValueError
+        Names the first value that is no allele code (NaN, a fraction, missing data as -1 or 255), or says that the array looks
+        like diploid dosages.
+    """
+    genotypes = np.asarray(genotypes)
+    if genotypes.ndim != 2:
+        raise ValueError(f"genotypes have shape {genotypes.shape}, expected (sites, haplotypes)")
+    if genotypes.dtype == bool:
+        return genotypes.astype(np.int8)
+    if not np.issubdtype(genotypes.dtype, np.integer):
+        wanted = "expected whole numbers: 0 for the ancestral allele, 1 for the derived one"
+        if np.issubdtype(genotypes.dtype, np.floating) and (wrong := ~(genotypes == np.floor(genotypes))).any():
+            site, haplotype = _at(wrong)
+            raise ValueError(f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}; {wanted}")
+        raise ValueError(f"genotypes are of type {genotypes.dtype}; {wanted}. Convert them, as with `.astype('int8')`")
+    for wrong in (genotypes < 0, genotypes == 255):
+        if wrong.any():
+            site, haplotype = _at(wrong)
+            raise ValueError(
+                f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}, which stands for missing "
+                "data; leave such sites out, and pass a mask of where genotypes cannot be called"
+            )
+    above = (genotypes > 1).any(axis=1)
+    if len(above) >= 20 and above.mean() > 0.25 and genotypes.max() == 2:
+        raise ValueError(
+            f"genotypes hold a 2 at {above.mean():.0%} of the sites, as dosages of diploid individuals do; expected one column "
+            "for each haplotype, of phased genotypes"
+        )
+    if above.any() and above.mean() > 0.1:
+        warnings.warn(
+            f"{above.sum()} of {len(above)} sites have more than two alleles (codes above 1), and are dropped", stacklevel=3
+        )
+    return genotypes
+
+
+def check_positions(positions, *, start: float, sequence_length: float) -> np.ndarray:
+    """*positions* relative to *start*, float64, after most of them were found to be in the region.
+
+    Raises
+    ------
+    ValueError
+        If a position is not finite, they do not ascend, most are outside [start, start + sequence_length), or the last one is
+        at its very end, as the last base of a sequence is where positions are counted from 1.
+    """
+    positions = np.asarray(positions, dtype=np.float64)
+    if not np.isfinite(positions).all():
+        wrong = int(np.argmax(~np.isfinite(positions)))
+        raise ValueError(f"the position of site {wrong} is {positions[wrong]}, expected a number")
+    if np.any(np.diff(positions) < 0):
+        wrong = int(np.argmax(np.diff(positions) < 0)) + 1
+        raise ValueError(f"site positions must ascend: {positions[wrong]:g} comes after {positions[wrong - 1]:g}")
+    end = start + sequence_length
+    outside = (positions < start) | (positions >= end)
+    if outside.sum() > 0.5 * len(positions):
+        raise ValueError(
+            f"{outside.sum()} of {len(positions)} sites are outside the region from {start:.0f} to {end:.0f} bp: positions go "
+            f"from {positions[0]:.0f} to {positions[-1]:.0f}. Say with start= where the region begins, or take the sites of it"
+        )
+    if len(positions) and positions[-1] == end:
+        raise ValueError(
+            f"the last site is at {positions[-1]:.0f}, the very end of the region from {start:.0f} to {end:.0f} bp, which does "
+            "not belong to it. Positions are counted from 0: subtract 1 from those of a VCF file"
+        )
+    return positions - start
+
+
+def check_mask(mask, *, start: float, sequence_length: float) -> np.ndarray:
+    """*mask* as a bool array; ValueError unless it is one of bool, or of 0 and 1, with a value for each base of the region."""
+    mask = np.asarray(mask)
+    if mask.dtype != bool and not (np.issubdtype(mask.dtype, np.integer) and ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"mask is of type {mask.dtype}, expected True (inaccessible) and False, or 1 and 0, one for each base")
+    if start and mask.ndim == 1 and len(mask) > sequence_length:
+        raise ValueError(
+            f"mask has {len(mask)} values, expected {sequence_length:.0f}: with start=, it begins there, too; pass "
+            f"mask[{start:.0f}:{start + sequence_length:.0f}] of a whole sequence"
+        )
+    return mask.astype(bool, copy=False)
 
 
 def usable_sites(genotypes, positions, *, sequence_length, mask=None):
@@ -42,8 +144,8 @@ def usable_sites(genotypes, positions, *, sequence_length, mask=None):
         raise ValueError(
             f"genotypes {genotypes.shape} and positions {positions.shape} disagree: expected (sites, samples) and (sites,)"
         )
-    if np.any(np.diff(positions) < 0):
-        raise ValueError("site positions must ascend")
+    if not np.isfinite(positions).all() or np.any(np.diff(positions) < 0):
+        raise ValueError("site positions must be numbers that ascend")
     if genotypes.size and genotypes.min() < 0:
         raise ValueError("genotypes hold missing data (code -1); simulated genomes are expected to be complete")
     inside = (positions >= 0) & (positions < sequence_length)
@@ -137,24 +239,27 @@ def check_pairs(pairs, samples: int):
     return pairs.astype(np.int64)
 
 
-def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, mask=None, scales=SCALES):
+def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, start=0, mask=None, scales=SCALES):
     """Raw windowed joint counts of pairs of haplotypes.
 
     Parameters
     ----------
-    genotypes : (sites, samples) integer array
-        Allele codes as tskit gives them. Sites with an allele code above 1, or at which every sample carries the
-        derived allele, are dropped.
+    genotypes : (sites, samples) integer or bool array
+        Allele codes of haplotypes, as tskit gives them: 0 ancestral, 1 derived. Sites with an allele code above 1, or at which
+        every sample carries the derived allele, are dropped, with a warning where these are more than a tenth.
     positions : (sites,) array
-        Site positions in base pairs, ascending; sites at or beyond *sequence_length* are ignored.
+        Site positions in base pairs, counted from 0, ascending. Sites outside the region are ignored, if they are no more
+        than half.
     pairs : (pairs, 2) integer array
         Haplotype indices.
     window_size : int
         Width s of a base window in base pairs.
     sequence_length : int
-        Length L; there are ceil(L / s) windows.
+        Length L of the region; there are ceil(L / s) windows.
+    start : float
+        Where the region begins, in the coordinates of *positions*: it is [start, start + L). 0 by default.
     mask : (>= L,) bool array, optional
-        True = *in*accessible, per base. Sites there are dropped, and frequency bin 0 carries the missingness.
+        True = *in*accessible, for each base of the region. Sites there are dropped, and bin 0 carries the missingness.
     scales : sequence of int
         Widths in multiples of *window_size*. Window k at scale m is [k·s, min(k·s + m·s, L)).
 
@@ -167,12 +272,19 @@ def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, 
     Raises
     ------
     ValueError
-        If shapes disagree, the mask is too short, or a pair names a haplotype that is not there.
+        If genotypes hold anything but allele codes of haplotypes, positions are not finite, do not ascend or lie mostly
+        outside the region, shapes disagree, the mask is too short, or a pair names a haplotype that is not there.
     """
+    windows = num_windows(window_size=window_size, sequence_length=sequence_length)
+    if not len(scales) or not all(scale >= 1 and scale == int(scale) for scale in scales):
+        raise ValueError(f"scales are {scales}, expected whole numbers of windows, at least 1 each")
+    genotypes = check_genotypes(genotypes)
+    positions = check_positions(positions, start=start, sequence_length=sequence_length)
+    if mask is not None:
+        mask = check_mask(mask, start=start, sequence_length=sequence_length)
     kept, at = usable_sites(genotypes, positions, sequence_length=sequence_length, mask=mask)
     samples = kept.shape[1]
     pairs = check_pairs(pairs, samples)
-    windows = num_windows(window_size=window_size, sequence_length=sequence_length)
     features = pair_counts(
         pack_haplotypes(kept),
         at,
