@@ -19,12 +19,12 @@ from cxt.signals import STATUS
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc whether a process listens yet")
 
 
-def start(*words, before=None) -> subprocess.Popen:
+def start(*words, through=()) -> subprocess.Popen:
     """`python …` in a group of its own."""
     return subprocess.Popen(
-        [sys.executable, *map(str, words)],
+        [*through, sys.executable, *map(str, words)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, preexec_fn=before,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_while_it_starts(arguments, tmp_path, number, seconds):
 
 def test_nohup(arguments):
     """A closed session that is not to be heard of is not."""
-    process = start("-m", "cxt.train", *arguments, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start("-m", "cxt.train", *arguments, through=["nohup"])
     wait_for(lambda: listens(process.pid), process)
     os.killpg(process.pid, signal.SIGHUP)
     said = ends(process, 0)
