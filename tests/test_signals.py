@@ -51,7 +51,7 @@ def ends(process: subprocess.Popen, status: int) -> str:
 @pytest.fixture
 def arguments(dataset, tmp_path) -> list[str]:
     return command(
-        "--dataset-path", dataset, "--devices", 0, "--epochs", 4, "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt"
+        "--dataset-path", dataset, "--devices", 0, "--epochs", 1, "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt"
     )
 
 
