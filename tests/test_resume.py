@@ -53,6 +53,8 @@ def _forked(arguments: list[str], out: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.argv = ["train", *arguments]
+    if sys.platform == "linux":
+        multiprocessing.set_start_method("fork", force=True)  # for its loaders, as where it is started as a command
     from cxt.errors import exit_on_bad_request
     from cxt.signals import end_at_once, ignore
     from cxt.train import main
