@@ -102,7 +102,7 @@ CODE = """if True:
     [
         ("fit", "write_checkpoint", "SIGHUP"),  # when it is trained
         ("rundir", "atomic_file", "SIGINT"),  # as it publishes
-        ("nodes", "Nodes", "SIGTERM"),  # before it waits for other nodes
+        ("train", "Nodes", "SIGTERM"),  # before it waits for other nodes
         ("fit", "data_of", "SIGUSR1"),  # as it reads
     ],
 )
