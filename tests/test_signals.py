@@ -51,7 +51,18 @@ def ends(process: subprocess.Popen, status: int) -> str:
 @pytest.fixture
 def arguments(dataset, tmp_path) -> list[str]:
     return command(
-        "--dataset-path", dataset, "--devices", 0, "--epochs", 1, "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt"
+        "--dataset-path",
+        dataset,
+        "--devices",
+        0,
+        "--epochs",
+        1,
+        "--grad-accum",
+        1,
+        "--run-dir",
+        tmp_path / "run",
+        "--out",
+        tmp_path / "x.ckpt",
     )
 
 
