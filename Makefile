@@ -32,7 +32,8 @@ all: $(VENV)/installed
 	$(SNAKEMAKE)
 	@cat results/evaluation/table.md
 
-# The whole matrix of interrupted training, with twenty kills each: some two hours.
+# The whole matrix of interrupted training, with twenty kills and twenty signals each: some four hours. With the line below and
+# `-k once_each`, one combination of each kind of training.
 test-resume: $(VENV)/installed-dev
 	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/test_resume.py tests/test_interrupts.py
 
