@@ -21,6 +21,7 @@ from cxt.files import atomic_write
 from cxt.lineage import digest
 from cxt.masks import read_mask
 from cxt.preprocess import preprocess_one
+from cxt.seeds import check_seed
 from cxt.simulate import read_batch
 from cxt.store import Entry
 from cxt.targets import Grid
@@ -176,6 +177,7 @@ def evaluate(checkpoint, spec: dict, batches: list[dict], *, mask=None, device="
     from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
     from cxt.decode import computing_in, decode
 
+    check_seed(spec["seed"], at="the evaluation's seed")
     if threads is not None:
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)

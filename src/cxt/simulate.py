@@ -28,6 +28,7 @@ from cxt.kinds import KINDS, check_leaf, simulated_tables
 from cxt.lineage import canonical
 from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
+from cxt.seeds import check_seed
 
 
 def reproduce(spec: dict, *, index: int, seed: int) -> str:
@@ -161,8 +162,7 @@ def main() -> None:
     seed = 1 if args.seed is None else args.seed
     if args.start + args.count > 2_000_000_000:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
-    if seed < 0:
-        raise BadRequest(f"--seed {seed}: expected at least 0")
+    check_seed(seed, at="--seed")
     check_leaf(spec)
     check_writable(args.out)
     _watch(args.out, spec, start=args.start, count=args.count, seed=seed)
