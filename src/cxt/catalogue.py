@@ -103,6 +103,25 @@ def autosomes(spec: dict) -> list:
     return long_enough
 
 
+def other_recombination(spec: dict) -> str:
+    """What to say of a scenario whose models were inferred with other recombination rates than it has; "" if none was."""
+    inferred = {name: _model(spec["species"], name).recombination_rate for name in catalogue_models(spec)}
+    if "genetic_map" in spec:
+        source, found = f"the genetic map {spec['genetic_map']}", []
+    else:
+        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in autosomes(spec)]
+    others = {name: rate for name, rate in inferred.items() if rate is not None and set(found) != {rate}}
+    if not others:
+        return ""
+    rates = (
+        f" ({' to '.join(f'{rate:.3g}' for rate in sorted({min(found), max(found)}))} per bp and generation)" if found else ""
+    )
+    return (
+        f"scenario '{spec['name']}' recombines at the rates of {source}{rates}; these of its models were inferred with others: "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in others.items())
+    )
+
+
 # Genetic maps
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import tskit
 
+from cxt.catalogue import other_recombination
 from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import check_writable
@@ -164,6 +165,8 @@ def main() -> None:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
     check_seed(seed, at="--seed")
     check_leaf(spec)
+    if spec["kind"] == "stdpopsim" and (difference := other_recombination(spec)):
+        print(f"cxt: {difference}", file=sys.stderr)
     check_writable(args.out)
     _watch(args.out, spec, start=args.start, count=args.count, seed=seed)
 
