@@ -141,7 +141,7 @@ def test_damaged_maps(cache, content, reason):
     with pytest.raises(BadRequest) as error:
         simulate_one(SPEC, index=0, seed=1)
     assert f"genetic map {path}: {reason}" in str(error.value)
-    assert f"Delete {found.map_cache_dir}, and the map is fetched again" in str(error.value)
+    assert f"Delete {found.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
 
 
 def test_recombination_rate_of_a_segment(cache):

@@ -84,7 +84,7 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
                 group["lr"] = group["initial_lr"] * rate_of(trainer.global_step) / peak
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-            self.batches.append(float(outputs["loss"]))
+            self.batches.append(float(outputs["loss"]) * plan.training.grad_accum)  # by which Lightning divides it
             if trainer.global_step == len(search.losses):  # more batches of this step to come
                 return
             trainer.should_stop = not search.add(rate_of(len(search.losses)), sum(self.batches) / len(self.batches))
