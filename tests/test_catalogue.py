@@ -6,15 +6,19 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import msprime
 import numpy as np
 import pytest
 import stdpopsim
 from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
-from cxt import catalogue
-from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, simulated_contig
+from cxt import catalogue, simulate
+from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
+from cxt.configfile import load
+from cxt.costs import Costs
 from cxt.errors import BadRequest
 from cxt.kinds import check_leaf, simulate_one
+from cxt.plan import plan, report
 from cxt.scenarios import EngineSeeds, engine_seeds
 
 SPEC = {
@@ -90,6 +94,102 @@ def test_segments_by_hand(cache):
         _, left, found = catalogue.draw_segment(SPEC, rng)
         assert found is rates
         assert not np.isnan(rates.get_rate(np.linspace(left, left + 999_999, 50))).any()
+
+
+def test_read_map(tmp_path):
+    """As msprime reads it, but without a rate where the file has no data: at its ends, and beyond."""
+    path = tmp_path / "map.txt"
+    rows = [(100, 0), (200, 0.5), (400, 0), (600, 2), (900, 0), (950, 0)]
+    path.write_text("\n".join(["Chromosome\tPosition\tRate\tMap", *(f"1\t{at}\t{rate}\t0" for at, rate in rows)]) + "\n")
+    theirs = msprime.RateMap.read_hapmap(path, rate_col=2)
+    for length in (2000, 950, 900, 700):
+        ours = read_map(path, length=length)
+        assert ours.sequence_length == length
+        for at in np.arange(length) + 0.5:
+            expected = theirs.get_rate(at) if 200 <= at < 900 else np.nan
+            np.testing.assert_allclose(ours.get_rate(at), expected, rtol=1e-9)
+    path.write_text("header\n1 0 1.0 0\n1 500 0 0\n")
+    assert read_map(path, length=500).rate.tolist() == [1e-8]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "has 0 lines with a position, expected at least 2"),
+        (b"header\n", "has 0 lines"),
+        (b"header\nchr1 5 0.0 0.0\n", "has 1 lines"),
+        (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n", "is not a table of numbers"),
+        (b"header\n1 5\n1 6\n", "is not a table of numbers"),
+        (b"header\nchr1 5 NA 0.0\nchr1 9 0 0\n", "is not a table of numbers"),
+        (b"header\n\xff\xfe 5 1.0 0\n", "is not a table of numbers"),
+        (b"header\nchr1 5 nan 0.0\nchr1 9 0 0\n", "holds NaN or infinite numbers"),
+        (b"header\nchr1 5 1.0 0\nchr1 4 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
+        (b"header\nchr1 5 1.0 0\nchr1 5 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
+        (b"header\nchr1 -5 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
+        (b"header\nchr1 5 -1.0 0\nchr1 9 0 0\n", "holds a negative rate, -1 cM/Mb"),
+        (b"header\nchr1 5 1.0 0\nchr1 9 2.5 0\n", "its last line has the rate 2.5 cM/Mb, which has no end; it may be cut"),
+        (b"header\nchr1 5 0 0\nchr1 9 0 0\n", "has no rate above 0 within the 30427671 bp of the chromosome"),
+        (b"header\nchr1 40000000 1.0 0\nchr1 50000000 0 0\n", "has no rate above 0 within the 30427671 bp of the chromosome"),
+    ],
+)
+def test_damaged_maps(cache, content, reason):
+    put_map_into(cache)
+    found = genetic_map(SPEC)
+    path = found.map_cache_dir / found.file_pattern.format(id="1")
+    path.write_bytes(content)
+    catalogue._rates.cache_clear()
+    with pytest.raises(BadRequest) as error:
+        simulate_one(SPEC, index=0, seed=1)
+    assert f"genetic map {path}: {reason}" in str(error.value)
+    assert f"Delete {found.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
+
+
+def test_recombination_rate_of_a_segment(cache):
+    """Recorded as the mean over the segment, by hand: 5 cM/Mb up to 10 Mb, 1 beyond."""
+    put_map_into(cache)
+    for index in range(12):
+        about = simulate_one(SPEC | {"sequence_length": 5_000_000, "population_size": 10}, index=index, seed=1).metadata["cxt"]
+        assert 5_000_000 <= about["left"] <= 20_000_000
+        fast = max(0, 10_000_000 - about["left"]) / 5_000_000
+        assert about["recombination_rate"] == pytest.approx((5 * fast + 1 - fast) * 1e-8)
+        assert "model_recombination_rate" not in about
+
+
+def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys):
+    """BosTau's models were inferred with 3.66e-9 to 1e-8, its chromosomes have 9.26e-9: recorded, and said."""
+    spec = {"name": "cattle", "kind": "stdpopsim", "species": "BosTau", "models": ["Jersey_1B16"], "individuals": 3,
+            "sequence_length": 5000}  # fmt: skip
+    about = simulate_one(spec, index=0, seed=1).metadata["cxt"]
+    assert (about["recombination_rate"], about["model_recombination_rate"]) == (pytest.approx(9.26e-9), 4.58e-9)
+    said = (
+        "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation); "
+        "these of its models were inferred with others: Jersey_1B16 4.58e-09"
+    )
+    assert catalogue.other_recombination(spec) == said
+    assert catalogue.other_recombination(spec | {"models": []}) == ""
+    assert catalogue.other_recombination(spec | {"species": "HomSap", "models": ["OutOfAfrica_3G09"]}) == ""
+    words = ["cxt.simulate", "--spec", json.dumps(spec), "--count", "1", "--out", str(tmp_path / "x.trees.batch")]
+    monkeypatch.setattr("sys.argv", words)
+    simulate.main()
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*words, "--seed", "1" + 29 * "0"])
+    with pytest.raises(BadRequest, match="--seed is 10+, expected at least 0 and at most 9223372036854775807"):
+        simulate.main()
+    config = load([])
+    config["scenarios"]["cattle"] = spec | {"simulations": 10, "batch": 10, "models": ["Jersey_1B16"]}
+    costs = Costs([])
+    assert report(config, plan(config, costs), costs).count(f"Note: {said}.") == 1
+
+
+def test_no_gene_conversion_that_would_be_left_out():
+    """`simulated_contig` knows none; no contig of chromosomes that scenarios may draw has any."""
+    for species in stdpopsim.all_species():
+        try:
+            chromosome = catalogue.autosomes({"name": "x", "species": species.id, "sequence_length": 1000})[0]
+        except BadRequest:
+            continue
+        contig = species.get_contig(chromosome.id, left=0, right=1000)
+        assert (contig.bacterial_recombination, contig.gene_conversion_fraction, contig.ploidy) == (False, None, 2)
 
 
 def test_map_without_a_segment(cache):

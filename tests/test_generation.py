@@ -126,6 +126,12 @@ def test_bad_settings(setting):
         model_of().generate(inputs()[0], window_size=2000, **setting)
 
 
+@pytest.mark.parametrize("seed", [-1, 10**29, 0.5])
+def test_bad_seeds(seed):
+    with pytest.raises(BadRequest, match="seed is .*, expected .* 9223372036854775807"):
+        model_of().generate(inputs()[0], seed=seed)
+
+
 def test_uniform_numbers():
     """Each a function of its key only; evenly spread, and independent along every axis as far as moments tell."""
     numbers = uniforms(7, range(100), replicates=20, windows=50)

@@ -11,6 +11,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -728,3 +729,42 @@ def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
         call(find_lr_stage, monkeypatch, *arguments, "--lowest", 1)
     with pytest.raises(BadRequest, match="--num-steps 3: expected at least 20"):
         call(find_lr_stage, monkeypatch, *SMALL, "--dataset-path", dataset, "--num-steps", 3)
+
+
+def test_find_lr_steps_by_hand(dataset):
+    """One point for every optimizer step, in whichever way accumulation divides an epoch's batches, with the loss by hand."""
+    for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
+        arguments = ["--dataset-path", str(dataset), *map(str, SMALL), "--batch-size", "12", "--grad-accum", str(accumulate)]
+        plan, _ = plan_of(build_parser().parse_args([*arguments, "--dropout", "0"]))
+        found = find_lr_stage.find_lr(plan, lowest=1e-12, highest=1e-11, num_steps=20)
+        np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
+        assert len(found.losses) == 20
+        # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
+        model, items = starting_model(plan).eval(), PairDataset(dataset, "train")
+        sampler = EpochBatches(items=len(items), batch_size=12, seed=plan.training.seed)
+        expected = []
+        for epoch in range(20):
+            sampler.set_epoch(epoch)
+            batches = iter(sampler)
+            for size in steps_of:
+                losses = [items.batch(next(batches)) for _ in range(size)]
+                losses = [float(model.loss(model_input(b.counts, b.missing), b.tokens).detach()) for b in losses]
+                expected.append(np.mean(losses))
+            if len(expected) >= 20:
+                break
+        average = 0.0
+        for step, (loss, mine) in enumerate(zip(found.losses, expected[:20], strict=True), start=1):
+            average = 0.98 * average + 0.02 * mine
+            assert loss == pytest.approx(average / (1 - 0.98**step), rel=1e-5)
+
+
+def test_search_for_a_learning_rate():
+    """Where the loss falls most steeply, counted by hand; it ends where the loss grows, and says so if that is too early."""
+    search = find_lr_stage.Search()
+    rates = np.geomspace(1e-5, 1e-1, 60)
+    assert all(search.add(rate, 5 - 4 / (1 + np.exp(-20 * np.log10(rate / 1e-3)))) for rate in rates.tolist())
+    slopes = np.gradient(search.losses[10:-1], rates[10:-1])
+    assert search.suggestion() == pytest.approx(rates[10:-1][slopes.argmin()])
+    assert not search.add(1.0, 1e6)
+    assert not find_lr_stage.Search().add(1e-3, float("nan"))
+    assert find_lr_stage.Search(rates=[1e-3] * 12, losses=[1.0] * 12).suggestion() is None

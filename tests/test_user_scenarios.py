@@ -217,6 +217,23 @@ ROOTS = [{"name": name, "epochs": [{"start_size": 100}]} for name in "AB"]
         ({"migrations": [{"source": "A", "dest": "B", "rate": 1e-3}]}, True),
         ({"migrations": [{"demes": ["A", "B"], "rate": 1e-3, "start_time": 100}]}, False),
         ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [0.5], "time": 10}]}, False),
+        # A pulse of proportion 1 leaves none behind, one of less does, and beyond it lineages may come back by migration.
+        ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [1], "time": 10}]}, True),
+        ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [0.999], "time": 10}]}, False),
+        ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [1], "time": 10}],
+          "migrations": [{"source": "B", "dest": "A", "rate": 1e-3, "start_time": 100, "end_time": 50}]}, False),
+        ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [1], "time": 10}],
+          "migrations": [{"source": "B", "dest": "A", "rate": 1e-3, "start_time": 9}]}, True),
+        ({"demes": [*ROOTS, {"name": "C", "epochs": [{"start_size": 100}]}],
+          "pulses": [{"sources": ["A", "C"], "dest": "B", "proportions": [0.3, 0.7], "time": 10},
+                     {"sources": ["A"], "dest": "C", "proportions": [1], "time": 20}]}, True),
+        # Of two pulses at one time the last is the most recent: B's lineages are in C when C is emptied, or come too late.
+        ({"demes": [*ROOTS, {"name": "C", "epochs": [{"start_size": 100}]}],
+          "pulses": [{"sources": ["A"], "dest": "C", "proportions": [1], "time": 10},
+                     {"sources": ["C"], "dest": "B", "proportions": [1], "time": 10}]}, True),
+        ({"demes": [*ROOTS, {"name": "C", "epochs": [{"start_size": 100}]}],
+          "pulses": [{"sources": ["C"], "dest": "B", "proportions": [1], "time": 10},
+                     {"sources": ["A"], "dest": "C", "proportions": [1], "time": 10}]}, False),
         ({"demes": [{"name": "O", "epochs": [{"start_size": 9, "end_time": 50}]}]
           + [deme | {"ancestors": ["O"]} for deme in ROOTS]}, True),
     ],
@@ -227,7 +244,7 @@ def test_demes_that_never_meet(rest, meet):
     if meet:
         check_genealogies(simulate_one(spec_of(**scenario), index=0, seed=1))
     else:
-        with pytest.raises(BadRequest, match="lineages of A and B need never meet"):
+        with pytest.raises(BadRequest, match="lineages of A and [BC] need never meet"):
             spec_of(**scenario)
     assert spec_of(**scenario | {"samples": {"A": 2}} | ({} if meet else {"demography": {
         "time_units": "generations", "demes": ROOTS}}))  # fmt: skip

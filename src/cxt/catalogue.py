@@ -103,6 +103,25 @@ def autosomes(spec: dict) -> list:
     return long_enough
 
 
+def other_recombination(spec: dict) -> str:
+    """What to say of a scenario whose models were inferred with other recombination rates than it has; "" if none was."""
+    inferred = {name: _model(spec["species"], name).recombination_rate for name in catalogue_models(spec)}
+    if "genetic_map" in spec:
+        source, found = f"the genetic map {spec['genetic_map']}", []
+    else:
+        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in autosomes(spec)]
+    others = {name: rate for name, rate in inferred.items() if rate is not None and set(found) != {rate}}
+    if not others:
+        return ""
+    rates = (
+        f" ({' to '.join(f'{rate:.3g}' for rate in sorted({min(found), max(found)}))} per bp and generation)" if found else ""
+    )
+    return (
+        f"scenario '{spec['name']}' recombines at the rates of {source}{rates}; these of its models were inferred with others: "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in others.items())
+    )
+
+
 # Genetic maps
 
 
@@ -208,7 +227,7 @@ def read_map(path, *, length: float) -> msprime.RateMap:
     def damaged(reason: str) -> BadRequest:
         return BadRequest(
             f"genetic map {path}: {reason}; expected a header line, then lines of chromosome, position (bp), rate (cM/Mb) and "
-            f"map position. Delete {Path(path).parent}, and the map is fetched again"
+            "map position"
         )
 
     try:
@@ -245,10 +264,15 @@ def read_map(path, *, length: float) -> msprime.RateMap:
 @functools.lru_cache(maxsize=64)
 def _rates(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
     """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
-    genome = catalogue().get_species(species)
-    found = genome.get_genetic_map(name)
+    of = catalogue().get_species(species)
+    found = of.get_genetic_map(name)
     path = found.map_cache_dir / found.file_pattern.format(id=chromosome)
-    return read_map(path, length=genome.genome.get_chromosome(chromosome).length) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return read_map(path, length=of.genome.get_chromosome(chromosome).length)
+    except BadRequest as error:
+        raise BadRequest(f"{error}. Delete {found.map_cache_dir}, and the workflow fetches the map again") from None
 
 
 def mapped_autosomes(spec: dict) -> list:

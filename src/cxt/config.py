@@ -3,6 +3,7 @@
 import dataclasses
 
 from cxt.errors import BadRequest, nearest
+from cxt.seeds import LARGEST_SEED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,8 @@ class TrainingConfig:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 problems.append(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.seed > LARGEST_SEED:
+            problems.append(f"seed is {self.seed}, expected at most {LARGEST_SEED}")
         if problems:
             raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
 

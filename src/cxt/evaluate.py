@@ -23,6 +23,7 @@ from cxt.lineage import check_lineage, digest, stage_lineage
 from cxt.masks import add_mask_flags, mask_from_flags
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
+from cxt.seeds import check_seed
 from cxt.simulate import read_batch
 from cxt.store import Entry
 from cxt.targets import Grid
@@ -207,6 +208,7 @@ def evaluate(
     from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
     from cxt.decode import computing_in, decode
 
+    check_seed(spec["seed"], at="the evaluation's seed")
     if threads is not None:
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)

@@ -5,36 +5,94 @@
 Takes the flags of `cxt.train`, trains for a while without saving anything, and suggests where the loss falls most steeply.
 """
 
+import dataclasses
+import math
 import sys
 import tempfile
 
 import jsonargparse
+import numpy as np
 
 from cxt.errors import BadRequest, Failed, exit_on_bad_request
 from cxt.files import check_writable
 from cxt.flags import build_parser, check_config_keys
 from cxt.train import plan_of
 
+SMOOTHING = 0.98
+"""Weight of the past in the average of losses."""
 
-def find_lr(plan, *, lowest: float, highest: float, num_steps: int):
-    """Lightning's record of the search: ``results`` with "lr" and "loss", and ``suggestion()``.
+DIVERGED = 4.0
+"""The search ends where the average loss is so many times the lowest before."""
+
+LEFT_OUT = (10, 1)
+"""Steps at the beginning and at the end at which no learning rate is suggested: the average has seen little, or too much."""
+
+
+@dataclasses.dataclass
+class Search:
+    """The curve that a search has found: of each optimizer step its learning rate, and the running average of losses."""
+
+    rates: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    _average: float = 0.0
+
+    def add(self, rate: float, loss: float) -> bool:
+        """Take the *loss* of a step at *rate*; whether to go on."""
+        best = min(self.losses, default=math.inf)
+        self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
+        self.rates.append(rate)
+        self.losses.append(self._average / (1 - SMOOTHING ** (len(self.losses) + 1)))
+        return math.isfinite(self.losses[-1]) and self.losses[-1] <= DIVERGED * best
+
+    def suggestion(self) -> float | None:
+        """The learning rate at which the loss falls most steeply; None if too few steps were made to tell."""
+        first, last = LEFT_OUT
+        rates, losses = np.array(self.rates[first:-last]), np.array(self.losses[first:-last])
+        known = np.isfinite(losses)
+        if known.sum() < 2:
+            return None
+        return float(rates[known][np.gradient(losses[known], rates[known]).argmin()])
+
+
+def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
+    """Train for *num_steps* optimizer steps, each at a higher learning rate, or until the loss grows.
 
     Parameters
     ----------
     plan : of the run, `cxt.fit.Plan`; one device of it is used
     lowest, highest : learning rates of the first and the last step, which grow by a constant factor
-    num_steps : optimizer steps, each of batch_size · grad_accum items
+    num_steps : optimizer steps, as in the run: each of grad_accum batches, the last of an epoch of those that are left
     """
     import pytorch_lightning as pl
-    from pytorch_lightning.tuner import Tuner
 
     from cxt.fit import data_of, quieten, set_threads, starting_model
     from cxt.training import Reseed, TrainingModule
 
+    search, peak = Search(), plan.training.lr
+
+    def rate_of(step: int) -> float:
+        return lowest * (highest / lowest) ** (step / (num_steps - 1))
+
+    class Raise(pl.Callback):
+        """Sets the learning rate of a step, and takes its loss: the mean of its batches'."""
+
+        def __init__(self):
+            self.batches: list[float] = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+            for group in trainer.optimizers[0].param_groups:  # the backbone's share of an adapter's stays
+                group["lr"] = group["initial_lr"] * rate_of(trainer.global_step) / peak
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+            self.batches.append(float(outputs["loss"]) * plan.training.grad_accum)  # by which Lightning divides it
+            if trainer.global_step == len(search.losses):  # more batches of this step to come
+                return
+            trainer.should_stop = not search.add(rate_of(len(search.losses)), sum(self.batches) / len(self.batches))
+            self.batches.clear()
+
     quieten()
     set_threads(plan)
     module = TrainingModule(starting_model(plan), plan.training, record={}, total_steps=plan.total_steps)
-    module.lr = plan.training.lr  # Lightning looks for it
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
             accelerator=plan.accelerator,
@@ -42,18 +100,19 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int):
             accumulate_grad_batches=plan.training.grad_accum,
             precision=plan.precision,
             max_epochs=-1,  # with one epoch, a small dataset would end it before there is anything to see
+            max_steps=num_steps,
+            limit_val_batches=0,
             gradient_clip_val=plan.training.grad_clip or None,
             use_distributed_sampler=False,
             logger=False,
-            callbacks=[Reseed(plan.training.seed)],
+            callbacks=[Reseed(plan.training.seed), Raise()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=directory,
         )
-        return Tuner(trainer).lr_find(
-            module, data_of(plan), min_lr=lowest, max_lr=highest, num_training=num_steps, update_attr=False
-        )
+        trainer.fit(module, data_of(plan))
+    return search
 
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
@@ -79,12 +138,15 @@ def main() -> None:
     found = find_lr(plan, lowest=args.lowest, highest=args.highest, num_steps=args.num_steps)
     suggestion = found.suggestion()
     if suggestion is None:
-        raise Failed("fewer than three points of the curve can be used: raise --num-steps, or lower --highest")
+        raise Failed(
+            f"the loss grew too much after {len(found.losses)} of {args.num_steps} steps, too few to see where it falls: raise "
+            "--num-steps, or lower --highest"
+        )
     if args.plot is not None:
         from cxt.figures import draw_learning_rates
 
         title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
-        draw_learning_rates(found.results["lr"], found.results["loss"], suggestion, args.plot, title=title)
+        draw_learning_rates(found.rates, found.losses, suggestion, args.plot, title=title)
         print(f"drawn: {args.plot}")
     print(f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)")
 

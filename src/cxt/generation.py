@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from cxt.errors import BadRequest
 from cxt.inputs import check_tokens
 from cxt.sampling import draw, limited_to, uniforms
+from cxt.seeds import check_seed
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN
 
 SLOTS_OF_A_GRAPH = 64
@@ -73,13 +74,14 @@ class Decoder:
     replicates : decoded sequences R per item
     temperature : divides the logits before sampling
     top_k : sample among this many most probable bins; all by default
-    seed : of the random numbers
+    seed : of the random numbers, 0 to 2^63 - 1
     slots : slots of the cache by which a step's view of it grows; by default 1 on a CPU, and 64 where graphs are recorded
 
     Raises
     ------
     BadRequest
-        If replicates, temperature, top_k or slots are not above 0, or all but the temperature not whole numbers.
+        If replicates, temperature, top_k or slots are not above 0, all but the temperature not whole numbers, or there is no
+        such seed.
     """
 
     def __init__(self, model, *, replicates: int = 1, temperature: float = 1.0, top_k=None, seed: int = 0, slots=None):
@@ -93,7 +95,7 @@ class Decoder:
             if value is not None and not value > 0:
                 raise BadRequest(f"{name} {value}: expected above 0")
         self.model, self.backbone = model, model.backbone
-        self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, seed
+        self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, check_seed(seed)
         self.on_gpu = self.backbone.head.weight.is_cuda
         self.slots = slots or (SLOTS_OF_A_GRAPH if self.on_gpu else 1)
         self._shape = None

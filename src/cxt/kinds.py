@@ -9,6 +9,7 @@ from cxt import demographies
 from cxt.catalogue import autosomes, catalogue_models, genetic_map, stdpopsim_segment
 from cxt.errors import BadRequest
 from cxt.scenarios import engine_seeds, leaves, random_generator
+from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()
 
@@ -57,6 +58,7 @@ def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollect
 
     Parameters, metadata and errors as in `simulate_one`.
     """
+    seed = check_seed(seed)
     seeds = engine_seeds(seed=seed, spec=spec, index=index)
     if spec["kind"] == "stdpopsim":  # draws a model, a segment and samples
         drawn = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
@@ -80,7 +82,7 @@ def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
     ----------
     spec : parameters of a leaf, as `leaves` gives them
     index : index of the simulation
-    seed : seed of the workflow
+    seed : seed of the workflow, 0 to 2^63 - 1
 
     Returns
     -------
@@ -92,6 +94,6 @@ def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
     Raises
     ------
     BadRequest
-        If a genetic map is not there or does not fit.
+        If there is no such seed or index, or a genetic map is not there, is damaged or does not fit.
     """
     return simulated_tables(spec, index=index, seed=seed).tree_sequence()

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from cxt import jobs
+from cxt.catalogue import other_recombination
 from cxt.config import steps_per_epoch
 from cxt.configfile import adapter_config, load, model_config, training_config
 from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
@@ -253,6 +254,8 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
         out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
     if stretched:
         out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
+    every = [leaf.spec for leaf in jobs.leaves_of(config, list(config["scenarios"])) if leaf.spec["kind"] == "stdpopsim"]
+    out += [f"Note: {difference}." for spec in every if (difference := other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
     return "\n".join(out)
 

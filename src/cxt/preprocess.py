@@ -17,6 +17,7 @@ from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
 from cxt.scenarios import batches, random_generator, split_of, split_size
 from cxt.schema import complete_part
+from cxt.seeds import check_seed
 from cxt.simulate import read_batch
 from cxt.store import SPLITS, Entry, write_manifest, write_shard
 from cxt.targets import pair_log_tmrca
@@ -206,7 +207,7 @@ def _manifest(args) -> None:
 
 
 def _mask(args) -> None:
-    mask = synthetic_mask(_json(args.spec, "--spec"), seed=args.seed)
+    mask = synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, at="--seed"))
     write_mask(args.out, mask, lineage=args.lineage)
     print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tskit
 
+from cxt.catalogue import other_recombination
 from cxt.demographies import read_demes
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import atomic_file, check_writable, remove_abandoned
@@ -28,6 +29,7 @@ from cxt.lineage import canonical, check_lineage
 from cxt.remedies import make_again
 from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
+from cxt.seeds import check_seed
 from cxt.signals import STATUS, held_back, ignore, listen
 
 
@@ -159,9 +161,10 @@ def main() -> None:
     seed = 1 if args.seed is None else args.seed
     if args.start + args.count > 2_000_000_000:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
-    if seed < 0:
-        raise BadRequest(f"--seed {seed}: expected at least 0")
+    check_seed(seed, at="--seed")
     check_leaf(spec)
+    if spec["kind"] == "stdpopsim" and (difference := other_recombination(spec)):
+        print(f"cxt: {difference}", file=sys.stderr)
     check_writable(args.out)
     _watch(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 
