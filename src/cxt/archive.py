@@ -61,12 +61,13 @@ def opened(path):
         If it cannot be read.
     """
     with open(path, "rb") as file:
-        _check(file)
+        check_bytes(file)
         file.seek(0)
         yield file
 
 
-def _check(file) -> None:
+def check_bytes(file) -> None:
+    """What `opened` does, of a file that is open."""
     size = file.seek(0, io.SEEK_END)
     end, is_sealed = _end_of(file, size)
     if is_sealed:

@@ -175,6 +175,9 @@ def weights_of(tensors: dict, network: ModelConfig, adapter: AdapterConfig | Non
     blocks = {match[1] for key in tensors if (match := re.match(re.escape(prefix) + r"transformer\.h\.(\d+)\.", str(key)))}
     if len(blocks) != network.layers:
         raise BadRequest(f"its n_layer is {network.layers}, but it has weights of {len(blocks)} blocks")
+    for configuration in (network, adapter):
+        if configuration is not None:
+            check_sizes(configuration)
     with torch.device("meta"):
         own = build_model(network, adapter).state_dict()
     names = {key: published_name(key, adapter=adapter is not None) for key in own}
@@ -248,9 +251,6 @@ def read_published(content: dict, path) -> tuple[dict, ModelConfig, AdapterConfi
                 raise BadRequest(f"its {key} is {content.get(key)!r}, expected a number")
         network = network_of(hyper)
         adapter = adapter_of(hyper, network)
-        for configuration in (network, adapter):
-            if configuration is not None:
-                check_sizes(configuration)
         weights = weights_of(tensors, network, adapter)
         check_tensors(weights)
     except BadRequest as error:

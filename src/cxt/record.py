@@ -171,16 +171,17 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
         raise BadRequest(f"it has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
     _check_known(record, KNOWN, within="")
     _check_there(record, ("model", "adapter", "dataset"), within="")
-    _check_types(record, KNOWN, within="")
-    optional = {key for key in KNOWN if key not in ("published", "val_loss")}
-    record = {key: None for key in KNOWN if key in optional and key not in record} | record
+    _check_types({"versions": {}} | record, KNOWN, within="")
+    record = dict.fromkeys(("name", "preset", "lineage", "training", "parent", "versions", "step", "epoch")) | record
     record["versions"] = record["versions"] or {}
     for part, expected in PARTS.items():
         if record.get(part) is not None:
             _check_there(record[part], expected, within=f"{part}.")
             _check_types(record[part], expected, within=f"{part}.")
     if record["training"] is not None:
-        _check_types(record, {"accelerator": TEXT, "devices": WHOLE, "precision": TEXT, "threads": WHOLE}, within="")
+        machine = {"accelerator": TEXT, "devices": WHOLE, "precision": TEXT, "threads": WHOLE}
+        _check_there(record, machine, within="")
+        _check_types(record, machine, within="")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
     network = _configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _configuration(AdapterConfig, record["adapter"], within="adapter.")

@@ -1,0 +1,342 @@
+"""Checkpoints and saves that were damaged, made to do harm, or written by another version: none is used, none called whole."""
+
+import copy
+import io
+import shutil
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN
+
+from cxt import checkpoint as checkpoint_stage
+from cxt import load_model
+from cxt.adapter import build_model
+from cxt.archive import Damaged, check_bytes, opened, packed
+from cxt.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
+from cxt.config import ModelConfig
+from cxt.errors import BadRequest
+from cxt.inspection import check, diff, show, verify
+from cxt.parents import read_parent
+from cxt.portable import CONFIG, WEIGHTS, write_portable
+from cxt.record import model_record
+from cxt.rundir import RunDirectory
+from cxt.saves import AtomicIO, save_to_continue
+
+FLIPS = 200
+NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=6, samples=6, scales=2, window_size=1000, bins=20)
+
+
+def record_of(**changes) -> dict:
+    dataset = {"scales": [2, 4], "missing": False, "window_size": 1000, "sequence_length": 6000, "samples": 6}
+    return model_record(NETWORK, None, name="x", preset="broad", lineage="abc", dataset=dataset) | changes
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A finished checkpoint of a small network."""
+    torch.manual_seed(1)
+    write_checkpoint(tmp_path / "x.ckpt", build_model(NETWORK).state_dict(), record_of(step=3, epoch=0))
+    return tmp_path / "x.ckpt"
+
+
+def training_state(step: int) -> dict:
+    """What a save of the trainer's holds of a small network, as far as readers look."""
+    torch.manual_seed(step)
+    weights = {f"model.{key}": value for key, value in build_model(NETWORK).state_dict().items()}
+    return {
+        "cxt": record_of(), "state_dict": weights, "pytorch-lightning_version": "2.6", "global_step": step, "epoch": 0,
+        "loops": {"fit_loop": {"epoch_progress": {"total": step}}}, "optimizer_states": [{"exp_avg": torch.rand(50)}],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory with two saves."""
+    run = RunDirectory(tmp_path / "run")
+    run.checkpoints.mkdir(parents=True)
+    for step in (3, 6):
+        AtomicIO().save_checkpoint(training_state(step), run.checkpoints / f"step={step}.ckpt")
+    return run
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def refused(path) -> None:
+    """Every reader refuses the file, and none calls it whole."""
+    for read in (
+        load_model, read_checkpoint, check, show, lambda path: verify(path, configfiles=[]),
+        lambda path: diff(path, path, rtol=0, atol=0), lambda path: import_published(path, path.with_name("imported.ckpt")),
+        lambda path: read_parent(
+            SimpleNamespace(checkpoint=str(path), resume_adapter=None, resume=False, restart=False, adapter=False)
+        ),
+    ):  # fmt: skip
+        with pytest.raises(BadRequest, match="cannot be read, it is damaged"):
+            read(path)
+
+
+def test_no_single_bit_goes_unnoticed(checkpoint, run, tmp_path, capsys):
+    """Half of the flips in a checkpoint, half in a training state."""
+    generator = torch.Generator().manual_seed(1)
+    save = run.checkpoints / "step=6.ckpt"
+    for path in (checkpoint, save):
+        data = path.read_bytes()
+        for bit in torch.randint(0, 8 * len(data), (FLIPS // 2,), generator=generator).tolist():
+            path.write_bytes(flipped(data, bit))
+            refused(path)
+            if path == save:
+                assert save_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
+                assert "cannot be read" in capsys.readouterr().out
+                with pytest.raises(BadRequest, match="cannot be read"):
+                    AtomicIO().load_checkpoint(path)
+                with pytest.raises(BadRequest, match="cannot be continued from"):
+                    save_to_continue(run, "m", wanted=path)
+        path.write_bytes(data)
+    assert load_model(checkpoint)
+    assert save_to_continue(run, "m") == save
+    assert AtomicIO().load_checkpoint(save)["global_step"] == 6
+    (run.checkpoints / "step=3.ckpt").write_bytes(b"")
+    save.write_bytes(flipped(data, 8 * 400))
+    with pytest.raises(BadRequest, match="no earlier save is left"):
+        save_to_continue(run, "m")
+
+
+def test_every_bit_and_every_length(tmp_path):
+    """Of a file of one tensor: headers, padding, data, directory and the digest itself."""
+    data = bytes(packed({"w": torch.arange(4.0)}))
+    path = tmp_path / "x"
+    wrong = [flipped(data, bit) for bit in range(8 * len(data))] + [data[:end] for end in range(0, len(data), 7)]
+    wrong += [data[:-end] for end in range(1, 120)] + [data + b"x"]
+    for content in wrong:
+        with pytest.raises(Damaged):
+            check_bytes(io.BytesIO(content))
+    path.write_bytes(data)
+    with opened(path) as file:
+        assert torch.equal(torch.load(file, weights_only=True)["w"], torch.arange(4.0))
+    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(4.0))
+    assert bytes(packed({"w": torch.arange(4.0)})) == data
+
+
+@pytest.mark.parametrize("name", ["published_style.ckpt", "published_style_adapter.ckpt"])
+def test_files_without_a_digest(name, tmp_path):
+    """Earlier ones, and the original package's: no flip in their tensors is taken."""
+    data = (GOLDEN / name).read_bytes()
+    with opened(GOLDEN / name), zipfile.ZipFile(GOLDEN / name) as archive:
+        tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
+    path = tmp_path / "x.ckpt"
+    for entry in tensors[:: len(tensors) // 10]:
+        start = data.index(entry.filename.encode(), entry.header_offset) + len(entry.filename)
+        start += int.from_bytes(data[entry.header_offset + 28 : entry.header_offset + 30], "little")
+        path.write_bytes(flipped(data, 8 * (start + entry.file_size // 2)))
+        with pytest.raises(BadRequest, match="the checksum of its entry .* differs"):
+            load_model(path)
+        with pytest.raises(BadRequest, match="the checksum of its entry .* differs"):
+            import_published(path, tmp_path / "y.ckpt")
+
+
+def test_compressed_entries_are_not_unpacked(run, tmp_path):
+    """A thousand times what the file is large: refused before any of it is read."""
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out, out.open("archive/data.pkl", "w") as file:
+        for _ in range(64):
+            file.write(bytes(1 << 20))
+    assert path.stat().st_size < 100_000
+    shutil.copy(path, run.checkpoints / "step=9.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("an entry was read"))
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read the file"))
+        for read in (load_model, lambda path: import_published(path, tmp_path / "y.ckpt")):
+            with pytest.raises(BadRequest, match="data.pkl is compressed, which torch never does; nothing was unpacked"):
+                read(path)
+    assert save_to_continue(run, "m") == run.checkpoints / "step=6.ckpt"
+
+
+def test_sizes_that_are_not_there(tmp_path):
+    """Entries that share their bytes, and one that claims more than the file has."""
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+        first = archive.infolist()[0]
+        for i in range(50):
+            again = copy.copy(first)
+            again.filename = f"archive/data/{i}"
+            archive.filelist.append(again)
+    with pytest.raises(BadRequest, match="overlap, or claim to be larger than the file"):
+        load_model(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+        archive.infolist()[0].file_size = archive.infolist()[0].compress_size = 10**9
+    with pytest.raises(BadRequest, match="overlap, or claim to be larger than the file"):
+        load_model(path)
+
+
+# What a checkpoint says of itself
+
+
+def without(key):
+    return lambda record: record.pop(key)
+
+
+def within(part, **changes):
+    return lambda record: record[part].update(changes)
+
+
+BAD_RECORDS = [
+    (lambda record: record.clear(), "its record lacks format"),
+    (within("model", layers=10**7), "its layers is 10000000, expected at most 1000"),
+    (within("model", windows=10**9), "its windows is 1000000000"),
+    (within("model", width="16"), "model.width is '16', expected a whole number"),
+    (within("model", dropout=float("nan")), "model.dropout is nan"),
+    (within("model", rope_base=1e6), "its model has 'rope_base', which this cxt does not know: a newer cxt wrote it"),
+    (lambda record: record["model"].pop("bins"), "its model lacks bins"),
+    (lambda record: record.update(format="1"), "its format is '1', expected a whole number"),
+    (lambda record: record.update(format=2), "it has format 2, this cxt reads up to 1; update cxt"),
+    (lambda record: record.update(quantised=True), "its record has 'quantised', which this cxt does not know"),
+    (without("model"), "its record lacks model"),
+    (without("dataset"), "its record lacks dataset"),
+    (within("dataset", scales="2 4"), "dataset.scales is '2 4', expected a list"),
+    (within("dataset", scales=[2]), r"dataset.scales is \[2\], expected 2 positive whole numbers"),
+    (within("dataset", ranges={"diversity": [2.0, 1.0]}), r"dataset.ranges.diversity is \[2.0, 1.0\], expected two numbers"),
+    (lambda record: record.update(training={"lr": 1e-3}), "its training lacks batch_size"),
+    (lambda record: record.update(training="long"), "its training is 'long', expected a table or null"),
+    (lambda record: record.update(parent={"name": "y"}), "its parent lacks sha256"),
+    (lambda record: record.update(versions={"torch": 2}), "versions.torch is 2, expected text"),
+    (lambda record: record.update(name=torch.ones(3)), "holds a Tensor, where only numbers, text"),
+    (lambda record: record.update(adapter={"samples": 3}), "its adapter lacks bottleneck"),
+    (lambda record: record.update(step="3"), "its step is '3', expected a whole number or null"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_RECORDS)
+def test_records_that_are_not_understood(change, message, checkpoint, tmp_path):
+    about = read_checkpoint(checkpoint)
+    record = copy.deepcopy(about.record)
+    change(record)
+    write_checkpoint(checkpoint, about.state_dict, record)
+    readers = [load_model, show, check, lambda path: diff(path, path, rtol=0, atol=0)]
+    for read in readers:
+        with pytest.raises(BadRequest, match=message):
+            read(checkpoint)
+
+
+def test_records_of_other_types(checkpoint):
+    weights = read_checkpoint(checkpoint).state_dict
+    endless = {}
+    endless["training"] = endless
+    many = []
+    for _ in range(40):
+        many = [many, many]
+    for record, message in (
+        ("broad", "record is 'broad', expected a table"),
+        (3, "record is 3, expected a table"),
+        (record_of() | {"training": endless}, "more values than any that cxt writes"),
+        (record_of() | {"training": {"a": many}}, "more values than any that cxt writes"),
+        (record_of() | {1: 2}, "holds a key that is not text"),
+    ):
+        checkpoint.write_bytes(packed({"cxt": record, "state_dict": weights}))
+        with pytest.raises(BadRequest, match=message):
+            show(checkpoint)
+
+
+def test_weights_of_other_types(checkpoint):
+    about = read_checkpoint(checkpoint)
+    name = "backbone.head.weight"
+    for value, message in (
+        ("text", f"its {name} is 'text', expected a tensor"),
+        (torch.ones(1).expand(10**6, 10**6), "more numbers than the file holds"),
+        (torch.ones(22, 16, dtype=torch.int64), "tensor of torch.int64 .*expected dense floats"),
+        (torch.empty(10**6, 10**6, device="meta"), "expected dense floats"),
+    ):
+        checkpoint.write_bytes(packed({"cxt": about.record, "state_dict": about.state_dict | {name: value}}))
+        for read in (load_model, show):
+            with pytest.raises(BadRequest, match=message):
+                read(checkpoint)
+    checkpoint.write_bytes(packed({"cxt": about.record, "state_dict": [1]}))
+    with pytest.raises(BadRequest, match="`state_dict` is .*, expected tensors by name"):
+        show(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["global_step", "epoch"])
+def test_a_save_without_its_step(key, run):
+    state = training_state(6)
+    state.pop(key)
+    AtomicIO().save_checkpoint(state, run.checkpoints / "step=6.ckpt")
+    with pytest.raises(BadRequest, match=f"save of the trainer's without its {key}"):
+        load_model(run.checkpoints / "step=6.ckpt")
+
+
+def test_weights_are_compared_before_a_network_is_built(checkpoint):
+    """Of a size within bounds, and far more than its weights."""
+    about = read_checkpoint(checkpoint)
+    record = copy.deepcopy(about.record)
+    record["model"]["width"] = 96_000  # 9.2e9 weights in one block
+    write_checkpoint(checkpoint, about.state_dict, record)
+    with pytest.raises(BadRequest, match="do not fit this model"):
+        load_model(checkpoint)
+
+
+def test_exports(checkpoint, tmp_path):
+    """Whatever bit of the weights is flipped, and what the configuration says of itself."""
+    about = read_checkpoint(checkpoint)
+    write_portable(tmp_path / "x", about.state_dict, about.record)
+    assert load_model(tmp_path / "x")
+    assert read_checkpoint(tmp_path / "x" / CONFIG).record == about.record
+    weights, config = ((tmp_path / "x" / name).read_bytes() for name in (WEIGHTS, CONFIG))
+    for bit in range(0, 8 * len(weights), 8 * len(weights) // 50):
+        (tmp_path / "x" / WEIGHTS).write_bytes(flipped(weights, bit))
+        with pytest.raises(BadRequest, match="is damaged"):
+            load_model(tmp_path / "x")
+    (tmp_path / "x" / WEIGHTS).write_bytes(weights)
+    for changed, message in (
+        (config.replace(b"17.0", b"15.0"), "is damaged, or was changed after it was exported"),
+        (b"[" * 100_000, "cannot be read"),
+        (config.rstrip() + b" " * 10_000_001, "cannot be read: it has more than 10000000 bytes"),
+    ):
+        (tmp_path / "x" / CONFIG).write_bytes(changed)
+        with pytest.raises(BadRequest, match=message):
+            load_model(tmp_path / "x")
+
+
+# Requests
+
+
+def test_names_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        (None, "called None: expected the name or the path of one"),
+        ("", "called '': expected the name"),
+        (3, "called 3: expected"),
+        ("a" * 5000, "called 'aaa.*…': .*too long"),
+        ("a\0b", "null byte"),
+    ):
+        with pytest.raises(BadRequest, match=message) as caught:
+            load_model(name)
+        assert len(str(caught.value)) < 200
+    with pytest.raises(BadRequest, match="no checkpoint 'broad' in"):
+        find_checkpoint("broad")
+
+
+def test_devices(checkpoint):
+    for device, message in (("gpu", "device 'gpu': "), (1.5, "device 1.5: "), ("cuda:99", "device cuda:99, but torch sees")):
+        with pytest.raises(BadRequest, match=message):
+            load_model(checkpoint, device=device)
+    if not torch.cuda.is_available():
+        with pytest.raises(BadRequest, match="device cuda, but torch sees 0 GPUs; leave device out to use the CPU"):
+            load_model(checkpoint, device="cuda")
+
+
+def test_nothing_is_left_behind(tmp_path, monkeypatch, checkpoint):
+    """A file that cannot be imported or exported makes no folder."""
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(checkpoint.read_bytes()[:-1])
+    for words in (("import", tmp_path / "missing.ckpt"), ("import", damaged), ("import", checkpoint), ("export", damaged)):
+        monkeypatch.setattr(sys, "argv", ["checkpoint", *map(str, words), "--out", str(tmp_path / "made" / "x.ckpt")])
+        with pytest.raises(BadRequest):
+            checkpoint_stage.main()
+        assert not (tmp_path / "made").exists()
