@@ -205,6 +205,10 @@ def test_masks(there):
     write_mask("mine.npz", ~mask)
     with pytest.raises(BadRequest, match="mask mine.npz was changed since this job was planned"):
         preprocess_shard(config, "train", 0, mask=words)
+    (there / "mine.npz").rename("other.npz")
+    with pytest.raises(BadRequest, match="mask mine.npz cannot be read"):
+        preprocess_shard(config, "train", 0, mask=words)
+    (there / "other.npz").rename("mine.npz")
     own = yaml.safe_load((there / "a.yaml").read_text())
     own["datasets"]["processed_narrow"]["mask"] = {"path": "mine.npz"}
     (there / "c.yaml").write_text(yaml.safe_dump(own))
@@ -334,6 +338,8 @@ def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]
     with pytest.raises(BadRequest, match="is in use by process"):
         train(monkeypatch, *arguments)
+    with pytest.raises(BadRequest, match="--wait-for-lock -1: expected at least 0"):
+        train(monkeypatch, *arguments, "--wait-for-lock", -1)
     monkeypatch.setattr(train_stage.time, "sleep", lambda _: held.communicate("\n"))
     train(monkeypatch, *arguments, "--wait-for-lock", 10)
     assert "waiting for it" in capsys.readouterr().out

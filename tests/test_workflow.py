@@ -1,5 +1,6 @@
 """The whole workflow on a tiny configuration, and what is made again after which change."""
 
+import contextlib
 import json
 import os
 import re
@@ -18,8 +19,11 @@ from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakem
 
 from cxt.checkpoint import read_checkpoint, write_checkpoint
 from cxt.configfile import load
+from cxt.errors import BadRequest, Failed
+from cxt.inspection import verify
 from cxt.jobs import dataset_lineage, model_lineage
 from cxt.lineage import code_digests
+from cxt.simulate import read_batch
 
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 BELOW_BROAD = ["broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
@@ -312,6 +316,102 @@ def test_truncated_batch_is_named(copy):
     done = snakemake("--show-failed-logs", "results/narrow.ckpt", cwd=copy, check=False)
     assert done.returncode == 1
     assert "constant/10.trees.batch is damaged or truncated at tree sequence 9 of 10" in done.stdout + done.stderr
+
+
+def test_no_two_jobs_share_a_file(tmp_path):
+    """Whatever a model or a dataset is called: `table` once shared a log with the accuracy table."""
+    path = overlay(
+        tmp_path / "x.yaml",
+        models={"table": {"preset": "w200_wmissing", "dataset": "map", "architecture": {"layers": 1, "heads": 2, "width": 16}}},
+        datasets={"map": {"scenarios": ["mask"], "sequence_length": 20000, "pairs": 4, "mask": {"length": 50000}}},
+        scenarios={"mask": {"kind": "constant", "simulations": 20, "batch": 10, "sequence_length": 20000}},
+    )
+    done = snakemake("-n", cwd=tmp_path, configfile=path)
+    written = []
+    for line in (done.stdout + done.stderr).splitlines():
+        if found := re.fullmatch(r"    (?:output|log): (.+?)(?: \(check .*\))?", line):
+            written += found[1].split(", ")
+    assert "results/table.ckpt" in written
+    assert "results/evaluation/table.md" in written
+    assert len(written) == len(set(written))
+
+
+def test_the_trainer_is_given_the_configured_devices(tmp_path):
+    """`--resources gpu=1`, as in the local profile, clips the resource but not what is trained on."""
+    path = overlay(tmp_path / "x.yaml", training={"devices": 3}, datasets={"processed_narrow": {"pairs": 16}})
+    done = snakemake("-n", "-p", "results/narrow.ckpt", "--resources", "gpu=1", cwd=tmp_path, configfile=path)
+    job = (done.stdout + done.stderr).split("rule train_narrow:")[1].split("rule ")[0]
+    assert "gpu=1" in job
+    assert "--devices 3 " in job
+
+
+def advised(text: str) -> list[str]:
+    """The arguments of the snakemake command that a message says to run."""
+    command = re.search(r"`(snakemake [^`]+)`", text)[1]
+    return command.split()[1:]
+
+
+def follow(text: str, *more, cwd, configfile=TINY):
+    """Run the advised command in *cwd*, with the Snakefile and the configuration that a person would add."""
+    return run_python(
+        "-m", "snakemake", *advised(text), "--snakefile", REPOSITORY / "Snakefile", *more, "--configfile", TINY, configfile,
+        cwd=cwd, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_advice_about_damaged_files(copy, tmp_path, absolute):
+    """Followed to the letter, though all checkpoints are there, which Snakemake takes as up to date."""
+    dataset = Path("results/datasets/processed_narrow")
+    shard, batch = dataset / "train/constant-0.zarr.zip", Path("results/simulations/constant/0.trees.batch")
+    before = (copy / shard).read_bytes()
+    (copy / shard).write_bytes(before[:-100])
+    place, given = (tmp_path, copy / dataset) if absolute else (copy, dataset)
+    done = run_python("-m", "cxt.dataset", "verify", given, cwd=place, check=False)
+    assert "delete it and the dataset's dataset.json, then run" in done.stderr
+    (copy / shard).unlink()
+    (copy / dataset / "dataset.json").unlink()
+    assert follow(done.stderr, cwd=place).returncode == 0
+    assert (copy / shard).read_bytes() == before
+    if absolute:  # as for a shard
+        return
+    before = (copy / batch).read_bytes()
+    (copy / batch).write_bytes(before[:-100])
+    with pytest.raises(BadRequest) as error, contextlib.chdir(copy):
+        list(read_batch(batch, start=0, count=10))
+    assert f"delete {batch}, then run" in str(error.value)
+    (copy / batch).unlink()
+    assert follow(str(error.value), cwd=copy).returncode == 0
+    assert (copy / batch).stat().st_size == len(before)
+
+
+def test_times_only_and_touch(copy, tmp_path, monkeypatch):
+    """A result of another configuration is refused where Snakemake was told to take it as it is; the advice makes it again."""
+    monkeypatch.chdir(copy)
+    changed = overlay(tmp_path / "x.yaml", datasets={"processed_narrow": {"pairs": 5}})
+    files = [TINY, changed]
+    snakemake("results/narrow.ckpt", "--touch", cwd=copy, configfile=changed)
+    assert planned(copy, "results/narrow.ckpt", configfile=changed) == {}
+    with pytest.raises(Failed, match="not what the configuration asks for") as error:
+        verify("results/narrow.ckpt", configfiles=files)
+    done = follow(str(error.value), cwd=copy, configfile=changed)
+    assert done.returncode == 1
+    log = (copy / "results/logs/train/narrow.log").read_text()
+    assert "not what was planned to train on: dataset results/datasets/processed_narrow: its lineage is" in log
+    assert follow(log, "--forceall", cwd=copy, configfile=changed).returncode == 0
+    assert "lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=files)
+    # Settings alone: what `verify` says is enough, after --touch, too.
+    slower = overlay(tmp_path / "y.yaml", datasets={"processed_narrow": {"pairs": 5}}, training={"lr": 1e-4})
+    snakemake("results/narrow.ckpt", "--touch", cwd=copy, configfile=slower)
+    with pytest.raises(Failed) as error:
+        verify("results/narrow.ckpt", configfiles=[TINY, slower])
+    assert follow(str(error.value), cwd=copy, configfile=slower).returncode == 0
+    assert "lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=[TINY, slower])
+    # Times only: the checkpoint is gone, its dataset and settings are those of before.
+    (copy / "results/narrow.ckpt").unlink()
+    done = snakemake("results/narrow.ckpt", "--rerun-triggers", "mtime", cwd=copy, configfile=TINY, check=False)
+    assert done.returncode == 1
+    assert "expected" in (copy / "results/logs/train/narrow.log").read_text()
 
 
 @pytest.mark.parametrize("profile", ["local", "slurm"])

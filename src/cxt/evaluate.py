@@ -141,8 +141,8 @@ def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]
     """
     result: dict[str, list[Entry]] = {}
     for batch in batches:
-        expected = {key: batch.get(key) for key in ("start", "count", "scenario", "lineage")}
-        for ts in read_batch(batch["path"], **expected):
+        expected = {key: batch[key] for key in ("start", "count", "scenario")}
+        for ts in read_batch(batch["path"], **expected, lineage=batch.get("lineage")):
             result.setdefault(batch["scenario"], []).append(preprocess_one(ts, spec, mask=mask))
     return result
 

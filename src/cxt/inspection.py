@@ -152,7 +152,9 @@ def verify(path, *, configfiles) -> str:
     parent = record["parent"]
     if parent is not None and (file := Path(path).parent / f"{above}.ckpt").is_file():
         if file_sha256(file) != parent["sha256"]:
-            raise Failed(f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand")
+            raise Failed(
+                f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand; {make_again}"
+            )
         said += f"; trained from the {file} that is there"
     return said
 

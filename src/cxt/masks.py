@@ -228,14 +228,18 @@ def write_mask(path, mask: np.ndarray, *, lineage: str | None = None) -> None:
 
 def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -> None:
     """BadRequest if the mask file is not what was planned: the *lineage* that `write_mask` stored, or the file's *sha256*."""
-    if lineage is not None:
-        try:
+    found = digest = None
+    try:
+        if lineage is not None:
             with np.load(path) as arrays:
                 found = str(arrays["lineage"]) if "lineage" in arrays else None
-        except UNREADABLE as error:
-            raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {make_again(path, delete=str(path))}") from None
-        check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
-    if sha256 is not None and file_sha256(path) != sha256:
+        if sha256 is not None:
+            digest = file_sha256(path)
+    except UNREADABLE as error:
+        remedy = "put it back" if lineage is None else make_again(path, delete=str(path))
+        raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
+    check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
+    if digest != sha256:
         raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
 
 

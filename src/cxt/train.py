@@ -94,17 +94,22 @@ def fewer_devices(args, present: int) -> str:
 
 def check_lineages(args, manifest: dict, parent) -> None:
     """BadRequest if settings, dataset or parent are not those that the workflow has planned the run with."""
+    if args.simulate is not None and (args.dataset_lineage is not None or args.settings_lineage is not None):
+        raise BadRequest(
+            "--dataset-lineage and --settings-lineage have no meaning with --simulate, which the workflow never plans"
+        )
     looked_at = [(f"the settings of {args.name or args.model}", args.settings_lineage, args.settings_lineage and args.lineage)]
     looked_at.append((f"dataset {args.dataset_path}", manifest.get("lineage"), args.dataset_lineage))
+    source = args.checkpoint or args.resume_adapter
     if args.parent_lineage is not None:
-        source = args.checkpoint or args.resume_adapter
         if parent is None:
             raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
         looked_at.append((f"parent {source}", parent.record.get("lineage"), args.parent_lineage))
     wrong = [(what, found, planned) for what, found, planned in looked_at if planned is not None and found != planned]
     if wrong:
         said = "; ".join(f"{what}: {differing(found, planned)}" for what, found, planned in wrong)
-        raise BadRequest(f"not what was planned to train on: {said}; {plan_again(args.out or args.dataset_path)}")
+        target = args.out or args.dataset_path or source
+        raise BadRequest(f"not what was planned to train on: {said}; {plan_again(target)}")
 
 
 def settings_of(args) -> dict:
@@ -317,6 +322,8 @@ def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
     """The same in the first process of a node; that of the first node decides and writes."""
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
+    if not args.wait_for_lock >= 0:
+        raise BadRequest(f"--wait-for-lock {args.wait_for_lock:g}: expected at least 0")
     if args.out is not None:
         check_writable(args.out)
     plan, identity = plan_of(args)
