@@ -25,6 +25,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def why_not(draw: Callable[[], object]) -> str:
+    """Draw a figure, and say why that failed; empty if it did not. What was computed must not be lost to a picture."""
+    try:
+        draw()
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of *choices*, and the whole list if none is close."""
     names = sorted(map(str, choices))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
@@ -309,6 +309,14 @@ def read_result(path: Path) -> dict:
         raise BadRequest(f"evaluation {path} is damaged: {error}") from None
 
 
+def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
+    """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
+    from cxt.figures import draw_scatter, draw_tracks
+
+    draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
+    draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
@@ -356,11 +364,11 @@ def main() -> None:
         threads=args.threads,
         progress=functools.partial(print, flush=True),
     )
-    from cxt.figures import draw_scatter, draw_tracks
-
-    draw_tracks(tracks, f"{args.figures}-tracks.png", title=result["checkpoint"], window_size=spec["window_size"])
-    draw_scatter(tracks, f"{args.figures}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
     atomic_write(args.out, json_text(result).encode())
+    print(table([result]), end="", flush=True)
+    lost = why_not(lambda: draw(tracks, args.figures, result, window_size=spec["window_size"]))
+    if lost:
+        raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({lost})")
 
 
 if __name__ == "__main__":
