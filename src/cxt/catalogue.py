@@ -6,7 +6,6 @@ python -m cxt.catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch
 import argparse
 import functools
 import importlib.metadata
-import json
 import sys
 import types
 import warnings
@@ -19,6 +18,7 @@ import tskit
 from cxt.demographies import Simulated, ancestry_model
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 from cxt.scenarios import scenario_of
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
@@ -192,7 +192,7 @@ def fetch_map(spec: dict) -> None:
 def write_record(spec: dict, path) -> None:
     """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
     record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": genetic_map(spec).sha256}
-    atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
+    atomic_write(path, json_text(record).encode())
 
 
 @functools.lru_cache(maxsize=64)

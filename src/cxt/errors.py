@@ -1,7 +1,6 @@
 """Exceptions for bad requests and failed runs, and the exit statuses of every command."""
 
 import difflib
-import sys
 from collections.abc import Callable, Iterable
 
 
@@ -48,12 +47,15 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
 
     Anything else propagates: Python prints its traceback and exits 1.
     """
+    from cxt.console import complain, console
+
     try:
-        main()
+        with console():
+            main()
     except BadRequest as error:
-        print(f"cxt: {error}", file=sys.stderr, flush=True)
+        complain(str(error))
         raise SystemExit(2) from None
     except Failed as error:
         if str(error):
-            print(f"cxt: {error}", file=sys.stderr, flush=True)
+            complain(str(error))
         raise SystemExit(error.status) from None

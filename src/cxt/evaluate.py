@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cxt.console import progress_only
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
@@ -355,17 +356,18 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
     mask = None if args.mask is None else read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
-    result, tracks = evaluate(
-        args.checkpoint,
-        spec,
-        batches,
-        mask=mask,
-        device="cuda:0" if args.devices else "cpu",
-        threads=args.threads,
-        progress=functools.partial(print, flush=True),
-    )
-    atomic_write(args.out, json_text(result).encode())
-    print(table([result]), end="", flush=True)
+    with progress_only():
+        result, tracks = evaluate(
+            args.checkpoint,
+            spec,
+            batches,
+            mask=mask,
+            device="cuda:0" if args.devices else "cpu",
+            threads=args.threads,
+            progress=functools.partial(print, flush=True),
+        )
+        atomic_write(args.out, json_text(result).encode())
+        print(table([result]), end="", flush=True)
     lost = why_not(lambda: draw(tracks, args.figures, result, window_size=spec["window_size"]))
     if lost:
         raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({lost})")

@@ -11,6 +11,7 @@ import torch
 
 from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 from cxt.lineage import file_sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -30,7 +31,7 @@ def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict)
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     atomic_write(directory / WEIGHTS, save(tensors))
     config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}}
-    atomic_write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    atomic_write(directory / CONFIG, json_text(config, indent=2).encode())
 
 
 def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
@@ -48,7 +49,7 @@ def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
     if not is_portable(directory):
         raise BadRequest(f"there is no exported checkpoint in {directory}: it has {WEIGHTS} and {CONFIG}")
     try:
-        record = json.loads((directory / CONFIG).read_text())
+        record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():

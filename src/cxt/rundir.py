@@ -24,6 +24,7 @@ import yaml
 
 from cxt.errors import BadRequest
 from cxt.files import atomic_write, check_writable
+from cxt.jsontext import json_text
 from cxt.lineage import file_sha256
 
 
@@ -40,7 +41,7 @@ def take_lock(path, what):
     """
     path = Path(path)
     check_writable(path)
-    file = open(path, "a+")  # noqa: SIM115 - held by the caller
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held by the caller
     file.seek(0)
     holder = file.read().strip()
     try:
@@ -70,7 +71,7 @@ def is_locked(path) -> bool:
     """Whether another process holds the lock file *path*."""
     if not Path(path).is_file() or not os.access(path, os.W_OK):
         return False
-    with open(path, "a+") as file:
+    with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -131,7 +132,7 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadRequest(f"{path} is damaged: {error}; delete {self.path} to start afresh") from None
 
@@ -154,7 +155,7 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True).encode())
         for name, content in (("grid.json", grid), ("model_summary.json", summary)):
-            atomic_write(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+            atomic_write(self.path / name, json_text(content).encode())
         self._write_state({"identity": identity, "finished": None})
 
     def finish(self, checkpoint: Path) -> None:
@@ -164,7 +165,7 @@ class RunDirectory:
         self._write_state(state)
 
     def _write_state(self, state: dict) -> None:
-        atomic_write(self.path / "run.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+        atomic_write(self.path / "run.json", json_text(state, sort_keys=True).encode())
 
     def finished_checkpoint(self) -> Path | None:
         """The finished checkpoint, if the run is complete and the file is whole."""

@@ -35,6 +35,7 @@ from zarr.storage import MemoryStore
 
 from cxt.errors import BadRequest
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 
 SCHEMA_VERSION = 3
 SPLITS = ("train", "test")
@@ -221,7 +222,7 @@ def write_manifest(directory, shards: dict[str, list[str]]) -> dict:
         "windows": shape["sequence_length"] // shape["window_size"],
         "splits": splits,
     }
-    atomic_write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    atomic_write(directory / MANIFEST, json_text(manifest).encode())
     return manifest
 
 
@@ -244,7 +245,7 @@ def read_manifest(directory) -> dict:
             f"build it with `snakemake {directory / MANIFEST}`"
         )
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise BadRequest(
             f"{directory} has no {MANIFEST}; build it with `snakemake {directory / MANIFEST}` or "
