@@ -1,10 +1,9 @@
 """Numba's compiler as all loops use it: without Python's lock, and kept on disk where that is possible."""
 
+import functools
 import warnings
 
 import numba
-
-_cannot_keep = False
 
 
 def compiled(function):
@@ -12,18 +11,20 @@ def compiled(function):
 
     Where none of these can be written (a read-only container) it is compiled anew in each process, and a warning says so once.
     """
-    global _cannot_keep
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
-    if not _cannot_keep:
-        _cannot_keep = True
-        warnings.warn(
-            "compiled code cannot be kept, since neither the folder of the package nor that of the user can be written: each "
-            "process compiles again; set NUMBA_CACHE_DIR to a folder that can be written",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn()
     return numba.njit(nogil=True)(function)
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "compiled code cannot be kept, since neither the folder of the package nor that of the user can be written: each "
+        "process compiles again; set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
