@@ -264,8 +264,8 @@ def proportional_memory(pid: int) -> int:
     while waiting:
         current = waiting.pop()
         try:
-            text = Path(f"/proc/{current}/smaps_rollup").read_text()
-            waiting += map(int, Path(f"/proc/{current}/task/{current}/children").read_text().split())
+            text = Path(f"/proc/{current}/smaps_rollup").read_text(encoding="utf-8")
+            waiting += map(int, Path(f"/proc/{current}/task/{current}/children").read_text(encoding="utf-8").split())
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
         total += next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")) * 1024

@@ -63,7 +63,7 @@ def bench(what: str, flags: list[str], *, seconds: float) -> dict | None:
         words = ["-m", "cxt.bench", what, *flags, "--seconds", str(seconds), "--out", str(out)]
         print(" ".join(["python", *words]), file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, *words], check=False, stdout=sys.stderr)
-        return json.loads(out.read_text()) if done.returncode == 0 else None
+        return json.loads(out.read_text(encoding="utf-8")) if done.returncode == 0 else None
 
 
 def training_row(name: str, found: dict | None) -> list[str]:

@@ -11,7 +11,7 @@ from cxt.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
 from cxt.config import ModelConfig
 from cxt.decode import Posterior, decode, posterior_mean, posterior_quantile
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, Failed
 from cxt.evaluate import (
     BASELINE_WIDTHS,
     accessible_bases,
@@ -20,6 +20,7 @@ from cxt.evaluate import (
     differences,
     evaluate,
     heterozygosity_estimate,
+    main,
     overall,
     score,
     table,
@@ -234,3 +235,22 @@ def test_evaluate(tmp_path, checkpoint, mask):
             evaluate(checkpoint, spec | change, batches)
     with pytest.raises(BadRequest, match="'missingness': True"):
         evaluate(checkpoint, spec, batches, mask=mask)
+
+
+def test_numbers_are_written_before_pictures(tmp_path, checkpoint, monkeypatch, capsys):
+    batch = tmp_path / "b.trees.batch"
+    write_batch(batch, SPEC, start=EVALUATION_START, count=2, seed=1)
+    batches = [{"path": str(batch), "scenario": "constant", "start": EVALUATION_START, "count": 2}]
+    spec = SHAPE | {"replicates": 2, "batch_size": 4, "seed": 1}
+    words = ["--checkpoint", str(checkpoint), "--spec", json.dumps(spec), "--batches", json.dumps(batches)]
+    words += ["--out", str(tmp_path / "x.json"), "--figures", str(tmp_path / "x")]
+    monkeypatch.setattr("sys.argv", ["cxt.evaluate", *words])
+
+    def fails(*_, **__):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("cxt.figures.draw_tracks", fails)
+    with pytest.raises(Failed, match=r"could not be drawn \(RuntimeError: no fonts\)"):
+        main()
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["scenarios"]["constant"]["mse"] > 0
+    assert "| x          | constant |" in capsys.readouterr().out

@@ -21,7 +21,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 def _number(path: Path) -> int | None:
     try:
-        return int(path.read_text())
+        return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or `max`
         return None
 
@@ -29,7 +29,7 @@ def _number(path: Path) -> int | None:
 def _groups() -> Iterator[tuple[Path, str, str]]:
     """The control groups of this process that may limit memory, and what their files are called: of version 2, then 1."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
@@ -53,7 +53,7 @@ def free_memory() -> int:
     for directory, limit_file, used_file in _groups():
         limit, used = _number(directory / limit_file), _number(directory / used_file)
         if limit is not None and used is not None:
-            statistics = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+            statistics = dict(line.split() for line in (directory / "memory.stat").read_text(encoding="utf-8").splitlines())
             cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
             free = min(free, limit - used + int(cached))  # a cache of files gives way
     return max(0, free)

@@ -7,7 +7,6 @@ python -m cxt.bench decode --compare uncached           beside decoding without 
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from cxt.config import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig,
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, training_flops
+from cxt.jsontext import json_text
 from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 
 
@@ -145,7 +145,7 @@ def main() -> None:
     print(report(name, what, found, device))
     if args.out is not None:
         about = {"device": describe_device(device), "command": " ".join(["python -m cxt.bench", *sys.argv[1:]]), "what": what}
-        atomic_write(args.out, (json.dumps(about | {"network": dataclasses.asdict(network)} | found, indent=1) + "\n").encode())
+        atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | found).encode())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python -m cxt.catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch
 import argparse
 import functools
 import importlib.metadata
-import json
 import math
 import sys
 import types
@@ -20,6 +19,7 @@ import tskit
 from cxt.demographies import Simulated, ancestry_model
 from cxt.errors import BadRequest, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 from cxt.scenarios import EngineSeeds, scenario_of
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
@@ -209,7 +209,7 @@ def fetch_map(spec: dict) -> None:
 def write_record(spec: dict, path) -> None:
     """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
     record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": genetic_map(spec).sha256}
-    atomic_write(path, (json.dumps(record, indent=1) + "\n").encode())
+    atomic_write(path, json_text(record).encode())
 
 
 def read_map(path, *, length: float) -> msprime.RateMap:

@@ -22,14 +22,14 @@ COMMANDS = {
 def main() -> None:
     """Run the command named by the first argument with the others; usage without one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print("usage: cxt COMMAND [options]\n")
-        for command, text in COMMANDS.items():
-            print(f"  {command:12s}{text}")
-        print("\n`cxt COMMAND --help` lists its options; `python -m cxt.COMMAND` is the same.")
-        return
 
     def run() -> None:
+        if name in ("-h", "--help"):
+            print("usage: cxt COMMAND [options]\n")
+            for command, text in COMMANDS.items():
+                print(f"  {command:12s}{text}")
+            print("\n`cxt COMMAND --help` lists its options; `python -m cxt.COMMAND` is the same.")
+            return
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{nearest(name, COMMANDS)}")
         # As the module itself, so that processes it starts (one for each device) find their way back to it.

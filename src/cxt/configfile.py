@@ -64,7 +64,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def read_yaml(path) -> dict:
     """The mapping in a YAML file; BadRequest if there is none, or a key is given twice."""
     try:
-        value = yaml.load(Path(path).read_text(), Loader=_UniqueKeys)
+        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that are none, and knots

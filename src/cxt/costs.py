@@ -48,7 +48,7 @@ def _unmapped(spec: dict) -> dict:
 def read_costs(path) -> dict:
     """The content of a costs file: machines, simulations, shards and rates; BadRequest if it holds no such thing."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
         parts = [found[key] for key in ("machines", "simulations", "shards", "rates")]
         if not all(isinstance(part, dict) for part in [*parts, *parts[1].values(), *parts[2].values(), *parts[3].values()]):
             raise TypeError("a part is no mapping")

@@ -2,7 +2,6 @@
 
 import difflib
 import signal
-import sys
 from collections.abc import Callable, Iterable
 
 
@@ -26,6 +25,15 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def why_not(draw: Callable[[], object]) -> str:
+    """Draw a figure, and say why that failed; empty if it did not. What was computed must not be lost to a picture."""
+    try:
+        draw()
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of *choices*, and the whole list if none is close."""
     names = sorted(map(str, choices))
@@ -40,19 +48,22 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
 
     Ctrl-C is one line and status 130. Anything else propagates: Python prints its traceback and exits 1.
     """
+    from cxt.console import complain, console
+
     try:
-        main()
+        with console():
+            main()
     except BadRequest as error:
-        print(f"cxt: {error}", file=sys.stderr, flush=True)
+        complain(str(error))
         raise SystemExit(2) from None
     except Failed as error:
         if str(error):
-            print(f"cxt: {error}", file=sys.stderr, flush=True)
+            complain(str(error))
         raise SystemExit(error.status) from None
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning makes another exit of it.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
-        print("cxt: interrupted", file=sys.stderr, flush=True)
+        complain("interrupted")
         raise SystemExit(130) from None

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.console import progress_only
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
@@ -341,6 +342,14 @@ def read_result(path: Path) -> dict:
         raise BadRequest(f"evaluation {path} is damaged: {error}") from None
 
 
+def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
+    """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
+    from cxt.figures import draw_scatter, draw_tracks
+
+    draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
+    draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
@@ -384,22 +393,23 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
     mask = mask_from_flags(args)
-    result, tracks = evaluate(
-        args.checkpoint,
-        spec,
-        batches,
-        mask=mask,
-        device="cuda:0" if args.devices else "cpu",
-        threads=args.threads,
-        checkpoint_lineage=args.checkpoint_lineage,
-        lineage=args.lineage,
-        progress=functools.partial(print, flush=True),
-    )
-    from cxt.figures import draw_scatter, draw_tracks
-
-    draw_tracks(tracks, f"{args.figures}-tracks.png", title=result["checkpoint"], window_size=spec["window_size"])
-    draw_scatter(tracks, f"{args.figures}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
-    atomic_write(args.out, json_text(result).encode())
+    with progress_only():
+        result, tracks = evaluate(
+            args.checkpoint,
+            spec,
+            batches,
+            mask=mask,
+            device="cuda:0" if args.devices else "cpu",
+            threads=args.threads,
+            checkpoint_lineage=args.checkpoint_lineage,
+            lineage=args.lineage,
+            progress=functools.partial(print, flush=True),
+        )
+        atomic_write(args.out, json_text(result).encode())
+        print(table([result]), end="", flush=True)
+    lost = why_not(lambda: draw(tracks, args.figures, result, window_size=spec["window_size"]))
+    if lost:
+        raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({lost})")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What people ask of a dataset on disk: what is in it, whether it is whole, and dense arrays of it for other tools."""
 
 import collections
-import json
 import shutil
 import sys
 import tempfile
@@ -12,6 +11,7 @@ import numpy as np
 from cxt.errors import BadRequest
 from cxt.features import missing_fraction, pair_counts, write_missingness
 from cxt.files import check_writable
+from cxt.jsontext import json_text
 from cxt.store import SPLITS, check_content, read_manifest, read_shard
 
 
@@ -189,5 +189,5 @@ def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, ta
             "y_transform": "log", "global_seed": attributes["seed"], "file_index": index,
             "start": int(arrays["start"][i]), "mutation_rate": float(arrays["mutation_rate"][i]),
         }  # fmt: skip
-        (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (target / "meta.json").write_text(json_text(meta), encoding="utf-8")
     return rounded

@@ -1,22 +1,29 @@
-"""Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true."""
+"""Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true.
+
+Drawn without pyplot, so that no backend is asked for (`MPLBACKEND` of a notebook) and that of a notebook stays as it is.
+"""
 
 import io
 
-import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cxt.files import atomic_write
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 
 
-def _save(figure, path) -> None:
+def _panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
+    """A figure of *size* in inches, and its axes (rows, columns)."""
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **settings)
+
+
+def _save(figure: Figure, path) -> None:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
     atomic_write(path, out.getvalue())
 
 
@@ -26,7 +33,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
     *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows); a tuple names the two pairs instead.
     """
     rows = len(tracks)
-    figure, axes = plt.subplots(rows, 2, figsize=(12, 2.1 * rows), squeeze=False, sharex=True)
+    figure, axes = _panels(rows, 2, size=(12, 2.1 * rows), sharex=True)
     for row, (name, arrays) in enumerate(tracks.items()):
         truth, mean, low, high = (a.reshape(-1, a.shape[-1]) for a in arrays)
         for column, pair in enumerate(dict.fromkeys((0, len(truth) // 2))):
@@ -51,7 +58,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
     *rows* are those of a training_log.csv, as `cxt.runlog.read_log` gives them.
     """
-    figure, axes = plt.subplots(2, 2, figsize=(11, 6), sharex=True)
+    figure, axes = _panels(2, 2, size=(11, 6), sharex=True)
     panels = (
         ("loss", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
         ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation along a pair", TRUTH))),
@@ -78,7 +85,8 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
 def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
     """Loss against learning rate of a search, and the rate that it suggests."""
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure, axes = _panels(1, 1, size=(7, 4))
+    axis = axes[0, 0]
     axis.plot(rates, losses, color=ESTIMATE, lw=1.2)
     at = int(np.argmin(np.abs(np.log(rates) - np.log(suggestion))))
     axis.plot(rates[at], losses[at], "o", color=TRUTH, label=f"suggestion {suggestion:.2g}")
@@ -95,7 +103,7 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
     """Predicted against true ln TMRCA of all windows, one panel per scenario."""
     columns = min(4, len(tracks))
     rows = -(-len(tracks) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.1 * rows), squeeze=False)
+    figure, axes = _panels(rows, columns, size=(3.1 * columns, 3.1 * rows))
     for axis, (name, (truth, mean, _, _)) in zip(axes.flat, tracks.items(), strict=False):
         low = min(truth.min(), mean.min())
         high = max(truth.max(), mean.max())

@@ -13,7 +13,7 @@ import tempfile
 import jsonargparse
 import numpy as np
 
-from cxt.errors import BadRequest, Failed, exit_on_bad_request
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.files import check_writable
 from cxt.flags import build_parser, check_config_keys
 from cxt.train import plan_of
@@ -142,13 +142,23 @@ def main() -> None:
             f"the loss grew too much after {len(found.losses)} of {args.num_steps} steps, too few to see where it falls: raise "
             "--num-steps, or lower --highest"
         )
+    print(
+        f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)",
+        flush=True,
+    )
     if args.plot is not None:
-        from cxt.figures import draw_learning_rates
-
-        title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
-        draw_learning_rates(found.rates, found.losses, suggestion, args.plot, title=title)
+        lost = why_not(lambda: draw(plan, found, suggestion, args.plot))
+        if lost:
+            raise Failed(f"{args.plot} could not be drawn ({lost})")
         print(f"drawn: {args.plot}")
-    print(f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)")
+
+
+def draw(plan, found, suggestion: float, path) -> None:
+    """The figure of a search."""
+    from cxt.figures import draw_learning_rates
+
+    title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
+    draw_learning_rates(found.rates, found.losses, suggestion, path, title=title)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 import warnings
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpo
 from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
-from cxt.errors import BadRequest, Failed, first_line
+from cxt.errors import BadRequest, Failed, first_line, why_not
 from cxt.flops import training_flops
 from cxt.live import SimulatedDataset
 from cxt.model import CoalescenceModel
@@ -436,6 +437,13 @@ def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, validation: V
     finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={step}.ckpt"
     write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
     run.finish(validation.best_checkpoint() if plan.training.export == "best" else finished)
+    lost = why_not(lambda: draw(plan, run, model, items))
+    if lost:  # the checkpoint is what was asked for
+        print(f"{plan.name}: trained, but not all figures could be drawn ({lost})", file=sys.stderr, flush=True)
+
+
+def draw(plan: Plan, run: RunDirectory, model: CoalescenceModel, items) -> None:
+    """losses.png, and tracks.png of the items that are decoded."""
     from cxt.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{plan.name}: training")

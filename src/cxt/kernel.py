@@ -8,20 +8,22 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
+from cxt.compiled import compiled
+
 _PLACES = np.zeros(64, dtype=np.int64)
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number
 for _place in range(64):
     _PLACES[(_DE_BRUIJN << _place & 2**64 - 1) >> 58] = _place
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def lowest_bit(word):
     """Place of the lowest bit that is set in a uint64, which must not be 0."""
     lowest = word & (~word + np.uint64(1))
     return _PLACES[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def count_bits(word):
     """Number of bits that are set in a uint64."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
@@ -30,7 +32,7 @@ def count_bits(word):
     return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def accumulate(cumulative, samples):
     """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 comes in as the counts of window k."""
     for end in range(2 * samples, len(cumulative) + 1, samples):
@@ -39,7 +41,7 @@ def accumulate(cumulative, samples):
             here[v] += before[v]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _accumulate_both(differ, total, agree, samples):
     """`accumulate` for *differ*, and into *agree* the same of what *differ* leaves of *total* (windows · samples,).
 
@@ -103,7 +105,7 @@ def _all_stored(typing_context):
     return numba.types.void(), code
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _subtract(above, below, out):
     places = LINE // out.itemsize
     begin = min(len(out), (-out.ctypes.data % LINE) // out.itemsize)
@@ -116,7 +118,7 @@ def _subtract(above, below, out):
         out[i] = above[i] - below[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _all_scales(cumulative, scales, out):
     """Fill *out* (scales, windows, samples) with the counts of each window from what `_accumulate_both` makes."""
     windows, samples = out.shape[1], out.shape[2]
@@ -124,13 +126,13 @@ def _all_scales(cumulative, scales, out):
         _subtract(cumulative[scales[m] * samples :], cumulative, out[m].reshape(windows * samples))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _copy(source, out):
     for i in range(len(out)):
         out[i] = source[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def total_counts(derived, first_site, samples, out):
     """Add all sites to *out* (windows · samples,), by window and derived allele count, whatever the pair."""
     for k in range(len(first_site) - 1):
@@ -138,13 +140,13 @@ def total_counts(derived, first_site, samples, out):
             out[k * samples + derived[j]] += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def scratch(total, scales, samples):
     """Room for `one_pair` to sum in: a row of each window of *total*, and as many more as the widest scale has windows."""
     return np.empty(len(total) + scales.max() * samples, total.dtype)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
     """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
 
@@ -169,7 +171,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
     _all_stored()
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def haplotype_words(packed, words):
     """Fill *words* (samples, ceil(sites / 64)) uint64 from *packed* sites: site j is bit j % 64 of word j // 64."""
     for h in range(len(words)):
@@ -180,7 +182,7 @@ def haplotype_words(packed, words):
             words[h, w] = word
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def pairs_of_one(words, derived, first_site, pairs, scales, total, out):
     """`one_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
     samples = out.shape[4]
@@ -191,7 +193,7 @@ def pairs_of_one(words, derived, first_site, pairs, scales, total, out):
         one_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def pack_bins(bins, width, out):
     """Write *bins* (pairs, windows), *width* bits each, one after another into *out* (pairs, words) uint64."""
     out[:] = 0
@@ -204,7 +206,7 @@ def pack_bins(bins, width, out):
                 out[p, word + 1] |= value >> np.uint64(64 - shift)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def unpack_bins(packed, width, out):
     """Read what `pack_bins` wrote for one pair: *packed* (words,) to *out* (windows,)."""
     every = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
@@ -216,7 +218,7 @@ def unpack_bins(packed, width, out):
         out[k] = np.int64(value & every)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def widest_count(cumulative, samples, scale):
     """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: what bounds all counts."""
     most, last = 0, len(cumulative) - samples
@@ -225,7 +227,7 @@ def widest_count(cumulative, samples, scale):
     return most
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def fill_batch(rows, columns, data, scales, width, counts, bins):
     """Counts and bins of several items at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
 

@@ -115,7 +115,7 @@ def code_digests() -> dict:
     here = Path(__file__).parent
     result = {}
     for stage, modules in STAGE_SOURCES.items():
-        trees = [_shape(ast.parse((here / module).read_text())) for module in modules]
+        trees = [_shape(ast.parse((here / module).read_text(encoding="utf-8"))) for module in modules]
         result[stage] = {"version": STAGE_VERSION[stage], "code": digest(trees)}
     return result
 

@@ -8,7 +8,6 @@ Costs are measured ones, from those shipped with the package or from `--calibrat
 """
 
 import argparse
-import json
 import platform
 import signal
 import sys
@@ -22,6 +21,7 @@ from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scena
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, forward_flops, training_flops
+from cxt.jsontext import json_text
 from cxt.scenarios import Leaf, split_size
 
 
@@ -293,7 +293,7 @@ def main() -> None:
 
         def save(measured: dict) -> None:
             merged = merge_costs(read_costs(path), measured) if path.exists() else measured
-            atomic_write(path, (json.dumps(merged, indent=1, sort_keys=True) + "\n").encode())
+            atomic_write(path, json_text(merged, sort_keys=True).encode())
 
         measure_costs(config, machine=machine, seconds=args.seconds, save=save, progress=progress)
         progress(f"measured costs: {path}")
@@ -301,7 +301,7 @@ def main() -> None:
     found = plan(config, costs)
     if args.table is not None:
         atomic_write(args.table, scenario_table(config, costs).encode())
-    print(json.dumps(found, indent=1) if args.json else report(config, found, costs, all_leaves=args.leaves))
+    print(json_text(found).rstrip() if args.json else report(config, found, costs, all_leaves=args.leaves))
 
 
 if __name__ == "__main__":

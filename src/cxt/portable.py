@@ -12,6 +12,7 @@ import torch
 
 from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
+from cxt.jsontext import json_text, without_nan
 from cxt.lineage import digest, file_sha256
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -31,8 +32,9 @@ def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict)
     # safetensors takes no views of one memory.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     atomic_write(directory / WEIGHTS, save(tensors))
+    record = without_nan(record)  # as it is read back
     config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}, "digest": digest(record)}
-    atomic_write(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    atomic_write(directory / CONFIG, json_text(config, indent=2).encode())
 
 
 def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:

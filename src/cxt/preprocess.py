@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import tskit
 
+from cxt.console import progress_only
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
@@ -240,7 +241,8 @@ def main() -> None:
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     args = parser.parse_args()
-    args.run(args)
+    with progress_only():
+        args.run(args)
 
 
 if __name__ == "__main__":

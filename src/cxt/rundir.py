@@ -26,6 +26,7 @@ import yaml
 
 from cxt.errors import BadRequest
 from cxt.files import atomic_file, atomic_write, check_writable, is_at
+from cxt.jsontext import json_text
 from cxt.lineage import file_sha256
 
 _held: set[int] = set()
@@ -204,7 +205,7 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadRequest(f"{path} is damaged: {error}; delete {self.path} to start afresh") from None
 
@@ -227,7 +228,7 @@ class RunDirectory:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True).encode())
         for name, content in (("grid.json", grid), ("model_summary.json", summary)):
-            atomic_write(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+            atomic_write(self.path / name, json_text(content).encode())
         self._write_state({"identity": identity, "finished": None})
 
     def finish(self, checkpoint: Path) -> None:
@@ -237,7 +238,7 @@ class RunDirectory:
         self._write_state(state)
 
     def _write_state(self, state: dict) -> None:
-        atomic_write(self.path / "run.json", (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+        atomic_write(self.path / "run.json", json_text(state, sort_keys=True).encode())
 
     def finished_checkpoint(self) -> Path | None:
         """The finished checkpoint, if the run is complete and the file is whole."""

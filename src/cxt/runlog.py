@@ -181,7 +181,7 @@ class TrainingLog(Callback):
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
         trainer.logger.log_metrics(numbers, row["step"])
         text = _lines([row], header=not self.path.exists())
-        with open(self.path, "a", newline="") as file:
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -232,7 +232,7 @@ def read_log(path) -> list[dict]:
     """Rows of a training_log.csv: step and epoch int, the rest float or None where empty; a cut last row is left out."""
     if not Path(path).exists():
         return []
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8")
     rows = []
     for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
         rows.append({key: int(row[key]) if key in ("step", "epoch") else float(row[key] or math.nan) for key in COLUMNS})
@@ -243,6 +243,6 @@ def keep_rows(path, *, up_to: int) -> None:
     """Drop the rows of a training_log.csv after step *up_to*, which a resumed run makes again."""
     if not Path(path).exists():
         return
-    lines = Path(path).read_text().splitlines(keepends=True)
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
     atomic_write(path, "".join([_lines([], header=True), *kept]).encode())  # the header may have been cut by a full disk

@@ -21,7 +21,7 @@ def load_schema() -> dict:
     """The configuration's schema, as a dict."""
     if not SCHEMA_PATH.exists():
         raise BadRequest(f"{SCHEMA_PATH} is not there: install cxt from its repository (`pip install -e .`)")
-    return yaml.safe_load(SCHEMA_PATH.read_text())
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
 
 
 def _resolve(node: dict) -> dict:

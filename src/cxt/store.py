@@ -39,6 +39,7 @@ from cxt.arena import free_memory
 from cxt.data_ranges import RANGES, overall_ranges, ranges_of
 from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
+from cxt.jsontext import json_text
 from cxt.lineage import check_lineage, stage_lineage
 from cxt.remedies import make_again
 from cxt.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
@@ -274,7 +275,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
         "ranges": overall_ranges(ranges),
         "splits": splits,
     }
-    atomic_write(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    atomic_write(directory / MANIFEST, json_text(manifest).encode())
     return manifest
 
 
@@ -300,7 +301,7 @@ def read_manifest(directory) -> dict:
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
         raise BadRequest(f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {make_again(file)}")
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise BadRequest(
             f"{directory} has no {MANIFEST}; {make_again(file)}, or list the shards that are there with "

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import tskit
 
+from cxt.compiled import compiled
 from cxt.errors import BadRequest
 from cxt.features import check_pairs, num_windows
 from cxt.kernel import count_bits, lowest_bit
@@ -15,7 +15,7 @@ SPECIAL_TOKENS = 2
 """Token 0 is unused, token 1 starts a sequence; bin b of the grid is token b + 2."""
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _add_span(total, time, left, right, window_size):
     """Add *time* times its overlap with each window to *total* (windows,) for [left, right)."""
     k = int(left / window_size)
@@ -26,7 +26,7 @@ def _add_span(total, time, left, right, window_size):
         k += 1
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _partners(pairs, samples):
     """The pairs of each sample, one sample after another: their numbers, the other sample, and where each sample's begin."""
     begin = np.zeros(samples + 1, dtype=np.int64)
@@ -44,7 +44,7 @@ def _partners(pairs, samples):
     return number, other, begin
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, window_size, total):
     """Fill *total* (pairs, windows) with the integral of each pair's TMRCA over each window.
 
@@ -215,7 +215,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
     return np.log(total / np.diff(edges))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled
 def _bins(values, grid, out):
     """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
     if len(grid) == 1:

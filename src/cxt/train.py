@@ -26,6 +26,7 @@ from cxt.config import (
     change_no_result,
     steps_per_epoch,
 )
+from cxt.console import progress_only
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
 from cxt.flags import build_parser, check_config_keys
@@ -403,7 +404,8 @@ def main() -> None:
     if args.print_config:
         print_settings(args)
     else:
-        train(args, began=BEGAN)
+        with progress_only():
+            train(args, began=BEGAN)
 
 
 if __name__ == "__main__":

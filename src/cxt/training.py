@@ -1,6 +1,8 @@
 """The one LightningModule, its learning-rate schedule, and what makes its dropout repeatable."""
 
 import math
+import os
+import tempfile
 
 import pytorch_lightning as pl
 import torch
@@ -9,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from cxt.adapter import freeze_backbone
 from cxt.config import TrainingConfig
 from cxt.dataset import Batch, model_input
+from cxt.errors import BadRequest
 from cxt.model import CoalescenceModel
 from cxt.seeds import torch_seed
 
@@ -73,6 +76,21 @@ def compile_backend(training: TrainingConfig, device: str) -> str | None:
     return None if chosen == "none" else chosen
 
 
+def check_compiler_cache() -> None:
+    """BadRequest if the folder that `TORCHINDUCTOR_CACHE_DIR` names cannot be made or written."""
+    path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if path is None:
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise BadRequest(
+            f"TORCHINDUCTOR_CACHE_DIR={path} cannot be made or written ({error.strerror}), and compiling needs it; set it to "
+            "another folder or unset it, or train without (compile: none)"
+        ) from None
+
+
 def loss_function(model: CoalescenceModel, training: TrainingConfig):
     """(counts, missing, tokens) to the loss, by the path and the attention that *training* names.
 
@@ -101,6 +119,7 @@ class TrainingModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         backend = compile_backend(self.training_config, self.trainer.strategy.root_device.type)
         if backend is not None:
+            check_compiler_cache()
             # Training batches all have one shape; the last one of a validation has not, and is worth no compilation.
             self._step_loss = torch.compile(self._loss, backend=backend, dynamic=False)
 

@@ -1,0 +1,107 @@
+"""What a command says, whatever its standard output and error are: an ASCII terminal, a full disk, a reader that has gone."""
+
+import contextlib
+import os
+import sys
+
+from cxt.errors import Failed
+
+
+class Watched:
+    """A stream whose loss ends no work: after the first failure, which it remembers, what is written to it is dropped."""
+
+    def __init__(self, stream):
+        self._stream, self.lost, self.is_progress = stream, None, False
+
+    def __getattr__(self, attribute):
+        return getattr(self._stream, attribute)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work) -> None:
+        try:
+            work()
+        except OSError as error:
+            _drop(self._stream)
+            if self.is_progress:
+                line = f"cxt: standard output cannot be written ({error.strerror}); going on without it"
+                print(line, file=sys.stderr, flush=True)
+            elif self.lost is None:
+                self.lost = error
+
+    def check(self) -> None:
+        """Flush; Failed if something was lost, a silent one if it was because the reader has gone."""
+        self.flush()
+        if isinstance(self.lost, BrokenPipeError):
+            raise Failed("", status=141)  # what a shell says of a command that SIGPIPE has ended
+        if self.lost is not None:
+            raise Failed(f"standard output cannot be written: {self.lost.strerror}")
+
+
+def _drop(stream) -> None:
+    """Send what a stream still holds, and all that is written to it from now on, nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        stream.flush()
+
+
+@contextlib.contextmanager
+def console():
+    """Prepare the process for a command, and see to it that what it printed has arrived.
+
+    Text that the encoding of a stream lacks (an ASCII locale) is written as escapes. Notes on standard error are expendable.
+    A notebook's `MPLBACKEND` may name a module that is not installed here, and would fail every import of matplotlib.
+
+    Raises
+    ------
+    Failed
+        If standard output could not be written; silent if its reader has gone, as in `cxt runs | head`.
+    """
+    os.environ["MPLBACKEND"] = "agg"
+    streams = out, err = sys.stdout, sys.stderr  # None if closed
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = watched = [stream and Watched(stream) for stream in streams]
+    try:
+        try:
+            yield
+        except SystemExit:
+            if out is not None:
+                watched[0].check()
+            raise
+        if out is not None:
+            watched[0].check()
+    finally:
+        for stream in watched:
+            if stream is not None:
+                stream.flush()  # or Python would complain at its end
+        sys.stdout, sys.stderr = out, err
+
+
+@contextlib.contextmanager
+def progress_only():
+    """What a command prints meanwhile is progress, and the result a file: its loss is said once, and ends nothing."""
+    out = sys.stdout
+    if not isinstance(out, Watched):
+        yield
+        return
+    out.is_progress = True
+    try:
+        yield
+    finally:
+        out.flush()
+        out.is_progress = False
+
+
+def complain(message: str) -> None:
+    """A line on standard error, if that is possible."""
+    if sys.stderr is not None:
+        print(f"cxt: {message}", file=Watched(sys.stderr), flush=True)
