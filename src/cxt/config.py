@@ -106,9 +106,7 @@ class AdapterConfig:
     def __post_init__(self):
         found = problems(vars(self), ADAPTER_RANGES)
         if self.unfreeze_strategy not in STRATEGIES:
-            found.append(
-                f"unknown unfreeze_strategy '{self.unfreeze_strategy}'{nearest(self.unfreeze_strategy, STRATEGIES)}"
-            )
+            found.append(f"unknown unfreeze_strategy '{self.unfreeze_strategy}'{nearest(self.unfreeze_strategy, STRATEGIES)}")
         _refuse(found)
 
 
@@ -215,7 +213,8 @@ VALIDATION = ("validation_items", "validate_every")
 def change_no_result(settings: dict) -> tuple[str, ...]:
     """Training settings that do not change what is published; those of validation do where it decides something."""
     decides = settings.get("patience") or settings.get("export", "last") != "last"
-    return CHANGE_NO_RESULT if decides else CHANGE_NO_RESULT + VALIDATION
+    without = () if settings.get("patience") else ("min_delta",)
+    return CHANGE_NO_RESULT + without if decides else CHANGE_NO_RESULT + without + VALIDATION
 
 
 SIZES = ("layers", "heads", "width", "dropout")
@@ -232,6 +231,16 @@ def check_adapter_samples(at: str, dataset: str, samples: int, backbone: int) ->
         raise BadRequest(
             f"{at}: an adapter needs fewer samples than its backbone's {backbone}, dataset '{dataset}' has {samples}"
         )
+
+
+def check_adapter(adapter: AdapterConfig, network: ModelConfig) -> None:
+    """BadRequest if an adapter asks for last blocks that its network has not, or that its strategy does not look at."""
+    if adapter.last_n == AdapterConfig.last_n:
+        return
+    if "lastN" not in adapter.unfreeze_strategy:
+        raise BadRequest(f"last_n {adapter.last_n} has no meaning with unfreeze_strategy {adapter.unfreeze_strategy}")
+    if adapter.last_n > network.layers:
+        raise BadRequest(f"last_n is {adapter.last_n}, but the backbone has {network.layers} blocks")
 
 
 def check_missingness(at: str, network: ModelConfig, dataset: str, missing: bool) -> None:

@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 
 
 MANY = 12
-"""So many names are listed in a message; of more, the most similar ones."""
+"""So many names are listed in a message; of more, the five most similar ones."""
 
 
 def _likeness(name: str, choice: str) -> float:
@@ -45,7 +45,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         return f"; did you mean '{by_likeness[0]}'?"
     if len(names) <= MANY:
         return f"; there are: {', '.join(names)}"
-    return f"; there are {len(names)}, among them {', '.join(sorted(by_likeness[:MANY]))}"
+    return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
 
 
 def exit_on_bad_request(main: Callable[[], None]) -> None:

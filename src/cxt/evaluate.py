@@ -21,6 +21,7 @@ from cxt.files import atomic_write
 from cxt.lineage import digest
 from cxt.masks import read_mask
 from cxt.preprocess import preprocess_one
+from cxt.ranges import THREADS, check_flags
 from cxt.simulate import read_batch
 from cxt.store import Entry
 from cxt.targets import Grid
@@ -311,6 +312,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
     args = parser.parse_args()
+    check_flags(args, threads=THREADS)
     if args.table:
         text = table([read_result(path) for path in args.table])
         print(text, end="")

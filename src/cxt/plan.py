@@ -21,6 +21,7 @@ from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scena
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, forward_flops, training_flops
+from cxt.ranges import DEVICES, POSITIVE, check_flags
 from cxt.scenarios import Leaf, split_size
 
 
@@ -269,14 +270,13 @@ def main() -> None:
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
     args = parser.parse_args()
+    check_flags(args, devices=DEVICES, seconds=POSITIVE)
     config = load(args.configfile)
     if args.devices is not None:
         if args.devices < 0:
             raise BadRequest(f"--devices {args.devices}: expected at least 0")
         config = use_devices(config, args.devices)
     jobs.check_plan(config)
-    if args.seconds <= 0:
-        raise BadRequest(f"--seconds {args.seconds:g}: expected above 0")
     path = args.costs or HERE
     if args.costs is not None and not args.calibrate and not path.exists():
         raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")

@@ -15,6 +15,7 @@ import tskit
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import cut_mask, read_mask, synthetic_mask, write_mask
+from cxt.ranges import COUNT, INDEX, check_flags
 from cxt.scenarios import batches, random_generator, split_of, split_size
 from cxt.schema import complete_part
 from cxt.simulate import read_batch
@@ -218,6 +219,7 @@ def main() -> None:
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     args = parser.parse_args()
+    check_flags(args, start=INDEX, count=COUNT)
     args.run(args)
 
 

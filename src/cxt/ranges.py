@@ -1,11 +1,12 @@
 """What is accepted of the numbers that settings and flags ask for."""
 
-import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from cxt.errors import BadRequest
 
 
 class Range(NamedTuple):
@@ -40,6 +41,7 @@ MOST_THREADS, MOST_WORKERS, MOST_DEVICES = 1024, 256, 1024
 MOST = 10**9
 """Of anything that is counted, where nothing else sets a limit."""
 
+INDEX = Range(0, 2 * 10**9)
 COUNT = Range(1, MOST)
 ANY_COUNT = Range(0, MOST)
 POSITIVE = Range(0, whole=False, open_low=True)
@@ -56,24 +58,15 @@ def problems(values: Mapping, ranges: Mapping[str, Range]) -> list[str]:
     return [f"{name} {problem}" for name, problem in found if problem]
 
 
-def flag_problems(args, ranges: Mapping[str, Range]) -> list[str]:
-    """The same of a command's arguments, which are named as flags."""
-    return [f"--{problem.split(' ')[0].replace('_', '-')} {problem.split(' ', 1)[1]}" for problem in problems(vars(args), ranges)]
-
-
-def number(accepted: Range) -> Callable[[str], float]:
-    """A `type=` for argparse, which then says what was found and what is accepted."""
-
-    def convert(text: str):
-        try:
-            value = int(text) if accepted.whole else float(text)
-        except ValueError:
-            value = text
-        if problem := accepted.problem(value):
-            raise argparse.ArgumentTypeError(problem)
-        return value
-
-    return convert
+def check_flags(args, **ranges: Range) -> None:
+    """BadRequest that names every number of a command's arguments that is not in its range."""
+    found = []
+    for name, accepted in ranges.items():
+        value = getattr(args, name, None)
+        if value is not None and (problem := accepted.problem(value)):
+            found.append(f"--{name.replace('_', '-')} {problem.removeprefix('is ').replace(', expected', ': expected', 1)}")
+    if found:
+        raise BadRequest("\n  ".join(["not a valid request:", *found] if len(found) > 1 else found))
 
 
 def cores() -> int:

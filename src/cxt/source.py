@@ -16,8 +16,6 @@ def check_source(args) -> None:
     """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
     if (args.dataset_path is None) == (args.simulate is None):
         raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise BadRequest(f"--max-steps {args.max_steps}: expected at least 1")
     if args.simulate is None:
         for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
         if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name) not in (None, [])]:
@@ -31,8 +29,6 @@ def check_source(args) -> None:
         raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
     if (args.eval_samples is None) == (args.eval_max_batches is None):
         raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
-    if (args.eval_max_batches if args.eval_samples is None else args.eval_samples) < 1:
-        raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
 
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
