@@ -233,16 +233,6 @@ def check_adapter_samples(at: str, dataset: str, samples: int, backbone: int) ->
         )
 
 
-def check_adapter(adapter: AdapterConfig, network: ModelConfig) -> None:
-    """BadRequest if an adapter asks for last blocks that its network has not, or that its strategy does not look at."""
-    if adapter.last_n == AdapterConfig.last_n:
-        return
-    if "lastN" not in adapter.unfreeze_strategy:
-        raise BadRequest(f"last_n {adapter.last_n} has no meaning with unfreeze_strategy {adapter.unfreeze_strategy}")
-    if adapter.last_n > network.layers:
-        raise BadRequest(f"last_n is {adapter.last_n}, but the backbone has {network.layers} blocks")
-
-
 def check_missingness(at: str, network: ModelConfig, dataset: str, missing: bool) -> None:
     """BadRequest if the network and the dataset disagree on what frequency bin 0 means."""
     if missing and network.mask_singletons:

@@ -18,7 +18,6 @@ from cxt.config import (
     AdapterConfig,
     ModelConfig,
     TrainingConfig,
-    check_adapter,
     check_adapter_samples,
     check_inheritance,
     check_missingness,
@@ -234,7 +233,7 @@ def _check_model(config: dict, name: str) -> None:
         raise BadRequest(f"{at}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
     if is_adapter(config, name):
         with _named(f"{at}.adapter"):
-            check_adapter(adapter_config(config, name), network)
+            adapter_config(config, name)
     if len(chain) > 1:
         parent = config["datasets"][config["models"][chain[1]]["dataset"]]
         check_inheritance(
@@ -294,6 +293,8 @@ def adapter_config(config: dict, name: str) -> AdapterConfig | None:
     settings: dict = {}
     for ancestor in reversed(lineage_of_parents(config, name)):
         settings |= config["models"][ancestor].get("adapter", {})
+    if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig.unfreeze_strategy):
+        settings.pop("last_n", None)  # nothing looks at it
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
 
 

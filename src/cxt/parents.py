@@ -9,7 +9,6 @@ from cxt.config import (
     AdapterConfig,
     ModelConfig,
     TrainingConfig,
-    check_adapter,
     check_adapter_samples,
     check_inheritance,
     check_missingness,
@@ -93,7 +92,8 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
         raise BadRequest(
             f"--adapter-bottleneck {adapter.bottleneck}, but {args.resume_adapter} has {parent.adapter.bottleneck}"
         )
-    check_adapter(adapter, network)
+    if "lastN" not in adapter.unfreeze_strategy and adapter.last_n != AdapterConfig.last_n:
+        raise BadRequest(f"--last-n {adapter.last_n} has no meaning with --unfreeze-strategy {adapter.unfreeze_strategy}")
     return network, adapter
 
 

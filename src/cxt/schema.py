@@ -163,7 +163,7 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         if key in properties:
             result[key] = _complete(child, properties[key], where, errors, defaults)
         elif isinstance(open_to, dict):
-            if pattern and not isinstance(key, str):
+            if not isinstance(key, str):
                 errors.append(f"{where}: found {key!r} as a name, expected text{_quotes(key)}")
             elif pattern and not jsonschema.Draft202012Validator(pattern).is_valid(key):
                 errors.append(
