@@ -89,8 +89,8 @@ def check_leaves(name: str, entry: dict) -> None:
         found.add(leaf.name)
         if len(leaf.name) > LONGEST_NAME:
             raise BadRequest(
-                f"{at}: the leaf scenario '{leaf.name[:100]}…' has a name of {len(leaf.name)} characters, which names files; at "
-                f"most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
+                f"{at}: the leaf scenario '{leaf.name[:100]}…' has a name of {len(leaf.name)} characters, which names files; "
+                f"at most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
             )
 
 
