@@ -6,31 +6,28 @@ import yaml
 
 from cxt.errors import BadRequest
 
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, where PyYAML silently takes the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key != "<<" and key in seen:
-                line = key_node.start_mark.line + 1
-                raise BadRequest(f"'{key}' is given twice in one mapping (line {line}); take one of the two away")
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep)
-
-
 MOST_VALUES = 200_000
 """In a YAML file, those behind anchors counted each time they are used: a few nested anchors make billions of few lines."""
 
 
+def _check_keys(node: yaml.MappingNode) -> None:
+    """BadRequest if a mapping has a key twice, of which PyYAML would silently take the last."""
+    seen = set()
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:str":
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise BadRequest(f"'{key.value}' is given twice in one mapping (line {line}); take one of the two away")
+            seen.add(key.value)
+
+
 def _values_in(node, counted: dict[int, int | None]) -> int:
-    """Values that a composed YAML *node* stands for, those behind an anchor as often as it is used."""
+    """Values that a composed YAML *node* stands for, those behind an anchor as often as it is used; checks its keys."""
     if id(node) not in counted:
         counted[id(node)] = None  # being counted
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
+            _check_keys(node)
             children = [part for pair in children for part in pair]
         counted[id(node)] = 1 + sum(_values_in(child, counted) for child in children)
     elif counted[id(node)] is None:
@@ -40,7 +37,7 @@ def _values_in(node, counted: dict[int, int | None]) -> int:
 
 def _parse_yaml(text: str):
     """What a YAML document says; BadRequest if its anchors contain themselves, or stand for more than can be meant."""
-    loader = _UniqueKeys(text)
+    loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
