@@ -21,13 +21,18 @@ from cxt.files import atomic_write
 from cxt.lineage import digest
 from cxt.masks import read_mask
 from cxt.preprocess import preprocess_one
-from cxt.ranges import THREADS, check_flags
+from cxt.ranges import COUNT, THREADS, Range, check_flags, problems
 from cxt.simulate import read_batch
 from cxt.store import Entry
 from cxt.targets import Grid
 
 SPEC_KEYS = {
     "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
+}  # fmt: skip
+
+SPEC_RANGES = {
+    "window_size": Range(1, 10**10), "sequence_length": Range(1, 10**10), "samples": Range(3, 60_000), "pairs": COUNT,
+    "replicates": COUNT, "batch_size": COUNT, "seed": Range(0),
 }  # fmt: skip
 
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
@@ -329,11 +334,15 @@ def main() -> None:
     lacking = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
     if lacking:
         raise BadRequest(f"--spec lacks {', '.join(lacking)}")
+    if wrong := problems(spec, SPEC_RANGES):
+        raise BadRequest(f"--spec: {'; '.join(wrong)}")
     if args.devices:
         import torch
 
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
+    if args.mask is None and args.mask_contig is not None:
+        raise BadRequest("--mask-contig has no meaning without --mask")
     mask = None if args.mask is None else read_mask(args.mask, key=args.mask_key, contig=args.mask_contig)
     result, tracks = evaluate(
         args.checkpoint,

@@ -266,15 +266,16 @@ def main() -> None:
     parser.add_argument("--leaves", action="store_true", help="list every leaf scenario instead of every scenario")
     parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
     parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="with --calibrate: of each measurement (default 5)")
+    parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
     args = parser.parse_args()
     check_flags(args, devices=DEVICES, seconds=POSITIVE)
+    for flag in ("seconds", "machine"):
+        if getattr(args, flag) is not None and not args.calibrate:
+            raise BadRequest(f"--{flag} has no meaning without --calibrate")
     config = load(args.configfile)
     if args.devices is not None:
-        if args.devices < 0:
-            raise BadRequest(f"--devices {args.devices}: expected at least 0")
         config = use_devices(config, args.devices)
     jobs.check_plan(config)
     path = args.costs or HERE
@@ -292,7 +293,7 @@ def main() -> None:
             merged = merge_costs(read_costs(path), measured) if path.exists() else measured
             atomic_write(path, (json.dumps(merged, indent=1, sort_keys=True) + "\n").encode())
 
-        measure_costs(config, machine=machine, seconds=args.seconds, save=save, progress=progress)
+        measure_costs(config, machine=machine, seconds=args.seconds or 5.0, save=save, progress=progress)
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])
     found = plan(config, costs)
