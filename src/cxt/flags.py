@@ -15,7 +15,11 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     training = TrainingConfig()
     parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
     add = parser.add_argument
-    add("--config", type=str | None, help="YAML file whose keys are the names of these flags; the command line wins")
+    add(
+        "--config",
+        type=str | None,
+        help="YAML file whose keys are the names of these flags; null is the default, and the command line wins",
+    )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
     add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
