@@ -46,8 +46,8 @@ def test_every_command_is_listed():
         (["bench", "train", "--threads", "100000", "--workers", "999"], "--threads 100000.*--workers 999"),
         (["plan", "--machine", "mine"], "--machine has no meaning without --calibrate"),
         (["evaluate", "--checkpoint", "c", "--batches", "[]", "--out", "o", "--figures", "f", "--spec",
-          '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, "batch_size": 1.5,'
-          ' "seed": 1}'], "--spec: pairs is -1, .*; replicates is 0, .*; batch_size is 1.5, expected a whole"),
+          '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, '
+          '"batch_size": 1.5, "seed": 1}'], "--spec: pairs is -1, .*; replicates is 0, .*; batch_size is 1.5, "),
         (["bench", "decode", "--seconds", "inf"], "--seconds inf: expected a finite number"),
         (["find_lr", "--highest", "inf"], "and finite"),
         (["find_lr", "--num-steps", str(10**30)], "expected at most"),
