@@ -49,7 +49,7 @@ def test_every_command_is_listed():
           '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, '
           '"batch_size": 1.5, "seed": 1}'], "--spec: pairs is -1, .*; replicates is 0, .*; batch_size is 1.5, "),
         (["bench", "decode", "--seconds", "inf"], "--seconds inf: expected a finite number"),
-        (["find_lr", "--highest", "inf"], "and finite"),
+        (["find_lr", "--highest", ".inf"], "and finite"),
         (["find_lr", "--num-steps", str(10**30)], "expected at most"),
     ],
 )  # fmt: skip

@@ -31,7 +31,7 @@ def _values_in(node, counted: dict[int, int | None]) -> int:
             children = [part for pair in children for part in pair]
         counted[id(node)] = 1 + sum(_values_in(child, counted) for child in children)
     elif counted[id(node)] is None:
-        raise BadRequest("not valid YAML: an anchor that contains itself")
+        raise yaml.YAMLError("an anchor that contains itself")
     return counted[id(node)]
 
 
