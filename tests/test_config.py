@@ -240,7 +240,7 @@ def nested_anchors(first: str, level: str) -> str:
 )
 def test_nested_anchors_are_refused_before_they_grow(first, level, tmp_path):
     for text, message in (
-        (nested_anchors(first, level), "anchors stand for .* values, expected at most 200000"),
+        (nested_anchors(first, level), "anchors stand for more than 200000 values"),
         ("a: &a [*a]\n", "an anchor that contains itself"),
         ("[" * 5000, "not valid YAML"),
     ):
