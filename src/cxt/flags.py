@@ -6,7 +6,7 @@ import jsonargparse
 
 from cxt.config import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
 from cxt.errors import BadRequest, nearest
-from cxt.ranges import COUNT, DEVICES, POSITIVE, Range, check_flags
+from cxt.ranges import ANY_COUNT, COUNT, DEVICES, POSITIVE, Range, check_flags
 from cxt.yamlfile import read_yaml
 
 
@@ -99,7 +99,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
 
 
 RANGES = {
-    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": COUNT, "eval_max_batches": COUNT,
+    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": ANY_COUNT, "eval_max_batches": ANY_COUNT,
     "max_steps": COUNT, "devices": DEVICES, "nodes": Range(1, 10_000), "max_minutes": POSITIVE,
     "adapter_samples": ADAPTER_RANGES["samples"], "adapter_bottleneck": ADAPTER_RANGES["bottleneck"],
     "adapter_dropout": ADAPTER_RANGES["dropout"], "last_n": ADAPTER_RANGES["last_n"],

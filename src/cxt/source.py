@@ -29,6 +29,8 @@ def check_source(args) -> None:
         raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
     if (args.eval_samples is None) == (args.eval_max_batches is None):
         raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
+    if (args.eval_max_batches if args.eval_samples is None else args.eval_samples) < 1:
+        raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
 
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
