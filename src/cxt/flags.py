@@ -99,7 +99,8 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
 
 
 RANGES = {
-    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": ANY_COUNT, "eval_max_batches": ANY_COUNT,
+    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": ANY_COUNT,
+    "eval_max_batches": ANY_COUNT,
     "max_steps": COUNT, "devices": DEVICES, "nodes": Range(1, 10_000), "max_minutes": POSITIVE,
     "adapter_samples": ADAPTER_RANGES["samples"], "adapter_bottleneck": ADAPTER_RANGES["bottleneck"],
     "adapter_dropout": ADAPTER_RANGES["dropout"], "last_n": ADAPTER_RANGES["last_n"],
