@@ -1,8 +1,15 @@
 """The console script and the package's front."""
 
+import importlib
+import re
+import sys
 import tomllib
 
+import pytest
 from conftest import REPOSITORY, run_python
+
+from cxt.cli import COMMANDS
+from cxt.errors import BadRequest
 
 
 def test_console_script():
@@ -15,6 +22,42 @@ def test_console_script():
     assert "--dataset-path" in run_python("-c", code, "train", "--help").stdout
     for stage in ("simulate", "preprocess", "dataset", "evaluate"):
         assert "usage: " in run_python("-m", f"cxt.{stage}", "--help").stdout
+
+
+def test_every_command_is_listed():
+    package = REPOSITORY / "src" / "cxt"
+    mains = {path.stem for path in package.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert mains - {"__main__"} == COMMANDS.keys()
+    assert run_python("-m", "cxt").stdout.startswith("usage: cxt COMMAND")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset", "export", ".", "--out", "o", "--limit", "-1"], "--limit -1: expected at least 1"),
+        (["evaluate", "--threads", "100000"], "--threads 100000: expected at least 1 and at most 1024"),
+        (["plan", "--devices", "-1"], "--devices -1: expected at least 0"),
+        (["plan", "--calibrate", "--seconds", "nan"], "--seconds nan: expected a finite number"),
+        (["trees", "x", "--out", "o", "--index", "-1"], "--index -1: expected at least 0"),
+        (["simulate", "--spec", "{}", "--out", "o", "--count", "0"], "--count 0: expected"),
+        (["preprocess", "shard", "--batch", "b", "--split", "test", "--out", "o", "--start", "-1", "--count", "0"],
+         "--start -1: expected at least 0.*--count 0: expected at least 1"),
+        (["checkpoint", "diff", "a", "b", "--rtol", "nan"], "--rtol nan: expected a finite number"),
+        (["bench", "train", "--threads", "100000", "--workers", "999"], "--threads 100000.*--workers 999"),
+        (["plan", "--machine", "mine"], "--machine has no meaning without --calibrate"),
+        (["evaluate", "--checkpoint", "c", "--batches", "[]", "--out", "o", "--figures", "f", "--spec",
+          '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, '
+          '"batch_size": 1.5, "seed": 1}'], "--spec: pairs is -1, .*; replicates is 0, .*; batch_size is 1.5, "),
+        (["bench", "decode", "--seconds", "inf"], "--seconds inf: expected a finite number"),
+        (["find_lr", "--highest", ".inf"], "and finite"),
+        (["find_lr", "--num-steps", str(10**30)], "expected at most"),
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(BadRequest) as caught:
+        importlib.import_module(f"cxt.{words[0]}").main()
+    assert re.search(message, str(caught.value), flags=re.S), str(caught.value)
 
 
 def test_importing_is_quick_and_names_are_there():

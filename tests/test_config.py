@@ -1,13 +1,23 @@
 """Merging, defaults, and one clear message for everything that is wrong."""
 
 import dataclasses
+import math
 import re
 
 import pytest
 import yaml
 from conftest import REPOSITORY, TINY
 
-from cxt.config import PRESETS, AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
+from cxt.config import (
+    ADAPTER_RANGES,
+    NETWORK_RANGES,
+    PRESETS,
+    TRAINING_RANGES,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
+    steps_per_epoch,
+)
 from cxt.configfile import (
     adapter_config,
     load,
@@ -18,8 +28,10 @@ from cxt.configfile import (
     training_settings,
     without_nulls,
 )
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, nearest
+from cxt.jobs import model_lineage
 from cxt.kinds import KINDS
+from cxt.ranges import DEVICES, MOST
 from cxt.schema import defaults_of, document, load_schema
 
 
@@ -46,7 +58,10 @@ def test_paper_has_the_published_recipe():
             "epochs": epochs[name], "lr": 3e-5 if name in fine_tuned else 3e-4,
             "threads": 4, "save_every": 50,
         }  # fmt: skip
-        assert {key: settings[key] for key in published} == published
+        if adapter_config(config, name) is None:
+            del published["backbone_lr_factor"]  # of adapters only
+        assert {key: settings.get(key) for key in published} == published
+        assert ("backbone_lr_factor" in settings) == ("adapter" in name)
         preset = PRESETS[config["models"][name]["preset"]]
         assert model_config(config, name) == preset
         assert settings["layers"] == (6 if name == "narrow" else 10)
@@ -131,7 +146,7 @@ BAD = [
     ({"scenarios": {"x": {"kind": "constant"}}}, "scenarios.x: `simulations` is missing"),
     ({"scenarios": {"x": {"simulations": 3}}}, "scenarios.x: has no `kind`"),
     ({"scenarios": {"a-b": {"kind": "constant", "simulations": 3}}}, "a name may hold"),
-    ({"scenarios": {"constant": {"mutation_rate": "1e-8"}}}, "found '1e-8', expected a number above 0.*write 1.0e-8"),
+    ({"scenarios": {"constant": {"mutation_rate": "fast"}}}, "found .fast., expected a number above 0"),
     ({"scenarios": {"constant": {"batch": 15}}}, "found 15, expected a whole number .*a multiple of 10"),
     ({"datasets": {"processed": {"scenarios": ["constnat"]}}}, "unknown scenario 'constnat'; did you mean 'constant'"),
     ({"datasets": {"processed": {"window_size": 3000}}}, "200000 is not a multiple of window_size 3000"),
@@ -163,6 +178,28 @@ BAD = [
     ({"training": {"epoch": 3}}, "training.epoch: unknown key; did you mean 'epochs'"),
     ({"evaluation": {"simulations_of": {"constnat": 3}}}, "unknown scenario 'constnat'"),
     ({"models": {"broad": {"evaluation": ["sawtoth"]}}}, "unknown scenario 'sawtoth'; did you mean 'sawtooth'"),
+    ({"training": {"threads": 100000}}, "found 100000, expected a whole number at least 1 at most 1024"),
+    ({"training": {"workers": 257}}, "found 257, expected a whole number at least 0 at most 256"),
+    ({"training": {"devices": 1025}}, "found 1025, expected a whole number at least 0 at most 1024"),
+    ({"training": {"lr": float("nan")}}, "found nan, expected a number above 0, and finite"),
+    ({"training": {"epochs": 10**30}}, "training, of models.narrow: epochs is 1000.*expected at .* at most 1000000000"),
+    ({"training": {"min_lr": 1.0}}, "^training, of models.narrow: lr 0.0015 is below"),
+    ({"models": {"broad_w200": {"training": {"lr": 1e-9}}}}, "^models.broad_w200.training: lr 1e-09 is below min_lr"),
+    ({"models": {"broad": {"architecture": {"width": 130}}}}, "^models.broad.architecture: width 130 is not a multiple"),
+    ({"models": {"broad": {"training": {"backbone_lr_factor": 0.1}}}}, "^models.broad.training: backbone_lr_factor has no"),
+    ({"scenarios": {False: {"kind": "constant", "simulations": 3}}}, "found False as a name.*put the name in quotes"),
+    ({"scenarios": {2024: {"kind": "constant", "simulations": 3}}}, "found 2024 as a name.*put the name in quotes"),
+    ({"scenarios": {"": {"kind": "constant", "simulations": 3}}}, "scenarios: '': a name may hold"),
+    ({"scenarios": {"x\n": {"kind": "constant", "simulations": 3}}}, r"scenarios: 'x\\n': a name may hold"),
+    ({"models": {"x" * 101: {"preset": "broad", "dataset": "processed"}}}, "models: 'x.*a name may hold .*100 in all"),
+    ({"datasets": {"processed": {"scenarios": [False]}}}, "found .False., expected the name.*put the name in quotes"),
+    ({"models": {"broad": {"dataset": 2024}}}, "found 2024, expected text .*put the name in quotes"),
+    ({"evaluation": {"simulations_of": {False: 3}}}, "found False as a name.*put the name in quotes"),
+    ({"training": {True: 3}}, "training.True: unknown key .*put the name in quotes"),
+    ({"training": {"lr": "1_0"}}, "found '1_0', expected a number"),
+    ({"scenarios": {"y" * 100: {"kind": "constant", "simulations": 3, "mutation_rate": [1.2345678901234567e-8, 2e-8],
+                                "population_size": [12345.678901234567, 2], "individuals": 20,
+                                "recombination_rate": [1.2345678901234567e-8, 2e-8]}}}, "a name of 2[0-9]{2} characters"),
     ({"trainning": {}}, "trainning: unknown key; did you mean 'training'"),
 ]  # fmt: skip
 
@@ -172,6 +209,94 @@ def test_bad_configurations(change, message):
     with pytest.raises(BadRequest) as caught:
         with_changes(**change)
     assert re.search(message, str(caught.value)), str(caught.value)
+
+
+def test_text_that_is_a_number_is_one():
+    """So `1e-8`, which YAML reads as text, and everything in `--config 'training={devices: 2}'`, are what they say."""
+    said = {
+        "training": {"devices": "2", "lr": "2e-3", "deterministic": "False"},
+        "scenarios": {"constant": {"mutation_rate": ["1e-8", "2.5e-8"], "population_size": "1e4"}},
+        "models": {"w200_wmissing_adapter": {"adapter": {"last_n": "2"}}},
+    }
+    config = with_changes(**said)
+    assert config["training"] | {"devices": 2, "lr": 2e-3, "deterministic": False} == config["training"]
+    assert config["scenarios"]["constant"]["mutation_rate"] == [1e-8, 2.5e-8]
+    assert config["scenarios"]["constant"]["population_size"] == 1e4
+    assert config["models"]["w200_wmissing_adapter"]["adapter"]["last_n"] == 2
+
+
+def test_a_file_of_comments_changes_nothing(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert load([tmp_path / "empty.yaml"]) == load()
+
+
+def nested_anchors(first: str, level: str) -> str:
+    """25 levels, each of twice the one before: half a kilobyte that stands for more than 30 million values."""
+    return f"a0: &a0 {first}\n" + "".join(f"a{i}: &a{i} {level.format(b=f'*a{i - 1}')}\n" for i in range(1, 26))
+
+
+@pytest.mark.parametrize(
+    ("first", "level"), [("{x: 1}", "{{l: {b}, r: {b}}}"), ("[1]", "[{b}, {b}]"), ("{x: 1}", "{{<<: [{b}, {b}]}}")]
+)
+def test_nested_anchors_are_refused_before_they_grow(first, level, tmp_path):
+    for text, message in (
+        (nested_anchors(first, level), "anchors stand for more than 200000 values"),
+        ("a: &a [*a]\n", "an anchor that contains itself"),
+        ("[" * 5000, "not valid YAML"),
+    ):
+        (tmp_path / "overlay.yaml").write_text(text)
+        with pytest.raises(BadRequest, match=f"overlay.yaml.*{message}"):
+            read_yaml(tmp_path / "overlay.yaml")
+    few = "a: &a {x: 1}\nb: &b {<<: *a, y: [*a, *a]}\nc: {<<: *b, x: 2}\n"
+    (tmp_path / "overlay.yaml").write_text(few)
+    assert read_yaml(tmp_path / "overlay.yaml")["b"] == {"x": 1, "y": [{"x": 1}, {"x": 1}]}
+
+
+def test_the_schema_has_the_limits_of_the_code():
+    """Those that only keep numbers from overflowing (10^9) are not in the documentation."""
+    for definition, ranges in (("training", TRAINING_RANGES), ("architecture", NETWORK_RANGES), ("adapter", ADAPTER_RANGES)):
+        properties = load_schema()["$defs"][definition]["properties"]
+        numbers = {name: node for name, node in properties.items() if node["type"] in ("integer", "number")}
+        assert numbers.keys() - {"devices"} <= ranges.keys()
+        for name, node in numbers.items():
+            of_code = DEVICES if name == "devices" else ranges[name]
+            assert node.get("minimum", node.get("exclusiveMinimum")) == of_code.low, name
+            assert ("exclusiveMinimum" in node) == of_code.open_low, name
+            assert ("exclusiveMaximum" in node) == of_code.open_high, name
+            assert node.get("maximum", node.get("exclusiveMaximum", of_code.high)) == of_code.high, name
+            assert "maximum" in node or "exclusiveMaximum" in node or of_code.high in (MOST, math.inf), name
+    for settings, ranges in ((TrainingConfig, TRAINING_RANGES), (ModelConfig, NETWORK_RANGES), (AdapterConfig, ADAPTER_RANGES)):
+        assert {field.name for field in dataclasses.fields(settings) if field.type in (int, float)} == ranges.keys()
+
+
+@pytest.mark.parametrize("settings", [TrainingConfig, ModelConfig, AdapterConfig])
+def test_no_setting_takes_what_is_no_number(settings):
+    for field in dataclasses.fields(settings):
+        if field.type in (int, float):
+            for value in (math.nan, math.inf, -math.inf, -1e300, "2", True, [1]):
+                with pytest.raises(BadRequest, match=f"{field.name} is .*, expected"):
+                    settings(**{field.name: value})
+
+
+def test_suggestions_are_near():
+    assert nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
+    assert nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
+    assert nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; there are: lr, start-token-in-prefix"
+    many = nearest("banana", [f"scenario_{i}" for i in range(500)])
+    assert many.startswith("; there are 500, the most similar are scenario_")
+    assert many.count(",") == 5
+    assert nearest("x", []) == "; there are none"
+
+
+def test_what_means_nothing_makes_no_model_stale():
+    """A plain model's lineage knows nothing of adapters, an adapter's nothing of blocks that nobody asked to train."""
+    base = read_yaml(REPOSITORY / "config" / "config.yaml")
+    changed = merge(base, {"training": {"backbone_lr_factor": 0.7, "min_delta": 0.1}})
+    assert model_lineage(resolve(base), "broad") == model_lineage(resolve(changed), "broad")
+    assert "backbone_lr_factor" not in training_settings(resolve(changed), "broad")
+    frozen = [{"broad_adapter": {"adapter": {"unfreeze_strategy": "none", "last_n": n}}} for n in (3, 4)]
+    first, second = (model_lineage(with_changes(models=change), "broad_adapter") for change in frozen)
+    assert first == second != model_lineage(resolve(base), "broad_adapter")
 
 
 def test_all_errors_at_once():

@@ -18,7 +18,7 @@ from cxt import nodes as module
 from cxt.configfile import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
-from cxt.flags import build_parser, check_config_keys
+from cxt.flags import build_parser, parse_flags
 from cxt.nodes import Nodes, node_rank
 from cxt.plan import plan
 from cxt.rundir import RunDirectory
@@ -73,8 +73,7 @@ def test_command_in_the_documentation_parses():
     (line,) = [line for line in text.splitlines() if line.startswith("srun")]
     words = shlex.split(line.split("cxt.train", 1)[1])
     parser = build_parser()
-    check_config_keys(words, parser)
-    args = parser.parse_args(words)
+    args = parse_flags(words, parser)
     assert args.devices * args.nodes * args.batch_size * args.grad_accum == 2304
 
 

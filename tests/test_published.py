@@ -327,7 +327,7 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "own", "--out", out, "--start-token-in-prefix", "false")
     assert not read_checkpoint(out).model.start_token_in_prefix
     assert "start token" not in capsys.readouterr().err
-    with pytest.raises(BadRequest, match="choose its preset, or pass --layers 2"):
+    with pytest.raises(BadRequest, match="--layers 6, but checkpoint .* has 2; leave the flag out"):
         train(monkeypatch, *arguments, "--layers", 6, "--run-dir", tmp_path / "other")
 
 

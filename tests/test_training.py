@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, build_dataset, run_python
 
 from cxt import load_model
@@ -18,6 +20,8 @@ from cxt.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from cxt.config import TrainingConfig
 from cxt.datamodule import EpochBatches
 from cxt.errors import BadRequest
+from cxt.parents import OF_THE_ADAPTER
+from cxt.ranges import note_more_than_cores
 from cxt.rundir import RunDirectory
 from cxt.runlog import read_log
 from cxt.training import learning_rate_factor
@@ -329,6 +333,7 @@ def test_not_finite_is_a_failure(dataset, tmp_path):
     assert not (tmp_path / "x.ckpt").exists()
 
 
+ON_N10 = ["--adapter", "--checkpoint", "{parent}", "--dataset-path", "{n10}"]
 REFUSED = [
     (["--model", "brood"], "unknown model 'brood'; did you mean 'broad'"),
     (["--epoch", 3], "unknown flag --epoch; did you mean '--epochs'"),
@@ -337,7 +342,7 @@ REFUSED = [
     (["--checkpoint", "{adapter}"], "holds an adapter model: use --resume-adapter"),
     (["--resume-adapter", "{parent}"], "has no adapter weights: use --checkpoint .* --adapter"),
     (["--adapter"], "--adapter needs a trained backbone"),
-    (["--checkpoint", "{parent}", "--layers", 2], "(preset broad) has {'layers': 3.*choose its preset, or pass --layers 3"),
+    (["--checkpoint", "{parent}", "--layers", 2], "--layers 2, but checkpoint .* has 3; leave the flag out"),
     (["--checkpoint", "nosuch"], "no checkpoint 'nosuch' in .*results"),
     (["--checkpoint", "/no/such.ckpt"], "there is no checkpoint /no/such.ckpt"),
     (["--dataset-path", "/no/such"], "there is no dataset directory /no/such"),
@@ -357,7 +362,36 @@ REFUSED = [
     (["--width", 15], "not a multiple of the number of scales"),
     (["--resume", "--restart"], "exclude each other"),
     (["--adapter", "--adapter-samples", 9, "--checkpoint", "{parent}", "--dataset-path", "{n10}"], "--adapter-samples 9, but"),
-    (["--resume-adapter", "{adapter}", "--dataset-path", "{n10}"], "--adapter-bottleneck 32, but .* has 4"),
+    (["--lr", ".nan"], "lr is nan, expected a finite number"),
+    (["--lr", ".inf"], "lr is inf, expected a finite number"),
+    (["--lr", "1e400"], "lr is inf, expected a finite number"),
+    (["--beta1", 1.5], "beta1 is 1.5, expected at least 0 and below 1"),
+    (["--beta2", -1], "beta2 is -1.0, expected at least 0 and below 1"),
+    (["--threads", 100_000], "threads is 100000, expected at least 1 and at most 1024"),
+    (["--workers", 257], "workers is 257, expected at least 0 and at most 256"),
+    (["--epochs", 10**30], "epochs is 1000000000000000000000000000000, expected at least 1 and at most 1000000000"),
+    (["--min-delta", ".nan"], "min_delta is nan"),
+    (["--max-minutes", ".inf"], "--max-minutes inf: expected a finite number"),
+    (["--max-steps", 0], "--max-steps 0: expected at least 1"),
+    (["--devices", 1025], "--devices 1025: expected at least 0 and at most 1024"),
+    (["--name", ""], "--name '': it is used in names of files"),
+    (["--name", "a/b"], "--name 'a/b': it is used in names of files"),
+    (["--name", "x" * 300], "names of files"),
+    (["--learning-rate", 1], "unknown flag --learning-rate; there are .*, the most similar are"),
+    (["--backbone-lr-factor", 0.5], "--backbone-lr-factor has no meaning without --adapter or --resume-adapter"),
+    (["--last-n", 4, "--adapter-bottleneck", 8], "--adapter-bottleneck, --last-n have no meaning without --adapter"),
+    (["--adapter-samples", 10], "--adapter-samples has no meaning without --adapter"),
+    (["--adapter-dropout", 0.5], "--adapter-dropout has no meaning without"),
+    (["--unfreeze-strategy", "ln"], "--unfreeze-strategy has no meaning without"),
+    (["--overwrite-bin0", "true"], "--overwrite-bin0 has no meaning without"),
+    ([*ON_N10, "--backbone-lr-factor", -1], "backbone_lr_factor is -1.0, expected at least 0"),
+    ([*ON_N10, "--adapter-bottleneck", 0], "--adapter-bottleneck 0: expected at least 1"),
+    ([*ON_N10, "--adapter-dropout", 2], "--adapter-dropout 2.0: expected at least 0 and below 1"),
+    ([*ON_N10, "--last-n", -5], "--last-n -5: expected at least 0"),
+    ([*ON_N10, "--last-n", 1, "--unfreeze-strategy", "ln"], "--last-n 1 has no meaning with --unfreeze-strategy ln"),
+    ([*ON_N10, "--unfreeze-strategy", "lastn"], "unknown unfreeze_strategy 'lastn'; did you mean 'lastN'"),
+    (["--run-dir", "{n10}", "--resume", "latest"], "nothing to resume: there is no run in"),
+    (["--resume-adapter", "{adapter}", "--adapter-bottleneck", 32, "--dataset-path", "{n10}"], "bottleneck 32, but .*4"),
 ]  # fmt: skip
 
 
@@ -365,9 +399,84 @@ REFUSED = [
 def test_refused(arguments, message, monkeypatch, tmp_path, dataset, dataset_n10, masked_dataset, parent, adapter_parent):
     paths = {"parent": parent, "adapter": adapter_parent, "n10": dataset_n10, "masked": masked_dataset}
     arguments = [a.format(**paths) if isinstance(a, str) else a for a in arguments]
-    with pytest.raises(BadRequest, match=message.replace("(preset broad)", r"\(preset broad\)").replace("{'", r"\{'")):
+    with pytest.raises(BadRequest, match=message):
         train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", *arguments)
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_words_of_resume(dataset, tmp_path, monkeypatch, capsys):
+    """`auto` starts a run where there is none, and `latest` does not; both go on with the newest."""
+    arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--log-dir", tmp_path]
+    with pytest.raises(BadRequest, match="nothing to resume: there is no run below"):
+        train(monkeypatch, *arguments, "--resume", "latest")
+    train(monkeypatch, *arguments, "--resume", "auto")
+    for word in ("auto", "latest"):
+        train(monkeypatch, *arguments, "--resume", word)
+        assert "version_0 is finished: publishing its checkpoint again" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "lightning_logs").glob("version_*") if path.is_dir()] == ["version_0"]
+
+
+def test_a_child_takes_the_sizes_of_its_parent(parent, adapter_parent, dataset, dataset_n10, monkeypatch, capsys):
+    theirs = read_checkpoint(parent).model
+    plain = ["--model", "broad", "--print-config"]
+    train(monkeypatch, *plain, "--checkpoint", parent)
+    said = capsys.readouterr()
+    printed = yaml.safe_load(said.out)
+    assert [printed[key] for key in ("layers", "heads", "width", "dropout")] == [
+        theirs.layers, theirs.heads, theirs.width, theirs.dropout,
+    ]  # fmt: skip
+    assert f"note: layers {theirs.layers}, heads {theirs.heads}, width {theirs.width}" in said.err
+    assert not OF_THE_ADAPTER.keys() & printed.keys()
+    train(monkeypatch, *plain, "--resume-adapter", adapter_parent)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    theirs = read_checkpoint(adapter_parent).adapter
+    assert printed["adapter_bottleneck"] == theirs.bottleneck == 4
+    assert (printed["unfreeze_strategy"], printed["last_n"]) == (theirs.unfreeze_strategy, theirs.last_n)
+
+
+def test_a_plain_run_knows_nothing_of_adapters(dataset, tmp_path, monkeypatch, capsys):
+    """Neither its identity nor its settings; those of runs that still had the defaults there can be used again."""
+    arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--max-steps", 500, "--validation-items", 5000]
+    train(monkeypatch, *arguments, "--workers", 1, "--min-delta", 0.1, "--run-dir", tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "--max-steps 500 only shortens a run, and 1 epoch are 7 steps; raise --epochs" in said
+    assert "validation_items 5000, but there are 12 test items: all are taken" in said
+    assert "min_delta 0.1 has no meaning without patience" in said
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
+    assert not OF_THE_ADAPTER.keys() & (settings.keys() | identity["settings"].keys())
+    assert "min_delta" not in identity["settings"]
+    old = settings | {name: default for name, default in OF_THE_ADAPTER.items() if default is not None} | {"patience": None}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
+    train(monkeypatch, "--config", tmp_path / "old.yaml", "--run-dir", tmp_path / "run")
+    assert "is finished: publishing its checkpoint again" in capsys.readouterr().out
+
+
+def test_the_command_line_wins_over_files(tmp_path, monkeypatch, capsys):
+    """Wherever `--config` stands; null is as if a key were not there, text that is a number is one."""
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\npatience: null\nepochs: 7\nprecision: no\ngpus: []\nname: no thing\n")
+    (tmp_path / "b.yaml").write_text("# nothing but words\n")
+    files = ["--config", tmp_path / "a.yaml", f"--config={tmp_path / 'b.yaml'}"]
+    for words in (["--epochs", 9, *files], [*files, "--epochs", 9]):
+        train(monkeypatch, *words, "--print-config")
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert (printed["lr"], printed["patience"], printed["epochs"], printed["precision"]) == (1e-3, 0, 9, "32-true")
+        assert printed["name"] == "no thing"
+    (tmp_path / "c.yaml").write_text("lr: {a: 1}\n")
+    with pytest.raises(BadRequest, match="c.yaml: lr is a mapping or a list of lists"):
+        train(monkeypatch, "--config", tmp_path / "c.yaml")
+    with pytest.raises(BadRequest, match="unknown flag --print_config; did you mean '--print-config'"):
+        train(monkeypatch, "--print_config")
+
+
+def test_more_threads_than_cores_are_said(capsys, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    note_more_than_cores(threads=2, workers=0)
+    assert not capsys.readouterr().err
+    note_more_than_cores(threads=2, workers=64)
+    assert "note: 2 threads and 64 workers, but this process may use 2 cores" in capsys.readouterr().err
+    note_more_than_cores(threads=1, processes=3)
+    assert "1 thread and 0 workers in each of 3 processes" in capsys.readouterr().err
 
 
 def test_gpus_that_are_not_there(dataset, tmp_path, monkeypatch):

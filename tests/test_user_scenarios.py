@@ -100,8 +100,8 @@ def test_sweeping_a_required_parameter_by_combinations():
             {"kind": "constant", "population_size": []},
             "population_size: found [], expected a number above 0, or a list of different ones",
         ),
-        ({"kind": "constant", "mutation_rate": "1e-8"}, "mutation_rate: found '1e-8', expected a number above 0"),
-        ({"kind": "constant", "mutation_rate": "1e-8"}, "YAML reads 1e-8 and 1.0e4 as text: write 1.0e-8"),
+        ({"kind": "constant", "mutation_rate": "1e-8 per bp"}, "mutation_rate: found '1e-8 per bp', expected a number above 0"),
+        ({"kind": "constant", "mutation_rate": "1"}, "mutation_rate: found 1, expected a number above 0 and at most 0.5"),
         ({"kind": "constant", "mutation_rate": -1e-8}, "mutation_rate: found -1e-08, expected a number above 0"),
         ({"kind": "constant", "combinations": []}, "combinations: found [], expected a list of mappings"),
         (

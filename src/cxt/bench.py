@@ -17,6 +17,7 @@ from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, near
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, training_flops
 from cxt.jsontext import json_text
+from cxt.ranges import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 
 
@@ -123,10 +124,8 @@ def main() -> None:
     decoding.add_argument("--pairs", type=int, help="decode so many, once, instead of for some seconds")
     decoding.add_argument("--compare", choices=["uncached"], help="measure decoding without a cache as well")
     args = parser.parse_args()
-    for name in ("seconds", "threads", "batch_size", "replicates", "pairs"):
-        value = getattr(args, name, None)
-        if value is not None and not value > 0:
-            raise BadRequest(f"--{name.replace('_', '-')} {value:g}: expected above 0")
+    check_flags(args, seconds=POSITIVE, threads=THREADS, workers=WORKERS, batch_size=COUNT, replicates=COUNT, pairs=COUNT)
+    note_more_than_cores(threads=args.threads, workers=getattr(args, "workers", 0))
     if args.out is not None:
         check_writable(args.out)
     device = args.device or device_here()

@@ -28,6 +28,7 @@ from cxt.inputs import TrainedOn
 from cxt.model import CoalescenceModel
 from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
 from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
+from cxt.ranges import NOT_NEGATIVE, check_flags
 from cxt.record import check_record, check_tensors, model_record
 from cxt.rundir import RunDirectory
 
@@ -301,6 +302,7 @@ def main() -> None:
     command.add_argument("checkpoint", help=there)
     command.add_argument("--out", required=True, help="directory to write them to")
     args = parser.parse_args()
+    check_flags(args, rtol=NOT_NEGATIVE, atol=NOT_NEGATIVE)
     if args.command == "import":
         import_published(args.file, args.out, name=args.name)
         print(show(args.out))

@@ -16,6 +16,11 @@ COMMANDS = {
     "runs": "the run directories of the workflow, and removing old ones",
     "checkpoint": "what a checkpoint is, whether it is current, where two differ; import and export",
     "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
+    "bench": "how fast this machine trains and decodes",
+    "catalogue": "fetch a genetic map of stdpopsim's catalogue",
+    "configfile": "one model's training settings as YAML, as the workflow writes them",
+    "schema": "config/README.md, from the schema of the configuration",
+    "lineage": "digests of the code of each stage, for those who change it",
 }
 
 

@@ -3,7 +3,34 @@
 import dataclasses
 
 from cxt.errors import BadRequest, nearest
+from cxt.ranges import ANY_COUNT, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WORKERS, Range, problems
 from cxt.seeds import LARGEST_SEED
+
+
+def _refuse(found: list[str]) -> None:
+    """BadRequest with everything that was found to be wrong at once, if anything was."""
+    if found:
+        raise BadRequest("\n  ".join(["not a valid request:", *found] if len(found) > 1 else found))
+
+
+NETWORK_RANGES = {
+    "layers": Range(1, 1000), "heads": Range(1, 1024), "width": Range(2, 65536), "dropout": SHARE,
+    "windows": Range(1, 10**7), "samples": Range(1, 60_000), "scales": Range(1, 1000), "window_size": Range(1, 10**10),
+    "grid_low": Range(-1000, 1000, whole=False), "grid_high": Range(-1000, 1000, whole=False), "bins": Range(1, 10**6),
+}  # fmt: skip
+"""What is accepted of each number of a network; `config.schema.yaml` says the same of those that it has."""
+
+ADAPTER_RANGES = {"samples": Range(2, 60_000), "bottleneck": Range(1, 65536), "dropout": SHARE, "last_n": Range(0, 1000)}
+"""The same of an adapter."""
+
+TRAINING_RANGES = {
+    "epochs": COUNT, "lr": POSITIVE, "min_lr": NOT_NEGATIVE, "warmup_steps": ANY_COUNT, "decay_steps": ANY_COUNT,
+    "batch_size": COUNT, "grad_accum": COUNT, "grad_clip": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "beta1": SHARE,
+    "beta2": SHARE, "backbone_lr_factor": NOT_NEGATIVE, "threads": THREADS, "workers": WORKERS, "seed": Range(0, LARGEST_SEED),
+    "validation_items": ANY_COUNT, "validate_every": ANY_COUNT, "decode_items": ANY_COUNT, "patience": ANY_COUNT,
+    "min_delta": NOT_NEGATIVE, "save_every": COUNT, "save_minutes": NOT_NEGATIVE, "keep_saves": COUNT, "log_every": COUNT,
+}  # fmt: skip
+"""The same of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +64,10 @@ class ModelConfig:
     bins: int = 324
 
     def __post_init__(self):
-        for name in ("layers", "heads", "width", "windows", "samples", "scales", "bins"):
-            if getattr(self, name) < 1:
-                raise BadRequest(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.dropout < 1:
-            raise BadRequest(f"dropout is {self.dropout}, expected at least 0 and below 1")
+        found = problems(vars(self), NETWORK_RANGES)
+        if not found and not self.grid_low < self.grid_high:
+            found = [f"grid_low is {self.grid_low}, expected below grid_high, {self.grid_high}"]
+        _refuse(found)
         if self.width % self.scales:
             raise BadRequest(f"width {self.width} is not a multiple of the number of scales, {self.scales}")
         if self.width % (2 * self.heads):
@@ -52,6 +78,10 @@ class ModelConfig:
     @property
     def vocabulary(self) -> int:
         return self.bins + 2
+
+
+STRATEGIES = ("none", "ln", "lastN", "ln_lastN")
+"""Backbone parameters that train beside an adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +103,12 @@ class AdapterConfig:
     unfreeze_strategy: str = "ln_lastN"
     last_n: int = 2
     overwrite_bin0: bool = False
+
+    def __post_init__(self):
+        found = problems(vars(self), ADAPTER_RANGES)
+        if self.unfreeze_strategy not in STRATEGIES:
+            found.append(f"unknown unfreeze_strategy '{self.unfreeze_strategy}'{nearest(self.unfreeze_strategy, STRATEGIES)}")
+        _refuse(found)
 
 
 PRECISIONS = {
@@ -142,38 +178,25 @@ class TrainingConfig:
     storage: str = "auto"
 
     def __post_init__(self):
-        problems = []
-        if not self.lr > 0:
-            problems.append(f"lr is {self.lr}, expected above 0")
+        found = problems(vars(self), TRAINING_RANGES)
+        in_range = not found
         word = str(self.precision).lower()
-        found = [name for name, others in PRECISIONS.items() if word in (name, *others)]
-        if found:
-            object.__setattr__(self, "precision", found[0])
+        known = [name for name, others in PRECISIONS.items() if word in (name, *others)]
+        if known:
+            object.__setattr__(self, "precision", known[0])
         else:
             accepted = ", ".join(word for name, others in PRECISIONS.items() for word in (name, *others))
-            problems.append(f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {accepted}")
-        if self.lr > 0 and self.min_lr > self.lr:
-            problems.append(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
-        for name in ("epochs", "batch_size", "grad_accum", "threads", "save_every", "keep_saves", "log_every"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least 1")
+            found.append(f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {accepted}")
+        if in_range and self.min_lr > self.lr:
+            found.append(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
         choices_of = {
             "storage": STORAGES, "schedule": SCHEDULES, "export": EXPORTS, "compile": COMPILES, "attention": ATTENTIONS,
             "loss_path": LOSS_PATHS,
         }  # fmt: skip
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                problems.append(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
-        for name in (
-            "seed", "min_lr", "warmup_steps", "decay_steps", "grad_clip", "weight_decay", "workers", "validation_items",
-            "validate_every", "decode_items", "patience", "min_delta", "save_minutes",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                problems.append(f"{name} is {getattr(self, name)}, expected at least 0")
-        if self.seed > LARGEST_SEED:
-            problems.append(f"seed is {self.seed}, expected at most {LARGEST_SEED}")
-        if problems:
-            raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
+                found.append(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
+        _refuse(found)
 
 
 PRESETS = {
@@ -191,7 +214,8 @@ VALIDATION = ("validation_items", "validate_every")
 def change_no_result(settings: dict) -> tuple[str, ...]:
     """Training settings that do not change what is published; those of validation do where it decides something."""
     decides = settings.get("patience") or settings.get("export", "last") != "last"
-    return CHANGE_NO_RESULT if decides else CHANGE_NO_RESULT + VALIDATION
+    without = () if settings.get("patience") else ("min_delta",)
+    return CHANGE_NO_RESULT + without if decides else CHANGE_NO_RESULT + without + VALIDATION
 
 
 SIZES = ("layers", "heads", "width", "dropout")

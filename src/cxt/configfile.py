@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -27,6 +28,7 @@ from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
 from cxt.scenarios import NOT_PARAMETERS, check_leaves, leaves
 from cxt.schema import REPOSITORY, complete, complete_part
+from cxt.yamlfile import read_yaml
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
 
@@ -44,39 +46,6 @@ def without_nulls(value):
     """*value* without the mapping entries that are null: an overlay removes a key or an entry by `null`."""
     if isinstance(value, dict):
         return {key: without_nulls(child) for key, child in value.items() if child is not None}
-    return value
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, where PyYAML silently takes the last."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key != "<<" and key in seen:
-                line = key_node.start_mark.line + 1
-                raise BadRequest(f"'{key}' is given twice in one mapping (line {line}); take one of the two away")
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path) -> dict:
-    """The mapping in a YAML file; BadRequest if there is none, or a key is given twice."""
-    try:
-        value = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # bytes that are no text, dates that are none, and knots
-        if isinstance(error, BadRequest):
-            raise BadRequest(f"{path}: {error}") from None
-        raise BadRequest(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(value, dict):
-        raise BadRequest(f"{path} holds no mapping")
-    try:
-        without_nulls(value)
-    except RecursionError:
-        raise BadRequest(f"{path} is not valid YAML: an anchor that contains itself") from None
     return value
 
 
@@ -255,8 +224,16 @@ def _check_model(config: dict, name: str) -> None:
         raise BadRequest(f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of {at} have {exist} pairs")
     for scenario in model.get("evaluation", []):
         check_scenario_fits(scenario, config["scenarios"][scenario], f"{at}.evaluation", dataset)
-    network = model_config(config, name)
-    training_config(config, name)
+    with _named(f"{at}.architecture"):
+        network = model_config(config, name)
+    own = model.get("training", {})
+    with _named(f"{at}.training" if own else f"training, of {at}"):
+        training_config(config, name)
+    if "backbone_lr_factor" in own and not is_adapter(config, name):
+        raise BadRequest(f"{at}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
+    if is_adapter(config, name):
+        with _named(f"{at}.adapter"):
+            adapter_config(config, name)
     if len(chain) > 1:
         parent = config["datasets"][config["models"][chain[1]]["dataset"]]
         check_inheritance(
@@ -275,6 +252,15 @@ def _check_model(config: dict, name: str) -> None:
     check_missingness(at, network, model["dataset"], "mask" in dataset)
     if is_adapter(config, name):
         check_adapter_samples(at, model["dataset"], dataset["samples"], network.samples)
+
+
+@contextlib.contextmanager
+def _named(at: str):
+    """Let a BadRequest say of which section of the configuration it speaks."""
+    try:
+        yield
+    except BadRequest as error:
+        raise BadRequest(f"{at}: {error}") from None
 
 
 def model_config(config: dict, name: str) -> ModelConfig:
@@ -307,6 +293,8 @@ def adapter_config(config: dict, name: str) -> AdapterConfig | None:
     settings: dict = {}
     for ancestor in reversed(lineage_of_parents(config, name)):
         settings |= config["models"][ancestor].get("adapter", {})
+    if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig.unfreeze_strategy):
+        settings.pop("last_n", None)  # nothing looks at it
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
 
 
@@ -335,6 +323,8 @@ def training_settings(config: dict, name: str) -> dict:
             "last_n": adapter.last_n,
             "overwrite_bin0": adapter.overwrite_bin0,
         }
+    else:
+        del settings["backbone_lr_factor"]  # so that it is not a plain model's
     return settings
 
 

@@ -29,6 +29,7 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction
 from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
 from cxt.lineage import digest
+from cxt.ranges import COUNT, check_flags
 from cxt.store import MANIFEST, SPLITS, check_content, read_manifest, read_shard
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 
@@ -325,6 +326,7 @@ def main() -> None:
                 "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
             )
     args = parser.parse_args()
+    check_flags(args, limit=COUNT)
     if args.command == "info":
         print(information(args.path))
     elif args.command == "verify":

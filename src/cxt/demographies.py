@@ -13,6 +13,7 @@ import tskit
 
 from cxt.errors import BadRequest, nearest
 from cxt.scenarios import EngineSeeds
+from cxt.yamlfile import read_yaml
 
 Simulated = tuple[tskit.TableCollection, dict]
 """A simulation as tables, and what to record of it; its mutation and recombination rate at least."""
@@ -147,6 +148,8 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
     else:
         at = f"{at}.demography"
     try:
+        if isinstance(demography, str):
+            read_yaml(path)  # demes would follow nested anchors for ever
         graph = demes.load(path) if isinstance(demography, str) else demes.Graph.fromdict(demography)
     except Exception as error:  # demes raises what its YAML parser and its validators raise
         reason = f"it has no `{error.args[0]}`" if isinstance(error, KeyError) else " ".join(str(error).split())

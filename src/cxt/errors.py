@@ -34,13 +34,27 @@ def why_not(draw: Callable[[], object]) -> str:
     return ""
 
 
+MANY = 12
+"""So many names are listed in a message; of more, the five most similar ones."""
+
+
+def _likeness(name: str, choice: str) -> float:
+    """From 0 to 1, without the case, leading dashes, and the difference between a dash and an underscore."""
+    one, other = (word.casefold().lstrip("-").replace("-", "_") for word in (name, choice))
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of *choices*, and the whole list if none is close."""
+    """`"; did you mean 'x'?"` for the closest of *choices* if it is close, and else what there is to choose from."""
     names = sorted(map(str, choices))
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean '{close[0]}'?"
-    return f"; there are: {', '.join(names)}" if names else "; there are none"
+    if not names:
+        return "; there are none"
+    by_likeness = sorted(names, key=lambda choice: -_likeness(str(name)[:200], choice))
+    if _likeness(str(name)[:200], by_likeness[0]) >= 0.7:
+        return f"; did you mean '{by_likeness[0]}'?"
+    if len(names) <= MANY:
+        return f"; there are: {', '.join(names)}"
+    return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
 
 
 def exit_on_bad_request(main: Callable[[], None]) -> None:

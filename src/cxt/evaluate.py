@@ -24,6 +24,7 @@ from cxt.lineage import check_lineage, digest, stage_lineage
 from cxt.masks import add_mask_flags, mask_from_flags
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
+from cxt.ranges import COUNT, THREADS, Range, check_flags, problems
 from cxt.seeds import check_seed
 from cxt.simulate import read_batch
 from cxt.store import Entry
@@ -31,6 +32,11 @@ from cxt.targets import Grid
 
 SPEC_KEYS = {
     "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
+}  # fmt: skip
+
+SPEC_RANGES = {
+    "window_size": Range(1, 10**10), "sequence_length": Range(1, 10**10), "samples": Range(3, 60_000), "pairs": COUNT,
+    "replicates": COUNT, "batch_size": COUNT, "seed": Range(0),
 }  # fmt: skip
 
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
@@ -368,6 +374,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
     args = parser.parse_args()
+    check_flags(args, threads=THREADS)
     if args.table:
         results = [read_result(path) for path in args.table]
         found = table_lineage_of([result.get("lineage") for result in results])
@@ -387,6 +394,8 @@ def main() -> None:
     lacking = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
     if lacking:
         raise BadRequest(f"--spec lacks {', '.join(lacking)}")
+    if wrong := problems(spec, SPEC_RANGES):
+        raise BadRequest(f"--spec: {'; '.join(wrong)}")
     if args.devices:
         import torch
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.files import check_writable
-from cxt.flags import build_parser, check_config_keys
+from cxt.flags import build_parser, parse_flags
+from cxt.ranges import MOST
 from cxt.train import plan_of
 
 SMOOTHING = 0.98
@@ -126,10 +127,11 @@ def add_flags(parser: jsonargparse.ArgumentParser) -> None:
 def main() -> None:
     parser = build_parser()
     add_flags(parser)
-    check_config_keys(sys.argv[1:], parser)
-    args = parser.parse_args()
-    if not 0 < args.lowest < args.highest:
-        raise BadRequest(f"--lowest {args.lowest:g} --highest {args.highest:g}: expected 0 < lowest < highest")
+    args = parse_flags(sys.argv[1:], parser)
+    if not 0 < args.lowest < args.highest < math.inf:
+        raise BadRequest(f"--lowest {args.lowest:g} --highest {args.highest:g}: expected 0 < lowest < highest, and finite")
+    if args.num_steps > MOST:
+        raise BadRequest(f"--num-steps {args.num_steps}: expected at most {MOST}")
     if args.num_steps < 20:
         raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
     if args.plot is not None:

@@ -4,9 +4,10 @@ import dataclasses
 
 import jsonargparse
 
-from cxt.config import PRESETS, AdapterConfig, TrainingConfig
-from cxt.configfile import read_yaml
+from cxt.config import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
 from cxt.errors import BadRequest, nearest
+from cxt.ranges import ANY_COUNT, COUNT, DEVICES, POSITIVE, Range, check_flags
+from cxt.yamlfile import read_yaml
 
 
 def build_parser(**options) -> jsonargparse.ArgumentParser:
@@ -14,7 +15,11 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     training = TrainingConfig()
     parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
     add = parser.add_argument
-    add("--config", action="config", help="YAML file whose keys are the names of these flags; the command line wins")
+    add(
+        "--config",
+        type=str | None,
+        help="YAML file whose keys are the names of these flags; null is the default, and the command line wins",
+    )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
     add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
@@ -37,7 +42,8 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         default=False,
         nargs="?",
         const=True,
-        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path",
+        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path; with "
+        "`latest` there must be one, with `auto` a new one is started if there is none",
     )
     add(
         "--restart",
@@ -57,11 +63,16 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     )
     add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
     adapter = AdapterConfig()
-    add("--adapter-bottleneck", type=int, default=adapter.bottleneck, help="width of the adapter's gated branch")
-    add("--adapter-dropout", type=float, default=adapter.dropout, help="dropout in the adapter's gated branch")
-    add("--unfreeze-strategy", default=adapter.unfreeze_strategy, choices=["none", "ln", "lastN", "ln_lastN"],
-        help="backbone parameters that train beside the adapter")  # fmt: skip
-    add("--last-n", type=int, default=adapter.last_n, help="last blocks that lastN and ln_lastN unfreeze")
+    inherited = "that of --resume-adapter, or"
+    add("--adapter-bottleneck", type=int | None,
+        help=f"width of the adapter's gated branch (default: {inherited} {adapter.bottleneck})")  # fmt: skip
+    add("--adapter-dropout", type=float | None,
+        help=f"dropout in the adapter's gated branch (default: {inherited} {adapter.dropout})")  # fmt: skip
+    add("--unfreeze-strategy", type=str | None,
+        help=f"backbone parameters that train beside the adapter: {', '.join(STRATEGIES)} "
+        f"(default: {inherited} {adapter.unfreeze_strategy})")  # fmt: skip
+    add("--last-n", type=int | None,
+        help=f"last blocks that lastN and ln_lastN unfreeze (default: {inherited} {adapter.last_n})")  # fmt: skip
     add("--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as its parent)")
     add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
@@ -76,8 +87,8 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     for name, text in {
         "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
     }.items():  # fmt: skip
-        add(f"--{name}", type=int | None, help=f"{text} (default: the preset's)")
-    add("--dropout", type=float | None, help="dropout of the network (default: the preset's)")
+        add(f"--{name}", type=int | None, help=f"{text} (default: the parent's, or the preset's)")
+    add("--dropout", type=float | None, help="dropout of the network (default: the parent's, or the preset's)")
     add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
     add("--start-token-in-prefix", type=bool | None, help="sources see the start token (published; default: as its parent)")
     for field in dataclasses.fields(TrainingConfig):
@@ -91,15 +102,68 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def check_config_keys(argv: list[str], parser: jsonargparse.ArgumentParser) -> None:
-    """BadRequest with the nearest name for an unknown key in a --config file, or an unknown flag."""
+RANGES = {
+    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": ANY_COUNT,
+    "eval_max_batches": ANY_COUNT,
+    "max_steps": COUNT, "devices": DEVICES, "nodes": Range(1, 10_000), "max_minutes": POSITIVE,
+    "adapter_samples": ADAPTER_RANGES["samples"], "adapter_bottleneck": ADAPTER_RANGES["bottleneck"],
+    "adapter_dropout": ADAPTER_RANGES["dropout"], "last_n": ADAPTER_RANGES["last_n"],
+}  # fmt: skip
+"""What is accepted of each number that is no setting of the network or of `TrainingConfig`, which check their own."""
+
+
+def check_numbers(args) -> None:
+    """BadRequest for numbers of the flags, the settings of networks and training left out, that mean nothing."""
+    check_flags(args, **RANGES)
+    name = args.name
+    if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):
+        raise BadRequest(
+            f"--name {name[:100]!r}: it is used in names of files, so 1 to 100 characters without '/', the first no '.' or '-'"
+        )
+
+
+def _as_words(key: str, value) -> list[str]:
+    """A setting as words of the command line; null is as if it were not there."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None or value == []:
+        return []
+    return [flag, *map(str, value)] if isinstance(value, list | tuple) else [f"{flag}={value}"]
+
+
+def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
+    """*argv* with the settings of its `--config` files as words before all others, so that the command line wins.
+
+    Raises
+    ------
+    BadRequest
+        With the nearest name for an unknown key in such a file, or an unknown flag.
+    """
     known = {action.dest for action in parser._actions} - {"help", "config"}
     flags = {option for action in parser._actions for option in action.option_strings}
-    for i, word in enumerate(argv):
+    files, others, words = [], [], iter(argv)
+    for word in words:
         flag, _, value = word.partition("=")
         if flag.startswith("--") and flag not in flags:
             raise BadRequest(f"unknown flag {flag}{nearest(flag, flags)}")
         if flag == "--config":
-            for key in read_yaml(value or argv[min(i + 1, len(argv) - 1)]):
-                if key not in known:
-                    raise BadRequest(f"{value or argv[i + 1]}: unknown key '{key}'{nearest(key, known)}")
+            files.append(value or next(words, ""))
+        else:
+            others.append(word)
+    settings = []
+    for path in files:
+        if not path:
+            raise BadRequest("--config: expected a YAML file")
+        for key, value in read_yaml(path).items():
+            if key not in known:
+                raise BadRequest(f"{path}: unknown key '{key}'{nearest(key, known)}")
+            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
+                raise BadRequest(f"{path}: {key} is a mapping or a list of lists, expected a value as for its flag")
+            settings += _as_words(key, value)
+    return settings + others
+
+
+def parse_flags(argv: list[str], parser: jsonargparse.ArgumentParser):
+    """The arguments that *argv* and its `--config` files give, in themselves checked as far as numbers go."""
+    args = parser.parse_args(with_config_files(argv, parser))
+    check_numbers(args)
+    return args

@@ -5,6 +5,7 @@ and fails after a change until someone has decided: raise the version here, or r
 (`python -m cxt.lineage > tests/stage_digests.json`).
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -121,4 +122,7 @@ def code_digests() -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m cxt.lineage", description="Print the digests of each stage's code, for tests/stage_digests.json."
+    ).parse_args()
     print(json.dumps(code_digests(), indent=2))

@@ -271,6 +271,8 @@ def add_mask_flags(parser: argparse.ArgumentParser) -> None:
 def mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
     """The mask that the flags name, checked, after saying how much of it is accessible; None without one."""
     if args.mask is None:
+        if args.mask_contig is not None:
+            raise BadRequest("--mask-contig has no meaning without --mask")
         return None
     check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
     mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig, marks=args.mask_marks)

@@ -22,6 +22,7 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.jsontext import json_text
+from cxt.ranges import DEVICES, POSITIVE, check_flags
 from cxt.scenarios import Leaf, split_size
 
 
@@ -268,18 +269,18 @@ def main() -> None:
     parser.add_argument("--leaves", action="store_true", help="list every leaf scenario instead of every scenario")
     parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
     parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="with --calibrate: of each measurement (default 5)")
+    parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
     args = parser.parse_args()
+    check_flags(args, devices=DEVICES, seconds=POSITIVE)
+    for flag in ("seconds", "machine"):
+        if getattr(args, flag) is not None and not args.calibrate:
+            raise BadRequest(f"--{flag} has no meaning without --calibrate")
     config = load(args.configfile)
     if args.devices is not None:
-        if args.devices < 0:
-            raise BadRequest(f"--devices {args.devices}: expected at least 0")
         config = use_devices(config, args.devices)
     jobs.check_plan(config)
-    if args.seconds <= 0:
-        raise BadRequest(f"--seconds {args.seconds:g}: expected above 0")
     path = args.costs or HERE
     if args.costs is not None and not args.calibrate and not path.exists():
         raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
@@ -295,7 +296,7 @@ def main() -> None:
             merged = merge_costs(read_costs(path), measured) if path.exists() else measured
             atomic_write(path, json_text(merged, sort_keys=True).encode())
 
-        measure_costs(config, machine=machine, seconds=args.seconds, save=save, progress=progress)
+        measure_costs(config, machine=machine, seconds=args.seconds or 5.0, save=save, progress=progress)
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])
     found = plan(config, costs)

@@ -16,6 +16,7 @@ from cxt.console import progress_only
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
+from cxt.ranges import COUNT, INDEX, check_flags
 from cxt.scenarios import batches, random_generator, split_of, split_size
 from cxt.schema import complete_part
 from cxt.seeds import check_seed
@@ -241,6 +242,7 @@ def main() -> None:
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     args = parser.parse_args()
+    check_flags(args, start=INDEX, count=COUNT)
     with progress_only():
         args.run(args)
 

@@ -261,6 +261,11 @@ def next_version(log_dir) -> Path:
     return _versions(log_dir) / f"version_{max(_numbers(log_dir), default=-1) + 1}"
 
 
+def has_versions(log_dir) -> bool:
+    """Whether there is a run below *log_dir*."""
+    return bool(_numbers(log_dir))
+
+
 def newest_version(log_dir) -> Path:
     """The newest `version_N` below *log_dir*; BadRequest if there is none to resume."""
     numbers = _numbers(log_dir)

@@ -22,6 +22,9 @@ LAST_INDEX = 2**32 - 2
 NOT_PARAMETERS = ("simulations", "batch", "combinations")
 """Keys of a scenario that say how many simulations and leaves there are, not what they are."""
 
+LONGEST_NAME = 200
+"""Characters of a leaf's name: it is part of the names of files, which have 255 at most."""
+
 NEVER_SWEPT = ("models", "history")
 """Parameters whose value is a list by nature."""
 
@@ -88,6 +91,11 @@ def check_leaves(name: str, entry: dict) -> None:
         if leaf.name in found:
             raise BadRequest(f"{at}: two leaf scenarios are called '{leaf.name}'; take one of the two away")
         found.add(leaf.name)
+        if len(leaf.name) > LONGEST_NAME:
+            raise BadRequest(
+                f"{at}: the leaf scenario '{leaf.name[:100]}…' has a name of {len(leaf.name)} characters, which names files; "
+                f"at most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
+            )
 
 
 def batches(*, simulations: int, batch: int, start: int = 0) -> list[tuple[int, int]]:

@@ -3,14 +3,17 @@
 `python -m cxt.schema > config/README.md` regenerates the reference of all keys.
 """
 
+import argparse
+import datetime
 import functools
 import math
+import re
 from pathlib import Path
 
 import jsonschema
 import yaml
 
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, exit_on_bad_request, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA_PATH = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
@@ -74,12 +77,49 @@ def _is_list_of_mappings(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def _types(node: dict) -> set[str]:
+    """The types that *node* accepts, with those of what is in a list or a mapping."""
+    node = _resolve(node)
+    inside = [*node.get("oneOf", []), *node.get("properties", {}).values()]
+    inside += [node[key] for key in ("items", "additionalProperties") if isinstance(node.get(key), dict)]
+    own = {node["type"]} if "type" in node else set()
+    return own.union(*map(_types, inside))
+
+
+def _from_text(value, types: set[str]):
+    """*value* with numbers and true or false in the place of text that says so, where *types* has them and no text.
+
+    YAML reads `1e-8` as text, and so does Snakemake everything in `--config 'training={devices: 2}'`.
+    """
+    if isinstance(value, list):
+        return [_from_text(item, types) for item in value]
+    if isinstance(value, dict):
+        return {key: _from_text(child, types) for key, child in value.items()}
+    if not isinstance(value, str) or "string" in types:
+        return value
+    if types & {"integer", "number"} and NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("+-").isdigit() else float(value)
+    if "boolean" in types and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
+
+
+def _found(value) -> str:
+    """*value* as a message shows it: what is long is cut."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _quotes(value) -> str:
+    """Advice for a name that YAML took for something else."""
+    if isinstance(value, list):
+        value = next((item for item in value if not isinstance(item, str)), "")
+    if isinstance(value, bool | int | float | datetime.date):
+        return f" (YAML reads no, on, 2024 and the like as {type(value).__name__}: put the name in quotes)"
+    return ""
 
 
 def _all_finite(value) -> bool:
@@ -98,20 +138,21 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         if node is None:
             return value
     if node.get("type") != "object":
+        types = _types(node)
+        value = _from_text(value, types)
         if node.get("type") == "integer" and isinstance(value, float) and value.is_integer():
             value = int(value)  # 1.0e+2
         if not node.get("mayBeInfinite") and not _all_finite(value):
-            errors.append(f"{path}: found {value!r}, expected {_expected(node)}, and finite")
+            errors.append(f"{path}: found {_found(value)}, expected {_expected(node)}, and finite")
+            return value
         error = jsonschema.Draft202012Validator({**node, "$defs": load_schema()["$defs"]})
         found = next(error.iter_errors(value), None)
         if found is not None:
-            hint = ""
-            if isinstance(value, str) and "number" in _expected(node) and _is_number(value):
-                hint = " (YAML reads 1e-8 and 1.0e4 as text: write 1.0e-8, 1.0e+4 or 10000)"
-            errors.append(f"{path}: found {value!r}, expected {_expected(node)}{hint}")
+            hint = _quotes(value) if "string" in types else ""
+            errors.append(f"{path}: found {_found(value)}, expected {_expected(node)}{hint}")
         return value
     if not isinstance(value, dict):
-        errors.append(f"{path}: found {value!r}, expected a mapping")
+        errors.append(f"{path}: found {_found(value)}, expected a mapping")
         return value
     properties = node.get("properties", {})
     open_to = node.get("additionalProperties")
@@ -122,13 +163,16 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
         if key in properties:
             result[key] = _complete(child, properties[key], where, errors, defaults)
         elif isinstance(open_to, dict):
-            if pattern and not (isinstance(key, str) and jsonschema.Draft202012Validator(pattern).is_valid(key)):
+            if not isinstance(key, str):
+                errors.append(f"{where}: found {key!r} as a name, expected text{_quotes(key)}")
+            elif pattern and not jsonschema.Draft202012Validator(pattern).is_valid(key):
                 errors.append(
-                    f"{where}: a name may hold letters, digits, '_', '.', '+' (100 in all), and starts with a letter or digit"
+                    f"{path}: {_found(key)}: a name may hold letters, digits, '_', '.', '+' (100 in all), and starts with a "
+                    "letter or digit"
                 )
             result[key] = _complete(child, open_to, where, errors, defaults)
         else:
-            errors.append(f"{where}: unknown key{nearest(key, properties)}")
+            errors.append(f"{where}: unknown key{_quotes(key) or nearest(key, properties)}")
     rows = value.get("combinations")
     given = set.intersection(*(set(row) for row in rows)) if _is_list_of_mappings(rows) else set()
     for key in node.get("required", []):
@@ -206,8 +250,8 @@ def document() -> str:
         "`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale, and",
         "`paper_script.yaml` a second one, over that, with what the published script asked for but did not get. `examples/`",
         "has scenarios of your own. Use an overlay with `snakemake --configfile my.yaml …`: it is merged over the default key",
-        "by key, lists are replaced whole, and `null` removes a key or an entry. Write numbers as `1.0e-8` and `1.0e+4`; YAML",
-        "reads `1e-8` and `1.0e4` as text.",
+        "by key, lists are replaced whole, and `null` removes a key or an entry. A name that YAML takes for something else,",
+        "such as `no` or `2024`, is put in quotes.",
         "",
         "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.schema > config/README.md`.",
         "",
@@ -242,5 +286,12 @@ def document() -> str:
     return "\n".join(out) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m cxt.schema", description="Print config/README.md, made from the schema of the configuration."
+    ).parse_args()
     print(document(), end="")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

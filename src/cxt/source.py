@@ -16,8 +16,6 @@ def check_source(args) -> None:
     """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
     if (args.dataset_path is None) == (args.simulate is None):
         raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise BadRequest(f"--max-steps {args.max_steps}: expected at least 1")
     if args.simulate is None:
         for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
         if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name) not in (None, [])]:

@@ -29,12 +29,21 @@ from cxt.config import (
 from cxt.console import progress_only
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
-from cxt.flags import build_parser, check_config_keys
+from cxt.flags import build_parser, parse_flags
 from cxt.lineage import STAGE_VERSION, differing, file_sha256, stage_lineage
 from cxt.nodes import Nodes
-from cxt.parents import OF_THE_NETWORK, inherit, read_parent, resolve_network
+from cxt.parents import (
+    OF_THE_ADAPTER,
+    OF_THE_NETWORK,
+    check_adapter_flags,
+    has_adapter,
+    inherit,
+    read_parent,
+    resolve_network,
+)
+from cxt.ranges import note_more_than_cores
 from cxt.remedies import plan_again
-from cxt.rundir import RunDirectory, is_locked, newest_version, next_version, target_lock
+from cxt.rundir import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
 from cxt.source import check_source, live_source
 from cxt.store import MANIFEST, read_manifest
 
@@ -56,8 +65,8 @@ def choose_devices(args) -> tuple[str, int | list[int]]:
     present = torch.cuda.device_count()
     if args.gpus is not None and args.devices is not None:
         raise BadRequest("--gpus and --devices exclude each other")
-    if args.devices is not None and args.devices < 0:
-        raise BadRequest(f"--devices {args.devices}: expected at least 0")
+    if args.gpus is not None and len(set(args.gpus)) < len(args.gpus):
+        raise BadRequest(f"--gpus {' '.join(map(str, args.gpus))}: one is named twice")
     if args.accelerator == "cpu" or args.devices == 0:
         if args.gpus is not None:
             raise BadRequest("--gpus and --accelerator cpu exclude each other")
@@ -116,6 +125,8 @@ def check_lineages(args, manifest: dict, parent) -> None:
 def settings_of(args) -> dict:
     """The settings that decide the result, as they can be read back with --config."""
     leave_out = {"config", "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "print_config", *OF_THE_WORKFLOW}
+    if not has_adapter(args):
+        leave_out |= OF_THE_ADAPTER.keys()
     return {
         key: value
         for key, value in vars(args).items()
@@ -139,7 +150,11 @@ def differences(old: dict, new: dict) -> str:
 
 def run_to_open(args) -> tuple[Path, Path | None]:
     """The run directory that is asked for, and a save in it to continue from (None: the newest)."""
-    if isinstance(args.resume, str):
+    if args.resume == "latest" and args.run_dir is not None and RunDirectory(args.run_dir).state() is None:
+        raise BadRequest(f"nothing to resume: there is no run in {args.run_dir}; leave --resume out to start one")
+    if args.resume == "auto" and args.run_dir is None:
+        return (newest_version if has_versions(args.log_dir) else next_version)(args.log_dir), None
+    if isinstance(args.resume, str) and args.resume not in ("latest", "auto"):
         path = Path(args.resume)
         if not path.exists():
             raise BadRequest(f"--resume {path}: there is no such run or save")
@@ -201,6 +216,7 @@ def plan_of(args):
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
     args.precision = training.precision
     check_source(args)
+    check_adapter_flags(args)
     accelerator, devices = choose_devices(args)
     if training.attention == "flex" and accelerator == "cpu":
         raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; leave it at split")
@@ -251,7 +267,31 @@ def plan_of(args):
         lineage=args.lineage,
         max_steps=args.max_steps,
     )
+    note_what_does_nothing(plan)
     return plan, identity
+
+
+def note_what_does_nothing(plan) -> None:
+    """Say on stderr, once for all processes of a node, which settings ask for what this run cannot or will not do."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    training, words = plan.training, []
+    if plan.simulated is None and plan.max_steps is not None and plan.max_steps > plan.all_steps:
+        epochs = f"{training.epochs} epoch{'' if training.epochs == 1 else 's'}"
+        words.append(
+            f"--max-steps {plan.max_steps} only shortens a run, and {epochs} are {plan.all_steps} steps; raise --epochs"
+        )
+    items = plan.manifest["splits"]["test"]["items"]
+    asked = {"validation_items": training.validation_items, "decode_items": training.decode_items}
+    for name, number in asked.items():
+        if number > items and number != getattr(TrainingConfig, name):
+            words.append(f"{name} {number}, but there are {items} test items: all are taken")
+    if training.min_delta and not training.patience:
+        words.append(f"min_delta {training.min_delta:g} has no meaning without patience")
+    for text in words:
+        print(f"note: {text}", file=sys.stderr, flush=True)
+    cpus = plan.devices if plan.accelerator == "cpu" and isinstance(plan.devices, int) else 1
+    note_more_than_cores(threads=training.threads, workers=training.workers, processes=cpus)
 
 
 def train_model(config=None, **settings) -> Path:
@@ -275,9 +315,8 @@ def train_model(config=None, **settings) -> Path:
         if value is not None:
             words.append("--" + key.replace("_", "-"))
             words += map(str, value) if isinstance(value, list | tuple) else [str(value)]
-    check_config_keys(words, parser)
     try:
-        args = parser.parse_args(words)
+        args = parse_flags(words, parser)
     except jsonargparse.ArgumentError as error:
         raise BadRequest(str(error)) from None
     return train(args, began=time.monotonic())
@@ -389,6 +428,7 @@ def print_settings(args) -> None:
 
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+    check_adapter_flags(args)
     inherit(args, read_parent(args)[1])
     settings = settings_of(args)
     for key in OF_THE_NETWORK:
@@ -399,8 +439,7 @@ def print_settings(args) -> None:
 
 def main() -> None:
     parser = build_parser()
-    check_config_keys(sys.argv[1:], parser)
-    args = parser.parse_args()
+    args = parse_flags(sys.argv[1:], parser)
     if args.print_config:
         print_settings(args)
     else:

@@ -10,6 +10,7 @@ import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_file, check_writable
+from cxt.ranges import INDEX, check_flags
 
 
 def find(path, index: int) -> tskit.TreeSequence:
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its leaf scenario")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args()
+    check_flags(args, index=INDEX)
     check_writable(args.out)
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
         raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
