@@ -100,12 +100,17 @@ def _process(kind, numbers, *, directory: Path, **settings) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def fuzz(kind, numbers, *, seed: int, directory: Path, seconds: float = SECONDS, memory: int = MEMORY) -> tuple[list, dict]:
+def fuzz(
+    kind, numbers, *, seed: int, directory: Path, seconds: float = SECONDS, memory: int = MEMORY, said=None
+) -> tuple[list, dict]:
     """Mutations *numbers* of a kind that was made; the faults, and how many were refused and used.
+
+    *said* is called with each fault, of a process that has ended.
 
     What takes too long or dies is tried a second time on its own: a machine may be busy.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    said = said or (lambda fault: None)
     results = directory / "results.jsonl"
     left, faults, counts = list(numbers), [], {"refused": 0, "used": 0}
     tried = set()
@@ -135,6 +140,7 @@ def fuzz(kind, numbers, *, seed: int, directory: Path, seconds: float = SECONDS,
         )
         what = next((row["what"] for row in rows if row["number"] == left[0]), "while it was made")
         faults.append(Fault(kind.name, seed, left.pop(0), what, f"{how}\n{stack}", files))
+        said(faults[-1])
     return faults, counts
 
 
@@ -165,9 +171,10 @@ def main() -> None:
     for name in args.kind:
         kind = made(name, directory / name / "whole")
         numbers = args.only or range(args.first, args.first + args.mutations)
-        faults, counts = fuzz(kind, numbers, seed=args.seed, directory=directory / name / "cases", seconds=args.seconds)
-        for fault in faults:
-            print(fault, end="\n\n")
+        faults, counts = fuzz(
+            kind, numbers, seed=args.seed, directory=directory / name / "cases", seconds=args.seconds,
+            said=lambda fault: print(fault, end="\n\n", flush=True),
+        )  # fmt: skip
         print(f"{name}: {len(numbers)} mutations, {counts['refused']} refused, {counts['used']} used, {len(faults)} faults")
         failed += len(faults)
     sys.exit(min(failed, 1))

@@ -307,14 +307,7 @@ class Checkpoints:
         entry = constant_scenario(simulations=12, batch=12)
         for samples in (20, 10):
             build_dataset(directory / f"n{samples}", entry=entry, sequence_length=10_000, pairs=4, samples=samples)
-        settings = self.network | {
-            "batch_size": 4,
-            "grad_accum": 1,
-            "epochs": 1,
-            "save_every": 3,
-            "keep_saves": 9,
-            "decode_items": 0,
-        }
+        settings = self.settings | {"epochs": 1, "save_every": 3, "save_minutes": 0, "keep_saves": 9, "decode_items": 0}
         run = directory / "run"
         train_model(dataset_path=directory / "n20", run_dir=run, out=directory / "broad.ckpt", model="broad", **settings)
         train_model(
