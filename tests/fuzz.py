@@ -121,9 +121,9 @@ def fuzz(
         ended = {row["number"]: row for row in rows if "outcome" in row}
         for number, row in ended.items():
             if row["outcome"] == "fault":
-                faults.append(
-                    Fault(kind.name, seed, number, row["what"], row["how"], directory / f"{kind.name}-{seed}-{number}")
-                )
+                files = directory / f"{kind.name}-{seed}-{number}"
+                faults.append(Fault(kind.name, seed, number, row["what"], row["how"], files))
+                said(faults[-1])
             else:
                 counts[row["outcome"]] += 1
         left = [number for number in left if number not in ended]
@@ -135,9 +135,8 @@ def fuzz(
             shutil.rmtree(files, ignore_errors=True)
             continue
         stack = (directory / "stack.txt").read_text()
-        how = (
-            f"killed by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"more than {seconds} s, or exit {status}"
-        )
+        died = os.WIFSIGNALED(status)
+        how = f"killed by signal {os.WTERMSIG(status)}" if died else f"more than {seconds:g} s"
         what = next((row["what"] for row in rows if row["number"] == left[0]), "while it was made")
         faults.append(Fault(kind.name, seed, left.pop(0), what, f"{how}\n{stack}", files))
         said(faults[-1])

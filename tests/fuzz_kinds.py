@@ -7,7 +7,6 @@ and `use`, which does with them what a user would. Whatever is refused must be r
 import copy
 import gzip
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -437,8 +436,7 @@ class Checkpoints:
         config = model.config
         assert config.windows * config.layers * config.width < 10**6, "an absurd network was built"
         x = torch.rand(1, 2, config.scales, config.windows, model.samples)
-        options = {"window_size": config.window_size} if "window_size" in inspect.signature(model.generate).parameters else {}
-        tokens, probabilities = model.generate(x, replicates=2, **options)
+        tokens, probabilities = model.generate(x, window_size=config.window_size, replicates=2)
         assert tokens.shape == (1, 2, config.windows)
         if all(torch.isfinite(value).all() and value.abs().max() < 1e3 for value in model.state_dict().values()):
             assert torch.allclose(probabilities.sum(-1), torch.ones(()), atol=1e-4), "no distributions"
@@ -452,10 +450,7 @@ class Checkpoints:
             ("--checkpoint", 10, ["--adapter"]),
             ("--resume-adapter", 10, ["--adapter-bottleneck", "4"]),
         ):
-            words = [
-                f"--{key.replace('_', '-')}={value}"
-                for key, value in (self.network | {"batch_size": 4, "grad_accum": 1}).items()
-            ]
+            words = [f"--{key.replace('_', '-')}={value}" for key, value in self.settings.items()]
             args = build_parser(exit_on_error=False).parse_args(
                 [*words, verb, str(path), "--dataset-path", str(self.home / f"n{samples}"), *more]
             )
