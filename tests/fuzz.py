@@ -17,6 +17,7 @@ import os
 import random
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -63,6 +64,9 @@ def _work(kind, numbers, *, seed: int, directory: Path, seconds: float, memory: 
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     stack = open(directory / "stack.txt", "w")  # noqa: SIM115
     faulthandler.enable(stack)
+    # Not its watchdog thread: the one of a parent such as pytest would be waited for, and threads are not forked.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, file=stack, chain=True)
     with open(directory / "results.jsonl", "a", buffering=1) as results:
         for number in numbers:
             stack.truncate(0)
@@ -73,13 +77,13 @@ def _work(kind, numbers, *, seed: int, directory: Path, seconds: float, memory: 
                 did = kind.mutate(generator(kind.name, seed, number), files)
                 what = did["what"]
                 results.write(json.dumps({"number": number, "what": what}) + "\n")
-                faulthandler.dump_traceback_later(seconds, exit=True, file=stack)
+                signal.setitimer(signal.ITIMER_REAL, seconds)
                 messages = kind.use(files, did)
                 row = {"outcome": "refused" if messages else "used", "messages": messages}
                 shutil.rmtree(files)
             except BaseException:
                 row = {"outcome": "fault", "how": traceback.format_exc()}
-            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             results.write(json.dumps({"number": number, "what": what} | row) + "\n")
 
 
@@ -135,8 +139,8 @@ def fuzz(
             shutil.rmtree(files, ignore_errors=True)
             continue
         stack = (directory / "stack.txt").read_text()
-        died = os.WIFSIGNALED(status)
-        how = f"killed by signal {os.WTERMSIG(status)}" if died else f"more than {seconds:g} s"
+        number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        how = f"more than {seconds:g} s" if number == signal.SIGALRM else f"killed by signal {number}"
         what = next((row["what"] for row in rows if row["number"] == left[0]), "while it was made")
         faults.append(Fault(kind.name, seed, left.pop(0), what, f"{how}\n{stack}", files))
         said(faults[-1])
