@@ -435,7 +435,11 @@ class Checkpoints:
         """Decode something; the distributions must be distributions."""
         config = model.config
         assert config.windows * config.layers * config.width < 10**6, "an absurd network was built"
-        x = torch.rand(1, 2, config.scales, config.windows, model.samples)
+        counts = torch.randint(0, 3, (1, 2, config.scales, config.windows, model.samples)).cumsum(2).float()
+        # Bin 0 is empty, or says that nothing is missing.
+        bin0 = torch.tensor([0.0, 0.0] if config.mask_singletons else [1.0, math.e])
+        counts[..., 0] = bin0[None, :, None, None]
+        x = torch.log1p(counts)
         tokens, probabilities = model.generate(x, window_size=config.window_size, replicates=2)
         assert tokens.shape == (1, 2, config.windows)
         if all(torch.isfinite(value).all() and value.abs().max() < 1e3 for value in model.state_dict().values()):
