@@ -407,6 +407,8 @@ class Checkpoints:
         path = self._path(directory, name)
         refusals = Refusals(str(directory))
         attempt = refusals.attempt
+        # Whole ones are refused, too: by the configuration, as no file of the original package, or as no adapter.
+        for_other_reasons = Refusals(str(directory)).attempt
         model = attempt(load_model, path)
         if model is not None:
             self._use_model(model)
@@ -415,7 +417,7 @@ class Checkpoints:
         file = path / "config.json" if name == "exported" else path
         attempt(show, file)
         whole = attempt(check, file)
-        attempt(verify_checkpoint, file, configfiles=[REPOSITORY / "tests" / "tiny.yaml"])
+        for_other_reasons(verify_checkpoint, file, configfiles=[REPOSITORY / "tests" / "tiny.yaml"])
         other = self.home / "broad.ckpt"
         for pair in ((file, other), (other, file)):
             attempt(diff, *pair, rtol=1e-5, atol=1e-6)
@@ -424,8 +426,8 @@ class Checkpoints:
             again = load_model(directory / "again").state_dict()
             assert all(torch.equal(again[key], value) for key, value in whole.state_dict.items())
             assert model is not None, "called whole, but not loaded"
-        attempt(import_published, path, directory / "imported.ckpt")
-        self._use_as_parent(path, attempt)
+        for_other_reasons(import_published, path, directory / "imported.ckpt")
+        self._use_as_parent(path, for_other_reasons)
         if name == "save":
             self._continue(directory, did, refusals)
         return refusals.messages

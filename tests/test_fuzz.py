@@ -24,7 +24,6 @@ def test_damage_is_refused_or_harmless(name, tmp_path):
     assert not faults, "\n\n".join(map(str, faults))
     assert counts["refused"] + counts["used"] == MUTATIONS
     assert counts["refused"] > MUTATIONS / 4
-    assert counts["used"] > 0
 
 
 def wrong_in_some_way(files, did):
