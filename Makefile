@@ -5,13 +5,14 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-resume lint format clean
+.PHONY: help run all test test-resume test-fuzz lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
 	@echo "make all    all six checkpoints and their evaluation"
 	@echo "make test   the tests"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
+	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
 	@echo "make lint   ruff, snakefmt, and snakemake --lint"
 	@echo "CORES=8 make run uses more cores"
 
@@ -36,6 +37,9 @@ all: $(VENV)/installed
 # `-k once_each`, one combination of each kind of training.
 test-resume: $(VENV)/installed-dev
 	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/test_resume.py tests/test_interrupts.py
+
+test-fuzz: $(VENV)/installed-dev
+	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
