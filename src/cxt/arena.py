@@ -47,9 +47,16 @@ def _groups() -> Iterator[tuple[Path, str, str]]:
                 break
 
 
+def _free_of_machine() -> int:
+    try:
+        return psutil.virtual_memory().available
+    except (OSError, RuntimeError):  # no /proc
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
 def free_memory() -> int:
     """Bytes that this process can still take: of the machine, or of the control group that a scheduler put it into."""
-    free = psutil.virtual_memory().available
+    free = _free_of_machine()
     for directory, limit_file, used_file in _groups():
         limit, used = _number(directory / limit_file), _number(directory / used_file)
         if limit is not None and used is not None:

@@ -52,7 +52,7 @@ def read_costs(path) -> dict:
         parts = [found[key] for key in ("machines", "simulations", "shards", "rates")]
         if not all(isinstance(part, dict) for part in [*parts, *parts[1].values(), *parts[2].values(), *parts[3].values()]):
             raise TypeError("a part is no mapping")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
     return found
 

@@ -344,7 +344,7 @@ def read_result(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:
         raise BadRequest(f"evaluation {path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"evaluation {path} is damaged: {error}") from None
 
 

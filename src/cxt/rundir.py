@@ -206,7 +206,7 @@ class RunDirectory:
             return None
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRequest(f"{path} is damaged: {error}; delete {self.path} to start afresh") from None
 
     def supersede(self) -> Path:

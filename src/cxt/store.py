@@ -307,7 +307,7 @@ def read_manifest(directory) -> dict:
             f"{directory} has no {MANIFEST}; {make_again(file)}, or list the shards that are there with "
             f"`python -m cxt.preprocess manifest --dataset {directory}`"
         ) from None
-    except ValueError as error:  # no JSON, no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets in brackets
         raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {make_again(file, delete='it')}") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
         _check_version(str(file), manifest["schema_version"], remedy=make_again(file, delete="it"))
