@@ -23,7 +23,9 @@ from cxt.parents import read_parent
 from cxt.portable import CONFIG, WEIGHTS, write_portable
 from cxt.record import model_record
 from cxt.rundir import RunDirectory
-from cxt.saves import AtomicIO, save_to_continue
+from cxt.saves import AtomicIO, save_to_continue, saves_of
+
+from test_training import FINE, SMALL, train  # isort: skip
 
 FLIPS = 200
 NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=6, samples=6, scales=2, window_size=1000, bins=20)
@@ -340,3 +342,32 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, checkpoint):
         with pytest.raises(BadRequest):
             checkpoint_stage.main()
         assert not (tmp_path / "made").exists()
+
+
+def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, capsys):
+    """One flipped bit in the newest save, one in the finished checkpoint: the run ends in the weights that it had."""
+    arguments = [
+        *SMALL,
+        *FINE,
+        "--dataset-path",
+        dataset,
+        "--run-dir",
+        tmp_path / "run",
+        "--save-every",
+        3,
+        "--decode-items",
+        0,
+    ]
+    train(monkeypatch, *arguments)
+    run = RunDirectory(tmp_path / "run")
+    finished, newest = run.finished_checkpoint(), saves_of(run)[0]
+    whole = finished.read_bytes()
+    for path in (finished, newest):
+        data = path.read_bytes()
+        path.write_bytes(flipped(data, 8 * (len(data) // 2)))
+    capsys.readouterr()
+    train(monkeypatch, *arguments)
+    said = capsys.readouterr().out
+    assert f"the save {newest} cannot be read (its bytes are not those that were written" in said
+    assert "going on from the one before" in said
+    assert run.finished_checkpoint().read_bytes() == whole
