@@ -1,4 +1,4 @@
-"""Shards and manifests that claim what cannot be, or hold what no preprocessing makes: refused before compiled code sees them."""
+"""Shards and manifests that claim what cannot be, or hold what preprocessing never makes: refused before they are used."""
 
 import io
 import json
@@ -131,7 +131,7 @@ CONTENT = {
     "no windows": (said(window_size=0), "window_size is 0, expected a whole number"),
     "windows that do not fill the length": (said(window_size=999), "20000 is not a multiple of its window_size"),
     "a length of 4e18": (said(sequence_length=4 * 10**18), "sequence_length is 4000000000000000000, expected"),
-    "a huge length that is allowed": (said(sequence_length=10**12), r"array log_tmrca is .* expected float32 \(18, 6, 1000000000\)"),
+    "a huge length that is allowed": (said(sequence_length=10**12), r"expected float32 \(18, 6, 1000000000\)"),
     "samples of text": (said(samples="20"), "samples is '20'"),
     "more pairs than there are": (said(samples=3), "6 pairs cannot be taken from 3 samples"),
     "a scale of 0": (said(scales=[2, 0]), r"scales are \[2, 0\]"),
@@ -180,6 +180,7 @@ def test_nothing_is_unpacked_of_a_compressed_entry(copy, monkeypatch):
     entries["log_tmrca/c/0/0/0"] = bytes(200_000_000)
     write_entries(copy / SHARD, entries, deflated=["log_tmrca/c/0/0/0"])
     assert (copy / SHARD).stat().st_size < 300_000
+    (copy / "test/constant-0.zarr.zip").unlink()
     monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("an entry was read"))
     refused(copy, "entry log_tmrca/c/0/0/0 is compressed.*nothing was unpacked")
 
@@ -187,9 +188,9 @@ def test_nothing_is_unpacked_of_a_compressed_entry(copy, monkeypatch):
 def test_entries_that_are_there_twice_or_larger_than_the_file(copy):
     arrays, attributes = read_shard(copy / SHARD)
     entries = entries_of(arrays, attributes)
-    with zipfile.ZipFile(copy / SHARD, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        for key in (*entries, "zarr.json"):
-            archive.writestr(key, entries[key])
+    write_entries(copy / SHARD, entries)
+    with zipfile.ZipFile(copy / SHARD, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("zarr.json", entries["zarr.json"])
     refused(copy, "an entry is there twice")
     with zipfile.ZipFile(copy / SHARD, "w") as archive:
         for key in entries:
@@ -249,7 +250,7 @@ def test_a_declared_shape_of_4e18(copy, name):
     entries[f"{name}/zarr.json"] = json.dumps(meta).encode()
     write_entries(copy / SHARD, entries)
     tracemalloc.start()
-    refused(copy, "4000000000000000000")
+    refused(copy, "400000000000000000[01]")
     assert tracemalloc.get_traced_memory()[1] < 10**8
     tracemalloc.stop()
 
@@ -276,7 +277,7 @@ def totals(manifest, split, key, value):
     [
         (lambda m: totals(m, "train", "items", 4 * 10**18), "the items of train are not those of its shards"),
         (lambda m: totals(m, "train", "sites", 4 * 10**18), "the sites of train are not those of its shards"),
-        (lambda m: totals(m, "train", "items", 6 * 10**12), r"items 6000000000000 instead of 108|items 108 instead of 6000000000000"),
+        (lambda m: totals(m, "train", "items", 6 * 10**12), "items (108 instead of )?6000000000000"),
         (lambda m: m.update(windows=4 * 10**18), "windows is 4000000000000000000, which"),
         (
             lambda m: m.update(windows=4 * 10**18, sequence_length=4 * 10**21),

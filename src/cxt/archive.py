@@ -57,8 +57,8 @@ def opened(path, *, sealed: bool = False):
     Raises
     ------
     Damaged
-        If it is no zip archive, has no digest though *sealed*, its digest or a checksum differs, or it holds entries that are compressed, overlap, or claim
-        to be larger than the file. Nothing has been unpacked by then.
+        If it is no zip archive, has no digest though *sealed*, its digest or a checksum differs, or it holds entries that are
+        compressed, overlap, or claim to be larger than the file. Nothing has been unpacked by then.
     OSError
         If it cannot be read.
     """
