@@ -93,6 +93,9 @@ class Shards:
             self.whole[name] = build_dataset(directory / name, entry=entry, sequence_length=10_000, pairs=4, **settings)
             (self.whole[name] / "batch").unlink()
         self.items = {name: self._items(path) for name, path in self.whole.items()}
+        # Compiled here, which takes seconds; processes that are forked have it, and their time is that of the damage alone.
+        for dtype in ("float32", "float16"):
+            export(self.whole["masked"], directory / f"dense-{dtype}", limit=1, dtype=dtype)
 
     @staticmethod
     def _items(path) -> list:

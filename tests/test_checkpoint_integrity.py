@@ -159,6 +159,29 @@ def test_compressed_entries_are_not_unpacked(run, tmp_path):
     assert save_to_continue(run, "m") == run.checkpoints / "step=6.ckpt"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: None,
+        lambda state: state.update(state_dict=3),
+        lambda state: state["state_dict"].update({"model.backbone.embedding.weight": torch.zeros(2)}),
+        lambda state: state.update(optimizer_states="text"),
+    ],
+)
+def test_a_training_state_that_something_else_wrote_is_passed_over(run, change, capsys):
+    """Without a digest nothing says that it is what the trainer saved, and Lightning trusts whatever it holds."""
+    save = run.checkpoints / "step=6.ckpt"
+    state = torch.load(save, weights_only=True)
+    change(state)
+    torch.save(state, save)
+    with pytest.raises(BadRequest, match=r"cannot be continued from: it does not end in a digest"):
+        save_to_continue(run, "m", wanted=save)
+    with pytest.raises(BadRequest, match="does not end in a digest: it was written by another program, or an earlier cxt"):
+        AtomicIO().load_checkpoint(save)
+    assert save_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
+    assert "does not end in a digest" in capsys.readouterr().out
+
+
 def test_sizes_that_are_not_there(tmp_path):
     """Entries that share their bytes, and one that claims more than the file has."""
     path = tmp_path / "x.ckpt"

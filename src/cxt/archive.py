@@ -49,27 +49,31 @@ def packed(content) -> memoryview:
 
 
 @contextlib.contextmanager
-def opened(path):
+def opened(path, *, sealed: bool = False):
     """A torch file, open for reading, after its bytes were found to be those that were written.
+
+    *sealed* refuses files without a digest at their end.
 
     Raises
     ------
     Damaged
-        If it is no zip archive, its digest or a checksum differs, or it holds entries that are compressed, overlap, or claim
-        to be larger than the file. Nothing has been unpacked by then.
+        If it is no zip archive, has no digest though *sealed*, its digest or a checksum differs, or it holds entries that are
+        compressed, overlap, or claim to be larger than the file. Nothing has been unpacked by then.
     OSError
         If it cannot be read.
     """
     with open(path, "rb") as file:
-        check_bytes(file)
+        check_bytes(file, sealed=sealed)
         file.seek(0)
         yield file
 
 
-def check_bytes(file) -> None:
+def check_bytes(file, *, sealed: bool = False) -> None:
     """What `opened` does, of a file that is open."""
     size = file.seek(0, io.SEEK_END)
     end, is_sealed = _end_of(file, size)
+    if sealed and not is_sealed:
+        raise Damaged("it does not end in a digest: it was written by another program, or an earlier cxt")
     if is_sealed:
         file.seek(0)
         digest = hashlib.sha256()

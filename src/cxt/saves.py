@@ -40,7 +40,7 @@ class AtomicIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict:
         try:
-            with opened(path) as file:
+            with opened(path, sealed=True) as file:
                 return torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UNREADABLE as error:
             raise BadRequest(f"the save {path} cannot be read ({first_line(error)}); repeat the command") from None
@@ -213,7 +213,7 @@ def saves_of(run: RunDirectory) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """Why a save cannot be read, or None."""
     try:
-        with opened(path) as file:
+        with opened(path, sealed=True) as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         return first_line(error)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import zarr
+from zarr.codecs import BytesCodec, ZstdCodec
 
 SPLITS = ("train", "test")
 LONGEST = 2**40
@@ -54,6 +55,8 @@ def check_attributes(attributes: Mapping) -> None:
         raise Fault(f"its `missing` is {attributes.get('missing')!r}, expected true or false")
     if not isinstance(attributes.get("scenario"), str) or attributes.get("split") not in SPLITS:
         raise Fault(f"it is of scenario {attributes.get('scenario')!r}, split {attributes.get('split')!r}")
+    if type(attributes.get("seed")) is not int:
+        raise Fault(f"its seed is {attributes.get('seed')!r}, expected a whole number")
     if not isinstance(attributes.get("lineage"), str | None):
         raise Fault("its lineage is no text")
 
@@ -102,6 +105,7 @@ def check_layout(group: zarr.Group, content: Mapping, *, memory: int) -> None:
             raise Fault(f"its array {name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
         if any(chunk > max(1, size) for chunk, size in zip(arrays[name].chunks, shape, strict=True)):
             raise Fault(f"its array {name} has chunks of {arrays[name].chunks}, larger than itself")
+        _check_codecs(name, arrays[name])
     needed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
     if needed > memory:
         raise Fault(f"it claims to unpack into {needed / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB are free")
@@ -109,20 +113,27 @@ def check_layout(group: zarr.Group, content: Mapping, *, memory: int) -> None:
         name, *rest = key.split("/")
         if name in expected and rest != ["zarr.json"]:
             chunk = math.prod(arrays[name].chunks) * expected[name][0].itemsize
-            if (claimed := _zstd_size(buffer.to_bytes())) not in (None, chunk):
+            if (claimed := _zstd_size(buffer.to_bytes())) != chunk:
                 raise Fault(f"its entry {key} claims to unpack into {claimed} bytes, expected {chunk}")
 
 
-def _zstd_size(data: bytes) -> int | None:
-    """The size that a Zstandard frame says it unpacks into (RFC 8878, section 3.1.1.1); None if it is no such frame."""
+def _check_codecs(name: str, array: zarr.Array) -> None:
+    """Fault unless chunks are single Zstandard frames, whose size is known before they are unpacked."""
+    chain = [*array.filters, array.serializer, *array.compressors]
+    if array.shards is not None or [type(codec) for codec in chain] != [BytesCodec, ZstdCodec]:
+        raise Fault(f"its array {name} is not stored as chunks of bytes, compressed once by zstd")
+
+
+def _zstd_size(data: bytes) -> int:
+    """The size that a Zstandard frame says it unpacks into (RFC 8878, section 3.1.1.1); -1 if it does not say."""
     if data[:4] != ZSTD_MAGIC or len(data) < 5:
-        return None
+        raise Fault("a chunk is no frame of zstd")
     flags = data[4]
     single = flags >> 5 & 1
     size = (1 if single else 0, 2, 4, 8)[flags >> 6]
     at = 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
     if not size:
-        return -1  # it does not say, and could be of any size
+        return -1  # it could be of any size
     return int.from_bytes(data[at : at + size], "little") + (256 if size == 2 else 0)
 
 

@@ -1,0 +1,346 @@
+"""Shards and manifests that claim what cannot be, or hold what preprocessing never makes: refused before they are used."""
+
+import io
+import json
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+import tskit
+import zarr
+from conftest import build_dataset, constant_scenario
+from zarr.codecs import GzipCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from cxt import PairDataset
+from cxt.errors import BadRequest
+from cxt.export import export, information, verify
+from cxt.store import read_manifest, read_shard, write_manifest
+
+SPLITS = ("train", "test")
+SHARD = "train/constant-0.zarr.zip"
+
+
+def entries_of(arrays, attributes, **settings) -> dict[str, bytes]:
+    """The entries of a shard of any arrays and attributes, each array one chunk."""
+    content: dict = {}
+    group = zarr.open_group(MemoryStore(content), mode="w", zarr_format=3)
+    group.attrs.update(attributes)
+    for name, array in arrays.items():
+        chunks = tuple(max(1, n) for n in array.shape)
+        stored = group.create_array(name, shape=array.shape, dtype=array.dtype, **({"chunks": chunks} | settings))
+        stored[...] = array
+    return {key: buffer.to_bytes() for key, buffer in content.items()}
+
+
+def write_entries(path, entries, *, deflated=()) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, data in entries.items():
+            archive.writestr(key, data, zipfile.ZIP_DEFLATED if key in deflated else zipfile.ZIP_STORED)
+
+
+def refused(directory, message) -> None:
+    """The training shard is refused by its reader, and dataset.json is not written anew."""
+    with pytest.raises(BadRequest, match=rf"train/constant-0\.zarr\.zip is damaged or truncated: .*{message}"):
+        read_shard(directory / SHARD)
+    before = (directory / "dataset.json").read_bytes()
+    with pytest.raises(BadRequest, match=message):
+        write_manifest(directory, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
+    assert (directory / "dataset.json").read_bytes() == before
+    for read in (verify, lambda path: PairDataset(path, "train")):
+        with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip is not the one that dataset\.json lists"):
+            read(directory)
+
+
+def put(name, place, value):
+    def change(arrays, attributes):
+        arrays[name][place] = value
+
+    return change
+
+
+def cast(name, dtype):
+    return lambda arrays, attributes: arrays.update({name: arrays[name].astype(dtype)})
+
+
+def cut(name, axis):
+    return lambda arrays, attributes: arrays.update({name: np.delete(arrays[name], -1, axis=axis)})
+
+
+def lost(name):
+    return lambda arrays, attributes: arrays.pop(name)
+
+
+def said(**changes):
+    return lambda arrays, attributes: attributes.update(changes)
+
+
+def unsaid(key):
+    return lambda arrays, attributes: attributes.pop(key)
+
+
+def swap_positions(arrays, attributes):
+    arrays["positions"][[3, 4]] = arrays["positions"][[4, 3]]
+
+
+CONTENT = {
+    "padding bits of a genotype": (put("genotypes", (5, -1), 0b1111_0001), "genotypes have bits beyond the 20 samples"),
+    "a site that nobody carries": (put("genotypes", 5, 0), "sites at which the samples do not differ"),
+    "a site that everybody carries": (put("genotypes", 5, (255, 255, 15)), "sites at which the samples do not differ"),
+    "a pair out of range": (put("pairs", (2, 3), (1, 20)), r"pair \(1, 20\), expected two different haplotypes of 0 to 19"),
+    "a pair far out of range": (put("pairs", (2, 3), (65535, 0)), r"pair \(65535, 0\)"),
+    "a pair of one haplotype": (put("pairs", (2, 3), (7, 7)), r"pair \(7, 7\), expected two different haplotypes"),
+    "a position that is no number": (put("positions", 3, np.nan), "a site at nan, outside its 20000 bp"),
+    "an infinite position": (put("positions", 3, np.inf), "a site at inf, outside its 20000 bp"),
+    "a negative position": (put("positions", 0, -1.0), "a site at -1.0, outside its 20000 bp"),
+    "a position at the end": (put("positions", -1, 20_000.0), "a site at 20000.0, outside its 20000 bp"),
+    "a position beyond the end": (put("positions", -1, 1e300), r"a site at 1e\+300, outside its 20000 bp"),
+    "positions that fall": (swap_positions, "its positions do not rise"),
+    "offsets that do not start at 0": (put("site_offsets", 0, 1), "site_offsets do not rise from 0"),
+    "offsets that fall": (put("site_offsets", 2, -5), "site_offsets do not rise from 0"),
+    "offsets beyond the sites": (put("site_offsets", -1, 10**9), "site_offsets do not rise from 0"),
+    "targets that are not finite": (put("log_tmrca", (1, 1, 1), np.nan), "targets that are not finite"),
+    "another split's simulation": (put("index", 0, 10), "simulation 10, which does not belong to train"),
+    "a simulation twice": (put("index", 1, 1), "2 regions of simulation 1"),
+    "a negative index": (put("index", 0, -1), "its index holds -1, expected 0 to"),
+    "a huge start": (put("start", 0, 2**62), "its start holds 4611686018427387904, expected 0 to"),
+    "a negative rate": (put("mutation_rate", 0, -1e-8), "its mutation_rate holds a number that is no rate"),
+    "a rate that is no number": (put("recombination_rate", 0, np.nan), "its recombination_rate holds a number that is no rate"),
+    "genotypes of another width": (cut("genotypes", 1), r"array genotypes is uint8 \(\d+, 2\), expected uint8 \(\d+, 3\)"),
+    "fewer genotypes": (cut("genotypes", 0), "array genotypes is"),
+    "fewer positions": (cut("positions", 0), "array genotypes is"),
+    "fewer offsets": (cut("site_offsets", 0), r"array site_offsets is int64 \(18,\), expected int64 \(19,\)"),
+    "fewer pairs": (cut("pairs", 1), r"array pairs is uint16 \(18, 5, 2\), expected uint16 \(18, 6, 2\)"),
+    "pairs of one": (cut("pairs", 2), r"array pairs is uint16 \(18, 6, 1\)"),
+    "fewer windows": (cut("log_tmrca", 2), r"array log_tmrca is float32 \(18, 6, 19\)"),
+    "fewer rates": (cut("mutation_rate", 0), r"array mutation_rate is float64 \(17,\)"),
+    "positions of float32": (cast("positions", "float32"), "array positions is float32 .* expected float64"),
+    "signed genotypes": (cast("genotypes", "int8"), "array genotypes is int8"),
+    "complex targets": (cast("log_tmrca", "complex64"), "array log_tmrca is complex64"),
+    "pairs of int64": (cast("pairs", "int64"), "array pairs is int64"),
+    "an offset of bool": (cast("site_offsets", "bool"), "array site_offsets is bool"),
+    "an array more": (lambda arrays, attributes: arrays.update(more=np.ones(3)), "more should not be there, or is missing"),
+    "a mask that is not announced": (lambda a, _: a.update(mask=np.ones((18, 2500), "uint8")), "mask should not be there"),
+    "a mask that is not there": (said(missing=True), "mask, mask_offset should not be there, or is missing"),
+    **{
+        f"no {name}": (lost(name), f"no array {name}|{name} should not be there, or is missing")
+        for name in ("genotypes", "positions", "site_offsets", "pairs", "log_tmrca", "index", "start", "mutation_rate",
+                     "recombination_rate")
+    },
+    "no windows": (said(window_size=0), "window_size is 0, expected a whole number"),
+    "windows that do not fill the length": (said(window_size=999), "20000 is not a multiple of its window_size"),
+    "a length of 4e18": (said(sequence_length=4 * 10**18), "sequence_length is 4000000000000000000, expected"),
+    "a huge length that is allowed": (said(sequence_length=10**12), r"expected float32 \(18, 6, 1000000000\)"),
+    "samples of text": (said(samples="20"), "samples is '20'"),
+    "more pairs than there are": (said(samples=3), "6 pairs cannot be taken from 3 samples"),
+    "a scale of 0": (said(scales=[2, 0]), r"scales are \[2, 0\]"),
+    "no scales": (said(scales=[]), r"scales are \[\]"),
+    "missingness of text": (said(missing="no"), "its `missing` is 'no'"),
+    "another split": (said(split="all"), "split 'all'"),
+    "no seed": (unsaid("seed"), "its seed is None, expected a whole number"),
+    "a lineage of numbers": (said(lineage=3), "its lineage is no text"),
+    "a version of text": (said(schema_version="4"), "its schema version is '4'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONTENT)
+def test_content(copy, case):
+    change, message = CONTENT[case]
+    arrays, attributes = read_shard(copy / SHARD)
+    change(arrays, attributes)
+    write_entries(copy / SHARD, entries_of(arrays, attributes))
+    refused(copy, message)
+
+
+def test_what_is_only_written_otherwise_is_read(copy):
+    """The helpers of this file change nothing by themselves."""
+    arrays, attributes = read_shard(copy / SHARD)
+    write_entries(copy / SHARD, entries_of(arrays, attributes))
+    again, _ = read_shard(copy / SHARD)
+    assert all(np.array_equal(again[name], arrays[name]) for name in arrays)
+    write_manifest(copy, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
+    verify(copy)
+
+
+def test_bits_beyond_the_end_of_a_mask(tmp_path):
+    mask = np.random.default_rng(1).random(30_000) < 0.3
+    entry = constant_scenario(simulations=12, batch=12, sequence_length=10_001)
+    directory = build_dataset(tmp_path / "data", entry=entry, sequence_length=10_001, window_size=73, mask=mask)
+    arrays, attributes = read_shard(directory / SHARD)
+    arrays["mask"][0, -1] |= 0b10
+    write_entries(directory / SHARD, entries_of(arrays, attributes))
+    refused(directory, "mask has bits beyond its end")
+
+
+def test_nothing_is_unpacked_of_a_compressed_entry(copy, monkeypatch):
+    """A few hundred kilobytes that would become 200 MB."""
+    arrays, attributes = read_shard(copy / SHARD)
+    entries = entries_of(arrays, attributes)
+    entries["log_tmrca/c/0/0/0"] = bytes(200_000_000)
+    write_entries(copy / SHARD, entries, deflated=["log_tmrca/c/0/0/0"])
+    assert (copy / SHARD).stat().st_size < 300_000
+    (copy / "test/constant-0.zarr.zip").unlink()
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda *_: pytest.fail("an entry was read"))
+    refused(copy, "entry log_tmrca/c/0/0/0 is compressed.*nothing was unpacked")
+
+
+def test_entries_that_are_there_twice_or_larger_than_the_file(copy):
+    arrays, attributes = read_shard(copy / SHARD)
+    entries = entries_of(arrays, attributes)
+    write_entries(copy / SHARD, entries)
+    with zipfile.ZipFile(copy / SHARD, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("zarr.json", entries["zarr.json"])
+    refused(copy, "an entry is there twice")
+    with zipfile.ZipFile(copy / SHARD, "w") as archive:
+        for key in entries:
+            archive.writestr(key, entries[key])
+        entry = archive.infolist()[0]
+        entry.file_size = entry.compress_size = 10**9
+    refused(copy, "its entries claim to be larger than the file")
+
+
+@pytest.mark.parametrize("codec", ["gzip", "zstd twice", "none", "sharded"])
+def test_chunks_that_unpack_into_any_size(copy, codec):
+    """Only a single frame of zstd says beforehand what it unpacks into."""
+    arrays, attributes = read_shard(copy / SHARD)
+    settings = {
+        "gzip": {"compressors": [GzipCodec()]},
+        "zstd twice": {"compressors": [ZstdCodec(), ZstdCodec()]},
+        "none": {"compressors": None},
+    }
+    if codec == "sharded":
+        entries = entries_of(arrays, attributes) | {
+            key: data
+            for key, data in entries_of({"index": arrays["index"]}, attributes, chunks=(9,), shards=(18,)).items()
+            if key.startswith("index")
+        }
+    else:
+        entries = entries_of(arrays, attributes, **settings[codec])
+    write_entries(copy / SHARD, entries)
+    refused(copy, "is not stored as chunks of bytes, compressed once by zstd")
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (b"\x28\xb5\x2f\xfd\xe0" + (2**62).to_bytes(8, "little"), f"claims to unpack into {2**62} bytes, expected 144"),
+        (b"\x28\xb5\x2f\xfd\xa0" + (2**31).to_bytes(4, "little"), f"claims to unpack into {2**31} bytes, expected 144"),
+        (b"\x28\xb5\x2f\xfd\x60" + (1000).to_bytes(2, "little"), "claims to unpack into 1256 bytes, expected 144"),
+        (b"\x28\xb5\x2f\xfd\x00\x58", "claims to unpack into -1 bytes, expected 144"),
+        (b"\x28\xb5\x2f\xfd", "a chunk is no frame of zstd"),
+        (b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd", "a chunk is no frame of zstd"),  # a skippable frame
+        (b"", "a chunk is no frame of zstd"),
+    ],
+)
+def test_a_frame_that_claims_another_size(copy, frame, message):
+    arrays, attributes = read_shard(copy / SHARD)
+    entries = entries_of(arrays, attributes) | {"index/c/0": frame + bytes(20) if len(frame) > 4 else frame}
+    write_entries(copy / SHARD, entries)
+    refused(copy, message)
+
+
+@pytest.mark.parametrize("name", ["log_tmrca", "positions", "genotypes", "index"])
+def test_a_declared_shape_of_4e18(copy, name):
+    """Of an array with no chunk, whose entries are its zarr.json alone; nothing of that size is asked for."""
+    arrays, attributes = read_shard(copy / SHARD)
+    entries = {key: data for key, data in entries_of(arrays, attributes).items() if not key.startswith(f"{name}/c")}
+    meta = json.loads(entries[f"{name}/zarr.json"])
+    meta["shape"][0] = 4 * 10**18
+    entries[f"{name}/zarr.json"] = json.dumps(meta).encode()
+    write_entries(copy / SHARD, entries)
+    tracemalloc.start()
+    refused(copy, "400000000000000000[01]")
+    assert tracemalloc.get_traced_memory()[1] < 10**8
+    tracemalloc.stop()
+
+
+def test_arrays_that_agree_on_more_than_memory_holds(copy):
+    """Every shape fits the others, the archive is small, and nothing is stored but how large it should be."""
+    arrays, attributes = read_shard(copy / SHARD)
+    entries = {key: data for key, data in entries_of(arrays, attributes).items() if key.endswith("zarr.json")}
+    for name in arrays:
+        if name not in ("genotypes", "positions"):
+            meta = json.loads(entries[f"{name}/zarr.json"])
+            meta["shape"][0] = 10**14 + (name == "site_offsets")
+            entries[f"{name}/zarr.json"] = json.dumps(meta).encode()
+    write_entries(copy / SHARD, entries)
+    refused(copy, r"it claims to unpack into [\d,.]+ GB, and [\d,.]+ GB are free")
+
+
+def totals(manifest, split, key, value):
+    manifest["splits"][split][key] = manifest["splits"][split]["shards"][0][key] = value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: totals(m, "train", "items", 4 * 10**18), "the items of train are not those of its shards"),
+        (lambda m: totals(m, "train", "sites", 4 * 10**18), "the sites of train are not those of its shards"),
+        (lambda m: totals(m, "train", "items", 6 * 10**12), "items (108 instead of )?6000000000000"),
+        (lambda m: m.update(windows=4 * 10**18), "windows is 4000000000000000000, which"),
+        (
+            lambda m: m.update(windows=4 * 10**18, sequence_length=4 * 10**21),
+            "a size is not a whole number of 1 to 1099511627776",
+        ),
+        (
+            lambda m: m.update(windows=10**9, sequence_length=10**12),
+            r"belongs to another dataset: sequence_length 20000 instead of 1000000000000",
+        ),
+    ],
+)  # fmt: skip
+def test_a_manifest_of_absurd_sizes(copy, tmp_path, change, message):
+    manifest = json.loads((copy / "dataset.json").read_text())
+    change(manifest)
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    for read in (verify, lambda path: PairDataset(path, "train")):
+        with pytest.raises(BadRequest, match=message):
+            read(copy)
+    with pytest.raises(BadRequest):
+        export(copy, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000])
+def test_a_manifest_of_brackets_or_digits(copy, text):
+    (copy / "dataset.json").write_text(text)
+    for read in (read_manifest, information, verify):
+        with pytest.raises(BadRequest, match=r"dataset\.json is damaged"):
+            read(copy)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_ranges_of_training_data(dataset, masked_dataset, masked):
+    """Against tskit's own diversity, of the simulations themselves and the accessible bases."""
+    directory = masked_dataset if masked else dataset
+    mask = np.random.default_rng(1).random(50_000) < 0.3  # as conftest made it
+    arrays, _ = read_shard(directory / SHARD)
+    offsets = dict(zip(arrays["index"].tolist(), arrays["mask_offset"].tolist(), strict=True)) if masked else {}
+    expected: dict[str, list[float]] = {"diversity": [], "mutation_rate": [], "recombination_rate": [], "missingness": []}
+    content = io.BytesIO((directory / "batch").read_bytes())
+    for index in range(20):
+        ts = tskit.load(content)
+        about = ts.metadata["cxt"]
+        assert about["index"] == index
+        if index % 10 == 0:  # held out
+            continue
+        hidden = np.zeros(20_000, dtype=bool)
+        if masked:
+            hidden = mask[offsets[index] : offsets[index] + 20_000]
+        unusable = [
+            variant.site.id
+            for variant in ts.variants()
+            if hidden[int(variant.site.position)] or len(set(variant.genotypes)) != 2
+        ]
+        differences = ts.delete_sites(unusable).diversity(span_normalise=False)
+        expected["diversity"].append(float(differences) / int((~hidden).sum()))
+        expected["mutation_rate"].append(about["mutation_rate"])
+        expected["recombination_rate"].append(about["recombination_rate"])
+        expected["missingness"].append(float(hidden.mean()))
+    found = read_manifest(directory)["ranges"]
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert len(values) == 18
+        np.testing.assert_allclose(found[name], [min(values), max(values)], rtol=1e-12)
+    assert expected["diversity"][0] > 0
+    assert found["missingness"] == [0, 0] if not masked else found["missingness"][0] > 0.2
