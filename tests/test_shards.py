@@ -277,6 +277,7 @@ def totals(manifest, split, key, value):
         (lambda m: totals(m, "train", "items", 4 * 10**18), "the items of train are not those of its shards"),
         (lambda m: totals(m, "train", "sites", 4 * 10**18), "the sites of train are not those of its shards"),
         (lambda m: totals(m, "train", "items", 6 * 10**12), "items (108 instead of )?6000000000000|do not fit into"),
+        (lambda m: m["splits"]["train"]["shards"][0].update(scenario=[]), "is damaged: the entry of train/constant-0"),
         (lambda m: m.update(windows=4 * 10**18), "windows is 4000000000000000000, which"),
         (
             lambda m: m.update(windows=4 * 10**18, sequence_length=4 * 10**21),
