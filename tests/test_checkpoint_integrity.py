@@ -159,6 +159,15 @@ def test_compressed_entries_are_not_unpacked(run, tmp_path):
     assert save_to_continue(run, "m") == run.checkpoints / "step=6.ckpt"
 
 
+def test_weights_that_are_not_finite(checkpoint):
+    found = read_checkpoint(checkpoint)
+    key = next(iter(found.state_dict))
+    found.state_dict[key].fill_(float("nan"))
+    write_checkpoint(checkpoint, found.state_dict, found.record)
+    with pytest.raises(BadRequest, match=rf"x\.ckpt has weights that are not finite: {key}"):
+        load_model(checkpoint)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -230,11 +230,13 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
     Raises
     ------
     BadRequest
-        If there is no such checkpoint, it is damaged, or torch cannot use *device*.
+        If there is no such checkpoint, it is damaged or has weights that are not finite, or torch cannot use *device*.
     """
     device = _device_of(device)
     path = find_checkpoint(name_or_path, best=best)
     model = model_of(read_checkpoint(path), source=path).eval()
+    if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
+        raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # a torch without it

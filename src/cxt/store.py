@@ -348,7 +348,12 @@ def _fault(manifest) -> str | None:
                     return f"{row['items']} items of {row['path']} are not {manifest['pairs']} pairs of each region"
                 if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
                     return f"{row['path']} is no shard of {split}"
-                if not isinstance(row["sha256"], str) or "/" in row["scenario"] or row["scenario"] in ("", ".", ".."):
+                if (
+                    not isinstance(row["scenario"], str)
+                    or not isinstance(row["sha256"], str)
+                    or "/" in row["scenario"]
+                    or row["scenario"] in ("", ".", "..")
+                ):
                     return f"the entry of {row['path']}"
     except KeyError as error:
         return f"it has no {error}"
