@@ -61,7 +61,7 @@ DAMAGE = {
     "flip": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists \(its checksum differs\): damaged",
     "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file or directory; delete it and the",
     "another dataset": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists",
-    "newer": "copy/dataset.json has schema version 4, this cxt reads 3; update cxt",
+    "newer": "copy/dataset.json has schema version 5, this cxt reads 4; update cxt",
 }
 
 
@@ -70,7 +70,7 @@ def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
     verify(copy)
     if damage == "newer":
         text = (copy / "dataset.json").read_text()
-        (copy / "dataset.json").write_text(text.replace('"schema_version": 3', '"schema_version": 4'))
+        (copy / "dataset.json").write_text(text.replace('"schema_version": 4', '"schema_version": 5'))
     else:
         damage_shard(copy / "test/constant-0.zarr.zip", damage, other=masked_dataset)
     words = "--layers 1 --heads 2 --width 32 --batch-size 8 --devices 0 --threads 1 --run-dir"
@@ -141,10 +141,10 @@ def test_damaged_headers_of_the_archive(copy):
     ("text", "message"),
     [
         (b"", "damaged"), (b"\xff", "damaged"), (b"[]", "a value is of another type"), (b"{}", "it has no 'window_size'"),
-        (b'{"schema_version": 3}', "it has no 'window_size'"), ("splits", "a value is of another type"),
+        (b'{"schema_version": 4}', "it has no 'window_size'"), ("splits", "a value is of another type"),
         ("items", "it has no 'items'"), ("windows", "windows is 7, which"), ("twice", "a shard of train is listed twice"),
         ("outside", "the entry of train/constant-0"), ("away", "../x is no shard of train"), ("sum", "the items of train"),
-        ("scales", "a size is not a positive whole number"), ("missing", "`missing` or `schema_version`"),
+        ("scales", "a size is not a whole number of 1 to"), ("missing", "`missing` or `schema_version`"),
     ],
 )  # fmt: skip
 def test_damaged_manifests(copy, text, message):
@@ -269,6 +269,11 @@ def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
         export(directory, tmp_path / "more")
 
 
+GOLDEN_IDENTITY = {
+    "scenario": "golden", "index": 1, "seed": 1, "spec": {"name": "golden"}, "mutation_rate": 1e-8, "recombination_rate": 1e-8,
+}  # fmt: skip
+
+
 def golden_entry(monkeypatch, ts, features, *, name, window_size, length, samples=50, mask=None):
     """The golden simulation as it is preprocessed, with the golden pairs; also its spec and counts."""
     few = {"X": features["n10_X"], "pairs": features["n10_pairs"], "y": features["n10_y"]}
@@ -277,7 +282,7 @@ def golden_entry(monkeypatch, ts, features, *, name, window_size, length, sample
     pairs = chosen["pairs"][: len(chosen["X"])]
     tables = ts.dump_tables()
     tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
-    tables.metadata = {"cxt": {"scenario": "golden", "index": 1, "seed": 1, "spec": {"name": "golden"}, "mutation_rate": 1e-8}}
+    tables.metadata = {"cxt": GOLDEN_IDENTITY}
     monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, **shape: pairs)
     if mask is not None:
         monkeypatch.setattr("cxt.preprocess.cut_mask", lambda whole, **shape: (whole, 0))
@@ -339,7 +344,7 @@ def test_golden_on_the_fly(monkeypatch):
     expected, pairs = features["X_w2000"], features["pairs200"]
     tables = tskit.load(GOLDEN / "constant.trees").dump_tables()
     tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
-    tables.metadata = {"cxt": {"scenario": "golden", "index": 1, "seed": 1, "spec": {"name": "golden"}, "mutation_rate": 1e-8}}
+    tables.metadata = {"cxt": GOLDEN_IDENTITY}
     ts = tables.tree_sequence()
     leaf = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
     manifest = live_manifest([leaf], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)

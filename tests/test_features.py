@@ -187,6 +187,7 @@ def with_value(value, dtype):
         ({"mask": np.full(100, 2)}, "mask is of type int64, expected True"),
         ({"mask": np.zeros(200, bool), "start": 1}, r"mask has 200 values, expected 100: .* mask\[1:101\]"),
         ({"window_size": 0}, "window_size is 0"),
+        ({"window_size": np.inf}, "window_size is inf"),
         ({"window_size": 2.5}, "window_size is 2.5"),
         ({"sequence_length": 0}, "sequence_length is 0"),
         ({"scales": (0, 2)}, "scales are"),

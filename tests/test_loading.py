@@ -86,6 +86,12 @@ def test_order_is_a_function_of_seed_epoch_and_rank(dataset):
     assert list(InOrder(items=9, batch_size=2, seed=1, rank=1, world=2)) == [[1, 3], [5, 7]]
 
 
+@pytest.mark.parametrize("i", [1.5, "a", slice(2), None])
+def test_items_are_whole_numbers(dataset, i):
+    with pytest.raises(TypeError, match="expected a whole number, of 0 to 107"):
+        PairDataset(dataset, "train")[i]
+
+
 def _sums(dataset, queue=None):
     found = [dataset.batch([i, 50]).counts.sum().item() for i in range(5)]
     if queue is None:
@@ -224,7 +230,7 @@ def test_free_memory_in_a_control_group(tmp_path, monkeypatch):
 
 
 def _reading(original, path, content):
-    return lambda self, *args: content if str(self) == path else original(self, *args)
+    return lambda self, **options: content if str(self) == path else original(self, **options)
 
 
 def test_ranks_share_what_the_first_has_read(dataset, monkeypatch):

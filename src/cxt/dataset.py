@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import operator
 import os
 import sys
 import tempfile
@@ -79,9 +80,13 @@ class Items(Dataset):
 
     def _from_start(self, i: int) -> int:
         """Item *i*, counted from the end if it is negative, counted from the start; IndexError if there is none."""
+        try:
+            i = operator.index(i)
+        except TypeError:
+            raise TypeError(f"item {i!r}: expected a whole number, of 0 to {len(self) - 1}") from None
         if not -len(self) <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
-        return int(i) % len(self)
+        return i % len(self)
 
     def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
         """A batch that `batch` can fill, again and again; *pin* keeps its pages in place for copies to a GPU."""

@@ -23,7 +23,7 @@ def num_windows(*, window_size: int, sequence_length: float) -> int:
     ValueError
         If *window_size* is no whole number above 0, or *sequence_length* no number above 0.
     """
-    if isinstance(window_size, bool) or not (window_size >= 1 and window_size == int(window_size)):
+    if isinstance(window_size, bool) or not (1 <= window_size < np.inf and window_size == int(window_size)):
         raise ValueError(f"window_size is {window_size}, expected a whole number of base pairs, at least 1")
     if not 0 < sequence_length < np.inf:
         raise ValueError(f"sequence_length is {sequence_length}, expected a number of base pairs above 0")

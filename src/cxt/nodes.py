@@ -198,7 +198,7 @@ def _leave_secret(path: Path) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # of a run that was killed, or whatever it is: its permissions are not to be kept
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w", encoding="utf-8") as file:
             file.write(secret)
     except OSError as error:
         raise BadRequest(f"the secret of the nodes cannot be written to {path}: {error.strerror}") from None

@@ -11,6 +11,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import shlex
 import signal
 import sys
@@ -30,7 +31,7 @@ from cxt.remedies import make_again
 from cxt.scenarios import NOT_PARAMETERS, leaves
 from cxt.schema import complete_part
 from cxt.seeds import check_seed
-from cxt.signals import STATUS, held_back, ignore, listen
+from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
 
 def reproduce(spec: dict, *, index: int, seed: int) -> str:
@@ -174,9 +175,12 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage:
     context = multiprocessing.get_context("fork")  # nothing runs in threads yet
     receiver, sender = context.Pipe(duplex=False)
 
+    parent = os.getpid()
+
     def work() -> None:
         receiver.close()
         ignore()  # of a signal to both, only the parent must speak
+        end_with_parent(parent)
         # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
         what = {"start": start, "count": count, "seed": seed, "lineage": lineage}
         exit_on_bad_request(lambda: write_batch(out, spec, **what, progress=sender.send))

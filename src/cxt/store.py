@@ -355,6 +355,8 @@ def _fault(manifest) -> str | None:
                     or row["scenario"] in ("", ".", "..")
                 ):
                     return f"the entry of {row['path']}"
+        if not manifest["splits"]["train"]["simulations"]:
+            return "it has no training simulation"
     except KeyError as error:
         return f"it has no {error}"
     except (TypeError, IndexError, ZeroDivisionError, AttributeError):
