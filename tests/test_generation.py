@@ -126,9 +126,16 @@ def test_bad_settings(setting):
         model_of().generate(inputs()[0], window_size=2000, **setting)
 
 
-@pytest.mark.parametrize("seed", [-1, 10**29, 0.5])
-def test_bad_seeds(seed):
-    with pytest.raises(BadRequest, match="seed is .*, expected .* 9223372036854775807"):
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (-1, "seed is -1, expected .* 9223372036854775807"),
+        (10**29, "seed is 1.*, expected .* 9223372036854775807"),
+        (0.5, "seed 0.5: expected a whole number"),
+    ],
+)
+def test_bad_seeds(seed, message):
+    with pytest.raises(BadRequest, match=message):
         model_of().generate(inputs()[0], window_size=2000, seed=seed)
 
 
