@@ -88,11 +88,13 @@ def end(number: int, frame=None) -> None:
 
 def kill_children() -> None:
     """`kill -9` of all processes that this one has started, and of theirs."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error, OSError):
+    # Not imported here: a signal may have come in the middle of any import. Whoever starts processes has imported it before.
+    psutil = sys.modules.get("psutil")
+    if psutil is None:
+        return
+    with contextlib.suppress(Exception):  # half imported itself
         for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(Exception):
                 process.kill()
 
 
