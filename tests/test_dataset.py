@@ -12,7 +12,7 @@ from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.dataset import model_input
 from cxt.errors import BadRequest
 from cxt.kinds import simulate_one
-from cxt.preprocess import planned_shards, preprocess_one
+from cxt.preprocess import planned_shards, preprocess_one, write_split
 from cxt.scenarios import leaves
 from cxt.store import read_manifest, read_shard, write_manifest
 from cxt.targets import Grid
@@ -101,7 +101,6 @@ def test_same_seed_same_bytes(dataset, tmp_path):
 
 def test_batching_does_not_change_simulations(dataset, tmp_path):
     """The 15th simulation is the same whether its batch begins at 0 or at 10."""
-    from cxt.preprocess import write_split
     from cxt.simulate import write_batch
 
     write_batch(tmp_path / "batch", SPEC, start=10, count=10, seed=1)
@@ -165,6 +164,16 @@ def test_bad_directories(copy, tmp_path):
     (copy / "dataset.json").unlink()
     with pytest.raises(BadRequest, match=r"has no dataset.json"):
         PairDataset(copy, "train")
+
+
+@pytest.mark.parametrize("key", ["recombination_rate", "mutation_rate", "seed"])
+def test_a_batch_of_an_older_version(tmp_path, key):
+    tables = simulate_one(SPEC, index=0, seed=1).dump_tables()
+    tables.metadata = {"cxt": {name: value for name, value in tables.metadata["cxt"].items() if name != key}}
+    tables.dump(tmp_path / "batch")
+    spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
+    with pytest.raises(BadRequest, match=f"tree sequence 0 has no {key}, as of an older cxt; delete "):
+        write_split(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
 
 
 def test_too_many_pairs_and_too_few_samples():

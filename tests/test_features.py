@@ -183,6 +183,8 @@ def with_value(value, dtype):
         ({"genotypes": with_value(1, float)}, "of type float64; expected whole numbers: .* Convert them"),
         ({"genotypes": with_value("1", object)}, "of type object; expected whole numbers"),
         ({"genotypes": np.zeros(3, int)}, r"shape \(3,\), expected \(sites, haplotypes\)"),
+        ({"genotypes": np.ma.masked_equal(np.eye(2, 10, dtype=int), 1)}, "masked at site 0, haplotype 0; leave sites"),
+        ({"positions": np.ma.masked_equal([1.0, 2.0], 2.0)}, "some positions are masked"),
         ({"mask": np.full(100, np.nan)}, "mask is of type float64"),
         ({"mask": np.full(100, 2)}, "mask is of type int64, expected True"),
         ({"mask": np.zeros(200, bool), "start": 1}, r"mask has 200 values, expected 100: .* mask\[1:101\]"),
@@ -223,6 +225,18 @@ def test_coordinates_of_a_chromosome():
     assert np.array_equal(pair_features(genotypes.astype(bool), positions, PAIRS, **arguments), expected)
 
 
+def test_scales_beyond_the_last_window():
+    ts = simulate(seed=1, length=20_000)
+    mask = np.random.default_rng(1).random(20_000) < 0.2
+    wide, widest = (
+        pair_features(
+            ts.genotype_matrix(), ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000, mask=mask, scales=scales
+        )
+        for scales in ((2, 20), (2, 2**40))
+    )
+    assert np.array_equal(wide, widest)
+
+
 def test_dosages_of_diploids_are_refused():
     ts = simulate(seed=8, individuals=20, discrete=False)
     haplotypes = ts.genotype_matrix()
@@ -233,5 +247,5 @@ def test_dosages_of_diploids_are_refused():
 
 def test_many_alleles_are_said():
     ts = simulate(seed=3, rate=5e-6, length=20_000)
-    with pytest.warns(UserWarning, match=r"793 of 5802 sites have more than two alleles"):
+    with pytest.warns(UserWarning, match=r"793 of 5802 sites have more than two alleles .*phased haplotypes"):
         pair_features(ts.genotype_matrix(), ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)

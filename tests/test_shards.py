@@ -1,11 +1,13 @@
 """Shards and manifests that claim what cannot be, or hold what preprocessing never makes: refused before they are used."""
 
 import json
+import shutil
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from conftest import build_dataset, constant_scenario
 from zarr.codecs import GzipCodec, ZstdCodec
@@ -218,6 +220,48 @@ def test_chunks_that_unpack_into_any_size(copy, codec):
         entries = entries_of(arrays, attributes, **settings[codec])
     write_entries(copy / SHARD, entries)
     refused(copy, "is not stored as chunks of bytes, compressed once by zstd")
+
+
+def test_more_chunks_than_entries(copy):
+    """Twelve kilobytes of which reading would take minutes: a chunk that is not stored takes its time, too."""
+    arrays, attributes = read_shard(copy / SHARD)
+    arrays["site_offsets"][-1] = 10**6
+    entries = entries_of(arrays, attributes)
+    for name in ("positions", "genotypes"):
+        about = json.loads(entries.pop(f"{name}/zarr.json"))
+        about["shape"][0], about["chunk_grid"]["configuration"]["chunk_shape"][0], about["fill_value"] = 10**6, 1, 1
+        entries = {key: data for key, data in entries.items() if not key.startswith(f"{name}/")}
+        entries[f"{name}/zarr.json"] = json.dumps(about).encode()
+    write_entries(copy / SHARD, entries)
+    refused(copy, r"array genotypes is cut into 1000000 chunks, expected at most \d\d")
+
+
+def test_targets_that_were_left_out(copy):
+    """What is not stored is read as 0, as other arrays may rightly be."""
+    with zipfile.ZipFile(copy / SHARD) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    del entries["log_tmrca/c/7/0/0"]
+    write_entries(copy / SHARD, entries)
+    refused(copy, "1 of 18 chunks of its targets are not in it")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_scales_beyond_the_last_window(request, tmp_path, masked):
+    """A window of any scale ends with the last one: the widest there can be is as wide as all, in time and memory, too."""
+    source = request.getfixturevalue("masked_dataset" if masked else "dataset")
+    items = []
+    for scale in (20, 2**31):
+        directory = shutil.copytree(source, tmp_path / str(scale))
+        for split in SPLITS:
+            shard = directory / split / "constant-0.zarr.zip"
+            arrays, attributes = read_shard(shard)
+            write_entries(shard, entries_of(arrays, attributes | {"scales": [2, scale]}))
+        write_manifest(directory, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
+        items.append(PairDataset(directory, "train")[3][0])
+        assert export(directory, tmp_path / f"out{scale}", splits=["test"], limit=1) == 1
+    assert torch.equal(*items)
+    exported = [np.load(next((tmp_path / f"out{scale}/test/constant").iterdir()) / "X.npy") for scale in (20, 2**31)]
+    assert np.array_equal(*exported)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ class PairDataset(Items):
     def _describe_shape(self, path, split: str, manifest: dict, grid: Grid) -> None:
         self.path, self.split, self.grid, self.manifest = Path(path), split, grid, manifest
         self.windows, self.samples = manifest["windows"], manifest["samples"]
-        self.scales = np.array(manifest["scales"], dtype=np.int64)
+        self.scales = np.minimum(np.array(manifest["scales"], dtype=np.int64), self.windows)  # wider ones end where these do
         self.pairs_per_simulation = manifest["pairs"]
         self._shards = manifest["splits"][split]["shards"]
         self._width = max(1, (grid.bins - 1).bit_length())

@@ -45,6 +45,9 @@ def check_genotypes(genotypes) -> np.ndarray:
         Names the first value that is no allele code (NaN, a fraction, missing data as -1 or 255), or says that the array looks
         like diploid dosages.
     """
+    if np.ma.is_masked(genotypes):
+        site, haplotype = _at(np.ma.getmaskarray(genotypes)) if genotypes.ndim == 2 else (0, 0)
+        raise ValueError(f"genotypes are masked at site {site}, haplotype {haplotype}; leave sites with missing data out")
     genotypes = np.asarray(genotypes)
     if genotypes.ndim != 2:
         raise ValueError(f"genotypes have shape {genotypes.shape}, expected (sites, haplotypes)")
@@ -71,7 +74,9 @@ def check_genotypes(genotypes) -> np.ndarray:
         )
     if above.any() and above.mean() > 0.1:
         warnings.warn(
-            f"{above.sum()} of {len(above)} sites have more than two alleles (codes above 1), and are dropped", stacklevel=3
+            f"{above.sum()} of {len(above)} sites have more than two alleles (codes above 1), and are dropped; if these are "
+            "dosages of diploid individuals, pass their phased haplotypes instead",
+            stacklevel=3,
         )
     return genotypes
 
@@ -85,6 +90,8 @@ def check_positions(positions, *, start: float, sequence_length: float) -> np.nd
         If a position is not finite, they do not ascend, most are outside [start, start + sequence_length), or the last one is
         at its very end, as the last base of a sequence is where positions are counted from 1.
     """
+    if np.ma.is_masked(positions):
+        raise ValueError("some positions are masked; leave their sites out")
     positions = np.asarray(positions, dtype=np.float64)
     if not np.isfinite(positions).all():
         wrong = int(np.argmax(~np.isfinite(positions)))
@@ -190,7 +197,7 @@ def missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCA
     rest = [mask[whole * window_size :].sum()] if windows > whole else []
     covered = np.concatenate([[0], np.cumsum([*in_window, *rest])])
     fractions = np.empty((len(scales), windows))
-    for i, scale in enumerate(scales):
+    for i, scale in enumerate(np.minimum(scales, windows)):
         right = np.minimum(left + scale * window_size, length)
         fractions[i] = (covered[np.minimum(first + scale, windows)] - covered[first]) / (right - left)
     return fractions
@@ -207,7 +214,7 @@ def pair_counts(packed, positions, pairs, *, window_size, windows, samples, scal
     The fast path under `pair_features`: *packed* from `pack_haplotypes`, *positions* in base pairs. *out* is filled in
     place when given.
     """
-    scales = np.asarray(scales, dtype=np.int64)
+    scales = np.minimum(np.asarray(scales, dtype=np.int64), windows)  # wider ones end where these do, and take no more room
     if out is None:
         out = np.empty((len(pairs), 2, len(scales), windows, samples), dtype=dtype)
     words = np.empty((samples, -(-len(packed) // 64)), dtype=np.uint64)

@@ -109,12 +109,27 @@ def check_layout(group: zarr.Group, content: Mapping, *, memory: int) -> None:
     needed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
     if needed > memory:
         raise Fault(f"it claims to unpack into {needed / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB are free")
+    _check_chunks(arrays, content, most=len(content) + -(-sites // 65536))
     for key, buffer in content.items():
         name, *rest = key.split("/")
         if name in expected and rest != ["zarr.json"]:
             chunk = math.prod(arrays[name].chunks) * expected[name][0].itemsize
             if (claimed := _zstd_size(buffer.to_bytes())) != chunk:
                 raise Fault(f"its entry {key} claims to unpack into {claimed} bytes, expected {chunk}")
+
+
+def _check_chunks(arrays: Mapping[str, zarr.Array], content: Mapping, *, most: int) -> None:
+    """Fault if an array has more than *most* chunks, or some of the targets' are not there.
+
+    A chunk of zeros need not be stored, but reading it takes its time: a few bytes could ask for days. Targets are never 0.
+    """
+    for name, array in arrays.items():
+        chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
+        if chunks > most:
+            raise Fault(f"its array {name} is cut into {chunks} chunks, expected at most {most}")
+        stored = sum(key.startswith(f"{name}/c/") for key in content)
+        if name == "log_tmrca" and stored < chunks:
+            raise Fault(f"{chunks - stored} of {chunks} chunks of its targets are not in it")
 
 
 def _check_codecs(name: str, array: zarr.Array) -> None:

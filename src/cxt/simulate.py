@@ -33,6 +33,9 @@ from cxt.schema import complete_part
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
+IDENTITY = {"scenario", "index", "seed", "spec", "mutation_rate", "recombination_rate"}
+"""What the metadata of every simulation say, among other things."""
+
 
 def reproduce(spec: dict, *, index: int, seed: int) -> str:
     """Which simulation this is, and the command that makes it alone, in words."""
@@ -99,6 +102,8 @@ def read_batch(
                 raise BadRequest(
                     f"{path}: tree sequence {i} carries no cxt identity in its metadata; make it with cxt.simulate"
                 )
+            if lacking := sorted(IDENTITY - identity.keys()):
+                raise BadRequest(f"{path}: tree sequence {i} has no {', '.join(lacking)}, as of an older cxt; {remedy}")
             expected = (identity["scenario"] if scenario is None else scenario, start + i)
             if (identity["scenario"], identity["index"]) != expected:
                 raise BadRequest(
