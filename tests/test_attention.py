@@ -174,6 +174,10 @@ def test_compiled(backend, path):
     assert not any("_orig_mod" in key for key in model.state_dict())
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2",
+    reason="torch 2.13's FlexAttention gives NaN here on CPUs without AVX-512",
+)
 @needs_compiler
 def test_compiled_flex_attention():
     """In one graph as well; values only, as above."""
