@@ -176,7 +176,7 @@ def test_compiled(backend, path):
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "AVX2",
-    reason="torch 2.13's FlexAttention gives NaN here on CPUs without AVX-512",
+    reason="torch 2.13's FlexAttention gives NaN without AVX-512",
 )
 @needs_compiler
 def test_compiled_flex_attention():
