@@ -239,12 +239,20 @@ def arguments_of(parents, kind: str, workers: int, accumulation: int, ranks: int
     )  # fmt: skip
 
 
+def compare_and_forget(directory: Path) -> None:
+    """The run `cut` and its checkpoint are equal to those of `whole`; they are removed, to be made once more."""
+    assert_equal_runs(directory / "whole", directory / "cut")
+    assert (directory / "whole.ckpt").read_bytes() == (directory / "cut.ckpt").read_bytes()
+    shutil.rmtree(directory / "cut")
+    (directory / "cut.ckpt").unlink()
+
+
 @pytest.mark.parametrize(("kind", "workers", "accumulation", "ranks"), named(MATRIX if KILLS else FEW))
 def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation, ranks):
     steps = 100 * min(KILLS or 2, 5)
     arguments = arguments_of(parents, kind, workers, accumulation, ranks, steps=steps)
-    whole, directory, out = tmp_path / "whole", tmp_path / "cut", tmp_path / "cut.ckpt"
-    finish([*arguments, "--run-dir", str(whole), "--out", str(tmp_path / "whole.ckpt")])
+    directory, out = tmp_path / "cut", tmp_path / "cut.ckpt"
+    finish([*arguments, "--run-dir", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.ckpt")])
     cut = [*arguments, "--run-dir", str(directory), "--out", str(out)]
     rng = np.random.default_rng([KINDS.index(kind), workers, accumulation, ranks])
     kills = continued = runs = 0
@@ -259,10 +267,7 @@ def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation
             said = finish(cut)
             continued += "continuing from" in said
         runs += 1
-        assert_equal_runs(whole, directory)
-        assert (tmp_path / "whole.ckpt").read_bytes() == out.read_bytes()
-        shutil.rmtree(directory)
-        out.unlink()
+        compare_and_forget(tmp_path)
     print(
         f"{kind}, {workers} workers, accumulation {accumulation}, {ranks} ranks: {kills} kills of {runs} runs, {steps} steps "
         f"each, {continued} tries continued a save"
@@ -286,8 +291,8 @@ def test_signals_to_all_processes(parents, tmp_path, kind, workers, accumulation
     """
     count = KILLS or 5
     arguments = arguments_of(parents, kind, workers, accumulation, ranks, steps=100 * min(KILLS or 2, 5))
-    whole, directory, out = tmp_path / "whole", tmp_path / "cut", tmp_path / "cut.ckpt"
-    finish([*arguments, "--run-dir", str(whole), "--out", str(tmp_path / "whole.ckpt")])
+    directory, out = tmp_path / "cut", tmp_path / "cut.ckpt"
+    finish([*arguments, "--run-dir", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.ckpt")])
     cut = [*arguments, "--run-dir", str(directory), "--out", str(out)]
     rng = np.random.default_rng([9, KINDS.index(kind), workers, accumulation, ranks])
     sent = continued = saved = runs = 0
@@ -307,10 +312,7 @@ def test_signals_to_all_processes(parents, tmp_path, kind, workers, accumulation
         saved += "; the same command continues from step" in said
         if out.exists():
             runs += 1
-            assert_equal_runs(whole, directory)
-            assert (tmp_path / "whole.ckpt").read_bytes() == out.read_bytes()
-            shutil.rmtree(directory)
-            out.unlink()
+            compare_and_forget(tmp_path)
     print(
         f"{kind}, {workers} workers, accumulation {accumulation}, {ranks} ranks: {sent} signals in {runs} runs, {saved} tries "
         f"saved, {continued} continued a save"
