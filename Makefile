@@ -42,7 +42,7 @@ test-fuzz: $(VENV)/installed-dev
 	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,7 @@ from pathlib import Path
 import msprime
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from cxt.catalogue import genetic_map
 from cxt.configfile import load
@@ -121,10 +122,19 @@ def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=Tru
 
 @pytest.fixture(scope="session")
 def workflow(tmp_path_factory) -> Path:
-    """A directory in which the whole tiny workflow has run."""
+    """A directory in which the whole tiny workflow has run: once for all processes that test, and a copy for each."""
     directory = tmp_path_factory.mktemp("workflow")
-    snakemake("--show-failed-logs", cwd=directory)
-    return directory
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        snakemake("--show-failed-logs", cwd=directory)
+        return directory
+    shared = tmp_path_factory.getbasetemp().parent / "workflow"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            making = shared.with_name("workflow-in-the-making")
+            making.mkdir()
+            snakemake("--show-failed-logs", cwd=making)
+            making.rename(shared)
+    return shutil.copytree(shared, directory / "workflow", symlinks=True)
 
 
 def maps_taken_as_present(cache: Path) -> Path:
