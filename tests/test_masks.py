@@ -95,13 +95,14 @@ def bed(tmp_path, content, name="m.bed"):
 
 
 PLAIN = "chr1\t2\t5\nchr1\t8\t10\n"
+COMPRESSED = gzip.compress(PLAIN.encode(), mtime=0)
 ACCESSIBLE = np.array([1, 1, 0, 0, 0, 1, 1, 1, 0, 0], dtype=bool)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("m.BED", PLAIN), ("m.bed.bgz", gzip.compress(PLAIN.encode())), ("m.bed", gzip.compress(PLAIN.encode())),
+        ("m.BED", PLAIN), ("m.bed.bgz", COMPRESSED), ("m.bed", COMPRESSED),
         ("m.bed", "\ufeff" + PLAIN), ("m.bed", PLAIN.replace("\n", "\r\n")), ("m.bed", PLAIN.replace("\t", " ")),
         ("m.bed", "chrom\tchromStart\tchromEnd\n" + PLAIN),
         ("m.bed", "browser position chr1:1-9\ntrack name=x\n#c\n\n" + PLAIN),
@@ -124,7 +125,7 @@ def test_beds_that_say_the_same(tmp_path, name, content):
         ("m.bed", "chr1\t-1\t5\n", "line 1: expected contig, start and end"),
         ("m.bed", "chr1\t0.5\t5\n", "line 1: expected"), ("m.bed", "chr1\t1_0\t50\n", "line 1: expected"),
         ("m.bed", "chr1\t1\t\u0665\n", "line 1: expected"), ("m.bed", PLAIN + "chrom\tstart\tend\n", "line 3: expected"),
-        ("m.bed", bytes(range(256)), "cannot be read"), ("m.bed.gz", gzip.compress(PLAIN.encode())[:-9], "cannot be read"),
+        ("m.bed", bytes(range(256)), "cannot be read"), ("m.bed.gz", COMPRESSED[:-9], "cannot be read"),
         ("m.bed", "chr1\t0\t9\tNA12878\nchr1\t5\t9\tNA12891\n", "intervals of 'NA12891' and 'NA12878' overlap at 5"),
         ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t2\ta\nchr1\t95\t99\tb\nchr1\t96\t97\tc\n", "'c' and 'b' overlap at 96"),
         ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t20\ta\nchr1\t30\t35\tb\n", "'b' and 'a' overlap at 30"),
