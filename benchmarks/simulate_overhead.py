@@ -26,7 +26,7 @@ import msprime  # noqa: E402
 
 IMPORT_SECONDS = time.process_time() - import_began
 
-from cxt.configfile import load  # noqa: E402
+from cxt.config.file import load  # noqa: E402
 from cxt.jobs import evaluation_batches, leaf_of, leaves_of  # noqa: E402
 from cxt.kinds import simulate_one  # noqa: E402
 from cxt.scenarios import batches  # noqa: E402

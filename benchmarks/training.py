@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from cxt.adapter import build_model
-from cxt.config import PRESETS, AdapterConfig, TrainingConfig
+from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
 from cxt.files import atomic_write
 from cxt.flops import training_flops
 from cxt.speed import Loader, Steps, describe_device, device_here, fitting, items_for

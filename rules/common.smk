@@ -7,7 +7,7 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt import jobs
-from cxt.configfile import read_yaml, resolve, training_config
+from cxt.config.file import read_yaml, resolve, training_config
 from cxt.costs import HERE, Costs
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 
 from cxt.catalogue import genetic_map
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.jobs import leaves_of
 from cxt.preprocess import write_split
 from cxt.scenarios import leaves

@@ -26,7 +26,7 @@ from zarr.storage import MemoryStore
 import cxt.dataset
 from cxt import PairDataset, jobs, load_model
 from cxt.checkpoint import import_published, read_checkpoint
-from cxt.configfile import load, resolve
+from cxt.config.file import load, resolve
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.export import export, information, verify

@@ -7,7 +7,7 @@ import torch
 from conftest import run_python
 
 from cxt.bench import main
-from cxt.config import AdapterConfig, ModelConfig
+from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.flops import forward_flops
 from cxt.memory import peak_of

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
 from cxt import catalogue, simulate
 from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest
 from cxt.kinds import check_leaf, simulate_one
@@ -275,7 +275,7 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
     """Another version of stdpopsim, or another file behind a map, makes simulations stale; parametric ones it does not."""
     import importlib.metadata
 
-    from cxt.configfile import load
+    from cxt.config.file import load
     from cxt.jobs import batch_lineage, leaf_of
     from cxt.scenarios import Leaf
 

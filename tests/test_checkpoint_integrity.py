@@ -16,7 +16,7 @@ from cxt import load_model
 from cxt.adapter import build_model
 from cxt.archive import Damaged, check_bytes, opened, packed
 from cxt.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
-from cxt.config import ModelConfig
+from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
 from cxt.inspection import check, diff, show, verify
 from cxt.parents import read_parent

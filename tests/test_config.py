@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY
 
-from cxt.config import (
+from cxt.config.settings import (
     ADAPTER_RANGES,
     NETWORK_RANGES,
     PRESETS,
@@ -18,7 +18,7 @@ from cxt.config import (
     TrainingConfig,
     steps_per_epoch,
 )
-from cxt.configfile import (
+from cxt.config.file import (
     adapter_config,
     load,
     merge,
@@ -31,8 +31,8 @@ from cxt.configfile import (
 from cxt.errors import BadRequest, nearest
 from cxt.jobs import model_lineage
 from cxt.kinds import KINDS
-from cxt.ranges import DEVICES, MOST
-from cxt.schema import defaults_of, document, load_schema
+from cxt.config.bounds import DEVICES, MOST
+from cxt.config.schema import defaults_of, document, load_schema
 
 
 def with_changes(**sections) -> dict:
@@ -104,7 +104,7 @@ def every_property(node, path="config"):
 def test_every_key_is_described_and_documented():
     schema = load_schema()
     text = (REPOSITORY / "config" / "README.md").read_text()
-    assert text == document(), "run: python -m cxt.schema > config/README.md"
+    assert text == document(), "run: python -m cxt.config.schema > config/README.md"
     for path, child in every_property(schema):
         target = child
         while "description" not in target and "$ref" in target:

@@ -9,7 +9,7 @@ from conftest import constant_scenario
 
 from cxt.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
-from cxt.config import ModelConfig
+from cxt.config.settings import ModelConfig
 from cxt.decode import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import (

@@ -13,7 +13,7 @@ from conftest import simulate
 from cxt import load_model, pair_features
 from cxt.adapter import build_model
 from cxt.checkpoint import write_checkpoint
-from cxt.config import AdapterConfig, ModelConfig
+from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.inputs import OutsideTraining
 from cxt.record import model_record

@@ -19,7 +19,7 @@ from cxt import preprocess as preprocess_stage
 from cxt import simulate as simulate_stage
 from cxt import train as train_stage
 from cxt.checkpoint import read_checkpoint, write_checkpoint
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import table_lineage_of
 from cxt.fit import quieten

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cxt.adapter import build_model, freeze_backbone
 from cxt.attention import rotary_table, rotate
-from cxt.config import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
+from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest
 from cxt.training import parameter_groups
 

@@ -15,7 +15,7 @@ from conftest import REPOSITORY, run_python
 from test_resume import _forked, assert_equal_runs, command
 
 from cxt import nodes as module
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.flags import build_parser, parse_flags

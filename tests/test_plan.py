@@ -10,8 +10,8 @@ from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt import catalogue
 from cxt import costs as costs_module
-from cxt.config import PRESETS, AdapterConfig
-from cxt.configfile import load, merge, read_yaml, resolve
+from cxt.config.settings import PRESETS, AdapterConfig
+from cxt.config.file import load, merge, read_yaml, resolve
 from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
 from cxt.errors import BadRequest
 from cxt.flops import decoding_flops, forward_flops, training_flops

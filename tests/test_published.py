@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
-from cxt.config import PRESETS
+from cxt.config.settings import PRESETS
 from cxt.errors import BadRequest
 from cxt.inspection import diff, show, verify
 from cxt.portable import write_portable
@@ -44,7 +44,7 @@ def changed(file, out, change):
     return out
 
 
-def original_class(name, module="cxt.config"):
+def original_class(name, module="cxt.config.settings"):
     """A class of that name as a pickle sees it, in a module that exists while it is written."""
     made = types.ModuleType(module)
     setattr(made, name, type(name, (), {"__module__": module}))

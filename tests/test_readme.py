@@ -7,7 +7,7 @@ import shutil
 import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.flags import build_parser, parse_flags
 
 README = (REPOSITORY / "README.md").read_text()

@@ -24,8 +24,8 @@ from cxt import find_lr as find_lr_stage
 from cxt import load_model
 from cxt import runs as runs_stage
 from cxt.checkpoint import read_checkpoint, write_checkpoint
-from cxt.config import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
-from cxt.configfile import load, training_settings
+from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
+from cxt.config.file import load, training_settings
 from cxt.datamodule import EpochBatches
 from cxt.dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed

@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.config import TrainingConfig
+from cxt.config.settings import TrainingConfig
 from cxt.datamodule import EpochBatches
 from cxt.errors import BadRequest
 from cxt.kinds import simulate_one
 from cxt.live import LIVE_START
 from cxt.scenarios import EVALUATION_START, LAST_INDEX, check_shared_ancestry, engine_seeds, leaves
-from cxt.schema import complete_part, load_schema
+from cxt.config.schema import complete_part, load_schema
 from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, key_of, mixed, msprime_seeds, permuted, torch_seed
 
 BITS = 2**64 - 1

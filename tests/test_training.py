@@ -17,11 +17,11 @@ from conftest import REPOSITORY, build_dataset, run_python
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
-from cxt.config import TrainingConfig
+from cxt.config.settings import TrainingConfig
 from cxt.datamodule import EpochBatches
 from cxt.errors import BadRequest
 from cxt.parents import OF_THE_ADAPTER
-from cxt.ranges import note_more_than_cores
+from cxt.config.bounds import note_more_than_cores
 from cxt.rundir import RunDirectory
 from cxt.runlog import read_log
 from cxt.training import learning_rate_factor

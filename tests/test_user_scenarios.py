@@ -13,7 +13,7 @@ import yaml
 from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run_python, snakemake
 
 from cxt.checkpoint import read_checkpoint
-from cxt.configfile import load, merge, read_yaml, resolve
+from cxt.config.file import load, merge, read_yaml, resolve
 from cxt.errors import BadRequest
 from cxt.jobs import check_plan, leaf_of
 from cxt.kinds import simulate_one

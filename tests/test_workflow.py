@@ -18,7 +18,7 @@ import yaml
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakemake
 
 from cxt.checkpoint import read_checkpoint, write_checkpoint
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.inspection import verify
 from cxt.jobs import dataset_lineage, model_lineage

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cxt.config import AdapterConfig, ModelConfig
+from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.model import CoalescenceModel
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from cxt.config import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
+from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, training_flops
 from cxt.jsontext import json_text
-from cxt.ranges import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
+from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxt.configfile import adapter_config, model_config, training_config
+from cxt.config.file import adapter_config, model_config, training_config
 from cxt.errors import BadRequest
 from cxt.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
 from cxt.kinds import simulate_one

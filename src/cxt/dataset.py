@@ -25,12 +25,12 @@ import torch
 from torch.utils.data import Dataset
 
 from cxt.arena import Arena, free_memory
-from cxt.config import STORAGES
+from cxt.config.settings import STORAGES
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import first_sites, missing_fraction
 from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
 from cxt.lineage import digest
-from cxt.ranges import COUNT, check_flags
+from cxt.config.bounds import COUNT, check_flags
 from cxt.store import MANIFEST, SPLITS, check_content, read_manifest, read_shard
 from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 

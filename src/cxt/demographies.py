@@ -13,7 +13,7 @@ import tskit
 
 from cxt.errors import BadRequest, nearest
 from cxt.scenarios import EngineSeeds
-from cxt.yamlfile import read_yaml
+from cxt.config.yaml import read_yaml
 
 Simulated = tuple[tskit.TableCollection, dict]
 """A simulation as tables, and what to record of it; its mutation and recombination rate at least."""

@@ -24,7 +24,7 @@ from cxt.lineage import check_lineage, digest, stage_lineage
 from cxt.masks import add_mask_flags, mask_from_flags
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
-from cxt.ranges import COUNT, THREADS, Range, check_flags, problems
+from cxt.config.bounds import COUNT, THREADS, Range, check_flags, problems
 from cxt.seeds import check_seed
 from cxt.simulate import read_batch
 from cxt.store import Entry

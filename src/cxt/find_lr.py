@@ -16,7 +16,7 @@ import numpy as np
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.files import check_writable
 from cxt.flags import build_parser, parse_flags
-from cxt.ranges import MOST
+from cxt.config.bounds import MOST
 from cxt.train import plan_of
 
 SMOOTHING = 0.98

@@ -18,7 +18,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from cxt.adapter import build_model
 from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
-from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
+from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.datamodule import DataModule, InOrder
 from cxt.dataset import open_dataset
 from cxt.errors import BadRequest, Failed, first_line, why_not

@@ -90,7 +90,7 @@ def _devices(record: dict) -> str:
 
 def _effective_batch(config: dict, name: str) -> int:
     """Items of an optimizer step, as the configuration asks for."""
-    from cxt.configfile import training_config
+    from cxt.config.file import training_config
     from cxt.jobs import devices
 
     training = training_config(config, name)
@@ -109,7 +109,7 @@ def verify(path, *, configfiles) -> str:
     Failed
         If a weight is not finite, or it is not what the configuration would make today.
     """
-    from cxt.configfile import load
+    from cxt.config.file import load
     from cxt.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
 
     checkpoint = check(path)

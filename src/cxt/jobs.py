@@ -9,15 +9,15 @@ import os
 import sys
 
 from cxt.catalogue import catalogue_lineage, check_map_can_be_had
-from cxt.config import change_no_result, steps_per_epoch
-from cxt.configfile import lineage_of_parents, model_config, parent_of, training_config, training_settings
+from cxt.config.settings import change_no_result, steps_per_epoch
+from cxt.config.file import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
 from cxt.kinds import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import describe_mask, read_mask
 from cxt.preprocess import planned_shards
 from cxt.scenarios import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
-from cxt.schema import REPOSITORY
+from cxt.config.schema import REPOSITORY
 from cxt.store import SPLITS, dataset_lineage_of
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 
-from cxt.config import (
+from cxt.config.settings import (
     PRESETS,
     SIZES,
     AdapterConfig,

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cxt.adapter import build_model
-from cxt.config import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256
 from cxt.model import CHANNEL_WEIGHTS
@@ -37,7 +37,7 @@ class Settings:
         self.fields = state
 
 
-MODULE = "cxt.config"
+MODULE = "cxt.config.settings"
 CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
 """The original's classes, in its MODULE, that a file may hold. Only the first was seen; the others are a guess."""
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from cxt.config import AdapterConfig, ModelConfig
+from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 
 FORMAT = 1

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from cxt.configfile import load
+from cxt.config.file import load
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.jobs import run_directory
 from cxt.rundir import RunDirectory, is_locked

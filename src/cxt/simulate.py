@@ -29,7 +29,7 @@ from cxt.kinds import KINDS, check_leaf, simulated_tables
 from cxt.lineage import canonical, check_lineage
 from cxt.remedies import make_again
 from cxt.scenarios import NOT_PARAMETERS, leaves
-from cxt.schema import complete_part
+from cxt.config.schema import complete_part
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
@@ -135,7 +135,7 @@ def _spec_of(args) -> dict:
         if others or leaf.name != spec["name"]:
             raise BadRequest("--spec has a list of values: it must be one leaf scenario, not a sweep")
         return leaf.spec
-    from cxt.configfile import load  # the workflow's jobs, which come with --spec, need not pay for it
+    from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
 
     config = load(args.configfile)
     known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}

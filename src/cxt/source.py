@@ -1,7 +1,7 @@
 """Where a run's items come from, by its flags: a dataset on disk, or scenarios that are simulated on the fly."""
 
-from cxt.config import PRESETS, TrainingConfig
-from cxt.configfile import load
+from cxt.config.settings import PRESETS, TrainingConfig
+from cxt.config.file import load
 from cxt.errors import BadRequest, nearest
 from cxt.features import SCALES
 from cxt.scenarios import leaves

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cxt.adapter import build_model
-from cxt.config import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
+from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.datamodule import EpochBatches, PrefetchLoader
 from cxt.dataset import Batch, PairDataset, model_input
 from cxt.decode import computing_in

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import jsonargparse
 
-from cxt.config import (
+from cxt.config.settings import (
     PRESETS,
     TrainingConfig,
     change_no_result,
@@ -41,7 +41,7 @@ from cxt.parents import (
     read_parent,
     resolve_network,
 )
-from cxt.ranges import note_more_than_cores
+from cxt.config.bounds import note_more_than_cores
 from cxt.remedies import plan_again
 from cxt.rundir import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
 from cxt.source import check_source, live_source

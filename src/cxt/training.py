@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.adapter import freeze_backbone
-from cxt.config import TrainingConfig
+from cxt.config.settings import TrainingConfig
 from cxt.dataset import Batch, model_input
 from cxt.errors import BadRequest
 from cxt.model import CoalescenceModel

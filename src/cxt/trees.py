@@ -10,7 +10,7 @@ import tskit
 
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_file, check_writable
-from cxt.ranges import INDEX, check_flags
+from cxt.config.bounds import INDEX, check_flags
 
 
 def find(path, index: int) -> tskit.TreeSequence:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from cxt.errors import BadRequest, nearest
-from cxt.ranges import ANY_COUNT, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WORKERS, Range, problems
+from cxt.config.bounds import ANY_COUNT, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WORKERS, Range, problems
 from cxt.seeds import LARGEST_SEED
 
 

@@ -1,6 +1,6 @@
 """Check a configuration against the JSON Schema, fill in its defaults, and write its documentation.
 
-`python -m cxt.schema > config/README.md` regenerates the reference of all keys.
+`python -m cxt.config.schema > config/README.md` regenerates the reference of all keys.
 """
 
 import argparse
@@ -253,7 +253,7 @@ def document() -> str:
         "by key, lists are replaced whole, and `null` removes a key or an entry. A name that YAML takes for something else,",
         "such as `no` or `2024`, is put in quotes.",
         "",
-        "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.schema > config/README.md`.",
+        "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.config.schema > config/README.md`.",
         "",
         "## Top level",
         "",
@@ -288,7 +288,7 @@ def document() -> str:
 
 def main() -> None:
     argparse.ArgumentParser(
-        prog="python -m cxt.schema", description="Print config/README.md, made from the schema of the configuration."
+        prog="python -m cxt.config.schema", description="Print config/README.md, made from the schema of the configuration."
     ).parse_args()
     print(document(), end="")
 

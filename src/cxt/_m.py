@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cxt.attention import Attention, rotary_table
-from cxt.config import ModelConfig
+from cxt.config.settings import ModelConfig
 from cxt.generation import Decoder
 from cxt.inputs import as_input, check_input, check_shape, check_tokens
 

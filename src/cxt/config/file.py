@@ -1,6 +1,6 @@
 """The configuration: merging overlays, checking, and what it says of each model.
 
-`python -m cxt.configfile --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
+`python -m cxt.config.file --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
 `python -m cxt.train --config FILE.yaml` reads.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from cxt.config import (
+from cxt.config.settings import (
     PRESETS,
     SIZES,
     AdapterConfig,
@@ -27,8 +27,8 @@ from cxt.demographies import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
 from cxt.scenarios import NOT_PARAMETERS, check_leaves, leaves
-from cxt.schema import REPOSITORY, complete, complete_part
-from cxt.yamlfile import read_yaml
+from cxt.config.schema import REPOSITORY, complete, complete_part
+from cxt.config.yaml import read_yaml
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
 
@@ -330,7 +330,7 @@ def training_settings(config: dict, name: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cxt.configfile", description="Write one model's training settings as YAML."
+        prog="python -m cxt.config.file", description="Write one model's training settings as YAML."
     )
     parser.add_argument("--spec", required=True, help="the settings as JSON")
     parser.add_argument("--out", required=True, type=Path, help="YAML file to write")
