@@ -30,7 +30,7 @@ import tskit
 from cxt.datamodule import EpochBatches, PrefetchLoader, ProcessLoader
 from cxt.dataset import PairDataset
 from cxt.features import SCALES, pair_counts, usable_sites
-from cxt.kinds import METADATA
+from cxt.scenarios.registry import METADATA
 from cxt.preprocess import choose_pairs, preprocess_one
 from cxt.store import write_manifest, write_shard
 from cxt.targets import pair_log_tmrca

@@ -28,8 +28,8 @@ IMPORT_SECONDS = time.process_time() - import_began
 
 from cxt.config.file import load  # noqa: E402
 from cxt.jobs import evaluation_batches, leaf_of, leaves_of  # noqa: E402
-from cxt.kinds import simulate_one  # noqa: E402
-from cxt.scenarios import batches  # noqa: E402
+from cxt.scenarios.registry import simulate_one  # noqa: E402
+from cxt.scenarios.variants import batches  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = ("sim_ancestry", "sim_mutations")

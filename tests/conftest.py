@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from cxt.catalogue import genetic_map
+from cxt.scenarios.stdpopsim_models import genetic_map
 from cxt.config.file import load
 from cxt.jobs import leaves_of
 from cxt.preprocess import write_split
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import leaves
 from cxt.simulate import write_batch
 from cxt.store import write_manifest
 from cxt.targets import pair_log_tmrca

@@ -12,14 +12,16 @@ import pytest
 import stdpopsim
 from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
-from cxt import catalogue, simulate
-from cxt.catalogue import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
+from cxt import simulate
+
+from cxt.scenarios import stdpopsim_models as catalogue
+from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
 from cxt.config.file import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest
-from cxt.kinds import check_leaf, simulate_one
+from cxt.scenarios.registry import check_leaf, simulate_one
 from cxt.plan import plan, report
-from cxt.scenarios import EngineSeeds, engine_seeds
+from cxt.scenarios.variants import EngineSeeds, engine_seeds
 
 SPEC = {
     "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,
@@ -237,7 +239,7 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)
             could = "could not be fetched" if attempt is fetch_map else "cannot be fetched"
-            alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "python -m cxt.catalogue --species AraTha")
+            alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "python -m cxt.scenarios.stdpopsim_models --species AraTha")
             for part in ("scenario 'aratha_map'", could, *alone):
                 assert part in str(error.value)
 
@@ -277,7 +279,7 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
 
     from cxt.config.file import load
     from cxt.jobs import batch_lineage, leaf_of
-    from cxt.scenarios import Leaf
+    from cxt.scenarios.variants import Leaf
 
     config = load([])
     mapped = Leaf("aratha_map", SPEC, 10, 10)
@@ -410,7 +412,7 @@ def test_sizes_and_rates_are_the_catalogues():
 def test_leaving_out_the_second_copies_of_models_changes_no_simulation():
     spec = {"name": "x", "kind": "stdpopsim", "species": "HomSap", "individuals": 3, "sequence_length": 20_000}
     code = (
-        "from cxt.kinds import simulate_one; "
+        "from cxt.scenarios.registry import simulate_one; "
         f"ts = simulate_one({spec!r}, index=3, seed=1); print(ts.tables.nodes.time.sum(), ts.num_sites, ts.metadata)"
     )
     whole = run_python("-c", f"import stdpopsim, sys; assert sys.modules['stdpopsim.qc'].HomSap; {code}").stdout

@@ -30,7 +30,7 @@ from cxt.config.file import (
 )
 from cxt.errors import BadRequest, nearest
 from cxt.jobs import model_lineage
-from cxt.kinds import KINDS
+from cxt.scenarios.registry import KINDS
 from cxt.config.bounds import DEVICES, MOST
 from cxt.config.schema import defaults_of, document, load_schema
 

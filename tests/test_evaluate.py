@@ -27,10 +27,10 @@ from cxt.evaluate import (
 )
 from cxt.figures import draw_scatter
 from cxt.jsontext import json_text
-from cxt.kinds import simulate_one
+from cxt.scenarios.registry import simulate_one
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
-from cxt.scenarios import EVALUATION_START, leaves
+from cxt.scenarios.variants import EVALUATION_START, leaves
 from cxt.simulate import write_batch
 from cxt.targets import Grid
 from cxt.validation import DecodedItems

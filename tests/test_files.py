@@ -15,7 +15,7 @@ from cxt.errors import BadRequest
 from cxt.files import atomic_file, atomic_link, atomic_write
 from cxt.rundir import RunDirectory, is_locked, take_lock
 from cxt.runs import Run, prune
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import leaves
 from cxt.simulate import write_batch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
@@ -170,7 +170,7 @@ def test_a_batch_and_one_of_it(tmp_path):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
     (leaf,) = leaves("constant", constant_scenario(simulations=1))
     write_batch(tmp_path / "b", leaf.spec, start=0, count=1, seed=1)
-    run_python("-m", "cxt.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
+    run_python("-m", "cxt.scenarios.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
     assert not (tmp_path / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.tmp", "one.trees", "one.trees.tmp"]
 

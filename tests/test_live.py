@@ -11,9 +11,9 @@ from conftest import constant_scenario, run_python
 from cxt import pair_features, pair_log_tmrca
 from cxt.datamodule import ProcessLoader
 from cxt.errors import BadRequest
-from cxt.kinds import simulate_one
+from cxt.scenarios.registry import simulate_one
 from cxt.live import LIVE_START, SimulatedDataset, live_manifest
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import leaves
 from cxt.targets import Grid
 
 LEAVES = [leaf.spec for leaf in leaves("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))]

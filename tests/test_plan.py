@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
-from cxt import catalogue
+from cxt.scenarios import stdpopsim_models as catalogue
 from cxt import costs as costs_module
 from cxt.config.settings import PRESETS, AdapterConfig
 from cxt.config.file import load, merge, read_yaml, resolve
@@ -16,10 +16,10 @@ from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, me
 from cxt.errors import BadRequest
 from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.jobs import dataset_spec, leaf_of, leaves_of
-from cxt.kinds import KINDS, simulate_one
+from cxt.scenarios.registry import KINDS, simulate_one
 from cxt.plan import plan, use_devices
-from cxt.scenarios import batches as batches_of
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import batches as batches_of
+from cxt.scenarios.variants import leaves
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"

@@ -17,7 +17,7 @@ from cxt import PairDataset
 from cxt.errors import BadRequest
 from cxt.export import export, information, verify
 from cxt.store import read_manifest, read_shard, write_manifest
-from cxt.trees import find
+from cxt.scenarios.trees import find
 
 SPLITS = ("train", "test")
 SHARD = "train/constant-0.zarr.zip"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import stdpopsim
 
-from cxt.kinds import simulate_one
+from cxt.scenarios.registry import simulate_one
 
 REPLICATES = 200
 N, MU, R = 20_000, 1.29e-8, 1.28e-8

@@ -7,9 +7,9 @@ from conftest import constant_scenario, simulate
 
 from cxt import pair_log_tmrca
 from cxt.errors import BadRequest
-from cxt.kinds import simulate_one
+from cxt.scenarios.registry import simulate_one
 from cxt.preprocess import preprocess_one
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import leaves
 from cxt.targets import Grid
 
 

@@ -16,8 +16,8 @@ from cxt.checkpoint import read_checkpoint
 from cxt.config.file import load, merge, read_yaml, resolve
 from cxt.errors import BadRequest
 from cxt.jobs import check_plan, leaf_of
-from cxt.kinds import simulate_one
-from cxt.scenarios import check_leaves, leaves, scenario_of
+from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.variants import check_leaves, leaves, scenario_of
 
 EXAMPLES = REPOSITORY / "config" / "examples"
 DEMES = {

@@ -8,15 +8,15 @@ import functools
 import os
 import sys
 
-from cxt.catalogue import catalogue_lineage, check_map_can_be_had
+from cxt.scenarios.stdpopsim_models import catalogue_lineage, check_map_can_be_had
 from cxt.config.settings import change_no_result, steps_per_epoch
 from cxt.config.file import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.errors import BadRequest
-from cxt.kinds import check_scenarios
+from cxt.scenarios.registry import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
 from cxt.masks import describe_mask, read_mask
 from cxt.preprocess import planned_shards
-from cxt.scenarios import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
+from cxt.scenarios.variants import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.config.schema import REPOSITORY
 from cxt.store import SPLITS, dataset_lineage_of
 

@@ -10,7 +10,7 @@ import torch
 from cxt.dataset import Batch, Item, Items
 from cxt.errors import BadRequest
 from cxt.features import pair_counts
-from cxt.kinds import simulate_one
+from cxt.scenarios.registry import simulate_one
 from cxt.preprocess import preprocess_one
 from cxt.store import SPLITS
 from cxt.targets import Grid
@@ -24,7 +24,7 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
 
     Parameters
     ----------
-    leaves : parameters of the leaf scenarios, as `cxt.scenarios.leaves` gives them
+    leaves : parameters of the leaf scenarios, as `cxt.scenarios.variants.leaves` gives them
     samples : haplotypes; None takes all of the scenario with the fewest
     held_out, items : items for validation and for training
 

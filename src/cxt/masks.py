@@ -19,7 +19,7 @@ from cxt.errors import BadRequest, first_line, nearest
 from cxt.files import atomic_write
 from cxt.lineage import check_lineage, file_sha256
 from cxt.remedies import make_again
-from cxt.scenarios import random_generator
+from cxt.scenarios.variants import random_generator
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 """Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""

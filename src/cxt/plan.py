@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from cxt import jobs
-from cxt.catalogue import other_recombination
+from cxt.scenarios.stdpopsim_models import other_recombination
 from cxt.config.settings import steps_per_epoch
 from cxt.config.file import adapter_config, load, model_config, training_config
 from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
@@ -23,7 +23,7 @@ from cxt.files import atomic_write, check_writable
 from cxt.flops import decoding_flops, forward_flops, training_flops
 from cxt.jsontext import json_text
 from cxt.config.bounds import DEVICES, POSITIVE, check_flags
-from cxt.scenarios import Leaf, split_size
+from cxt.scenarios.variants import Leaf, split_size
 
 
 def use_devices(config: dict, devices: int) -> dict:

@@ -17,7 +17,7 @@ from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.features import pack_haplotypes, usable_sites
 from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
 from cxt.config.bounds import COUNT, INDEX, check_flags
-from cxt.scenarios import batches, random_generator, split_of, split_size
+from cxt.scenarios.variants import batches, random_generator, split_of, split_size
 from cxt.config.schema import complete_part
 from cxt.seeds import check_seed
 from cxt.simulate import read_batch
@@ -56,7 +56,7 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
 
     Parameters
     ----------
-    ts : tree sequence made by `cxt.kinds.simulate_one`
+    ts : tree sequence made by `cxt.scenarios.registry.simulate_one`
     spec : the dataset's window_size, sequence_length, samples, pairs and regions_per_simulation (default 1)
     mask : accessibility mask of a chromosome, True = inaccessible, or None
     region : which of the simulation's regions; 0 begins at its start

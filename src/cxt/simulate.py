@@ -4,7 +4,7 @@
     python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
 
 `tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing, and
-`python -m cxt.trees` takes one out.
+`python -m cxt.scenarios.trees` takes one out.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import tskit
 
-from cxt.catalogue import other_recombination
-from cxt.demographies import read_demes
+from cxt.scenarios.stdpopsim_models import other_recombination
+from cxt.scenarios.msprime_models import read_demes
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import atomic_file, check_writable, remove_abandoned
-from cxt.kinds import KINDS, check_leaf, simulated_tables
+from cxt.scenarios.registry import KINDS, check_leaf, simulated_tables
 from cxt.lineage import canonical, check_lineage
 from cxt.remedies import make_again
-from cxt.scenarios import NOT_PARAMETERS, leaves
+from cxt.scenarios.variants import NOT_PARAMETERS, leaves
 from cxt.config.schema import complete_part
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen

@@ -4,7 +4,7 @@ from cxt.config.settings import PRESETS, TrainingConfig
 from cxt.config.file import load
 from cxt.errors import BadRequest, nearest
 from cxt.features import SCALES
-from cxt.scenarios import leaves
+from cxt.scenarios.variants import leaves
 
 
 def source_of(args) -> str:
@@ -35,8 +35,8 @@ def check_source(args) -> None:
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
     """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
-    from cxt.catalogue import fetch_map
-    from cxt.kinds import check_leaf
+    from cxt.scenarios.stdpopsim_models import fetch_map
+    from cxt.scenarios.registry import check_leaf
     from cxt.live import live_manifest
 
     config = load(args.configfile)

@@ -52,7 +52,7 @@ def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
     from cxt.features import SCALES
     from cxt.preprocess import write_split
-    from cxt.scenarios import leaves
+    from cxt.scenarios.variants import leaves
     from cxt.simulate import write_batch
     from cxt.store import SPLITS, write_manifest
 

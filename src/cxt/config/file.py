@@ -23,10 +23,10 @@ from cxt.config.settings import (
     check_missingness,
     pairs_of,
 )
-from cxt.demographies import read_demes
+from cxt.scenarios.msprime_models import read_demes
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 from cxt.files import atomic_write
-from cxt.scenarios import NOT_PARAMETERS, check_leaves, leaves
+from cxt.scenarios.variants import NOT_PARAMETERS, check_leaves, leaves
 from cxt.config.schema import REPOSITORY, complete, complete_part
 from cxt.config.yaml import read_yaml
 

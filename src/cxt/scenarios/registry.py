@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import tskit
 
-from cxt import demographies
-from cxt.catalogue import autosomes, catalogue_models, genetic_map, stdpopsim_segment
+from cxt.scenarios import msprime_models as demographies
+from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, genetic_map, stdpopsim_segment
 from cxt.errors import BadRequest
-from cxt.scenarios import engine_seeds, leaves, random_generator
+from cxt.scenarios.variants import engine_seeds, leaves, random_generator
 from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()

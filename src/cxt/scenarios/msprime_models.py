@@ -12,7 +12,7 @@ import msprime
 import tskit
 
 from cxt.errors import BadRequest, nearest
-from cxt.scenarios import EngineSeeds
+from cxt.scenarios.variants import EngineSeeds
 from cxt.config.yaml import read_yaml
 
 Simulated = tuple[tskit.TableCollection, dict]

@@ -1,6 +1,6 @@
 """Take one tree sequence out of a batch file.
 
-python -m cxt.trees results/simulations/constant/0.trees.batch --index 17 --out constant-17.trees
+python -m cxt.scenarios.trees results/simulations/constant/0.trees.batch --index 17 --out constant-17.trees
 """
 
 import argparse
@@ -44,7 +44,7 @@ def find(path, index: int) -> tskit.TreeSequence:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.trees", description="Take one tree sequence out of a batch file.")
+    parser = argparse.ArgumentParser(prog="python -m cxt.scenarios.trees", description="Take one tree sequence out of a batch file.")
     parser.add_argument("batch", type=Path, help="file made by cxt.simulate")
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its leaf scenario")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
