@@ -17,8 +17,8 @@ from cxt.jobs import leaves_of
 from cxt.preprocess import write_split
 from cxt.scenarios.variants import leaves
 from cxt.simulate import write_batch
-from cxt.store import write_manifest
-from cxt.targets import pair_log_tmrca
+from cxt.data.shards import write_manifest
+from cxt.data.targets import pair_log_tmrca
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"

@@ -23,25 +23,25 @@ from conftest import REPOSITORY, build_dataset, constant_scenario
 from mutators import archive_of, changed_archive, changed_array, changed_bytes, changed_text, changed_value
 from zarr.storage import MemoryStore
 
-import cxt.dataset
+import cxt.data.pair_dataset
 from cxt import PairDataset, jobs, load_model
 from cxt.checkpoint import import_published, read_checkpoint
 from cxt.config.file import load, resolve
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
-from cxt.export import export, information, verify
-from cxt.features import missing_fraction
+from cxt.data.export import export, information, verify
+from cxt.data.features import missing_fraction
 from cxt.fit import starting_model
 from cxt.flags import build_parser
 from cxt.inspection import check, diff, show
 from cxt.inspection import verify as verify_checkpoint
-from cxt.masks import read_mask
+from cxt.data.masks import read_mask
 from cxt.plan import plan, report
 from cxt.portable import write_portable
 from cxt.rundir import RunDirectory
 from cxt.saves import save_to_continue
-from cxt.store import SPLITS, read_shard, write_manifest
-from cxt.targets import Grid
+from cxt.data.shards import SPLITS, read_shard, write_manifest
+from cxt.data.targets import Grid
 from cxt.train import plan_of, train_model
 
 SHARD = "constant-0.zarr.zip"

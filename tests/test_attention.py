@@ -8,7 +8,7 @@ import torch
 
 from cxt.attention import flexible_attention, rotary_table, rotate, split_attention
 from cxt.config.settings import TrainingConfig
-from cxt.dataset import model_input
+from cxt.data.pair_dataset import model_input
 from cxt.dense import dense_loss, dense_mask
 from cxt.memory import peak_of
 from cxt.training import loss_function

@@ -21,8 +21,8 @@ from cxt.scenarios.registry import simulate_one
 from cxt.preprocess import preprocess_one, region_start
 from cxt.scenarios.variants import leaves
 from cxt.simulate import read_batch, write_batch
-from cxt.store import read_manifest, read_shard
-from cxt.targets import Grid, pair_log_tmrca
+from cxt.data.shards import read_manifest, read_shard
+from cxt.data.targets import Grid, pair_log_tmrca
 
 SLOW = {
     "name": "slow", "kind": "constant", "population_size": 10_000_000, "individuals": 25, "sequence_length": 1_000_000,

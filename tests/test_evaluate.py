@@ -32,7 +32,7 @@ from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.scenarios.variants import EVALUATION_START, leaves
 from cxt.simulate import write_batch
-from cxt.targets import Grid
+from cxt.data.targets import Grid
 from cxt.validation import DecodedItems
 
 SPEC = leaves("constant", constant_scenario())[0].spec

@@ -12,9 +12,9 @@ from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, damag
 
 from cxt import PairDataset, pair_features
 from cxt.errors import BadRequest
-from cxt.export import export, information, verify
+from cxt.data.export import export, information, verify
 from cxt.preprocess import preprocess_one
-from cxt.store import read_manifest, read_shard, write_manifest, write_shard
+from cxt.data.shards import read_manifest, read_shard, write_manifest, write_shard
 
 
 def test_the_snippet_in_the_documentation(dataset, tmp_path):
@@ -54,7 +54,7 @@ def test_info(dataset):
     text = information(dataset)
     assert re.search(r"constant +train +18 +108 ", text)
     assert re.search(r"all +test +2 +12 ", text)
-    assert run_python("-m", "cxt.dataset", "info", dataset).stdout == text + "\n"
+    assert run_python("-m", "cxt.data.pair_dataset", "info", dataset).stdout == text + "\n"
 
 
 DAMAGE = {
@@ -260,11 +260,11 @@ def write_manifest_of(directory, test):
 
 def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
     directory = build_dataset(tmp_path / "data", entry=constant_scenario(sequence_length=40_000), regions_per_simulation=2)
-    done = run_python("-m", "cxt.dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1)
+    done = run_python("-m", "cxt.data.pair_dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1)
     assert "1 simulations" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out/test/constant").iterdir()) == ["ts_00000000_i0", "ts_00000000_i0_r1"]
     assert read_manifest(directory)["regions_per_simulation"] == 2
-    monkeypatch.setattr("cxt.export.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("cxt.data.export.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(BadRequest, match="export fewer with --split or --limit"):
         export(directory, tmp_path / "more")
 
@@ -338,7 +338,7 @@ def test_golden_through_store_loader_and_export(monkeypatch, tmp_path, name, win
 def test_golden_on_the_fly(monkeypatch):
     import tskit
 
-    from cxt.live import SimulatedDataset, live_manifest
+    from cxt.data.live import SimulatedDataset, live_manifest
 
     features = dict(np.load(GOLDEN / "features.npz"))
     expected, pairs = features["X_w2000"], features["pairs200"]
@@ -348,7 +348,7 @@ def test_golden_on_the_fly(monkeypatch):
     ts = tables.tree_sequence()
     leaf = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
     manifest = live_manifest([leaf], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
-    monkeypatch.setattr("cxt.live.simulate_one", lambda *args, **kwargs: ts)
+    monkeypatch.setattr("cxt.data.live.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
         counts = SimulatedDataset([leaf], manifest, "train", seed=1).batch([i]).counts.numpy()

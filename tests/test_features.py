@@ -6,7 +6,7 @@ import pytest
 from conftest import simulate
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.features import first_sites, missing_fraction, pack_haplotypes, pair_counts, usable_sites
+from cxt.data.features import first_sites, missing_fraction, pack_haplotypes, pair_counts, usable_sites
 
 SCALES = (2, 8, 32, 64)
 

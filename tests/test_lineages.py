@@ -25,11 +25,11 @@ from cxt.evaluate import table_lineage_of
 from cxt.fit import quieten
 from cxt.inspection import verify
 from cxt.lineage import canonical, file_sha256
-from cxt.masks import read_mask, write_mask
+from cxt.data.masks import read_mask, write_mask
 from cxt.preprocess import planned_shards
 from cxt.rundir import RunDirectory
 from cxt.simulate import read_batch
-from cxt.store import read_manifest, read_shard
+from cxt.data.shards import read_manifest, read_shard
 
 OTHERS = ["broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 FEW = {

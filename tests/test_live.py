@@ -9,12 +9,12 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.datamodule import ProcessLoader
+from cxt.data.loaders import ProcessLoader
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
-from cxt.live import LIVE_START, SimulatedDataset, live_manifest
+from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
 from cxt.scenarios.variants import leaves
-from cxt.targets import Grid
+from cxt.data.targets import Grid
 
 LEAVES = [leaf.spec for leaf in leaves("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))]
 MANIFEST = live_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
@@ -147,7 +147,7 @@ def test_a_bad_request_in_a_simulating_process(monkeypatch):
     def refuse(*args, **kwargs):
         raise BadRequest("no")
 
-    monkeypatch.setattr("cxt.live.simulate_one", refuse)
+    monkeypatch.setattr("cxt.data.live.simulate_one", refuse)
     for processes in (0, 1):
         with pytest.raises(BadRequest, match="^no$"):
             list(ProcessLoader(live(), [[0, 1]], processes=processes, pin=False))

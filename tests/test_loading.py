@@ -14,14 +14,16 @@ import torch
 from conftest import build_dataset, constant_scenario, run_python
 from torch.utils.data import DataLoader
 
-from cxt import PairDataset, arena
-from cxt.arena import Arena, free_memory
-from cxt.datamodule import EpochBatches, InOrder, PrefetchLoader
-from cxt.dataset import model_input, open_dataset
+from cxt import PairDataset
+
+from cxt.data import shared_memory as arena
+from cxt.data.shared_memory import Arena, free_memory
+from cxt.data.loaders import EpochBatches, InOrder, PrefetchLoader
+from cxt.data.pair_dataset import model_input, open_dataset
 from cxt.errors import BadRequest
-from cxt.kernel import lowest_bit, pack_bins, unpack_bins
-from cxt.store import read_shard
-from cxt.targets import Grid
+from cxt.data.kernels import lowest_bit, pack_bins, unpack_bins
+from cxt.data.shards import read_shard
+from cxt.data.targets import Grid
 
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks into /proc")
 
@@ -195,7 +197,7 @@ def test_nothing_is_left_behind(dataset, tmp_path, storage):
 
 def test_storage_is_chosen_by_what_is_free(dataset, monkeypatch, tmp_path):
     said = []
-    monkeypatch.setattr("cxt.dataset.free_memory", lambda: 1000)
+    monkeypatch.setattr("cxt.data.pair_dataset.free_memory", lambda: 1000)
     few = PairDataset(dataset, "test", progress=said.append)
     assert re.search(r"in a temporary file in /\S+ \(0.0 GB of memory free\)", said[0])
     monkeypatch.undo()

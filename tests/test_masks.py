@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cxt.errors import BadRequest
-from cxt.features import missing_fraction
-from cxt.masks import cut_mask, describe_mask, read_mask, synthetic_mask, write_mask
+from cxt.data.features import missing_fraction
+from cxt.data.masks import cut_mask, describe_mask, read_mask, synthetic_mask, write_mask
 
 SYNTHETIC = {"length": 2_000_000, "accessible_run": 500, "inaccessible_run": 200}
 

@@ -121,8 +121,8 @@ def test_compiled_code_that_cannot_be_kept():
 import numba.core.caching as caching
 for kind in (caching.InTreeCacheLocator, caching.UserWideCacheLocator, caching.UserProvidedCacheLocator):
     kind.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError(30, "read-only"))
-import numpy as np, cxt.targets
-from cxt.kernel import count_bits
+import numpy as np, cxt.data.targets
+from cxt.data.kernels import count_bits
 assert count_bits(np.uint64(7)) == 3
 """
     status, _, err = command("-c", code)

@@ -36,7 +36,7 @@ def test_published_commands_parse():
 
 
 def test_dataset_commands(workflow, tmp_path):
-    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.dataset")]
+    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.data.pair_dataset")]
     assert len(lines) == 3
     for line in lines:
         words = [str(tmp_path / word) if word == "arrays" else word for word in shlex.split(line)[1:]]

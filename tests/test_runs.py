@@ -26,8 +26,8 @@ from cxt import runs as runs_stage
 from cxt.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.config.file import load, training_settings
-from cxt.datamodule import EpochBatches
-from cxt.dataset import PairDataset, model_input
+from cxt.data.loaders import EpochBatches
+from cxt.data.pair_dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
 from cxt.fit import data_of, set_threads, starting_model, trainer_of
 from cxt.flags import build_parser

@@ -8,10 +8,10 @@ import torch
 from conftest import constant_scenario
 
 from cxt.config.settings import TrainingConfig
-from cxt.datamodule import EpochBatches
+from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
-from cxt.live import LIVE_START
+from cxt.data.live import LIVE_START
 from cxt.scenarios.variants import EVALUATION_START, LAST_INDEX, check_shared_ancestry, engine_seeds, leaves
 from cxt.config.schema import complete_part, load_schema
 from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, key_of, mixed, msprime_seeds, permuted, torch_seed

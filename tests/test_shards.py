@@ -15,8 +15,8 @@ from zarr.storage import MemoryStore
 
 from cxt import PairDataset
 from cxt.errors import BadRequest
-from cxt.export import export, information, verify
-from cxt.store import read_manifest, read_shard, write_manifest
+from cxt.data.export import export, information, verify
+from cxt.data.shards import read_manifest, read_shard, write_manifest
 from cxt.scenarios.trees import find
 
 SPLITS = ("train", "test")

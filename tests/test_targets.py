@@ -10,7 +10,7 @@ from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
 from cxt.preprocess import preprocess_one
 from cxt.scenarios.variants import leaves
-from cxt.targets import Grid
+from cxt.data.targets import Grid
 
 
 def slow_log_tmrca(ts, pairs, *, window_size, sequence_length):

@@ -18,7 +18,7 @@ from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from cxt.config.settings import TrainingConfig
-from cxt.datamodule import EpochBatches
+from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
 from cxt.parents import OF_THE_ADAPTER
 from cxt.config.bounds import note_more_than_cores

@@ -367,7 +367,7 @@ def test_advice_about_damaged_files(copy, tmp_path, absolute):
     before = (copy / shard).read_bytes()
     (copy / shard).write_bytes(before[:-100])
     place, given = (tmp_path, copy / dataset) if absolute else (copy, dataset)
-    done = run_python("-m", "cxt.dataset", "verify", given, cwd=place, check=False)
+    done = run_python("-m", "cxt.data.pair_dataset", "verify", given, cwd=place, check=False)
     assert "delete it and the dataset's dataset.json, then run" in done.stderr
     (copy / shard).unlink()
     (copy / dataset / "dataset.json").unlink()

@@ -6,9 +6,9 @@ Names are imported when first used, so that `import cxt` is quick and what does 
 import importlib
 
 _HOME = {
-    "pair_features": "cxt.features",
-    "pair_log_tmrca": "cxt.targets",
-    "PairDataset": "cxt.dataset",
+    "pair_features": "cxt.data.features",
+    "pair_log_tmrca": "cxt.data.targets",
+    "PairDataset": "cxt.data.pair_dataset",
     "load_model": "cxt.checkpoint",
     "train_model": "cxt.train",
 }

@@ -15,10 +15,10 @@ from cxt.errors import BadRequest
 from cxt.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
 from cxt.scenarios.registry import simulate_one
 from cxt.lineage import digest
-from cxt.masks import read_mask, synthetic_mask
+from cxt.data.masks import read_mask, synthetic_mask
 from cxt.preprocess import preprocess_one
 from cxt.scenarios.variants import Leaf
-from cxt.store import write_shard
+from cxt.data.shards import write_shard
 
 SHIPPED = Path(__file__).with_name("costs.json")
 HERE = Path("results/costs.json")

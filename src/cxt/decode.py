@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cxt.dataset import model_input
+from cxt.data.pair_dataset import model_input
 from cxt.generation import Decoder
 from cxt.model import CoalescenceModel
-from cxt.targets import Grid
+from cxt.data.targets import Grid
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 """What matrix products are computed in on a GPU, by the name of a training precision."""

@@ -17,18 +17,18 @@ import numpy as np
 
 from cxt.console import progress_only
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
-from cxt.features import first_sites, missing_fraction, pair_counts
+from cxt.data.features import first_sites, missing_fraction, pair_counts
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
 from cxt.lineage import check_lineage, digest, stage_lineage
-from cxt.masks import add_mask_flags, mask_from_flags
+from cxt.data.masks import add_mask_flags, mask_from_flags
 from cxt.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.config.bounds import COUNT, THREADS, Range, check_flags, problems
 from cxt.seeds import check_seed
 from cxt.simulate import read_batch
-from cxt.store import Entry
-from cxt.targets import Grid
+from cxt.data.shards import Entry
+from cxt.data.targets import Grid
 
 SPEC_KEYS = {
     "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",

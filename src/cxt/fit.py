@@ -19,18 +19,18 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from cxt.adapter import build_model
 from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
-from cxt.datamodule import DataModule, InOrder
-from cxt.dataset import open_dataset
+from cxt.data.loaders import DataModule, InOrder
+from cxt.data.pair_dataset import open_dataset
 from cxt.errors import BadRequest, Failed, first_line, why_not
 from cxt.flops import training_flops
-from cxt.live import SimulatedDataset
+from cxt.data.live import SimulatedDataset
 from cxt.model import CoalescenceModel
 from cxt.nodes import Nodes
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog, read_log
 from cxt.saves import AtomicIO, Saves, save_to_continue
 from cxt.seeds import torch_seed
-from cxt.targets import Grid
+from cxt.data.targets import Grid
 from cxt.training import Reseed, TrainingModule, compile_backend
 from cxt.validation import DecodedItems, Validation, truth_beside_prediction
 

@@ -19,7 +19,7 @@ from cxt.errors import BadRequest
 from cxt.inputs import check_tokens
 from cxt.sampling import draw, limited_to, uniforms
 from cxt.seeds import check_seed
-from cxt.targets import SPECIAL_TOKENS, START_TOKEN
+from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN
 
 SLOTS_OF_A_GRAPH = 64
 """A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""

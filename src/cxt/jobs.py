@@ -14,11 +14,11 @@ from cxt.config.file import lineage_of_parents, model_config, parent_of, trainin
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import check_scenarios
 from cxt.lineage import file_sha256, stage_lineage
-from cxt.masks import describe_mask, read_mask
+from cxt.data.masks import describe_mask, read_mask
 from cxt.preprocess import planned_shards
 from cxt.scenarios.variants import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.config.schema import REPOSITORY
-from cxt.store import SPLITS, dataset_lineage_of
+from cxt.data.shards import SPLITS, dataset_lineage_of
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
@@ -293,7 +293,7 @@ def run_directory(config: dict, name: str) -> str:
 def training_memory_mb(config: dict, name: str) -> int:
     """Memory that training asks the scheduler for: torch, the network and batches on each device, and the dataset once.
 
-    Per region, as `cxt.dataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
+    Per region, as `cxt.data.pair_dataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))

@@ -14,15 +14,15 @@ import tskit
 
 from cxt.console import progress_only
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.features import pack_haplotypes, usable_sites
-from cxt.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
+from cxt.data.features import pack_haplotypes, usable_sites
+from cxt.data.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
 from cxt.config.bounds import COUNT, INDEX, check_flags
 from cxt.scenarios.variants import batches, random_generator, split_of, split_size
 from cxt.config.schema import complete_part
 from cxt.seeds import check_seed
 from cxt.simulate import read_batch
-from cxt.store import SPLITS, Entry, write_manifest, write_shard
-from cxt.targets import pair_log_tmrca
+from cxt.data.shards import SPLITS, Entry, write_manifest, write_shard
+from cxt.data.targets import pair_log_tmrca
 
 
 def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 from cxt.config.settings import PRESETS, TrainingConfig
 from cxt.config.file import load
 from cxt.errors import BadRequest, nearest
-from cxt.features import SCALES
+from cxt.data.features import SCALES
 from cxt.scenarios.variants import leaves
 
 
@@ -37,7 +37,7 @@ def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dic
     """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
     from cxt.scenarios.stdpopsim_models import fetch_map
     from cxt.scenarios.registry import check_leaf
-    from cxt.live import live_manifest
+    from cxt.data.live import live_manifest
 
     config = load(args.configfile)
     chosen = []

@@ -15,15 +15,15 @@ import torch
 
 from cxt.adapter import build_model
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
-from cxt.datamodule import EpochBatches, PrefetchLoader
-from cxt.dataset import Batch, PairDataset, model_input
+from cxt.data.loaders import EpochBatches, PrefetchLoader
+from cxt.data.pair_dataset import Batch, PairDataset, model_input
 from cxt.decode import computing_in
 from cxt.dense import dense_loss
 from cxt.errors import BadRequest
 from cxt.flops import decoding_flops, training_flops
 from cxt.generation import Decoder
 from cxt.memory import peak_of
-from cxt.targets import START_TOKEN, Grid
+from cxt.data.targets import START_TOKEN, Grid
 from cxt.training import compile_backend, loss_function, new_optimizer
 
 SIMULATIONS, PAIRS = 20, 200
@@ -50,11 +50,11 @@ def finish(device: str) -> None:
 @contextlib.contextmanager
 def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
-    from cxt.features import SCALES
+    from cxt.data.features import SCALES
     from cxt.preprocess import write_split
     from cxt.scenarios.variants import leaves
     from cxt.simulate import write_batch
-    from cxt.store import SPLITS, write_manifest
+    from cxt.data.shards import SPLITS, write_manifest
 
     samples = network.samples if adapter is None else adapter.samples
     length = network.windows * network.window_size

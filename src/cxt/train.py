@@ -45,7 +45,7 @@ from cxt.config.bounds import note_more_than_cores
 from cxt.remedies import plan_again
 from cxt.rundir import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
 from cxt.source import check_source, live_source
-from cxt.store import MANIFEST, read_manifest
+from cxt.data.shards import MANIFEST, read_manifest
 
 BEGAN = time.monotonic()
 """When this process began, near enough."""

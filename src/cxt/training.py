@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.adapter import freeze_backbone
 from cxt.config.settings import TrainingConfig
-from cxt.dataset import Batch, model_input
+from cxt.data.pair_dataset import Batch, model_input
 from cxt.errors import BadRequest
 from cxt.model import CoalescenceModel
 from cxt.seeds import torch_seed

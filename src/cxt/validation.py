@@ -17,7 +17,7 @@ from cxt.lineage import file_sha256
 from cxt.metrics import pearson_per_pair
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog
-from cxt.targets import SPECIAL_TOKENS, Grid
+from cxt.data.targets import SPECIAL_TOKENS, Grid
 
 REPLICATES = 4
 """Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""

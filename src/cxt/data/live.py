@@ -7,13 +7,13 @@ random pair is taken. The first items are held out, and training begins after th
 import numpy as np
 import torch
 
-from cxt.dataset import Batch, Item, Items
+from cxt.data.pair_dataset import Batch, Item, Items
 from cxt.errors import BadRequest
-from cxt.features import pair_counts
+from cxt.data.features import pair_counts
 from cxt.scenarios.registry import simulate_one
 from cxt.preprocess import preprocess_one
-from cxt.store import SPLITS
-from cxt.targets import Grid
+from cxt.data.shards import SPLITS
+from cxt.data.targets import Grid
 
 LIVE_START = 2_000_000_000
 """First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
@@ -64,7 +64,7 @@ def _haplotypes(leaf: dict) -> int:
 
 
 class SimulatedDataset(Items):
-    """Items simulated on the fly, with the interface of `cxt.dataset.PairDataset`.
+    """Items simulated on the fly, with the interface of `cxt.data.pair_dataset.PairDataset`.
 
     Parameters
     ----------

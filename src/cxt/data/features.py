@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 
-from cxt.kernel import haplotype_words, pairs_of_one
+from cxt.data.kernels import haplotype_words, pairs_of_one
 
 SCALES = (2, 8, 32, 64)
 """Window widths of the published model, in multiples of the base window."""

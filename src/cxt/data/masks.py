@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.arena import free_memory
+from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, nearest
 from cxt.files import atomic_write
 from cxt.lineage import check_lineage, file_sha256

@@ -15,7 +15,7 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
 
 With several regions per simulation, each is a row of its own, as a simulation is above, and `index` repeats.
-Only usable sites are kept (see `cxt.features.usable_sites`). Bytes are a function of the content and the package versions.
+Only usable sites are kept (see `cxt.data.features.usable_sites`). Bytes are a function of the content and the package versions.
 """
 
 import contextlib
@@ -35,14 +35,14 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.arena import free_memory
-from cxt.data_ranges import RANGES, overall_ranges, ranges_of
+from cxt.data.shared_memory import free_memory
+from cxt.data.ranges import RANGES, overall_ranges, ranges_of
 from cxt.errors import BadRequest, first_line
 from cxt.files import atomic_write
 from cxt.jsontext import json_text
 from cxt.lineage import check_lineage, stage_lineage
 from cxt.remedies import make_again
-from cxt.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
+from cxt.data.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
 
 SCHEMA_VERSION = 4
 MANIFEST = "dataset.json"

@@ -8,7 +8,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from cxt.compiled import compiled
+from cxt.data.compiled import compiled
 
 _PLACES = np.zeros(64, dtype=np.int64)
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number
@@ -231,7 +231,7 @@ def widest_count(cumulative, samples, scale):
 def fill_batch(rows, columns, data, scales, width, counts, bins):
     """Counts and bins of several items at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
 
-    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.dataset.PairDataset`.
+    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.data.pair_dataset.PairDataset`.
     """
     words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]

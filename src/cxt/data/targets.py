@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import tskit
 
-from cxt.compiled import compiled
+from cxt.data.compiled import compiled
 from cxt.errors import BadRequest
-from cxt.features import check_pairs, num_windows
-from cxt.kernel import count_bits, lowest_bit
+from cxt.data.features import check_pairs, num_windows
+from cxt.data.kernels import count_bits, lowest_bit
 
 START_TOKEN = 1
 SPECIAL_TOKENS = 2

@@ -1,8 +1,8 @@
 """Reading a dataset: items are (simulation, pair), features are computed when an item is asked for.
 
-    python -m cxt.dataset info results/datasets/processed
-    python -m cxt.dataset verify results/datasets/processed
-    python -m cxt.dataset export results/datasets/processed --out arrays
+    python -m cxt.data.pair_dataset info results/datasets/processed
+    python -m cxt.data.pair_dataset verify results/datasets/processed
+    python -m cxt.data.pair_dataset export results/datasets/processed --out arrays
 
 What an item needs is held in one arena that processes share: a bit for a genotype, as few bits for a target as the grid
 of times asks for (9 as published). That is about what the shards take on disk.
@@ -24,15 +24,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.arena import Arena, free_memory
+from cxt.data.shared_memory import Arena, free_memory
 from cxt.config.settings import STORAGES
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.features import first_sites, missing_fraction
-from cxt.kernel import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
+from cxt.data.features import first_sites, missing_fraction
+from cxt.data.kernels import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
 from cxt.lineage import digest
 from cxt.config.bounds import COUNT, check_flags
-from cxt.store import MANIFEST, SPLITS, check_content, read_manifest, read_shard
-from cxt.targets import SPECIAL_TOKENS, START_TOKEN, Grid
+from cxt.data.shards import MANIFEST, SPLITS, check_content, read_manifest, read_shard
+from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 
 LARGEST_SHARE = 0.7
 """Share of the free memory that `auto` lets a dataset take."""
@@ -312,9 +312,9 @@ def open_dataset(path, split: str, *, grid: Grid, storage: str, progress) -> Pai
 
 
 def main() -> None:
-    from cxt.export import export, information, verify
+    from cxt.data.export import export, information, verify
 
-    parser = argparse.ArgumentParser(prog="python -m cxt.dataset", description="Look at a dataset, check it, export it.")
+    parser = argparse.ArgumentParser(prog="python -m cxt.data.pair_dataset", description="Look at a dataset, check it, export it.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("info", "sizes, and a table of its scenarios"),

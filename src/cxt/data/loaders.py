@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cxt.dataset import Batch
+from cxt.data.pair_dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.seeds import torch_seed
 from cxt.signals import end_with_parent, held_back, ignore

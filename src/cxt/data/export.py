@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from cxt.errors import BadRequest
-from cxt.features import missing_fraction, pair_counts, write_missingness
+from cxt.data.features import missing_fraction, pair_counts, write_missingness
 from cxt.files import check_writable
 from cxt.jsontext import json_text
-from cxt.store import SPLITS, check_content, read_manifest, read_shard
+from cxt.data.shards import SPLITS, check_content, read_manifest, read_shard
 
 
 def information(path) -> str:

@@ -1,0 +1,1 @@
+"""From tree sequences to minibatches."""
