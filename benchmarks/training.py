@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
 from cxt.files import atomic_write
-from cxt.flops import training_flops
+from cxt.model.flops import training_flops
 from cxt.speed import Loader, Steps, describe_device, device_here, fitting, items_for
 from cxt.training import compile_backend, loss_function, new_optimizer
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from cxt.attention import flexible_attention, rotary_table, rotate, split_attention
+from cxt.model.attention import flexible_attention, rotary_table, rotate, split_attention
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import model_input
 from cxt.dense import dense_loss, dense_mask

@@ -9,7 +9,7 @@ from conftest import run_python
 from cxt.bench import main
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
-from cxt.flops import forward_flops
+from cxt.model.flops import forward_flops
 from cxt.memory import peak_of
 
 TINY = ["--layers", 2, "--heads", 2, "--width", 16, "--windows", 20, "--samples", 10, "--threads", 1, "--seconds", 0.1]
@@ -121,7 +121,7 @@ def test_memory_at_the_peak():
 
 
 def test_flops_of_an_adapter_are_fewer():
-    from cxt.flops import training_flops
+    from cxt.model.flops import training_flops
 
     network = ModelConfig()
     assert 0.6 < training_flops(network, AdapterConfig()) / training_flops(network) < 0.8

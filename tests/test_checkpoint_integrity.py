@@ -13,7 +13,7 @@ from conftest import GOLDEN
 
 from cxt import checkpoint as checkpoint_stage
 from cxt import load_model
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.archive import Damaged, check_bytes, opened, packed
 from cxt.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
 from cxt.config.settings import ModelConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
 from cxt.config.settings import ModelConfig
 from cxt.decode import Posterior, decode, posterior_mean, posterior_quantile

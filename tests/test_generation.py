@@ -8,11 +8,11 @@ import torch
 from conftest import GOLDEN
 
 from cxt import load_model
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.errors import BadRequest
-from cxt.generation import Decoder
-from cxt.inputs import OutsideTraining
-from cxt.sampling import draw, limited_to, uniforms
+from cxt.model.decoder import Decoder
+from cxt.model.inputs import OutsideTraining
+from cxt.model.sampling import draw, limited_to, uniforms
 
 from test_model import inputs, model_of  # isort: skip
 

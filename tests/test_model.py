@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cxt.adapter import build_model, freeze_backbone
-from cxt.attention import rotary_table, rotate
+from cxt.model.adapter import build_model, freeze_backbone
+from cxt.model.attention import rotary_table, rotate
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest
 from cxt.training import parameter_groups

@@ -14,7 +14,7 @@ from cxt.config.settings import PRESETS, AdapterConfig
 from cxt.config.file import load, merge, read_yaml, resolve
 from cxt.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
 from cxt.errors import BadRequest
-from cxt.flops import decoding_flops, forward_flops, training_flops
+from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.jobs import dataset_spec, leaf_of, leaves_of
 from cxt.scenarios.registry import KINDS, simulate_one
 from cxt.plan import plan, use_devices

@@ -313,7 +313,7 @@ def test_out_of_memory(dataset, tmp_path, monkeypatch):
     def loss(self, x, y, *, path):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("cxt.model.CoalescenceModel.loss", loss)
+    monkeypatch.setattr("cxt.model.transformer.CoalescenceModel.loss", loss)
     with pytest.raises(Failed, match=r"out of memory on 1 cpu .*batch_size: 4, grad_accum: 4"):
         train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run")
 

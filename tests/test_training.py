@@ -115,7 +115,7 @@ def test_published_checkpoint(parent, dataset):
 
 def test_loss_falls(dataset, tmp_path, monkeypatch):
     from cxt import PairDataset
-    from cxt.adapter import build_model
+    from cxt.model.adapter import build_model
 
     parent = tmp_path / "x.ckpt"
     more = ["--epochs", "15", "--grad-accum", "1", "--lr", "5e-3", "--min-lr", "1e-4", "--decay-steps", "0"]

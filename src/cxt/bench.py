@@ -15,7 +15,7 @@ import torch
 from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
-from cxt.flops import decoding_flops, training_flops
+from cxt.model.flops import decoding_flops, training_flops
 from cxt.jsontext import json_text
 from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting

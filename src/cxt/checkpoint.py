@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import torch
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.archive import UNREADABLE, opened, packed
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
-from cxt.inputs import TrainedOn
-from cxt.model import CoalescenceModel
+from cxt.model.inputs import TrainedOn
+from cxt.model.transformer import CoalescenceModel
 from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
 from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.config.bounds import NOT_NEGATIVE, check_flags

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from cxt.data.pair_dataset import model_input
-from cxt.generation import Decoder
-from cxt.model import CoalescenceModel
+from cxt.model.decoder import Decoder
+from cxt.model.transformer import CoalescenceModel
 from cxt.data.targets import Grid
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
@@ -58,7 +58,7 @@ def decode(
     replicates : decoded sequences per item
     batch_size : items decoded together
     seed : of the sampling
-    temperature, top_k : of the sampling, see `cxt.generation.Decoder`
+    temperature, top_k : of the sampling, see `cxt.model.decoder.Decoder`
     """
     decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
     parts = []

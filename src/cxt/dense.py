@@ -6,7 +6,7 @@ One sequence of sources and tokens with a dense boolean mask, every layer and th
 import torch
 import torch.nn.functional as F
 
-from cxt.model import CoalescenceModel
+from cxt.model.transformer import CoalescenceModel
 
 
 def dense_mask(windows: int, prefix: int, device) -> torch.Tensor:

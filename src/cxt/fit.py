@@ -16,15 +16,15 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.data.loaders import DataModule, InOrder
 from cxt.data.pair_dataset import open_dataset
 from cxt.errors import BadRequest, Failed, first_line, why_not
-from cxt.flops import training_flops
+from cxt.model.flops import training_flops
 from cxt.data.live import SimulatedDataset
-from cxt.model import CoalescenceModel
+from cxt.model.transformer import CoalescenceModel
 from cxt.nodes import Nodes
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog, read_log

@@ -20,7 +20,7 @@ from cxt.config.file import adapter_config, load, model_config, training_config
 from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
-from cxt.flops import decoding_flops, forward_flops, training_flops
+from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.jsontext import json_text
 from cxt.config.bounds import DEVICES, POSITIVE, check_flags
 from cxt.scenarios.variants import Leaf, split_size

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256
-from cxt.model import CHANNEL_WEIGHTS
+from cxt.model.transformer import CHANNEL_WEIGHTS
 from cxt.record import VALUES, check_sizes, check_tensors
 
 SCALES = (2, 8, 32, 64)

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from cxt.adapter import build_model
+from cxt.model.adapter import build_model
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.loaders import EpochBatches, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, model_input
 from cxt.decode import computing_in
 from cxt.dense import dense_loss
 from cxt.errors import BadRequest
-from cxt.flops import decoding_flops, training_flops
-from cxt.generation import Decoder
+from cxt.model.flops import decoding_flops, training_flops
+from cxt.model.decoder import Decoder
 from cxt.memory import peak_of
 from cxt.data.targets import START_TOKEN, Grid
 from cxt.training import compile_backend, loss_function, new_optimizer

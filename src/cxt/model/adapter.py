@@ -6,7 +6,7 @@ from torch import nn
 
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
-from cxt.model import CoalescenceModel
+from cxt.model.transformer import CoalescenceModel
 
 
 class IEAdapter(nn.Module):

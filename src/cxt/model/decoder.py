@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from cxt.errors import BadRequest
-from cxt.inputs import check_tokens
-from cxt.sampling import draw, limited_to, uniforms
+from cxt.model.inputs import check_tokens
+from cxt.model.sampling import draw, limited_to, uniforms
 from cxt.seeds import check_seed
 from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN
 

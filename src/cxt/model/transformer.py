@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cxt.attention import Attention, rotary_table
+from cxt.model.attention import Attention, rotary_table
 from cxt.config.settings import ModelConfig
-from cxt.generation import Decoder
-from cxt.inputs import as_input, check_input, check_shape, check_tokens
+from cxt.model.decoder import Decoder
+from cxt.model.inputs import as_input, check_input, check_shape, check_tokens
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
@@ -151,7 +151,7 @@ class CoalescenceModel(nn.Module):
     ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1), and returns logits
     (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X, window_size=…)`` decodes.
 
-    *trained_on*, a `cxt.inputs.TrainedOn`, is what its checkpoint says of its training data; None for a new network.
+    *trained_on*, a `cxt.model.inputs.TrainedOn`, is what its checkpoint says of its training data; None for a new network.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -234,7 +234,7 @@ class CoalescenceModel(nn.Module):
         window_size : base pairs of a window of X; must be the model's
         mutation_rate, recombination_rate : per bp and generation, of the species that X is from, where they are known;
             compared with those of the training data
-        replicates, temperature, top_k, seed, slots : of the sampling, as `cxt.generation.Decoder` says
+        replicates, temperature, top_k, seed, slots : of the sampling, as `cxt.model.decoder.Decoder` says
         items : (B,) whole numbers that tell the items apart; 0, 1, … by default
         tokens : (B, replicates, windows + 1); if given, nothing is sampled and these are fed instead
 
@@ -251,7 +251,7 @@ class CoalescenceModel(nn.Module):
 
         Warns
         -----
-        cxt.inputs.OutsideTraining
+        cxt.model.inputs.OutsideTraining
             If diversity, missing data or a given rate lie outside the range of the training data, which the checkpoint stores:
             diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
         """
