@@ -10,7 +10,7 @@ from conftest import constant_scenario
 from cxt.model.adapter import build_model
 from cxt.checkpoint import model_record, write_checkpoint
 from cxt.config.settings import ModelConfig
-from cxt.decode import Posterior, decode, posterior_mean, posterior_quantile
+from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import (
     BASELINE_WIDTHS,

@@ -17,7 +17,7 @@ from cxt.model.adapter import build_model
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.loaders import EpochBatches, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, model_input
-from cxt.decode import computing_in
+from cxt.decoding.posterior import computing_in
 from cxt.dense import dense_loss
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, training_flops

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.checkpoint import write_checkpoint
-from cxt.decode import Posterior, decode
+from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
 from cxt.metrics import pearson_per_pair
