@@ -25,7 +25,7 @@ from zarr.storage import MemoryStore
 
 import cxt.data.pair_dataset
 from cxt import PairDataset, jobs, load_model
-from cxt.checkpoint import import_published, read_checkpoint
+from cxt.checkpoints.checkpoint import import_published, read_checkpoint
 from cxt.config.file import load, resolve
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
@@ -33,11 +33,11 @@ from cxt.data.export import export, information, verify
 from cxt.data.features import missing_fraction
 from cxt.fit import starting_model
 from cxt.flags import build_parser
-from cxt.inspection import check, diff, show
-from cxt.inspection import verify as verify_checkpoint
+from cxt.checkpoints.inspection import check, diff, show
+from cxt.checkpoints.inspection import verify as verify_checkpoint
 from cxt.data.masks import read_mask
 from cxt.plan import plan, report
-from cxt.portable import write_portable
+from cxt.checkpoints.safetensors import write_portable
 from cxt.rundir import RunDirectory
 from cxt.saves import save_to_continue
 from cxt.data.shards import SPLITS, read_shard, write_manifest
@@ -369,7 +369,7 @@ class Checkpoints:
     @staticmethod
     def _change_content(source: Path, file: Path, rng: random.Random) -> str:
         """Read a torch file, change what is in it, and write it again."""
-        with cxt.published.stand_ins():
+        with cxt.checkpoints.published.stand_ins():
             content = torch.load(source, weights_only=True)
         if "cxt" not in content:
             hyper = content["hyper_parameters"]

@@ -11,17 +11,17 @@ import pytest
 import torch
 from conftest import GOLDEN
 
-from cxt import checkpoint as checkpoint_stage
+from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt import load_model
 from cxt.model.adapter import build_model
-from cxt.archive import Damaged, check_bytes, opened, packed
-from cxt.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
+from cxt.checkpoints.archive import Damaged, check_bytes, opened, packed
+from cxt.checkpoints.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
 from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
-from cxt.inspection import check, diff, show, verify
+from cxt.checkpoints.inspection import check, diff, show, verify
 from cxt.parents import read_parent
-from cxt.portable import CONFIG, WEIGHTS, write_portable
-from cxt.record import model_record
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
+from cxt.checkpoints.record import model_record
 from cxt.rundir import RunDirectory
 from cxt.saves import AtomicIO, save_to_continue, saves_of
 

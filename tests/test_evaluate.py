@@ -8,7 +8,7 @@ import torch
 from conftest import constant_scenario
 
 from cxt.model.adapter import build_model
-from cxt.checkpoint import model_record, write_checkpoint
+from cxt.checkpoints.checkpoint import model_record, write_checkpoint
 from cxt.config.settings import ModelConfig
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed

@@ -18,12 +18,12 @@ from cxt import jobs
 from cxt import preprocess as preprocess_stage
 from cxt import simulate as simulate_stage
 from cxt import train as train_stage
-from cxt.checkpoint import read_checkpoint, write_checkpoint
+from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import table_lineage_of
 from cxt.fit import quieten
-from cxt.inspection import verify
+from cxt.checkpoints.inspection import verify
 from cxt.lineage import canonical, file_sha256
 from cxt.data.masks import read_mask, write_mask
 from cxt.preprocess import planned_shards

@@ -48,7 +48,7 @@ def test_start_from_published_checkpoints(tmp_path):
     (block,) = [text for text in blocks("sh") if "checkpoint import" in text]
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert [words[1:3] for words in commands] == [
-        ["cxt.checkpoint", "import"], ["cxt.train", "--model"], ["cxt.checkpoint", "export"],
+        ["cxt.checkpoints.checkpoint", "import"], ["cxt.train", "--model"], ["cxt.checkpoints.checkpoint", "export"],
     ]  # fmt: skip
     shutil.copy(GOLDEN / "published_style.ckpt", tmp_path / commands[0][3])
     entry = constant_scenario(simulations=3, individuals=5, sequence_length=50_000)
@@ -115,7 +115,7 @@ def test_plan_commands(tmp_path):
 
 def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
     lines = "\n".join(blocks("sh")).splitlines()
-    wanted = ("python -m cxt.checkpoint", "cxt runs", "python -m cxt.find_lr", "python -m cxt.train --model broad_w200 --print")
+    wanted = ("python -m cxt.checkpoints.checkpoint", "cxt runs", "python -m cxt.find_lr", "python -m cxt.train --model broad_w200 --print")
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith(wanted)]
     commands = [words for words in commands if not {"import", "export"} & set(words)]
     assert len(commands) == 6
@@ -130,8 +130,8 @@ def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
             words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30, "--threads", 1]
         said[words[1], words[2] if len(words) > 2 else ""] = run_python(*words, cwd=workflow, check="diff" not in words).stdout
     assert "mask_singletons: true" in said["cxt.train", "--model"]
-    assert "the lineage of 'broad'" in said["cxt.checkpoint", "verify"]
-    assert "weights are equal" in said["cxt.checkpoint", "diff"]
+    assert "the lineage of 'broad'" in said["cxt.checkpoints.checkpoint", "verify"]
+    assert "weights are equal" in said["cxt.checkpoints.checkpoint", "diff"]
     assert (tmp_path / "lr.png").exists()
 
 

@@ -19,11 +19,11 @@ from conftest import REPOSITORY, TINY, run_python
 from test_training import FINE, SMALL, equal, train, weights
 
 import cxt
-from cxt import checkpoint as checkpoint_stage
+from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt import find_lr as find_lr_stage
 from cxt import load_model
 from cxt import runs as runs_stage
-from cxt.checkpoint import read_checkpoint, write_checkpoint
+from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.config.file import load, training_settings
 from cxt.data.loaders import EpochBatches

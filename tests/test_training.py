@@ -16,7 +16,7 @@ from conftest import REPOSITORY, build_dataset, run_python
 
 from cxt import load_model
 from cxt import train as train_stage
-from cxt.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
+from cxt.checkpoints.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
 from cxt.config.settings import TrainingConfig
 from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest

@@ -17,10 +17,10 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakemake
 
-from cxt.checkpoint import read_checkpoint, write_checkpoint
+from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
-from cxt.inspection import verify
+from cxt.checkpoints.inspection import verify
 from cxt.jobs import dataset_lineage, model_lineage
 from cxt.lineage import code_digests
 from cxt.simulate import read_batch

@@ -212,7 +212,7 @@ def evaluate(
     """
     import torch
 
-    from cxt.checkpoint import find_checkpoint, load_model, read_checkpoint
+    from cxt.checkpoints.checkpoint import find_checkpoint, load_model, read_checkpoint
     from cxt.decoding.posterior import computing_in, decode
 
     check_seed(spec["seed"], at="the evaluation's seed")

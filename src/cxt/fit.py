@@ -17,7 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from cxt.model.adapter import build_model
-from cxt.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
+from cxt.checkpoints.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.data.loaders import DataModule, InOrder
 from cxt.data.pair_dataset import open_dataset

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
-from cxt.archive import UNREADABLE, opened, packed
+from cxt.checkpoints.archive import UNREADABLE, opened, packed
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.files import atomic_link, atomic_write
 from cxt.rundir import RunDirectory

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.checkpoint import write_checkpoint
+from cxt.checkpoints.checkpoint import write_checkpoint
 from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.lineage import file_sha256

@@ -58,7 +58,7 @@ def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
     except (ValueError, OSError, RecursionError) as error:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():
-        raise BadRequest(f"{directory / CONFIG} was not written by `python -m cxt.checkpoint export`")
+        raise BadRequest(f"{directory / CONFIG} was not written by `python -m cxt.checkpoints.checkpoint export`")
     expected, own = record.pop("weights"), record.pop("digest", None)
     if own is not None and own != digest(record):  # exports of earlier versions have none
         raise BadRequest(f"{directory / CONFIG} is damaged, or was changed after it was exported; export it again")

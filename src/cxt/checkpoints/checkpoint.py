@@ -1,14 +1,14 @@
 """Checkpoints: trained weights with what is needed to use them; writing, reading, and loading a model by name.
 
-    python -m cxt.checkpoint show results/broad.ckpt
-    python -m cxt.checkpoint verify results/broad.ckpt
-    python -m cxt.checkpoint diff results/broad.ckpt old/broad.ckpt
-    python -m cxt.checkpoint import published.ckpt --out broad.ckpt
-    python -m cxt.checkpoint export broad --out exported
+    python -m cxt.checkpoints.checkpoint show results/broad.ckpt
+    python -m cxt.checkpoints.checkpoint verify results/broad.ckpt
+    python -m cxt.checkpoints.checkpoint diff results/broad.ckpt old/broad.ckpt
+    python -m cxt.checkpoints.checkpoint import published.ckpt --out broad.ckpt
+    python -m cxt.checkpoints.checkpoint export broad --out exported
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
 loads under `weights_only=True`. The trainer's own saves hold more, and are read as well. So are files of the original
-package, as `cxt.published` says, and exported directories.
+package, as `cxt.checkpoints.published` says, and exported directories.
 """
 
 import argparse
@@ -20,16 +20,16 @@ from typing import NamedTuple
 import torch
 
 from cxt.model.adapter import build_model
-from cxt.archive import UNREADABLE, opened, packed
+from cxt.checkpoints.archive import UNREADABLE, opened, packed
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
 from cxt.files import atomic_write, check_writable
 from cxt.model.inputs import TrainedOn
 from cxt.model.transformer import CoalescenceModel
-from cxt.portable import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
-from cxt.published import CLASSES, MODULE, is_published, read_published, stand_ins
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
+from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.config.bounds import NOT_NEGATIVE, check_flags
-from cxt.record import check_record, check_tensors, model_record
+from cxt.checkpoints.record import check_record, check_tensors, model_record
 from cxt.rundir import RunDirectory
 
 
@@ -279,10 +279,10 @@ def import_published(path, out, *, name: str | None = None) -> None:
 
 
 def main() -> None:
-    from cxt.inspection import check, diff, show, verify
+    from cxt.checkpoints.inspection import check, diff, show, verify
 
     parser = argparse.ArgumentParser(
-        prog="python -m cxt.checkpoint", description="Look at checkpoints, check them, compare them, import and export them."
+        prog="python -m cxt.checkpoints.checkpoint", description="Look at checkpoints, check them, compare them, import and export them."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     there = "name, file, run directory or exported directory"

@@ -22,7 +22,7 @@ from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.lineage import file_sha256
 from cxt.model.transformer import CHANNEL_WEIGHTS
-from cxt.record import VALUES, check_sizes, check_tensors
+from cxt.checkpoints.record import VALUES, check_sizes, check_tensors
 
 SCALES = (2, 8, 32, 64)
 """Window widths that every published network was trained with."""

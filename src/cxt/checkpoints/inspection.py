@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.checkpoint import Checkpoint, model_of, read_checkpoint
+from cxt.checkpoints.checkpoint import Checkpoint, model_of, read_checkpoint
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
 from cxt.remedies import snakemake_command

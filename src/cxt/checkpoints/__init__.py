@@ -1,0 +1,1 @@
+"""Trained weights in files: writing, reading, finding, exchanging."""
