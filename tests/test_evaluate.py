@@ -25,10 +25,10 @@ from cxt.evaluate import (
     score,
     table,
 )
-from cxt.figures import draw_scatter
+from cxt.evaluation.figures import draw_scatter
 from cxt.jsontext import json_text
 from cxt.scenarios.registry import simulate_one
-from cxt.metrics import pearson_per_pair
+from cxt.evaluation.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.scenarios.variants import EVALUATION_START, leaves
 from cxt.simulate import write_batch
@@ -249,7 +249,7 @@ def test_numbers_are_written_before_pictures(tmp_path, checkpoint, monkeypatch, 
     def fails(*_, **__):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("cxt.figures.draw_tracks", fails)
+    monkeypatch.setattr("cxt.evaluation.figures.draw_tracks", fails)
     with pytest.raises(Failed, match=r"could not be drawn \(RuntimeError: no fonts\)"):
         main()
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["scenarios"]["constant"]["mse"] > 0

@@ -106,7 +106,7 @@ def test_backend_of_a_notebook(tmp_path, backend):
 import sys
 from cxt.errors import exit_on_bad_request
 def main():
-    from cxt.figures import draw_learning_rates
+    from cxt.evaluation.figures import draw_learning_rates
     draw_learning_rates([1e-3, 1e-2], [2.0, 1.0], 1e-2, {str(tmp_path / "lr.png")!r}, title="x")
     assert "matplotlib.pyplot" not in sys.modules
     import cxt.fit  # whose packages import it

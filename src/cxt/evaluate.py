@@ -22,7 +22,7 @@ from cxt.files import atomic_write
 from cxt.jsontext import json_text
 from cxt.lineage import check_lineage, digest, stage_lineage
 from cxt.data.masks import add_mask_flags, mask_from_flags
-from cxt.metrics import pearson_per_pair
+from cxt.evaluation.metrics import pearson_per_pair
 from cxt.preprocess import preprocess_one
 from cxt.config.bounds import COUNT, THREADS, Range, check_flags, problems
 from cxt.seeds import check_seed
@@ -350,7 +350,7 @@ def read_result(path: Path) -> dict:
 
 def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
     """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
-    from cxt.figures import draw_scatter, draw_tracks
+    from cxt.evaluation.figures import draw_scatter, draw_tracks
 
     draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
     draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])

@@ -157,7 +157,7 @@ def main() -> None:
 
 def draw(plan, found, suggestion: float, path) -> None:
     """The figure of a search."""
-    from cxt.figures import draw_learning_rates
+    from cxt.evaluation.figures import draw_learning_rates
 
     title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
     draw_learning_rates(found.rates, found.losses, suggestion, path, title=title)

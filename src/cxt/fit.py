@@ -444,7 +444,7 @@ def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, validation: V
 
 def draw(plan: Plan, run: RunDirectory, model: CoalescenceModel, items) -> None:
     """losses.png, and tracks.png of the items that are decoded."""
-    from cxt.figures import draw_losses, draw_tracks
+    from cxt.evaluation.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{plan.name}: training")
     if items is not None:

@@ -14,7 +14,7 @@ from cxt.checkpoints.checkpoint import write_checkpoint
 from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
-from cxt.metrics import pearson_per_pair
+from cxt.evaluation.metrics import pearson_per_pair
 from cxt.rundir import RunDirectory
 from cxt.runlog import TrainingLog
 from cxt.data.targets import SPECIAL_TOKENS, Grid
@@ -116,7 +116,7 @@ class Validation(Callback):
 
 
 def truth_beside_prediction(items: DecodedItems, model, *, seed: int) -> dict:
-    """What `cxt.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
+    """What `cxt.evaluation.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
     device = next(model.parameters()).device
     with torch.no_grad():
         posterior = items.decoded(model, seed=seed, device=device)
