@@ -20,7 +20,7 @@ from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
 from cxt.files import atomic_write
 from cxt.model.flops import training_flops
 from cxt.speed import Loader, Steps, describe_device, device_here, fitting, items_for
-from cxt.training import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
 DENSE = ["--compare", "dense"]

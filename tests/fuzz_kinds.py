@@ -31,15 +31,15 @@ from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.data.export import export, information, verify
 from cxt.data.features import missing_fraction
-from cxt.fit import starting_model
-from cxt.flags import build_parser
+from cxt.trainer.fit import starting_model
+from cxt.trainer.flags import build_parser
 from cxt.checkpoints.inspection import check, diff, show
 from cxt.checkpoints.inspection import verify as verify_checkpoint
 from cxt.data.masks import read_mask
 from cxt.plan import plan, report
 from cxt.checkpoints.safetensors import write_portable
-from cxt.rundir import RunDirectory
-from cxt.saves import save_to_continue
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.training_state import save_to_continue
 from cxt.data.shards import SPLITS, read_shard, write_manifest
 from cxt.data.targets import Grid
 from cxt.train import plan_of, train_model

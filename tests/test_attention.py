@@ -11,7 +11,7 @@ from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import model_input
 from cxt.dense import dense_loss, dense_mask
 from cxt.memory import peak_of
-from cxt.training import loss_function
+from cxt.trainer.module import loss_function
 
 from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
 

@@ -19,11 +19,11 @@ from cxt.checkpoints.checkpoint import find_checkpoint, import_published, read_c
 from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
 from cxt.checkpoints.inspection import check, diff, show, verify
-from cxt.parents import read_parent
+from cxt.trainer.parents import read_parent
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
 from cxt.checkpoints.record import model_record
-from cxt.rundir import RunDirectory
-from cxt.saves import AtomicIO, save_to_continue, saves_of
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.training_state import AtomicIO, save_to_continue, saves_of
 
 from test_training import FINE, SMALL, train  # isort: skip
 

@@ -33,7 +33,7 @@ from cxt.preprocess import preprocess_one
 from cxt.scenarios.variants import EVALUATION_START, leaves
 from cxt.simulate import write_batch
 from cxt.data.targets import Grid
-from cxt.validation import DecodedItems
+from cxt.trainer.validation import DecodedItems
 
 SPEC = leaves("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}

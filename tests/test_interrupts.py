@@ -15,8 +15,8 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY, snakemake
 
-from cxt.rundir import RunDirectory
-from cxt.saves import saves_of
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.training_state import saves_of
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of each model by `make test-resume`; 0 leaves the long tests out."""

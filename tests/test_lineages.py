@@ -22,12 +22,12 @@ from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import table_lineage_of
-from cxt.fit import quieten
+from cxt.trainer.fit import quieten
 from cxt.checkpoints.inspection import verify
 from cxt.lineage import canonical, file_sha256
 from cxt.data.masks import read_mask, write_mask
 from cxt.preprocess import planned_shards
-from cxt.rundir import RunDirectory
+from cxt.trainer.run_directory import RunDirectory
 from cxt.simulate import read_batch
 from cxt.data.shards import read_manifest, read_shard
 
@@ -332,7 +332,7 @@ def test_more_devices_than_there_are(monkeypatch, dataset):
 def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     """A next try begins while the one before is still saving."""
     run = RunDirectory(tmp_path / "run")
-    code = f"from cxt.rundir import *; r = RunDirectory({str(run.path)!r}); r.lock(); print(1, flush=True); input()"
+    code = f"from cxt.trainer.run_directory import *; r = RunDirectory({str(run.path)!r}); r.lock(); print(1, flush=True); input()"
     held = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     held.stdout.readline()
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]

@@ -14,14 +14,14 @@ import pytest
 from conftest import REPOSITORY, run_python
 from test_resume import _forked, assert_equal_runs, command
 
-from cxt import nodes as module
+from cxt.trainer import nodes as module
 from cxt.config.file import load
 from cxt.costs import Costs
 from cxt.errors import BadRequest, Failed
-from cxt.flags import build_parser, parse_flags
-from cxt.nodes import Nodes, node_rank
+from cxt.trainer.flags import build_parser, parse_flags
+from cxt.trainer.machines import Nodes, node_rank
 from cxt.plan import plan
-from cxt.rundir import RunDirectory
+from cxt.trainer.run_directory import RunDirectory
 
 
 def free_port() -> int:
@@ -346,7 +346,7 @@ def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):
     threads = joins(environment, 1, count=2)
     code = """if True:
         import subprocess, time
-        from cxt import nodes
+        from cxt.trainer import machines as nodes
         nodes.TIME_TO_END = 0.2
         with nodes.Nodes(2):
             subprocess.Popen(["sleep", "600"])  # in the place of another device's process
@@ -375,7 +375,7 @@ class Node:
         out.unlink(missing_ok=True)
         variables = {"NODE_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["cxt.train", "cxt.fit", "matplotlib.pyplot"])
+        context.set_forkserver_preload(["cxt.train", "cxt.trainer.fit", "matplotlib.pyplot"])
         self.process = context.Process(
             target=_as_node, args=(variables, [*map(str, arguments), "--nodes", str(count)], str(out))
         )

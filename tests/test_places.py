@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 from cxt.errors import BadRequest
-from cxt.training import check_compiler_cache
+from cxt.trainer.module import check_compiler_cache
 
 on_full_device = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
 
@@ -109,7 +109,7 @@ def main():
     from cxt.evaluation.figures import draw_learning_rates
     draw_learning_rates([1e-3, 1e-2], [2.0, 1.0], 1e-2, {str(tmp_path / "lr.png")!r}, title="x")
     assert "matplotlib.pyplot" not in sys.modules
-    import cxt.fit  # whose packages import it
+    import cxt.trainer.fit  # whose packages import it
 exit_on_bad_request(main)
 """
     assert command("-c", code, MPLBACKEND=backend)[::2] == (0, "")

@@ -8,7 +8,7 @@ import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
 from cxt.config.file import load
-from cxt.flags import build_parser, parse_flags
+from cxt.trainer.flags import build_parser, parse_flags
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -115,7 +115,7 @@ def test_plan_commands(tmp_path):
 
 def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
     lines = "\n".join(blocks("sh")).splitlines()
-    wanted = ("python -m cxt.checkpoints.checkpoint", "cxt runs", "python -m cxt.find_lr", "python -m cxt.train --model broad_w200 --print")
+    wanted = ("python -m cxt.checkpoints.checkpoint", "cxt runs", "python -m cxt.trainer.learning_rate_search", "python -m cxt.train --model broad_w200 --print")
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith(wanted)]
     commands = [words for words in commands if not {"import", "export"} & set(words)]
     assert len(commands) == 6
@@ -126,7 +126,7 @@ def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
         words = [str(path) for word in words for path in (sorted(workflow.glob(word)) if "*" in word else [word])]
         if words[1] == "cxt.runs" or "verify" in words:
             words += ["--configfile", TINY]
-        if words[1] == "cxt.find_lr":
+        if words[1] == "cxt.trainer.learning_rate_search":
             words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30, "--threads", 1]
         said[words[1], words[2] if len(words) > 2 else ""] = run_python(*words, cwd=workflow, check="diff" not in words).stdout
     assert "mask_singletons: true" in said["cxt.train", "--model"]

@@ -22,9 +22,9 @@ import torch
 import yaml
 from conftest import REPOSITORY, constant_scenario, run_python
 
-from cxt.rundir import RunDirectory
-from cxt.runlog import TIMING, read_log
-from cxt.saves import saves_of
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.log import TIMING, read_log
+from cxt.trainer.training_state import saves_of
 from cxt.signals import SIGNALS, STATUS
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
@@ -72,7 +72,7 @@ class Trainer:
         out.unlink(missing_ok=True)  # what the one before has said
         if forks:
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["cxt.train", "cxt.fit", "matplotlib.pyplot"])
+            context.set_forkserver_preload(["cxt.train", "cxt.trainer.fit", "matplotlib.pyplot"])
             self.process = context.Process(target=_forked, args=(arguments, str(out)))
             self.process.start()
             self.ended, self.wait = (lambda: self.process.exitcode is not None), self.process.join

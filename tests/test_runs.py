@@ -20,7 +20,7 @@ from test_training import FINE, SMALL, equal, train, weights
 
 import cxt
 from cxt.checkpoints import checkpoint as checkpoint_stage
-from cxt import find_lr as find_lr_stage
+from cxt.trainer import find_lr as find_lr_stage
 from cxt import load_model
 from cxt import runs as runs_stage
 from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
@@ -29,16 +29,16 @@ from cxt.config.file import load, training_settings
 from cxt.data.loaders import EpochBatches
 from cxt.data.pair_dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
-from cxt.fit import data_of, set_threads, starting_model, trainer_of
-from cxt.flags import build_parser
+from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
+from cxt.trainer.flags import build_parser
 from cxt.jobs import run_directory
-from cxt.rundir import RunDirectory, take_lock
-from cxt.runlog import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
-from cxt.saves import saves_of
+from cxt.trainer.run_directory import RunDirectory, take_lock
+from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
+from cxt.trainer.training_state import saves_of
 from cxt.seeds import torch_seed
 from cxt.train import plan_of
-from cxt.training import learning_rate_factor, parameter_groups
-from cxt.validation import Validation
+from cxt.trainer.module import learning_rate_factor, parameter_groups
+from cxt.trainer.validation import Validation
 
 
 def call(stage, monkeypatch, *arguments):
@@ -267,7 +267,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
     path.write_text("process 4000000 on elsewhere")
     held = take_lock(path, "the run")
     assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
-    code = f"from cxt.rundir import take_lock; take_lock({str(path)!r}, 'the run')"
+    code = f"from cxt.trainer.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
     done = run_python("-c", code, check=False)
     assert f"the run is in use by process {os.getpid()}" in done.stderr
     assert f"kill {os.getpid()}" in done.stderr
@@ -559,7 +559,7 @@ def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, want
     )
     plan = dataclasses.replace(plan, accelerator=accelerator)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr("cxt.fit.pl.Trainer", dict)
+    monkeypatch.setattr("cxt.trainer.fit.pl.Trainer", dict)
     precision, before = torch.get_float32_matmul_precision(), inductor.deterministic
     inductor.deterministic = False
     try:
@@ -703,7 +703,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("current: ") == 6
     assert said.count("not what the configuration asks for") == 2
-    code = f"from cxt.rundir import *; r = RunDirectory({str(busy)!r}); r.lock(); print(1, flush=True); input()"
+    code = f"from cxt.trainer.run_directory import *; r = RunDirectory({str(busy)!r}); r.lock(); print(1, flush=True); input()"
     held = subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY / "src")},

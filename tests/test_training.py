@@ -20,11 +20,11 @@ from cxt.checkpoints.checkpoint import find_checkpoint, read_checkpoint, write_c
 from cxt.config.settings import TrainingConfig
 from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
-from cxt.parents import OF_THE_ADAPTER
+from cxt.trainer.parents import OF_THE_ADAPTER
 from cxt.config.bounds import note_more_than_cores
-from cxt.rundir import RunDirectory
-from cxt.runlog import read_log
-from cxt.training import learning_rate_factor
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.log import read_log
+from cxt.trainer.module import learning_rate_factor
 
 SMALL = [
     "--model",
@@ -130,12 +130,12 @@ def test_loss_falls(dataset, tmp_path, monkeypatch):
 
 def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
     """bf16-mixed with the fused optimizer, which Lightning would not clip for; a CPU has both when it is told to."""
-    import cxt.training
+    import cxt.trainer.module
 
     fused = []
 
     def on_a_gpu(model, training, **_):
-        fused.append(torch.optim.AdamW(cxt.training.parameter_groups(model, training), fused=True))
+        fused.append(torch.optim.AdamW(cxt.trainer.module.parameter_groups(model, training), fused=True))
         return fused[-1]
 
     norms = []
@@ -146,8 +146,8 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
 
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr("cxt.training.new_optimizer", on_a_gpu)
-    monkeypatch.setattr("cxt.fit.Plan.precision", "bf16-mixed")
+    monkeypatch.setattr("cxt.trainer.module.new_optimizer", on_a_gpu)
+    monkeypatch.setattr("cxt.trainer.fit.Plan.precision", "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"
     train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", "--grad-clip", 0.01, "--out", out)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from cxt.config.file import load
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.jobs import run_directory
-from cxt.rundir import RunDirectory, is_locked
-from cxt.saves import saves_of
+from cxt.trainer.run_directory import RunDirectory, is_locked
+from cxt.trainer.training_state import saves_of
 
 
 class Run(NamedTuple):

@@ -24,7 +24,7 @@ from cxt.model.flops import decoding_flops, training_flops
 from cxt.model.decoder import Decoder
 from cxt.memory import peak_of
 from cxt.data.targets import START_TOKEN, Grid
-from cxt.training import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 
 SIMULATIONS, PAIRS = 20, 200
 

@@ -29,10 +29,10 @@ from cxt.config.settings import (
 from cxt.console import progress_only
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.files import check_writable
-from cxt.flags import build_parser, parse_flags
+from cxt.trainer.flags import build_parser, parse_flags
 from cxt.lineage import STAGE_VERSION, differing, file_sha256, stage_lineage
-from cxt.nodes import Nodes
-from cxt.parents import (
+from cxt.trainer.machines import Nodes
+from cxt.trainer.parents import (
     OF_THE_ADAPTER,
     OF_THE_NETWORK,
     check_adapter_flags,
@@ -43,8 +43,8 @@ from cxt.parents import (
 )
 from cxt.config.bounds import note_more_than_cores
 from cxt.remedies import plan_again
-from cxt.rundir import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
-from cxt.source import check_source, live_source
+from cxt.trainer.run_directory import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
+from cxt.trainer.source import check_source, live_source
 from cxt.data.shards import MANIFEST, read_manifest
 
 BEGAN = time.monotonic()
@@ -209,7 +209,7 @@ def open_run(args, run: RunDirectory, identity: dict) -> str | None:
 
 def plan_of(args):
     """(plan, identity) of what the arguments ask for, checked against dataset and parent."""
-    from cxt.fit import Plan
+    from cxt.trainer.fit import Plan
 
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
@@ -349,7 +349,7 @@ def deadline_of(args, began: float) -> float | None:
 def train_beside(args, *, began: float) -> Path:
     """The same in a process that another one of this node has started for one of its devices."""
     follow()
-    from cxt.fit import data_of, fit
+    from cxt.trainer.fit import data_of, fit
 
     plan, _ = plan_of(args)
     plan = dataclasses.replace(plan, deadline=deadline_of(args, began))
@@ -408,7 +408,7 @@ def let_go_at_the_end(run: RunDirectory):
 
 def run_plan(plan, run: RunDirectory, nodes: Nodes, *, identity: dict, settings: dict, stale: str | None) -> None:
     """Read the data, set what is *stale* aside when all nodes have read theirs, and train."""
-    from cxt.fit import data_of, fit
+    from cxt.trainer.fit import data_of, fit
 
     try:
         data = data_of(plan)

@@ -30,7 +30,7 @@ from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable, read_porta
 from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.config.bounds import NOT_NEGATIVE, check_flags
 from cxt.checkpoints.record import check_record, check_tensors, model_record
-from cxt.rundir import RunDirectory
+from cxt.trainer.run_directory import RunDirectory
 
 
 class Checkpoint(NamedTuple):

@@ -56,7 +56,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
 def draw_losses(rows: list[dict], path, *, title: str) -> None:
     """Loss, error of decoding, learning rate and gradient norm of a run over its optimizer steps.
 
-    *rows* are those of a training_log.csv, as `cxt.runlog.read_log` gives them.
+    *rows* are those of a training_log.csv, as `cxt.trainer.log.read_log` gives them.
     """
     figure, axes = _panels(2, 2, size=(11, 6), sharex=True)
     panels = (

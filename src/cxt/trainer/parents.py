@@ -14,7 +14,7 @@ from cxt.config.settings import (
     check_missingness,
 )
 from cxt.errors import BadRequest
-from cxt.source import source_of
+from cxt.trainer.source import source_of
 
 OF_THE_NETWORK = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
 """Flags whose default is the preset's, and sizes the parent's where there is one."""

@@ -1,6 +1,6 @@
 """A learning rate for a run, found by raising it step by step and watching the loss.
 
-    python -m cxt.find_lr --model broad --dataset-path results/datasets/processed --num-steps 100 --plot lr.png
+    python -m cxt.trainer.learning_rate_search --model broad --dataset-path results/datasets/processed --num-steps 100 --plot lr.png
 
 Takes the flags of `cxt.train`, trains for a while without saving anything, and suggests where the loss falls most steeply.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
 from cxt.files import check_writable
-from cxt.flags import build_parser, parse_flags
+from cxt.trainer.flags import build_parser, parse_flags
 from cxt.config.bounds import MOST
 from cxt.train import plan_of
 
@@ -60,14 +60,14 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
 
     Parameters
     ----------
-    plan : of the run, `cxt.fit.Plan`; one device of it is used
+    plan : of the run, `cxt.trainer.fit.Plan`; one device of it is used
     lowest, highest : learning rates of the first and the last step, which grow by a constant factor
     num_steps : optimizer steps, as in the run: each of grad_accum batches, the last of an epoch of those that are left
     """
     import pytorch_lightning as pl
 
-    from cxt.fit import data_of, quieten, set_threads, starting_model
-    from cxt.training import Reseed, TrainingModule
+    from cxt.trainer.fit import data_of, quieten, set_threads, starting_model
+    from cxt.trainer.module import Reseed, TrainingModule
 
     search, peak = Search(), plan.training.lr
 
@@ -117,7 +117,7 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
 
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
-    parser.prog, parser.description = "python -m cxt.find_lr", "Find a learning rate for a run."
+    parser.prog, parser.description = "python -m cxt.trainer.learning_rate_search", "Find a learning rate for a run."
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
     parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")

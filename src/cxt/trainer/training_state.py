@@ -19,7 +19,7 @@ from pytorch_lightning.callbacks import Callback
 from cxt.checkpoints.archive import UNREADABLE, opened, packed
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.files import atomic_link, atomic_write
-from cxt.rundir import RunDirectory
+from cxt.trainer.run_directory import RunDirectory
 from cxt.signals import STATUS, end, ends_at_once, ignore, is_led, listen
 
 OUT_OF_TIME = 75

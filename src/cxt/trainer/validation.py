@@ -15,8 +15,8 @@ from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.lineage import file_sha256
 from cxt.evaluation.metrics import pearson_per_pair
-from cxt.rundir import RunDirectory
-from cxt.runlog import TrainingLog
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.log import TrainingLog
 from cxt.data.targets import SPECIAL_TOKENS, Grid
 
 REPLICATES = 4

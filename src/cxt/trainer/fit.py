@@ -25,14 +25,14 @@ from cxt.errors import BadRequest, Failed, first_line, why_not
 from cxt.model.flops import training_flops
 from cxt.data.live import SimulatedDataset
 from cxt.model.transformer import CoalescenceModel
-from cxt.nodes import Nodes
-from cxt.rundir import RunDirectory
-from cxt.runlog import TrainingLog, read_log
-from cxt.saves import AtomicIO, Saves, save_to_continue
+from cxt.trainer.machines import Nodes
+from cxt.trainer.run_directory import RunDirectory
+from cxt.trainer.log import TrainingLog, read_log
+from cxt.trainer.training_state import AtomicIO, Saves, save_to_continue
 from cxt.seeds import torch_seed
 from cxt.data.targets import Grid
-from cxt.training import Reseed, TrainingModule, compile_backend
-from cxt.validation import DecodedItems, Validation, truth_beside_prediction
+from cxt.trainer.module import Reseed, TrainingModule, compile_backend
+from cxt.trainer.validation import DecodedItems, Validation, truth_beside_prediction
 
 SAVE_OF_RANK_0 = "CXT_SAVE"
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
