@@ -27,7 +27,7 @@ import msprime  # noqa: E402
 IMPORT_SECONDS = time.process_time() - import_began
 
 from cxt.config.file import load  # noqa: E402
-from cxt.jobs import evaluation_batches, leaf_of, leaves_of  # noqa: E402
+from cxt.workflow.jobs import evaluation_batches, leaf_of, leaves_of  # noqa: E402
 from cxt.scenarios.registry import simulate_one  # noqa: E402
 from cxt.scenarios.variants import batches  # noqa: E402
 

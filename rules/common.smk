@@ -6,9 +6,9 @@ import sys
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from cxt import jobs
+from cxt.workflow import jobs
 from cxt.config.file import read_yaml, resolve, training_config
-from cxt.costs import HERE, Costs
+from cxt.workflow.costs import HERE, Costs
 from cxt.errors import BadRequest, nearest
 from cxt.lineage import canonical
 

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from cxt.scenarios.stdpopsim_models import genetic_map
 from cxt.config.file import load
-from cxt.jobs import leaves_of
+from cxt.workflow.jobs import leaves_of
 from cxt.preprocess import write_split
 from cxt.scenarios.variants import leaves
 from cxt.simulate import write_batch

@@ -24,10 +24,11 @@ from mutators import archive_of, changed_archive, changed_array, changed_bytes, 
 from zarr.storage import MemoryStore
 
 import cxt.data.pair_dataset
-from cxt import PairDataset, jobs, load_model
+from cxt import PairDataset, load_model
+from cxt.workflow import jobs
 from cxt.checkpoints.checkpoint import import_published, read_checkpoint
 from cxt.config.file import load, resolve
-from cxt.costs import Costs
+from cxt.workflow.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.data.export import export, information, verify
 from cxt.data.features import missing_fraction

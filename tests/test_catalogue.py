@@ -17,7 +17,7 @@ from cxt import simulate
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
 from cxt.config.file import load
-from cxt.costs import Costs
+from cxt.workflow.costs import Costs
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import check_leaf, simulate_one
 from cxt.plan import plan, report
@@ -278,7 +278,7 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
     import importlib.metadata
 
     from cxt.config.file import load
-    from cxt.jobs import batch_lineage, leaf_of
+    from cxt.workflow.jobs import batch_lineage, leaf_of
     from cxt.scenarios.variants import Leaf
 
     config = load([])

@@ -29,7 +29,7 @@ from cxt.config.file import (
     without_nulls,
 )
 from cxt.errors import BadRequest, nearest
-from cxt.jobs import model_lineage
+from cxt.workflow.jobs import model_lineage
 from cxt.scenarios.registry import KINDS
 from cxt.config.bounds import DEVICES, MOST
 from cxt.config.schema import defaults_of, document, load_schema

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, constant_scenario, run_python
 from cxt.errors import BadRequest
 from cxt.files import atomic_file, atomic_link, atomic_write
 from cxt.trainer.run_directory import RunDirectory, is_locked, take_lock
-from cxt.runs import Run, prune
+from cxt.workflow.runs import Run, prune
 from cxt.scenarios.variants import leaves
 from cxt.simulate import write_batch
 

@@ -14,7 +14,7 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 from test_training import SMALL, train
 
 from cxt import evaluate as evaluate_stage
-from cxt import jobs
+from cxt.workflow import jobs
 from cxt import preprocess as preprocess_stage
 from cxt import simulate as simulate_stage
 from cxt import train as train_stage

@@ -16,7 +16,7 @@ from test_resume import _forked, assert_equal_runs, command
 
 from cxt.trainer import nodes as module
 from cxt.config.file import load
-from cxt.costs import Costs
+from cxt.workflow.costs import Costs
 from cxt.errors import BadRequest, Failed
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Nodes, node_rank

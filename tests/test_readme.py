@@ -121,10 +121,10 @@ def test_looking_at_runs_and_checkpoints(workflow, tmp_path):
     assert len(commands) == 6
     said = {}
     for words in commands:
-        words = ["-m", "cxt.runs", *words[2:]] if words[0] == "cxt" else words[1:]
+        words = ["-m", "cxt.workflow.runs", *words[2:]] if words[0] == "cxt" else words[1:]
         words = [str(tmp_path / "lr.png") if word == "lr.png" else word for word in words]
         words = [str(path) for word in words for path in (sorted(workflow.glob(word)) if "*" in word else [word])]
-        if words[1] == "cxt.runs" or "verify" in words:
+        if words[1] == "cxt.workflow.runs" or "verify" in words:
             words += ["--configfile", TINY]
         if words[1] == "cxt.trainer.learning_rate_search":
             words += ["--devices", 0, "--batch-size", 4, "--num-steps", 30, "--threads", 1]

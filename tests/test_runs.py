@@ -22,7 +22,7 @@ import cxt
 from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt.trainer import find_lr as find_lr_stage
 from cxt import load_model
-from cxt import runs as runs_stage
+from cxt.workflow import runs as runs_stage
 from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.config.file import load, training_settings
@@ -31,7 +31,7 @@ from cxt.data.pair_dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
 from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
 from cxt.trainer.flags import build_parser
-from cxt.jobs import run_directory
+from cxt.workflow.jobs import run_directory
 from cxt.trainer.run_directory import RunDirectory, take_lock
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.training_state import saves_of

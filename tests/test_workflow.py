@@ -21,7 +21,7 @@ from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.checkpoints.inspection import verify
-from cxt.jobs import dataset_lineage, model_lineage
+from cxt.workflow.jobs import dataset_lineage, model_lineage
 from cxt.lineage import code_digests
 from cxt.simulate import read_batch
 

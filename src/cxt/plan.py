@@ -13,11 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from cxt import jobs
+from cxt.workflow import jobs
 from cxt.scenarios.stdpopsim_models import other_recombination
 from cxt.config.settings import steps_per_epoch
 from cxt.config.file import adapter_config, load, model_config, training_config
-from cxt.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
+from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.files import atomic_write, check_writable
 from cxt.model.flops import decoding_flops, forward_flops, training_flops

@@ -91,7 +91,7 @@ def _devices(record: dict) -> str:
 def _effective_batch(config: dict, name: str) -> int:
     """Items of an optimizer step, as the configuration asks for."""
     from cxt.config.file import training_config
-    from cxt.jobs import devices
+    from cxt.workflow.jobs import devices
 
     training = training_config(config, name)
     return training.batch_size * training.grad_accum * max(1, devices(config, name))
@@ -110,7 +110,7 @@ def verify(path, *, configfiles) -> str:
         If a weight is not finite, or it is not what the configuration would make today.
     """
     from cxt.config.file import load
-    from cxt.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
+    from cxt.workflow.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
 
     checkpoint = check(path)
     if "published" in checkpoint.record:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cxt.config.file import adapter_config, model_config, training_config
 from cxt.errors import BadRequest
-from cxt.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
+from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
 from cxt.scenarios.registry import simulate_one
 from cxt.lineage import digest
 from cxt.data.masks import read_mask, synthetic_mask

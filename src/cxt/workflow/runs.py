@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cxt.config.file import load
 from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.jobs import run_directory
+from cxt.workflow.jobs import run_directory
 from cxt.trainer.run_directory import RunDirectory, is_locked
 from cxt.trainer.training_state import saves_of
 
@@ -105,7 +105,7 @@ def prune(runs: list[Run], *, yes: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.runs", description="The run directories of the workflow.")
+    parser = argparse.ArgumentParser(prog="python -m cxt.workflow.runs", description="The run directories of the workflow.")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
     parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not ask for")

@@ -1,0 +1,1 @@
+"""What the rules ask: targets, lineages, run directories, costs."""
