@@ -1,4 +1,4 @@
-"""cxt.bench: what it counts and compares. What it times decides nothing here."""
+"""cxt.benchmark.command: what it counts and compares. What it times decides nothing here."""
 
 import json
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import run_python
 
-from cxt.bench import main
+from cxt.benchmark.command import main
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
-from cxt.memory import peak_of
+from cxt.benchmark.memory import peak_of
 
 TINY = ["--layers", 2, "--heads", 2, "--width", 16, "--windows", 20, "--samples", 10, "--threads", 1, "--seconds", 0.1]
 
 
 def bench(*arguments, check=True):
-    return run_python("-m", "cxt.bench", *arguments, env={"OMP_NUM_THREADS": "1"}, check=check)
+    return run_python("-m", "cxt.benchmark.command", *arguments, env={"OMP_NUM_THREADS": "1"}, check=check)
 
 
 def test_training(tmp_path):
@@ -93,7 +93,7 @@ def test_out_of_memory(monkeypatch):
     def all_of_it(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("cxt.bench.bench_training", all_of_it)
+    monkeypatch.setattr("cxt.benchmark.command.bench_training", all_of_it)
     monkeypatch.setattr(
         "sys.argv", ["bench", "train", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--compare", "dense"]
     )

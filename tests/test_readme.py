@@ -63,7 +63,7 @@ def test_start_from_published_checkpoints(tmp_path):
 
 
 def test_benchmarks(tmp_path):
-    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.bench")]
+    lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.benchmark.command")]
     assert len(lines) == 2
     smaller = ["--layers", 1, "--heads", 2, "--width", 16, "--windows", 10, "--samples", 6, "--batch-size", 4, "--seconds", 0.1]
     for line in lines:

@@ -213,7 +213,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
     measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
     *progress* says so. What *save* gets has the content of a costs file.
     """
-    from cxt.speed import describe_device, device_here, measure
+    from cxt.benchmark.speed import describe_device, device_here, measure
 
     masks = {}
     for name, dataset in config["datasets"].items():

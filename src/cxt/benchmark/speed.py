@@ -18,11 +18,11 @@ from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pair
 from cxt.data.loaders import EpochBatches, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, model_input
 from cxt.decoding.posterior import computing_in
-from cxt.dense import dense_loss
+from cxt.benchmark.published_formulation import dense_loss
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, training_flops
 from cxt.model.decoder import Decoder
-from cxt.memory import peak_of
+from cxt.benchmark.memory import peak_of
 from cxt.data.targets import START_TOKEN, Grid
 from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 
@@ -191,7 +191,7 @@ def bench_training(
     Returns
     -------
     dict
-        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `cxt.memory.peak_of`
+        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `cxt.benchmark.memory.peak_of`
         has it), waiting (fraction of time); with *compare*, ratio (of items per second, median of the turns), ratios,
         dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
     """

@@ -1,8 +1,8 @@
 """What this machine trains and decodes in a second, as a command.
 
-python -m cxt.bench train                               a broad model of the published size
-python -m cxt.bench train --compare dense               beside the published formulation, in turns
-python -m cxt.bench decode --compare uncached           beside decoding without a cache
+python -m cxt.benchmark.command train                               a broad model of the published size
+python -m cxt.benchmark.command train --compare dense               beside the published formulation, in turns
+python -m cxt.benchmark.command decode --compare uncached           beside decoding without a cache
 """
 
 import argparse
@@ -18,7 +18,7 @@ from cxt.files import atomic_write, check_writable
 from cxt.model.flops import decoding_flops, training_flops
 from cxt.jsontext import json_text
 from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
-from cxt.speed import bench_decoding, bench_training, describe_device, device_here, fitting
+from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 
 
 def _flops(value: float) -> str:
@@ -107,7 +107,7 @@ def measured(args, network: ModelConfig, device: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.bench", description="How fast this machine trains and decodes.")
+    parser = argparse.ArgumentParser(prog="python -m cxt.benchmark.command", description="How fast this machine trains and decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="optimizer steps, loading included")
     add_flags(training)
@@ -143,7 +143,7 @@ def main() -> None:
     name = f"{args.model} with an adapter" if found["adapter"] else args.model
     print(report(name, what, found, device))
     if args.out is not None:
-        about = {"device": describe_device(device), "command": " ".join(["python -m cxt.bench", *sys.argv[1:]]), "what": what}
+        about = {"device": describe_device(device), "command": " ".join(["python -m cxt.benchmark.command", *sys.argv[1:]]), "what": what}
         atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | found).encode())
 
 

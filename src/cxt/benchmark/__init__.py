@@ -1,0 +1,1 @@
+"""How fast this machine trains and decodes, and with how much memory."""
