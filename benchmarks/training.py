@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from cxt.model.adapter import build_model
-from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
-from cxt.files import atomic_write
-from cxt.model.flops import training_flops
 from cxt.benchmark.speed import Loader, Steps, describe_device, device_here, fitting, items_for
+from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
+from cxt.io import atomic_write
+from cxt.model.adapter import build_model
+from cxt.model.flops import training_flops
 from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
@@ -57,10 +57,10 @@ DECODING = {
 
 
 def bench(what: str, flags: list[str], *, seconds: float) -> dict | None:
-    """One row: `python -m cxt.benchmark.command` with these flags, and what it found; None if it failed, which it says itself."""
+    """One row: `cxt bench` with these flags, and what it found; None if it failed, which it says itself."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "found.json"
-        words = ["-m", "cxt.benchmark.command", what, *flags, "--seconds", str(seconds), "--out", str(out)]
+        words = ["-m", "cxt.commands.bench", what, *flags, "--seconds", str(seconds), "--out", str(out)]
         print(" ".join(["python", *words]), file=sys.stderr, flush=True)
         done = subprocess.run([sys.executable, *words], check=False, stdout=sys.stderr)
         return json.loads(out.read_text(encoding="utf-8")) if done.returncode == 0 else None

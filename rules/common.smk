@@ -10,7 +10,7 @@ from cxt.workflow import jobs
 from cxt.config.file import read_yaml, resolve, training_config
 from cxt.workflow.costs import HERE, Costs
 from cxt.errors import BadRequest, nearest
-from cxt.lineage import canonical
+from cxt.io import canonical
 
 
 def checked(config):

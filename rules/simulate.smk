@@ -21,7 +21,7 @@ rule genetic_map:
         genetic_map=lambda wildcards: map_spec(wildcards)["genetic_map"],
         scenario=lambda wildcards: map_spec(wildcards)["name"],
     shell:
-        "exec &> {log:q}; exec python -m cxt.scenarios.stdpopsim_models --species {params.species:q}"
+        "exec &> {log:q}; exec python -m cxt.commands.catalogue --species {params.species:q}"
         " --genetic-map {params.genetic_map:q} --scenario {params.scenario:q} --out {output:q}"
 
 

@@ -21,7 +21,7 @@ rule training_settings:
     params:
         spec=lambda wildcards: canonical(jobs.settings_file(config, wildcards.model)),
     shell:
-        "exec &> {log:q}; exec python -m cxt.config.file --spec {params.spec:q} --out {output:q}"
+        "exec &> {log:q}; exec python -m cxt.commands.configfile --spec {params.spec:q} --out {output:q}"
 
 
 for model, entry in config["models"].items():

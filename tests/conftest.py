@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
-from cxt.scenarios.stdpopsim_models import genetic_map
 from cxt.config.file import load
-from cxt.workflow.jobs import leaves_of
-from cxt.preprocess import write_split
-from cxt.scenarios.variants import leaves
-from cxt.simulate import write_batch
+from cxt.config.variants import leaves
 from cxt.data.shards import write_manifest
 from cxt.data.targets import pair_log_tmrca
+from cxt.preprocess import write_split
+from cxt.scenarios.stdpopsim_models import genetic_map
+from cxt.simulate import write_batch
+from cxt.workflow.jobs import leaves_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"

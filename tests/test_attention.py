@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 
-from cxt.model.attention import flexible_attention, rotary_table, rotate, split_attention
+from cxt.benchmark.memory import peak_of
+from cxt.benchmark.published_formulation import dense_loss, dense_mask
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import model_input
-from cxt.benchmark.published_formulation import dense_loss, dense_mask
-from cxt.benchmark.memory import peak_of
+from cxt.model.attention import flexible_attention, rotary_table, rotate, split_attention
 from cxt.trainer.module import loss_function
 
 from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
@@ -104,7 +104,7 @@ def batch():
 
 @pytest.mark.parametrize("start_token_in_prefix", [False, True])
 def test_loss_and_gradients_are_those_of_the_dense_network(start_token_in_prefix):
-    """The formulation that cxt.benchmark.command compares with, and the plain one of the tests."""
+    """The formulation that `cxt bench` compares with, and the plain one of the tests."""
     model = model_of(dataclasses.replace(SMALL, start_token_in_prefix=start_token_in_prefix))
     x, y = inputs()
     x[..., 0] = 1.5  # what is masked

@@ -16,13 +16,13 @@ import tskit
 from conftest import REPOSITORY, build_dataset, constant_scenario, run_python
 
 import cxt
-from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
-from cxt.preprocess import preprocess_one, region_start
-from cxt.scenarios.variants import leaves
-from cxt.simulate import read_batch, write_batch
+from cxt.config.variants import leaves
 from cxt.data.shards import read_manifest, read_shard
 from cxt.data.targets import Grid, pair_log_tmrca
+from cxt.errors import BadRequest
+from cxt.preprocess import preprocess_one, region_start
+from cxt.scenarios.registry import simulate_one
+from cxt.simulate import read_batch, write_batch
 
 SLOW = {
     "name": "slow", "kind": "constant", "population_size": 10_000_000, "individuals": 25, "sequence_length": 1_000_000,
@@ -153,7 +153,7 @@ def test_trees_takes_one_out(tmp_path):
     spec = leaves("constant", constant_scenario())[0].spec
     batch, out = tmp_path / "b.trees.batch", tmp_path / "x" / "one.trees"
     write_batch(batch, spec, start=10, count=3, seed=1)
-    done = run_python("-m", "cxt.scenarios.trees", batch, "--index", 11, "--out", out)
+    done = run_python("-m", "cxt.commands.trees", batch, "--index", 11, "--out", out)
     assert "simulation 11 of 'constant'" in done.stdout
     assert tskit.load(out).tables.equals(simulate_one(spec, index=11, seed=1).tables, ignore_provenance=True)
     damaged, foreign = tmp_path / "cut", tmp_path / "foreign"
@@ -171,7 +171,7 @@ def test_trees_takes_one_out(tmp_path):
         ([plain, "--index", 0], "has no cxt identity"),
         ([tmp_path / "none", "--index", 0], "cannot be read: No such file"),
     ):
-        refused = run_python("-m", "cxt.scenarios.trees", *arguments, "--out", tmp_path / "no.trees", check=False)
+        refused = run_python("-m", "cxt.commands.trees", *arguments, "--out", tmp_path / "no.trees", check=False)
         assert refused.returncode == 2
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr
@@ -179,7 +179,7 @@ def test_trees_takes_one_out(tmp_path):
     before = batch.read_bytes()
     plain.write_bytes(before)
     for over in (batch, plain):  # a batch is never written over
-        refused = run_python("-m", "cxt.scenarios.trees", over, "--index", 11, "--out", over, check=False)
+        refused = run_python("-m", "cxt.commands.trees", over, "--index", 11, "--out", over, check=False)
         assert refused.returncode == 2
         assert "is a batch of tree sequences; give another name" in refused.stderr
     assert batch.read_bytes() == plain.read_bytes() == before

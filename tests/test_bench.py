@@ -1,22 +1,22 @@
-"""cxt.benchmark.command: what it counts and compares. What it times decides nothing here."""
+"""`cxt bench`: what it counts and compares. What it times decides nothing here."""
 
 import json
 
 import pytest
 import torch
 from conftest import run_python
-
 from cxt.benchmark.command import main
+
+from cxt.benchmark.memory import peak_of
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
-from cxt.benchmark.memory import peak_of
 
 TINY = ["--layers", 2, "--heads", 2, "--width", 16, "--windows", 20, "--samples", 10, "--threads", 1, "--seconds", 0.1]
 
 
 def bench(*arguments, check=True):
-    return run_python("-m", "cxt.benchmark.command", *arguments, env={"OMP_NUM_THREADS": "1"}, check=check)
+    return run_python("-m", "cxt.commands.bench", *arguments, env={"OMP_NUM_THREADS": "1"}, check=check)
 
 
 def test_training(tmp_path):

@@ -13,15 +13,14 @@ import stdpopsim
 from conftest import REPOSITORY, TINY, check_genealogies, run_python
 
 from cxt import simulate
-
-from cxt.scenarios import stdpopsim_models as catalogue
-from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
 from cxt.config.file import load
-from cxt.workflow.costs import Costs
 from cxt.errors import BadRequest
-from cxt.scenarios.registry import check_leaf, simulate_one
 from cxt.plan import plan, report
-from cxt.scenarios.variants import EngineSeeds, engine_seeds
+from cxt.scenarios import stdpopsim_models as catalogue
+from cxt.scenarios.registry import check_leaf, simulate_one
+from cxt.scenarios.seeds import EngineSeeds, engine_seeds
+from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
+from cxt.workflow.costs import Costs
 
 SPEC = {
     "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,
@@ -239,7 +238,7 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)
             could = "could not be fetched" if attempt is fetch_map else "cannot be fetched"
-            alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "python -m cxt.scenarios.stdpopsim_models --species AraTha")
+            alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "cxt catalogue --species AraTha")
             for part in ("scenario 'aratha_map'", could, *alone):
                 assert part in str(error.value)
 
@@ -278,8 +277,8 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
     import importlib.metadata
 
     from cxt.config.file import load
+    from cxt.config.variants import Leaf
     from cxt.workflow.jobs import batch_lineage, leaf_of
-    from cxt.scenarios.variants import Leaf
 
     config = load([])
     mapped = Leaf("aratha_map", SPEC, 10, 10)

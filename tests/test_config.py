@@ -8,16 +8,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY
 
-from cxt.config.settings import (
-    ADAPTER_RANGES,
-    NETWORK_RANGES,
-    PRESETS,
-    TRAINING_RANGES,
-    AdapterConfig,
-    ModelConfig,
-    TrainingConfig,
-    steps_per_epoch,
-)
+from cxt.config.bounds import DEVICES, MOST
 from cxt.config.file import (
     adapter_config,
     load,
@@ -28,11 +19,20 @@ from cxt.config.file import (
     training_settings,
     without_nulls,
 )
-from cxt.errors import BadRequest, nearest
-from cxt.workflow.jobs import model_lineage
-from cxt.scenarios.registry import KINDS
-from cxt.config.bounds import DEVICES, MOST
 from cxt.config.schema import defaults_of, document, load_schema
+from cxt.config.settings import (
+    ADAPTER_RANGES,
+    NETWORK_RANGES,
+    PRESETS,
+    TRAINING_RANGES,
+    AdapterConfig,
+    ModelConfig,
+    TrainingConfig,
+    steps_per_epoch,
+)
+from cxt.errors import BadRequest, nearest
+from cxt.scenarios.registry import KINDS
+from cxt.workflow.jobs import model_lineage
 
 
 def with_changes(**sections) -> dict:
@@ -104,7 +104,7 @@ def every_property(node, path="config"):
 def test_every_key_is_described_and_documented():
     schema = load_schema()
     text = (REPOSITORY / "config" / "README.md").read_text()
-    assert text == document(), "run: python -m cxt.config.schema > config/README.md"
+    assert text == document(), "run: cxt schema > config/README.md"
     for path, child in every_property(schema):
         target = child
         while "description" not in target and "$ref" in target:

@@ -9,13 +9,13 @@ import torch
 from conftest import build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features, pair_log_tmrca
+from cxt.config.variants import leaves
 from cxt.data.pair_dataset import model_input
-from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
-from cxt.preprocess import planned_shards, preprocess_one, write_split
-from cxt.scenarios.variants import leaves
 from cxt.data.shards import read_manifest, read_shard, write_manifest
 from cxt.data.targets import Grid
+from cxt.errors import BadRequest
+from cxt.preprocess import planned_shards, preprocess_one, write_split
+from cxt.scenarios.registry import simulate_one
 
 SPEC = leaves("constant", constant_scenario())[0].spec
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.model.adapter import build_model
 from cxt.checkpoints.checkpoint import model_record, write_checkpoint
 from cxt.config.settings import ModelConfig
+from cxt.config.variants import leaves
+from cxt.data.targets import Grid
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import (
@@ -26,13 +27,13 @@ from cxt.evaluate import (
     table,
 )
 from cxt.evaluation.figures import draw_scatter
-from cxt.jsontext import json_text
-from cxt.scenarios.registry import simulate_one
 from cxt.evaluation.metrics import pearson_per_pair
+from cxt.io import json_text
+from cxt.model.adapter import build_model
 from cxt.preprocess import preprocess_one
-from cxt.scenarios.variants import EVALUATION_START, leaves
+from cxt.scenarios.indices import EVALUATION_START
+from cxt.scenarios.registry import simulate_one
 from cxt.simulate import write_batch
-from cxt.data.targets import Grid
 from cxt.trainer.validation import DecodedItems
 
 SPEC = leaves("constant", constant_scenario())[0].spec

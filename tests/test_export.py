@@ -11,10 +11,10 @@ import pytest
 from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features
-from cxt.errors import BadRequest
 from cxt.data.export import export, information, verify
-from cxt.preprocess import preprocess_one
 from cxt.data.shards import read_manifest, read_shard, write_manifest, write_shard
+from cxt.errors import BadRequest
+from cxt.preprocess import preprocess_one
 
 
 def test_the_snippet_in_the_documentation(dataset, tmp_path):
@@ -54,7 +54,7 @@ def test_info(dataset):
     text = information(dataset)
     assert re.search(r"constant +train +18 +108 ", text)
     assert re.search(r"all +test +2 +12 ", text)
-    assert run_python("-m", "cxt.data.pair_dataset", "info", dataset).stdout == text + "\n"
+    assert run_python("-m", "cxt.commands.dataset", "info", dataset).stdout == text + "\n"
 
 
 DAMAGE = {
@@ -260,7 +260,9 @@ def write_manifest_of(directory, test):
 
 def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
     directory = build_dataset(tmp_path / "data", entry=constant_scenario(sequence_length=40_000), regions_per_simulation=2)
-    done = run_python("-m", "cxt.data.pair_dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1)
+    done = run_python(
+        "-m", "cxt.commands.dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1
+    )
     assert "1 simulations" in done.stderr
     assert sorted(path.name for path in (tmp_path / "out/test/constant").iterdir()) == ["ts_00000000_i0", "ts_00000000_i0_r1"]
     assert read_manifest(directory)["regions_per_simulation"] == 2

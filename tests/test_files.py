@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, constant_scenario, run_python
 
+from cxt.config.variants import leaves
 from cxt.errors import BadRequest
-from cxt.files import atomic_file, atomic_link, atomic_write
+from cxt.io import atomic_file, atomic_link, atomic_write
+from cxt.simulate import write_batch
 from cxt.trainer.run_directory import RunDirectory, is_locked, take_lock
 from cxt.workflow.runs import Run, prune
-from cxt.scenarios.variants import leaves
-from cxt.simulate import write_batch
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
 
@@ -79,7 +79,7 @@ def test_no_link_is_followed(tmp_path, monkeypatch):
     atomic_write(path, b"new")
     assert not path.is_symlink()
     assert path.read_bytes() == b"new"
-    monkeypatch.setattr("cxt.files.secrets.token_hex", lambda n: "0" * 2 * n)
+    monkeypatch.setattr("cxt.io.secrets.token_hex", lambda n: "0" * 2 * n)
     path.with_name(f"x.{'0' * 16}.tmp").symlink_to(precious)
     with pytest.raises(FileExistsError):
         atomic_write(path, b"newer")
@@ -145,7 +145,7 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     others = ["x.y.0123456789abcdef.tmp", "xx.0123456789abcdef.tmp", "x.tmp", "x.0123.tmp"]
     for name in others:
         (tmp_path / name).write_text("other")
-    code = f"from cxt.files import atomic_file\nwith atomic_file({str(path)!r}) as file: print(1, flush=True); input()"
+    code = f"from cxt.io import atomic_file\nwith atomic_file({str(path)!r}) as file: print(1, flush=True); input()"
     lives, dies = child(code), child(code)
     dies.kill()
     dies.wait()
@@ -170,7 +170,7 @@ def test_a_batch_and_one_of_it(tmp_path):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
     (leaf,) = leaves("constant", constant_scenario(simulations=1))
     write_batch(tmp_path / "b", leaf.spec, start=0, count=1, seed=1)
-    run_python("-m", "cxt.scenarios.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
+    run_python("-m", "cxt.commands.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
     assert not (tmp_path / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.tmp", "one.trees", "one.trees.tmp"]
 
@@ -207,7 +207,8 @@ def test_a_lock_goes_with_its_process_and_not_with_those_it_has_started(tmp_path
         "subprocess": "pid = subprocess.Popen(['sleep', '600'], close_fds=False).pid",
     }[process]
     code = (
-        f"import os, subprocess, time\nfrom cxt.trainer.run_directory import take_lock\nlock = take_lock({str(tmp_path / 'x.lock')!r}, 'it')\n"
+        "import os, subprocess, time\nfrom cxt.trainer.run_directory import take_lock\n"
+        f"lock = take_lock({str(tmp_path / 'x.lock')!r}, 'it')\n"
         f"{start}\nprint(1, flush=True)\nprint(pid, flush=True)\ninput()"
     )
     holder = child(code)
@@ -275,7 +276,10 @@ def started(directory: Path, name: str) -> Run:
 def test_prune_and_who_has_the_lock(tmp_path, capsys):
     """One is taken while the question is on the screen: it stays, and so does its lock; of the other nothing stays."""
     busy, old = started(tmp_path, "busy"), started(tmp_path, "old")
-    code = f"from cxt.trainer.run_directory import *; r = RunDirectory({str(busy.path)!r}); r.lock(); print(1, flush=True); input()"
+    code = (
+        "from cxt.trainer.run_directory import RunDirectory\n"
+        f"r = RunDirectory({str(busy.path)!r}); r.lock(); print(1, flush=True); input()"
+    )
     holder = child(code)
     prune([busy, old], yes=True)
     said = capsys.readouterr().out

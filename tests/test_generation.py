@@ -8,8 +8,8 @@ import torch
 from conftest import GOLDEN
 
 from cxt import load_model
-from cxt.model.adapter import build_model
 from cxt.errors import BadRequest
+from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import OutsideTraining
 from cxt.model.sampling import draw, limited_to, uniforms

@@ -11,12 +11,12 @@ import torch
 from conftest import simulate
 
 from cxt import load_model, pair_features
-from cxt.model.adapter import build_model
 from cxt.checkpoints.checkpoint import write_checkpoint
+from cxt.checkpoints.record import model_record
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
+from cxt.model.adapter import build_model
 from cxt.model.inputs import OutsideTraining
-from cxt.checkpoints.record import model_record
 
 WINDOW, LENGTH, SCALES, RATE = 2000, 99_000, (2, 4), 2e-7  # the last window of each scale is cut
 

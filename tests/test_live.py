@@ -9,12 +9,12 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
+from cxt.config.variants import leaves
+from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
 from cxt.data.loaders import ProcessLoader
+from cxt.data.targets import Grid
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
-from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
-from cxt.scenarios.variants import leaves
-from cxt.data.targets import Grid
 
 LEAVES = [leaf.spec for leaf in leaves("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))]
 MANIFEST = live_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
@@ -105,7 +105,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
     arguments = ["--max-steps", 12, "--eval-max-batches", 1, "--save-every", 5]
     train(flags, tmp_path / "whole", *arguments)
     code = (
-        "import os, sys, signal; from cxt import live; from cxt.train import main\n"
+        "import os, sys, signal; from cxt.data import live; from cxt.train import main\n"
         "original = live.SimulatedDataset.batch\n"
         "def batch(self, items, **k):\n"
         "    if self.split == 'train' and list(items)[0] >= 8 * 8: os.kill(os.getpid(), signal.SIGKILL)\n"

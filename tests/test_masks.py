@@ -7,9 +7,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cxt.errors import BadRequest
 from cxt.data.features import missing_fraction
 from cxt.data.masks import cut_mask, describe_mask, read_mask, synthetic_mask, write_mask
+from cxt.errors import BadRequest
 
 SYNTHETIC = {"length": 2_000_000, "accessible_run": 500, "inaccessible_run": 200}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cxt.model.adapter import build_model, freeze_backbone
-from cxt.model.attention import rotary_table, rotate
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest
+from cxt.model.adapter import build_model, freeze_backbone
+from cxt.model.attention import rotary_table, rotate
 from cxt.trainer.module import parameter_groups
 
 SMALL = ModelConfig(layers=3, heads=2, width=32, windows=12, samples=10, scales=4, dropout=0.1)

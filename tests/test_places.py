@@ -73,7 +73,7 @@ def test_full_device(words, unbuffered):
 def test_reader_that_has_gone():
     for unbuffered in ("", "1"):
         run = subprocess.Popen(
-            [sys.executable, "-m", "cxt.workflow.runs", "--help"],
+            [sys.executable, "-m", "cxt.commands.runs", "--help"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
         run.stdout.close()

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
-from cxt.scenarios import stdpopsim_models as catalogue
-from cxt.workflow import costs as costs_module
-from cxt.config.settings import PRESETS, AdapterConfig
 from cxt.config.file import load, merge, read_yaml, resolve
-from cxt.workflow.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
+from cxt.config.settings import PRESETS, AdapterConfig
+from cxt.config.variants import leaves
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
-from cxt.workflow.jobs import dataset_spec, leaf_of, leaves_of
-from cxt.scenarios.registry import KINDS, simulate_one
 from cxt.plan import plan, use_devices
-from cxt.scenarios.variants import batches as batches_of
-from cxt.scenarios.variants import leaves
+from cxt.scenarios import stdpopsim_models as catalogue
+from cxt.scenarios.indices import batches as batches_of
+from cxt.scenarios.registry import KINDS, simulate_one
+from cxt.workflow import costs as costs_module
+from cxt.workflow.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
+from cxt.workflow.jobs import dataset_spec, leaf_of, leaves_of
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"

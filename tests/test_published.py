@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoints.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
+from cxt.checkpoints.inspection import diff, show, verify
+from cxt.checkpoints.published import is_published, preset_of, stand_ins
+from cxt.checkpoints.safetensors import write_portable
 from cxt.config.settings import PRESETS
 from cxt.errors import BadRequest
-from cxt.checkpoints.inspection import diff, show, verify
-from cxt.checkpoints.safetensors import write_portable
-from cxt.checkpoints.published import is_published, preset_of, stand_ins
 
 PLAIN, ADAPTER = GOLDEN / "published_style.ckpt", GOLDEN / "published_style_adapter.ckpt"
 BOTH = pytest.mark.parametrize(("file", "suffix"), [(PLAIN, ""), (ADAPTER, "5")], ids=["plain", "adapter"])
@@ -44,7 +44,7 @@ def changed(file, out, change):
     return out
 
 
-def original_class(name, module="cxt.config.settings"):
+def original_class(name, module="cxt.config"):
     """A class of that name as a pickle sees it, in a module that exists while it is written."""
     made = types.ModuleType(module)
     setattr(made, name, type(name, (), {"__module__": module}))
@@ -74,7 +74,7 @@ def agrees(model, suffix):
 @BOTH
 def test_import(file, suffix, tmp_path):
     out = tmp_path / "made" / "x.ckpt"
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "import", file, "--out", out, "--name", "mine")
+    done = run_python("-m", "cxt.commands.checkpoint", "import", file, "--out", out, "--name", "mine")
     assert "imported  from published_style" in done.stdout
     assert "start token in the prefix" in done.stdout
     assert set(torch.load(out, weights_only=True)) == {"cxt", "state_dict"}  # and under weights_only
@@ -88,7 +88,7 @@ def test_import(file, suffix, tmp_path):
     assert "whole and finite; imported from published_style" in verify(out, configfiles=[])
     assert diff(out, file, rtol=0, atol=0)[0]
     assert str(file) in show(file)
-    left = run_python("-m", "cxt.checkpoints.checkpoint", "import", out, "--out", tmp_path / "again.ckpt", check=False)
+    left = run_python("-m", "cxt.commands.checkpoint", "import", out, "--out", tmp_path / "again.ckpt", check=False)
     assert left.returncode == 2
     assert "is a checkpoint of cxt already, use it as it is" in left.stderr
 
@@ -135,7 +135,7 @@ def test_nothing_in_a_file_is_run(function, named, tmp_path, monkeypatch):
     for read in (load_model, read_checkpoint, lambda path: import_published(path, tmp_path / "x.ckpt")):
         with pytest.raises(BadRequest, match=rf"is refused, nothing in it was run: it holds pickled {named}, where"):
             read(file)
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "import", file, "--out", tmp_path / "x.ckpt", check=False)
+    done = run_python("-m", "cxt.commands.checkpoint", "import", file, "--out", tmp_path / "x.ckpt", check=False)
     assert done.returncode == 2
     assert "is refused" in done.stderr
     assert "Traceback" not in done.stderr
@@ -193,7 +193,7 @@ def test_damaged(tmp_path):
         (tmp_path / "x.ckpt").write_bytes(PLAIN.read_bytes()[:size])
         with pytest.raises(BadRequest, match="cannot be read, it is damaged"):
             load_model(tmp_path / "x.ckpt")
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "import", tmp_path / "x.ckpt", "--out", tmp_path / "y.ckpt", check=False)
+    done = run_python("-m", "cxt.commands.checkpoint", "import", tmp_path / "x.ckpt", "--out", tmp_path / "y.ckpt", check=False)
     assert done.returncode == 2
     torch.save({"a": 1}, tmp_path / "x.ckpt")
     with pytest.raises(BadRequest, match="x.ckpt is not a file of the original package"):
@@ -335,7 +335,7 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
 def test_an_adapter_on_it(data, tmp_path, monkeypatch):
     """The file itself is a parent, too, and so is what it was exported to."""
     out = tmp_path / "adapter.ckpt"
-    run_python("-m", "cxt.checkpoints.checkpoint", "export", PLAIN, "--out", tmp_path / "exported")
+    run_python("-m", "cxt.commands.checkpoint", "export", PLAIN, "--out", tmp_path / "exported")
     for parent in (PLAIN, tmp_path / "exported"):
         arguments = ["--dataset-path", data / "n5", "--checkpoint", parent, "--adapter", "--adapter-bottleneck", 8]
         train(monkeypatch, *arguments, "--run-dir", tmp_path / parent.stem, "--out", out)
@@ -361,7 +361,7 @@ def test_an_adapter_of_it(data, tmp_path, monkeypatch, capsys):
 
 @BOTH
 def test_export(file, suffix, tmp_path):
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "export", file, "--out", tmp_path / "exported")
+    done = run_python("-m", "cxt.commands.checkpoint", "export", file, "--out", tmp_path / "exported")
     assert "exported to" in done.stdout
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["config.json", "model.safetensors"]
     before = read_checkpoint(file)
@@ -387,7 +387,7 @@ def test_export_keeps_types_and_views(tmp_path):
     assert {key: value.dtype for key, value in back.items()} == {key: value.dtype for key, value in odd.items()}
     assert all(torch.equal(back[key], odd[key]) for key in odd)
     write_checkpoint(tmp_path / "half.ckpt", {k: v.bfloat16() for k, v in about.state_dict.items()}, about.record)
-    run_python("-m", "cxt.checkpoints.checkpoint", "export", tmp_path / "half.ckpt", "--out", tmp_path / "half")
+    run_python("-m", "cxt.commands.checkpoint", "export", tmp_path / "half.ckpt", "--out", tmp_path / "half")
     assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     assert diff(tmp_path / "half" / "config.json", tmp_path / "half.ckpt", rtol=0, atol=0)[0]
 
@@ -409,16 +409,16 @@ def test_damaged_exports(tmp_path):
     (directory / "config.json").write_text("{")
     refused("config.json cannot be read")
     (directory / "config.json").write_text('{"architectures": ["BertModel"]}')
-    refused("was not written by `python -m cxt.checkpoints.checkpoint export`")
+    refused("was not written by `cxt checkpoint export`")
     write_portable(directory, about.state_dict, about.record | {"format": 99})
     refused("has format 99, this cxt reads up to 1")
     write_portable(directory, about.state_dict | {"x": torch.ones(1)}, about.record)
     refused("x is not in this model")
     bad = {key: value * float("nan") for key, value in about.state_dict.items()}
     write_checkpoint(tmp_path / "nan.ckpt", bad, about.record)
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "export", tmp_path / "nan.ckpt", "--out", tmp_path / "nan", check=False)
+    done = run_python("-m", "cxt.commands.checkpoint", "export", tmp_path / "nan.ckpt", "--out", tmp_path / "nan", check=False)
     assert done.returncode == 1
     assert "not finite" in done.stderr
-    done = run_python("-m", "cxt.checkpoints.checkpoint", "export", PLAIN, "--out", tmp_path / "nan.ckpt" / "x", check=False)
+    done = run_python("-m", "cxt.commands.checkpoint", "export", PLAIN, "--out", tmp_path / "nan.ckpt" / "x", check=False)
     assert done.returncode == 2
     assert not is_published({"cxt": {}, "pytorch-lightning_version": "2", "hyper_parameters": {}})

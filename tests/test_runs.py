@@ -19,26 +19,26 @@ from conftest import REPOSITORY, TINY, run_python
 from test_training import FINE, SMALL, equal, train, weights
 
 import cxt
-from cxt.checkpoints import checkpoint as checkpoint_stage
-from cxt.trainer import find_lr as find_lr_stage
 from cxt import load_model
-from cxt.workflow import runs as runs_stage
+from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
-from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.config.file import load, training_settings
+from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.data.loaders import EpochBatches
 from cxt.data.pair_dataset import PairDataset, model_input
 from cxt.errors import BadRequest, Failed
-from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
-from cxt.trainer.flags import build_parser
-from cxt.workflow.jobs import run_directory
-from cxt.trainer.run_directory import RunDirectory, take_lock
-from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
-from cxt.trainer.training_state import saves_of
 from cxt.seeds import torch_seed
 from cxt.train import plan_of
+from cxt.trainer import find_lr as find_lr_stage
+from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
+from cxt.trainer.flags import build_parser
+from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.module import learning_rate_factor, parameter_groups
+from cxt.trainer.run_directory import RunDirectory, take_lock
+from cxt.trainer.training_state import saves_of
 from cxt.trainer.validation import Validation
+from cxt.workflow import runs as runs_stage
+from cxt.workflow.jobs import run_directory
 
 
 def call(stage, monkeypatch, *arguments):

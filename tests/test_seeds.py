@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import constant_scenario
 
+from cxt.config.schema import complete_part, load_schema
 from cxt.config.settings import TrainingConfig
+from cxt.config.variants import leaves
+from cxt.data.live import LIVE_START
 from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
+from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_one
-from cxt.data.live import LIVE_START
-from cxt.scenarios.variants import EVALUATION_START, LAST_INDEX, check_shared_ancestry, engine_seeds, leaves
-from cxt.config.schema import complete_part, load_schema
+from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, engine_seeds
 from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, key_of, mixed, msprime_seeds, permuted, torch_seed
 
 BITS = 2**64 - 1

@@ -14,9 +14,9 @@ from zarr.codecs import GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from cxt import PairDataset
-from cxt.errors import BadRequest
 from cxt.data.export import export, information, verify
 from cxt.data.shards import read_manifest, read_shard, write_manifest
+from cxt.errors import BadRequest
 from cxt.scenarios.trees import find
 
 SPLITS = ("train", "test")

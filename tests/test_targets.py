@@ -6,11 +6,11 @@ import pytest
 from conftest import constant_scenario, simulate
 
 from cxt import pair_log_tmrca
-from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
-from cxt.preprocess import preprocess_one
-from cxt.scenarios.variants import leaves
+from cxt.config.variants import leaves
 from cxt.data.targets import Grid
+from cxt.errors import BadRequest
+from cxt.preprocess import preprocess_one
+from cxt.scenarios.registry import simulate_one
 
 
 def slow_log_tmrca(ts, pairs, *, window_size, sequence_length):

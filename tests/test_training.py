@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from conftest import REPOSITORY, build_dataset, run_python
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoints.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
+from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import TrainingConfig
 from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
-from cxt.trainer.parents import OF_THE_ADAPTER
-from cxt.config.bounds import note_more_than_cores
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.log import read_log
 from cxt.trainer.module import learning_rate_factor
+from cxt.trainer.parents import OF_THE_ADAPTER
+from cxt.trainer.run_directory import RunDirectory
 
 SMALL = [
     "--model",
@@ -305,8 +306,8 @@ def test_terminated(dataset, tmp_path):
 
 def test_two_processes(dataset, tmp_path):
     arguments = [*SMALL, "--dataset-path", dataset, "--accelerator", "cpu", "--devices", 2, "--epochs", 1]
-    script = "import sys; from cxt.cli import main; main()"  # what the console script does
-    for name, start in (("a", ["-m", "cxt.train"]), ("b", ["-c", script, "train"])):
+    script = Path(sys.executable).with_name("cxt")
+    for name, start in (("a", ["-m", "cxt.train"]), ("b", [script, "train"])):
         run_python(*start, *arguments, "--run-dir", tmp_path / name, "--out", tmp_path / f"{name}.ckpt")
     record = read_checkpoint(tmp_path / "a.ckpt").record
     assert (record["devices"], record["step"]) == (2, math.ceil(108 // 2 // 8 / 2))

@@ -14,10 +14,10 @@ from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run
 
 from cxt.checkpoints.checkpoint import read_checkpoint
 from cxt.config.file import load, merge, read_yaml, resolve
+from cxt.config.variants import check_leaves, leaves, scenario_of
 from cxt.errors import BadRequest
-from cxt.workflow.jobs import check_plan, leaf_of
 from cxt.scenarios.registry import simulate_one
-from cxt.scenarios.variants import check_leaves, leaves, scenario_of
+from cxt.workflow.jobs import check_plan, leaf_of
 
 EXAMPLES = REPOSITORY / "config" / "examples"
 DEMES = {

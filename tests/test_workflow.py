@@ -18,12 +18,12 @@ import yaml
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakemake
 
 from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
+from cxt.checkpoints.inspection import verify
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
-from cxt.checkpoints.inspection import verify
-from cxt.workflow.jobs import dataset_lineage, model_lineage
 from cxt.lineage import code_digests
 from cxt.simulate import read_batch
+from cxt.workflow.jobs import dataset_lineage, model_lineage
 
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 BELOW_BROAD = ["broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
@@ -367,7 +367,7 @@ def test_advice_about_damaged_files(copy, tmp_path, absolute):
     before = (copy / shard).read_bytes()
     (copy / shard).write_bytes(before[:-100])
     place, given = (tmp_path, copy / dataset) if absolute else (copy, dataset)
-    done = run_python("-m", "cxt.data.pair_dataset", "verify", given, cwd=place, check=False)
+    done = run_python("-m", "cxt.commands.dataset", "verify", given, cwd=place, check=False)
     assert "delete it and the dataset's dataset.json, then run" in done.stderr
     (copy / shard).unlink()
     (copy / dataset / "dataset.json").unlink()

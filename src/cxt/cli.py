@@ -1,43 +1,49 @@
-"""The console script: `cxt STAGE …` is `python -m cxt.STAGE …`."""
+"""The console script: `cxt COMMAND …` runs a stage or one of the other commands."""
 
-import os
+import importlib
 import sys
 
 from cxt.errors import BadRequest, exit_on_bad_request, nearest
 
 COMMANDS = {
-    "plan": "what a configuration will cost: simulations, steps, bytes, hours",
-    "simulate": "one batch of tree sequences",
-    "trees": "take one tree sequence out of a batch",
-    "preprocess": "shards and manifest of a dataset, synthetic masks",
-    "dataset": "look at a dataset, check it, export dense arrays",
-    "train": "one checkpoint",
-    "find_lr": "a learning rate to train with",
-    "runs": "the run directories of the workflow, and removing old ones",
-    "checkpoint": "what a checkpoint is, whether it is current, where two differ; import and export",
-    "evaluate": "a checkpoint on held-out simulations, and the accuracy table",
-    "bench": "how fast this machine trains and decodes",
-    "catalogue": "fetch a genetic map of stdpopsim's catalogue",
-    "configfile": "one model's training settings as YAML, as the workflow writes them",
-    "schema": "config/README.md, from the schema of the configuration",
-    "lineage": "digests of the code of each stage, for those who change it",
+    "plan": ("cxt.plan", "what a configuration will cost: simulations, steps, bytes, hours"),
+    "simulate": ("cxt.simulate", "simulate one batch of tree sequences"),
+    "trees": ("cxt.commands.trees", "take one tree sequence out of a simulation batch"),
+    "preprocess": ("cxt.preprocess", "make the shards, the manifest and the synthetic mask of a dataset"),
+    "dataset": ("cxt.commands.dataset", "show, verify and export a dataset"),
+    "train": ("cxt.train", "train one checkpoint"),
+    "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
+    "runs": ("cxt.commands.runs", "list run directories, and remove old ones"),
+    "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import and export checkpoints"),
+    "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),
+    "bench": ("cxt.commands.bench", "measure how fast this machine trains and decodes"),
+    "catalogue": ("cxt.commands.catalogue", "fetch a genetic map of stdpopsim's catalogue"),
+    "configfile": ("cxt.commands.configfile", "write one model's training settings as YAML, as the workflow does"),
+    "schema": ("cxt.commands.schema", "print config/README.md, the reference of all configuration keys"),
 }
+"""{name: (module with the command's `main(argv)`, what it does)}."""
+
+
+def usage() -> str:
+    """The text of `cxt --help`."""
+    lines = [f"  {name:12s}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: cxt COMMAND [options]", "", *lines, "", "`cxt COMMAND --help` lists the options of a command."])
 
 
 def main() -> None:
-    """Run the command named by the first argument with the others; usage without one."""
+    """Run the command named by the first argument with the others; print the usage without one."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
 
     def run() -> None:
         if name in ("-h", "--help"):
-            print("usage: cxt COMMAND [options]\n")
-            for command, text in COMMANDS.items():
-                print(f"  {command:12s}{text}")
-            print("\n`cxt COMMAND --help` lists its options; `python -m cxt.COMMAND` is the same.")
+            print(usage())
             return
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{nearest(name, COMMANDS)}")
-        # As the module itself, so that processes it starts (one for each device) find their way back to it.
-        os.execv(sys.executable, [sys.executable, "-m", f"cxt.{name}", *sys.argv[2:]])
+        if name == "train":  # its imports take a second, in which a signal must not end in a traceback
+            from cxt.signals import end_at_once
+
+            end_at_once()
+        importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
 
     exit_on_bad_request(run)

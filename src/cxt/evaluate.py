@@ -15,20 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.console import progress_only
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
-from cxt.data.features import first_sites, missing_fraction, pair_counts
-from cxt.files import atomic_write
-from cxt.jsontext import json_text
-from cxt.lineage import check_lineage, digest, stage_lineage
-from cxt.data.masks import add_mask_flags, mask_from_flags
-from cxt.evaluation.metrics import pearson_per_pair
-from cxt.preprocess import preprocess_one
 from cxt.config.bounds import COUNT, THREADS, Range, check_flags, problems
-from cxt.seeds import check_seed
-from cxt.simulate import read_batch
+from cxt.console import progress_only
+from cxt.data.features import first_sites, missing_fraction, pair_counts
+from cxt.data.masks import add_mask_flags, mask_from_flags
 from cxt.data.shards import Entry
 from cxt.data.targets import Grid
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
+from cxt.evaluation.metrics import pearson_per_pair
+from cxt.io import atomic_write, digest, json_text
+from cxt.lineage import check_lineage, stage_lineage
+from cxt.preprocess import preprocess_one
+from cxt.seeds import check_seed
+from cxt.simulate import read_batch
 
 SPEC_KEYS = {
     "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
@@ -356,7 +355,7 @@ def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
     draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
@@ -373,7 +372,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_flags(args, threads=THREADS)
     if args.table:
         results = [read_result(path) for path in args.table]

@@ -13,17 +13,17 @@ import signal
 import sys
 from pathlib import Path
 
-from cxt.workflow import jobs
-from cxt.scenarios.stdpopsim_models import other_recombination
-from cxt.config.settings import steps_per_epoch
-from cxt.config.file import adapter_config, load, model_config, training_config
-from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
-from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.files import atomic_write, check_writable
-from cxt.model.flops import decoding_flops, forward_flops, training_flops
-from cxt.jsontext import json_text
 from cxt.config.bounds import DEVICES, POSITIVE, check_flags
-from cxt.scenarios.variants import Leaf, split_size
+from cxt.config.file import adapter_config, load, model_config, training_config
+from cxt.config.settings import steps_per_epoch
+from cxt.config.variants import Leaf
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.io import atomic_write, check_writable, json_text
+from cxt.model.flops import decoding_flops, forward_flops, training_flops
+from cxt.scenarios.indices import split_size
+from cxt.scenarios.stdpopsim_models import other_recombination
+from cxt.workflow import jobs
+from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 
 
 def use_devices(config: dict, devices: int) -> dict:
@@ -261,7 +261,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
     return "\n".join(out)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="cxt plan", description="What a configuration asks for and will cost.")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")
@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_flags(args, devices=DEVICES, seconds=POSITIVE)
     for flag in ("seconds", "machine"):
         if getattr(args, flag) is not None and not args.calibrate:

@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 import tskit
 
+from cxt.config.bounds import COUNT, INDEX, check_flags
+from cxt.config.schema import complete_part
 from cxt.console import progress_only
-from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.data.features import pack_haplotypes, usable_sites
 from cxt.data.masks import add_mask_flags, cut_mask, mask_from_flags, synthetic_mask, write_mask
-from cxt.config.bounds import COUNT, INDEX, check_flags
-from cxt.scenarios.variants import batches, random_generator, split_of, split_size
-from cxt.config.schema import complete_part
-from cxt.seeds import check_seed
-from cxt.simulate import read_batch
 from cxt.data.shards import SPLITS, Entry, write_manifest, write_shard
 from cxt.data.targets import pair_log_tmrca
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.scenarios.indices import batches, split_of, split_size
+from cxt.scenarios.seeds import random_generator
+from cxt.seeds import check_seed
+from cxt.simulate import read_batch
 
 
 def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:
@@ -214,7 +215,7 @@ def _mask(args) -> None:
     print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
     shard = commands.add_parser("shard", help="one split of one batch of tree sequences to one shard")
@@ -241,7 +242,7 @@ def main() -> None:
     mask.add_argument("--lineage", help="digest of all that decides the mask, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_flags(args, start=INDEX, count=COUNT)
     with progress_only():
         args.run(args)

@@ -12,7 +12,7 @@ import operator
 import numpy as np
 
 from cxt.errors import BadRequest
-from cxt.lineage import canonical
+from cxt.io import canonical
 
 LARGEST_SEED = 2**63 - 1
 """The largest seed of a workflow, a training run or a decoding; the smallest is 0. The schema says the same."""

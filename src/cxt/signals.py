@@ -1,7 +1,8 @@
 """Signals that end a run: what a command does about them between its steps, and how the processes that it has started end.
 
-A trainer that is at its steps takes note of a signal and saves (`cxt.trainer.training_state`). At any other time there is nothing to save, and
-it ends at once, from within the handler: an exception there would come out of whatever is being imported or compiled.
+A trainer that is at its steps takes note of a signal and saves (`cxt.trainer.training_state`). At any other time there is
+nothing to save, and it ends at once, from within the handler: an exception there would come out of whatever is being
+imported or compiled.
 """
 
 import contextlib

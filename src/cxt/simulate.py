@@ -4,7 +4,7 @@
     python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
 
 `tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing, and
-`python -m cxt.scenarios.trees` takes one out.
+`cxt trees` takes one out.
 """
 
 import argparse
@@ -21,15 +21,14 @@ from pathlib import Path
 
 import tskit
 
-from cxt.scenarios.stdpopsim_models import other_recombination
-from cxt.scenarios.msprime_models import read_demes
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
-from cxt.files import atomic_file, check_writable, remove_abandoned
-from cxt.scenarios.registry import KINDS, check_leaf, simulated_tables
-from cxt.lineage import canonical, check_lineage
-from cxt.remedies import make_again
-from cxt.scenarios.variants import NOT_PARAMETERS, leaves
+from cxt.config.demes import read_demes
 from cxt.config.schema import complete_part
+from cxt.config.variants import NOT_PARAMETERS, leaves
+from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
+from cxt.io import atomic_file, canonical, check_writable, remove_abandoned
+from cxt.lineage import check_lineage, make_again
+from cxt.scenarios.registry import KINDS, check_leaf, simulated_tables
+from cxt.scenarios.stdpopsim_models import other_recombination
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
@@ -149,7 +148,7 @@ def _spec_of(args) -> dict:
     return known[args.scenario].spec
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Simulate one batch of tree sequences.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--spec", help="leaf scenario as JSON")
@@ -160,7 +159,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
     parser.add_argument("--lineage", help="digest of all that decides the batch, stored in it")
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.count < 1 or args.start < 0:
         raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
     spec = _spec_of(args)

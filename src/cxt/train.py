@@ -6,7 +6,7 @@ Three verbs: `--checkpoint X` starts a new run from X's weights, `--resume-adapt
 weights, `--resume` continues this very run. Without one, training starts from random weights.
 """
 
-from cxt.signals import end_at_once, follow, ignore, last_words
+from cxt.signals import end_at_once, ends_at_once, follow, ignore, last_words
 
 if __name__ == "__main__":  # before the other imports, which take a second
     end_at_once()
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jsonargparse
 
+from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import (
     PRESETS,
     TrainingConfig,
@@ -27,10 +28,11 @@ from cxt.config.settings import (
     steps_per_epoch,
 )
 from cxt.console import progress_only
+from cxt.data.shards import MANIFEST, read_manifest
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
-from cxt.files import check_writable
+from cxt.io import check_writable, file_sha256
+from cxt.lineage import STAGE_VERSION, differing, plan_again, stage_lineage
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.lineage import STAGE_VERSION, differing, file_sha256, stage_lineage
 from cxt.trainer.machines import Nodes
 from cxt.trainer.parents import (
     OF_THE_ADAPTER,
@@ -41,11 +43,8 @@ from cxt.trainer.parents import (
     read_parent,
     resolve_network,
 )
-from cxt.config.bounds import note_more_than_cores
-from cxt.remedies import plan_again
 from cxt.trainer.run_directory import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
 from cxt.trainer.source import check_source, live_source
-from cxt.data.shards import MANIFEST, read_manifest
 
 BEGAN = time.monotonic()
 """When this process began, near enough."""
@@ -437,16 +436,17 @@ def print_settings(args) -> None:
     print(yaml.safe_dump(settings, sort_keys=True), end="")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parse_flags(sys.argv[1:], parser)
+    args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
     if args.print_config:
         print_settings(args)
     else:
         with progress_only():
             train(args, began=BEGAN)
+    if ends_at_once():
+        ignore()  # it is done, whatever comes now
 
 
 if __name__ == "__main__":
     exit_on_bad_request(main)
-    ignore()  # it is done, whatever comes now

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import torch
 
-from cxt.model.adapter import build_model
+from cxt.benchmark.memory import peak_of
+from cxt.benchmark.published_formulation import dense_loss
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.loaders import EpochBatches, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, model_input
-from cxt.decoding.posterior import computing_in
-from cxt.benchmark.published_formulation import dense_loss
-from cxt.errors import BadRequest
-from cxt.model.flops import decoding_flops, training_flops
-from cxt.model.decoder import Decoder
-from cxt.benchmark.memory import peak_of
 from cxt.data.targets import START_TOKEN, Grid
+from cxt.decoding.posterior import computing_in
+from cxt.errors import BadRequest
+from cxt.model.adapter import build_model
+from cxt.model.decoder import Decoder
+from cxt.model.flops import decoding_flops, training_flops
 from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 
 SIMULATIONS, PAIRS = 20, 200
@@ -50,11 +50,11 @@ def finish(device: str) -> None:
 @contextlib.contextmanager
 def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
+    from cxt.config.variants import leaves
     from cxt.data.features import SCALES
-    from cxt.preprocess import write_split
-    from cxt.scenarios.variants import leaves
-    from cxt.simulate import write_batch
     from cxt.data.shards import SPLITS, write_manifest
+    from cxt.preprocess import write_split
+    from cxt.simulate import write_batch
 
     samples = network.samples if adapter is None else adapter.samples
     length = network.windows * network.window_size
@@ -191,7 +191,7 @@ def bench_training(
     Returns
     -------
     dict
-        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `cxt.benchmark.memory.peak_of`
+        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `memory.peak_of`
         has it), waiting (fraction of time); with *compare*, ratio (of items per second, median of the turns), ratios,
         dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
     """

@@ -1,17 +1,16 @@
 """Checkpoints: trained weights with what is needed to use them; writing, reading, and loading a model by name.
 
-    python -m cxt.checkpoints.checkpoint show results/broad.ckpt
-    python -m cxt.checkpoints.checkpoint verify results/broad.ckpt
-    python -m cxt.checkpoints.checkpoint diff results/broad.ckpt old/broad.ckpt
-    python -m cxt.checkpoints.checkpoint import published.ckpt --out broad.ckpt
-    python -m cxt.checkpoints.checkpoint export broad --out exported
+    cxt checkpoint show results/broad.ckpt
+    cxt checkpoint verify results/broad.ckpt
+    cxt checkpoint diff results/broad.ckpt old/broad.ckpt
+    cxt checkpoint import published.ckpt --out broad.ckpt
+    cxt checkpoint export broad --out exported
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
 loads under `weights_only=True`. The trainer's own saves hold more, and are read as well. So are files of the original
 package, as `cxt.checkpoints.published` says, and exported directories.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -19,17 +18,16 @@ from typing import NamedTuple
 
 import torch
 
-from cxt.model.adapter import build_model
 from cxt.checkpoints.archive import UNREADABLE, opened, packed
+from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
+from cxt.checkpoints.record import check_record, check_tensors, model_record
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable, read_portable
 from cxt.config.settings import AdapterConfig, ModelConfig
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
-from cxt.files import atomic_write, check_writable
+from cxt.errors import BadRequest, first_line, nearest
+from cxt.io import atomic_write
+from cxt.model.adapter import build_model
 from cxt.model.inputs import TrainedOn
 from cxt.model.transformer import CoalescenceModel
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable, read_portable, write_portable
-from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
-from cxt.config.bounds import NOT_NEGATIVE, check_flags
-from cxt.checkpoints.record import check_record, check_tensors, model_record
 from cxt.trainer.run_directory import RunDirectory
 
 
@@ -254,77 +252,3 @@ def _device_of(device) -> torch.device:
         has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
         raise BadRequest(f"device {found}, but {has}; leave device out to use the CPU")
     return found
-
-
-def import_published(path, out, *, name: str | None = None) -> None:
-    """Write the file *path* of the original package as a checkpoint of cxt, *out*.
-
-    *name* is what the checkpoint calls its model; by default what the file's name has before `_epoch=`.
-
-    Raises
-    ------
-    BadRequest
-        If *path* is no such file, or *out* cannot be written.
-    """
-    content = _read_torch_file(path)
-    if not is_published(content):
-        own = isinstance(content, dict) and "cxt" in content
-        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
-        raise BadRequest(f"{path} is {what}")
-    if Path(out).exists() and Path(out).samefile(path):
-        raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
-    weights, network, adapter, more = read_published(content, path)
-    check_writable(out)
-    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
-
-
-def main() -> None:
-    from cxt.checkpoints.inspection import check, diff, show, verify
-
-    parser = argparse.ArgumentParser(
-        prog="python -m cxt.checkpoints.checkpoint", description="Look at checkpoints, check them, compare them, import and export them."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    there = "name, file, run directory or exported directory"
-    command = commands.add_parser("show", help="what a checkpoint is: network, training, dataset, parent, lineage")
-    command.add_argument("checkpoint", help=there)
-    command = commands.add_parser("verify", help="whether it is whole, and what the configuration asks for; exit 1 if not")
-    command.add_argument("checkpoint", help=there)
-    command.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
-    command = commands.add_parser("diff", help="the worst differing tensor of two, and what else differs; exit 1 if not close")
-    command.add_argument("checkpoint", help=there)
-    command.add_argument("other", help=there)
-    command.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance (default 1e-5)")
-    command.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance (default 1e-6)")
-    command = commands.add_parser("import", help="make a checkpoint of a Lightning file of the original package")
-    command.add_argument("file", help="such a file; nothing in it is run")
-    command.add_argument("--out", required=True, help="checkpoint to write")
-    command.add_argument("--name", help="name of the model in it (default: the file's, before _epoch=)")
-    command = commands.add_parser("export", help=f"write {WEIGHTS} and {CONFIG}, for other programs and for cxt.load_model")
-    command.add_argument("checkpoint", help=there)
-    command.add_argument("--out", required=True, help="directory to write them to")
-    args = parser.parse_args()
-    check_flags(args, rtol=NOT_NEGATIVE, atol=NOT_NEGATIVE)
-    if args.command == "import":
-        import_published(args.file, args.out, name=args.name)
-        print(show(args.out))
-        return
-    path = find_checkpoint(args.checkpoint)
-    if args.command == "show":
-        print(show(path))
-    elif args.command == "verify":
-        print(verify(path, configfiles=args.configfile))
-    elif args.command == "export":
-        checkpoint = check(path)
-        check_writable(Path(args.out) / CONFIG)
-        write_portable(args.out, checkpoint.state_dict, checkpoint.record)
-        print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
-    else:
-        close, text = diff(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
-        print(text)
-        if not close:
-            raise Failed("")
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

@@ -7,8 +7,8 @@ import torch
 
 from cxt.checkpoints.checkpoint import Checkpoint, model_of, read_checkpoint
 from cxt.errors import Failed
-from cxt.lineage import file_sha256
-from cxt.remedies import snakemake_command
+from cxt.io import file_sha256
+from cxt.lineage import snakemake_command
 
 
 def _training(record: dict) -> str:

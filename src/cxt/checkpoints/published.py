@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 
-from cxt.model.adapter import build_model
+from cxt.checkpoints.record import VALUES, check_sizes, check_tensors
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
-from cxt.lineage import file_sha256
+from cxt.io import file_sha256
+from cxt.model.adapter import build_model
 from cxt.model.transformer import CHANNEL_WEIGHTS
-from cxt.checkpoints.record import VALUES, check_sizes, check_tensors
 
 SCALES = (2, 8, 32, 64)
 """Window widths that every published network was trained with."""
@@ -37,7 +37,7 @@ class Settings:
         self.fields = state
 
 
-MODULE = "cxt.config.settings"
+MODULE = "cxt.config"
 CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
 """The original's classes, in its MODULE, that a file may hold. Only the first was seen; the others are a guess."""
 

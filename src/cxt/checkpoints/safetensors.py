@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 
 from cxt.errors import BadRequest, first_line
-from cxt.files import atomic_write
-from cxt.jsontext import json_text, without_nan
-from cxt.lineage import digest, file_sha256
+from cxt.io import atomic_write, digest, file_sha256, json_text, without_nan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 10_000_000
@@ -58,7 +56,7 @@ def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
     except (ValueError, OSError, RecursionError) as error:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():
-        raise BadRequest(f"{directory / CONFIG} was not written by `python -m cxt.checkpoints.checkpoint export`")
+        raise BadRequest(f"{directory / CONFIG} was not written by `cxt checkpoint export`")
     expected, own = record.pop("weights"), record.pop("digest", None)
     if own is not None and own != digest(record):  # exports of earlier versions have none
         raise BadRequest(f"{directory / CONFIG} is damaged, or was changed after it was exported; export it again")

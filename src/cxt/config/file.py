@@ -1,17 +1,15 @@
 """The configuration: merging overlays, checking, and what it says of each model.
 
-`python -m cxt.config.file --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
+`cxt configfile --spec JSON --out FILE.yaml` writes one model's resolved training settings, which
 `python -m cxt.train --config FILE.yaml` reads.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
-import yaml
-
+from cxt.config.demes import read_demes
+from cxt.config.schema import REPOSITORY, complete, complete_part
 from cxt.config.settings import (
     PRESETS,
     SIZES,
@@ -23,12 +21,9 @@ from cxt.config.settings import (
     check_missingness,
     pairs_of,
 )
-from cxt.scenarios.msprime_models import read_demes
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
-from cxt.files import atomic_write
-from cxt.scenarios.variants import NOT_PARAMETERS, check_leaves, leaves
-from cxt.config.schema import REPOSITORY, complete, complete_part
+from cxt.config.variants import NOT_PARAMETERS, check_leaves, leaves
 from cxt.config.yaml import read_yaml
+from cxt.errors import BadRequest, nearest
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
 
@@ -326,21 +321,3 @@ def training_settings(config: dict, name: str) -> dict:
     else:
         del settings["backbone_lr_factor"]  # so that it is not a plain model's
     return settings
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cxt.config.file", description="Write one model's training settings as YAML."
-    )
-    parser.add_argument("--spec", required=True, help="the settings as JSON")
-    parser.add_argument("--out", required=True, type=Path, help="YAML file to write")
-    args = parser.parse_args()
-    try:
-        settings = json.loads(args.spec)
-    except json.JSONDecodeError as error:
-        raise BadRequest(f"--spec is not valid JSON: {error}") from None
-    atomic_write(args.out, yaml.safe_dump(settings, sort_keys=True).encode())
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

@@ -1,9 +1,8 @@
 """Check a configuration against the JSON Schema, fill in its defaults, and write its documentation.
 
-`python -m cxt.config.schema > config/README.md` regenerates the reference of all keys.
+`cxt schema > config/README.md` regenerates the reference of all keys.
 """
 
-import argparse
 import datetime
 import functools
 import math
@@ -13,9 +12,9 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, nearest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SCHEMA_PATH = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
 
 
@@ -253,7 +252,7 @@ def document() -> str:
         "by key, lists are replaced whole, and `null` removes a key or an entry. A name that YAML takes for something else,",
         "such as `no` or `2024`, is put in quotes.",
         "",
-        "This page is generated from `workflow/schemas/config.schema.yaml` by `python -m cxt.config.schema > config/README.md`.",
+        "This page is generated from `workflow/schemas/config.schema.yaml` by `cxt schema > config/README.md`.",
         "",
         "## Top level",
         "",
@@ -284,14 +283,3 @@ def document() -> str:
             out += ["", "### `datasets.<name>.mask`", "", node["properties"]["mask"]["description"], ""]
             out += _rows(node["properties"]["mask"])
     return "\n".join(out) + "\n"
-
-
-def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m cxt.config.schema", description="Print config/README.md, made from the schema of the configuration."
-    ).parse_args()
-    print(document(), end="")
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from cxt.errors import BadRequest, nearest
 from cxt.config.bounds import ANY_COUNT, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WORKERS, Range, problems
+from cxt.errors import BadRequest, nearest
 from cxt.seeds import LARGEST_SEED
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.errors import BadRequest
 from cxt.data.features import missing_fraction, pair_counts, write_missingness
-from cxt.files import check_writable
-from cxt.jsontext import json_text
 from cxt.data.shards import SPLITS, check_content, read_manifest, read_shard
+from cxt.errors import BadRequest
+from cxt.io import check_writable, json_text
 
 
 def information(path) -> str:

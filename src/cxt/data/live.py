@@ -7,13 +7,13 @@ random pair is taken. The first items are held out, and training begins after th
 import numpy as np
 import torch
 
-from cxt.data.pair_dataset import Batch, Item, Items
-from cxt.errors import BadRequest
 from cxt.data.features import pair_counts
-from cxt.scenarios.registry import simulate_one
-from cxt.preprocess import preprocess_one
+from cxt.data.pair_dataset import Batch, Item, Items
 from cxt.data.shards import SPLITS
 from cxt.data.targets import Grid
+from cxt.errors import BadRequest
+from cxt.preprocess import preprocess_one
+from cxt.scenarios.registry import simulate_one
 
 LIVE_START = 2_000_000_000
 """First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
@@ -24,7 +24,7 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
 
     Parameters
     ----------
-    leaves : parameters of the leaf scenarios, as `cxt.scenarios.variants.leaves` gives them
+    leaves : parameters of the leaf scenarios, as `cxt.config.variants.leaves` gives them
     samples : haplotypes; None takes all of the scenario with the fewest
     held_out, items : items for validation and for training
 

@@ -16,10 +16,9 @@ import numpy as np
 
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, nearest
-from cxt.files import atomic_write
-from cxt.lineage import check_lineage, file_sha256
-from cxt.remedies import make_again
-from cxt.scenarios.variants import random_generator
+from cxt.io import atomic_write, file_sha256
+from cxt.lineage import check_lineage, make_again
+from cxt.scenarios.seeds import random_generator
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 """Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""

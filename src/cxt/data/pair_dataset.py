@@ -1,20 +1,18 @@
 """Reading a dataset: items are (simulation, pair), features are computed when an item is asked for.
 
-    python -m cxt.data.pair_dataset info results/datasets/processed
-    python -m cxt.data.pair_dataset verify results/datasets/processed
-    python -m cxt.data.pair_dataset export results/datasets/processed --out arrays
+    cxt dataset info results/datasets/processed
+    cxt dataset verify results/datasets/processed
+    cxt dataset export results/datasets/processed --out arrays
 
 What an item needs is held in one arena that processes share: a bit for a genotype, as few bits for a target as the grid
 of times asks for (9 as published). That is about what the shards take on disk.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import operator
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,15 +22,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.data.shared_memory import Arena, free_memory
 from cxt.config.settings import STORAGES
-from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.data.features import first_sites, missing_fraction
 from cxt.data.kernels import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
-from cxt.lineage import digest
-from cxt.config.bounds import COUNT, check_flags
 from cxt.data.shards import MANIFEST, SPLITS, check_content, read_manifest, read_shard
+from cxt.data.shared_memory import Arena, free_memory
 from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN, Grid
+from cxt.errors import BadRequest
+from cxt.io import digest
 
 LARGEST_SHARE = 0.7
 """Share of the free memory that `auto` lets a dataset take."""
@@ -309,36 +306,3 @@ def open_dataset(path, split: str, *, grid: Grid, storage: str, progress) -> Pai
     dataset = PairDataset(path, split, grid=grid, storage=storage, progress=progress)
     os.environ[key] = json.dumps(dataset.handle())
     return dataset
-
-
-def main() -> None:
-    from cxt.data.export import export, information, verify
-
-    parser = argparse.ArgumentParser(prog="python -m cxt.data.pair_dataset", description="Look at a dataset, check it, export it.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("info", "sizes, and a table of its scenarios"),
-        ("verify", "read every shard, and check it against the manifest"),
-        ("export", "dense X.npy and y.npy in the published layout, for other tools"),
-    ):
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", type=Path, help="dataset directory, with dataset.json, train/ and test/")
-        if name == "export":
-            command.add_argument("--out", type=Path, required=True, help="directory to make")
-            command.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="default: both")
-            command.add_argument("--limit", type=int, help="at most so many simulations of each scenario and split")
-            command.add_argument(
-                "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
-            )
-    args = parser.parse_args()
-    check_flags(args, limit=COUNT)
-    if args.command == "info":
-        print(information(args.path))
-    elif args.command == "verify":
-        verify(args.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
-    else:
-        export(args.path, args.out, splits=args.split, limit=args.limit, dtype=args.dtype)
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

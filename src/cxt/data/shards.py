@@ -35,14 +35,12 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.data.shared_memory import free_memory
 from cxt.data.ranges import RANGES, overall_ranges, ranges_of
-from cxt.errors import BadRequest, first_line
-from cxt.files import atomic_write
-from cxt.jsontext import json_text
-from cxt.lineage import check_lineage, stage_lineage
-from cxt.remedies import make_again
 from cxt.data.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
+from cxt.data.shared_memory import free_memory
+from cxt.errors import BadRequest, first_line
+from cxt.io import atomic_write, json_text
+from cxt.lineage import check_lineage, make_again, stage_lineage
 
 SCHEMA_VERSION = 4
 MANIFEST = "dataset.json"

@@ -6,9 +6,9 @@ import numpy as np
 import tskit
 
 from cxt.data.compiled import compiled
-from cxt.errors import BadRequest
 from cxt.data.features import check_pairs, num_windows
 from cxt.data.kernels import count_bits, lowest_bit
+from cxt.errors import BadRequest
 
 START_TOKEN = 1
 SPECIAL_TOKENS = 2

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from cxt.data.pair_dataset import model_input
+from cxt.data.targets import Grid
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
-from cxt.data.targets import Grid
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 """What matrix products are computed in on a GPU, by the name of a training precision."""

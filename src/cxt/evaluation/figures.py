@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cxt.files import atomic_write
+from cxt.io import atomic_write
 
 TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 

@@ -15,11 +15,11 @@ import numbers
 import torch
 import torch.nn.functional as F
 
+from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
 from cxt.model.sampling import draw, limited_to, uniforms
 from cxt.seeds import check_seed
-from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN
 
 SLOTS_OF_A_GRAPH = 64
 """A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""

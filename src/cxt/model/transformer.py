@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cxt.model.attention import Attention, rotary_table
 from cxt.config.settings import ModelConfig
+from cxt.model.attention import Attention, rotary_table
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import as_input, check_input, check_shape, check_tokens
 

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import tskit
 
-from cxt.scenarios import msprime_models as demographies
-from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, genetic_map, stdpopsim_segment
+from cxt.config.variants import leaves
 from cxt.errors import BadRequest
-from cxt.scenarios.variants import engine_seeds, leaves, random_generator
+from cxt.scenarios import msprime_models as demographies
+from cxt.scenarios.seeds import engine_seeds, random_generator
+from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, genetic_map, stdpopsim_segment
 from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()

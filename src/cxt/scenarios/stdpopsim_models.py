@@ -1,9 +1,8 @@
 """Scenarios from stdpopsim's catalogue: species, models, segments of chromosomes, and genetic maps.
 
-python -m cxt.scenarios.stdpopsim_models --species HomSap --genetic-map HapMapII_GRCh38     fetch a map into stdpopsim's cache
+cxt catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch a map into stdpopsim's cache
 """
 
-import argparse
 import functools
 import importlib.metadata
 import math
@@ -16,11 +15,11 @@ import msprime
 import numpy as np
 import tskit
 
+from cxt.config.variants import scenario_of
+from cxt.errors import BadRequest, first_line, nearest
+from cxt.io import atomic_write, json_text
 from cxt.scenarios.msprime_models import Simulated, ancestry_model
-from cxt.errors import BadRequest, exit_on_bad_request, first_line, nearest
-from cxt.files import atomic_write
-from cxt.jsontext import json_text
-from cxt.scenarios.variants import EngineSeeds, scenario_of
+from cxt.scenarios.seeds import EngineSeeds
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
 """Catalogue models built around ancient samples, which the published training set leaves out."""
@@ -143,7 +142,7 @@ def catalogue_lineage(spec: dict) -> list[str]:
 def without_map(spec: dict) -> str:
     """How to go on without a genetic map that cannot be had, in words."""
     fetch = (
-        f"Fetch it where there is a network (`python -m cxt.scenarios.stdpopsim_models --species {spec['species']} --genetic-map "
+        f"Fetch it where there is a network (`cxt catalogue --species {spec['species']} --genetic-map "
         f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is)"
     )
     if "kind" not in spec:  # asked for by hand, not by a scenario
@@ -377,23 +376,3 @@ def simulated_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancest
         model=ancestry_model,
     )
     return msprime.sim_mutations(ts, rate=contig.mutation_rate, random_seed=seeds.mutations)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.scenarios.stdpopsim_models", description="Fetch a genetic map into stdpopsim's cache.")
-    parser.add_argument("--species", required=True, help="stdpopsim's identifier, such as HomSap")
-    parser.add_argument("--genetic-map", required=True, help="the map's identifier, such as HapMapII_GRCh38")
-    parser.add_argument("--scenario", help="scenario that needs it, named in messages (default: the species)")
-    parser.add_argument("--out", type=Path, help="also write down here, as JSON, that it is in the cache")
-    args = parser.parse_args()
-    spec = {"name": args.species, "species": args.species, "genetic_map": args.genetic_map}
-    if args.scenario is not None:
-        spec |= {"name": args.scenario, "kind": "stdpopsim"}
-    fetch_map(spec)
-    if args.out is not None:
-        write_record(spec, args.out)
-    print(f"{args.species} {args.genetic_map}: in {genetic_map(spec).map_cache_dir}")
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

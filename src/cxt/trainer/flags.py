@@ -4,10 +4,10 @@ import dataclasses
 
 import jsonargparse
 
-from cxt.config.settings import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
-from cxt.errors import BadRequest, nearest
 from cxt.config.bounds import ANY_COUNT, COUNT, DEVICES, POSITIVE, Range, check_flags
+from cxt.config.settings import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
 from cxt.config.yaml import read_yaml
+from cxt.errors import BadRequest, nearest
 
 
 def build_parser(**options) -> jsonargparse.ArgumentParser:

@@ -1,23 +1,15 @@
 """A learning rate for a run, found by raising it step by step and watching the loss.
 
-    python -m cxt.trainer.learning_rate_search --model broad --dataset-path results/datasets/processed --num-steps 100 --plot lr.png
+    cxt find_lr --model broad --dataset-path results/datasets/processed --num-steps 100 --plot lr.png
 
 Takes the flags of `cxt.train`, trains for a while without saving anything, and suggests where the loss falls most steeply.
 """
 
 import dataclasses
 import math
-import sys
 import tempfile
 
-import jsonargparse
 import numpy as np
-
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
-from cxt.files import check_writable
-from cxt.trainer.flags import build_parser, parse_flags
-from cxt.config.bounds import MOST
-from cxt.train import plan_of
 
 SMOOTHING = 0.98
 """Weight of the past in the average of losses."""
@@ -114,54 +106,3 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
         )
         trainer.fit(module, data_of(plan))
     return search
-
-
-def add_flags(parser: jsonargparse.ArgumentParser) -> None:
-    parser.prog, parser.description = "python -m cxt.trainer.learning_rate_search", "Find a learning rate for a run."
-    parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
-    parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
-    parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")
-    parser.add_argument("--plot", type=str | None, help="draw loss against learning rate into this file, .png")
-
-
-def main() -> None:
-    parser = build_parser()
-    add_flags(parser)
-    args = parse_flags(sys.argv[1:], parser)
-    if not 0 < args.lowest < args.highest < math.inf:
-        raise BadRequest(f"--lowest {args.lowest:g} --highest {args.highest:g}: expected 0 < lowest < highest, and finite")
-    if args.num_steps > MOST:
-        raise BadRequest(f"--num-steps {args.num_steps}: expected at most {MOST}")
-    if args.num_steps < 20:
-        raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
-    if args.plot is not None:
-        check_writable(args.plot)
-    plan, _ = plan_of(args)
-    found = find_lr(plan, lowest=args.lowest, highest=args.highest, num_steps=args.num_steps)
-    suggestion = found.suggestion()
-    if suggestion is None:
-        raise Failed(
-            f"the loss grew too much after {len(found.losses)} of {args.num_steps} steps, too few to see where it falls: raise "
-            "--num-steps, or lower --highest"
-        )
-    print(
-        f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)",
-        flush=True,
-    )
-    if args.plot is not None:
-        lost = why_not(lambda: draw(plan, found, suggestion, args.plot))
-        if lost:
-            raise Failed(f"{args.plot} could not be drawn ({lost})")
-        print(f"drawn: {args.plot}")
-
-
-def draw(plan, found, suggestion: float, path) -> None:
-    """The figure of a search."""
-    from cxt.evaluation.figures import draw_learning_rates
-
-    title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
-    draw_learning_rates(found.rates, found.losses, suggestion, path, title=title)
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.errors import Failed
-from cxt.files import atomic_write
+from cxt.io import atomic_write
 
 COLUMNS = (
     "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",

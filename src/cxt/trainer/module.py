@@ -8,10 +8,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.model.adapter import freeze_backbone
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import Batch, model_input
 from cxt.errors import BadRequest
+from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
 from cxt.seeds import torch_seed
 

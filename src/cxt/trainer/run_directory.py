@@ -25,9 +25,7 @@ from pathlib import Path
 import yaml
 
 from cxt.errors import BadRequest
-from cxt.files import atomic_file, atomic_write, check_writable, is_at
-from cxt.jsontext import json_text
-from cxt.lineage import file_sha256
+from cxt.io import atomic_file, atomic_write, check_writable, file_sha256, is_at, json_text
 
 _held: set[int] = set()
 """Descriptors of the locks of this process."""

@@ -1,10 +1,10 @@
 """Where a run's items come from, by its flags: a dataset on disk, or scenarios that are simulated on the fly."""
 
-from cxt.config.settings import PRESETS, TrainingConfig
 from cxt.config.file import load
-from cxt.errors import BadRequest, nearest
+from cxt.config.settings import PRESETS, TrainingConfig
+from cxt.config.variants import leaves
 from cxt.data.features import SCALES
-from cxt.scenarios.variants import leaves
+from cxt.errors import BadRequest, nearest
 
 
 def source_of(args) -> str:
@@ -35,9 +35,9 @@ def check_source(args) -> None:
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
     """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
-    from cxt.scenarios.stdpopsim_models import fetch_map
-    from cxt.scenarios.registry import check_leaf
     from cxt.data.live import live_manifest
+    from cxt.scenarios.registry import check_leaf
+    from cxt.scenarios.stdpopsim_models import fetch_map
 
     config = load(args.configfile)
     chosen = []

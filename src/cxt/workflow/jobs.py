@@ -8,17 +8,20 @@ import functools
 import os
 import sys
 
-from cxt.scenarios.stdpopsim_models import catalogue_lineage, check_map_can_be_had
-from cxt.config.settings import change_no_result, steps_per_epoch
 from cxt.config.file import lineage_of_parents, model_config, parent_of, training_config, training_settings
-from cxt.errors import BadRequest
-from cxt.scenarios.registry import check_scenarios
-from cxt.lineage import file_sha256, stage_lineage
-from cxt.data.masks import describe_mask, read_mask
-from cxt.preprocess import planned_shards
-from cxt.scenarios.variants import EVALUATION_START, Leaf, batches, check_shared_ancestry, leaves, scenario_of, split_size
 from cxt.config.schema import REPOSITORY
+from cxt.config.settings import change_no_result, steps_per_epoch
+from cxt.config.variants import Leaf, leaves, scenario_of
+from cxt.data.masks import describe_mask, read_mask
 from cxt.data.shards import SPLITS, dataset_lineage_of
+from cxt.errors import BadRequest
+from cxt.io import file_sha256
+from cxt.lineage import stage_lineage
+from cxt.preprocess import planned_shards
+from cxt.scenarios.indices import EVALUATION_START, batches, split_size
+from cxt.scenarios.registry import check_scenarios
+from cxt.scenarios.seeds import check_shared_ancestry
+from cxt.scenarios.stdpopsim_models import catalogue_lineage, check_map_can_be_had
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
@@ -293,7 +296,7 @@ def run_directory(config: dict, name: str) -> str:
 def training_memory_mb(config: dict, name: str) -> int:
     """Memory that training asks the scheduler for: torch, the network and batches on each device, and the dataset once.
 
-    Per region, as `cxt.data.pair_dataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
+    Per region, as `PairDataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))

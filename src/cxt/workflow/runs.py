@@ -4,17 +4,15 @@ cxt runs [--configfile my.yaml]             a table of them
 cxt runs --prune                            remove those of another lineage, after asking
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from cxt.config.file import load
-from cxt.errors import BadRequest, exit_on_bad_request
-from cxt.workflow.jobs import run_directory
+from cxt.errors import BadRequest
 from cxt.trainer.run_directory import RunDirectory, is_locked
 from cxt.trainer.training_state import saves_of
+from cxt.workflow.jobs import run_directory
 
 
 class Run(NamedTuple):
@@ -102,23 +100,3 @@ def prune(runs: list[Run], *, yes: bool) -> None:
         finally:
             run.release()
     print(f"{removed} removed")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.workflow.runs", description="The run directories of the workflow.")
-    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
-    parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
-    parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not ask for")
-    parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
-    args = parser.parse_args()
-    if args.yes and not args.prune:
-        raise BadRequest("--yes is for --prune")
-    runs = runs_of(args.directory, load(args.configfile))
-    if args.prune:
-        prune(runs, yes=args.yes)
-    else:
-        print(table_of(runs) if runs else f"there are no runs in {args.directory}")
-
-
-if __name__ == "__main__":
-    exit_on_bad_request(main)

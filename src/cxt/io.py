@@ -2,6 +2,9 @@
 
 import contextlib
 import fcntl
+import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -126,3 +129,33 @@ def check_writable(path) -> None:
         raise BadRequest(f"{path} cannot be written: {error.strerror}") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise BadRequest(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'no permission'}")
+
+
+def without_nan(value):
+    """*value* with None for each float that is NaN or infinite, at any depth of mappings, lists and tuples."""
+    if isinstance(value, dict):
+        return {key: without_nan(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(child) for child in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value, *, indent: int | None = 1, sort_keys: bool = False) -> str:
+    """*value* as strict JSON with a newline at its end; NaN and infinities become null."""
+    return json.dumps(without_nan(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
+
+
+def canonical(value) -> str:
+    """*value* as JSON that does not depend on the order of keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(value) -> str:
+    """Twelve hexadecimal digits that identify a JSON-able value."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+
+
+def file_sha256(path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

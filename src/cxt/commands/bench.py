@@ -1,8 +1,8 @@
 """What this machine trains and decodes in a second, as a command.
 
-python -m cxt.benchmark.command train                               a broad model of the published size
-python -m cxt.benchmark.command train --compare dense               beside the published formulation, in turns
-python -m cxt.benchmark.command decode --compare uncached           beside decoding without a cache
+cxt bench train                               a broad model of the published size
+cxt bench train --compare dense               beside the published formulation, in turns
+cxt bench decode --compare uncached           beside decoding without a cache
 """
 
 import argparse
@@ -12,13 +12,12 @@ from pathlib import Path
 
 import torch
 
+from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, device_here, fitting
+from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
-from cxt.files import atomic_write, check_writable
+from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, training_flops
-from cxt.jsontext import json_text
-from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
-from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 
 
 def _flops(value: float) -> str:
@@ -106,8 +105,8 @@ def measured(args, network: ModelConfig, device: str) -> dict:
     )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cxt.benchmark.command", description="How fast this machine trains and decodes.")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="cxt bench", description="How fast this machine trains and decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="optimizer steps, loading included")
     add_flags(training)
@@ -123,7 +122,7 @@ def main() -> None:
     decoding.add_argument("--replicates", type=int, default=15, help="decoded sequences per pair (default 15)")
     decoding.add_argument("--pairs", type=int, help="decode so many, once, instead of for some seconds")
     decoding.add_argument("--compare", choices=["uncached"], help="measure decoding without a cache as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_flags(args, seconds=POSITIVE, threads=THREADS, workers=WORKERS, batch_size=COUNT, replicates=COUNT, pairs=COUNT)
     note_more_than_cores(threads=args.threads, workers=getattr(args, "workers", 0))
     if args.out is not None:
@@ -143,7 +142,11 @@ def main() -> None:
     name = f"{args.model} with an adapter" if found["adapter"] else args.model
     print(report(name, what, found, device))
     if args.out is not None:
-        about = {"device": describe_device(device), "command": " ".join(["python -m cxt.benchmark.command", *sys.argv[1:]]), "what": what}
+        about = {
+            "device": describe_device(device),
+            "command": " ".join(["cxt bench", *sys.argv[1:]]),
+            "what": what,
+        }
         atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | found).encode())
 
 

@@ -1,0 +1,1 @@
+"""Commands beside the stages: `cxt NAME` runs `cxt.commands.NAME`."""

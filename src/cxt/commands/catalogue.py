@@ -1,0 +1,31 @@
+"""Fetch a genetic map into stdpopsim's cache."""
+
+import argparse
+from pathlib import Path
+
+from cxt.errors import exit_on_bad_request
+from cxt.scenarios.stdpopsim_models import (
+    fetch_map,
+    genetic_map,
+    write_record,
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="cxt catalogue", description="Fetch a genetic map into stdpopsim's cache.")
+    parser.add_argument("--species", required=True, help="stdpopsim's identifier, such as HomSap")
+    parser.add_argument("--genetic-map", required=True, help="the map's identifier, such as HapMapII_GRCh38")
+    parser.add_argument("--scenario", help="scenario that needs it, named in messages (default: the species)")
+    parser.add_argument("--out", type=Path, help="also write down here, as JSON, that it is in the cache")
+    args = parser.parse_args(argv)
+    spec = {"name": args.species, "species": args.species, "genetic_map": args.genetic_map}
+    if args.scenario is not None:
+        spec |= {"name": args.scenario, "kind": "stdpopsim"}
+    fetch_map(spec)
+    if args.out is not None:
+        write_record(spec, args.out)
+    print(f"{args.species} {args.genetic_map}: in {genetic_map(spec).map_cache_dir}")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

@@ -1,0 +1,42 @@
+"""Show, verify and export a dataset."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from cxt.config.bounds import COUNT, check_flags
+from cxt.data.shards import SPLITS
+from cxt.errors import exit_on_bad_request
+
+
+def main(argv: list[str] | None = None) -> None:
+    from cxt.data.export import export, information, verify
+
+    parser = argparse.ArgumentParser(prog="cxt dataset", description="Look at a dataset, check it, export it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("info", "sizes, and a table of its scenarios"),
+        ("verify", "read every shard, and check it against the manifest"),
+        ("export", "dense X.npy and y.npy in the published layout, for other tools"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", type=Path, help="dataset directory, with dataset.json, train/ and test/")
+        if name == "export":
+            command.add_argument("--out", type=Path, required=True, help="directory to make")
+            command.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="default: both")
+            command.add_argument("--limit", type=int, help="at most so many simulations of each scenario and split")
+            command.add_argument(
+                "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
+            )
+    args = parser.parse_args(argv)
+    check_flags(args, limit=COUNT)
+    if args.command == "info":
+        print(information(args.path))
+    elif args.command == "verify":
+        verify(args.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
+    else:
+        export(args.path, args.out, splits=args.split, limit=args.limit, dtype=args.dtype)
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

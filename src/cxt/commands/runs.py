@@ -1,0 +1,28 @@
+"""List the workflow's run directories, and remove those that the configuration no longer asks for."""
+
+import argparse
+from pathlib import Path
+
+from cxt.config.file import load
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.workflow.runs import prune, runs_of, table_of
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="cxt runs", description="The run directories of the workflow.")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
+    parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
+    parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not ask for")
+    parser.add_argument("--yes", action="store_true", help="with --prune: do not ask")
+    args = parser.parse_args(argv)
+    if args.yes and not args.prune:
+        raise BadRequest("--yes is for --prune")
+    runs = runs_of(args.directory, load(args.configfile))
+    if args.prune:
+        prune(runs, yes=args.yes)
+    else:
+        print(table_of(runs) if runs else f"there are no runs in {args.directory}")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

@@ -1,0 +1,33 @@
+"""Take one tree sequence out of a simulation batch."""
+
+import argparse
+from pathlib import Path
+
+from cxt.config.bounds import INDEX, check_flags
+from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.io import atomic_file, check_writable
+from cxt.scenarios.trees import find
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="cxt trees", description="Take one tree sequence out of a batch file.")
+    parser.add_argument("batch", type=Path, help="file made by cxt.simulate")
+    parser.add_argument("--index", type=int, required=True, help="index of the simulation in its leaf scenario")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
+    args = parser.parse_args(argv)
+    check_flags(args, index=INDEX)
+    check_writable(args.out)
+    if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
+        raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
+    ts = find(args.batch, args.index)
+    try:
+        with atomic_file(args.out) as file:
+            ts.dump(file)
+    except OSError as error:
+        raise BadRequest(f"{args.out} cannot be written: {error.strerror or error}") from None
+    about = ts.metadata["cxt"]
+    print(f"{args.out}: simulation {args.index} of '{about['scenario']}', {ts.num_trees} trees, {ts.num_sites} sites")
+
+
+if __name__ == "__main__":
+    exit_on_bad_request(main)

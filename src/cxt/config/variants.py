@@ -1,0 +1,86 @@
+"""TODO cxt.config.variants"""
+
+import dataclasses
+import itertools
+
+from cxt.errors import BadRequest
+
+NOT_PARAMETERS = ("simulations", "batch", "combinations")
+"""Keys of a scenario that say how many simulations and leaves there are, not what they are."""
+
+
+LONGEST_NAME = 200
+"""Characters of a leaf's name: it is part of the names of files, which have 255 at most."""
+
+
+NEVER_SWEPT = ("models", "history")
+"""Parameters whose value is a list by nature."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One combination of a scenario's sweep: its name, its parameters, and how many simulations in which batches."""
+
+    name: str
+    spec: dict
+    simulations: int
+    batch: int
+
+
+def leaves(name: str, entry: dict) -> list[Leaf]:
+    """The leaf scenarios of *entry* (a checked scenario of the config).
+
+    One for each combination of listed parameters and each row of `combinations`. A scenario without either is its own
+    leaf. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
+    """
+    parameters = {key: _plain(value) for key, value in entry.items() if key not in NOT_PARAMETERS}
+    if parameters.get("ancestry_model") == "hudson":
+        del parameters["ancestry_model"]  # the default, written out
+    swept = sorted(key for key, value in parameters.items() if isinstance(value, list) and key not in NEVER_SWEPT)
+    rows = _plain(entry.get("combinations", [{}]))
+    result = []
+    for *values, row in itertools.product(*(parameters[key] for key in swept), rows):
+        chosen = dict(zip(swept, values, strict=True)) | row
+        leaf = "-".join([name, *(f"{key}={chosen[key]}" for key in sorted(chosen))])
+        spec = {"name": leaf, **parameters, **chosen}
+        result.append(Leaf(leaf, spec, entry["simulations"], entry["batch"]))
+    return result
+
+
+def scenario_of(leaf: str) -> str:
+    """Name of the scenario that the leaf called *leaf* belongs to; names of scenarios hold no hyphen."""
+    return leaf.split("-", maxsplit=1)[0]
+
+
+def _plain(value):
+    """*value* with whole numbers as ints, so that 20000, 20000.0 and 2.0e+4 mean the same simulations."""
+    if isinstance(value, dict):
+        return {key: _plain(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_plain(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_leaves(name: str, entry: dict) -> None:
+    """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two leaves have one name."""
+    at = f"scenarios.{name}"
+    rows = entry.get("combinations", [])
+    for row in rows:
+        if set(row) != set(rows[0]):
+            raise BadRequest(
+                f"{at}.combinations: one row sets {', '.join(sorted(rows[0]))}, another {', '.join(sorted(row))}; "
+                "every row must set the same parameters"
+            )
+        for key in row:
+            if isinstance(entry.get(key), list):
+                raise BadRequest(f"{at}: `{key}` is a list and also set by `combinations`; keep one of them")
+    found = set()
+    for leaf in leaves(name, entry):
+        if leaf.name in found:
+            raise BadRequest(f"{at}: two leaf scenarios are called '{leaf.name}'; take one of the two away")
+        found.add(leaf.name)
+        if len(leaf.name) > LONGEST_NAME:
+            raise BadRequest(
+                f"{at}: the leaf scenario '{leaf.name[:100]}…' has a name of {len(leaf.name)} characters, which names files; "
+                f"at most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
+            )
