@@ -29,10 +29,11 @@ import tskit
 
 from cxt.data.features import SCALES, pair_counts, usable_sites
 from cxt.data.loaders import EpochBatches, PrefetchLoader, ProcessLoader
+from cxt.data.manifest import write_manifest
 from cxt.data.pair_dataset import PairDataset
-from cxt.data.shards import write_manifest, write_shard
+from cxt.data.preprocessing import choose_pairs, preprocess_one
+from cxt.data.shards import write_shard
 from cxt.data.targets import pair_log_tmrca
-from cxt.preprocess import choose_pairs, preprocess_one
 from cxt.scenarios.registry import METADATA
 
 REPOSITORY = Path(__file__).resolve().parents[1]

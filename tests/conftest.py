@@ -13,11 +13,11 @@ from filelock import FileLock
 
 from cxt.config.file import load
 from cxt.config.variants import leaves
-from cxt.data.shards import write_manifest
+from cxt.data.manifest import write_manifest
+from cxt.data.preprocessing import write_split
 from cxt.data.targets import pair_log_tmrca
-from cxt.preprocess import write_split
+from cxt.scenarios.batches import write_batch
 from cxt.scenarios.stdpopsim_models import genetic_map
-from cxt.simulate import write_batch
 from cxt.workflow.jobs import leaves_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,6 +34,20 @@ def run_python(*arguments, cwd=None, env=None, check=True) -> subprocess.Complet
     if check and done.returncode:
         raise AssertionError(f"{arguments}: exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
     return done
+
+
+def locking_process(run) -> subprocess.Popen:
+    """Another process that holds the lock of the run directory *run* until it reads a line."""
+    code = (
+        "from cxt.checkpoints.run_directory import RunDirectory\n"
+        f"run = RunDirectory({str(run)!r}); run.lock(); print('locked', flush=True); input()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout.readline() == "locked\n"
+    return process
 
 
 def simulate(*, seed, length=100_000, individuals=5, discrete=True, rate=2e-7, **kwargs):

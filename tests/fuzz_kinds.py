@@ -25,25 +25,27 @@ from zarr.storage import MemoryStore
 
 import cxt.data.pair_dataset
 from cxt import PairDataset, load_model
-from cxt.checkpoints.checkpoint import import_published, read_checkpoint
+from cxt.checkpoints.file import import_published, read_checkpoint
 from cxt.checkpoints.inspection import check, diff, show
-from cxt.checkpoints.inspection import verify as verify_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import write_portable
 from cxt.config.file import load, resolve
 from cxt.data.export import export, information, verify
 from cxt.data.features import missing_fraction
+from cxt.data.grid import Grid
+from cxt.data.manifest import write_manifest
 from cxt.data.masks import read_mask
-from cxt.data.shards import SPLITS, read_shard, write_manifest
-from cxt.data.targets import Grid
+from cxt.data.shards import read_shard
 from cxt.errors import BadRequest, Failed
 from cxt.plan import plan, report
+from cxt.scenarios.indices import SPLITS
 from cxt.train import plan_of, train_model
 from cxt.trainer.fit import starting_model
 from cxt.trainer.flags import build_parser
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.training_state import save_to_continue
 from cxt.workflow import jobs
 from cxt.workflow.costs import Costs
+from cxt.workflow.verification import verify as verify_checkpoint
 
 SHARD = "constant-0.zarr.zip"
 LONGEST_MESSAGE = 6000

@@ -17,12 +17,14 @@ from conftest import REPOSITORY, build_dataset, constant_scenario, run_python
 
 import cxt
 from cxt.config.variants import leaves
-from cxt.data.shards import read_manifest, read_shard
-from cxt.data.targets import Grid, pair_log_tmrca
+from cxt.data.grid import Grid
+from cxt.data.manifest import read_manifest
+from cxt.data.preprocessing import preprocess_one, region_start
+from cxt.data.shards import read_shard
+from cxt.data.targets import pair_log_tmrca
 from cxt.errors import BadRequest
-from cxt.preprocess import preprocess_one, region_start
+from cxt.scenarios.batches import read_batch, write_batch
 from cxt.scenarios.registry import simulate_one
-from cxt.simulate import read_batch, write_batch
 
 SLOW = {
     "name": "slow", "kind": "constant", "population_size": 10_000_000, "individuals": 25, "sequence_length": 1_000_000,

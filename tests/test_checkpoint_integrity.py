@@ -14,16 +14,18 @@ from conftest import GOLDEN
 from cxt import load_model
 from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt.checkpoints.archive import Damaged, check_bytes, opened, packed
-from cxt.checkpoints.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import check, diff, show, verify
+from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
+from cxt.checkpoints.find import find_checkpoint
+from cxt.checkpoints.inspection import check, diff, show
 from cxt.checkpoints.record import model_record
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
 from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.trainer.parents import read_parent
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.training_state import AtomicIO, save_to_continue, saves_of
+from cxt.workflow.verification import verify
 
 from test_training import FINE, SMALL, train  # isort: skip
 

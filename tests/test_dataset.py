@@ -10,11 +10,12 @@ from conftest import build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.config.variants import leaves
+from cxt.data.grid import Grid
+from cxt.data.manifest import planned_shards, read_manifest, write_manifest
 from cxt.data.pair_dataset import model_input
-from cxt.data.shards import read_manifest, read_shard, write_manifest
-from cxt.data.targets import Grid
+from cxt.data.preprocessing import preprocess_one, write_split
+from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
-from cxt.preprocess import planned_shards, preprocess_one, write_split
 from cxt.scenarios.registry import simulate_one
 
 SPEC = leaves("constant", constant_scenario())[0].spec
@@ -101,7 +102,7 @@ def test_same_seed_same_bytes(dataset, tmp_path):
 
 def test_batching_does_not_change_simulations(dataset, tmp_path):
     """The 15th simulation is the same whether its batch begins at 0 or at 10."""
-    from cxt.simulate import write_batch
+    from cxt.scenarios.batches import write_batch
 
     write_batch(tmp_path / "batch", SPEC, start=10, count=10, seed=1)
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}

@@ -7,33 +7,24 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.checkpoints.checkpoint import model_record, write_checkpoint
+from cxt.checkpoints.file import model_record, write_checkpoint
 from cxt.config.settings import ModelConfig
 from cxt.config.variants import leaves
-from cxt.data.targets import Grid
+from cxt.data.grid import Grid
+from cxt.data.preprocessing import preprocess_one
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
-from cxt.evaluate import (
-    BASELINE_WIDTHS,
-    accessible_bases,
-    best_window,
-    clustered_error,
-    differences,
-    evaluate,
-    heterozygosity_estimate,
-    main,
-    overall,
-    score,
-    table,
-)
+from cxt.evaluate import main
+from cxt.evaluation.baselines import BASELINE_WIDTHS, accessible_bases, best_window, differences, heterozygosity_estimate
 from cxt.evaluation.figures import draw_scatter
-from cxt.evaluation.metrics import pearson_per_pair
+from cxt.evaluation.metrics import clustered_error, overall, pearson_per_pair
+from cxt.evaluation.protocol import evaluate, score
+from cxt.evaluation.table import table
 from cxt.io import json_text
 from cxt.model.adapter import build_model
-from cxt.preprocess import preprocess_one
+from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_one
-from cxt.simulate import write_batch
 from cxt.trainer.validation import DecodedItems
 
 SPEC = leaves("constant", constant_scenario())[0].spec

@@ -12,9 +12,10 @@ from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, damag
 
 from cxt import PairDataset, pair_features
 from cxt.data.export import export, information, verify
-from cxt.data.shards import read_manifest, read_shard, write_manifest, write_shard
+from cxt.data.manifest import read_manifest, write_manifest
+from cxt.data.preprocessing import preprocess_one
+from cxt.data.shards import read_shard, write_shard
 from cxt.errors import BadRequest
-from cxt.preprocess import preprocess_one
 
 
 def test_the_snippet_in_the_documentation(dataset, tmp_path):
@@ -285,7 +286,7 @@ def golden_entry(monkeypatch, ts, features, *, name, window_size, length, sample
     tables = ts.dump_tables()
     tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
     tables.metadata = {"cxt": GOLDEN_IDENTITY}
-    monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, **shape: pairs)
+    monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, **shape: pairs)
     if mask is not None:
         monkeypatch.setattr("cxt.preprocess.cut_mask", lambda whole, **shape: (whole, 0))
     spec = {
@@ -352,6 +353,6 @@ def test_golden_on_the_fly(monkeypatch):
     manifest = live_manifest([leaf], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
     monkeypatch.setattr("cxt.data.live.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
-        monkeypatch.setattr("cxt.preprocess.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
+        monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
         counts = SimulatedDataset([leaf], manifest, "train", seed=1).batch([i]).counts.numpy()
         assert np.array_equal(counts[0, ..., 1:], expected[i, ..., 1:].astype(np.int32))

@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, constant_scenario, run_python
+from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.variants import leaves
 from cxt.errors import BadRequest
-from cxt.io import atomic_file, atomic_link, atomic_write
-from cxt.simulate import write_batch
-from cxt.trainer.run_directory import RunDirectory, is_locked, take_lock
+from cxt.io import atomic_file, atomic_link, atomic_write, is_locked, take_lock
+from cxt.scenarios.batches import write_batch
 from cxt.workflow.runs import Run, prune
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
@@ -180,7 +180,7 @@ def test_a_batch_and_one_of_it(tmp_path):
 
 def is_refused(path) -> str:
     """What another process is told that wants the lock."""
-    done = run_python("-c", f"from cxt.trainer.run_directory import take_lock; take_lock({str(path)!r}, 'it')", check=False)
+    done = run_python("-c", f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'it')", check=False)
     return done.stderr if done.returncode else ""
 
 
@@ -207,7 +207,7 @@ def test_a_lock_goes_with_its_process_and_not_with_those_it_has_started(tmp_path
         "subprocess": "pid = subprocess.Popen(['sleep', '600'], close_fds=False).pid",
     }[process]
     code = (
-        "import os, subprocess, time\nfrom cxt.trainer.run_directory import take_lock\n"
+        "import os, subprocess, time\nfrom cxt.checkpoints.run_directory import take_lock\n"
         f"lock = take_lock({str(tmp_path / 'x.lock')!r}, 'it')\n"
         f"{start}\nprint(1, flush=True)\nprint(pid, flush=True)\ninput()"
     )
@@ -250,7 +250,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
             second[0] = take_lock(path, "it")  # by yet another
         return number
 
-    monkeypatch.setattr("cxt.trainer.run_directory.os.open", open_and_be_overtaken)
+    monkeypatch.setattr("cxt.checkpoints.run_directory.os.open", open_and_be_overtaken)
     with pytest.raises(BadRequest, match="it is in use by process"):
         take_lock(path, "it")
     second[0].close()
@@ -276,11 +276,7 @@ def started(directory: Path, name: str) -> Run:
 def test_prune_and_who_has_the_lock(tmp_path, capsys):
     """One is taken while the question is on the screen: it stays, and so does its lock; of the other nothing stays."""
     busy, old = started(tmp_path, "busy"), started(tmp_path, "old")
-    code = (
-        "from cxt.trainer.run_directory import RunDirectory\n"
-        f"r = RunDirectory({str(busy.path)!r}); r.lock(); print(1, flush=True); input()"
-    )
-    holder = child(code)
+    holder = locking_process(busy.path)
     prune([busy, old], yes=True)
     said = capsys.readouterr().out
     assert f"not removed: {busy.path} is in use by process {holder.pid}" in said

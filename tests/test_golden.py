@@ -7,7 +7,7 @@ import tskit
 from conftest import GOLDEN
 
 from cxt import load_model, pair_features, pair_log_tmrca
-from cxt.preprocess import sites_before
+from cxt.data.preprocessing import sites_before
 
 
 @pytest.fixture(scope="module")

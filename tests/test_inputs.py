@@ -11,7 +11,7 @@ import torch
 from conftest import simulate
 
 from cxt import load_model, pair_features
-from cxt.checkpoints.checkpoint import write_checkpoint
+from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.record import model_record
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY, snakemake
 
-from cxt.trainer.run_directory import RunDirectory
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.trainer.training_state import saves_of
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
 import yaml
-from conftest import TINY
+from conftest import TINY, locking_process
 from lightning_fabric.plugins.environments import SLURMEnvironment
 from test_training import SMALL, train
 
@@ -17,19 +16,19 @@ from cxt import evaluate as evaluate_stage
 from cxt import preprocess as preprocess_stage
 from cxt import simulate as simulate_stage
 from cxt import train as train_stage
-from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import verify
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
+from cxt.data.manifest import planned_shards, read_manifest
 from cxt.data.masks import read_mask, write_mask
-from cxt.data.shards import read_manifest, read_shard
+from cxt.data.shards import read_shard
 from cxt.errors import BadRequest, Failed
-from cxt.evaluate import table_lineage_of
+from cxt.evaluation.table import table_lineage_of
 from cxt.io import canonical, file_sha256
-from cxt.preprocess import planned_shards
-from cxt.simulate import read_batch
+from cxt.scenarios.batches import read_batch
 from cxt.trainer.fit import quieten
-from cxt.trainer.run_directory import RunDirectory
 from cxt.workflow import jobs
+from cxt.workflow.verification import verify
 
 OTHERS = ["broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 FEW = {
@@ -332,11 +331,7 @@ def test_more_devices_than_there_are(monkeypatch, dataset):
 def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     """A next try begins while the one before is still saving."""
     run = RunDirectory(tmp_path / "run")
-    code = (
-        f"from cxt.trainer.run_directory import *; r = RunDirectory({str(run.path)!r}); r.lock(); print(1, flush=True); input()"
-    )
-    held = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    held.stdout.readline()
+    held = locking_process(run.path)
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]
     with pytest.raises(BadRequest, match="is in use by process"):
         train(monkeypatch, *arguments)

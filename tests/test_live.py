@@ -10,9 +10,9 @@ from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
 from cxt.config.variants import leaves
+from cxt.data.grid import Grid
 from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
 from cxt.data.loaders import ProcessLoader
-from cxt.data.targets import Grid
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
 

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from cxt import PairDataset
 from cxt.data import shared_memory as arena
+from cxt.data.grid import Grid
 from cxt.data.kernels import lowest_bit, pack_bins, unpack_bins
 from cxt.data.loaders import EpochBatches, InOrder, PrefetchLoader
 from cxt.data.pair_dataset import model_input, open_dataset
 from cxt.data.shards import read_shard
 from cxt.data.shared_memory import Arena, free_memory
-from cxt.data.targets import Grid
 from cxt.errors import BadRequest
 
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks into /proc")

@@ -14,13 +14,13 @@ import pytest
 from conftest import REPOSITORY, run_python
 from test_resume import _forked, assert_equal_runs, command
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.plan import plan
 from cxt.trainer import nodes as module
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Nodes, node_rank
-from cxt.trainer.run_directory import RunDirectory
 from cxt.workflow.costs import Costs
 
 

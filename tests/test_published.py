@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 
 from cxt import load_model
 from cxt import train as train_stage
-from cxt.checkpoints.checkpoint import find_checkpoint, import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import diff, show, verify
+from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
+from cxt.checkpoints.find import find_checkpoint
+from cxt.checkpoints.inspection import diff, show
 from cxt.checkpoints.published import is_published, preset_of, stand_ins
 from cxt.checkpoints.safetensors import write_portable
 from cxt.config.settings import PRESETS
 from cxt.errors import BadRequest
+from cxt.workflow.verification import verify
 
 PLAIN, ADAPTER = GOLDEN / "published_style.ckpt", GOLDEN / "published_style_adapter.ckpt"
 BOTH = pytest.mark.parametrize(("file", "suffix"), [(PLAIN, ""), (ADAPTER, "5")], ids=["plain", "adapter"])

@@ -13,7 +13,7 @@ from conftest import build_dataset, constant_scenario
 
 from cxt import load_model
 from cxt import train as train_stage
-from cxt.checkpoints.checkpoint import read_checkpoint
+from cxt.checkpoints.file import read_checkpoint
 
 PARENTS = {
     "broad_w200": "broad",

@@ -22,9 +22,9 @@ import torch
 import yaml
 from conftest import REPOSITORY, constant_scenario, run_python
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.signals import SIGNALS, STATUS
 from cxt.trainer.log import TIMING, read_log
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.training_state import saves_of
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))

@@ -10,12 +10,12 @@ from conftest import check_genealogies, constant_scenario, run_python, simulate
 
 from cxt.config.variants import Leaf, leaves
 from cxt.errors import BadRequest
+from cxt.scenarios.batches import read_batch, write_batch
 from cxt.scenarios.indices import EVALUATION_START, batches, split_of, split_size
 from cxt.scenarios.msprime_models import island_samples, zigzag
 from cxt.scenarios.registry import check_scenarios, simulate_one
 from cxt.scenarios.seeds import random_generator
 from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, sampled_today
-from cxt.simulate import read_batch, write_batch
 
 RATES = {"mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8}
 SPECS = [

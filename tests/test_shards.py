@@ -15,9 +15,10 @@ from zarr.storage import MemoryStore
 
 from cxt import PairDataset
 from cxt.data.export import export, information, verify
-from cxt.data.shards import read_manifest, read_shard, write_manifest
+from cxt.data.manifest import read_manifest, write_manifest
+from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
-from cxt.scenarios.trees import find
+from cxt.scenarios.batches import find
 
 SPLITS = ("train", "test")
 SHARD = "train/constant-0.zarr.zip"

@@ -11,9 +11,9 @@ import pytest
 from conftest import REPOSITORY
 from test_resume import HEARD, command, in_group_of, listens
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import exit_on_bad_request
 from cxt.signals import STATUS
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.training_state import saves_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc whether a process listens yet")

@@ -7,9 +7,9 @@ from conftest import constant_scenario, simulate
 
 from cxt import pair_log_tmrca
 from cxt.config.variants import leaves
-from cxt.data.targets import Grid
+from cxt.data.grid import Grid
+from cxt.data.preprocessing import preprocess_one
 from cxt.errors import BadRequest
-from cxt.preprocess import preprocess_one
 from cxt.scenarios.registry import simulate_one
 
 

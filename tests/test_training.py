@@ -17,7 +17,9 @@ from conftest import REPOSITORY, build_dataset, run_python
 
 from cxt import load_model
 from cxt import train as train_stage
-from cxt.checkpoints.checkpoint import find_checkpoint, read_checkpoint, write_checkpoint
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
+from cxt.checkpoints.find import find_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import TrainingConfig
 from cxt.data.loaders import EpochBatches
@@ -25,7 +27,6 @@ from cxt.errors import BadRequest
 from cxt.trainer.log import read_log
 from cxt.trainer.module import learning_rate_factor
 from cxt.trainer.parents import OF_THE_ADAPTER
-from cxt.trainer.run_directory import RunDirectory
 
 SMALL = [
     "--model",

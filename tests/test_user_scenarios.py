@@ -12,7 +12,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run_python, snakemake
 
-from cxt.checkpoints.checkpoint import read_checkpoint
+from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, read_yaml, resolve
 from cxt.config.variants import check_leaves, leaves, scenario_of
 from cxt.errors import BadRequest

@@ -17,13 +17,13 @@ import torch
 import yaml
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python, snakemake
 
-from cxt.checkpoints.checkpoint import read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import verify
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.lineage import code_digests
-from cxt.simulate import read_batch
+from cxt.scenarios.batches import read_batch
 from cxt.workflow.jobs import dataset_lineage, model_lineage
+from cxt.workflow.verification import verify
 
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 BELOW_BROAD = ["broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]

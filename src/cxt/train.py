@@ -20,6 +20,7 @@ from pathlib import Path
 
 import jsonargparse
 
+from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_version, next_version, target_lock
 from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import (
     PRESETS,
@@ -28,9 +29,10 @@ from cxt.config.settings import (
     steps_per_epoch,
 )
 from cxt.console import progress_only
-from cxt.data.shards import MANIFEST, read_manifest
+from cxt.data.manifest import read_manifest
+from cxt.data.shards import MANIFEST
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
-from cxt.io import check_writable, file_sha256
+from cxt.io import check_writable, file_sha256, is_locked
 from cxt.lineage import STAGE_VERSION, differing, plan_again, stage_lineage
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Nodes
@@ -43,7 +45,6 @@ from cxt.trainer.parents import (
     read_parent,
     resolve_network,
 )
-from cxt.trainer.run_directory import RunDirectory, has_versions, is_locked, newest_version, next_version, target_lock
 from cxt.trainer.source import check_source, live_source
 
 BEGAN = time.monotonic()

@@ -15,10 +15,10 @@ import torch
 
 from cxt.benchmark.memory import peak_of
 from cxt.benchmark.published_formulation import dense_loss
-from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, pairs_of
+from cxt.config.settings import START_TOKEN, AdapterConfig, ModelConfig, TrainingConfig, pairs_of
+from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatches, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, model_input
-from cxt.data.targets import START_TOKEN, Grid
 from cxt.decoding.posterior import computing_in
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
@@ -52,9 +52,10 @@ def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
     from cxt.config.variants import leaves
     from cxt.data.features import SCALES
-    from cxt.data.shards import SPLITS, write_manifest
-    from cxt.preprocess import write_split
-    from cxt.simulate import write_batch
+    from cxt.data.manifest import write_manifest
+    from cxt.data.preprocessing import write_split
+    from cxt.scenarios.batches import write_batch
+    from cxt.scenarios.indices import SPLITS
 
     samples = network.samples if adapter is None else adapter.samples
     length = network.windows * network.window_size

@@ -3,11 +3,8 @@
 import argparse
 from pathlib import Path
 
-from cxt.checkpoints.checkpoint import (
-    _read_torch_file,
-    find_checkpoint,
-    write_checkpoint,
-)
+from cxt.checkpoints.file import _read_torch_file, write_checkpoint
+from cxt.checkpoints.find import find_checkpoint
 from cxt.checkpoints.published import is_published, read_published
 from cxt.checkpoints.record import model_record
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
@@ -39,7 +36,8 @@ def import_published(path, out, *, name: str | None = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cxt.checkpoints.inspection import check, diff, show, verify
+    from cxt.checkpoints.inspection import check, diff, show
+    from cxt.workflow.verification import verify
 
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from cxt.config.bounds import COUNT, check_flags
-from cxt.data.shards import SPLITS
 from cxt.errors import exit_on_bad_request
+from cxt.scenarios.indices import SPLITS
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from cxt.config.bounds import INDEX, check_flags
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.io import atomic_file, check_writable
-from cxt.scenarios.trees import find
+from cxt.scenarios.batches import find
 
 
 def main(argv: list[str] | None = None) -> None:

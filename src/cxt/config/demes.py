@@ -7,7 +7,6 @@ import demes
 
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
-from cxt.scenarios.msprime_models import LONGEST_DEMOGRAPHY
 
 
 def read_demes(demography: str | dict, *, at: str) -> dict:
@@ -44,3 +43,7 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
     if size > LONGEST_DEMOGRAPHY:
         raise BadRequest(f"{at} takes {size} characters, more than the {LONGEST_DEMOGRAPHY} that fit on a command line")
     return json.loads(json.dumps(content))
+
+
+LONGEST_DEMOGRAPHY = 50_000
+"""Characters of a Demes graph in JSON: it travels on command lines, whose words may hold 131 072."""

@@ -299,3 +299,10 @@ def steps_per_epoch(*, items: int, batch_size: int, grad_accum: int, world: int)
             "lower the batch size or simulate more"
         )
     return -(-batches // grad_accum)
+
+
+START_TOKEN = 1
+
+
+SPECIAL_TOKENS = 2
+"""Token 0 is unused, token 1 starts a sequence; bin b of the grid is token b + 2."""

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from cxt.data.features import missing_fraction, pair_counts, write_missingness
-from cxt.data.shards import SPLITS, check_content, read_manifest, read_shard
+from cxt.data.manifest import read_manifest
+from cxt.data.shards import check_content, read_shard
 from cxt.errors import BadRequest
 from cxt.io import check_writable, json_text
+from cxt.scenarios.indices import SPLITS
 
 
 def information(path) -> str:

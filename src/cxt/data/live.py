@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from cxt.data.features import pair_counts
+from cxt.data.grid import Grid
 from cxt.data.pair_dataset import Batch, Item, Items
-from cxt.data.shards import SPLITS
-from cxt.data.targets import Grid
+from cxt.data.preprocessing import preprocess_one
 from cxt.errors import BadRequest
-from cxt.preprocess import preprocess_one
+from cxt.scenarios.indices import SPLITS
 from cxt.scenarios.registry import simulate_one
 
 LIVE_START = 2_000_000_000

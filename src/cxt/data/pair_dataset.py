@@ -22,14 +22,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.config.settings import STORAGES
+from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN, STORAGES
 from cxt.data.features import first_sites, missing_fraction
+from cxt.data.grid import Grid
 from cxt.data.kernels import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
-from cxt.data.shards import MANIFEST, SPLITS, check_content, read_manifest, read_shard
+from cxt.data.manifest import read_manifest
+from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
-from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN, Grid
 from cxt.errors import BadRequest
 from cxt.io import digest
+from cxt.scenarios.indices import SPLITS
 
 LARGEST_SHARE = 0.7
 """Share of the free memory that `auto` lets a dataset take."""

@@ -12,7 +12,8 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, ZstdCodec
 
-SPLITS = ("train", "test")
+from cxt.scenarios.indices import SPLITS
+
 LONGEST = 2**40
 """Base pairs; no chromosome is longer, and sums of positions stay exact."""
 

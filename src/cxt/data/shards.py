@@ -22,8 +22,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
-import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,15 +33,12 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.data.ranges import RANGES, overall_ranges, ranges_of
-from cxt.data.shard_checks import LONGEST, SPLITS, Fault, check_arrays, check_entries, check_layout
+from cxt.data.shard_checks import Fault, check_arrays, check_entries, check_layout
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line
-from cxt.io import atomic_write, json_text
-from cxt.lineage import check_lineage, make_again, stage_lineage
+from cxt.io import atomic_write
+from cxt.lineage import make_again
 
-SCHEMA_VERSION = 4
-MANIFEST = "dataset.json"
 LARGEST_COUNT = 2**48
 """Simulations, items, sites or bytes; more would not fit into any machine."""
 
@@ -121,12 +116,6 @@ def _zip(content: dict[str, bytes]) -> bytes:
             info.create_system, info.external_attr = 3, 0o644 << 16
             archive.writestr(info, content[key])
     return out.getvalue()
-
-
-def _check_version(what: str, version: int, *, remedy: str) -> None:
-    if version != SCHEMA_VERSION:
-        remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
-        raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -209,164 +198,13 @@ def _arrays_of(path, group: zarr.Group) -> dict[str, np.ndarray]:
     return arrays
 
 
-def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
-    """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
-
-    *lineages*, if given, are {leaf scenario: `dataset_lineage_of` its shards} as planned. The manifest's own is that of all
-    shards; it has none where one of them has none.
-
-    Raises
-    ------
-    BadRequest
-        If a shard is damaged or of another lineage, shards disagree in shape, or no simulation is in `train`.
-    """
-    directory = Path(directory)
-    shape: dict | None = None
-    splits = {}
-    of_shards: dict[str, list[str | None]] = {}
-    ranges: list[dict[str, list[float] | None]] = []
-    for split in SPLITS:
-        rows = []
-        for name in shards[split]:
-            with open_shard(directory / name) as (group, data):
-                attributes = dict(group.attrs)
-                shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
-                check_shape(directory / name, attributes, shape)
-                if attributes["split"] != split:
-                    raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
-                arrays = _arrays_of(directory / name, group)
-                index, sites = arrays["index"], len(arrays["positions"])
-                if split == "train":
-                    ranges.append(ranges_of(arrays, attributes))
-                of_shards.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
-            rows.append(
-                {
-                    "path": name,
-                    "scenario": attributes["scenario"],
-                    "simulations": len(np.unique(index)),
-                    "items": len(index) * attributes["pairs"],
-                    "sites": sites,
-                    "bytes": len(data),
-                    "sha256": hashlib.sha256(data).hexdigest(),
-                }
-            )
-        splits[split] = {
-            "simulations": sum(row["simulations"] for row in rows),
-            "items": sum(row["items"] for row in rows),
-            "sites": sum(row["sites"] for row in rows),
-            "bytes": sum(row["bytes"] for row in rows),
-            "shards": rows,
-        }
-    for leaf, planned in (lineages or {}).items():
-        check_lineage(
-            f"{directory}: a shard of '{leaf}'", found=dataset_lineage_of(of_shards.get(leaf, [])), planned=planned,
-            target=directory / MANIFEST,
-        )  # fmt: skip
-    if not splits["train"]["simulations"]:
-        raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
-    lineage = dataset_lineage_of([lineage for of_leaf in of_shards.values() for lineage in of_leaf])
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        **({} if lineage is None else {"lineage": lineage}),
-        **shape,
-        "windows": shape["sequence_length"] // shape["window_size"],
-        "ranges": overall_ranges(ranges),
-        "splits": splits,
-    }
-    atomic_write(directory / MANIFEST, json_text(manifest).encode())
-    return manifest
+SCHEMA_VERSION = 4
 
 
-def dataset_lineage_of(shards: list[str | None]) -> str | None:
-    """The lineage of shards with the lineages *shards*, in no particular order; None if one of them has none."""
-    return None if None in shards else stage_lineage("preprocess", sorted(shards))
+MANIFEST = "dataset.json"
 
 
-def read_manifest(directory) -> dict:
-    """dataset.json of the dataset at *directory*.
-
-    Raises
-    ------
-    BadRequest
-        If the directory, train/, test/ or the manifest is missing, or the manifest is newer than this package.
-    """
-    directory = Path(directory)
-    file = directory / MANIFEST
-    if not directory.is_dir():
-        raise BadRequest(f"there is no dataset directory {directory}; {make_again(file)}")
-    missing = [split for split in SPLITS if not (directory / split).is_dir()]
-    if missing:
-        found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
-        raise BadRequest(f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {make_again(file)}")
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except OSError:
-        raise BadRequest(
-            f"{directory} has no {MANIFEST}; {make_again(file)}, or list the shards that are there with "
-            f"`python -m cxt.preprocess manifest --dataset {directory}`"
-        ) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets in brackets
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {make_again(file, delete='it')}") from None
-    if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
-        _check_version(str(file), manifest["schema_version"], remedy=make_again(file, delete="it"))
-    fault = _fault(manifest)
-    if fault is not None:
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; {make_again(file, delete='it')}")
-    return manifest
-
-
-def _fault(manifest) -> str | None:
-    """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
-    try:
-        numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
-        if not all(type(n) is int and 0 < n <= LONGEST for n in [*numbers, *manifest["scales"]]) or not manifest["scales"]:
-            return f"a size is not a whole number of 1 to {LONGEST}"
-        if not 2 <= manifest["samples"] <= 65_535 or manifest["pairs"] > math.comb(manifest["samples"], 2):
-            return f"{manifest['pairs']} pairs cannot be taken from {manifest['samples']} samples"
-        if not _are_ranges(manifest["ranges"]):
-            return "its ranges are not pairs of numbers"
-        if manifest["windows"] != manifest["sequence_length"] // manifest["window_size"]:
-            return f"windows is {manifest['windows']}, which sequence_length and window_size do not make"
-        if not isinstance(manifest.get("lineage"), str | None):
-            return "its lineage is no text"
-        if not isinstance(manifest["missing"], bool) or not isinstance(manifest["schema_version"], int):
-            return "`missing` or `schema_version` is of another type"
-        for split in SPLITS:
-            part = manifest["splits"][split]
-            rows = part["shards"]
-            for key in ("simulations", "items", "sites", "bytes"):
-                counts = [row[key] for row in rows]
-                if not all(type(n) is int and 0 <= n <= LARGEST_COUNT for n in counts) or part[key] != sum(counts):
-                    return f"the {key} of {split} are not those of its shards"
-            names = [row["path"] for row in rows]
-            if len(set(names)) < len(names):
-                return f"a shard of {split} is listed twice"
-            for row in rows:
-                if row["items"] % (manifest["pairs"] * manifest["regions_per_simulation"]):
-                    return f"{row['items']} items of {row['path']} are not {manifest['pairs']} pairs of each region"
-                if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
-                    return f"{row['path']} is no shard of {split}"
-                if (
-                    not isinstance(row["scenario"], str)
-                    or not isinstance(row["sha256"], str)
-                    or "/" in row["scenario"]
-                    or row["scenario"] in ("", ".", "..")
-                ):
-                    return f"the entry of {row['path']}"
-        if not manifest["splits"]["train"]["simulations"]:
-            return "it has no training simulation"
-    except KeyError as error:
-        return f"it has no {error}"
-    except (TypeError, IndexError, ZeroDivisionError, AttributeError):
-        return "a value is of another type"
-    return None
-
-
-def _are_ranges(ranges) -> bool:
-    """Whether *ranges* are those of a manifest: for each name two finite numbers, the least and the largest, or nothing."""
-
-    def is_range(pair) -> bool:
-        is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in pair)
-        return pair is None or (is_pair and 0 <= pair[0] <= pair[1])
-
-    return isinstance(ranges, dict) and ranges.keys() == set(RANGES) and all(map(is_range, ranges.values()))
+def _check_version(what: str, version: int, *, remedy: str) -> None:
+    if version != SCHEMA_VERSION:
+        remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
+        raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cxt.data.grid import Grid
 from cxt.data.pair_dataset import model_input
-from cxt.data.targets import Grid
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 

@@ -25,3 +25,27 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
         r = (t * e).sum(-1) / np.sqrt((t**2).sum(-1) * (e**2).sum(-1))
     r = r[varies]
     return float(r.mean()) if r.size else float("nan")
+
+
+def known(value: float) -> float | None:
+    """None for a figure that is NaN: a correlation where nothing varies, an error of one simulation."""
+    return None if np.isnan(value) else value
+
+
+def clustered_error(errors: np.ndarray) -> float:
+    """Standard error of the mean of *errors* (simulations, …): simulations are independent, their pairs are not."""
+    means = errors.reshape(len(errors), -1).mean(axis=1)
+    return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+
+
+def overall(scenarios: dict) -> dict:
+    """Means over scenarios, each counted once, of the MSEs of model and baselines and of coverage and, where known, r."""
+    rows = list(scenarios.values())
+    correlations = [row["r"] for row in rows if row["r"] is not None]
+    return {
+        "mse": float(np.mean([row["mse"] for row in rows])),
+        "r": float(np.mean(correlations)) if correlations else None,
+        "coverage95": float(np.mean([row["coverage95"] for row in rows])),
+        "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
+        "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
+    }

@@ -15,7 +15,7 @@ import numbers
 import torch
 import torch.nn.functional as F
 
-from cxt.data.targets import SPECIAL_TOKENS, START_TOKEN
+from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
 from cxt.model.sampling import draw, limited_to, uniforms

@@ -17,3 +17,6 @@ def split_of(index: int) -> str:
 def split_size(start: int, count: int, split: str) -> int:
     """How many of the indices start..start+count-1 belong to *split*."""
     return sum(split_of(i) == split for i in range(start, start + count))
+
+
+SPLITS = ("train", "test")

@@ -16,9 +16,6 @@ from cxt.scenarios.seeds import EngineSeeds
 Simulated = tuple[tskit.TableCollection, dict]
 """A simulation as tables, and what to record of it; its mutation and recombination rate at least."""
 
-LONGEST_DEMOGRAPHY = 50_000
-"""Characters of a Demes graph in JSON: it travels on command lines, whose words may hold 131 072."""
-
 
 def ancestry_model(spec: dict) -> msprime.AncestryModel | None:
     """msprime's model for a scenario's `ancestry_model`; None is the Hudson coalescent."""

@@ -16,12 +16,13 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from cxt.checkpoints.checkpoint import Checkpoint, load_weights, model_record, write_checkpoint
+from cxt.checkpoints.file import Checkpoint, load_weights, model_record, write_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
+from cxt.data.grid import Grid
 from cxt.data.live import SimulatedDataset
 from cxt.data.loaders import DataModule, InOrder
 from cxt.data.pair_dataset import open_dataset
-from cxt.data.targets import Grid
 from cxt.errors import BadRequest, Failed, first_line, why_not
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops
@@ -30,7 +31,6 @@ from cxt.seeds import torch_seed
 from cxt.trainer.log import TrainingLog, read_log
 from cxt.trainer.machines import Nodes
 from cxt.trainer.module import Reseed, TrainingModule, compile_backend
-from cxt.trainer.run_directory import RunDirectory
 from cxt.trainer.training_state import AtomicIO, Saves, save_to_continue
 from cxt.trainer.validation import DecodedItems, Validation, truth_beside_prediction
 

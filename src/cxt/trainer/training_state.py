@@ -17,10 +17,10 @@ from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
 from cxt.checkpoints.archive import UNREADABLE, opened, packed
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.io import atomic_link, atomic_write
 from cxt.signals import STATUS, end, ends_at_once, ignore, is_led, listen
-from cxt.trainer.run_directory import RunDirectory
 
 OUT_OF_TIME = 75
 """Exit status when the wall-clock budget is spent: try again, and it goes on."""

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.checkpoints.checkpoint import write_checkpoint
-from cxt.data.targets import SPECIAL_TOKENS, Grid
+from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
+from cxt.config.settings import SPECIAL_TOKENS
+from cxt.data.grid import Grid
 from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
 from cxt.trainer.log import TrainingLog
-from cxt.trainer.run_directory import RunDirectory
 
 REPLICATES = 4
 """Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""

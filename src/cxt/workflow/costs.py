@@ -13,10 +13,10 @@ from pathlib import Path
 from cxt.config.file import adapter_config, model_config, training_config
 from cxt.config.variants import Leaf
 from cxt.data.masks import read_mask, synthetic_mask
+from cxt.data.preprocessing import preprocess_one
 from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
-from cxt.preprocess import preprocess_one
 from cxt.scenarios.registry import simulate_one
 from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
 

@@ -12,13 +12,12 @@ from cxt.config.file import lineage_of_parents, model_config, parent_of, trainin
 from cxt.config.schema import REPOSITORY
 from cxt.config.settings import change_no_result, steps_per_epoch
 from cxt.config.variants import Leaf, leaves, scenario_of
+from cxt.data.manifest import dataset_lineage_of, planned_shards
 from cxt.data.masks import describe_mask, read_mask
-from cxt.data.shards import SPLITS, dataset_lineage_of
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
 from cxt.lineage import stage_lineage
-from cxt.preprocess import planned_shards
-from cxt.scenarios.indices import EVALUATION_START, batches, split_size
+from cxt.scenarios.indices import EVALUATION_START, SPLITS, batches, split_size
 from cxt.scenarios.registry import check_scenarios
 from cxt.scenarios.seeds import check_shared_ancestry
 from cxt.scenarios.stdpopsim_models import catalogue_lineage, check_map_can_be_had

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import BadRequest
-from cxt.trainer.run_directory import RunDirectory, is_locked
+from cxt.io import is_locked
 from cxt.trainer.training_state import saves_of
 from cxt.workflow.jobs import run_directory
 

@@ -11,7 +11,6 @@ loads under `weights_only=True`. The trainer's own saves hold more, and are read
 package, as `cxt.checkpoints.published` says, and exported directories.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +20,13 @@ import torch
 from cxt.checkpoints.archive import UNREADABLE, opened, packed
 from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
 from cxt.checkpoints.record import check_record, check_tensors, model_record
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable, read_portable
+from cxt.checkpoints.safetensors import CONFIG, read_portable
 from cxt.config.settings import AdapterConfig, ModelConfig
-from cxt.errors import BadRequest, first_line, nearest
+from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
 from cxt.model.inputs import TrainedOn
 from cxt.model.transformer import CoalescenceModel
-from cxt.trainer.run_directory import RunDirectory
 
 
 class Checkpoint(NamedTuple):
@@ -138,117 +136,3 @@ def model_of(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
     data = checkpoint.record["dataset"]
     model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
     return model
-
-
-def checkpoint_directories() -> list[Path]:
-    """Where `load_model` looks for a name, in order."""
-    directories = [Path("results"), Path.home() / ".cache" / "cxt" / "checkpoints"]
-    if os.environ.get("CXT_CHECKPOINT_CACHE"):
-        directories.insert(0, Path(os.environ["CXT_CHECKPOINT_CACHE"]))
-    return directories
-
-
-def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
-    """The best, else the last weights of a run directory."""
-    run = RunDirectory(path)
-    if best and run.best.is_file():
-        return run.best
-    finished = run.finished_checkpoint()
-    if finished is None and (run.state() or {}).get("finished"):
-        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last save", file=sys.stderr)
-    for file in (finished, run.last):
-        if file is not None and file.is_file():
-            if best:
-                print(f"note: {path} has no best weights yet, taking {file.name}", file=sys.stderr)
-            return file
-    raise BadRequest(f"{path} has saved nothing yet")
-
-
-def _path_of(name_or_path) -> Path:
-    """A name or path as a Path; BadRequest if it can be neither."""
-    if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
-        raise BadRequest(f"no checkpoint is called {name_or_path!r}: expected the name or the path of one")
-    path = Path(name_or_path)
-    try:
-        os.stat(path)
-    except (OSError, ValueError) as error:  # it need not be there as a path, but must be able to
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            shown = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
-            raise BadRequest(f"no checkpoint is called {shown!r}: {getattr(error, 'strerror', None) or error}") from None
-    return path
-
-
-def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
-    """The file of a checkpoint given by name, by path, or by the run directory or the exported directory that it is in.
-
-    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. Of an
-    exported directory, its config.json, which knows its weights by digest. A name is looked up as `<name>.ckpt` in
-    $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
-
-    Raises
-    ------
-    BadRequest
-        If there is none; it says where was looked and what is there.
-    """
-    path = _path_of(name_or_path)
-    if (path / "run.json").is_file():
-        return _checkpoint_of_run(path, best=best)
-    directory = path.parent if path.name == WEIGHTS else path
-    if is_portable(directory):
-        return directory / CONFIG
-    if path.suffix == ".ckpt" or len(path.parts) > 1:
-        if path.is_file():
-            return path
-        raise BadRequest(f"there is no checkpoint {path}")
-    directories = checkpoint_directories()
-    for directory in directories:
-        if (directory / f"{path}.ckpt").is_file():
-            return directory / f"{path}.ckpt"
-    there = {file.stem for directory in directories for file in directory.glob("*.ckpt")}
-    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{nearest(str(path), there)}")
-
-
-def load_model(name_or_path, *, device="cpu", best: bool = False) -> CoalescenceModel:
-    """A trained model, in eval mode.
-
-    Parameters
-    ----------
-    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file (one of the original
-        package, too), a run directory, or an exported directory
-    device : torch device to put it on
-    best : of a run directory, the weights of the lowest validation loss instead of the last
-
-    Returns
-    -------
-    CoalescenceModel
-        ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1) and returns
-        logits (B, windows, vocabulary); ``generate(X, window_size=…)`` decodes. Its ``trained_on`` holds the ranges of the
-        data that it was trained on, where its file has them; of a fine-tuned model, those of its own dataset.
-
-    Raises
-    ------
-    BadRequest
-        If there is no such checkpoint, it is damaged or has weights that are not finite, or torch cannot use *device*.
-    """
-    device = _device_of(device)
-    path = find_checkpoint(name_or_path, best=best)
-    model = model_of(read_checkpoint(path), source=path).eval()
-    if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
-        raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # a torch without it
-        raise BadRequest(f"device {device}: {first_line(error)}") from None
-
-
-def _device_of(device) -> torch.device:
-    """A torch device by its name; BadRequest if there is none, or no such GPU."""
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise BadRequest(f"device {device!r}: {first_line(error)}") from None
-    present = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= present:
-        has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
-        raise BadRequest(f"device {found}, but {has}; leave device out to use the CPU")
-    return found

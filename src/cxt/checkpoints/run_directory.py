@@ -12,126 +12,14 @@ events.…             TensorBoard
 Beside it, <name>.lock is held by the trainer that writes here.
 """
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
 import shutil
-import socket
-import time
 from pathlib import Path
 
 import yaml
 
 from cxt.errors import BadRequest
-from cxt.io import atomic_file, atomic_write, check_writable, file_sha256, is_at, json_text
-
-_held: set[int] = set()
-"""Descriptors of the locks of this process."""
-
-
-def _let_go_after_fork() -> None:
-    """A forked process holds no lock of its parent, which would else be locked out by a loader that outlived the trainer."""
-    for number in _held:
-        with contextlib.suppress(OSError):
-            os.close(number)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_let_go_after_fork)
-
-
-class Lock:
-    """A lock file that this process holds, until `close`, or until the process ends, however it ends.
-
-    It is of the file that was opened (`flock`): other descriptors of it may be opened and closed in this process, and what is
-    forked does not hold it. One that was left behind by a process that is gone locks nothing.
-    """
-
-    def __init__(self, path: Path, number: int):
-        self.path, self._number = path, number
-        _held.add(number)
-
-    def close(self, *, remove: bool = False) -> None:
-        """Let go, and leave word that this process has ended in good order; or *remove* the file, while it is still held."""
-        if self._number not in _held:  # released before, or a fork's
-            return
-        if remove:
-            self.path.unlink(missing_ok=True)
-        os.ftruncate(self._number, 0)
-        _held.discard(self._number)
-        os.close(self._number)
-
-
-def take_lock(path, what) -> Lock:
-    """Hold the lock file *path*.
-
-    Raises
-    ------
-    BadRequest
-        If another process has it, says which; or if it cannot be locked.
-    """
-    path = Path(path)
-    check_writable(path)
-    tries = 0
-    while True:
-        try:
-            # No link is followed: what it points to would be emptied.
-            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise BadRequest(f"{what}: the lock {path} cannot be opened: {error.strerror}; remove it") from None
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _holder(number)
-            os.close(number)
-            if error.errno not in IS_TAKEN:
-                raise BadRequest(
-                    f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at "
-                    "once; put it on one that can"
-                ) from None
-            tries += 1
-            if tries < 5:  # it may be `is_locked` that looks at it
-                time.sleep(0.05)
-                continue
-            words = holder.split()
-            here = len(words) == 4 and words[3] == socket.gethostname()
-            stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
-            raise BadRequest(
-                f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
-            ) from None
-        if is_at(number, path):
-            break
-        os.close(number)  # its holder has removed it meanwhile, and another may hold the one that is there now
-    holder = _holder(number)
-    if holder:
-        print(f"note: {what} was left by {holder}, which is gone", flush=True)
-    os.ftruncate(number, 0)
-    os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return Lock(path, number)
-
-
-IS_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-
-
-def _holder(number: int) -> str:
-    return os.pread(number, 1000, 0).decode(errors="replace").strip()
-
-
-def is_locked(path) -> bool:
-    """Whether a process holds the lock file *path*."""
-    try:
-        number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno in IS_TAKEN
-    finally:
-        os.close(number)
-    return False
+from cxt.io import Lock, atomic_file, atomic_write, check_writable, file_sha256, json_text, take_lock
 
 
 def target_lock(out) -> Path:

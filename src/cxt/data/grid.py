@@ -1,0 +1,68 @@
+"""TODO cxt.data.grid"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
+from cxt.data.compiled import compiled
+
+
+@compiled
+def _bins(values, grid, out):
+    """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
+    if len(grid) == 1:
+        out[:] = 0
+        return
+    step = (grid[-1] - grid[0]) / (len(grid) - 1)
+    for i in range(len(values)):
+        value = np.float64(values[i])
+        if not value < grid[-1]:  # also what is not a number
+            out[i] = len(grid) - 1
+            continue
+        guess = min(max(int((max(value, grid[0]) - grid[0]) / step), 0), len(grid) - 2)
+        while guess > 0 and value < grid[guess]:
+            guess -= 1
+        while value >= grid[guess + 1]:
+            guess += 1
+        out[i] = guess
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of ln generations: *bins* values from *low* to *high*, each the lower edge of its bin."""
+
+    low: float = 3.0
+    high: float = 17.0
+    bins: int = 324
+
+    @property
+    def step(self) -> float:
+        return (self.high - self.low) / (self.bins - 1)
+
+    @property
+    def centres(self):
+        """(bins,) float64: the middle of each bin, in ln generations."""
+        return np.linspace(self.low, self.high, self.bins) + self.step / 2
+
+    @property
+    def edges(self):
+        """(bins + 1,) float64."""
+        return np.append(np.linspace(self.low, self.high, self.bins), self.high + self.step)
+
+    def bins_of(self, log_tmrca):
+        """Bins of *log_tmrca*, of the same shape, int64. Values outside the grid go to its first or last bin."""
+        values = np.ascontiguousarray(log_tmrca)
+        if values.dtype != np.float32:
+            values = values.astype(np.float64)
+        bins = np.empty(values.shape, dtype=np.int64)
+        _bins(values.reshape(-1), np.linspace(self.low, self.high, self.bins), bins.reshape(-1))
+        return bins
+
+    def tokens(self, log_tmrca):
+        """Bins of *log_tmrca* (..., windows) as tokens (..., windows + 1), int64, start token first."""
+        bins = self.bins_of(log_tmrca)
+        tokens = np.empty((*bins.shape[:-1], bins.shape[-1] + 1), dtype=np.int64)
+        tokens[..., 0] = START_TOKEN
+        tokens[..., 1:] = bins + SPECIAL_TOKENS
+        return tokens

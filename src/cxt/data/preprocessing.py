@@ -1,0 +1,138 @@
+"""TODO cxt.data.preprocessing"""
+
+import numpy as np
+import tskit
+
+from cxt.data.features import pack_haplotypes, usable_sites
+from cxt.data.masks import cut_mask
+from cxt.data.shards import Entry, write_shard
+from cxt.data.targets import pair_log_tmrca
+from cxt.errors import BadRequest
+from cxt.scenarios.batches import read_batch
+from cxt.scenarios.indices import split_of
+from cxt.scenarios.seeds import random_generator
+
+
+def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:
+    """*pairs* different pairs (a < b) of *samples* haplotypes, in random order: (pairs, 2) int64."""
+    first, second = np.triu_indices(samples, k=1)
+    if pairs > len(first):
+        raise BadRequest(f"{pairs} pairs asked, but {samples} samples have {len(first)} pairs")
+    chosen = rng.choice(len(first), size=pairs, replace=False)
+    return np.stack([first[chosen], second[chosen]], axis=1)
+
+
+def region_start(region: int, *, regions: int, length: float) -> int:
+    """Where region 0, 1, … of *regions* begins, spread evenly over a simulation of *length* base pairs; 0 for the first."""
+    return region * int(length // regions)
+
+
+def sites_before(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.ndarray]:
+    """Allele codes (sites, samples) int16 and positions of the sites in [0, length), and of no others."""
+    positions = ts.sites_position
+    positions = positions[: np.searchsorted(positions, length)]
+    genotypes = np.empty((len(positions), ts.num_samples), dtype=np.int16)
+    variant = tskit.Variant(ts)
+    for site in range(len(positions)):
+        variant.decode(site)
+        genotypes[site] = variant.genotypes
+    return genotypes, positions
+
+
+def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> Entry:
+    """One region of a simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
+
+    Parameters
+    ----------
+    ts : tree sequence made by `cxt.scenarios.registry.simulate_one`
+    spec : the dataset's window_size, sequence_length, samples, pairs and regions_per_simulation (default 1)
+    mask : accessibility mask of a chromosome, True = inaccessible, or None
+    region : which of the simulation's regions; 0 begins at its start
+
+    Raises
+    ------
+    BadRequest
+        If the genealogy cannot be used (several roots, ancient samples), or is too short or small.
+    """
+    identity = ts.metadata["cxt"]
+
+    def rng(purpose: str) -> np.random.Generator:
+        purpose = f"{purpose}-{region}" if region else purpose
+        return random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
+
+    length = spec["sequence_length"]
+    start = region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)
+    if start + length > ts.sequence_length:
+        raise BadRequest(
+            f"region {region} of {length} bp begins at {start}; the tree sequence has only {ts.sequence_length:g} bp"
+        )
+    if ts.num_samples < spec["samples"]:
+        raise BadRequest(f"{spec['samples']} samples asked, the tree sequence has {ts.num_samples}")
+    if ts.num_samples > spec["samples"]:
+        if length < ts.sequence_length:  # less to simplify
+            ts = ts.keep_intervals([[start, start + length]], simplify=False)
+        ts = ts.simplify(ts.samples()[: spec["samples"]])
+    if start:
+        ts = ts.keep_intervals([[start, start + length]]).trim()
+    pairs = choose_pairs(rng("pairs"), samples=spec["samples"], pairs=spec["pairs"])
+    log_tmrca = pair_log_tmrca(ts, pairs, window_size=spec["window_size"], sequence_length=length)
+    crop, offset = None, 0
+    if mask is not None:
+        crop, offset = cut_mask(mask, length=length, rng=rng("mask"))
+    found, at = sites_before(ts, length)
+    genotypes, positions = usable_sites(found, at, sequence_length=length, mask=crop)
+    return Entry(
+        scenario=identity["scenario"],
+        index=identity["index"],
+        start=start,
+        mutation_rate=identity["mutation_rate"],
+        recombination_rate=identity["recombination_rate"],
+        genotypes=pack_haplotypes(genotypes),
+        positions=positions,
+        pairs=pairs,
+        log_tmrca=log_tmrca,
+        mask=crop,
+        mask_offset=offset,
+    )
+
+
+def write_split(
+    out,
+    batch,
+    spec: dict,
+    *,
+    start: int,
+    count: int,
+    split: str,
+    mask=None,
+    scenario=None,
+    seed=None,
+    batch_lineage=None,
+    lineage=None,
+) -> int:
+    """Preprocess one split of a batch file into the shard *out*; the number of simulations in it.
+
+    The whole batch is read, so that a batch that was cut is noticed whatever the split. *scenario*, *seed* and
+    *batch_lineage*, where given, must be those that it was simulated with. *lineage* is the shard's own, stored in it.
+    """
+    entries = []
+    for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed, lineage=batch_lineage):
+        identity = ts.metadata["cxt"]
+        if split_of(identity["index"]) != split:
+            continue
+        try:
+            for region in range(spec.get("regions_per_simulation", 1)):
+                entry = preprocess_one(ts, spec, mask=mask, region=region)
+                entry.log_tmrca = entry.log_tmrca.astype(np.float32)  # as it is stored: half the memory until then
+                entries.append(entry)
+        except BadRequest as error:
+            raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
+    if not entries:
+        raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
+    attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
+    attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
+    attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
+    if lineage is not None:
+        attributes["lineage"] = lineage
+    write_shard(out, entries, attributes)
+    return len({entry.index for entry in entries})

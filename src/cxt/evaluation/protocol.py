@@ -1,0 +1,195 @@
+"""TODO cxt.evaluation.protocol"""
+
+import time
+
+import numpy as np
+
+from cxt.config.bounds import COUNT, Range
+from cxt.data.features import missing_fraction, pair_counts
+from cxt.data.grid import Grid
+from cxt.data.preprocessing import preprocess_one
+from cxt.data.shards import Entry
+from cxt.errors import BadRequest
+from cxt.evaluation.baselines import best_window
+from cxt.evaluation.metrics import clustered_error, known, overall, pearson_per_pair
+from cxt.evaluation.table import shown
+from cxt.io import digest
+from cxt.lineage import check_lineage
+from cxt.scenarios.batches import read_batch
+from cxt.seeds import check_seed
+
+SPEC_KEYS = {
+    "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
+}  # fmt: skip
+
+
+SPEC_RANGES = {
+    "window_size": Range(1, 10**10), "sequence_length": Range(1, 10**10), "samples": Range(3, 60_000), "pairs": COUNT,
+    "replicates": COUNT, "batch_size": COUNT, "seed": Range(0),
+}  # fmt: skip
+
+
+def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]]:
+    """{leaf scenario: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
+
+    The lineage may be left out, and is checked where it is given.
+    """
+    result: dict[str, list[Entry]] = {}
+    for batch in batches:
+        expected = {key: batch[key] for key in ("start", "count", "scenario")}
+        for ts in read_batch(batch["path"], **expected, lineage=batch.get("lineage")):
+            result.setdefault(batch["scenario"], []).append(preprocess_one(ts, spec, mask=mask))
+    return result
+
+
+def features_of(entries: list[Entry], spec: dict, windows: int):
+    """Raw counts (items, 2, scales, windows, samples) int32 and missing fractions (items, scales, windows) or None."""
+    counts, missing = [], []
+    for entry in entries:
+        counts.append(
+            pair_counts(
+                entry.genotypes,
+                entry.positions,
+                entry.pairs,
+                window_size=spec["window_size"],
+                windows=windows,
+                samples=spec["samples"],
+                scales=spec["scales"],
+            )
+        )
+        if entry.mask is not None:
+            fraction = missing_fraction(
+                entry.mask,
+                window_size=spec["window_size"],
+                sequence_length=spec["sequence_length"],
+                scales=spec["scales"],
+            )
+            missing.append(np.broadcast_to(fraction, (len(entry.pairs), *fraction.shape)))
+    return np.concatenate(counts), np.concatenate(missing) if missing else None
+
+
+def evaluate(
+    checkpoint,
+    spec: dict,
+    batches: list[dict],
+    *,
+    mask=None,
+    device="cpu",
+    threads=None,
+    checkpoint_lineage=None,
+    lineage=None,
+    progress=print,
+):
+    """Evaluate a checkpoint; ({scenarios: {leaf: figures}, overall}, tracks to draw).
+
+    Parameters
+    ----------
+    checkpoint : path or name
+    spec : window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed
+    batches : evaluation batches [{path, scenario, start, count}, …], each also with the `lineage` that it must have
+    mask : accessibility mask (True = inaccessible), or None
+    threads : CPU threads; torch's own choice if None
+    checkpoint_lineage : lineage that the checkpoint must have, or None
+    lineage : digest of everything that the result depends on, stored in it, or None
+
+    Raises
+    ------
+    BadRequest
+        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a batch is damaged, or
+        checkpoint or a batch are of another lineage.
+    """
+    import torch
+
+    from cxt.checkpoints.file import read_checkpoint
+    from cxt.checkpoints.find import find_checkpoint
+    from cxt.checkpoints.load import load_model
+    from cxt.decoding.posterior import computing_in, decode
+
+    check_seed(spec["seed"], at="the evaluation's seed")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = find_checkpoint(checkpoint)
+    about = read_checkpoint(path)
+    check_lineage(f"checkpoint {path}", found=about.record.get("lineage"), planned=checkpoint_lineage, target=path)
+    windows = spec["sequence_length"] // spec["window_size"]
+    expected = {
+        "windows": about.model.windows,
+        "window_size": about.model.window_size,
+        "samples": about.model.samples if about.adapter is None else about.adapter.samples,
+        "scales": about.record["dataset"]["scales"],
+        "missingness": about.record["dataset"]["missing"],
+    }
+    found = {key: spec[key] for key in ("window_size", "samples", "scales")} | {
+        "windows": windows,
+        "missingness": mask is not None,
+    }
+    if found != expected:
+        raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {found}")
+    model = load_model(path, device=device)
+    grid = Grid(about.model.grid_low, about.model.grid_high, about.model.bins)
+    scenarios, tracks = {}, {}
+    for name, entries in read_entries(batches, spec, mask).items():
+        began = time.monotonic()
+        counts, missing = features_of(entries, spec, windows)
+        seed = int(digest([spec["seed"], name]), 16)
+        with computing_in(about.record.get("precision", "32-true"), device):
+            posterior = decode(
+                model,
+                counts,
+                missing,
+                grid=grid,
+                replicates=spec["replicates"],
+                batch_size=spec["batch_size"],
+                seed=seed,
+                device=device,
+            )
+        truth = np.stack([entry.log_tmrca for entry in entries])
+        mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
+        scenarios[name] = score(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
+        tracks[name] = (truth, mean, low, high)
+        figures = scenarios[name]
+        progress(
+            f"{path}, {name}: MSE {figures['mse']:.3f} ± {shown(figures['mse_se'], '.3f')}, r {shown(figures['r'], '.3f')} "
+            f"({time.monotonic() - began:.0f} s)"
+        )
+    result = {
+        "checkpoint": about.record["name"],
+        "lineage": lineage,
+        "checkpoint_lineage": about.record["lineage"],
+        "device": torch.device(device).type,
+        "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
+        "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
+        "scenarios": scenarios,
+        "overall": overall(scenarios),
+    }
+    return result, tracks
+
+
+def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
+    """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
+    from cxt.evaluation.figures import draw_scatter, draw_tracks
+
+    draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
+    draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
+
+
+def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
+    """All figures of one leaf scenario; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+
+    None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
+    """
+    squared = (mean - truth) ** 2
+    constant = (truth - truth.mean()) ** 2
+    return {
+        "simulations": len(entries),
+        "pairs": int(truth.shape[0] * truth.shape[1]),
+        "mse": float(squared.mean()),
+        "mse_se": known(clustered_error(squared)),
+        "r": known(pearson_per_pair(truth, mean)),
+        "bias": float((mean - truth).mean()),
+        "coverage95": float(((truth >= low) & (truth <= high)).mean()),
+        "baseline": {
+            "heterozygosity": best_window(entries, window_size=window_size, windows=windows),
+            "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
+        },
+    }

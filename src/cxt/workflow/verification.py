@@ -1,0 +1,86 @@
+"""TODO cxt.workflow.verification"""
+
+from pathlib import Path
+
+from cxt.checkpoints.inspection import check
+from cxt.errors import Failed
+from cxt.io import file_sha256
+from cxt.lineage import snakemake_command
+
+
+def _devices(record: dict) -> str:
+    """On what a checkpoint was trained, and with how many items to a step."""
+    training = record["training"]
+    effective = training["batch_size"] * training["grad_accum"] * record["devices"]
+    return f"{record['devices']} {record['accelerator']}, effective batch {effective}"
+
+
+def _effective_batch(config: dict, name: str) -> int:
+    """Items of an optimizer step, as the configuration asks for."""
+    from cxt.config.file import training_config
+    from cxt.workflow.jobs import devices
+
+    training = training_config(config, name)
+    return training.batch_size * training.grad_accum * max(1, devices(config, name))
+
+
+def verify(path, *, configfiles) -> str:
+    """What was checked of a checkpoint: readable, whole, finite, and of the lineage that the configuration asks for.
+
+    Weights of the original package have no lineage: of them, all but that is checked.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be read, its weights do not fit its network, or the configuration is not valid.
+    Failed
+        If a weight is not finite, or it is not what the configuration would make today.
+    """
+    from cxt.config.file import load
+    from cxt.workflow.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
+
+    checkpoint = check(path)
+    if "published" in checkpoint.record:
+        file = checkpoint.record["published"]["file"]
+        return f"{path}: whole and finite; imported from {file}, so that no configuration says what it ought to be"
+    name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
+    config = load(configfiles)
+    if name not in config["models"]:
+        raise Failed(f"{path}: the weights are whole, but the configuration has no model '{name}' to compare with")
+    now = model_lineage(config, name)
+    with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
+    # Its settings, too: they are all that another learning rate changes, and may have been taken as they are by --touch.
+    again = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
+    make_again = f"`{again}` makes it again"
+    if lineage != now:
+        raise Failed(
+            f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
+            f"'{name}' is {now}; {make_again}"
+        )
+    entry = config["models"][name]
+    above = parent_of(entry)
+    record = checkpoint.record
+    found = {
+        "dataset": record["dataset"].get("lineage"),
+        "parent": record["parent"] and record["parent"].get("lineage"),
+        "devices": _devices(record),
+    }
+    wanted = devices(config, name)
+    expected = {
+        "dataset": dataset_lineage(config, entry["dataset"]),
+        "parent": above and model_lineage(config, above),
+        "devices": f"{max(1, wanted)} {'gpu' if wanted else 'cpu'}, effective batch {_effective_batch(config, name)}",
+    }
+    if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
+        raise Failed(
+            f"{path}: the weights are whole, but it was not trained as its lineage says: {', '.join(wrong)}; {make_again}"
+        )
+    said = f"{path}: whole, finite, and the lineage of '{name}' in the configuration"
+    parent = record["parent"]
+    if parent is not None and (file := Path(path).parent / f"{above}.ckpt").is_file():
+        if file_sha256(file) != parent["sha256"]:
+            raise Failed(
+                f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand; {make_again}"
+            )
+        said += f"; trained from the {file} that is there"
+    return said
