@@ -7,7 +7,8 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt.workflow import jobs
-from cxt.config.file import read_yaml, resolve, training_config
+from cxt.config.file import resolve, training_config
+from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import HERE, Costs
 from cxt.errors import BadRequest, nearest
 from cxt.io import canonical

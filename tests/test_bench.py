@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import run_python
-from cxt.benchmark.command import main
 
 from cxt.benchmark.memory import peak_of
+from cxt.commands.bench import main
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
@@ -93,7 +93,7 @@ def test_out_of_memory(monkeypatch):
     def all_of_it(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("cxt.benchmark.command.bench_training", all_of_it)
+    monkeypatch.setattr("cxt.commands.bench.bench_training", all_of_it)
     monkeypatch.setattr(
         "sys.argv", ["bench", "train", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--compare", "dense"]
     )

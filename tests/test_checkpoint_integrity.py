@@ -12,7 +12,6 @@ import torch
 from conftest import GOLDEN
 
 from cxt import load_model
-from cxt.checkpoints import checkpoint as checkpoint_stage
 from cxt.checkpoints.archive import Damaged, check_bytes, opened, packed
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
 from cxt.checkpoints.find import find_checkpoint
@@ -20,6 +19,7 @@ from cxt.checkpoints.inspection import check, diff, show
 from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
+from cxt.commands import checkpoint as checkpoint_stage
 from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model

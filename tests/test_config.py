@@ -9,16 +9,7 @@ import yaml
 from conftest import REPOSITORY, TINY
 
 from cxt.config.bounds import DEVICES, MOST
-from cxt.config.file import (
-    adapter_config,
-    load,
-    merge,
-    model_config,
-    read_yaml,
-    resolve,
-    training_settings,
-    without_nulls,
-)
+from cxt.config.file import adapter_config, load, merge, model_config, resolve, training_settings, without_nulls
 from cxt.config.schema import defaults_of, document, load_schema
 from cxt.config.settings import (
     ADAPTER_RANGES,
@@ -30,6 +21,7 @@ from cxt.config.settings import (
     TrainingConfig,
     steps_per_epoch,
 )
+from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, nearest
 from cxt.scenarios.registry import KINDS
 from cxt.workflow.jobs import model_lineage

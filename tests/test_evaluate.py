@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.checkpoints.file import model_record, write_checkpoint
+from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.record import model_record
 from cxt.config.settings import ModelConfig
 from cxt.config.variants import leaves
 from cxt.data.grid import Grid

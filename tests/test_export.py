@@ -76,7 +76,7 @@ def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
         damage_shard(copy / "test/constant-0.zarr.zip", damage, other=masked_dataset)
     words = "--layers 1 --heads 2 --width 32 --batch-size 8 --devices 0 --threads 1 --run-dir"
     for command in (["dataset", "verify", copy], ["train", "--dataset-path", copy, *words.split(), tmp_path / "run"]):
-        done = run_python("-m", f"cxt.{command[0]}", *command[1:], check=False)
+        done = run_python("-m", "cxt", *command, check=False)
         assert done.returncode == 2
         assert re.search(DAMAGE[damage], done.stderr)
         assert "Traceback" not in done.stderr
@@ -288,7 +288,7 @@ def golden_entry(monkeypatch, ts, features, *, name, window_size, length, sample
     tables.metadata = {"cxt": GOLDEN_IDENTITY}
     monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, **shape: pairs)
     if mask is not None:
-        monkeypatch.setattr("cxt.preprocess.cut_mask", lambda whole, **shape: (whole, 0))
+        monkeypatch.setattr("cxt.data.preprocessing.cut_mask", lambda whole, **shape: (whole, 0))
     spec = {
         "window_size": window_size,
         "sequence_length": length,

@@ -250,7 +250,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
             second[0] = take_lock(path, "it")  # by yet another
         return number
 
-    monkeypatch.setattr("cxt.checkpoints.run_directory.os.open", open_and_be_overtaken)
+    monkeypatch.setattr("cxt.io.os.open", open_and_be_overtaken)
     with pytest.raises(BadRequest, match="it is in use by process"):
         take_lock(path, "it")
     second[0].close()

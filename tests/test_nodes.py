@@ -18,7 +18,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.plan import plan
-from cxt.trainer import nodes as module
+from cxt.trainer import machines as module
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Nodes, node_rank
 from cxt.workflow.costs import Costs

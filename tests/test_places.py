@@ -63,7 +63,7 @@ exit_on_bad_request(main)
 def test_full_device(words, unbuffered):
     with open("/dev/full", "wb") as full:
         environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-        run = [sys.executable, "-m", f"cxt.{words[0]}"]
+        run = [sys.executable, "-m", "cxt", words[0]]
         done = subprocess.run([*run, *words[1:]], stdout=full, stderr=subprocess.PIPE, env=environment, check=False)
         assert done.returncode == 1
         assert done.stderr.decode() == "cxt: standard output cannot be written: No space left on device\n"

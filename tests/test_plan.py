@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
-from cxt.config.file import load, merge, read_yaml, resolve
+from cxt.config.file import load, merge, resolve
 from cxt.config.settings import PRESETS, AdapterConfig
 from cxt.config.variants import leaves
+from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.plan import plan, use_devices

@@ -1,6 +1,7 @@
 """Run directories: what is in them, how they are continued, and what everyday settings do."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -8,28 +9,38 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY, TINY, locking_process, run_python
 from test_training import FINE, SMALL, equal, train, weights
 
 import cxt
 from cxt import load_model
-from cxt.checkpoints.file import read_checkpoint
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.commands import checkpoint as checkpoint_stage
+from cxt.commands import find_lr as find_lr_stage
+from cxt.commands import runs as runs_stage
+from cxt.config.file import load, training_settings
+from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.data.loaders import EpochBatches
 from cxt.data.pair_dataset import PairDataset, model_input
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, Failed
 from cxt.io import take_lock
+from cxt.seeds import torch_seed
 from cxt.train import plan_of
-from cxt.trainer import find_lr as find_lr_stage
-from cxt.trainer.fit import starting_model
+from cxt.trainer import learning_rate_search
+from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
 from cxt.trainer.flags import build_parser
-from cxt.trainer.log import COLUMNS, TIMING, read_log
+from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
+from cxt.trainer.module import learning_rate_factor, parameter_groups
 from cxt.trainer.training_state import saves_of
-from cxt.workflow import runs as runs_stage
+from cxt.trainer.validation import Validation
+from cxt.workflow.jobs import run_directory
 
 
 def call(stage, monkeypatch, *arguments):
@@ -258,6 +269,442 @@ def test_stale_and_held_locks(tmp_path, capsys):
     path.write_text("process 4000000 on elsewhere")
     held = take_lock(path, "the run")
     assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
+    code = f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
+    done = run_python("-c", code, check=False)
+    assert f"the run is in use by process {os.getpid()}" in done.stderr
+    assert f"kill {os.getpid()}" in done.stderr
+    held.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc"), reason="mounts a small file system")
+def test_disk_full_while_saving(dataset, tmp_path):
+    """Exit 1, the earlier save intact; with room, it goes on."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], check=False).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        arguments = [
+            *SMALL, *FINE, "--dataset-path", dataset, "--run-dir", small / "run", "--out", tmp_path / "x.ckpt", "--epochs", 8,
+            "--save-every", 5, "--keep-saves", 100, "--validation-items", 4, "--decode-items", 0,
+        ]  # fmt: skip
+        done = run_python("-m", "cxt.train", *arguments, check=False)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "could not be saved" in done.stderr
+        assert "Make room and run the same command again" in done.stderr
+        assert not (tmp_path / "x.ckpt").exists()
+        run = RunDirectory(small / "run")
+        for path in saves_of(run):
+            torch.load(path, weights_only=True)
+        assert not list(run.checkpoints.glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
+        done = run_python("-m", "cxt.train", *arguments)
+        assert "continuing from" in done.stdout
+    finally:
+        subprocess.run(["umount", small], check=True)
+    whole = [word if word != small / "run" else tmp_path / "run" for word in arguments]
+    whole[whole.index(tmp_path / "x.ckpt")] = tmp_path / "y.ckpt"
+    run_python("-m", "cxt.train", *whole)
+    assert equal(weights(tmp_path / "x.ckpt"), weights(tmp_path / "y.ckpt"))
+
+
+# Guards
+
+
+def test_out_of_memory(dataset, tmp_path, monkeypatch):
+    def loss(self, x, y, *, path):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("cxt.model.transformer.CoalescenceModel.loss", loss)
+    with pytest.raises(Failed, match=r"out of memory on 1 cpu .*batch_size: 4, grad_accum: 4"):
+        train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run")
+
+
+def test_clipping(dataset, tmp_path, monkeypatch):
+    for clip in (0, 1e-9):
+        arguments = ["--dataset-path", dataset, "--epochs", 1, "--weight-decay", 0, "--warmup-steps", 0, "--log-every", 1]
+        train(monkeypatch, *SMALL, *arguments, "--grad-clip", clip, "--run-dir", tmp_path / str(clip), "--max-steps", 1)
+    before = starting(dataset)
+    free, clipped = (weights(next((tmp_path / str(clip) / "checkpoints").glob("broad_*"))) for clip in (0, 1e-9))
+    moved = {
+        name: max(float((state[k] - before[k]).abs().max()) for k in before) for name, state in (("f", free), ("c", clipped))
+    }
+    assert moved["c"] < moved["f"] / 5
+    (row,) = read_log(tmp_path / "1e-09" / "training_log.csv")
+    assert row["grad_norm"] > 1e-3  # before clipping
+
+
+def starting(dataset):
+    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
+    return starting_model(plan).state_dict()
+
+
+# Validation
+
+
+class Recorder:
+    """What `Validation` and the log see of a trainer."""
+
+    def __init__(self, loss, step):
+        self.callback_metrics, self.global_step, self.is_global_zero, self.should_stop = {"val_loss": loss}, step, True, False
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "stops_at", "best"),
+    [
+        ([5, 4, 3, 2], 2, 0.0, None, 4),
+        ([5, 4, 4.5, 4.2, 3], 2, 0.0, 4, 2),
+        ([5, 4.95, 4.9, 4.85], 2, 0.1, 3, 3),  # the best is the lowest, whatever min_delta says
+        ([5, 4.95, 4.89, 4.85, 4.84], 2, 0.1, 5, 5),
+        ([5, float("nan"), 6], 2, 0.0, 3, 1),
+        ([5, 6, 7, 8], 0, 0.0, None, 1),
+    ],
+)
+def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta, stops_at, best):
+    run = RunDirectory(tmp_path)
+    run.checkpoints.mkdir()
+    about = read_checkpoint(finished / "broad.ckpt").record
+    module = SimpleNamespace(model=load_model(finished / "broad.ckpt"), device=torch.device("cpu"))
+    rows = []
+    log = SimpleNamespace(validated=lambda trainer, values: rows.append(values))
+    validation = Validation(
+        run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+    )
+    stopped = None
+    for step, loss in enumerate(losses, 1):
+        trainer = Recorder(loss, step)
+        state = validation.state_dict()
+        validation = Validation(
+            run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+        )
+        validation.load_state_dict(state)  # as if it had been interrupted before each
+        validation.on_validation_end(trainer, module)
+        if trainer.should_stop:
+            stopped = step
+            break
+    assert stopped == stops_at
+    assert read_checkpoint(run.best).record["step"] == best
+
+
+def test_stopping_early_publishes(dataset, tmp_path, monkeypatch, capsys):
+    arguments = ["--dataset-path", dataset, "--patience", 1, "--min-delta", 100, "--validate-every", 3, "--decode-items", 0]
+    train(monkeypatch, *SMALL, *arguments, "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt")
+    # The first validation is better than nothing; the second is not better by 100.
+    assert "stops early at step 6" in capsys.readouterr().out
+    assert read_checkpoint(tmp_path / "x.ckpt").record["step"] == 6
+
+
+def test_export_best(dataset, tmp_path, monkeypatch):
+    arguments = [*SMALL, "--lr", 0.3, "--warmup-steps", 0, "--dataset-path", dataset, "--validate-every", 1, "--max-steps", 9]
+    train(monkeypatch, *arguments, "--export", "best", "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt")
+    rows = read_log(tmp_path / "run/training_log.csv")
+    best = min((row for row in rows if row["val_loss"] is not None), key=lambda row: row["val_loss"])
+    assert best["step"] < 9
+    assert read_checkpoint(tmp_path / "x.ckpt").record["step"] == best["step"]
+    other = read_checkpoint(tmp_path / "x.ckpt")
+    write_checkpoint(tmp_path / "run/checkpoints/best.ckpt", other.state_dict, other.record | {"note": "by hand"})
+    again = [*arguments, "--export", "best", "--run-dir", tmp_path / "run"]
+    with pytest.raises(Failed, match="is gone or has been changed, and cannot be published"):
+        train(monkeypatch, *again)
+
+
+# Settings
+
+
+def test_schedules():
+    values = {}
+    for schedule in ("cosine", "linear", "constant", "wsd"):
+        training = TrainingConfig(lr=1.0, min_lr=0.1, warmup_steps=10, decay_steps=110, schedule=schedule)
+        values[schedule] = [learning_rate_factor(step, training, total_steps=500) for step in (0, 5, 10, 50, 60, 110, 400)]
+    assert values["cosine"] == pytest.approx([0, 0.5, 1, 0.1 + 0.9 * 0.6545085, 0.55, 0.1, 0.1])
+    assert values["linear"] == pytest.approx([0, 0.5, 1, 0.64, 0.55, 0.1, 0.1])
+    assert values["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1])
+    assert values["wsd"] == pytest.approx([0, 0.5, 1, 1, 0.1 + 0.9 * 0.9330127, 0.1, 0.1])
+
+
+def test_precision_names():
+    for name, others in PRECISIONS.items():
+        for word in (name, *others):
+            assert TrainingConfig(precision=word).precision == name
+    assert TrainingConfig(precision=False).precision == "32-true"  # how YAML reads `no`
+    assert TrainingConfig(precision=16).precision == "16-mixed"
+    with pytest.raises(BadRequest, match="unknown precision 'banana'.*accepted: bf16-mixed, true, bf16, 16-mixed"):
+        TrainingConfig(precision="banana")
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(BadRequest) as error:
+        TrainingConfig(epochs=0, patience=-1, schedule="cosin", min_delta=-0.5)
+    for text in ("epochs is 0", "patience is -1", "unknown schedule 'cosin'; did you mean 'cosine'", "min_delta is -0.5"):
+        assert text in str(error.value)
+
+
+def test_print_config(monkeypatch, capsys):
+    for model, masks in (("w200_wmissing", False), ("broad", True)):
+        train(monkeypatch, "--model", model, "--print-config")
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["mask_singletons"] is masks
+        published = {
+            "lr": 3e-4, "min_lr": 3e-5, "warmup_steps": 10, "decay_steps": 150_000, "batch_size": 128, "grad_accum": 6,
+            "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "precision": "bf16-mixed", "grad_clip": 0.0, "schedule": "cosine",
+        }  # fmt: skip
+        assert {key: printed[key] for key in published} == published
+
+
+OPTIONAL = {
+    "schedule": "cosine", "patience": 0, "min_delta": 0.0, "export": "last", "grad_clip": 0.0, "validate_every": 0,
+    "validation_items": 0, "decode_items": 0, "keep_saves": 2, "save_minutes": 10.0, "log_every": 10, "storage": "auto",
+    "workers": 0, "save_every": 200, "compile": "auto", "attention": "split", "loss_path": "target",
+    "gradient_checkpointing": False,
+}  # fmt: skip
+RECIPES = {  # spec: layers, epochs, learning rate
+    "narrow": (6, 6, 3e-4), "broad": (10, 2, 3e-4), "broad_w200": (10, 2, 3e-5), "broad_adapter": (10, 3, 3e-4),
+    "w200_wmissing": (10, 2, 3e-5), "w200_wmissing_adapter": (10, 10, 3e-5),
+}  # fmt: skip
+
+
+def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatch):
+    """The six recipes as they are published, and the first ten losses of a run those of a plain loop in torch."""
+    config = load([REPOSITORY / "config" / "paper.yaml"])
+    for model, (layers, epochs, lr) in RECIPES.items():
+        settings = training_settings(config, model)
+        assert (settings["layers"], settings["epochs"], settings["lr"], settings["min_lr"]) == (layers, epochs, lr, 3e-5)
+        decides = OPTIONAL.keys() - set(CHANGE_NO_RESULT)
+        assert {key: settings[key] for key in decides} == {key: OPTIONAL[key] for key in decides}
+    arguments = [*SMALL, "--dropout", 0.1, "--epochs", 3, "--dataset-path", dataset, "--max-steps", 10]
+    explicit = [word for key, value in OPTIONAL.items() for word in ("--" + key.replace("_", "-"), value)]
+    runs = {"off": explicit, "default": [], "on": ["--validate-every", 3, "--decode-items", 2, "--patience", 50]}
+    losses = {}
+    for name, more in runs.items():
+        train(monkeypatch, *arguments, *more, "--log-every", 1, "--run-dir", tmp_path / name)
+        losses[name] = [row["train_loss"] for row in read_log(tmp_path / name / "training_log.csv")]
+    plain = plain_losses(dataset, arguments)
+    assert losses["off"] == losses["default"] == losses["on"] == plain
+
+
+def plain_losses(dataset, arguments) -> list[float]:
+    """Ten optimizer steps without Lightning and without any of our callbacks."""
+    plan, _ = plan_of(build_parser().parse_args([*map(str, arguments)]))
+    training = plan.training
+    model, items = starting_model(plan).train(), PairDataset(dataset, "train")
+    optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    sampler = EpochBatches(items=len(items), batch_size=training.batch_size, seed=training.seed)
+    losses, number = [], 0
+    for epoch in range(training.epochs):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        for first in range(0, len(batches), training.grad_accum):
+            window, total = batches[first : first + training.grad_accum], torch.zeros(())
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * learning_rate_factor(len(losses), training, total_steps=plan.total_steps)
+            for chosen in window:
+                torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
+                number += 1
+                counts, missing, tokens = items.batch(chosen)
+                loss = model.loss(model_input(counts, missing), tokens) / training.grad_accum
+                loss.backward()
+                total = total + loss.detach()
+            losses.append(float(total * (training.grad_accum / len(window))))
+            optimizer.step()
+            optimizer.zero_grad()
+            if len(losses) == 10:
+                return losses
+    raise AssertionError("fewer than ten steps")
+
+
+STEP = {
+    "aot_eager": ["--compile", "aot_eager"],
+    "inductor": ["--compile", "inductor"],
+    "full": ["--loss-path", "full"],
+    "chunked": ["--loss-path", "chunked", "--gradient-checkpointing"],
+}
+
+
+@pytest.mark.parametrize("way", STEP)
+def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
+    """The same losses but for rounding, a checkpoint under the same names, and exact to continue."""
+    if way == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles with g++")
+    arguments = [
+        *SMALL, "--dataset-path", dataset, "--epochs", 2, "--log-every", 1, "--decode-items", 0, "--save-every", 4,
+        "--keep-saves", 9, "--dropout", 0,
+    ]  # fmt: skip
+    train(monkeypatch, *arguments, "--run-dir", tmp_path / "default")
+    train(monkeypatch, *arguments, *STEP[way], "--run-dir", tmp_path / "other")
+    default, other = RunDirectory(tmp_path / "default"), RunDirectory(tmp_path / "other")
+    for key in ("train_loss", "val_loss", "grad_norm"):
+        expected = [row[key] for row in read_log(default.log)]
+        found = [row[key] for row in read_log(other.log)]
+        assert len(found) > 8
+        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(found, expected, strict=True)), key
+    one, two = (read_checkpoint(run.finished_checkpoint()) for run in (default, other))
+    assert one.state_dict.keys() == two.state_dict.keys()
+    summary = json.loads((tmp_path / "other" / "model_summary.json").read_text())
+    assert summary["compile"] == (way if way in ("aot_eager", "inductor") else "none")
+    assert summary["gradient_checkpointing"] == (way == "chunked")
+    finished_bytes = other.finished_checkpoint().read_bytes()
+    cut_at(other, 8)
+    train(monkeypatch, *arguments, *STEP[way], "--run-dir", tmp_path / "other")
+    assert other.finished_checkpoint().read_bytes() == finished_bytes
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "wanted", "expected"), [("gpu", True, True), ("gpu", False, False), ("cpu", True, False)]
+)
+def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, wanted, expected):
+    """What is asked of torch and Lightning; whether a GPU then repeats itself, only one can show."""
+    import torch._inductor.config as inductor
+
+    plan, _ = plan_of(
+        build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset), "--deterministic", str(wanted)])
+    )
+    plan = dataclasses.replace(plan, accelerator=accelerator)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr("cxt.trainer.fit.pl.Trainer", dict)
+    precision, before = torch.get_float32_matmul_precision(), inductor.deterministic
+    inductor.deterministic = False
+    try:
+        set_threads(plan)
+        assert inductor.deterministic == expected
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        inductor.deterministic = before
+    assert torch.utils.deterministic.fill_uninitialized_memory != expected
+    assert trainer_of(plan, RunDirectory(tmp_path), [])["deterministic"] == ("warn" if expected else False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="breaks g++")
+def test_no_compiler(dataset, tmp_path):
+    """What torch.compile raises becomes a message that says how to go on."""
+    arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--compile", "inductor", "--run-dir", tmp_path / "run"]
+    broken = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = run_python("-m", "cxt.train", *arguments, env=broken, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "could not be compiled" in done.stderr
+    assert "`compile: none` trains without" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.ckpt"))
+
+
+def test_what_changes_no_result():
+    assert "validate_every" in change_no_result({"patience": 0, "export": "last"})
+    assert "validate_every" not in change_no_result({"patience": 2, "export": "last"})
+    assert "validation_items" not in change_no_result({"patience": 0, "export": "best"})
+
+
+def test_bfloat16_network(dataset):
+    """Everything in bfloat16, as on a GPU with precision bf16-true."""
+    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
+    model = starting_model(plan).to(torch.bfloat16)
+    counts, missing, tokens = data_of(plan).train_set.batch(range(4))
+    loss = model.loss(model_input(counts, missing), tokens)
+    loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert loss.dtype == model.backbone.rotary.dtype == torch.float32  # too coarse in 16 bits
+    assert torch.isfinite(loss)
+    tokens, probabilities = model.generate(model_input(counts, missing), window_size=1000, replicates=2)
+    assert torch.isfinite(probabilities).all()
+
+
+# The log
+
+
+def test_rows_are_dropped_and_cut_lines_too(tmp_path):
+    path = tmp_path / "training_log.csv"
+    header = ",".join(COLUMNS)
+    rows = [f"{step},0,5.5,,,,0.001,1.0,10,0.1,1" for step in (2, 4, 6)]
+    path.write_text("\n".join([header, *rows]) + "\n8,0,5.")
+    assert [row["step"] for row in read_log(path)] == [2, 4, 6]
+    keep_rows(path, up_to=4)
+    assert path.read_text() == "\n".join([header, *rows[:2]]) + "\n"
+    keep_rows(path, up_to=0)
+    assert path.read_text() == header + "\n"
+    path.write_text("ste")
+    keep_rows(path, up_to=0)
+    assert path.read_text() == header + "\n"
+    keep_rows(tmp_path / "none.csv", up_to=3)
+    assert not (tmp_path / "none.csv").exists()
+
+
+def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
+    """With a gradient scaler single gradients may overflow; a loss may not."""
+    log = TrainingLog(
+        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, items_per_batch=4, every=1, validates=lambda step: False,
+        checks_gradient=False,
+    )  # fmt: skip
+    log._first_bad = torch.tensor(-1)
+    sampler = EpochBatches(items=30, batch_size=4, seed=1)
+    described = SimpleNamespace(scenario="constant", index=7, pair=(1, 2))
+    trainer = SimpleNamespace(
+        world_size=1, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
+        datamodule=SimpleNamespace(train_set=SimpleNamespace(describe=lambda item: described)),
+    )  # fmt: skip
+    module = SimpleNamespace(device=torch.device("cpu"))
+    log._look_at(torch.tensor(3.0), trainer, module, step=4)
+    with pytest.raises(Failed, match=r"not finite at step 5. Epoch 1, batches 2 to 3: constant 7 pair 1-2; .*8 in all"):
+        log._look_at(torch.tensor(float("nan")), trainer, module, step=5)
+
+
+# Commands
+
+
+def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
+    path = finished / "broad.ckpt"
+    call(checkpoint_stage, monkeypatch, "show", path)
+    said = capsys.readouterr().out
+    assert "broad (preset broad), step 21, epoch 2" in said
+    assert "324 bins" in said
+    assert "parent    none" in said
+    call(checkpoint_stage, monkeypatch, "show", finished / "run/checkpoints/last.ckpt")
+    assert "step 21" in capsys.readouterr().out
+    call(checkpoint_stage, monkeypatch, "diff", path, finished / "run")
+    assert "weights are equal" in capsys.readouterr().out
+    content = read_checkpoint(path)
+    other = dict(content.state_dict)
+    other["backbone.head.weight"] = other["backbone.head.weight"].clone()
+    other["backbone.head.weight"][3, 4] += 0.25
+    write_checkpoint(tmp_path / "other.ckpt", other, content.record | {"step": 22})
+    with pytest.raises(Failed):
+        call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt")
+    said = capsys.readouterr().out
+    assert "step: 21 and 22" in said
+    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in said
+    call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
+    assert "weights are close" in capsys.readouterr().out
+    with pytest.raises(
+        Failed, match="the weights are whole, but it is not what the configuration asks for: its lineage is None"
+    ):
+        call(checkpoint_stage, monkeypatch, "verify", path)
+    other["backbone.head.weight"][0, 0] = float("nan")
+    write_checkpoint(tmp_path / "nan.ckpt", other, content.record)
+    with pytest.raises(Failed, match="backbone.head.weight not finite"):
+        call(checkpoint_stage, monkeypatch, "verify", tmp_path / "nan.ckpt")
+
+
+def test_verify_in_a_workflow(workflow, tmp_path, monkeypatch, capsys):
+    for model in ("narrow", "w200_wmissing_adapter"):
+        call(checkpoint_stage, monkeypatch, "verify", workflow / f"results/{model}.ckpt", "--configfile", TINY)
+    assert "trained from the" in capsys.readouterr().out
+    results = tmp_path / "results"
+    results.mkdir()
+    shutil.copy(workflow / "results/broad_w200.ckpt", results)
+    parent = read_checkpoint(workflow / "results/broad.ckpt")
+    write_checkpoint(results / "broad.ckpt", parent.state_dict, parent.record | {"note": "by hand"})
+    with pytest.raises(Failed, match="is not the parent that it was trained from"):
+        call(checkpoint_stage, monkeypatch, "verify", results / "broad_w200.ckpt", "--configfile", TINY)
+
+
+def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
+    directory = tmp_path / "runs"
+    shutil.copytree(workflow / "results/runs", directory, symlinks=True)
+    config = load([TINY])
+    old = shutil.copytree(directory / run_directory(config, "narrow").rsplit("/", 1)[1], directory / "narrow-0123456789ab")
+    (directory / "mine").mkdir()  # no run, whatever it is
+    busy = shutil.copytree(old, directory / "narrow-ba9876543210")
+    call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
+    said = capsys.readouterr().out
+    assert said.count("current: ") == 6
+    assert said.count("not what the configuration asks for") == 2
     held = locking_process(busy)
     with pytest.raises(BadRequest, match="there is no terminal to answer on: add --yes"):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
@@ -286,7 +733,7 @@ def test_find_lr_steps_by_hand(dataset):
     for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
         arguments = ["--dataset-path", str(dataset), *map(str, SMALL), "--batch-size", "12", "--grad-accum", str(accumulate)]
         plan, _ = plan_of(build_parser().parse_args([*arguments, "--dropout", "0"]))
-        found = find_lr_stage.find_lr(plan, lowest=1e-12, highest=1e-11, num_steps=20)
+        found = learning_rate_search.find_lr(plan, lowest=1e-12, highest=1e-11, num_steps=20)
         np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
         assert len(found.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
@@ -310,11 +757,11 @@ def test_find_lr_steps_by_hand(dataset):
 
 def test_search_for_a_learning_rate():
     """Where the loss falls most steeply, counted by hand; it ends where the loss grows, and says so if that is too early."""
-    search = find_lr_stage.Search()
+    search = learning_rate_search.Search()
     rates = np.geomspace(1e-5, 1e-1, 60)
     assert all(search.add(rate, 5 - 4 / (1 + np.exp(-20 * np.log10(rate / 1e-3)))) for rate in rates.tolist())
     slopes = np.gradient(search.losses[10:-1], rates[10:-1])
     assert search.suggestion() == pytest.approx(rates[10:-1][slopes.argmin()])
     assert not search.add(1.0, 1e6)
-    assert not find_lr_stage.Search().add(1e-3, float("nan"))
-    assert find_lr_stage.Search(rates=[1e-3] * 12, losses=[1.0] * 12).suggestion() is None
+    assert not learning_rate_search.Search().add(1e-3, float("nan"))
+    assert learning_rate_search.Search(rates=[1e-3] * 12, losses=[1.0] * 12).suggestion() is None

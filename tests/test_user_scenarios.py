@@ -13,8 +13,9 @@ import yaml
 from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run_python, snakemake
 
 from cxt.checkpoints.file import read_checkpoint
-from cxt.config.file import load, merge, read_yaml, resolve
+from cxt.config.file import load, merge, resolve
 from cxt.config.variants import check_leaves, leaves, scenario_of
+from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
 from cxt.workflow.jobs import check_plan, leaf_of

@@ -23,7 +23,7 @@ from cxt.checkpoints.record import check_record, check_tensors, model_record
 from cxt.checkpoints.safetensors import CONFIG, read_portable
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
-from cxt.io import atomic_write
+from cxt.io import atomic_write, check_writable
 from cxt.model.adapter import build_model
 from cxt.model.inputs import TrainedOn
 from cxt.model.transformer import CoalescenceModel
@@ -136,3 +136,25 @@ def model_of(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
     data = checkpoint.record["dataset"]
     model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
     return model
+
+
+def import_published(path, out, *, name: str | None = None) -> None:
+    """Write the file *path* of the original package as a checkpoint of cxt, *out*.
+
+    *name* is what the checkpoint calls its model; by default what the file's name has before `_epoch=`.
+
+    Raises
+    ------
+    BadRequest
+        If *path* is no such file, or *out* cannot be written.
+    """
+    content = _read_torch_file(path)
+    if not is_published(content):
+        own = isinstance(content, dict) and "cxt" in content
+        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
+        raise BadRequest(f"{path} is {what}")
+    if Path(out).exists() and Path(out).samefile(path):
+        raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
+    weights, network, adapter, more = read_published(content, path)
+    check_writable(out)
+    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))

@@ -3,36 +3,12 @@
 import argparse
 from pathlib import Path
 
-from cxt.checkpoints.file import _read_torch_file, write_checkpoint
+from cxt.checkpoints.file import import_published
 from cxt.checkpoints.find import find_checkpoint
-from cxt.checkpoints.published import is_published, read_published
-from cxt.checkpoints.record import model_record
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
 from cxt.config.bounds import NOT_NEGATIVE, check_flags
-from cxt.errors import BadRequest, Failed, exit_on_bad_request
+from cxt.errors import Failed, exit_on_bad_request
 from cxt.io import check_writable
-
-
-def import_published(path, out, *, name: str | None = None) -> None:
-    """Write the file *path* of the original package as a checkpoint of cxt, *out*.
-
-    *name* is what the checkpoint calls its model; by default what the file's name has before `_epoch=`.
-
-    Raises
-    ------
-    BadRequest
-        If *path* is no such file, or *out* cannot be written.
-    """
-    content = _read_torch_file(path)
-    if not is_published(content):
-        own = isinstance(content, dict) and "cxt" in content
-        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
-        raise BadRequest(f"{path} is {what}")
-    if Path(out).exists() and Path(out).samefile(path):
-        raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
-    weights, network, adapter, more = read_published(content, path)
-    check_writable(out)
-    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
-from cxt.checkpoints.file import Checkpoint, load_weights, model_record, write_checkpoint
+from cxt.checkpoints.file import Checkpoint, load_weights, write_checkpoint
+from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.data.grid import Grid
