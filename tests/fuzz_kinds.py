@@ -23,6 +23,7 @@ from conftest import REPOSITORY, build_dataset, constant_scenario
 from mutators import archive_of, changed_archive, changed_array, changed_bytes, changed_text, changed_value
 from zarr.storage import MemoryStore
 
+import cxt.checkpoints.published
 import cxt.data.pair_dataset
 from cxt import PairDataset, load_model
 from cxt.checkpoints.file import import_published, read_checkpoint

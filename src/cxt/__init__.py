@@ -9,7 +9,7 @@ _HOME = {
     "pair_features": "cxt.data.features",
     "pair_log_tmrca": "cxt.data.targets",
     "PairDataset": "cxt.data.pair_dataset",
-    "load_model": "cxt.checkpoints.file",
+    "load_model": "cxt.checkpoints.load",
     "train_model": "cxt.train",
 }
 __all__ = ["PairDataset", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
