@@ -29,7 +29,7 @@ IMPORT_SECONDS = time.process_time() - import_began
 from cxt.config.file import load  # noqa: E402
 from cxt.scenarios.indices import batches  # noqa: E402
 from cxt.scenarios.registry import simulate_one  # noqa: E402
-from cxt.workflow.jobs import evaluation_batches, leaf_of, leaves_of  # noqa: E402
+from cxt.workflow.jobs import evaluation_batches, variant_of, variants_of  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = ("sim_ancestry", "sim_mutations")
@@ -39,14 +39,14 @@ def jobs_of(config: dict) -> list[tuple[dict, int, int]]:
     """(spec, start, count) of every simulation job that the checkpoints and their evaluation need."""
     used = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     planned = {
-        (leaf.name, start): (leaf.spec, start, count)
-        for leaf in leaves_of(config, sorted(used))
-        for start, count in batches(simulations=leaf.simulations, batch=leaf.batch)
+        (variant.name, start): (variant.spec, start, count)
+        for variant in variants_of(config, sorted(used))
+        for start, count in batches(simulations=variant.simulations, batch=variant.batch)
     }
     for model in config["models"]:
         for batch in evaluation_batches(config, model):
-            leaf = leaf_of(config, batch["scenario"])
-            planned[leaf.name, batch["start"]] = (leaf.spec, batch["start"], batch["count"])
+            variant = variant_of(config, batch["scenario"])
+            planned[variant.name, batch["start"]] = (variant.spec, batch["start"], batch["count"])
     return list(planned.values())
 
 

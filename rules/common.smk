@@ -43,10 +43,10 @@ def check_targets(config):
                     f"unknown {section[:-1]} '{found[1]}'{nearest(found[1], config[section])}"
                 )
         if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
-            leaves = [leaf.name for leaf in jobs.leaves_of(config, list(config["scenarios"]))]
-            if found[1] not in leaves:
-                raise BadRequest(f"unknown leaf scenario '{found[1]}'{nearest(found[1], leaves)}")
-            jobs.batch_count(config, jobs.leaf_of(config, found[1]), int(found[2]))
+            variants = [variant.name for variant in jobs.variants_of(config, list(config["scenarios"]))]
+            if found[1] not in variants:
+                raise BadRequest(f"unknown variant '{found[1]}'{nearest(found[1], variants)}")
+            jobs.batch_count(config, jobs.variant_of(config, found[1]), int(found[2]))
 
 
 jobs.put_package_on_path()
@@ -59,33 +59,33 @@ def one_of(names):
 
 
 wildcard_constraints:
-    leaf=one_of([leaf.name for leaf in jobs.leaves_of(config, list(config["scenarios"]))]),
+    variant=one_of([variant.name for variant in jobs.variants_of(config, list(config["scenarios"]))]),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     split="train|test",
     model=one_of(config["models"]),
 
 
-def leaf_and_start(wildcards):
-    return jobs.leaf_of(config, wildcards.leaf), int(wildcards.start)
+def variant_and_start(wildcards):
+    return jobs.variant_of(config, wildcards.variant), int(wildcards.start)
 
 
 def map_of_batch(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return jobs.map_of_batch(*leaf_and_start(wildcards))
+        return jobs.map_of_batch(*variant_and_start(wildcards))
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
 
 
 def map_spec(wildcards):
-    """The parameters of a leaf that needs a genetic map."""
-    return jobs.leaf_with_map(config, f"results/maps/{wildcards.map}.json").spec
+    """The parameters of a variant that needs a genetic map."""
+    return jobs.variant_with_map(config, f"results/maps/{wildcards.map}.json").spec
 
 
 def preprocess_memory(wildcards):
-    leaf, start = leaf_and_start(wildcards)
+    variant, start = variant_and_start(wildcards)
     cost, simulations = simulation_cost(wildcards)
     size = 100e6 if cost is None else cost["bytes"]
     return jobs.preprocessing_memory_mb(config, wildcards.dataset, simulations, size)
@@ -93,8 +93,8 @@ def preprocess_memory(wildcards):
 
 def simulation_cost(wildcards):
     """The measured cost of one simulation, and how many there are in the batch."""
-    leaf, start = leaf_and_start(wildcards)
-    return costs.simulation(leaf.spec), jobs.batch_count(config, leaf, start)
+    variant, start = variant_and_start(wildcards)
+    return costs.simulation(variant.spec), jobs.batch_count(config, variant, start)
 
 
 def simulate_minutes(wildcards):
@@ -110,16 +110,16 @@ def simulate_memory(wildcards):
 
 
 def simulate_spec(wildcards):
-    return canonical(leaf_and_start(wildcards)[0].spec)
+    return canonical(variant_and_start(wildcards)[0].spec)
 
 
 def batch_count(wildcards):
-    return jobs.batch_count(config, *leaf_and_start(wildcards))
+    return jobs.batch_count(config, *variant_and_start(wildcards))
 
 
 def batch_lineage(wildcards):
-    leaf, start = leaf_and_start(wildcards)
-    return jobs.batch_lineage(config, leaf, start, jobs.batch_count(config, leaf, start))
+    variant, start = variant_and_start(wildcards)
+    return jobs.batch_lineage(config, variant, start, jobs.batch_count(config, variant, start))
 
 
 def shard_spec(wildcards):
@@ -127,8 +127,8 @@ def shard_spec(wildcards):
 
 
 def shard_lineage(wildcards):
-    leaf, start = leaf_and_start(wildcards)
-    return jobs.shard_lineage(config, wildcards.dataset, leaf, start, wildcards.split)
+    variant, start = variant_and_start(wildcards)
+    return jobs.shard_lineage(config, wildcards.dataset, variant, start, wildcards.split)
 
 
 def mask_of_dataset(dataset):

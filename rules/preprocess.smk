@@ -1,5 +1,5 @@
-# Stage 2. Inputs: results/simulations/<leaf>/<start>.trees.batch, and the accessibility mask of a dataset that has one.
-# Outputs: results/datasets/<dataset>/{train,test}/<leaf>-<start>.zarr.zip and results/datasets/<dataset>/dataset.json.
+# Stage 2. Inputs: results/simulations/<variant>/<start>.trees.batch, and the accessibility mask of a dataset that has one.
+# Outputs: results/datasets/<dataset>/{train,test}/<variant>-<start>.zarr.zip and results/datasets/<dataset>/dataset.json.
 
 
 rule synthetic_mask:
@@ -25,12 +25,12 @@ rule synthetic_mask:
 
 rule preprocess:
     input:
-        batch="results/simulations/{leaf}/{start}.trees.batch",
+        batch="results/simulations/{variant}/{start}.trees.batch",
         mask=lambda wildcards: mask_of_dataset(wildcards.dataset),
     output:
-        "results/datasets/{dataset}/{split}/{leaf}-{start}.zarr.zip",
+        "results/datasets/{dataset}/{split}/{variant}-{start}.zarr.zip",
     log:
-        "results/logs/preprocess/{dataset}/{split}-{leaf}-{start}.log",
+        "results/logs/preprocess/{dataset}/{split}-{variant}-{start}.log",
     conda:
         "../envs/preprocess.yaml"
     threads: 1
@@ -47,7 +47,7 @@ rule preprocess:
         lineage=shard_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess shard"
-        " --batch {input.batch:q} --scenario {wildcards.leaf:q} --seed {params.seed}"
+        " --batch {input.batch:q} --scenario {wildcards.variant:q} --seed {params.seed}"
         " --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
         " --spec {params.spec:q} {params.mask:q} --batch-lineage {params.batch_lineage}"
         " --lineage {params.lineage} --out {output:q}"
@@ -68,7 +68,7 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical(jobs.leaf_table_with_lineages(config, wildcards.dataset)),
+        shards=lambda wildcards: canonical(jobs.variant_table_with_lineages(config, wildcards.dataset)),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: jobs.dataset_lineage(config, wildcards.dataset),
     shell:

@@ -1,5 +1,5 @@
 # Stage 1. Inputs: for scenarios with a genetic map, results/maps/<species>-<map>.json.
-# Outputs: results/simulations/<leaf>/<start>.trees.batch, one file per batch.
+# Outputs: results/simulations/<variant>/<start>.trees.batch, one file per batch.
 
 
 # Local, because nodes of a cluster often have no network: they find the map in stdpopsim's cache.
@@ -29,9 +29,9 @@ rule simulate:
     input:
         genetic_map=map_of_batch,
     output:
-        "results/simulations/{leaf}/{start}.trees.batch",
+        "results/simulations/{variant}/{start}.trees.batch",
     log:
-        "results/logs/simulate/{leaf}-{start}.log",
+        "results/logs/simulate/{variant}-{start}.log",
     conda:
         "../envs/simulate.yaml"
     threads: 1

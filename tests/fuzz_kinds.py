@@ -534,7 +534,7 @@ class Configurations:
     def _plan(config: dict) -> dict:
         costs = Costs([])
         found = plan(config, costs)
-        report(config, found, costs, all_leaves=True)
+        report(config, found, costs, all_variants=True)
         jobs.table_lineage(config)
         return found
 

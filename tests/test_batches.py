@@ -16,7 +16,7 @@ import tskit
 from conftest import REPOSITORY, build_dataset, constant_scenario, run_python
 
 import cxt
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
 from cxt.data.preprocessing import preprocess_one, region_start
@@ -75,7 +75,7 @@ def test_worker_that_dies_is_named(tmp_path, number):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for the child process")
-def test_terminated_stage_leaves_no_child(tmp_path):
+def test_terminated_stage_variants_no_child(tmp_path):
     out = tmp_path / "slow.trees.batch"
     process = start_simulating(SLOW, out)
     child = children_of(process.pid)[0]
@@ -107,9 +107,9 @@ def test_child_of_a_killed_stage_publishes_nothing(tmp_path):
 def test_specs_that_are_refused(tmp_path):
     good = {"name": "x", "kind": "constant", "population_size": 100, "sequence_length": 1000, "individuals": 1}
     for spec, message in (
-        (good | {"population_size": [100, 200]}, "it must be one leaf scenario, not a sweep"),
-        (good | {"kind": []}, "must be a leaf scenario with a name and a kind"),
-        (good | {"name": 5}, "must be a leaf scenario with a name and a kind"),
+        (good | {"population_size": [100, 200]}, "it must be one variant, not a sweep"),
+        (good | {"kind": []}, "must be a variant with a name and a kind"),
+        (good | {"name": 5}, "must be a variant with a name and a kind"),
         ({"name": "x", "kind": "demes", "demography": "no.yaml", "samples": {"a": 1}, "mutation_rate": 0.1,
           "recombination_rate": 0}, "there is no file"),
     ):  # fmt: skip
@@ -144,7 +144,7 @@ def test_exception_says_how_to_reproduce(tmp_path):
 
 
 def test_one_simulation_reproduced_alone(tmp_path):
-    spec = leaves("constant", constant_scenario())[0].spec
+    spec = variants("constant", constant_scenario())[0].spec
     write_batch(tmp_path / "all", spec, start=10, count=5, seed=3)
     write_batch(tmp_path / "one", spec, start=13, count=1, seed=3)
     alone = next(read_batch(tmp_path / "one", start=13, count=1))
@@ -152,7 +152,7 @@ def test_one_simulation_reproduced_alone(tmp_path):
 
 
 def test_trees_takes_one_out(tmp_path):
-    spec = leaves("constant", constant_scenario())[0].spec
+    spec = variants("constant", constant_scenario())[0].spec
     batch, out = tmp_path / "b.trees.batch", tmp_path / "x" / "one.trees"
     write_batch(batch, spec, start=10, count=3, seed=1)
     done = run_python("-m", "cxt.commands.trees", batch, "--index", 11, "--out", out)
@@ -198,7 +198,7 @@ def test_regions_by_hand(tmp_path):
     items, first = cxt.PairDataset(three, "train"), cxt.PairDataset(one, "train")
     assert len(items) == 3 * len(first)
     assert {items.start(i) for i in range(len(items))} == {0, 23_333, 46_666}
-    spec = leaves("constant", entry)[0].spec
+    spec = variants("constant", entry)[0].spec
     chosen = {}
     for i in range(0, len(items), 7):
         _, index, pair = items.describe(i)
@@ -238,7 +238,7 @@ def test_regions_have_their_own_mask(tmp_path):
 
 def test_regions_that_do_not_fit():
     assert [region_start(r, regions=4, length=100.0) for r in range(4)] == [0, 25, 50, 75]
-    ts = simulate_one(leaves("constant", constant_scenario())[0].spec, index=0, seed=1)
+    ts = simulate_one(variants("constant", constant_scenario())[0].spec, index=0, seed=1)
     spec = {
         "window_size": 1000,
         "sequence_length": 15_000,

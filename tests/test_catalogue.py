@@ -17,7 +17,7 @@ from cxt.config.file import load
 from cxt.errors import BadRequest
 from cxt.plan import plan, report
 from cxt.scenarios import stdpopsim_models as catalogue
-from cxt.scenarios.registry import check_leaf, simulate_one
+from cxt.scenarios.registry import check_variant, simulate_one
 from cxt.scenarios.seeds import EngineSeeds, engine_seeds
 from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
 from cxt.workflow.costs import Costs
@@ -55,7 +55,7 @@ def cached_file() -> Path:
 
 
 def put_map_into(cache) -> None:
-    """What a finished download leaves: the files, and the checksum that stdpopsim looks at."""
+    """What a finished download variants: the files, and the checksum that stdpopsim looks at."""
     found = genetic_map(SPEC)
     path = found.map_cache_dir / found.file_pattern.format(id="1")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,8 +258,8 @@ def test_constant_size_beside_catalogue_models():
     with pytest.raises(
         BadRequest, match="population_size is for a constant size, but HomSap has catalogue models; add `models"
     ):
-        check_leaf({"name": "x", "kind": "stdpopsim", "species": "HomSap", "population_size": 10, "sequence_length": 1000})
-    check_leaf({"name": "x", "kind": "stdpopsim", "species": "AedAeg", "population_size": 10, "sequence_length": 1000})
+        check_variant({"name": "x", "kind": "stdpopsim", "species": "HomSap", "population_size": 10, "sequence_length": 1000})
+    check_variant({"name": "x", "kind": "stdpopsim", "species": "AedAeg", "population_size": 10, "sequence_length": 1000})
 
 
 def test_no_sex_chromosomes():
@@ -277,24 +277,24 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
     import importlib.metadata
 
     from cxt.config.file import load
-    from cxt.config.variants import Leaf
-    from cxt.workflow.jobs import batch_lineage, leaf_of
+    from cxt.config.variants import Variant
+    from cxt.workflow.jobs import batch_lineage, variant_of
 
     config = load([])
-    mapped = Leaf("aratha_map", SPEC, 10, 10)
-    used = [leaf_of(config, "constant"), leaf_of(config, "stdpopsim_homsap"), mapped]
-    before = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    mapped = Variant("aratha_map", SPEC, 10, 10)
+    used = [variant_of(config, "constant"), variant_of(config, "stdpopsim_homsap"), mapped]
+    before = [batch_lineage(config, variant, 0, 10) for variant in used]
     monkeypatch.setattr(genetic_map(SPEC), "sha256", "0" * 64)
-    after = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    after = [batch_lineage(config, variant, 0, 10) for variant in used]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
-    after = [batch_lineage(config, leaf, 0, 10) for leaf in used]
+    after = [batch_lineage(config, variant, 0, 10) for variant in used]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, False]
 
 
 def test_unknown_map():
     with pytest.raises(BadRequest, match="AraTha has no genetic map 'SalomeAveraged'; did you mean 'SalomeAveraged_TAIR10'"):
-        check_leaf(SPEC | {"genetic_map": "SalomeAveraged"})
+        check_variant(SPEC | {"genetic_map": "SalomeAveraged"})
 
 
 OVERLAY = """

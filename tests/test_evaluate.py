@@ -10,7 +10,7 @@ from conftest import constant_scenario
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.record import model_record
 from cxt.config.settings import ModelConfig
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_one
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
@@ -28,7 +28,7 @@ from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_one
 from cxt.trainer.validation import DecodedItems
 
-SPEC = leaves("constant", constant_scenario())[0].spec
+SPEC = variants("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
 
 

@@ -349,10 +349,10 @@ def test_golden_on_the_fly(monkeypatch):
     tables.metadata_schema = type(tables.metadata_schema)({"codec": "json"})
     tables.metadata = {"cxt": GOLDEN_IDENTITY}
     ts = tables.tree_sequence()
-    leaf = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
-    manifest = live_manifest([leaf], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
+    variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
+    manifest = live_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
     monkeypatch.setattr("cxt.data.live.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
-        counts = SimulatedDataset([leaf], manifest, "train", seed=1).batch([i]).counts.numpy()
+        counts = SimulatedDataset([variant], manifest, "train", seed=1).batch([i]).counts.numpy()
         assert np.array_equal(counts[0, ..., 1:], expected[i, ..., 1:].astype(np.int32))

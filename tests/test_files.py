@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.errors import BadRequest
 from cxt.io import atomic_file, atomic_link, atomic_write, is_locked, take_lock
 from cxt.scenarios.batches import write_batch
@@ -109,7 +109,7 @@ def test_permissions_are_kept(tmp_path, mode):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_an_exception_leaves_nothing(tmp_path):
+def test_an_exception_variants_nothing(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt), atomic_file(path):
@@ -168,8 +168,8 @@ def test_a_batch_and_one_of_it(tmp_path):
     """Their writers have temporary names of their own, too."""
     for name in ("b", "one.trees"):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
-    (leaf,) = leaves("constant", constant_scenario(simulations=1))
-    write_batch(tmp_path / "b", leaf.spec, start=0, count=1, seed=1)
+    (variant,) = variants("constant", constant_scenario(simulations=1))
+    write_batch(tmp_path / "b", variant.spec, start=0, count=1, seed=1)
     run_python("-m", "cxt.commands.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
     assert not (tmp_path / "precious").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "b.tmp", "one.trees", "one.trees.tmp"]

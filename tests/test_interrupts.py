@@ -246,7 +246,7 @@ def test_not_finite_ends_the_run_and_what_would_follow(copy, long, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["simulate", "preprocess", "train"])
-def test_failed_upstream_never_leaves_a_current_checkpoint(copy, long, tmp_path, stage):
+def test_failed_upstream_never_variants_a_current_checkpoint(copy, long, tmp_path, stage):
     """A stage fails after a change of the configuration: the old checkpoint must not look up to date."""
     config = yaml.safe_load(long.read_text())
     config["scenarios"]["constant"]["population_size"] = 12345

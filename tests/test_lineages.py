@@ -65,11 +65,11 @@ def call(stage, *arguments):
 
 def simulate_batch(config, start=0):
     """What the rule `simulate` runs."""
-    leaf = jobs.leaf_of(config, "constant")
-    count = jobs.batch_count(config, leaf, start)
+    variant = jobs.variant_of(config, "constant")
+    count = jobs.batch_count(config, variant, start)
     call(
-        simulate_stage, "--spec", canonical(leaf.spec), "--start", start, "--count", count, "--seed", config["seed"],
-        "--lineage", jobs.batch_lineage(config, leaf, start, count), "--out", jobs.batch_path("constant", start),
+        simulate_stage, "--spec", canonical(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
+        "--lineage", jobs.batch_lineage(config, variant, start, count), "--out", jobs.batch_path("constant", start),
     )  # fmt: skip
 
 
@@ -83,15 +83,15 @@ def preprocess_mask(config):
 
 def preprocess_shard(config, split, start=0, mask=None):
     """What the rule `preprocess` runs; *mask* takes the place of the planned words for it."""
-    leaf = jobs.leaf_of(config, "constant")
-    count = jobs.batch_count(config, leaf, start)
+    variant = jobs.variant_of(config, "constant")
+    count = jobs.batch_count(config, variant, start)
     words = mask or ["--mask", jobs.mask_path(config, "processed_narrow"), *jobs.mask_arguments(config, "processed_narrow")]
     call(
         preprocess_stage, "shard", "--batch", jobs.batch_path("constant", start), "--scenario", "constant",
         "--seed", config["seed"], "--start", start, "--count", count, "--split", split,
         "--spec", canonical(jobs.dataset_spec(config, "processed_narrow")), *words,
-        "--batch-lineage", jobs.batch_lineage(config, leaf, start, count),
-        "--lineage", jobs.shard_lineage(config, "processed_narrow", leaf, start, split),
+        "--batch-lineage", jobs.batch_lineage(config, variant, start, count),
+        "--lineage", jobs.shard_lineage(config, "processed_narrow", variant, start, split),
         "--out", f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip",
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def list_shards(config):
     """What the rule `manifest` runs."""
     call(
         preprocess_stage, "manifest", "--dataset", "results/datasets/processed_narrow",
-        "--shards", canonical(jobs.leaf_table_with_lineages(config, "processed_narrow")),
+        "--shards", canonical(jobs.variant_table_with_lineages(config, "processed_narrow")),
     )  # fmt: skip
 
 
@@ -133,16 +133,16 @@ def there(made, tmp_path, monkeypatch):
 
 def test_outputs_carry_their_lineage(there):
     config = configuration(there / "a.yaml")
-    leaf = jobs.leaf_of(config, "constant")
+    variant = jobs.variant_of(config, "constant")
     path = jobs.batch_path("constant", 10)
-    planned = jobs.batch_lineage(config, leaf, 10, 2)
+    planned = jobs.batch_lineage(config, variant, 10, 2)
     found = [ts.metadata["cxt"]["lineage"] for ts in read_batch(path, start=10, count=2, lineage=planned)]
     assert found == [planned] * 2
     with np.load("results/masks/processed_narrow.npz") as arrays:
         assert str(arrays["lineage"]) == jobs.mask_lineage(config, "processed_narrow")
     for split, start in (("train", 0), ("test", 10)):
         _, attributes = read_shard(f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip")
-        assert attributes["lineage"] == jobs.shard_lineage(config, "processed_narrow", leaf, start, split)
+        assert attributes["lineage"] == jobs.shard_lineage(config, "processed_narrow", variant, start, split)
     manifest = read_manifest("results/datasets/processed_narrow")
     assert manifest["lineage"] == jobs.dataset_lineage(config, "processed_narrow")
     # By hand, of the shards that are there: the same.
@@ -179,9 +179,9 @@ def test_growth_keeps_full_batches(there):
 def test_made_by_hand(there):
     """Files without a lineage are refused where one is planned, and are good for whoever plans none."""
     config = configuration(there / "a.yaml")
-    leaf = jobs.leaf_of(config, "constant")
+    variant = jobs.variant_of(config, "constant")
     path = jobs.batch_path("constant", 0)
-    call(simulate_stage, "--spec", canonical(leaf.spec), "--count", 10, "--seed", 1, "--out", path)
+    call(simulate_stage, "--spec", canonical(variant.spec), "--count", 10, "--seed", 1, "--out", path)
     with pytest.raises(BadRequest, match="it has no lineage, expected"):
         preprocess_shard(config, "test", 0)
     words = ["--batch", path, "--start", 0, "--count", 10, "--spec", canonical(jobs.dataset_spec(config, "processed_narrow"))]

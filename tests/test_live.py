@@ -9,14 +9,17 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
 from cxt.data.loaders import ProcessLoader
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
 
-LEAVES = [leaf.spec for leaf in leaves("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))]
+LEAVES = [
+    variant.spec
+    for variant in variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
+]
 MANIFEST = live_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
 
 
@@ -59,14 +62,14 @@ def test_seeds_and_splits():
         ({"window_size": 3000}, "not a multiple of --window-size 3000"),
         ({"samples": 21}, "--samples 21: expected 2 to 20"),
         ({"window_size": 0}, "--window-size 0: expected at least 1"),
-        ({"leaves": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
-        ({"leaves": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
+        ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
+        ({"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
     ],
 )
 def test_bad_shapes(change, message):
-    arguments = {"leaves": LEAVES, "window_size": 1000, "samples": None, "scales": (2,), "held_out": 1, "items": 1} | change
+    arguments = {"variants": LEAVES, "window_size": 1000, "samples": None, "scales": (2,), "held_out": 1, "items": 1} | change
     with pytest.raises(BadRequest, match=message):
-        live_manifest(arguments.pop("leaves"), **arguments)
+        live_manifest(arguments.pop("variants"), **arguments)
 
 
 @pytest.fixture(scope="module")

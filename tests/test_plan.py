@@ -10,7 +10,7 @@ from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt.config.file import load, merge, resolve
 from cxt.config.settings import PRESETS, AdapterConfig
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
@@ -19,8 +19,8 @@ from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.indices import batches as batches_of
 from cxt.scenarios.registry import KINDS, simulate_one
 from cxt.workflow import costs as costs_module
-from cxt.workflow.costs import Costs, TooLong, leaf_key, measure_costs, measure_shard, measure_simulation, reached, shortened
-from cxt.workflow.jobs import dataset_spec, leaf_of, leaves_of
+from cxt.workflow.costs import Costs, TooLong, measure_costs, measure_shard, measure_simulation, reached, shortened, variant_key
+from cxt.workflow.jobs import dataset_spec, variant_of, variants_of
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -70,8 +70,8 @@ def test_script_list():
     assert found["models"]["broad"]["steps"] == 8_708
 
 
-def test_published_leaves(paper):
-    """Numbers of leaf scenarios and of simulations each, (5e-8, 5e-8) nowhere, and the sweeps' positions."""
+def test_published_variants(paper):
+    """Numbers of variants and of simulations each, (5e-8, 5e-8) nowhere, and the sweeps' positions."""
     scenarios = paper["scenarios"] | load([PAPER, SCRIPT])["scenarios"]
     expected = {
         "llm_ne_constant": (9, 500),
@@ -80,9 +80,9 @@ def test_published_leaves(paper):
         "llm_hard_sweeps": (27, 50),
     }
     for name, (number, simulations) in expected.items():
-        found = leaves(name, scenarios[name])
-        assert (len(found), {leaf.simulations for leaf in found}) == (number, {simulations})
-        assert not any(leaf.spec["mutation_rate"] == leaf.spec["recombination_rate"] == 5e-8 for leaf in found)
+        found = variants(name, scenarios[name])
+        assert (len(found), {variant.simulations for variant in found}) == (number, {simulations})
+        assert not any(variant.spec["mutation_rate"] == variant.spec["recombination_rate"] == 5e-8 for variant in found)
     # The published positions: one generator seeded 42, a draw for each combination in loop order, the skipped ones included.
     rng = np.random.RandomState(42)  # the published generator
     drawn = {}
@@ -91,9 +91,9 @@ def test_published_leaves(paper):
             for recombination in (1e-8, 5e-8):
                 for s in (0.01, 0.1, 1):
                     drawn[size, mutation, recombination, s] = int(rng.choice([250_000, 500_000, 750_000]))
-    for leaf in leaves("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
+    for variant in variants("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
         keys = ("population_size", "mutation_rate", "recombination_rate", "selection_coefficient")
-        assert leaf.spec["position"] == drawn[tuple(leaf.spec[key] for key in keys)]
+        assert variant.spec["position"] == drawn[tuple(variant.spec[key] for key in keys)]
     species = {"musmus", "ratnor", "gorgor", "orysat", "susscr", "phosin"}
     assert {f"stdpopsim_{name}" for name in species} == set(load([PAPER])["scenario_sets"]["new_species"])
     assert all(scenarios[f"stdpopsim_{name}"]["simulations"] == 0 for name in species)
@@ -102,7 +102,7 @@ def test_published_leaves(paper):
 
 
 def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
-    """{(leaf, index): seeds handed to msprime for ancestry and mutations} for every simulation, without simulating any."""
+    """{(variant, index): seeds handed to msprime for ancestry and mutations} for every simulation, without simulating any."""
 
     class Stop(Exception):
         pass
@@ -120,22 +120,22 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     monkeypatch.setattr(catalogue, "_rates", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     result = {}
-    for leaf in leaves_of(config, sorted(names)):
-        for index in range(leaf.simulations):
+    for variant in variants_of(config, sorted(names)):
+        for index in range(variant.simulations):
             caught.clear()
             with pytest.raises(Stop):
-                simulate_one(leaf.spec, index=index, seed=config["seed"])
-            result[leaf.name, index] = tuple(caught)
+                simulate_one(variant.spec, index=index, seed=config["seed"])
+            result[variant.name, index] = tuple(caught)
     return result
 
 
 def test_no_two_simulations_share_seeds(paper, monkeypatch):
-    """All 33 790: msprime's two seeds, of which each comes once in a leaf, and no pair comes twice."""
+    """All 33 790: msprime's two seeds, of which each comes once in a variant, and no pair comes twice."""
     seeds = seeds_of(paper, monkeypatch)
     assert len(seeds) == 33_790
     assert len(set(seeds.values())) == len(seeds)
     for place in (0, 1):
-        assert len({(leaf, pair[place]) for (leaf, _), pair in seeds.items()}) == len(seeds)
+        assert len({(variant, pair[place]) for (variant, _), pair in seeds.items()}) == len(seeds)
     assert all(1 <= s < 2**32 for pair in seeds.values() for s in pair)
 
 
@@ -187,8 +187,8 @@ def test_costs_are_measured(tmp_path, paper):
     assert "not measured" not in out.stdout
     written = json.loads((tmp_path / "results/costs.json").read_text())
     config = load([TINY])
-    spec = leaf_of(config, "constant").spec
-    assert written["simulations"][leaf_key(spec)]["20000"]["seconds"] > 0
+    spec = variant_of(config, "constant").spec
+    assert written["simulations"][variant_key(spec)]["20000"]["seconds"] > 0
     table = (tmp_path / "table.md").read_text()
     assert "| constant | 20,000 |" in table
     costs = Costs([tmp_path / "results/costs.json"])
@@ -212,7 +212,7 @@ def SCENARIO(tmp_path):
     return path
 
 
-def test_a_leaf_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
+def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
     """Its cost is a power of the length, from two shorter ones; a sweep's position moves along."""
     monkeypatch.setattr(costs_module, "SHORT", (5_000, 10_000))
     overlay = tmp_path / "x.yaml"
@@ -223,15 +223,15 @@ def test_a_leaf_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
     )
     config = load([TINY, overlay])
     saved = []
-    with pytest.raises(StopIteration):  # after the first leaf
+    with pytest.raises(StopIteration):  # after the first variant
         measure_costs(config, machine="m", save=lambda costs: (saved.append(costs), next(iter(()))), seconds=0, longest=1e-9)
     (lengths,) = saved[0]["simulations"].values()
     assert sorted(lengths) == ["10000", "5000"]
     assert saved[0]["shards"] == {}
-    spec = leaf_of(config, "sweep").spec
+    spec = variant_of(config, "sweep").spec
     assert shortened(spec, 5_000) == spec | {"sequence_length": 5_000, "position": 3_750}
     costs = Costs()
-    costs.simulations[leaf_key(spec)] = {"5000": {"seconds": 1, "trees": 1, "sites": 1, "bytes": 1},
+    costs.simulations[variant_key(spec)] = {"5000": {"seconds": 1, "trees": 1, "sites": 1, "bytes": 1},
                                          "10000": {"seconds": 4, "trees": 2, "sites": 2, "bytes": 2}}  # fmt: skip
     stretched = costs.simulation(spec)
     assert stretched["seconds"] == pytest.approx(16)
@@ -240,19 +240,19 @@ def test_a_leaf_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
 
 def test_measured_figures_are_of_the_simulation():
     config = load([TINY])
-    leaf = leaf_of(config, "constant")
-    cost, made = measure_simulation(leaf.spec, budget=0, longest=60)
+    variant = variant_of(config, "constant")
+    cost, made = measure_simulation(variant.spec, budget=0, longest=60)
     assert (cost["replicates"], cost["trees"], cost["sites"]) == (1, made[0].num_trees, made[0].num_sites)
     assert cost["bytes"] > 1000
     shard = measure_shard(made, dataset_spec(config, "processed_narrow"), None)
     assert shard["bytes"] > 500
     with pytest.raises(TooLong):
-        measure_simulation({**leaf.spec, "population_size": 10**7, "sequence_length": 10**6}, budget=0, longest=0.5)
+        measure_simulation({**variant.spec, "population_size": 10**7, "sequence_length": 10**6}, budget=0, longest=0.5)
 
 
-def test_leaves_are_listed_with_their_own_numbers(tmp_path):
+def test_variants_are_listed_with_their_own_numbers(tmp_path):
     example = REPOSITORY / "config" / "examples" / "msprime.yaml"
-    out = run_plan("--configfile", example, "--leaves", cwd=tmp_path).stdout
+    out = run_plan("--configfile", example, "--variants", cwd=tmp_path).stdout
     rows = [line.split() for line in out.splitlines() if line.startswith("bottleneck-")]
     assert [row[:4] for row in rows] == [["bottleneck-mutation_rate=1e-08", "1", "50", "100"],
                                          ["bottleneck-mutation_rate=2e-08", "1", "50", "100"]]  # fmt: skip
@@ -282,6 +282,8 @@ def test_paper_workflow_is_planned(tmp_path):
     )  # fmt: skip
     assert "train_w200_wmissing_adapter" in done.stdout
     batches = sum(
-        len(batches_of(simulations=leaf.simulations, batch=leaf.batch)) for leaf in reached(load([PAPER])) if leaf.simulations
+        len(batches_of(simulations=variant.simulations, batch=variant.batch))
+        for variant in reached(load([PAPER]))
+        if variant.simulations
     )
     assert int(re.search(r"^simulate +(\d+)$", done.stdout, flags=re.M)[1]) > batches  # and those for evaluation

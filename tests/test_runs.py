@@ -63,7 +63,7 @@ def finished(dataset, tmp_path_factory):
 # What is in a run directory
 
 
-def test_everything_a_run_leaves(finished):
+def test_everything_a_run_variants(finished):
     run = RunDirectory(finished / "run")
     there = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
     assert there >= {

@@ -8,7 +8,7 @@ import stdpopsim
 import tskit
 from conftest import check_genealogies, constant_scenario, run_python, simulate
 
-from cxt.config.variants import Leaf, leaves
+from cxt.config.variants import Variant, variants
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch, write_batch
 from cxt.scenarios.indices import EVALUATION_START, batches, split_of, split_size
@@ -73,16 +73,16 @@ def test_sawtooth_history():
 
 def test_sweeps():
     entry = constant_scenario(population_size=[10_000, 20_000], mutation_rate=[1e-8, 5e-8])
-    found = leaves("grid", entry)
-    assert [leaf.name for leaf in found] == [
+    found = variants("grid", entry)
+    assert [variant.name for variant in found] == [
         "grid-mutation_rate=1e-08-population_size=10000", "grid-mutation_rate=1e-08-population_size=20000",
         "grid-mutation_rate=5e-08-population_size=10000", "grid-mutation_rate=5e-08-population_size=20000",
     ]  # fmt: skip
     assert found[1].spec["population_size"] == 20_000
-    close = leaves("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
+    close = variants("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
     assert close[0].name != close[1].name
     assert "simulations" not in found[1].spec
-    assert leaves("one", constant_scenario())[0] == Leaf(
+    assert variants("one", constant_scenario())[0] == Variant(
         "one", {"name": "one"} | {k: v for k, v in constant_scenario().items() if k not in ("simulations", "batch")}, 20, 20
     )
 
@@ -140,7 +140,7 @@ def test_stdpopsim_errors(entry, message):
 
 
 def test_batch_file(tmp_path):
-    spec = leaves("constant", constant_scenario())[0].spec
+    spec = variants("constant", constant_scenario())[0].spec
     path = tmp_path / "a.trees.batch"
     write_batch(path, spec, start=10, count=3, seed=1)
     assert [p.name for p in tmp_path.iterdir()] == ["a.trees.batch"]
@@ -150,7 +150,7 @@ def test_batch_file(tmp_path):
 
 
 def test_damaged_batches(tmp_path):
-    spec = leaves("constant", constant_scenario())[0].spec
+    spec = variants("constant", constant_scenario())[0].spec
     path = tmp_path / "a.trees.batch"
     write_batch(path, spec, start=0, count=3, seed=1)
     whole = path.read_bytes()

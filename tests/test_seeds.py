@@ -9,7 +9,7 @@ from conftest import constant_scenario
 
 from cxt.config.schema import complete_part, load_schema
 from cxt.config.settings import TrainingConfig
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.data.live import LIVE_START
 from cxt.data.loaders import EpochBatches
 from cxt.errors import BadRequest
@@ -38,7 +38,7 @@ def inverse(word: int, key: int) -> int:
 
 
 def spec_of(**changes) -> dict:
-    return leaves(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
+    return variants(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
 
 
 def test_hash():
@@ -79,18 +79,18 @@ def test_no_seed_of_msprime_is_0():
 
 
 def test_engine_seeds():
-    """Of data sets, evaluation and simulation on the fly together; two leaves and two workflow seeds have nothing in common."""
+    """Of datasets, evaluation and simulation on the fly together; two variants, and two workflow seeds, share nothing."""
     spec = spec_of()
     ranges = [np.arange(start, start + 5_000) for start in (0, EVALUATION_START, LIVE_START, LAST_INDEX - 4_999)]
     indices = np.concatenate(ranges)
     found = {}
     for seed, name in ((1, "one"), (1, "two"), (2, "one"), (2**32 + 1, "one")):
-        leaf = spec | {"name": name}
+        variant = spec | {"name": name}
         for use in ("ancestry", "mutations"):
-            seeds = found[seed, name, use] = msprime_seeds(indices, key=key_of(seed, leaf, use))
+            seeds = found[seed, name, use] = msprime_seeds(indices, key=key_of(seed, variant, use))
             assert np.unique(seeds).size == seeds.size
         for i in (0, 4_999, 5_000, 10_000, -1):
-            pair = engine_seeds(seed=seed, spec=leaf, index=int(indices[i]))
+            pair = engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
             assert (pair.ancestry, pair.mutations) == (found[seed, name, "ancestry"][i], found[seed, name, "mutations"][i])
     rows = list(found.values())
     for i in range(len(rows)):

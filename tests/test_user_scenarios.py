@@ -14,11 +14,11 @@ from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, resolve
-from cxt.config.variants import check_leaves, leaves, scenario_of
+from cxt.config.variants import check_variants, scenario_of, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
-from cxt.workflow.jobs import check_plan, leaf_of
+from cxt.workflow.jobs import check_plan, variant_of
 
 EXAMPLES = REPOSITORY / "config" / "examples"
 DEMES = {
@@ -51,7 +51,7 @@ def config_with(**scenarios) -> dict:
 
 
 def spec_of(**scenario) -> dict:
-    return leaf_of(config_with(mine=scenario), "mine").spec
+    return variant_of(config_with(mine=scenario), "mine").spec
 
 
 def test_combinations_are_taken_together():
@@ -63,22 +63,22 @@ def test_combinations_are_taken_together():
             {"mutation_rate": 5e-8, "recombination_rate": 1e-8},
         ],
     )
-    check_leaves("llm", entry)
-    found = leaves("llm", entry)
+    check_variants("llm", entry)
+    found = variants("llm", entry)
     assert len(found) == 6
     assert found[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
     assert found[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
-    rates = {(leaf.spec["mutation_rate"], leaf.spec["recombination_rate"]) for leaf in found}
+    rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in found}
     assert rates == {(1e-8, 1e-8), (1e-8, 5e-8), (5e-8, 1e-8)}
-    assert all("combinations" not in leaf.spec and scenario_of(leaf.name) == "llm" for leaf in found)
+    assert all("combinations" not in variant.spec and scenario_of(variant.name) == "llm" for variant in found)
 
 
-def test_the_same_number_written_differently_is_the_same_leaf():
-    a, b = (leaves("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
+def test_the_same_number_written_differently_is_the_same_variant():
+    a, b = (variants("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
     assert json.dumps(a.spec) == json.dumps(b.spec)
-    assert leaves("x", constant_scenario(ancestry_model="hudson"))[0].spec == leaves("x", constant_scenario())[0].spec
+    assert variants("x", constant_scenario(ancestry_model="hudson"))[0].spec == variants("x", constant_scenario())[0].spec
     old, new = (HISTORY | {"batch": 10, "history": [{"time": 0, "population_size": size}]} for size in (10, 10.0))
-    assert json.dumps(leaves("x", old)[0].spec) == json.dumps(leaves("x", new)[0].spec)
+    assert json.dumps(variants("x", old)[0].spec) == json.dumps(variants("x", new)[0].spec)
     assert load([TINY])["scenarios"]["constant"]["simulations"] == 20
     base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
     assert type(resolve(merge(base, {"seed": 2.0, "scenarios": {"constant": {"simulations": 2.0e1}}}))["seed"]) is int
@@ -90,7 +90,7 @@ def test_sweeping_a_required_parameter_by_combinations():
                "combinations": [{"position": 5000, "selection_coefficient": 0.1},
                                 {"position": 9000, "selection_coefficient": 1}]}
     )  # fmt: skip
-    names = [leaf.name for leaf in leaves("sweep", config["scenarios"]["sweep"])]
+    names = [variant.name for variant in variants("sweep", config["scenarios"]["sweep"])]
     assert names == ["sweep-position=5000-selection_coefficient=0.1", "sweep-position=9000-selection_coefficient=1"]
 
 
@@ -218,7 +218,7 @@ ROOTS = [{"name": name, "epochs": [{"start_size": 100}]} for name in "AB"]
         ({"migrations": [{"source": "A", "dest": "B", "rate": 1e-3}]}, True),
         ({"migrations": [{"demes": ["A", "B"], "rate": 1e-3, "start_time": 100}]}, False),
         ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [0.5], "time": 10}]}, False),
-        # A pulse of proportion 1 leaves none behind, one of less does, and beyond it lineages may come back by migration.
+        # A pulse of proportion 1 variants none behind, one of less does, and beyond it lineages may come back by migration.
         ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [1], "time": 10}]}, True),
         ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [0.999], "time": 10}]}, False),
         ({"pulses": [{"sources": ["A"], "dest": "B", "proportions": [1], "time": 10}],
@@ -251,7 +251,7 @@ def test_demes_that_never_meet(rest, meet):
         "time_units": "generations", "demes": ROOTS}}))  # fmt: skip
 
 
-def test_every_leaf_must_fit_its_dataset():
+def test_every_variant_must_fit_its_dataset():
     base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
     short = {"kind": "constant", "simulations": 10, "combinations": [{"sequence_length": 1000}, {"sequence_length": 20_000}]}
     few = {"kind": "constant", "simulations": 10, "sequence_length": 20_000, "combinations": [{"individuals": 2}]}
@@ -284,7 +284,7 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
 
 def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
     for target, message in (
-        ("results/simulations/constnat/0.trees.batch", "unknown leaf scenario 'constnat'; did you mean 'constant'"),
+        ("results/simulations/constnat/0.trees.batch", "unknown variant 'constnat'; did you mean 'constant'"),
         ("results/simulations/constant/5.trees.batch", "no batch of 'constant' begins at 5; there are 0, 10, 1000000000"),
     ):
         done = snakemake("-n", target, cwd=tmp_path, check=False)
@@ -293,10 +293,10 @@ def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_two_leaves_with_one_name():
+def test_two_variants_with_one_name():
     entry = constant_scenario(combinations=[{"mutation_rate": 1e-8}, {"mutation_rate": 1e-08 * 1.0}])
-    with pytest.raises(BadRequest, match="two leaf scenarios are called 'x-mutation_rate=1e-08'"):
-        check_leaves("x", entry)
+    with pytest.raises(BadRequest, match="two variants are called 'x-mutation_rate=1e-08'"):
+        check_variants("x", entry)
 
 
 def test_demes_is_what_msprime_reads(tmp_path):
@@ -366,8 +366,8 @@ def test_examples_are_sound():
         config = load([path])
         check_plan(config)
         name = next(iter(read_yaml(path)["models"]))
-        for leaf in leaves(name, config["scenarios"][name]):
-            ts = simulate_one(leaf.spec | {"sequence_length": 10_000}, index=0, seed=1)
+        for variant in variants(name, config["scenarios"][name]):
+            ts = simulate_one(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
             check_genealogies(ts)
             assert ts.num_samples == 50
 

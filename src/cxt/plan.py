@@ -16,7 +16,7 @@ from pathlib import Path
 from cxt.config.bounds import DEVICES, POSITIVE, check_flags
 from cxt.config.file import adapter_config, load, model_config, training_config
 from cxt.config.settings import steps_per_epoch
-from cxt.config.variants import Leaf
+from cxt.config.variants import Variant
 from cxt.errors import BadRequest, exit_on_bad_request
 from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
@@ -48,18 +48,18 @@ class Estimate:
             self.total += count * cost
 
 
-def _simulation_part(leaves: list[tuple[Leaf, int]], costs: Costs) -> dict:
-    """Simulations, leaves, core-hours and bytes of (leaf, number of simulations)."""
+def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
+    """Simulations, variants, core-hours and bytes of (variant, number of simulations)."""
     seconds, size, stretched = Estimate(), Estimate(), []
-    for leaf, count in leaves:
-        cost = costs.simulation(leaf.spec) or {"seconds": None, "bytes": None}
-        seconds.add(leaf.name, count, cost["seconds"])
-        size.add(leaf.name, count, cost["bytes"])
+    for variant, count in variants:
+        cost = costs.simulation(variant.spec) or {"seconds": None, "bytes": None}
+        seconds.add(variant.name, count, cost["seconds"])
+        size.add(variant.name, count, cost["bytes"])
         if cost.get("extrapolated"):
-            stretched.append(leaf.name)
+            stretched.append(variant.name)
     return {
-        "simulations": sum(count for _, count in leaves),
-        "leaf_scenarios": len(leaves),
+        "simulations": sum(count for _, count in variants),
+        "variants": len(variants),
         "core_hours": seconds.total / 3600,
         "bytes": round(size.total),
         "not_measured": seconds.unknown,
@@ -69,27 +69,29 @@ def _simulation_part(leaves: list[tuple[Leaf, int]], costs: Costs) -> dict:
 
 def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
-    leaves = jobs.leaves_of(config, dataset["scenarios"])
-    split = {s: sum(split_size(0, leaf.simulations, s) for leaf in leaves) for s in ("train", "test")}
-    found = {leaf.name: costs.shard(leaf.spec, jobs.dataset_spec(config, name), "mask" in dataset) for leaf in leaves}
+    variants = jobs.variants_of(config, dataset["scenarios"])
+    split = {s: sum(split_size(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
+    found = {
+        variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
+    }
     known = [cost for cost in found.values() if cost is not None]
-    # A leaf that could not be measured at full length is taken for the mean of the others; it is named.
+    # A variant that could not be measured at full length is taken for the mean of the others; it is named.
     typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
     seconds, size = Estimate(), Estimate()
-    for leaf in leaves:
-        cost = found[leaf.name] or typical
-        seconds.add(leaf.name, leaf.simulations, cost["seconds"])
-        size.add(leaf.name, leaf.simulations, cost["bytes"])
+    for variant in variants:
+        cost = found[variant.name] or typical
+        seconds.add(variant.name, variant.simulations, cost["seconds"])
+        size.add(variant.name, variant.simulations, cost["bytes"])
     items = jobs.items_per_simulation(config, name)
     return {
-        "leaf_scenarios": len(leaves),
+        "variants": len(variants),
         "train_simulations": split["train"],
         "test_simulations": split["test"],
         "train_items": split["train"] * items,
         "test_items": split["test"] * items,
         "bytes": round(size.total) if known else None,
         "core_hours": seconds.total / 3600 if known else None,
-        "not_measured": [leaf for leaf, cost in found.items() if cost is None],
+        "not_measured": [variant for variant, cost in found.items() if cost is None],
     }
 
 
@@ -132,9 +134,9 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
         flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
         pairs += count
     counts: dict[str, int] = {}
-    for (leaf, _), count in batches.items():
-        counts[leaf] = counts.get(leaf, 0) + count
-    part = _simulation_part([(jobs.leaf_of(config, leaf), count) for leaf, count in counts.items()], costs)
+    for (variant, _), count in batches.items():
+        counts[variant] = counts.get(variant, 0) + count
+    part = _simulation_part([(jobs.variant_of(config, variant), count) for variant, count in counts.items()], costs)
     decoding = {
         kind: total / costs.flops_per_second("decoding", gpu=kind == "gpu") / 3600 if total else 0.0
         for kind, total in flops.items()
@@ -158,7 +160,7 @@ def plan(config: dict, costs: Costs) -> dict:
         If a model has less than one batch on its devices.
     """
     names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
-    used = [(leaf, leaf.simulations) for leaf in jobs.leaves_of(config, names)]
+    used = [(variant, variant.simulations) for variant in jobs.variants_of(config, names)]
     simulate = _simulation_part(used, costs)
     return {
         "simulations": simulate["simulations"],
@@ -192,47 +194,47 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     ]
 
 
-def _longest_batch(config: dict, leaf: Leaf) -> int:
-    """Simulations in the largest batch of a leaf, those for evaluation included."""
-    evaluation = max(count for _, count in jobs.evaluation_starts(config, leaf))
-    return max(min(leaf.batch, leaf.simulations), evaluation)
+def _longest_batch(config: dict, variant: Variant) -> int:
+    """Simulations in the largest batch of a variant, those for evaluation included."""
+    evaluation = max(count for _, count in jobs.evaluation_starts(config, variant))
+    return max(min(variant.batch, variant.simulations), evaluation)
 
 
-def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False) -> str:
-    """The plan as tables for a terminal; with *all_leaves*, one row for each leaf scenario instead of each scenario."""
+def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = False) -> str:
+    """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
     rows = []
     for name in config["scenarios"]:
-        leaves = jobs.leaves_of(config, [name])
-        for group in [[leaf] for leaf in leaves] if all_leaves else [leaves]:
-            costed = [(leaf, costs.simulation(leaf.spec)) for leaf in group]
-            known = [(leaf, cost["seconds"]) for leaf, cost in costed if cost]
+        variants = jobs.variants_of(config, [name])
+        for group in [[variant] for variant in variants] if all_variants else [variants]:
+            costed = [(variant, costs.simulation(variant.spec)) for variant in group]
+            known = [(variant, cost["seconds"]) for variant, cost in costed if cost]
             about = "≈" if any(cost and cost["extrapolated"] for _, cost in costed) else ""
-            number = sum(leaf.simulations for leaf in group)
-            row = [group[0].name if all_leaves else name, len(group), number, group[0].batch]
+            number = sum(variant.simulations for variant in group)
+            row = [group[0].name if all_variants else name, len(group), number, group[0].batch]
             if len(known) < len(group):
                 rows.append([*row, "not measured", ""])
                 continue
-            hours = sum(leaf.simulations * seconds for leaf, seconds in known) / 3600
-            longest = max(_longest_batch(config, leaf) * seconds for leaf, seconds in known) / 60
+            hours = sum(variant.simulations * seconds for variant, seconds in known) / 3600
+            longest = max(_longest_batch(config, variant) * seconds for variant, seconds in known) / 60
             rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
-    out = _table(["scenario", "leaves", "simulations", "batch", "longest job", "core time"], rows)
+    out = _table(["scenario", "variants", "simulations", "batch", "longest job", "core time"], rows)
     simulate, evaluation = found["simulate"], found["evaluation"]
     out += [
         "",
-        f"{simulate['simulations']} simulations of {simulate['leaf_scenarios']} leaf scenarios for datasets: "
+        f"{simulate['simulations']} simulations of {simulate['variants']} variants for datasets: "
         f"{_hours(simulate['core_hours'])} on one core, {_size(simulate['bytes'])}",
-        f"{evaluation['simulations']} simulations of {evaluation['leaf_scenarios']} leaf scenarios for evaluation, "
+        f"{evaluation['simulations']} simulations of {evaluation['variants']} variants for evaluation, "
         f"{evaluation['pairs']} pairs decoded: {_hours(evaluation['core_hours'])} on one core"
         + (f", {_hours(evaluation['gpu_hours'])} on one GPU" if evaluation["gpu_hours"] else ""),
         "",
     ]
     rows = [
-        [name, p["leaf_scenarios"], p["train_simulations"], p["test_simulations"],
+        [name, p["variants"], p["train_simulations"], p["test_simulations"],
          f"{p['train_items']:,}", f"{p['test_items']:,}",
          *(("not measured", "") if p["bytes"] is None else (_size(p["bytes"]), _hours(p["core_hours"])))]
         for name, p in found["datasets"].items()
     ]  # fmt: skip
-    out += _table(["dataset", "leaves", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
+    out += _table(["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
     out.append("")
     rows = [
         [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
@@ -247,7 +249,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
     missing = [*simulate["not_measured"], *evaluation["not_measured"]]
     missing += [f"shards of {name}" for name, p in found["datasets"].items() if p["bytes"] is None]
     partly = [p for p in found["datasets"].values() if p["bytes"] is not None]
-    shards = sorted({leaf for p in partly for leaf in p["not_measured"]} - set(missing))
+    shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
     stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
@@ -255,7 +257,9 @@ def report(config: dict, found: dict, costs: Costs, *, all_leaves: bool = False)
         out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
     if stretched:
         out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
-    every = [leaf.spec for leaf in jobs.leaves_of(config, list(config["scenarios"])) if leaf.spec["kind"] == "stdpopsim"]
+    every = [
+        variant.spec for variant in jobs.variants_of(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
+    ]
     out += [f"Note: {difference}." for spec in every if (difference := other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
     return "\n".join(out)
@@ -266,12 +270,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--leaves", action="store_true", help="list every leaf scenario instead of every scenario")
+    parser.add_argument("--variants", action="store_true", help="list every variant instead of every scenario")
     parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
     parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
     parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
-    parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each leaf costs")
+    parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each variant costs")
     args = parser.parse_args(argv)
     check_flags(args, devices=DEVICES, seconds=POSITIVE)
     for flag in ("seconds", "machine"):
@@ -302,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
     found = plan(config, costs)
     if args.table is not None:
         atomic_write(args.table, scenario_table(config, costs).encode())
-    print(json_text(found).rstrip() if args.json else report(config, found, costs, all_leaves=args.leaves))
+    print(json_text(found).rstrip() if args.json else report(config, found, costs, all_variants=args.variants))
 
 
 if __name__ == "__main__":

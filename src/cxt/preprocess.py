@@ -51,9 +51,9 @@ def _shard(args) -> None:
 def _manifest(args) -> None:
     lineages = None
     if args.shards is not None:
-        leaves = _json(args.shards, "--shards")
-        shards = planned_shards(leaves)
-        lineages = {leaf: row[2] for leaf, row in leaves.items() if len(row) > 2}
+        variants = _json(args.shards, "--shards")
+        shards = planned_shards(variants)
+        lineages = {variant: row[2] for variant, row in variants.items() if len(row) > 2}
     else:
         shards = {
             split: sorted(str(path.relative_to(args.dataset)) for path in (args.dataset / split).glob("*.zarr.zip"))
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     shard = commands.add_parser("shard", help="one split of one batch of tree sequences to one shard")
     shard.add_argument("--batch", type=Path, required=True, help="file made by cxt.simulate")
-    shard.add_argument("--scenario", help="leaf scenario that it must hold")
+    shard.add_argument("--scenario", help="variant that it must hold")
     shard.add_argument("--seed", type=int, help="seed that it must have been simulated with")
     shard.add_argument("--start", type=int, required=True, help="first index in the batch")
     shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the batch")
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     shard.set_defaults(run=_shard)
     manifest = commands.add_parser("manifest", help="list and check the shards of a dataset in its dataset.json")
     manifest.add_argument("--dataset", type=Path, required=True, help="directory with train/ and test/")
-    manifest.add_argument("--shards", help="{leaf: [simulations, batch]} as JSON, or with the lineage that its shards must "
+    manifest.add_argument("--shards", help="{variant: [simulations, batch]} as JSON, or with the lineage that its shards must "
                           "have as a third entry (default: the shards that are there, whatever they are)")  # fmt: skip
     manifest.set_defaults(run=_manifest)
     mask = commands.add_parser("mask", help="a synthetic accessibility mask")

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from cxt.config.demes import read_demes
 from cxt.config.schema import complete_part
-from cxt.config.variants import NOT_PARAMETERS, leaves
+from cxt.config.variants import NOT_PARAMETERS, variants
 from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
 from cxt.io import check_writable, remove_abandoned
 from cxt.scenarios.batches import reproduce, write_batch
-from cxt.scenarios.registry import KINDS, check_leaf
+from cxt.scenarios.registry import KINDS, check_variant
 from cxt.scenarios.stdpopsim_models import other_recombination
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
@@ -37,22 +37,22 @@ def _spec_of(args) -> dict:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
         words = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
         if not all(isinstance(word, str) for word in words) or spec["kind"] not in KINDS:
-            raise BadRequest(f"--spec must be a leaf scenario with a name and a kind, one of {', '.join(KINDS)}")
+            raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(KINDS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
         entry = complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")
         if entry["kind"] == "demes":
             entry["demography"] = read_demes(entry["demography"], at="--spec")
-        (leaf, *others) = leaves(spec["name"], entry | {"simulations": 1, "batch": 10})
-        if others or leaf.name != spec["name"]:
-            raise BadRequest("--spec has a list of values: it must be one leaf scenario, not a sweep")
-        return leaf.spec
+        (variant, *others) = variants(spec["name"], entry | {"simulations": 1, "batch": 10})
+        if others or variant.name != spec["name"]:
+            raise BadRequest("--spec has a list of values: it must be one variant, not a sweep")
+        return variant.spec
     from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
 
     config = load(args.configfile)
-    known = {leaf.name: leaf for name, entry in config["scenarios"].items() for leaf in leaves(name, entry)}
+    known = {variant.name: variant for name, entry in config["scenarios"].items() for variant in variants(name, entry)}
     if args.scenario in config["scenarios"] and args.scenario not in known:
-        swept = [leaf.name for leaf in leaves(args.scenario, config["scenarios"][args.scenario])]
-        raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its leaf scenarios: {', '.join(swept)}")
+        swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
+        raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
     if args.scenario not in known:
         raise BadRequest(f"unknown scenario '{args.scenario}'{nearest(args.scenario, known)}")
     if args.seed is None:
@@ -63,8 +63,8 @@ def _spec_of(args) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Simulate one batch of tree sequences.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--spec", help="leaf scenario as JSON")
-    what.add_argument("--scenario", help="leaf scenario by name, looked up in the configuration")
+    what.add_argument("--spec", help="variant as JSON")
+    what.add_argument("--scenario", help="variant by name, looked up in the configuration")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration, for --scenario")
     parser.add_argument("--start", type=int, default=0, help="first index (default 0)")
     parser.add_argument("--count", type=int, required=True, help="number of simulations")
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.start + args.count > 2_000_000_000:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
     check_seed(seed, at="--seed")
-    check_leaf(spec)
+    check_variant(spec)
     if spec["kind"] == "stdpopsim" and (difference := other_recombination(spec)):
         print(f"cxt: {difference}", file=sys.stderr)
     check_writable(args.out)

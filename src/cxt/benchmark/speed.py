@@ -50,7 +50,7 @@ def finish(device: str) -> None:
 @contextlib.contextmanager
 def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
-    from cxt.config.variants import leaves
+    from cxt.config.variants import variants
     from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
     from cxt.data.preprocessing import write_split
@@ -69,9 +69,9 @@ def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size
     }  # fmt: skip
     mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
     with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
-        leaf = leaves("constant", entry)[0]
+        variant = variants("constant", entry)[0]
         batch = Path(directory) / "batch"
-        write_batch(batch, leaf.spec, start=0, count=SIMULATIONS, seed=1)
+        write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
         shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
         for split, (shard,) in shards.items():
             write_split(Path(directory) / shard, batch, spec, start=0, count=SIMULATIONS, split=split, mask=mask)

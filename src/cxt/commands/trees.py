@@ -12,7 +12,7 @@ from cxt.scenarios.batches import find
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="cxt trees", description="Take one tree sequence out of a batch file.")
     parser.add_argument("batch", type=Path, help="file made by cxt.simulate")
-    parser.add_argument("--index", type=int, required=True, help="index of the simulation in its leaf scenario")
+    parser.add_argument("--index", type=int, required=True, help="index of the simulation in its variant")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args(argv)
     check_flags(args, index=INDEX)

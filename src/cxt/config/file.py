@@ -21,7 +21,7 @@ from cxt.config.settings import (
     check_missingness,
     pairs_of,
 )
-from cxt.config.variants import NOT_PARAMETERS, check_leaves, leaves
+from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, nearest
 
@@ -87,7 +87,7 @@ def _check_scenario(name: str, entry: dict) -> None:
         complete_part(base | row, entry["kind"], leave_out=NOT_PARAMETERS, at=f"{at}.combinations")
     if entry["kind"] == "demes":
         entry["demography"] = read_demes(entry["demography"], at=at)
-    check_leaves(name, entry)
+    check_variants(name, entry)
 
 
 def _check_names(config: dict) -> None:
@@ -137,11 +137,11 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
             raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
         check_scenario_fits(scenario, entry, at, dataset)
         regions = dataset["regions_per_simulation"]
-        for leaf in leaves(scenario, entry):
-            if regions * length > leaf.spec["sequence_length"]:
+        for variant in variants(scenario, entry):
+            if regions * length > variant.spec["sequence_length"]:
                 raise BadRequest(
                     f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
-                    f"{leaf.spec['sequence_length']} bp of scenario '{leaf.name}'"
+                    f"{variant.spec['sequence_length']} bp of scenario '{variant.name}'"
                 )
     if length % window:
         raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
@@ -162,16 +162,16 @@ def individuals_of(entry: dict) -> int:
 
 def check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
     """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
-    for leaf in leaves(scenario, entry):
-        if leaf.spec["sequence_length"] < dataset["sequence_length"]:
+    for variant in variants(scenario, entry):
+        if variant.spec["sequence_length"] < dataset["sequence_length"]:
             raise BadRequest(
-                f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{leaf.name}' simulates "
-                f"{leaf.spec['sequence_length']} bp"
+                f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "
+                f"{variant.spec['sequence_length']} bp"
             )
-        individuals = individuals_of(leaf.spec)
+        individuals = individuals_of(variant.spec)
         if 2 * individuals < dataset["samples"]:
             raise BadRequest(
-                f"{at}.samples: {dataset['samples']} asked, but scenario '{leaf.name}' samples {individuals} individuals "
+                f"{at}.samples: {dataset['samples']} asked, but scenario '{variant.name}' samples {individuals} individuals "
                 f"({2 * individuals} haplotypes)"
             )
 

@@ -6,11 +6,11 @@ import itertools
 from cxt.errors import BadRequest
 
 NOT_PARAMETERS = ("simulations", "batch", "combinations")
-"""Keys of a scenario that say how many simulations and leaves there are, not what they are."""
+"""Keys of a scenario that say how many simulations and variants there are, not what they are."""
 
 
 LONGEST_NAME = 200
-"""Characters of a leaf's name: it is part of the names of files, which have 255 at most."""
+"""Characters of a variant's name: it is part of the names of files, which have 255 at most."""
 
 
 NEVER_SWEPT = ("models", "history")
@@ -18,7 +18,7 @@ NEVER_SWEPT = ("models", "history")
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class Variant:
     """One combination of a scenario's sweep: its name, its parameters, and how many simulations in which batches."""
 
     name: str
@@ -27,11 +27,11 @@ class Leaf:
     batch: int
 
 
-def leaves(name: str, entry: dict) -> list[Leaf]:
-    """The leaf scenarios of *entry* (a checked scenario of the config).
+def variants(name: str, entry: dict) -> list[Variant]:
+    """The variants of *entry* (a checked scenario of the config).
 
     One for each combination of listed parameters and each row of `combinations`. A scenario without either is its own
-    leaf. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
+    variant. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
     """
     parameters = {key: _plain(value) for key, value in entry.items() if key not in NOT_PARAMETERS}
     if parameters.get("ancestry_model") == "hudson":
@@ -41,15 +41,15 @@ def leaves(name: str, entry: dict) -> list[Leaf]:
     result = []
     for *values, row in itertools.product(*(parameters[key] for key in swept), rows):
         chosen = dict(zip(swept, values, strict=True)) | row
-        leaf = "-".join([name, *(f"{key}={chosen[key]}" for key in sorted(chosen))])
-        spec = {"name": leaf, **parameters, **chosen}
-        result.append(Leaf(leaf, spec, entry["simulations"], entry["batch"]))
+        variant = "-".join([name, *(f"{key}={chosen[key]}" for key in sorted(chosen))])
+        spec = {"name": variant, **parameters, **chosen}
+        result.append(Variant(variant, spec, entry["simulations"], entry["batch"]))
     return result
 
 
-def scenario_of(leaf: str) -> str:
-    """Name of the scenario that the leaf called *leaf* belongs to; names of scenarios hold no hyphen."""
-    return leaf.split("-", maxsplit=1)[0]
+def scenario_of(variant: str) -> str:
+    """Name of the scenario that the variant called *variant* belongs to; names of scenarios hold no hyphen."""
+    return variant.split("-", maxsplit=1)[0]
 
 
 def _plain(value):
@@ -61,8 +61,8 @@ def _plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_leaves(name: str, entry: dict) -> None:
-    """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two leaves have one name."""
+def check_variants(name: str, entry: dict) -> None:
+    """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two variants have one name."""
     at = f"scenarios.{name}"
     rows = entry.get("combinations", [])
     for row in rows:
@@ -75,12 +75,12 @@ def check_leaves(name: str, entry: dict) -> None:
             if isinstance(entry.get(key), list):
                 raise BadRequest(f"{at}: `{key}` is a list and also set by `combinations`; keep one of them")
     found = set()
-    for leaf in leaves(name, entry):
-        if leaf.name in found:
-            raise BadRequest(f"{at}: two leaf scenarios are called '{leaf.name}'; take one of the two away")
-        found.add(leaf.name)
-        if len(leaf.name) > LONGEST_NAME:
+    for variant in variants(name, entry):
+        if variant.name in found:
+            raise BadRequest(f"{at}: two variants are called '{variant.name}'; take one of the two away")
+        found.add(variant.name)
+        if len(variant.name) > LONGEST_NAME:
             raise BadRequest(
-                f"{at}: the leaf scenario '{leaf.name[:100]}…' has a name of {len(leaf.name)} characters, which names files; "
+                f"{at}: the variant '{variant.name[:100]}…' has a name of {len(variant.name)} characters, which names files; "
                 f"at most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
             )

@@ -17,7 +17,7 @@ from cxt.scenarios.indices import SPLITS
 
 
 def information(path) -> str:
-    """Shape, sizes, and a table of the leaf scenarios of a dataset, as text."""
+    """Shape, sizes, and a table of the variants of a dataset, as text."""
     manifest = read_manifest(path)
     shape = {
         key: manifest[key]
@@ -110,7 +110,7 @@ def _dense(arrays: dict, row: int, attributes: dict) -> np.ndarray:
 def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "float16") -> int:
     """Write X.npy, y.npy, pairs.npy and meta.json of each simulation below *out*, and return how many simulations.
 
-    `<out>/<split>/<leaf scenario>/<simulation>/`, as the published code lays its data out: X (pairs, 2, scales, windows,
+    `<out>/<split>/<variant>/<simulation>/`, as the published code lays its data out: X (pairs, 2, scales, windows,
     samples) raw counts, y (pairs, windows) ln TMRCA, both of *dtype*, pairs (pairs, 2) int32. Bin 0 of X is 0, or exp(f)
     and exp(1 - f) with missingness. Regions after the first end in `_r1`, `_r2`, ….
 

@@ -1,6 +1,6 @@
 """Training on the fly: items that are simulated when they are asked for, and never stored.
 
-Item i is a pure function of (seed, i): it comes from a simulation of its own, of the leaf scenarios in turn, of which one
+Item i is a pure function of (seed, i): it comes from a simulation of its own, of the variants in turn, of which one
 random pair is taken. The first items are held out, and training begins after them.
 """
 
@@ -19,12 +19,12 @@ LIVE_START = 2_000_000_000
 """First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
 
 
-def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int) -> dict:
+def live_manifest(variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int) -> dict:
     """What dataset.json says of a dataset, for one that is simulated on the fly.
 
     Parameters
     ----------
-    leaves : parameters of the leaf scenarios, as `cxt.config.variants.leaves` gives them
+    variants : parameters of the variants, as `cxt.config.variants.variants` gives them
     samples : haplotypes; None takes all of the scenario with the fewest
     held_out, items : items for validation and for training
 
@@ -34,12 +34,12 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
         If a scenario is named twice, the scenarios differ in length, a length is not a multiple of *window_size*, or there
         are too few samples.
     """
-    names = [leaf["name"] for leaf in leaves]
+    names = [variant["name"] for variant in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadRequest(f"--simulate: {', '.join(twice)} named twice; its items would be the same, held out or not")
     if window_size < 1:
         raise BadRequest(f"--window-size {window_size}: expected at least 1")
-    lengths = {int(leaf["sequence_length"]) for leaf in leaves}
+    lengths = {int(variant["sequence_length"]) for variant in variants}
     if len(lengths) > 1:
         raise BadRequest(f"--simulate: the scenarios have sequences of {sorted(lengths)} bp; they must be equally long")
     (length,) = lengths
@@ -47,7 +47,7 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
         raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
     if held_out + items > LIVE_START:
         raise BadRequest(f"--simulate: {held_out + items:,} items asked, at most {LIVE_START:,} can be simulated")
-    fewest = min(_haplotypes(leaf) for leaf in leaves)
+    fewest = min(_haplotypes(variant) for variant in variants)
     if samples is None:
         samples = fewest
     if not 2 <= samples <= fewest:
@@ -58,8 +58,8 @@ def live_manifest(leaves: list[dict], *, window_size: int, samples: int | None, 
     }  # fmt: skip
 
 
-def _haplotypes(leaf: dict) -> int:
-    individuals = leaf.get("individuals", leaf.get("samples"))
+def _haplotypes(variant: dict) -> int:
+    individuals = variant.get("individuals", variant.get("samples"))
     return 2 * (sum(individuals.values()) if isinstance(individuals, dict) else individuals)
 
 
@@ -68,16 +68,16 @@ class SimulatedDataset(Items):
 
     Parameters
     ----------
-    leaves : parameters of the leaf scenarios; item i is of leaf i modulo their number
+    variants : parameters of the variants; item i is of variant i modulo their number
     manifest : from `live_manifest`
     split : "test" for the first items, "train" for those after them
     seed : of everything random
     """
 
-    def __init__(self, leaves: list[dict], manifest: dict, split: str, *, seed: int, grid: Grid | None = None):
+    def __init__(self, variants: list[dict], manifest: dict, split: str, *, seed: int, grid: Grid | None = None):
         if split not in SPLITS:
             raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
-        self.leaves, self.manifest, self.split, self.seed = leaves, manifest, split, seed
+        self.variants, self.manifest, self.split, self.seed = variants, manifest, split, seed
         self.grid = grid or Grid()
         self.windows, self.samples, self.scales = manifest["windows"], manifest["samples"], manifest["scales"]
         self._first = 0 if split == "test" else manifest["splits"]["test"]["items"]
@@ -90,8 +90,8 @@ class SimulatedDataset(Items):
 
     def _simulated(self, i: int):
         number = self._first + self._from_start(i)
-        leaf = self.leaves[number % len(self.leaves)]
-        ts = simulate_one(leaf, index=LIVE_START + number // len(self.leaves), seed=self.seed)
+        variant = self.variants[number % len(self.variants)]
+        ts = simulate_one(variant, index=LIVE_START + number // len(self.variants), seed=self.seed)
         return preprocess_one(ts, self._spec)
 
     def describe(self, i: int) -> Item:

@@ -28,7 +28,7 @@ from cxt.scenarios.indices import SPLITS, batches, split_size
 def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
     """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
 
-    *lineages*, if given, are {leaf scenario: `dataset_lineage_of` its shards} as planned. The manifest's own is that of all
+    *lineages*, if given, are {variant: `dataset_lineage_of` its shards} as planned. The manifest's own is that of all
     shards; it has none where one of them has none.
 
     Raises
@@ -73,14 +73,14 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
             "bytes": sum(row["bytes"] for row in rows),
             "shards": rows,
         }
-    for leaf, planned in (lineages or {}).items():
+    for variant, planned in (lineages or {}).items():
         check_lineage(
-            f"{directory}: a shard of '{leaf}'", found=dataset_lineage_of(of_shards.get(leaf, [])), planned=planned,
+            f"{directory}: a shard of '{variant}'", found=dataset_lineage_of(of_shards.get(variant, [])), planned=planned,
             target=directory / MANIFEST,
         )  # fmt: skip
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
-    lineage = dataset_lineage_of([lineage for of_leaf in of_shards.values() for lineage in of_leaf])
+    lineage = dataset_lineage_of([lineage for of_variant in of_shards.values() for lineage in of_variant])
     manifest = {
         "schema_version": SCHEMA_VERSION,
         **({} if lineage is None else {"lineage": lineage}),
@@ -188,12 +188,12 @@ def _are_ranges(ranges) -> bool:
     return isinstance(ranges, dict) and ranges.keys() == set(RANGES) and all(map(is_range, ranges.values()))
 
 
-def planned_shards(leaves: dict[str, tuple]) -> dict[str, list[str]]:
-    """{split: shard names} of a dataset of *leaves* {name: (simulations, batch, …)}; empty splits have no shard."""
+def planned_shards(variants: dict[str, tuple]) -> dict[str, list[str]]:
+    """{split: shard names} of a dataset of *variants* {name: (simulations, batch, …)}; empty splits have no shard."""
     return {
         split: [
-            f"{split}/{leaf}-{start}.zarr.zip"
-            for leaf, (simulations, batch, *_) in leaves.items()
+            f"{split}/{variant}-{start}.zarr.zip"
+            for variant, (simulations, batch, *_) in variants.items()
             for start, count in batches(simulations=simulations, batch=batch)
             if split_size(start, count, split)
         ]

@@ -7,7 +7,7 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     site_offsets  (simulations + 1,) int64           sites of simulation i are [site_offsets[i], site_offsets[i + 1])
     pairs         (simulations, pairs, 2) uint16     haplotypes
     log_tmrca     (simulations, pairs, windows) float32
-    index         (simulations,) int64               index of the simulation in its leaf scenario
+    index         (simulations,) int64               index of the simulation in its variant
     start         (simulations,) int64               where in it the stretch that is used begins, in base pairs
     mutation_rate (simulations,) float64
     recombination_rate (simulations,) float64        mean over the simulation; both per base pair and generation
@@ -76,7 +76,7 @@ class Entry:
 
 
 def write_shard(path, entries: list[Entry], attributes: dict) -> None:
-    """Write simulations of one leaf scenario and split as a shard; *attributes* must hold SHAPE_KEYS."""
+    """Write simulations of one variant and split as a shard; *attributes* must hold SHAPE_KEYS."""
     chunks_of_all: dict[str, np.ndarray] = {
         "genotypes": np.concatenate([e.genotypes for e in entries]),
         "positions": np.concatenate([e.positions for e in entries]).astype(np.float64),

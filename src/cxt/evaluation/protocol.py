@@ -30,7 +30,7 @@ SPEC_RANGES = {
 
 
 def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]]:
-    """{leaf scenario: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
+    """{variant: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
 
     The lineage may be left out, and is checked where it is given.
     """
@@ -80,7 +80,7 @@ def evaluate(
     lineage=None,
     progress=print,
 ):
-    """Evaluate a checkpoint; ({scenarios: {leaf: figures}, overall}, tracks to draw).
+    """Evaluate a checkpoint; ({scenarios: {variant: figures}, overall}, tracks to draw).
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
 
 
 def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
-    """All figures of one leaf scenario; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+    """All figures of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
 
     None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
     """

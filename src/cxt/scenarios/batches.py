@@ -25,7 +25,7 @@ def reproduce(spec: dict, *, index: int, seed: int) -> str:
 
 
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None = None, progress=None) -> None:
-    """Simulate indices start..start+count-1 of a leaf scenario into one file, which appears only when complete.
+    """Simulate indices start..start+count-1 of a variant into one file, which appears only when complete.
 
     One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated, and once
     more before the file gets its name. *lineage*, if given, goes into the metadata of each. An exception says which simulation

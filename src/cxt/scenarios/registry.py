@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import tskit
 
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.errors import BadRequest
 from cxt.scenarios import msprime_models as demographies
 from cxt.scenarios.seeds import engine_seeds, random_generator
@@ -17,7 +17,7 @@ METADATA = tskit.MetadataSchema.permissive_json()
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How a kind of scenario is simulated, and what is checked of a leaf before anything runs."""
+    """How a kind of scenario is simulated, and what is checked of a variant before anything runs."""
 
     simulate: Callable
     check: Callable[[dict], None] = lambda spec: None
@@ -42,20 +42,20 @@ KINDS = {
 """The kinds of scenario, by name."""
 
 
-def check_leaf(spec: dict) -> None:
-    """BadRequest if a leaf scenario cannot be simulated, as far as that shows without trying."""
+def check_variant(spec: dict) -> None:
+    """BadRequest if a variant cannot be simulated, as far as that shows without trying."""
     KINDS[spec["kind"]].check(spec)
 
 
 def check_scenarios(config: dict) -> None:
-    """`check_leaf` for every leaf scenario of *config*."""
+    """`check_variant` for every variant of *config*."""
     for name, entry in config["scenarios"].items():
-        for leaf in leaves(name, entry):
-            check_leaf(leaf.spec)
+        for variant in variants(name, entry):
+            check_variant(variant.spec)
 
 
 def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
-    """Simulation *index* of the leaf scenario *spec* as tables, which spares a copy to those who only write it.
+    """Simulation *index* of the variant *spec* as tables, which spares a copy to those who only write it.
 
     Parameters, metadata and errors as in `simulate_one`.
     """
@@ -77,11 +77,11 @@ def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollect
 
 
 def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
-    """Simulation *index* of the leaf scenario *spec*, with its identity and its rates in its metadata.
+    """Simulation *index* of the variant *spec*, with its identity and its rates in its metadata.
 
     Parameters
     ----------
-    spec : parameters of a leaf, as `leaves` gives them
+    spec : parameters of a variant, as `variants` gives them
     index : index of the simulation
     seed : seed of the workflow, 0 to 2^63 - 1
 

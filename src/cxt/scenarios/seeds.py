@@ -14,9 +14,9 @@ LAST_INDEX = 2**32 - 2
 
 
 def random_generator(*, seed: int, spec: dict, index: int, purpose: str) -> np.random.Generator:
-    """The generator of everything random about simulation *index* of a leaf, for one *purpose*.
+    """The generator of everything random about simulation *index* of a variant, for one *purpose*.
 
-    Keyed on the workflow seed, the leaf's name and parameters, and the index; never on an order or a count.
+    Keyed on the workflow seed, the variant's name and parameters, and the index; never on an order or a count.
     """
     key = hashlib.sha256(canonical([spec, purpose]).encode()).digest()
     words = np.frombuffer(key, dtype=np.uint32).tolist()
@@ -32,11 +32,11 @@ class EngineSeeds:
 
 
 def engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
-    """Seeds for msprime; no other index of the same leaf has the same ancestry seed, or the same mutation seed.
+    """Seeds for msprime; no other index of the same variant has the same ancestry seed, or the same mutation seed.
 
     Each is a permutation of the 2^32 - 1 seeds that there are, applied to the index (0 to 2^32 - 2; datasets, evaluation and
-    simulation on the fly use those below 4e9). The permutations of two leaves, and of two workflow seeds, are unrelated, so
-    that a simulation may by chance have a seed that one of another leaf has, for other parameters; `check_shared_ancestry`
+    simulation on the fly use those below 4e9). The permutations of two variants, and of two workflow seeds, are unrelated, so
+    that a simulation may by chance have a seed that one of another variant has, for other parameters; `check_shared_ancestry`
     finds where the same ancestry would come of it.
     """
     if not 0 <= index <= LAST_INDEX:
@@ -46,13 +46,13 @@ def engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
 
 
 def check_shared_ancestry(counted: list[tuple[dict, list[tuple[int, int]]]], *, seed: int) -> None:
-    """BadRequest if simulations of two leaves with the same demography would have the same ancestry.
+    """BadRequest if simulations of two variants with the same demography would have the same ancestry.
 
     They need the same ancestry seed for that, and parameters that differ in name and mutation rate only.
 
     Parameters
     ----------
-    counted : parameters of each leaf, and (first index, count) of its batches
+    counted : parameters of each variant, and (first index, count) of its batches
     seed : seed of the workflow
     """
     alike: dict[str, list] = {}

@@ -47,7 +47,7 @@ class Plan:
     ----------
     name, preset : of the checkpoint and of its architecture
     dataset_path, manifest, dataset_sha256 : the dataset, its dataset.json, and that file's digest
-    simulated : leaf scenarios to simulate on the fly instead, with a manifest made for them; None for a dataset on disk
+    simulated : variants to simulate on the fly instead, with a manifest made for them; None for a dataset on disk
     network, adapter, training : the configurations; adapter is None for a plain model
     parent, parent_file, parent_sha256 : checkpoint to start from, or None
     resumes_adapter : the parent's adapter weights are loaded too
@@ -145,7 +145,7 @@ class Plan:
             | {
                 "lineage": self.manifest.get("lineage"),
                 "sha256": self.dataset_sha256,
-                "simulated": self.simulated and [leaf["name"] for leaf in self.simulated],
+                "simulated": self.simulated and [variant["name"] for variant in self.simulated],
                 "ranges": self.manifest.get("ranges"),
             },
             parent=None

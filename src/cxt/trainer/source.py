@@ -2,7 +2,7 @@
 
 from cxt.config.file import load
 from cxt.config.settings import PRESETS, TrainingConfig
-from cxt.config.variants import leaves
+from cxt.config.variants import variants
 from cxt.data.features import SCALES
 from cxt.errors import BadRequest, nearest
 
@@ -34,9 +34,9 @@ def check_source(args) -> None:
 
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
-    """Leaf scenarios of --simulate, and the manifest of what is simulated of them."""
+    """Variants of --simulate, and the manifest of what is simulated of them."""
     from cxt.data.live import live_manifest
-    from cxt.scenarios.registry import check_leaf
+    from cxt.scenarios.registry import check_variant
     from cxt.scenarios.stdpopsim_models import fetch_map
 
     config = load(args.configfile)
@@ -44,11 +44,11 @@ def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dic
     for name in args.simulate:
         if name not in config["scenarios"]:
             raise BadRequest(f"--simulate: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
-        chosen += [leaf.spec for leaf in leaves(name, config["scenarios"][name])]
-    for leaf in chosen:
-        check_leaf(leaf)
-        if "genetic_map" in leaf:
-            fetch_map(leaf)
+        chosen += [variant.spec for variant in variants(name, config["scenarios"][name])]
+    for variant in chosen:
+        check_variant(variant)
+        if "genetic_map" in variant:
+            fetch_map(variant)
     manifest = live_manifest(
         chosen,
         window_size=PRESETS[args.model].window_size if args.window_size is None else args.window_size,

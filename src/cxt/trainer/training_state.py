@@ -104,7 +104,7 @@ class Saves(Callback):
 
     @contextlib.contextmanager
     def listening(self):
-        """Take note of signals while this lasts, instead of ending; what other processes lead leaves them to those.
+        """Take note of signals while this lasts, instead of ending; what other processes lead variants them to those.
 
         A command that ends with an exception is not to be interrupted before it has said why.
         """

@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 
 from cxt.config.file import adapter_config, model_config, training_config
-from cxt.config.variants import Leaf
+from cxt.config.variants import Variant
 from cxt.data.masks import read_mask, synthetic_mask
 from cxt.data.preprocessing import preprocess_one
 from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_one
-from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, leaves_of, training_threads
+from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, training_threads, variants_of
 
 SHIPPED = Path(__file__).with_name("costs.json")
 HERE = Path("results/costs.json")
@@ -31,14 +31,14 @@ SHORT = (50_000, 100_000)
 """Lengths from which the cost of a simulation that takes too long is extrapolated, as a power of the length."""
 
 
-def leaf_key(spec: dict) -> str:
-    """Identity of a leaf scenario's cost: its parameters without its name and length."""
+def variant_key(spec: dict) -> str:
+    """Identity of a variant's cost: its parameters without its name and length."""
     return digest({key: value for key, value in spec.items() if key not in ("name", "sequence_length")})
 
 
 def shard_key(spec: dict, dataset: dict, masked: bool) -> str:
-    """Identity of the cost of preprocessing a leaf scenario for a dataset."""
-    return digest([leaf_key(spec), spec["sequence_length"], dataset, masked])
+    """Identity of the cost of preprocessing a variant for a dataset."""
+    return digest([variant_key(spec), spec["sequence_length"], dataset, masked])
 
 
 def _unmapped(spec: dict) -> dict:
@@ -80,11 +80,11 @@ class Costs:
             self.machines += [f"{kind}: {machine}" for kind, machine in found["machines"].items()]
 
     def simulation(self, spec: dict) -> dict | None:
-        """{seconds, bytes, …} of one simulation of a leaf; None if unknown.
+        """{seconds, bytes, …} of one simulation of a variant; None if unknown.
 
         With `extrapolated` if from another length, or from the chromosomes' average rates in the place of a genetic map.
         """
-        lengths = self.simulations.get(leaf_key(spec), {})
+        lengths = self.simulations.get(variant_key(spec), {})
         if not lengths and "genetic_map" in spec:
             found = self.simulation(_unmapped(spec))
             return found and found | {"extrapolated": True}
@@ -142,7 +142,7 @@ def _simulate(spec: dict, index: int, seconds: float):
 
 
 def measure_simulation(spec: dict, *, budget: float, longest: float, most: int = 20) -> tuple[dict, list]:
-    """Mean cost of a leaf's first simulations, and those simulations; several, while they take less than *budget* seconds.
+    """Mean cost of a variant's first simulations, and those simulations; several, while they take less than *budget* seconds.
 
     The first, which also pays for what is read and built once, counts for time only if it is the only one.
 
@@ -178,7 +178,7 @@ def measure_simulation(spec: dict, *, budget: float, longest: float, most: int =
 
 
 def shortened(spec: dict, length: int) -> dict:
-    """A leaf's parameters for a shorter sequence; a position moves along."""
+    """A variant's parameters for a shorter sequence; a position moves along."""
     scale = length / spec["sequence_length"]
     moved = {"position": spec["position"] * scale} if "position" in spec else {}
     return spec | {"sequence_length": length} | moved
@@ -199,17 +199,17 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     return {"seconds": (time.process_time() - began) / len(chosen), "bytes": size / len(chosen)}
 
 
-def reached(config: dict) -> list[Leaf]:
-    """Every leaf scenario that a dataset or an evaluation of *config* uses."""
+def reached(config: dict) -> list[Variant]:
+    """Every variant that a dataset or an evaluation of *config* uses."""
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
-    return leaves_of(config, [name for name in config["scenarios"] if name in names])
+    return variants_of(config, [name for name in config["scenarios"] if name in names])
 
 
 def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = LONGEST, progress=print) -> None:
     """Measure the costs of everything that *config* asks for on this machine; *save* is handed them after each scenario.
 
-    Each measurement is repeated until it has taken *seconds*. A leaf whose simulation takes more than *longest* seconds is
+    Each measurement is repeated until it has taken *seconds*. A variant whose simulation takes more than *longest* seconds is
     measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
     *progress* says so. What *save* gets has the content of a costs file.
     """
@@ -224,28 +224,28 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
                 if "path" in m
                 else synthetic_mask(m, seed=1)
             )
-    used = {name: {leaf.name for leaf in leaves_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
-    for leaf in reached(config):
+    used = {name: {variant.name for variant in variants_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
+    for variant in reached(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
-        lengths = costs["simulations"].setdefault(leaf_key(leaf.spec), {})
-        asked, made = leaf.spec["sequence_length"], []
+        lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})
+        asked, made = variant.spec["sequence_length"], []
         try:
-            lengths[str(asked)], made = measure_simulation(leaf.spec, budget=seconds, longest=longest)
+            lengths[str(asked)], made = measure_simulation(variant.spec, budget=seconds, longest=longest)
         except BadRequest as error:
             progress(f"left out: {error}")
             continue
         except TooLong:
             for length in (length for length in SHORT if length < asked):
-                short, _ = measure_simulation(shortened(leaf.spec, length), budget=seconds, longest=math.inf)
+                short, _ = measure_simulation(shortened(variant.spec, length), budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
             progress(
-                f"{leaf.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, "
+                f"{variant.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, "
                 f"{cost['sites']:.0f} sites, {cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
             )
         for name in config["datasets"]:
-            if made and leaf.name in used[name]:
-                key = shard_key(leaf.spec, dataset_spec(config, name), name in masks)
+            if made and variant.name in used[name]:
+                key = shard_key(variant.spec, dataset_spec(config, name), name in masks)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
         save(costs)
     device = device_here()
@@ -282,25 +282,27 @@ def merge_costs(old: dict, new: dict) -> dict:
 
 
 def scenario_table(config: dict, costs: Costs) -> str:
-    """A Markdown page of what one simulation of each leaf scenario takes."""
+    """A Markdown page of what one simulation of each variant takes."""
     rows = [
         "# What one simulation takes",
         "",
-        f"Means over the first simulations of each leaf scenario. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
+        f"Means over the first simulations of each variant. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
         f"What would take more than {LONGEST} s is measured at {SHORT[-1]:,} bp; what follows a genetic map needs the map.",
         "Written by `cxt plan --calibrate --table FILE.md`.",
         "",
-        "| leaf scenario | length | seconds | trees | sites | MB |",
+        "| variant | length | seconds | trees | sites | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for leaf in reached(config):
-        lengths = costs.simulations.get(leaf_key(leaf.spec), {})
-        asked = str(leaf.spec["sequence_length"])
+    for variant in reached(config):
+        lengths = costs.simulations.get(variant_key(variant.spec), {})
+        asked = str(variant.spec["sequence_length"])
         shown = [asked] if asked in lengths else sorted(lengths, key=int)[-1:]
         if not shown:
-            rows.append(f"| {leaf.name} | {int(asked):,} | {'needs its map' if 'genetic_map' in leaf.spec else ''} | | | |")
+            rows.append(
+                f"| {variant.name} | {int(asked):,} | {'needs its map' if 'genetic_map' in variant.spec else ''} | | | |"
+            )
         for length in shown:
             cost = lengths[length]
             figures = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
-            rows.append(f"| {leaf.name} | {int(length):,} | {figures} |")
+            rows.append(f"| {variant.name} | {int(length):,} | {figures} |")
     return "\n".join(rows) + "\n"

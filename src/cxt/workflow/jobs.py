@@ -11,7 +11,7 @@ import sys
 from cxt.config.file import lineage_of_parents, model_config, parent_of, training_config, training_settings
 from cxt.config.schema import REPOSITORY
 from cxt.config.settings import change_no_result, steps_per_epoch
-from cxt.config.variants import Leaf, leaves, scenario_of
+from cxt.config.variants import Variant, scenario_of, variants
 from cxt.data.manifest import dataset_lineage_of, planned_shards
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
@@ -25,14 +25,14 @@ from cxt.scenarios.stdpopsim_models import catalogue_lineage, check_map_can_be_h
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
 
-def leaves_of(config: dict, scenarios: list[str]) -> list[Leaf]:
-    """The leaf scenarios of several scenarios."""
-    return [leaf for name in scenarios for leaf in leaves(name, config["scenarios"][name])]
+def variants_of(config: dict, scenarios: list[str]) -> list[Variant]:
+    """The variants of several scenarios."""
+    return [variant for name in scenarios for variant in variants(name, config["scenarios"][name])]
 
 
-def leaf_of(config: dict, name: str) -> Leaf:
-    """The leaf scenario called *name*."""
-    return next(leaf for leaf in leaves_of(config, [scenario_of(name)]) if leaf.name == name)
+def variant_of(config: dict, name: str) -> Variant:
+    """The variant called *name*."""
+    return next(variant for variant in variants_of(config, [scenario_of(name)]) if variant.name == name)
 
 
 def check_plan(config: dict) -> None:
@@ -45,14 +45,14 @@ def check_plan(config: dict) -> None:
         ancestry, or a model has less than one batch.
     """
     check_scenarios(config)
-    counted = [(leaf.spec, _all_batches(config, leaf)) for leaf in leaves_of(config, list(config["scenarios"]))]
+    counted = [(variant.spec, _all_batches(config, variant)) for variant in variants_of(config, list(config["scenarios"]))]
     check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
-        for leaf in leaves_of(config, dataset["scenarios"]):
-            if not split_size(0, leaf.simulations, "train"):
+        for variant in variants_of(config, dataset["scenarios"]):
+            if not split_size(0, variant.simulations, "train"):
                 raise BadRequest(
-                    f"datasets.{name}: scenario '{leaf.name}' has no training simulation: `simulations: {leaf.simulations}` "
-                    "is index 0 alone, and every index that is a multiple of 10 is held out; give it 2 or more"
+                    f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
+                    f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held out; give it 2 or more"
                 )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
@@ -79,7 +79,7 @@ def check_plan(config: dict) -> None:
 def items(config: dict, dataset: str, split: str) -> int:
     """Training examples in one split of a dataset."""
     entry = config["datasets"][dataset]
-    simulations = sum(split_size(0, leaf.simulations, split) for leaf in leaves_of(config, entry["scenarios"]))
+    simulations = sum(split_size(0, variant.simulations, split) for variant in variants_of(config, entry["scenarios"]))
     return items_per_simulation(config, dataset) * simulations
 
 
@@ -102,47 +102,47 @@ def put_package_on_path() -> None:
 # Stage 1
 
 
-def batch_path(leaf: str, start: int) -> str:
-    return f"results/simulations/{leaf}/{start}.trees.batch"
+def batch_path(variant: str, start: int) -> str:
+    return f"results/simulations/{variant}/{start}.trees.batch"
 
 
-def batch_count(config: dict, leaf: Leaf, start: int) -> int:
-    """Simulations in the batch of *leaf* that begins at *start*; BadRequest if no batch begins there."""
-    counts = dict(_all_batches(config, leaf))
+def batch_count(config: dict, variant: Variant, start: int) -> int:
+    """Simulations in the batch of *variant* that begins at *start*; BadRequest if no batch begins there."""
+    counts = dict(_all_batches(config, variant))
     if start not in counts:
-        raise BadRequest(f"no batch of '{leaf.name}' begins at {start}; there are {', '.join(map(str, counts))}")
+        raise BadRequest(f"no batch of '{variant.name}' begins at {start}; there are {', '.join(map(str, counts))}")
     return counts[start]
 
 
-def _all_batches(config: dict, leaf: Leaf) -> list[tuple[int, int]]:
-    """(first index, count) of the batches of a leaf, those for evaluation last."""
-    return batches(simulations=leaf.simulations, batch=leaf.batch) + evaluation_starts(config, leaf)
+def _all_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
+    """(first index, count) of the batches of a variant, those for evaluation last."""
+    return batches(simulations=variant.simulations, batch=variant.batch) + evaluation_starts(config, variant)
 
 
-def evaluation_starts(config: dict, leaf: Leaf) -> list[tuple[int, int]]:
-    """(first index, count) of the evaluation batches of a leaf."""
+def evaluation_starts(config: dict, variant: Variant) -> list[tuple[int, int]]:
+    """(first index, count) of the evaluation batches of a variant."""
     evaluation = config["evaluation"]
-    simulations = evaluation["simulations_of"].get(scenario_of(leaf.name), evaluation["simulations"])
-    return batches(simulations=simulations, batch=leaf.batch, start=EVALUATION_START)
+    simulations = evaluation["simulations_of"].get(scenario_of(variant.name), evaluation["simulations"])
+    return batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
 
 
-def batch_lineage(config: dict, leaf: Leaf, start: int, count: int) -> str:
-    catalogue = [catalogue_lineage(leaf.spec)] if leaf.spec["kind"] == "stdpopsim" else []
-    return stage_lineage("simulate", leaf.spec, config["seed"], start, count, *catalogue)
+def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
+    catalogue = [catalogue_lineage(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
+    return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
 
 
 def map_path(spec: dict) -> str:
-    """The file that says that a leaf's genetic map is in stdpopsim's cache, wherever that is."""
+    """The file that says that a variant's genetic map is in stdpopsim's cache, wherever that is."""
     return f"results/maps/{spec['species']}-{spec['genetic_map']}.json"
 
 
-def leaf_with_map(config: dict, path: str) -> Leaf:
-    """A leaf scenario that needs the genetic map of `map_path` *path*."""
-    mapped = [leaf for leaf in leaves_of(config, list(config["scenarios"])) if "genetic_map" in leaf.spec]
-    return next(leaf for leaf in mapped if map_path(leaf.spec) == path)
+def variant_with_map(config: dict, path: str) -> Variant:
+    """A variant that needs the genetic map of `map_path` *path*."""
+    mapped = [variant for variant in variants_of(config, list(config["scenarios"])) if "genetic_map" in variant.spec]
+    return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
-def map_of_batch(leaf: Leaf, start: int) -> list[str]:
+def map_of_batch(variant: Variant, start: int) -> list[str]:
     """The genetic map that a batch needs, as a list of inputs: one file or none.
 
     Raises
@@ -150,11 +150,11 @@ def map_of_batch(leaf: Leaf, start: int) -> list[str]:
     BadRequest
         If the batch is still to be simulated and the map can neither be found nor fetched.
     """
-    if "genetic_map" not in leaf.spec:
+    if "genetic_map" not in variant.spec:
         return []
-    if not os.path.exists(batch_path(leaf.name, start)):
-        check_map_can_be_had(leaf.spec, fetched=map_path(leaf.spec))
-    return [map_path(leaf.spec)]
+    if not os.path.exists(batch_path(variant.name, start)):
+        check_map_can_be_had(variant.spec, fetched=map_path(variant.spec))
+    return [map_path(variant.spec)]
 
 
 # Stage 2
@@ -208,30 +208,34 @@ def mask_lineage(config: dict, name: str) -> str | None:
     return stage_lineage("preprocess", mask_spec(config, name), config["seed"])
 
 
-def shard_lineage(config: dict, dataset: str, leaf: Leaf, start: int, split: str) -> str:
-    count = batch_count(config, leaf, start)
-    batch = batch_lineage(config, leaf, start, count)
+def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, split: str) -> str:
+    count = batch_count(config, variant, start)
+    batch = batch_lineage(config, variant, start, count)
     return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
 
 
-def leaf_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
-    """{leaf: (simulations, batch)} of a dataset."""
-    return {leaf.name: (leaf.simulations, leaf.batch) for leaf in leaves_of(config, config["datasets"][dataset]["scenarios"])}
-
-
-def leaf_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
-    """{leaf: (simulations, batch, lineage of its shards)} of a dataset."""
-    leaves = leaves_of(config, config["datasets"][dataset]["scenarios"])
+def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
+    """{variant: (simulations, batch)} of a dataset."""
     return {
-        leaf.name: (leaf.simulations, leaf.batch, dataset_lineage_of(shard_lineages(config, dataset, leaf))) for leaf in leaves
+        variant.name: (variant.simulations, variant.batch)
+        for variant in variants_of(config, config["datasets"][dataset]["scenarios"])
     }
 
 
-def shard_lineages(config: dict, dataset: str, leaf: Leaf) -> list[str]:
-    """The lineages of all shards of a leaf in a dataset."""
+def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
+    """{variant: (simulations, batch, lineage of its shards)} of a dataset."""
+    variants = variants_of(config, config["datasets"][dataset]["scenarios"])
+    return {
+        variant.name: (variant.simulations, variant.batch, dataset_lineage_of(shard_lineages(config, dataset, variant)))
+        for variant in variants
+    }
+
+
+def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
+    """The lineages of all shards of a variant in a dataset."""
     return [
-        shard_lineage(config, dataset, leaf, start, split)
-        for start, count in batches(simulations=leaf.simulations, batch=leaf.batch)
+        shard_lineage(config, dataset, variant, start, split)
+        for start, count in batches(simulations=variant.simulations, batch=variant.batch)
         for split in SPLITS
         if split_size(start, count, split)
     ]
@@ -243,14 +247,14 @@ def dataset_directory(name: str) -> str:
 
 def shard_paths(config: dict, dataset: str) -> list[str]:
     """All shards of a dataset."""
-    planned = planned_shards(leaf_table(config, dataset))
+    planned = planned_shards(variant_table(config, dataset))
     return [f"{dataset_directory(dataset)}/{name}" for names in planned.values() for name in names]
 
 
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, in no particular order of scenarios."""
-    leaves = leaves_of(config, config["datasets"][name]["scenarios"])
-    return dataset_lineage_of([lineage for leaf in leaves for lineage in shard_lineages(config, name, leaf)])
+    variants = variants_of(config, config["datasets"][name]["scenarios"])
+    return dataset_lineage_of([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 
 def preprocessing_memory_mb(config: dict, dataset: str, simulations: int, tree_bytes: float) -> int:
@@ -298,7 +302,7 @@ def training_memory_mb(config: dict, name: str) -> int:
     Per region, as `PairDataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
-    simulations = sum(leaf.simulations for leaf in leaves_of(config, dataset["scenarios"]))
+    simulations = sum(variant.simulations for variant in variants_of(config, dataset["scenarios"]))
     windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
     per_region = 1.2 * dataset["pairs"] * windows + 20_000 * (samples / 8 + 1) + 2 * windows * samples
     return 4000 * max(1, devices(config, name)) + int(1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6)
@@ -353,15 +357,15 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
     """[{path, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
     return [
         {
-            "path": batch_path(leaf.name, start),
-            "scenario": leaf.name,
+            "path": batch_path(variant.name, start),
+            "scenario": variant.name,
             "start": start,
             "count": count,
-            "lineage": batch_lineage(config, leaf, start, count),
+            "lineage": batch_lineage(config, variant, start, count),
         }
         for scenario in evaluation_scenarios(config, model)
-        for leaf in leaves(scenario, config["scenarios"][scenario])
-        for start, count in evaluation_starts(config, leaf)
+        for variant in variants(scenario, config["scenarios"][scenario])
+        for start, count in evaluation_starts(config, variant)
     ]
 
 
@@ -389,7 +393,7 @@ def table_lineage(config: dict) -> str:
 
 
 def evaluation_memory_mb(config: dict, model: str) -> int:
-    """Memory that evaluation asks for: torch and the network, the counts of one leaf's pairs, and a batch's decoding."""
+    """Memory that evaluation asks for: torch and the network, the counts of one variant's pairs, and a batch's decoding."""
     entry, evaluation = config["models"][model], config["evaluation"]
     dataset = config["datasets"][entry["dataset"]]
     network = model_config(config, model)
