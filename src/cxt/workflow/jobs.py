@@ -52,7 +52,8 @@ def check_plan(config: dict) -> None:
             if not split_size(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
-                    f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held out; give it 2 or more"
+                    f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held "
+                    "out; give it 2 or more"
                 )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
