@@ -41,8 +41,9 @@ test-resume: $(VENV)/installed-dev
 test-fuzz: $(VENV)/installed-dev
 	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/test_fuzz.py
 
+# Passive, because the threads of several tests share the cores.
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist loadfile
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -70,6 +70,12 @@ def test_flex_attention(last):
     torch.testing.assert_close(flexible_attention(*parts, 140, last=last).double(), expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Dynamo compiles one function a few times only, and the tests of a process share it."""
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("compiling", [False, True])
 def test_rotation(compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)

@@ -289,7 +289,7 @@ def test_signals_to_all_processes(parents, tmp_path, kind, workers, accumulation
 
     The trainer alone is killed now and then, too: what it has started ends with it.
     """
-    count = KILLS or 5
+    count = KILLS or 3
     arguments = arguments_of(parents, kind, workers, accumulation, ranks, steps=100 * min(KILLS or 2, 5))
     directory, out = tmp_path / "cut", tmp_path / "cut.ckpt"
     finish([*arguments, "--run-dir", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.ckpt")])

@@ -189,7 +189,7 @@ def test_refused_by_the_workflow(tmp_path):
     for text, message in (
         ("scenarios: {mine: {kind: constant, simulations: 10, population_size: []}}", "found [], expected a number above 0"),
         ("scenarios: {mine: {kind: constant, simulations: 10}, mine: {kind: constant}}", "'mine' is given twice"),
-        ("scenarios: {7: {kind: constant, simulations: 10}}", "scenarios.7: a name may hold letters"),
+        ("scenarios: {7: {kind: constant, simulations: 10}}", "scenarios.7: found 7 as a name, expected text"),
         ("datasets: {Processed: {scenarios: all}}", "datasets 'processed' and 'Processed' differ in case only"),
         ("scenarios: {Constant: {kind: constant, simulations: 10}}", "'constant' and 'Constant' differ in case only"),
         (f"scenarios: {{mine: {{kind: demes, demography: {TINY}, simulations: 10, samples: {{a: 1}}, mutation_rate: 1.0e-8,"

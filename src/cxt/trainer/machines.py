@@ -24,6 +24,8 @@ import threading
 import time
 from pathlib import Path
 
+import psutil  # noqa: F401 (`kill_children` takes it only where it is loaded)
+
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.signals import kill_children, last_words
 
