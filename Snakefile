@@ -28,6 +28,6 @@ include: "rules/evaluate.smk"
 rule all:
     default_target: True
     input:
-        [jobs.checkpoint_path(model) for model in config["models"]],
+        [paths.checkpoint_path(model) for model in config["models"]],
         [f"results/evaluation/{model}.json" for model in config["models"]],
         "results/evaluation/table.md",

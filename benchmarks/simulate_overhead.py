@@ -29,7 +29,8 @@ IMPORT_SECONDS = time.process_time() - import_began
 from cxt.config.file import load  # noqa: E402
 from cxt.scenarios.indices import batches  # noqa: E402
 from cxt.scenarios.registry import simulate_one  # noqa: E402
-from cxt.workflow.jobs import evaluation_batches, variant_of, variants_of  # noqa: E402
+from cxt.workflow.jobs import variant_of, variants_of  # noqa: E402
+from cxt.workflow.lineages import evaluation_batches  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = ("sim_ancestry", "sim_mutations")

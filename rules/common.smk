@@ -6,7 +6,8 @@ import sys
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from cxt.workflow import jobs
+from cxt.workflow import arguments, jobs, lineages, paths
+from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb, training_memory_mb, training_threads
 from cxt.config.file import resolve, training_config
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import HERE, Costs
@@ -73,7 +74,7 @@ def variant_and_start(wildcards):
 def map_of_batch(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return jobs.map_of_batch(*variant_and_start(wildcards))
+        return paths.map_of_batch(*variant_and_start(wildcards))
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
@@ -81,14 +82,14 @@ def map_of_batch(wildcards):
 
 def map_spec(wildcards):
     """The parameters of a variant that needs a genetic map."""
-    return jobs.variant_with_map(config, f"results/maps/{wildcards.map}.json").spec
+    return paths.variant_with_map(config, f"results/maps/{wildcards.map}.json").spec
 
 
 def preprocess_memory(wildcards):
     variant, start = variant_and_start(wildcards)
     cost, simulations = simulation_cost(wildcards)
     size = 100e6 if cost is None else cost["bytes"]
-    return jobs.preprocessing_memory_mb(config, wildcards.dataset, simulations, size)
+    return preprocessing_memory_mb(config, wildcards.dataset, simulations, size)
 
 
 def simulation_cost(wildcards):
@@ -119,7 +120,7 @@ def batch_count(wildcards):
 
 def batch_lineage(wildcards):
     variant, start = variant_and_start(wildcards)
-    return jobs.batch_lineage(config, variant, start, jobs.batch_count(config, variant, start))
+    return lineages.batch_lineage(config, variant, start, jobs.batch_count(config, variant, start))
 
 
 def shard_spec(wildcards):
@@ -128,19 +129,19 @@ def shard_spec(wildcards):
 
 def shard_lineage(wildcards):
     variant, start = variant_and_start(wildcards)
-    return jobs.shard_lineage(config, wildcards.dataset, variant, start, wildcards.split)
+    return lineages.shard_lineage(config, wildcards.dataset, variant, start, wildcards.split)
 
 
 def mask_of_dataset(dataset):
     """The mask file of a dataset as a list of inputs: one file or none."""
-    path = jobs.mask_path(config, dataset)
+    path = paths.mask_path(config, dataset)
     return [] if path is None else [path]
 
 
 def mask_flags(dataset):
     """The command-line words that hand a dataset's mask to a stage."""
-    path = jobs.mask_path(config, dataset)
-    return [] if path is None else ["--mask", path, *jobs.mask_arguments(config, dataset)]
+    path = paths.mask_path(config, dataset)
+    return [] if path is None else ["--mask", path, *arguments.mask_arguments(config, dataset)]
 
 
 def evaluated_dataset(model):

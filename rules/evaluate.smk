@@ -10,7 +10,7 @@ rule evaluate:
     input:
         checkpoint="results/{model}.ckpt",
         batches=lambda wildcards: [
-            batch["path"] for batch in jobs.evaluation_batches(config, wildcards.model)
+            batch["path"] for batch in lineages.evaluation_batches(config, wildcards.model)
         ],
         mask=lambda wildcards: mask_of_dataset(evaluated_dataset(wildcards.model)),
     output:
@@ -33,18 +33,18 @@ rule evaluate:
         "../envs/evaluate.yaml"
     threads: lambda wildcards: training_config(config, wildcards.model).threads
     resources:
-        mem_mb=lambda wildcards: jobs.evaluation_memory_mb(config, wildcards.model),
+        mem_mb=lambda wildcards: evaluation_memory_mb(config, wildcards.model),
         runtime=240,
         # Clipped to 0, it decodes on the CPU: the same but for rounding, unlike training.
         gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical(jobs.evaluation_spec(config, wildcards.model)),
-        batches=lambda wildcards: canonical(jobs.evaluation_batches(config, wildcards.model)),
+        batches=lambda wildcards: canonical(lineages.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=lambda wildcards: training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
-        checkpoint_lineage=lambda wildcards: jobs.model_lineage(config, wildcards.model),
-        lineage=lambda wildcards: jobs.evaluation_lineage(config, wildcards.model),
+        checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
+        lineage=lambda wildcards: lineages.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
         " --checkpoint {input.checkpoint:q} --spec {params.spec:q} --batches {params.batches:q} {params.mask:q}"
@@ -71,6 +71,6 @@ rule accuracy_table:
         runtime=5,
         gpu=0,
     params:
-        lineage=jobs.table_lineage(config),
+        lineage=lineages.table_lineage(config),
     shell:
         "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --lineage {params.lineage} --out {output:q}"

@@ -17,7 +17,7 @@ rule synthetic_mask:
     params:
         spec=lambda wildcards: canonical(jobs.mask_spec(config, wildcards.dataset)),
         seed=config["seed"],
-        lineage=lambda wildcards: jobs.mask_lineage(config, wildcards.dataset),
+        lineage=lambda wildcards: lineages.mask_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess mask"
         " --spec {params.spec:q} --seed {params.seed} --lineage {params.lineage} --out {output:q}"
@@ -55,7 +55,7 @@ rule preprocess:
 
 rule manifest:
     input:
-        shards=lambda wildcards: jobs.shard_paths(config, wildcards.dataset),
+        shards=lambda wildcards: paths.shard_paths(config, wildcards.dataset),
     output:
         "results/datasets/{dataset}/dataset.json",
     log:
@@ -68,9 +68,9 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical(jobs.variant_table_with_lineages(config, wildcards.dataset)),
+        shards=lambda wildcards: canonical(lineages.variant_table_with_lineages(config, wildcards.dataset)),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
-        lineage=lambda wildcards: jobs.dataset_lineage(config, wildcards.dataset),
+        lineage=lambda wildcards: lineages.dataset_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess manifest"
         " --dataset {params.dataset:q} --shards {params.shards:q}"

@@ -19,7 +19,7 @@ rule training_settings:
         runtime=5,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical(jobs.settings_file(config, wildcards.model)),
+        spec=lambda wildcards: canonical(arguments.settings_file(config, wildcards.model)),
     shell:
         "exec &> {log:q}; exec python -m cxt.commands.configfile --spec {params.spec:q} --out {output:q}"
 
@@ -30,34 +30,34 @@ for model, entry in config["models"].items():
         name:
             f"train_{model}"
         input:
-            manifest=f"{jobs.dataset_directory(entry['dataset'])}/dataset.json",
+            manifest=f"{paths.dataset_directory(entry['dataset'])}/dataset.json",
             # Training reads what the manifest lists; a shard matters only when it is gone.
-            shards=ancient(jobs.shard_paths(config, entry["dataset"])),
+            shards=ancient(paths.shard_paths(config, entry["dataset"])),
             # Not ancient(): Snakemake does not look for reasons of its own to run a job below one that is about to run, and
             # then an ancient input is no reason either.
             settings=f"results/config/{model}.yaml",
-            parent=jobs.parent_flag(config, model)[1:],
+            parent=arguments.parent_flag(config, model)[1:],
         output:
-            jobs.checkpoint_path(model),
+            paths.checkpoint_path(model),
         log:
             f"results/logs/train/{model}.log",
         conda:
             "../envs/train.yaml"
         # The result depends on the number of threads, so the trainer takes it from its settings.
-        threads: jobs.training_threads(config, model)
+        threads: training_threads(config, model)
         resources:
-            mem_mb=jobs.training_memory_mb(config, model),
+            mem_mb=training_memory_mb(config, model),
             runtime=1440,
             gpu=jobs.devices(config, model),
         params:
             dataset=lambda wildcards, input: os.path.dirname(input.manifest),
-            parent=jobs.parent_flag(config, model),
+            parent=arguments.parent_flag(config, model),
             # As configured: the resource `gpu` is clipped to what Snakemake was told there is, which would change the batch.
             devices=jobs.devices(config, model),
-            lineages=jobs.lineages_to_train_on(config, model),
+            lineages=arguments.lineages_to_train_on(config, model),
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
-            run=jobs.run_directory(config, model),
-            lineage=jobs.model_lineage(config, model),
+            run=lineages.run_directory(config, model),
+            lineage=lineages.model_lineage(config, model),
         # tee ignores the signals that end a job, so that the trainer can still say what it does about them. Slurm would kill
         # it at the end of its time: a twentieth before, it saves and ends, and the profile's next try goes on.
         shell:

@@ -44,7 +44,7 @@ from cxt.train import plan_of, train_model
 from cxt.trainer.fit import starting_model
 from cxt.trainer.flags import build_parser
 from cxt.trainer.training_state import save_to_continue
-from cxt.workflow import jobs
+from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import Costs
 from cxt.workflow.verification import verify as verify_checkpoint
 
@@ -535,7 +535,7 @@ class Configurations:
         costs = Costs([])
         found = plan(config, costs)
         report(config, found, costs, all_variants=True)
-        jobs.table_lineage(config)
+        lineages.table_lineage(config)
         return found
 
     def mutate(self, rng: random.Random, directory: Path) -> dict:

@@ -278,7 +278,8 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
 
     from cxt.config.file import load
     from cxt.config.variants import Variant
-    from cxt.workflow.jobs import batch_lineage, variant_of
+    from cxt.workflow.jobs import variant_of
+    from cxt.workflow.lineages import batch_lineage
 
     config = load([])
     mapped = Variant("aratha_map", SPEC, 10, 10)

@@ -24,7 +24,7 @@ from cxt.config.settings import (
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, nearest
 from cxt.scenarios.registry import KINDS
-from cxt.workflow.jobs import model_lineage
+from cxt.workflow.lineages import model_lineage
 
 
 def with_changes(**sections) -> dict:

@@ -27,7 +27,7 @@ from cxt.evaluation.table import table_lineage_of
 from cxt.io import canonical, file_sha256
 from cxt.scenarios.batches import read_batch
 from cxt.trainer.fit import quieten
-from cxt.workflow import jobs
+from cxt.workflow import arguments, jobs, lineages, paths
 from cxt.workflow.verification import verify
 
 OTHERS = ["broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
@@ -69,7 +69,7 @@ def simulate_batch(config, start=0):
     count = jobs.batch_count(config, variant, start)
     call(
         simulate_stage, "--spec", canonical(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
-        "--lineage", jobs.batch_lineage(config, variant, start, count), "--out", jobs.batch_path("constant", start),
+        "--lineage", lineages.batch_lineage(config, variant, start, count), "--out", paths.batch_path("constant", start),
     )  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def preprocess_mask(config):
     """What the rule `synthetic_mask` runs."""
     call(
         preprocess_stage, "mask", "--spec", canonical(jobs.mask_spec(config, "processed_narrow")), "--seed", config["seed"],
-        "--lineage", jobs.mask_lineage(config, "processed_narrow"), "--out", jobs.mask_path(config, "processed_narrow"),
+        "--lineage", lineages.mask_lineage(config, "processed_narrow"), "--out", paths.mask_path(config, "processed_narrow"),
     )  # fmt: skip
 
 
@@ -85,13 +85,17 @@ def preprocess_shard(config, split, start=0, mask=None):
     """What the rule `preprocess` runs; *mask* takes the place of the planned words for it."""
     variant = jobs.variant_of(config, "constant")
     count = jobs.batch_count(config, variant, start)
-    words = mask or ["--mask", jobs.mask_path(config, "processed_narrow"), *jobs.mask_arguments(config, "processed_narrow")]
+    words = mask or [
+        "--mask",
+        paths.mask_path(config, "processed_narrow"),
+        *arguments.mask_arguments(config, "processed_narrow"),
+    ]
     call(
-        preprocess_stage, "shard", "--batch", jobs.batch_path("constant", start), "--scenario", "constant",
+        preprocess_stage, "shard", "--batch", paths.batch_path("constant", start), "--scenario", "constant",
         "--seed", config["seed"], "--start", start, "--count", count, "--split", split,
         "--spec", canonical(jobs.dataset_spec(config, "processed_narrow")), *words,
-        "--batch-lineage", jobs.batch_lineage(config, variant, start, count),
-        "--lineage", jobs.shard_lineage(config, "processed_narrow", variant, start, split),
+        "--batch-lineage", lineages.batch_lineage(config, variant, start, count),
+        "--lineage", lineages.shard_lineage(config, "processed_narrow", variant, start, split),
         "--out", f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip",
     )  # fmt: skip
 
@@ -100,7 +104,7 @@ def list_shards(config):
     """What the rule `manifest` runs."""
     call(
         preprocess_stage, "manifest", "--dataset", "results/datasets/processed_narrow",
-        "--shards", canonical(jobs.variant_table_with_lineages(config, "processed_narrow")),
+        "--shards", canonical(lineages.variant_table_with_lineages(config, "processed_narrow")),
     )  # fmt: skip
 
 
@@ -134,17 +138,17 @@ def there(made, tmp_path, monkeypatch):
 def test_outputs_carry_their_lineage(there):
     config = configuration(there / "a.yaml")
     variant = jobs.variant_of(config, "constant")
-    path = jobs.batch_path("constant", 10)
-    planned = jobs.batch_lineage(config, variant, 10, 2)
+    path = paths.batch_path("constant", 10)
+    planned = lineages.batch_lineage(config, variant, 10, 2)
     found = [ts.metadata["cxt"]["lineage"] for ts in read_batch(path, start=10, count=2, lineage=planned)]
     assert found == [planned] * 2
     with np.load("results/masks/processed_narrow.npz") as arrays:
-        assert str(arrays["lineage"]) == jobs.mask_lineage(config, "processed_narrow")
+        assert str(arrays["lineage"]) == lineages.mask_lineage(config, "processed_narrow")
     for split, start in (("train", 0), ("test", 10)):
         _, attributes = read_shard(f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip")
-        assert attributes["lineage"] == jobs.shard_lineage(config, "processed_narrow", variant, start, split)
+        assert attributes["lineage"] == lineages.shard_lineage(config, "processed_narrow", variant, start, split)
     manifest = read_manifest("results/datasets/processed_narrow")
-    assert manifest["lineage"] == jobs.dataset_lineage(config, "processed_narrow")
+    assert manifest["lineage"] == lineages.dataset_lineage(config, "processed_narrow")
     # By hand, of the shards that are there: the same.
     call(preprocess_stage, "manifest", "--dataset", "results/datasets/processed_narrow")
     assert read_manifest("results/datasets/processed_narrow") == manifest
@@ -180,7 +184,7 @@ def test_made_by_hand(there):
     """Files without a lineage are refused where one is planned, and are good for whoever plans none."""
     config = configuration(there / "a.yaml")
     variant = jobs.variant_of(config, "constant")
-    path = jobs.batch_path("constant", 0)
+    path = paths.batch_path("constant", 0)
     call(simulate_stage, "--spec", canonical(variant.spec), "--count", 10, "--seed", 1, "--out", path)
     with pytest.raises(BadRequest, match="it has no lineage, expected"):
         preprocess_shard(config, "test", 0)
@@ -211,7 +215,7 @@ def test_masks(there):
     own = yaml.safe_load((there / "a.yaml").read_text())
     own["datasets"]["processed_narrow"]["mask"] = {"path": "mine.npz"}
     (there / "c.yaml").write_text(yaml.safe_dump(own))
-    assert file_sha256("mine.npz") in jobs.mask_arguments(load([TINY, there / "c.yaml"]), "processed_narrow")
+    assert file_sha256("mine.npz") in arguments.mask_arguments(load([TINY, there / "c.yaml"]), "processed_narrow")
 
 
 NARROW = [
@@ -222,7 +226,7 @@ NARROW = [
 
 def test_the_trainer(there, monkeypatch):
     config = configuration(there / "a.yaml")
-    planned = jobs.dataset_lineage(config, "processed_narrow")
+    planned = lineages.dataset_lineage(config, "processed_narrow")
     with pytest.raises(BadRequest, match=rf"not what was planned to train on: dataset .* its lineage is {planned}, expected 1"):
         train(monkeypatch, *NARROW, "--dataset-lineage", "1", "--run-dir", "run", "--out", "results/x.ckpt")
     (there / "settings.yaml").write_text("settings_lineage: '2'\n")
@@ -249,13 +253,14 @@ def test_the_trainer(there, monkeypatch):
 def test_verify_and_evaluation(there, monkeypatch):
     """`verify` compares what a checkpoint was really trained on; evaluation and its table what they are given."""
     config = configuration(there / "a.yaml")
-    lineage = jobs.model_lineage(config, "narrow")
+    lineage = lineages.model_lineage(config, "narrow")
     files = [TINY, there / "a.yaml"]
-    settings = jobs.settings_file(config, "narrow")
+    settings = arguments.settings_file(config, "narrow")
     (there / "narrow.yaml").write_text(yaml.safe_dump(settings))
     train(
         monkeypatch, "--config", "narrow.yaml", "--dataset-path", "results/datasets/processed_narrow", "--devices", 0,
-        "--lineage", lineage, *jobs.lineages_to_train_on(config, "narrow"), "--run-dir", "run", "--out", "results/narrow.ckpt",
+        "--lineage", lineage, *arguments.lineages_to_train_on(config, "narrow"), "--run-dir", "run",
+        "--out", "results/narrow.ckpt",
     )  # fmt: skip
     assert "the lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=files)
     content = read_checkpoint("results/narrow.ckpt")
@@ -273,12 +278,12 @@ def test_verify_and_evaluation(there, monkeypatch):
         assert "results/narrow.ckpt --forcerun results/config/narrow.yaml train_narrow --configfile" in str(error.value)
     start = 1_000_000_000
     simulate_batch(config, start)
-    batches = jobs.evaluation_batches(config, "narrow")
+    batches = lineages.evaluation_batches(config, "narrow")
     words = [
         "--spec", canonical(jobs.evaluation_spec(config, "narrow")), "--out", "results/evaluation/narrow.json",
         "--figures", "results/evaluation/narrow",
-        "--mask", "results/masks/processed_narrow.npz", *jobs.mask_arguments(config, "processed_narrow"),
-        "--lineage", jobs.evaluation_lineage(config, "narrow"), "--checkpoint-lineage", lineage,
+        "--mask", "results/masks/processed_narrow.npz", *arguments.mask_arguments(config, "processed_narrow"),
+        "--lineage", lineages.evaluation_lineage(config, "narrow"), "--checkpoint-lineage", lineage,
     ]  # fmt: skip
     with pytest.raises(BadRequest, match="checkpoint other.ckpt is not the one that was planned"):
         call(evaluate_stage, *words, "--checkpoint", "other.ckpt", "--batches", canonical(batches))
@@ -287,7 +292,7 @@ def test_verify_and_evaluation(there, monkeypatch):
         call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", stale)
     call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical(batches))
     result = json.loads((there / "results/evaluation/narrow.json").read_text())
-    assert (result["lineage"], result["checkpoint_lineage"]) == (jobs.evaluation_lineage(config, "narrow"), lineage)
+    assert (result["lineage"], result["checkpoint_lineage"]) == (lineages.evaluation_lineage(config, "narrow"), lineage)
     assert result["device"] == "cpu"
     table = ["--table", "results/evaluation/narrow.json", "--out", "results/evaluation/table.md"]
     call(evaluate_stage, *table, "--lineage", table_lineage_of([result["lineage"]]))

@@ -40,7 +40,7 @@ from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.module import learning_rate_factor, parameter_groups
 from cxt.trainer.training_state import saves_of
 from cxt.trainer.validation import Validation
-from cxt.workflow.jobs import run_directory
+from cxt.workflow.lineages import run_directory
 
 
 def call(stage, monkeypatch, *arguments):

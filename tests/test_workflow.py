@@ -22,7 +22,7 @@ from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.lineage import code_digests
 from cxt.scenarios.batches import read_batch
-from cxt.workflow.jobs import dataset_lineage, model_lineage
+from cxt.workflow.lineages import dataset_lineage, model_lineage
 from cxt.workflow.verification import verify
 
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]

@@ -22,7 +22,7 @@ from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios.indices import split_size
 from cxt.scenarios.stdpopsim_models import other_recombination
-from cxt.workflow import jobs
+from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 
 
@@ -126,7 +126,7 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
     for name in config["models"]:
-        own = jobs.evaluation_batches(config, name)
+        own = lineages.evaluation_batches(config, name)
         batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
         count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
         network = model_config(config, name)

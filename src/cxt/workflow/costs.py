@@ -18,7 +18,8 @@ from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_one
-from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, training_threads, variants_of
+from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, variants_of
+from cxt.workflow.resources import training_threads
 
 SHIPPED = Path(__file__).with_name("costs.json")
 HERE = Path("results/costs.json")

@@ -13,7 +13,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import BadRequest
 from cxt.io import is_locked
 from cxt.trainer.training_state import saves_of
-from cxt.workflow.jobs import run_directory
+from cxt.workflow.lineages import run_directory
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""TODO cxt.workflow.verification"""
+"""Whether a checkpoint is whole, and what the configuration would make today."""
 
 from pathlib import Path
 
@@ -36,8 +36,10 @@ def verify(path, *, configfiles) -> str:
     Failed
         If a weight is not finite, or it is not what the configuration would make today.
     """
-    from cxt.config.file import load
-    from cxt.workflow.jobs import checkpoint_path, dataset_lineage, devices, model_lineage, parent_of, settings_path
+    from cxt.config.file import load, parent_of
+    from cxt.workflow.jobs import devices
+    from cxt.workflow.lineages import dataset_lineage, model_lineage
+    from cxt.workflow.paths import checkpoint_path, settings_path
 
     checkpoint = check(path)
     if "published" in checkpoint.record:

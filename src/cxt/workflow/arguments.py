@@ -1,0 +1,43 @@
+"""What the workflow's rules hand to the stages: command-line words and settings files."""
+
+from cxt.config.file import parent_of, training_settings
+from cxt.workflow.lineages import dataset_lineage, file_digest, mask_lineage, model_lineage
+from cxt.workflow.paths import checkpoint_path
+
+
+def mask_arguments(config: dict, name: str) -> list[str]:
+    """How the stages are told of a dataset's mask, and of what it must be, as command-line words after the path."""
+    mask = config["datasets"][name].get("mask", {})
+    words = []
+    if "path" in mask and mask["path"].endswith(".npz"):
+        words += ["--mask-key", mask["key"]]
+    if "contig" in mask:
+        words += ["--mask-contig", mask["contig"]]
+    if "path" in mask:
+        words += ["--mask-marks", mask["marks"]]
+        words += ["--mask-sha256", file_digest(mask["path"])]
+    elif "mask" in config["datasets"][name]:
+        words += ["--mask-lineage", mask_lineage(config, name)]
+    return words
+
+
+def settings_file(config: dict, name: str) -> dict:
+    """What the file `settings_path` holds: a model's settings, and the lineage of the checkpoint they are for."""
+    return training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
+
+
+def lineages_to_train_on(config: dict, name: str) -> list[str]:
+    """The lineages that a model's dataset and parent must have, as command-line words."""
+    words = ["--dataset-lineage", dataset_lineage(config, config["models"][name]["dataset"])]
+    parent = parent_of(config["models"][name])
+    return words if parent is None else [*words, "--parent-lineage", model_lineage(config, parent)]
+
+
+def parent_flag(config: dict, name: str) -> list[str]:
+    """The verb and file of a model's parent, as command-line words."""
+    model = config["models"][name]
+    if "checkpoint" in model:
+        return ["--checkpoint", checkpoint_path(model["checkpoint"])]
+    if "resume_adapter" in model:
+        return ["--resume-adapter", checkpoint_path(model["resume_adapter"])]
+    return []

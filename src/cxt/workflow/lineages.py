@@ -1,0 +1,117 @@
+"""The lineage of each of the workflow's results: the digest that decides whether a file is current."""
+
+import functools
+
+from cxt.config.file import parent_of, training_settings
+from cxt.config.settings import change_no_result
+from cxt.config.variants import Variant, variants
+from cxt.data.manifest import dataset_lineage_of
+from cxt.io import file_sha256
+from cxt.lineage import stage_lineage
+from cxt.scenarios.indices import SPLITS, batches, split_size
+from cxt.scenarios.stdpopsim_models import catalogue_lineage
+from cxt.workflow.jobs import (
+    batch_count,
+    dataset_spec,
+    devices,
+    evaluation_scenarios,
+    evaluation_spec,
+    evaluation_starts,
+    mask_spec,
+    variants_of,
+)
+from cxt.workflow.paths import batch_path
+
+
+def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
+    catalogue = [catalogue_lineage(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
+    return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
+
+
+@functools.cache
+def file_digest(path: str) -> str:
+    return file_sha256(path)
+
+
+def mask_lineage(config: dict, name: str) -> str | None:
+    mask = config["datasets"][name].get("mask")
+    if mask is None:
+        return None
+    if "path" in mask:
+        return stage_lineage("preprocess", file_digest(mask["path"]), mask["key"], mask.get("contig"), mask["marks"])
+    return stage_lineage("preprocess", mask_spec(config, name), config["seed"])
+
+
+def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, split: str) -> str:
+    count = batch_count(config, variant, start)
+    batch = batch_lineage(config, variant, start, count)
+    return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
+
+
+def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
+    """{variant: (simulations, batch, lineage of its shards)} of a dataset."""
+    variants = variants_of(config, config["datasets"][dataset]["scenarios"])
+    return {
+        variant.name: (variant.simulations, variant.batch, dataset_lineage_of(shard_lineages(config, dataset, variant)))
+        for variant in variants
+    }
+
+
+def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
+    """The lineages of all shards of a variant in a dataset."""
+    return [
+        shard_lineage(config, dataset, variant, start, split)
+        for start, count in batches(simulations=variant.simulations, batch=variant.batch)
+        for split in SPLITS
+        if split_size(start, count, split)
+    ]
+
+
+def dataset_lineage(config: dict, name: str) -> str:
+    """Digest of all shards, in no particular order of scenarios."""
+    variants = variants_of(config, config["datasets"][name]["scenarios"])
+    return dataset_lineage_of([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
+
+
+def model_lineage(config: dict, name: str) -> str:
+    """Digest of everything that checkpoint *name* depends on, its ancestors included."""
+    model = config["models"][name]
+    parent = parent_of(model)
+    inherited = (
+        None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
+    )
+    settings = training_settings(config, name)
+    settings = {key: value for key, value in settings.items() if key not in change_no_result(settings)}
+    return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
+
+
+def evaluation_batches(config: dict, model: str) -> list[dict]:
+    """[{path, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
+    return [
+        {
+            "path": batch_path(variant.name, start),
+            "scenario": variant.name,
+            "start": start,
+            "count": count,
+            "lineage": batch_lineage(config, variant, start, count),
+        }
+        for scenario in evaluation_scenarios(config, model)
+        for variant in variants(scenario, config["scenarios"][scenario])
+        for start, count in evaluation_starts(config, variant)
+    ]
+
+
+def evaluation_lineage(config: dict, model: str) -> str:
+    used = sorted(batch["lineage"] for batch in evaluation_batches(config, model))
+    dataset = config["models"][model]["dataset"]
+    return stage_lineage(
+        "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)
+    )
+
+
+def table_lineage(config: dict) -> str:
+    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in config["models"]))
+
+
+def run_directory(config: dict, name: str) -> str:
+    return f"results/runs/{name}-{model_lineage(config, name)}"

@@ -1,0 +1,62 @@
+"""Where the workflow keeps what it makes, relative to the working directory."""
+
+import os
+
+from cxt.config.variants import Variant
+from cxt.data.manifest import planned_shards
+from cxt.scenarios.stdpopsim_models import check_map_can_be_had
+from cxt.workflow.jobs import variant_table, variants_of
+
+
+def batch_path(variant: str, start: int) -> str:
+    return f"results/simulations/{variant}/{start}.trees.batch"
+
+
+def map_path(spec: dict) -> str:
+    """The file that says that a variant's genetic map is in stdpopsim's cache, wherever that is."""
+    return f"results/maps/{spec['species']}-{spec['genetic_map']}.json"
+
+
+def variant_with_map(config: dict, path: str) -> Variant:
+    """A variant that needs the genetic map of `map_path` *path*."""
+    mapped = [variant for variant in variants_of(config, list(config["scenarios"])) if "genetic_map" in variant.spec]
+    return next(variant for variant in mapped if map_path(variant.spec) == path)
+
+
+def map_of_batch(variant: Variant, start: int) -> list[str]:
+    """The genetic map that a batch needs, as a list of inputs: one file or none.
+
+    Raises
+    ------
+    BadRequest
+        If the batch is still to be simulated and the map can neither be found nor fetched.
+    """
+    if "genetic_map" not in variant.spec:
+        return []
+    if not os.path.exists(batch_path(variant.name, start)):
+        check_map_can_be_had(variant.spec, fetched=map_path(variant.spec))
+    return [map_path(variant.spec)]
+
+
+def mask_path(config: dict, name: str) -> str | None:
+    """The accessibility mask of a dataset: the user's, the synthetic one's path, or None."""
+    mask = config["datasets"][name].get("mask")
+    return None if mask is None else mask.get("path", f"results/masks/{name}.npz")
+
+
+def dataset_directory(name: str) -> str:
+    return f"results/datasets/{name}"
+
+
+def shard_paths(config: dict, dataset: str) -> list[str]:
+    """All shards of a dataset."""
+    planned = planned_shards(variant_table(config, dataset))
+    return [f"{dataset_directory(dataset)}/{name}" for names in planned.values() for name in names]
+
+
+def checkpoint_path(model: str) -> str:
+    return f"results/{model}.ckpt"
+
+
+def settings_path(model: str) -> str:
+    return f"results/config/{model}.yaml"
