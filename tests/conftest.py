@@ -17,7 +17,7 @@ from cxt.data.manifest import write_manifest
 from cxt.data.preprocessing import write_split
 from cxt.data.targets import pair_log_tmrca
 from cxt.scenarios.batches import write_batch
-from cxt.scenarios.stdpopsim_models import genetic_map
+from cxt.scenarios.genetic_maps import genetic_map
 from cxt.workflow.jobs import variants_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -17,9 +17,10 @@ from cxt.config.file import load
 from cxt.errors import BadRequest
 from cxt.plan import plan, report
 from cxt.scenarios import stdpopsim_models as catalogue
+from cxt.scenarios.genetic_maps import check_map_can_be_had, fetch_map, genetic_map, read_map
 from cxt.scenarios.registry import check_variant, simulate_one
 from cxt.scenarios.seeds import EngineSeeds, engine_seeds
-from cxt.scenarios.stdpopsim_models import check_map_can_be_had, fetch_map, genetic_map, read_map, simulated_contig
+from cxt.scenarios.stdpopsim_models import simulated_contig
 from cxt.workflow.costs import Costs
 
 SPEC = {

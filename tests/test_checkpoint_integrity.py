@@ -14,8 +14,8 @@ from conftest import GOLDEN
 from cxt import load_model
 from cxt.checkpoints.archive import Damaged, check_bytes, opened, packed
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.find import find_checkpoint
 from cxt.checkpoints.inspection import check, diff, show
+from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable

@@ -16,10 +16,19 @@ from cxt.data.preprocessing import preprocess_one
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import main
-from cxt.evaluation.baselines import BASELINE_WIDTHS, accessible_bases, best_window, differences, heterozygosity_estimate
 from cxt.evaluation.figures import draw_scatter
-from cxt.evaluation.metrics import clustered_error, overall, pearson_per_pair
-from cxt.evaluation.protocol import evaluate, score
+from cxt.evaluation.metrics import (
+    BASELINE_WIDTHS,
+    accessible_bases,
+    best_window,
+    clustered_error,
+    differences,
+    heterozygosity_estimate,
+    overall,
+    pearson_per_pair,
+    score,
+)
+from cxt.evaluation.protocol import evaluate
 from cxt.evaluation.table import table
 from cxt.io import json_text
 from cxt.model.adapter import build_model

@@ -341,7 +341,7 @@ def test_golden_through_store_loader_and_export(monkeypatch, tmp_path, name, win
 def test_golden_on_the_fly(monkeypatch):
     import tskit
 
-    from cxt.data.live import SimulatedDataset, live_manifest
+    from cxt.data.simulated import SimulatedDataset, live_manifest
 
     features = dict(np.load(GOLDEN / "features.npz"))
     expected, pairs = features["X_w2000"], features["pairs200"]
@@ -351,7 +351,7 @@ def test_golden_on_the_fly(monkeypatch):
     ts = tables.tree_sequence()
     variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
     manifest = live_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
-    monkeypatch.setattr("cxt.data.live.simulate_one", lambda *args, **kwargs: ts)
+    monkeypatch.setattr("cxt.data.simulated.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
         counts = SimulatedDataset([variant], manifest, "train", seed=1).batch([i]).counts.numpy()

@@ -49,7 +49,8 @@ def test_ascii_locale():
     assert (status, err) == (0, "")
     assert "scenario" in out
     code = """
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.errors import BadRequest
+from cxt.console import exit_on_bad_request
 def main():
     print("2 \\xd7 3")
     raise BadRequest("1 \\xd7 2")
@@ -85,7 +86,7 @@ def test_reader_that_has_gone():
 def test_progress_that_is_lost_ends_no_work(tmp_path):
     code = f"""
 from cxt.console import progress_only
-from cxt.errors import exit_on_bad_request
+from cxt.console import exit_on_bad_request
 def main():
     with progress_only():
         for step in range(3):
@@ -104,7 +105,7 @@ exit_on_bad_request(main)
 def test_backend_of_a_notebook(tmp_path, backend):
     code = f"""
 import sys
-from cxt.errors import exit_on_bad_request
+from cxt.console import exit_on_bad_request
 def main():
     from cxt.evaluation.figures import draw_learning_rates
     draw_learning_rates([1e-3, 1e-2], [2.0, 1.0], 1e-2, {str(tmp_path / "lr.png")!r}, title="x")

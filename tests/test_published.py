@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.find import find_checkpoint
 from cxt.checkpoints.inspection import diff, show
+from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.published import is_published, preset_of, stand_ins
 from cxt.checkpoints.safetensors import write_portable
 from cxt.config.settings import PRESETS

@@ -55,7 +55,7 @@ def _forked(arguments: list[str], out: str) -> None:
     sys.argv = ["train", *arguments]
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)  # for its loaders, as where it is started as a command
-    from cxt.errors import exit_on_bad_request
+    from cxt.console import exit_on_bad_request
     from cxt.signals import end_at_once, ignore
     from cxt.train import main
 

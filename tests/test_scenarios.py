@@ -15,7 +15,7 @@ from cxt.scenarios.indices import EVALUATION_START, batches, split_of, split_siz
 from cxt.scenarios.msprime_models import island_samples, zigzag
 from cxt.scenarios.registry import check_scenarios, simulate_one
 from cxt.scenarios.seeds import random_generator
-from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, sampled_today
+from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue_models, sampled_today
 
 RATES = {"mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8}
 SPECS = [

@@ -10,8 +10,8 @@ from conftest import constant_scenario
 from cxt.config.schema import complete_part, load_schema
 from cxt.config.settings import TrainingConfig
 from cxt.config.variants import variants
-from cxt.data.live import LIVE_START
 from cxt.data.loaders import EpochBatches
+from cxt.data.simulated import LIVE_START
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_one

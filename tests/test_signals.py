@@ -12,7 +12,7 @@ from conftest import REPOSITORY
 from test_resume import HEARD, command, in_group_of, listens
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.errors import exit_on_bad_request
+from cxt.console import exit_on_bad_request
 from cxt.signals import STATUS
 from cxt.trainer.training_state import saves_of
 
@@ -95,7 +95,7 @@ CODE = """if True:
     from cxt.signals import end_at_once, ignore
     end_at_once()
     import cxt.{module} as module
-    from cxt.errors import exit_on_bad_request
+    from cxt.console import exit_on_bad_request
     from cxt.train import main
     original = module.{name}
     def interrupted(*args, **kwargs):

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, build_dataset, run_python
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
-from cxt.checkpoints.find import find_checkpoint
+from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import TrainingConfig

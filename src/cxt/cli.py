@@ -3,7 +3,8 @@
 import importlib
 import sys
 
-from cxt.errors import BadRequest, exit_on_bad_request, nearest
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest, nearest
 
 COMMANDS = {
     "plan": ("cxt.plan", "what a configuration will cost: simulations, steps, bytes, hours"),

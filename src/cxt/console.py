@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import signal
 import sys
+from collections.abc import Callable
 
-from cxt.errors import Failed
+from cxt.errors import BadRequest, Failed
 
 
 class Watched:
@@ -105,3 +107,29 @@ def complain(message: str) -> None:
     """A line on standard error, if that is possible."""
     if sys.stderr is not None:
         print(f"cxt: {message}", file=Watched(sys.stderr), flush=True)
+
+
+def exit_on_bad_request(main: Callable[[], None]) -> None:
+    """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
+
+    Ctrl-C is one line and status 130. Anything else propagates: Python prints its traceback and exits 1.
+    """
+    from cxt.console import complain, console
+
+    try:
+        with console():
+            main()
+    except BadRequest as error:
+        complain(str(error))
+        raise SystemExit(2) from None
+    except Failed as error:
+        if str(error):
+            complain(str(error))
+        raise SystemExit(error.status) from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning makes another exit of it.
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
+        complain("interrupted")
+        raise SystemExit(130) from None

@@ -1,7 +1,6 @@
 """Exceptions for bad requests and failed runs, and the exit statuses of every command."""
 
 import difflib
-import signal
 from collections.abc import Callable, Iterable
 
 
@@ -55,29 +54,3 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if len(names) <= MANY:
         return f"; there are: {', '.join(names)}"
     return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
-
-
-def exit_on_bad_request(main: Callable[[], None]) -> None:
-    """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
-
-    Ctrl-C is one line and status 130. Anything else propagates: Python prints its traceback and exits 1.
-    """
-    from cxt.console import complain, console
-
-    try:
-        with console():
-            main()
-    except BadRequest as error:
-        complain(str(error))
-        raise SystemExit(2) from None
-    except Failed as error:
-        if str(error):
-            complain(str(error))
-        raise SystemExit(error.status) from None
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning makes another exit of it.
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
-        complain("interrupted")
-        raise SystemExit(130) from None

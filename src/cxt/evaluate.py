@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 from cxt.config.bounds import THREADS, check_flags, problems
-from cxt.console import progress_only
+from cxt.console import exit_on_bad_request, progress_only
 from cxt.data.masks import add_mask_flags, mask_from_flags
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
+from cxt.errors import BadRequest, Failed, why_not
 from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw, evaluate
 from cxt.evaluation.table import read_result, table, table_lineage_of
 from cxt.io import atomic_write, json_text

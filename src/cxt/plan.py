@@ -17,11 +17,12 @@ from cxt.config.bounds import DEVICES, POSITIVE, check_flags
 from cxt.config.file import adapter_config, load, model_config, training_config
 from cxt.config.settings import steps_per_epoch
 from cxt.config.variants import Variant
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest
 from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios.indices import split_size
-from cxt.scenarios.stdpopsim_models import other_recombination
+from cxt.scenarios.stdpopsim_catalogue import other_recombination
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from cxt.config.bounds import COUNT, INDEX, check_flags
 from cxt.config.schema import complete_part
-from cxt.console import progress_only
+from cxt.console import exit_on_bad_request, progress_only
 from cxt.data.manifest import planned_shards, write_manifest
 from cxt.data.masks import add_mask_flags, mask_from_flags, synthetic_mask, write_mask
 from cxt.data.preprocessing import write_split
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
 from cxt.seeds import check_seed
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from cxt.config.demes import read_demes
 from cxt.config.schema import complete_part
 from cxt.config.variants import NOT_PARAMETERS, variants
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest, Failed, nearest
 from cxt.io import check_writable, remove_abandoned
 from cxt.scenarios.batches import reproduce, write_batch
 from cxt.scenarios.registry import KINDS, check_variant
-from cxt.scenarios.stdpopsim_models import other_recombination
+from cxt.scenarios.stdpopsim_catalogue import other_recombination
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 

@@ -28,10 +28,10 @@ from cxt.config.settings import (
     change_no_result,
     steps_per_epoch,
 )
-from cxt.console import progress_only
+from cxt.console import exit_on_bad_request, progress_only
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, nearest
+from cxt.errors import BadRequest, Failed, nearest
 from cxt.io import check_writable, file_sha256, is_locked
 from cxt.lineage import STAGE_VERSION, differing, plan_again, stage_lineage
 from cxt.trainer.flags import build_parser, parse_flags

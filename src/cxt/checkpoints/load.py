@@ -1,10 +1,15 @@
-"""TODO cxt.checkpoints.load"""
+"""Finding a checkpoint by its name or path, and loading its model."""
+
+import os
+import sys
+from pathlib import Path
 
 import torch
 
 from cxt.checkpoints.file import model_of, read_checkpoint
-from cxt.checkpoints.find import find_checkpoint
-from cxt.errors import BadRequest, first_line
+from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable
+from cxt.errors import BadRequest, first_line, nearest
 from cxt.model.transformer import CoalescenceModel
 
 
@@ -52,3 +57,71 @@ def _device_of(device) -> torch.device:
         has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
         raise BadRequest(f"device {found}, but {has}; leave device out to use the CPU")
     return found
+
+
+def checkpoint_directories() -> list[Path]:
+    """Where `load_model` looks for a name, in order."""
+    directories = [Path("results"), Path.home() / ".cache" / "cxt" / "checkpoints"]
+    if os.environ.get("CXT_CHECKPOINT_CACHE"):
+        directories.insert(0, Path(os.environ["CXT_CHECKPOINT_CACHE"]))
+    return directories
+
+
+def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
+    """The best, else the last weights of a run directory."""
+    run = RunDirectory(path)
+    if best and run.best.is_file():
+        return run.best
+    finished = run.finished_checkpoint()
+    if finished is None and (run.state() or {}).get("finished"):
+        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last save", file=sys.stderr)
+    for file in (finished, run.last):
+        if file is not None and file.is_file():
+            if best:
+                print(f"note: {path} has no best weights yet, taking {file.name}", file=sys.stderr)
+            return file
+    raise BadRequest(f"{path} has saved nothing yet")
+
+
+def _path_of(name_or_path) -> Path:
+    """A name or path as a Path; BadRequest if it can be neither."""
+    if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
+        raise BadRequest(f"no checkpoint is called {name_or_path!r}: expected the name or the path of one")
+    path = Path(name_or_path)
+    try:
+        os.stat(path)
+    except (OSError, ValueError) as error:  # it need not be there as a path, but must be able to
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            shown = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
+            raise BadRequest(f"no checkpoint is called {shown!r}: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
+def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
+    """The file of a checkpoint given by name, by path, or by the run directory or the exported directory that it is in.
+
+    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. Of an
+    exported directory, its config.json, which knows its weights by digest. A name is looked up as `<name>.ckpt` in
+    $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+
+    Raises
+    ------
+    BadRequest
+        If there is none; it says where was looked and what is there.
+    """
+    path = _path_of(name_or_path)
+    if (path / "run.json").is_file():
+        return _checkpoint_of_run(path, best=best)
+    directory = path.parent if path.name == WEIGHTS else path
+    if is_portable(directory):
+        return directory / CONFIG
+    if path.suffix == ".ckpt" or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise BadRequest(f"there is no checkpoint {path}")
+    directories = checkpoint_directories()
+    for directory in directories:
+        if (directory / f"{path}.ckpt").is_file():
+            return directory / f"{path}.ckpt"
+    there = {file.stem for directory in directories for file in directory.glob("*.ckpt")}
+    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{nearest(str(path), there)}")

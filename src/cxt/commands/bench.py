@@ -15,7 +15,8 @@ import torch
 from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, device_here, fitting
 from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, first_line, nearest
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest, Failed, first_line, nearest
 from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, training_flops
 

@@ -3,12 +3,8 @@
 import argparse
 from pathlib import Path
 
-from cxt.errors import exit_on_bad_request
-from cxt.scenarios.stdpopsim_models import (
-    fetch_map,
-    genetic_map,
-    write_record,
-)
+from cxt.console import exit_on_bad_request
+from cxt.scenarios.genetic_maps import fetch_map, genetic_map, write_record
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from cxt.checkpoints.file import import_published
-from cxt.checkpoints.find import find_checkpoint
+from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
 from cxt.config.bounds import NOT_NEGATIVE, check_flags
-from cxt.errors import Failed, exit_on_bad_request
+from cxt.console import exit_on_bad_request
+from cxt.errors import Failed
 from cxt.io import check_writable
 
 

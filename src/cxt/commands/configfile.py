@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest
 from cxt.io import atomic_write
 
 

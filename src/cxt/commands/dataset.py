@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from cxt.config.bounds import COUNT, check_flags
-from cxt.errors import exit_on_bad_request
+from cxt.console import exit_on_bad_request
 from cxt.scenarios.indices import SPLITS
 
 

@@ -6,7 +6,8 @@ import sys
 import jsonargparse
 
 from cxt.config.bounds import MOST
-from cxt.errors import BadRequest, Failed, exit_on_bad_request, why_not
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest, Failed, why_not
 from cxt.io import check_writable
 from cxt.train import plan_of
 from cxt.trainer.flags import build_parser, parse_flags

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from cxt.config.file import load
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest
 from cxt.workflow.runs import prune, runs_of, table_of
 
 

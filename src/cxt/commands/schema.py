@@ -5,7 +5,7 @@ import argparse
 from cxt.config.schema import (
     document,
 )
-from cxt.errors import exit_on_bad_request
+from cxt.console import exit_on_bad_request
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from cxt.config.bounds import INDEX, check_flags
-from cxt.errors import BadRequest, exit_on_bad_request
+from cxt.console import exit_on_bad_request
+from cxt.errors import BadRequest
 from cxt.io import atomic_file, check_writable
 from cxt.scenarios.batches import find
 

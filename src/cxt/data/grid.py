@@ -1,11 +1,11 @@
-"""TODO cxt.data.grid"""
+"""The grid of ln TMRCA: from values to bins and tokens, the classes that the network predicts."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
-from cxt.data.compiled import compiled
+from cxt.data.kernels import compiled
 
 
 @compiled

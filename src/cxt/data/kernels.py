@@ -3,12 +3,38 @@
 Single-threaded, and without Python's lock, so that threads which load batches run side by side.
 """
 
+import functools
+import warnings
+
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from cxt.data.compiled import compiled
+
+def compiled(function):
+    """Compile *function* when it is first called; kept beside the package, in the user's cache or in `NUMBA_CACHE_DIR`.
+
+    Where none of these can be written (a read-only container) it is compiled anew in each process, and a warning says so once.
+    """
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError as error:
+        if "no locator" not in str(error):
+            raise
+    _warn()
+    return numba.njit(nogil=True)(function)
+
+
+@functools.cache
+def _warn() -> None:
+    warnings.warn(
+        "compiled code cannot be kept, since neither the folder of the package nor that of the user can be written: each "
+        "process compiles again; set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
 
 _PLACES = np.zeros(64, dtype=np.int64)
 _DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number

@@ -1,4 +1,4 @@
-"""TODO cxt.data.preprocessing"""
+"""From a simulation to what a shard stores of it: usable sites, random pairs, and their ln TMRCA in windows."""
 
 import numpy as np
 import tskit

@@ -3,9 +3,8 @@
 import numpy as np
 import tskit
 
-from cxt.data.compiled import compiled
 from cxt.data.features import check_pairs, num_windows
-from cxt.data.kernels import count_bits, lowest_bit
+from cxt.data.kernels import compiled, count_bits, lowest_bit
 from cxt.errors import BadRequest
 
 

@@ -1,6 +1,12 @@
-"""Figures of accuracy that training and evaluation share, so that one name means one thing."""
+"""Accuracy: metrics that training and evaluation share, and the baselines that an estimate is compared with.
+
+The baselines see the same pairs and windows: heterozygosity in the best fixed window, and the best constant.
+"""
 
 import numpy as np
+
+from cxt.data.features import first_sites
+from cxt.data.shards import Entry
 
 FLAT = 1e-9
 """A range of ln TMRCA that is rounding: a pair with one tree has the same value in all windows but for that."""
@@ -48,4 +54,90 @@ def overall(scenarios: dict) -> dict:
         "coverage95": float(np.mean([row["coverage95"] for row in rows])),
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
         "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
+    }
+
+
+BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
+"""Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
+
+
+def differences(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+    """Sites at which each pair differs, per base window: (pairs, windows) int64."""
+    window = np.repeat(np.arange(windows), np.diff(first_sites(entry.positions, window_size=window_size, windows=windows)))
+    result = np.empty((len(entry.pairs), windows), dtype=np.int64)
+    bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
+    for row, (a, b) in enumerate(entry.pairs):
+        result[row] = np.bincount(window[bits[:, a] != bits[:, b]], minlength=windows)
+    return result
+
+
+def accessible_bases(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+    """Accessible bases per base window: (windows,) float64."""
+    if entry.mask is None:
+        return np.full(windows, float(window_size))
+    return (~entry.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
+
+
+def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windows: int, constant: float) -> np.ndarray:
+    """ln((d + 1/2) / (2 mu (l + l0))), d differences on l accessible bases in *width* windows around each: (pairs, windows).
+
+    Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm, and the l0 bases on
+    which half a difference is expected, l0 = 1/2 / (2 mu exp(*constant*)), so that few bases say little: where none is
+    accessible, the estimate is *constant*, the ln TMRCA that one would take without any data.
+    """
+    half = width // 2
+    left = np.maximum(np.arange(windows) - half, 0)
+    right = np.minimum(np.arange(windows) + half + 1, windows)
+
+    def summed(values):
+        cumulative = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
+        return cumulative[..., right] - cumulative[..., left]
+
+    found = summed(differences(entry, window_size=window_size, windows=windows))
+    bases = summed(accessible_bases(entry, window_size=window_size, windows=windows))
+    return np.log((found + 0.5) / (2 * entry.mutation_rate * bases + 0.5 * np.exp(-constant)))
+
+
+def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict:
+    """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own.
+
+    It knows the best constant as well, the mean true ln TMRCA of these pairs, and falls back to it where there are few bases.
+    """
+    truth = np.concatenate([entry.log_tmrca for entry in entries])
+    constant = float(truth.mean())
+    result = {"mse": np.inf, "mse_width": None, "r": None, "r_width": None}
+    for width in (w for w in BASELINE_WIDTHS if w == 1 or w // 2 < windows):
+        estimate = np.concatenate(
+            [
+                heterozygosity_estimate(entry, width, window_size=window_size, windows=windows, constant=constant)
+                for entry in entries
+            ]
+        )
+        mse, r = float(((estimate - truth) ** 2).mean()), known(pearson_per_pair(truth, estimate))
+        if mse < result["mse"]:
+            result |= {"mse": mse, "mse_width": width * window_size}
+        if r is not None and (result["r"] is None or r > result["r"]):
+            result |= {"r": r, "r_width": width * window_size}
+    return result
+
+
+def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
+    """All figures of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+
+    None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
+    """
+    squared = (mean - truth) ** 2
+    constant = (truth - truth.mean()) ** 2
+    return {
+        "simulations": len(entries),
+        "pairs": int(truth.shape[0] * truth.shape[1]),
+        "mse": float(squared.mean()),
+        "mse_se": known(clustered_error(squared)),
+        "r": known(pearson_per_pair(truth, mean)),
+        "bias": float((mean - truth).mean()),
+        "coverage95": float(((truth >= low) & (truth <= high)).mean()),
+        "baseline": {
+            "heterozygosity": best_window(entries, window_size=window_size, windows=windows),
+            "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
+        },
     }

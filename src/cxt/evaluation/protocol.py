@@ -1,4 +1,4 @@
-"""TODO cxt.evaluation.protocol"""
+"""Evaluating a checkpoint: its input from held-out simulations, decoding, and the metrics of each variant."""
 
 import time
 
@@ -10,8 +10,7 @@ from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_one
 from cxt.data.shards import Entry
 from cxt.errors import BadRequest
-from cxt.evaluation.baselines import best_window
-from cxt.evaluation.metrics import clustered_error, known, overall, pearson_per_pair
+from cxt.evaluation.metrics import overall, score
 from cxt.evaluation.table import shown
 from cxt.io import digest
 from cxt.lineage import check_lineage
@@ -101,8 +100,7 @@ def evaluate(
     import torch
 
     from cxt.checkpoints.file import read_checkpoint
-    from cxt.checkpoints.find import find_checkpoint
-    from cxt.checkpoints.load import load_model
+    from cxt.checkpoints.load import find_checkpoint, load_model
     from cxt.decoding.posterior import computing_in, decode
 
     check_seed(spec["seed"], at="the evaluation's seed")
@@ -171,25 +169,3 @@ def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
 
     draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
     draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
-
-
-def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
-    """All figures of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
-
-    None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
-    """
-    squared = (mean - truth) ** 2
-    constant = (truth - truth.mean()) ** 2
-    return {
-        "simulations": len(entries),
-        "pairs": int(truth.shape[0] * truth.shape[1]),
-        "mse": float(squared.mean()),
-        "mse_se": known(clustered_error(squared)),
-        "r": known(pearson_per_pair(truth, mean)),
-        "bias": float((mean - truth).mean()),
-        "coverage95": float(((truth >= low) & (truth <= high)).mean()),
-        "baseline": {
-            "heterozygosity": best_window(entries, window_size=window_size, windows=windows),
-            "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
-        },
-    }

@@ -1,4 +1,4 @@
-"""TODO cxt.evaluation.table"""
+"""The accuracy table of one or several evaluations, and reading their JSON files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""TODO cxt.scenarios.batches"""
+"""Simulation batches: files of consecutive simulations of one variant, `FILE.trees.batch`.
+
+A batch holds tree sequences in tskit's format, one after another. `tskit.load(path)` would return only the first;
+`read_batch` reads all of them and checks that none is missing.
+"""
 
 import shlex
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""TODO cxt.scenarios.indices"""
+"""Which indices simulations have, how they are grouped into simulation batches, and which are held out for testing."""
 
 EVALUATION_START = 1_000_000_000
 """First index of evaluation simulations; datasets use indices from 0, and the schema keeps them below."""

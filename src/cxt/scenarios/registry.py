@@ -8,8 +8,10 @@ import tskit
 from cxt.config.variants import variants
 from cxt.errors import BadRequest
 from cxt.scenarios import msprime_models as demographies
+from cxt.scenarios.genetic_maps import genetic_map
 from cxt.scenarios.seeds import engine_seeds, random_generator
-from cxt.scenarios.stdpopsim_models import autosomes, catalogue_models, genetic_map, stdpopsim_segment
+from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue_models
+from cxt.scenarios.stdpopsim_models import stdpopsim_segment
 from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()

@@ -1,4 +1,4 @@
-"""TODO cxt.scenarios.seeds"""
+"""The seeds of a simulation: from workflow seed, variant and index to generators and msprime's seeds."""
 
 import dataclasses
 import hashlib

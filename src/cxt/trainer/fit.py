@@ -21,9 +21,9 @@ from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.data.grid import Grid
-from cxt.data.live import SimulatedDataset
 from cxt.data.loaders import DataModule, InOrder
 from cxt.data.pair_dataset import open_dataset
+from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, why_not
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops

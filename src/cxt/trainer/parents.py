@@ -100,7 +100,7 @@ def resolve_network(args, manifest: dict, parent) -> tuple[ModelConfig, AdapterC
 def read_parent(args):
     """File and content of the checkpoint that the verb names, or (None, None); BadRequest when it is of the other sort."""
     from cxt.checkpoints.file import read_checkpoint
-    from cxt.checkpoints.find import find_checkpoint
+    from cxt.checkpoints.load import find_checkpoint
 
     if args.checkpoint is not None and args.resume_adapter is not None:
         raise BadRequest("--checkpoint and --resume-adapter exclude each other")

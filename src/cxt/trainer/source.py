@@ -35,9 +35,9 @@ def check_source(args) -> None:
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
     """Variants of --simulate, and the manifest of what is simulated of them."""
-    from cxt.data.live import live_manifest
+    from cxt.data.simulated import live_manifest
+    from cxt.scenarios.genetic_maps import fetch_map
     from cxt.scenarios.registry import check_variant
-    from cxt.scenarios.stdpopsim_models import fetch_map
 
     config = load(args.configfile)
     chosen = []

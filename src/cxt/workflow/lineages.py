@@ -8,8 +8,8 @@ from cxt.config.variants import Variant, variants
 from cxt.data.manifest import dataset_lineage_of
 from cxt.io import file_sha256
 from cxt.lineage import stage_lineage
+from cxt.scenarios.genetic_maps import catalogue_lineage
 from cxt.scenarios.indices import SPLITS, batches, split_size
-from cxt.scenarios.stdpopsim_models import catalogue_lineage
 from cxt.workflow.jobs import (
     batch_count,
     dataset_spec,

@@ -4,7 +4,7 @@ import os
 
 from cxt.config.variants import Variant
 from cxt.data.manifest import planned_shards
-from cxt.scenarios.stdpopsim_models import check_map_can_be_had
+from cxt.scenarios.genetic_maps import check_map_can_be_had
 from cxt.workflow.jobs import variant_table, variants_of
 
 

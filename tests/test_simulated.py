@@ -11,8 +11,8 @@ from conftest import constant_scenario, run_python
 from cxt import pair_features, pair_log_tmrca
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
-from cxt.data.live import LIVE_START, SimulatedDataset, live_manifest
 from cxt.data.loaders import ProcessLoader
+from cxt.data.simulated import LIVE_START, SimulatedDataset, live_manifest
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_one
 
@@ -108,7 +108,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
     arguments = ["--max-steps", 12, "--eval-max-batches", 1, "--save-every", 5]
     train(flags, tmp_path / "whole", *arguments)
     code = (
-        "import os, sys, signal; from cxt.data import live; from cxt.train import main\n"
+        "import os, sys, signal; from cxt.data import simulated; from cxt.train import main\n"
         "original = live.SimulatedDataset.batch\n"
         "def batch(self, items, **k):\n"
         "    if self.split == 'train' and list(items)[0] >= 8 * 8: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -150,7 +150,7 @@ def test_a_bad_request_in_a_simulating_process(monkeypatch):
     def refuse(*args, **kwargs):
         raise BadRequest("no")
 
-    monkeypatch.setattr("cxt.data.live.simulate_one", refuse)
+    monkeypatch.setattr("cxt.data.simulated.simulate_one", refuse)
     for processes in (0, 1):
         with pytest.raises(BadRequest, match="^no$"):
             list(ProcessLoader(live(), [[0, 1]], processes=processes, pin=False))

@@ -1,0 +1,188 @@
+"""Genetic maps of stdpopsim's catalogue: whether they are there, fetching and reading them.
+
+cxt catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch a map into stdpopsim's cache
+"""
+
+import functools
+import importlib.metadata
+import math
+import warnings
+from pathlib import Path
+
+import msprime
+import numpy as np
+
+from cxt.config.variants import scenario_of
+from cxt.errors import BadRequest, first_line, nearest
+from cxt.io import atomic_write, json_text
+from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue, get_species
+
+
+def genetic_map(spec: dict):
+    """stdpopsim's genetic map of a scenario; BadRequest with the nearest name if there is none."""
+    species = get_species(spec)
+    known = [m.id for m in species.genetic_maps]
+    if spec["genetic_map"] not in known:
+        at = f"scenario '{spec['name']}': {species.id} has no genetic map '{spec['genetic_map']}'"
+        raise BadRequest(at + nearest(spec["genetic_map"], known))
+    return species.get_genetic_map(spec["genetic_map"])
+
+
+def catalogue_lineage(spec: dict) -> list[str]:
+    """What decides a stdpopsim scenario beside its parameters: the catalogue's version, and its map's checksum."""
+    return [importlib.metadata.version("stdpopsim"), *([genetic_map(spec).sha256] if "genetic_map" in spec else [])]
+
+
+def without_map(spec: dict) -> str:
+    """How to go on without a genetic map that cannot be had, in words."""
+    fetch = (
+        f"Fetch it where there is a network (`cxt catalogue --species {spec['species']} --genetic-map "
+        f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is)"
+    )
+    if "kind" not in spec:  # asked for by hand, not by a scenario
+        return fetch
+    scenario = scenario_of(spec["name"])
+    return (
+        f"{fetch}; or go on with the chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an "
+        f"overlay) or without the scenario (`scenarios: {{{scenario}: null}}`)"
+    )
+
+
+def _not_there(spec: dict, reason: str) -> BadRequest:
+    found = genetic_map(spec)
+    return BadRequest(
+        f"scenario '{spec['name']}' needs the genetic map {found.id} of {spec['species']}, which is not in stdpopsim's cache "
+        f"({found.map_cache_dir}){reason}. {without_map(spec)}"
+    )
+
+
+@functools.cache
+def _answer(url: str) -> str:
+    """Why *url* cannot be fetched, or "" if it can."""
+    import http.client  # here, because every job pays for what is imported above
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10):
+            return ""
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        return f" and cannot be fetched ({getattr(error, 'reason', error)})"
+
+
+def check_map_can_be_had(spec: dict, *, fetched=None) -> None:
+    """BadRequest if a scenario's genetic map is neither cached nor answered for by its server; fetches nothing.
+
+    *fetched* is a file that says that the map was fetched; if it is there and the map is not, nothing would fetch it again.
+    """
+    found = genetic_map(spec)
+    if found.is_cached():
+        return
+    if reason := _answer(found.url):
+        raise _not_there(spec, reason)
+    if fetched is not None and Path(fetched).exists():
+        raise _not_there(spec, f", although {fetched} says that it was fetched: delete that file to fetch it again")
+
+
+def fetch_map(spec: dict) -> None:
+    """Put a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
+    from http.client import HTTPException
+
+    found = genetic_map(spec)
+    if found.is_cached():
+        return
+    try:
+        found.download()
+    except (OSError, ValueError, EOFError, HTTPException) as error:
+        # No network; another checksum than the catalogue's; a cut archive.
+        raise _not_there(spec, f" and could not be fetched ({error})") from None
+    if not found.is_cached():
+        raise _not_there(spec, ": something else is in its place; delete that")
+
+
+def write_record(spec: dict, path) -> None:
+    """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
+    record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": genetic_map(spec).sha256}
+    atomic_write(path, json_text(record).encode())
+
+
+def read_map(path, *, length: float) -> msprime.RateMap:
+    """The map of a chromosome of *length* bp from a HapMap file: position and rate (cM/Mb) in its second and third column.
+
+    The rate is missing (NaN) before the first position and beyond the last, and where nothing recombines before the first rate
+    above 0 or after the last one: there the map has no data, though its file may say 0.
+
+    Raises
+    ------
+    BadRequest
+        If the file cannot be read, or is no such map.
+    """
+
+    def damaged(reason: str) -> BadRequest:
+        return BadRequest(
+            f"genetic map {path}: {reason}; expected a header line, then lines of chromosome, position (bp), rate (cM/Mb) and "
+            "map position"
+        )
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*input contained no data.*")
+            table = np.loadtxt(path, skiprows=1, usecols=(1, 2), ndmin=2, encoding="utf-8")
+    except OSError as error:
+        raise damaged(f"cannot be read ({error.strerror or error})") from None
+    except (ValueError, IndexError) as error:  # a line without such columns, or with words in them; not text
+        raise damaged(f"is not a table of numbers ({first_line(error)})") from None
+    if len(table) < 2:
+        raise damaged(f"has {len(table)} lines with a position, expected at least 2")
+    position, rate = table.T
+    if not np.isfinite(table).all():
+        raise damaged("holds NaN or infinite numbers")
+    if position[0] < 0 or (np.diff(position) <= 0).any():
+        raise damaged("its positions are negative, or not in rising order")
+    if (rate < 0).any():
+        raise damaged(f"holds a negative rate, {rate.min():g} cM/Mb")
+    if rate[-1] != 0:
+        raise damaged(f"its last line has the rate {rate[-1]:g} cM/Mb, which has no end; it may be cut")
+    (known,) = np.nonzero((rate > 0) & (position < length))
+    if not known.size:
+        raise damaged(f"has no rate above 0 within the {length:.0f} bp of the chromosome")
+    position = np.minimum(position[known[0] : known[-1] + 2], length)
+    rate = rate[known[0] : known[-1] + 1] / 1e8  # per bp
+    if position[0] > 0:
+        position, rate = np.insert(position, 0, 0), np.insert(rate, 0, np.nan)
+    if position[-1] < length:
+        position, rate = np.append(position, length), np.append(rate, np.nan)
+    return msprime.RateMap(position=position, rate=rate)
+
+
+@functools.lru_cache(maxsize=64)
+def _rates(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
+    """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
+    of = catalogue().get_species(species)
+    found = of.get_genetic_map(name)
+    path = found.map_cache_dir / found.file_pattern.format(id=chromosome)
+    if not path.is_file():
+        return None
+    try:
+        return read_map(path, length=of.genome.get_chromosome(chromosome).length)
+    except BadRequest as error:
+        raise BadRequest(f"{error}. Delete {found.map_cache_dir}, and the workflow fetches the map again") from None
+
+
+def mapped_autosomes(spec: dict) -> list:
+    """The usable chromosomes that a scenario's genetic map covers; BadRequest if the map is not cached, or there is none."""
+    found = genetic_map(spec)
+    if not found.is_cached():
+        raise _not_there(spec, "")
+    covered = [chromosome for chromosome in autosomes(spec) if _rates(spec["species"], found.id, chromosome.id) is not None]
+    if not covered:
+        raise BadRequest(
+            f"scenario '{spec['name']}': the genetic map {found.id} in {found.map_cache_dir} covers no autosome of "
+            f"{spec['species']} as long as sequence_length {spec['sequence_length']}; delete that directory if it is damaged"
+        )
+    return covered
+
+
+def _covered(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
+    """Left and right end, whole bp, of the part of a chromosome that its map has rates of."""
+    (known,) = np.nonzero(~rates.missing)
+    return math.ceil(rates.left[known[0]]), min(math.floor(rates.right[known[-1]]), int(chromosome.length))

@@ -1,0 +1,107 @@
+"""What a scenario takes from stdpopsim's catalogue: species, demographic models and chromosomes."""
+
+import functools
+import sys
+import types
+
+from cxt.errors import BadRequest, nearest
+
+ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
+"""Catalogue models built around ancient samples, which the published training set leaves out."""
+
+
+SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
+"""Sex chromosomes whose names in the catalogue do not say so: X of the anole, X of the stickleback, Z of the butterfly."""
+
+
+@functools.cache
+def catalogue():
+    """The module stdpopsim, imported when it is first needed, since that takes as long as msprime does.
+
+    Half of it would go into second copies of all models, by which only stdpopsim's own tests check the first.
+    """
+    sys.modules.setdefault("stdpopsim.qc", types.ModuleType("stdpopsim.qc"))
+    import stdpopsim
+
+    return stdpopsim
+
+
+def get_species(spec: dict):
+    """The stdpopsim species of a scenario; BadRequest with the nearest name if there is none."""
+    stdpopsim = catalogue()
+    known = [species.id for species in stdpopsim.all_species()]
+    if spec["species"] not in known:
+        raise BadRequest(f"scenario '{spec['name']}': unknown species '{spec['species']}'{nearest(spec['species'], known)}")
+    return stdpopsim.get_species(spec["species"])
+
+
+def sampled_today(model) -> list[str]:
+    """Names of the populations of a catalogue model that can be sampled at time 0."""
+    return [p.name for p in model.populations if p.allow_samples and not p.default_sampling_time]
+
+
+def catalogue_models(spec: dict) -> list[str]:
+    """Catalogue models that a stdpopsim scenario draws from; empty for a constant size.
+
+    Raises
+    ------
+    BadRequest
+        If stdpopsim has no such species or model, or a model has no population that can be sampled at time 0.
+    """
+    species = get_species(spec)
+    known = [model.id for model in species.demographic_models]
+    for model in spec.get("models", []):
+        if model not in known:
+            raise BadRequest(f"scenario '{spec['name']}': {species.id} has no model '{model}'{nearest(model, known)}")
+    if known and spec.get("models") != [] and "population_size" in spec:
+        raise BadRequest(
+            f"scenario '{spec['name']}': population_size is for a constant size, but {species.id} has catalogue models; "
+            "add `models: []` for the size, or take population_size away"
+        )
+    chosen = spec.get("models", [model for model in known if model not in ANCIENT_MODELS])
+    for model in chosen:
+        if not sampled_today(_model(species.id, model)):
+            raise BadRequest(f"scenario '{spec['name']}': no population of '{model}' can be sampled at time 0")
+    return list(chosen)
+
+
+@functools.cache
+def _model(species: str, model: str):
+    """A catalogue model, built once a process: building one costs more than a short simulation."""
+    return catalogue().get_species(species).get_demographic_model(model)
+
+
+def autosomes(spec: dict) -> list:
+    """Nuclear chromosomes of two copies that are no sex chromosomes and long enough for the segment."""
+    species = get_species(spec)
+    sex = ("X", "Y", "Z", "W", *SEX_CHROMOSOMES.get(species.id, ()))
+    usable = [c for c in species.genome.chromosomes if c.ploidy == 2 and c.id.upper() not in map(str.upper, sex)]
+    if not usable:
+        raise BadRequest(f"scenario '{spec['name']}': {species.id} has no chromosome of two copies; cxt simulates diploids")
+    long_enough = [chromosome for chromosome in usable if chromosome.length >= spec["sequence_length"]]
+    if not long_enough:
+        longest = max((chromosome.length for chromosome in usable), default=0)
+        raise BadRequest(
+            f"scenario '{spec['name']}': no autosome of {species.id} is as long as sequence_length {spec['sequence_length']}; "
+            f"the longest has {longest:.0f} bp"
+        )
+    return long_enough
+
+
+def other_recombination(spec: dict) -> str:
+    """What to say of a scenario whose models were inferred with other recombination rates than it has; "" if none was."""
+    inferred = {name: _model(spec["species"], name).recombination_rate for name in catalogue_models(spec)}
+    if "genetic_map" in spec:
+        source, found = f"the genetic map {spec['genetic_map']}", []
+    else:
+        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in autosomes(spec)]
+    others = {name: rate for name, rate in inferred.items() if rate is not None and set(found) != {rate}}
+    if not others:
+        return ""
+    rates = (
+        f" ({' to '.join(f'{rate:.3g}' for rate in sorted({min(found), max(found)}))} per bp and generation)" if found else ""
+    )
+    return (
+        f"scenario '{spec['name']}' recombines at the rates of {source}{rates}; these of its models were inferred with others: "
+        + ", ".join(f"{name} {rate:.3g}" for name, rate in others.items())
+    )
