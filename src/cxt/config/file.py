@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from cxt.config.demes import read_demes
-from cxt.config.schema import REPOSITORY, complete, complete_part
+from cxt.config.schema import complete, complete_part
 from cxt.config.settings import (
     PRESETS,
     SIZES,
@@ -21,11 +21,12 @@ from cxt.config.settings import (
     check_missingness,
     pairs_of,
 )
+from cxt.config.shipped import default_configfile, find_configfile
 from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, nearest
 
-DEFAULT_CONFIG = REPOSITORY / "config" / "config.yaml"
+DEFAULT_CONFIG = default_configfile()
 
 
 def merge(base: dict, overlay: dict) -> dict:
@@ -51,7 +52,7 @@ def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
     """
     config = read_yaml(default)
     for path in configfiles:
-        config = merge(config, read_yaml(path))
+        config = merge(config, read_yaml(find_configfile(path)))
     return resolve(config)
 
 

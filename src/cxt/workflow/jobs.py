@@ -6,9 +6,9 @@ else decides what is made, and what is stale.
 
 import os
 import sys
+from pathlib import Path
 
 from cxt.config.file import training_config
-from cxt.config.schema import REPOSITORY
 from cxt.config.settings import steps_per_epoch
 from cxt.config.variants import Variant, scenario_of, variants
 from cxt.data.masks import describe_mask, read_mask
@@ -91,7 +91,7 @@ def put_package_on_path() -> None:
     A conda environment, where one is used, comes before it and needs the dependencies only.
     """
     before = filter(None, [os.environ.get("PYTHONPATH")])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "src"), *before])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *before])
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
 
 
