@@ -18,7 +18,7 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[all]
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

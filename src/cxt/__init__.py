@@ -1,21 +1,55 @@
 """cxt: train coalescence language models, and use them.
 
-Names are imported when first used, so that `import cxt` is quick and what does not train needs no Lightning.
+Names are imported when first used, so that `import cxt` is quick, and that using a checkpoint needs neither Lightning nor a
+simulator.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "pair_features": "cxt.data.features",
-    "pair_log_tmrca": "cxt.data.targets",
+if TYPE_CHECKING:
+    from cxt.checkpoints.load import load_model
+    from cxt.data.features import pair_features
+    from cxt.data.pair_dataset import PairDataset
+    from cxt.data.targets import pair_log_tmrca
+    from cxt.train import train_model
+
+    __version__: str
+
+_MODULE_OF = {
     "PairDataset": "cxt.data.pair_dataset",
     "load_model": "cxt.checkpoints.load",
+    "pair_features": "cxt.data.features",
+    "pair_log_tmrca": "cxt.data.targets",
     "train_model": "cxt.train",
 }
-__all__ = ["PairDataset", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
+__all__ = ["PairDataset", "__version__", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
+
+
+def _version() -> str:
+    """The version of the installed package; of a checkout on PYTHONPATH that was not installed, 0+unknown."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("cxt")
+    except PackageNotFoundError:
+        return "0+unknown"
 
 
 def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'cxt' has no attribute '{name}'")
+    if name == "__version__":
+        return _version()
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cxt' has no attribute '{name}'")
+    try:
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+    except ModuleNotFoundError as error:
+        from cxt.errors import advise_extra
+
+        if (advice := advise_extra(error)) is None:
+            raise
+        raise ModuleNotFoundError(f"cxt.{name}: {advice}", name=error.name) from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

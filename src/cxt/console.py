@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from cxt.errors import BadRequest, Failed
+from cxt.errors import BadRequest, Failed, advise_extra
 
 
 class Watched:
@@ -112,15 +112,20 @@ def complain(message: str) -> None:
 def exit_on_bad_request(main: Callable[[], None]) -> None:
     """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
 
-    Ctrl-C is one line and status 130. Anything else propagates: Python prints its traceback and exits 1.
+    A package that is not installed because it belongs to one of cxt's extras is such a bad request. Ctrl-C is one line and
+    status 130. Anything else propagates: Python prints its traceback and exits 1.
     """
-    from cxt.console import complain, console
-
     try:
         with console():
             main()
     except BadRequest as error:
         complain(str(error))
+        raise SystemExit(2) from None
+    except ModuleNotFoundError as error:
+        advice = advise_extra(error)
+        if advice is None:
+            raise
+        complain(advice)
         raise SystemExit(2) from None
     except Failed as error:
         if str(error):

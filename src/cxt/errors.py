@@ -1,4 +1,4 @@
-"""Exceptions for bad requests and failed runs, and the exit statuses of every command."""
+"""Exceptions for bad requests and failed runs, and what their messages have in common."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -54,3 +54,30 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     if len(names) <= MANY:
         return f"; there are: {', '.join(names)}"
     return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
+
+
+EXTRAS = {
+    "demes": "simulate", "msprime": "simulate", "stdpopsim": "simulate",
+    "jsonargparse": "train", "lightning_fabric": "train", "pytorch_lightning": "train", "tensorboard": "train",
+    "snakemake": "workflow",
+}  # fmt: skip
+"""{package to import: the extra of cxt that installs it}."""
+
+
+def advise_extra(error: ModuleNotFoundError) -> str | None:
+    """Say which extra of cxt to install for a package that could not be imported.
+
+    Parameters
+    ----------
+    error : ModuleNotFoundError
+        As Python raised it.
+
+    Returns
+    -------
+    str or None
+        One line with the command; None for a package that is in no extra.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return f"this needs the package {package}, which is not installed: pip install 'cxt[{EXTRAS[package]}]'"

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import demes
-
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 
@@ -17,6 +15,8 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
     BadRequest
         If there is no such file, it does not parse or is no valid Demes model, or is too large.
     """
+    import demes  # of an extra, which configurations without such a scenario do not need
+
     if isinstance(demography, str):
         path = Path(demography)
         if not path.is_file():
