@@ -2,7 +2,7 @@
 # Outputs: results/simulations/<variant>/<start>.trees.batch, one file per batch.
 
 
-# Local, because nodes of a cluster often have no network: they find the map in stdpopsim's cache.
+# Local, because machines of a cluster often have no network: they find the map in stdpopsim's cache.
 rule genetic_map:
     output:
         "results/maps/{map}.json",

@@ -113,7 +113,7 @@ CODE = """if True:
     [
         ("trainer.fit", "write_checkpoint", "SIGHUP"),  # when it is trained
         ("checkpoints.run_directory", "atomic_file", "SIGINT"),  # as it publishes
-        ("train", "Nodes", "SIGTERM"),  # before it waits for other nodes
+        ("train", "Machines", "SIGTERM"),  # before it waits for other machines
         ("trainer.fit", "data_of", "SIGUSR1"),  # as it reads
     ],
 )

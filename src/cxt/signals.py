@@ -19,7 +19,7 @@ STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, signal.S
 """Exit statuses. SIGUSR1 is what schedulers warn with before they send SIGTERM."""
 
 TRAINER = "CXT_TRAINER"
-"""Environment: number of the process that has started this one for another device of its node."""
+"""Environment: number of the process that has started this one for another device of its machine."""
 
 _last_words: list[Callable[[str, int], None]] = []
 
@@ -100,7 +100,7 @@ def kill_children() -> None:
 
 
 def is_led() -> bool:
-    """Whether another process of this node has started this one, for another device."""
+    """Whether another process of this machine has started this one, for another device."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 

@@ -35,7 +35,7 @@ from cxt.errors import BadRequest, Failed, nearest
 from cxt.io import check_writable, file_sha256, is_locked
 from cxt.lineage import STAGE_VERSION, differing, plan_again, stage_lineage
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.trainer.machines import Nodes
+from cxt.trainer.machines import Machines
 from cxt.trainer.parents import (
     OF_THE_ADAPTER,
     OF_THE_NETWORK,
@@ -241,7 +241,7 @@ def plan_of(args):
     leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in leave_out},
-        # On several nodes a GPU's sums may be made in another order.
+        # On several machines a GPU's sums may be made in another order. "nodes" is what earlier runs have recorded.
         "devices": f"{world} {accelerator}" + (f" on {args.nodes} nodes" if args.nodes > 1 else ""),
         "lineage": args.lineage,
         "dataset": data_digest,
@@ -263,7 +263,7 @@ def plan_of(args):
         resumes_adapter=args.resume_adapter is not None,
         accelerator=accelerator,
         devices=devices,
-        nodes=args.nodes,
+        machines=args.nodes,
         lineage=args.lineage,
         max_steps=args.max_steps,
     )
@@ -272,7 +272,7 @@ def plan_of(args):
 
 
 def note_what_does_nothing(plan) -> None:
-    """Say on stderr, once for all processes of a node, which settings ask for what this run cannot or will not do."""
+    """Say on stderr, once for all processes of a machine, which settings ask for what this run cannot or will not do."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     training, words = plan.training, []
@@ -326,17 +326,17 @@ def train(args, *, began: float) -> Path:
     """One run, from parsed arguments to a published checkpoint; its directory. --max-minutes count from *began*."""
     if "LOCAL_RANK" in os.environ and RUN_DIRECTORY_OF_RANK_0 not in os.environ:
         raise BadRequest(
-            "LOCAL_RANK is set, as by torchrun; start one process on each node without it: that one starts those of the other "
-            "devices (--devices N or --gpus)"
+            "LOCAL_RANK is set, as by torchrun; start one process on each machine without it: that one starts those of the "
+            "other devices (--devices N or --gpus)"
         )
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return train_beside(args, began=began)
-    with Nodes(args.nodes, directory=meeting_place(args)) as nodes:
-        return train_on_node(args, nodes, began=began)
+    with Machines(args.nodes, directory=meeting_place(args)) as machines:
+        return train_on_machine(args, machines, began=began)
 
 
 def meeting_place(args) -> Path:
-    """A directory that all nodes see before the first one has said which run it is."""
+    """A directory that all machines see before the first one has said which run it is."""
     run = args.run_dir or (args.resume if isinstance(args.resume, str) else None)
     return Path(args.log_dir) if run is None else Path(run).absolute().parent
 
@@ -347,7 +347,7 @@ def deadline_of(args, began: float) -> float | None:
 
 
 def train_beside(args, *, began: float) -> Path:
-    """The same in a process that another one of this node has started for one of its devices."""
+    """The same in a process that another one of this machine has started for one of its devices."""
     follow()
     from cxt.trainer.fit import data_of, fit
 
@@ -358,8 +358,8 @@ def train_beside(args, *, began: float) -> Path:
     return run.path
 
 
-def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
-    """The same in the first process of a node; that of the first node decides and writes."""
+def train_on_machine(args, machines: Machines, *, began: float) -> Path:
+    """The same in the first process of a machine; that of the first machine decides and writes."""
     if args.max_minutes is not None and not args.max_minutes > 0:
         raise BadRequest(f"--max-minutes {args.max_minutes:g}: expected above 0")
     if not args.wait_for_lock >= 0:
@@ -367,32 +367,34 @@ def train_on_node(args, nodes: Nodes, *, began: float) -> Path:
     if args.out is not None:
         check_writable(args.out)
     plan, identity = plan_of(args)
-    for node, theirs in enumerate(nodes.gather(identity), start=1):
+    for number, theirs in enumerate(machines.gather(identity), start=1):
         if theirs != identity:
-            raise BadRequest(f"node {node} was started with {differences(theirs, identity)}, as on node 0; they must be alike")
-    if nodes.rank == 0:
+            raise BadRequest(
+                f"machine {number} was started with {differences(theirs, identity)}, as on machine 0; they must be alike"
+            )
+    if machines.rank == 0:
         path, save = run_to_open(args)
-        nodes.share(str(path.absolute()))
+        machines.share(str(path.absolute()))
     else:
-        path, save = Path(nodes.share()), None
+        path, save = Path(machines.share()), None
     run = RunDirectory(path)
     os.environ[RUN_DIRECTORY_OF_RANK_0] = str(path)
     with let_go_at_the_end(run):
-        stale = open_run(args, run, identity) if nodes.rank == 0 else None
-        is_finished = nodes.share(stale is None and run.finished_checkpoint() is not None)
+        stale = open_run(args, run, identity) if machines.rank == 0 else None
+        is_finished = machines.share(stale is None and run.finished_checkpoint() is not None)
         if not is_finished:
             plan = dataclasses.replace(plan, deadline=deadline_of(args, began), wanted_save=save)
-            run_plan(plan, run, nodes, identity=identity, settings=settings_of(args), stale=stale)
+            run_plan(plan, run, machines, identity=identity, settings=settings_of(args), stale=stale)
         elif save is not None:
             raise BadRequest(f"--resume {save}: {run.path} is finished; leave the save out, or start afresh with --restart")
-        elif nodes.rank == 0:
+        elif machines.rank == 0:
             print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
-        if nodes.rank == 0:
+        if machines.rank == 0:
             print(f"finished: {run.finished_checkpoint()}", flush=True)
             if args.out is not None:
                 run.publish(args.out)
                 print(f"published: {args.out}", flush=True)
-        nodes.share()  # the others end when it is published
+        machines.share()  # the others end when it is published
     return run.path
 
 
@@ -406,20 +408,20 @@ def let_go_at_the_end(run: RunDirectory):
         run.release()
 
 
-def run_plan(plan, run: RunDirectory, nodes: Nodes, *, identity: dict, settings: dict, stale: str | None) -> None:
-    """Read the data, set what is *stale* aside when all nodes have read theirs, and train."""
+def run_plan(plan, run: RunDirectory, machines: Machines, *, identity: dict, settings: dict, stale: str | None) -> None:
+    """Read the data, set what is *stale* aside when all machines have read theirs, and train."""
     from cxt.trainer.fit import data_of, fit
 
     try:
         data = data_of(plan)
-        nodes.gather("read")
+        machines.gather("read")
     except (BadRequest, Failed):
-        if nodes.rank == 0:
+        if machines.rank == 0:
             run.discard_if_empty()
         raise
     if stale is not None:
         print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
-    fit(plan, run, data, nodes=nodes, identity=identity, settings=settings)
+    fit(plan, run, data, machines=machines, identity=identity, settings=settings)
 
 
 def print_settings(args) -> None:

@@ -30,7 +30,7 @@ from cxt.model.flops import training_flops
 from cxt.model.transformer import CoalescenceModel
 from cxt.seeds import torch_seed
 from cxt.trainer.log import TrainingLog, read_log
-from cxt.trainer.machines import Nodes
+from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule, compile_backend
 from cxt.trainer.training_state import AtomicIO, Saves, save_to_continue
 from cxt.trainer.validation import DecodedItems, Validation, truth_beside_prediction
@@ -51,8 +51,8 @@ class Plan:
     network, adapter, training : the configurations; adapter is None for a plain model
     parent, parent_file, parent_sha256 : checkpoint to start from, or None
     resumes_adapter : the parent's adapter weights are loaded too
-    accelerator, devices : of a node, as Lightning takes them; a number of devices, or a list of GPU indices
-    nodes : number of nodes
+    accelerator, devices : of a machine, as Lightning takes them; a number of devices, or a list of GPU indices
+    machines : number of machines
     lineage : digest of everything the checkpoint depends on, or None
     max_steps : optimizer steps after which training ends, whatever the epochs say; None for no limit
     deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
@@ -74,7 +74,7 @@ class Plan:
     resumes_adapter: bool
     accelerator: str
     devices: int | list[int]
-    nodes: int
+    machines: int
     lineage: str | None
     max_steps: int | None
     deadline: float | None = None
@@ -82,8 +82,8 @@ class Plan:
 
     @property
     def world(self) -> int:
-        """Number of devices, on all nodes."""
-        return self.nodes * (len(self.devices) if isinstance(self.devices, list) else self.devices)
+        """Number of devices, on all machines."""
+        return self.machines * (len(self.devices) if isinstance(self.devices, list) else self.devices)
 
     @property
     def precision(self) -> str:
@@ -223,7 +223,7 @@ def summary_of(plan: Plan, model: CoalescenceModel) -> dict:
         "batch_size": plan.training.batch_size,
         "grad_accum": plan.training.grad_accum,
         "devices": plan.world,
-        "nodes": plan.nodes,
+        "nodes": plan.machines,
         "accelerator": plan.accelerator,
         "compile": compile_backend(plan.training, plan.device_type) or "none",
         "attention": plan.training.attention,
@@ -242,7 +242,7 @@ def announce(plan: Plan, summary: dict) -> None:
         print(f"{plan.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
     if not summary["test_items"]:
         print(f"{plan.name}: the dataset has no test items: training without validation", flush=True)
-    on = f" on {plan.nodes} nodes" if plan.nodes > 1 else ""
+    on = f" on {plan.machines} machines" if plan.machines > 1 else ""
     print(
         f"{plan.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
         f"{summary['train_items']:,} items, effective batch {plan.effective_batch} "
@@ -262,7 +262,7 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
     return pl.Trainer(
         accelerator=plan.accelerator,
         devices=plan.devices,
-        num_nodes=plan.nodes,
+        num_nodes=plan.machines,
         # None is unused; but without this, DDP puts the gradients into another order after its first step, and a resumed run
         # would sum those of three or more devices in another order than the run that it continues.
         strategy="ddp_find_unused_parameters_true" if plan.world > 1 else "auto",
@@ -322,19 +322,19 @@ def fit(
     run: RunDirectory,
     data: DataModule,
     *,
-    nodes: Nodes | None = None,
+    machines: Machines | None = None,
     identity: dict | None = None,
     settings: dict | None = None,
 ) -> None:
     """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint and its figures.
 
-    *identity* and *settings* are recorded in the run directory, unless the run has begun before. The first process of a node
+    *identity* and *settings* are recorded in the run directory, unless the run has begun before. The first process of a machine
     gives all three; those it has started for its other devices give none.
 
     Raises
     ------
     BadRequest
-        If none of the saves can be read, or this node does not see the one to continue from.
+        If none of the saves can be read, or this machine does not see the one to continue from.
     Failed
         If loss, gradient or weights are not finite, memory runs out, or a save cannot be written (status 1); after a signal
         (143; 130 for SIGINT) or when the time is up (75), saved.
@@ -372,11 +372,11 @@ def fit(
         last = save_to_continue(run, plan.name, wanted=plan.wanted_save)
         if last is not None:
             print(f"{plan.name}: continuing from {last}", flush=True)
-    if nodes is not None:
-        os.environ[SAVE_OF_RANK_0] = nodes.share("" if last is None else str(last.absolute()))
+    if machines is not None:
+        os.environ[SAVE_OF_RANK_0] = machines.share("" if last is None else str(last.absolute()))
     last = os.environ[SAVE_OF_RANK_0] or None
     if last is not None and not os.path.exists(last):
-        raise BadRequest(f"this node does not see {last}, to continue from; all need the file system of the run directory")
+        raise BadRequest(f"this machine does not see {last}, to continue from; all need the file system of the run directory")
     with saves.listening():
         run_trainer(trainer, plan, module, data, last)
     if trainer.global_step != plan.total_steps and not validation.stopped:
@@ -390,7 +390,7 @@ def fit(
 
 
 def run_trainer(trainer: pl.Trainer, plan: Plan, module: TrainingModule, data: DataModule, save) -> None:
-    """Lightning's fit; what it raises becomes a message, and ends the processes of this node's other devices."""
+    """Lightning's fit; what it raises becomes a message, and ends the processes of this machine's other devices."""
     try:
         trainer.fit(module, data, ckpt_path=save, weights_only=True)
     except BaseException as error:

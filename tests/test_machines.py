@@ -1,4 +1,4 @@
-"""Several nodes of one run, which are processes of this machine here."""
+"""Several machines of one run, which are processes of this machine here."""
 
 import contextlib
 import multiprocessing
@@ -18,9 +18,10 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.plan import plan
-from cxt.trainer import machines as module
+from cxt.trainer import connection, rendezvous
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.trainer.machines import Nodes, node_rank
+from cxt.trainer.machines import Machines
+from cxt.trainer.rendezvous import read_machine_rank
 from cxt.workflow.costs import Costs
 
 
@@ -38,7 +39,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """Two nodes at a free port of this machine, of which this is the first."""
+    """Two machines at a free port of this machine, of which this is the first."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "MASTER_")) or name in ("NODE_RANK", "LOCAL_RANK"):
             monkeypatch.delenv(name)
@@ -77,14 +78,14 @@ def test_command_in_the_documentation_parses():
     assert args.devices * args.nodes * args.batch_size * args.grad_accum == 2304
 
 
-# Which node this is
+# Which machine this is
 
 
-def test_one_node_needs_nothing(environment, monkeypatch):
+def test_one_machine_needs_nothing(environment, monkeypatch):
     for name in environment:
         monkeypatch.delenv(name)
-    with Nodes(1) as nodes:
-        assert (nodes.rank, nodes.gather("x"), nodes.share("y")) == (0, [], "y")
+    with Machines(1) as machines:
+        assert (machines.rank, machines.gather("x"), machines.share("y")) == (0, [], "y")
     assert "MASTER_ADDR" not in os.environ
 
 
@@ -95,7 +96,7 @@ def test_one_node_needs_nothing(environment, monkeypatch):
         (2, {"NODE_RANK": None, "MASTER_ADDR": None}, "NODE_RANK and MASTER_ADDR are not set"),
         (2, {"NODE_RANK": "2"}, "NODE_RANK is '2': expected 0 to 1"),
         (2, {"MASTER_PORT": "65535"}, "MASTER_PORT is '65535': expected 1 to 65534"),
-        (2, {"SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "several processes on this node"),
+        (2, {"SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "several processes on this machine"),
         (1, {"NODE_RANK": "1"}, "NODE_RANK is 1, but --nodes is 1"),
         (0, {}, "--nodes 0: expected at least 1"),
     ],
@@ -104,7 +105,7 @@ def test_what_is_not_set(environment, monkeypatch, count, changes, message):
     for name, value in changes.items():
         monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(BadRequest, match=message):
-        node_rank(count)
+        read_machine_rank(count)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_slurm_says_it(environment, monkeypatch, names, first):
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
     try:
-        assert node_rank(2) == 1
+        assert read_machine_rank(2) == 1
         assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == (first, "28002")
     finally:
         for name in environment:
@@ -128,20 +129,20 @@ def test_slurm_says_it(environment, monkeypatch, names, first):
 
 
 def test_others_do_not_come(environment, monkeypatch):
-    with pytest.raises(BadRequest, match=r"--nodes 3, but after 0 s nothing was heard of node 1, 2; start the same command"):
-        Nodes(3, seconds=0.2)
+    with pytest.raises(BadRequest, match=r"--nodes 3, but after 0 s nothing was heard of machine 1, 2; start the same command"):
+        Machines(3, seconds=0.2)
     monkeypatch.setenv("NODE_RANK", "1")
-    with pytest.raises(BadRequest, match=r"the first node has not answered at 127.0.0.1, port \d+ .*MASTER_ADDR must name"):
-        Nodes(2, seconds=0.2)
+    with pytest.raises(BadRequest, match=r"the first machine has not answered at 127.0.0.1, port \d+ .*MASTER_ADDR must name"):
+        Machines(2, seconds=0.2)
     assert not list(Path().iterdir())  # the secret is gone with who left it
 
 
 def joins(environment, *ranks: int, count: int = 3) -> list[threading.Thread]:
-    """Threads that stand for other nodes: each joins, says nothing more, and keeps its connection for a while."""
+    """Threads that stand for other machines: each joins, says nothing more, and keeps its connection for a while."""
 
     def join(rank: int) -> None:
         port = int(environment["MASTER_PORT"]) + 1
-        peer = module._first("127.0.0.1", port, rank, count, 10, module.secret_file("."))
+        peer = rendezvous.connect_to_first("127.0.0.1", port, rank, count, 10, rendezvous.secret_path("."))
         time.sleep(1)
         peer.close()
 
@@ -154,14 +155,14 @@ def joins(environment, *ranks: int, count: int = 3) -> list[threading.Thread]:
 @pytest.mark.parametrize(
     ("ranks", "count", "message"),
     [
-        ((1, 1), 3, "two processes say that they are node 1"),
-        ((1,), 2, "node 0 was started with --nodes 3, node 1 with --nodes 2"),
+        ((1, 1), 3, "two processes say that they are machine 1"),
+        ((1,), 2, "machine 0 was started with --nodes 3, machine 1 with --nodes 2"),
     ],
 )
-def test_nodes_that_do_not_belong_together(environment, ranks, count, message):
+def test_machines_that_do_not_belong_together(environment, ranks, count, message):
     threads = joins(environment, *ranks, count=count)
     with pytest.raises(BadRequest, match=message):
-        Nodes(3, seconds=20)
+        Machines(3, seconds=20)
     for thread in threads:
         thread.join()
 
@@ -169,10 +170,10 @@ def test_nodes_that_do_not_belong_together(environment, ranks, count, message):
 def test_port_in_use(environment):
     port = int(environment["MASTER_PORT"]) + 1
     with socket.create_server(("", port)), pytest.raises(BadRequest, match=f"port {port}, MASTER_PORT \\+ 1, cannot be used"):
-        Nodes(2)
+        Machines(2)
 
 
-def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
+def test_what_is_no_machine_is_ignored_and_an_end_is_noticed(environment):
     port = int(environment["MASTER_PORT"]) + 1
 
     threads = []
@@ -193,8 +194,8 @@ def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
     silent = [threading.Thread(target=sit, args=(port,)) for _ in range(3)]
     for thread in silent:
         thread.start()
-    with pytest.raises(Failed, match="node [12] is gone, without a word"), Nodes(3, seconds=20) as nodes:
-        nodes.gather("here")
+    with pytest.raises(Failed, match="machine [12] is gone, without a word"), Machines(3, seconds=20) as machines:
+        machines.gather("here")
     stranger.join()
     assert len(threads) == 2
     for thread in threads + silent:
@@ -202,7 +203,7 @@ def test_what_is_no_node_is_ignored_and_an_end_is_noticed(environment):
 
 
 def sit(port: int) -> None:
-    """Connect and say nothing, as one who wants the others to wait; a node that listens ends it in its time."""
+    """Connect and say nothing, as one who wants the others to wait; a machine that listens ends it in its time."""
     for _ in range(500):
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)) as stranger:
             stranger.recv(1000)
@@ -212,7 +213,7 @@ def sit(port: int) -> None:
 
 
 class Stranger:
-    """A connection to the first node, which has not said who it is."""
+    """A connection to the first machine, which has not said who it is."""
 
     def __init__(self, port: int):
         for _ in range(500):
@@ -220,7 +221,7 @@ class Stranger:
                 self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
                 break
             time.sleep(0.02)
-        self.peer = module.Peer(self.socket)
+        self.peer = connection.Connection(self.socket)
 
     def is_sent_away(self) -> bool:
         """Whether nothing comes but the end of the connection."""
@@ -231,13 +232,13 @@ class Stranger:
 
 
 def first_of_two(seconds: float = 20) -> tuple[threading.Thread, list]:
-    """A thread in which the first of two nodes waits for the other, and what has come of it."""
+    """A thread in which the first of two machines waits for the other, and what has come of it."""
     result = []
 
     def wait() -> None:
         try:
-            with Nodes(2, seconds=seconds) as nodes:
-                result.append(nodes.gather("here"))
+            with Machines(2, seconds=seconds) as machines:
+                result.append(machines.gather("here"))
         except (BadRequest, Failed) as error:
             result.append(error)
 
@@ -247,84 +248,84 @@ def first_of_two(seconds: float = 20) -> tuple[threading.Thread, list]:
 
 
 def hello(number: str, secret: str, **changes) -> dict:
-    """What a node says that knows *secret*, with *changes* that it has signed."""
-    said = {"number": "1", "node": 1, "nodes": 2} | changes
-    numbers = (number, said["number"], str(said["node"]), str(said["nodes"]))
-    return {"proof": module._proof(secret, "node", *numbers)} | said
+    """What a machine says that knows *secret*, with *changes* that it has signed."""
+    said = {"number": "1", "machine": 1, "machines": 2} | changes
+    numbers = (number, said["number"], str(said["machine"]), str(said["machines"]))
+    return {"proof": connection.make_proof(secret, "machine", *numbers)} | said
 
 
 def test_who_does_not_know_the_secret_is_sent_away(environment):
-    """Guesses, answers to another connection, ranks that cannot be, and lines of any length; the node itself is let in."""
+    """Guesses, answers to another connection, ranks that cannot be, and lines of any length; the machine itself is let in."""
     port = int(environment["MASTER_PORT"]) + 1
     thread, result = first_of_two()
     strangers = [Stranger(port) for _ in range(7)]
-    numbers = [stranger.peer.read()["number"] for stranger in strangers]
-    file = module.secret_file(".")
+    numbers = [stranger.peer.receive()["number"] for stranger in strangers]
+    file = rendezvous.secret_path(".")
     secret = file.read_text()
     assert file.stat().st_mode & 0o777 == 0o600
     assert len(set(numbers)) == 7
     say = [
         hello(numbers[0], "guess"),
-        {"node": 1, "nodes": 2},
+        {"machine": 1, "machines": 2},
         hello(numbers[1], secret),  # of another connection
-        hello(numbers[3], secret, node=0),
-        hello(numbers[4], secret, node=2),
-        hello(numbers[5], secret, node=True),
+        hello(numbers[3], secret, machine=0),
+        hello(numbers[4], secret, machine=2),
+        hello(numbers[5], secret, machine=True),
     ]
     for stranger, message in zip(strangers, say, strict=False):
-        stranger.peer.say(message)
+        stranger.peer.send(message)
     with contextlib.suppress(ConnectionError):
         strangers[6].socket.sendall(b"x" * 100_000)
     assert all(stranger.is_sent_away() for stranger in strangers)
     assert not result
-    peer = module._first("127.0.0.1", port, 1, 2, 10, file)
-    peer.say({"value": "there"})
+    peer = rendezvous.connect_to_first("127.0.0.1", port, 1, 2, 10, file)
+    peer.send({"value": "there"})
     thread.join()
     assert result == [["there"]]
     assert not file.exists()
     peer.close()
 
 
-def test_only_the_first_node_is_believed(environment):
+def test_only_the_first_machine_is_believed(environment):
     """Whoever answers at its address without the secret gets nothing of it, and nothing from it is taken."""
     port = int(environment["MASTER_PORT"]) + 1
-    module._leave_secret(module.secret_file("."))
+    rendezvous.leave_secret(rendezvous.secret_path("."))
     heard = []
 
     def pretend() -> None:
-        connection = server.accept()[0]
-        peer = module.Peer(connection)
-        peer.say({"number": "1"})
-        heard.append(peer.read())
-        peer.say({"proof": heard[0]["proof"]})
-        peer.say({"value": "/tmp/evil"})
+        accepted = server.accept()[0]
+        peer = connection.Connection(accepted)
+        peer.send({"number": "1"})
+        heard.append(peer.receive())
+        peer.send({"proof": heard[0]["proof"]})
+        peer.send({"value": "/tmp/evil"})
         peer.close()
 
     with socket.create_server(("127.0.0.1", port)) as server:
         thread = threading.Thread(target=pretend)
         thread.start()
         with pytest.raises(BadRequest, match="it does not know the secret|timed out"):
-            module._first("127.0.0.1", port, 1, 2, 0.1, module.secret_file("."))
+            rendezvous.connect_to_first("127.0.0.1", port, 1, 2, 0.1, rendezvous.secret_path("."))
         thread.join()
-    assert module.secret_file(".").read_text() not in str(heard)
+    assert rendezvous.secret_path(".").read_text() not in str(heard)
 
 
 @pytest.mark.parametrize(
     ("message", "said"),
     [
-        (b"x" * (2**20 + 2), "node 1 sent a message of more than 1048576 bytes"),
-        (b"[1]\n", "node 1 sent a message that is no mapping"),
-        (b'{"failed": 1, "status": 0}\n', "node 1 sent a message that no node sends"),
-        (b'{"value": 1, "more": 2}\n', "node 1 sent a message that no node sends"),
-        (b"[" * 100_000 + b"\n", "node 1 sent a message of lists in lists"),
+        (b"x" * (2**20 + 2), "machine 1 sent a message of more than 1048576 bytes"),
+        (b"[1]\n", "machine 1 sent a message that is no mapping"),
+        (b'{"failed": 1, "status": 0}\n', "machine 1 sent a message that no machine sends"),
+        (b'{"value": 1, "more": 2}\n', "machine 1 sent a message that no machine sends"),
+        (b"[" * 100_000 + b"\n", "machine 1 sent a message of lists in lists"),
     ],
 )
 def test_messages_are_looked_at(environment, message, said):
     port = int(environment["MASTER_PORT"]) + 1
     thread, result = first_of_two()
-    peer = module._first("127.0.0.1", port, 1, 2, 10, module.secret_file("."))
+    peer = rendezvous.connect_to_first("127.0.0.1", port, 1, 2, 10, rendezvous.secret_path("."))
     with contextlib.suppress(ConnectionError):
-        peer._connection.sendall(message)
+        peer._socket.sendall(message)
     thread.join()
     assert said in str(result[0])
     assert isinstance(result[0], Failed)
@@ -334,21 +335,21 @@ def test_messages_are_looked_at(environment, message, said):
 def test_listens_where_it_is_told(environment, capsys):
     port = int(environment["MASTER_PORT"])
     for address, at in (("127.0.0.1", "127.0.0.1"), ("localhost", None), ("192.0.2.1", "0.0.0.0")):
-        with module._listener(address, port) as server:
+        with rendezvous.open_listener(address, port) as server:
             where = server.getsockname()[0]
             assert where == at if at else where in ("127.0.0.1", "::1")
-        assert ("names no address of this node" in capsys.readouterr().out) == (at == "0.0.0.0")
-    with pytest.raises(BadRequest, match="MASTER_ADDR 'no.such.invalid' is no address that this node knows"):
-        module._listener("no.such.invalid", port)
+        assert ("names no address of this machine" in capsys.readouterr().out) == (at == "0.0.0.0")
+    with pytest.raises(BadRequest, match="MASTER_ADDR 'no.such.invalid' is no address that this machine knows"):
+        rendezvous.open_listener("no.such.invalid", port)
 
 
-def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):
+def test_a_process_that_waits_for_a_machine_that_is_gone_is_ended(environment):
     threads = joins(environment, 1, count=2)
     code = """if True:
         import subprocess, time
-        from cxt.trainer import machines as nodes
-        nodes.TIME_TO_END = 0.2
-        with nodes.Nodes(2):
+        from cxt.trainer import machines
+        machines.SECONDS_TO_END = 0.2
+        with machines.Machines(2):
             subprocess.Popen(["sleep", "60"])  # in the place of another device's process
             time.sleep(60)  # and of a collective
     """
@@ -356,7 +357,7 @@ def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):
     done = run_python("-c", code, check=False)  # which waits until both have closed what they write to
     assert time.monotonic() - began < 50
     assert done.returncode == 1
-    assert "cxt: node 1 is gone, without a word" in done.stderr
+    assert "cxt: machine 1 is gone, without a word" in done.stderr
     for thread in threads:
         thread.join()
 
@@ -364,13 +365,13 @@ def test_a_process_that_waits_for_a_node_that_is_gone_is_ended(environment):
 # Training
 
 
-def _as_node(variables: dict, arguments: list[str], out: str) -> None:
+def _as_machine(variables: dict, arguments: list[str], out: str) -> None:
     os.environ.update(variables)
     _forked(arguments, out)
 
 
-class Node:
-    """`python -m cxt.train` as node *rank* of *count*, in a process that has imported everything already."""
+class Machine:
+    """`python -m cxt.train` as machine *rank* of *count*, in a process that has imported everything already."""
 
     def __init__(self, arguments, rank: int, count: int, port: int, out: Path):
         self.out = out
@@ -379,7 +380,7 @@ class Node:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["cxt.train", "cxt.trainer.fit", "matplotlib.pyplot"])
         self.process = context.Process(
-            target=_as_node, args=(variables, [*map(str, arguments), "--nodes", str(count)], str(out))
+            target=_as_machine, args=(variables, [*map(str, arguments), "--nodes", str(count)], str(out))
         )
         self.process.start()
 
@@ -391,15 +392,15 @@ class Node:
         return status, self.out.read_text()
 
 
-def start(arguments, directory: Path, *, count: int = 2, last=None) -> list[Node]:
-    """All nodes, the last with other arguments if *last* gives them."""
+def start(arguments, directory: Path, *, count: int = 2, last=None) -> list[Machine]:
+    """All machines, the last with other arguments if *last* gives them."""
     port = free_port()
     words = [arguments] * (count - 1) + [last or arguments]
-    return [Node(words[rank], rank, count, port, directory / f"node{rank}") for rank in range(count)]
+    return [Machine(words[rank], rank, count, port, directory / f"machine{rank}") for rank in range(count)]
 
 
-def ends(nodes: list[Node]) -> tuple[list[int], list[str]]:
-    statuses, said = zip(*(node.end() for node in nodes), strict=True)
+def ends(machines: list[Machine]) -> tuple[list[int], list[str]]:
+    statuses, said = zip(*(machine.end() for machine in machines), strict=True)
     return list(statuses), list(said)
 
 
@@ -407,9 +408,9 @@ def newest_step(run: RunDirectory) -> int:
     return int(run.last.resolve().stem.removeprefix("step="))
 
 
-def wait_for_a_save_after(run: RunDirectory, step: int, both: list[Node]) -> None:
+def wait_for_a_save_after(run: RunDirectory, step: int, both: list[Machine]) -> None:
     while newest_step(run) <= step:
-        assert all(node.process.exitcode is None for node in both), [node.out.read_text() for node in both]
+        assert all(machine.process.exitcode is None for machine in both), [machine.out.read_text() for machine in both]
         time.sleep(0.01)
 
 
@@ -420,14 +421,14 @@ def arguments(dataset) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory) -> Path:
-    """The run on one node with two processes."""
+    """The run on one machine with two processes."""
     directory = tmp_path_factory.mktemp("whole")
     out = ["--run-dir", directory / "run", "--out", directory / "x.ckpt", "--devices", 2]
     run_python("-m", "cxt.train", *arguments, *out, env={"OMP_NUM_THREADS": "1"})
     return directory
 
 
-def test_two_nodes_end_as_one_with_two_devices(arguments, whole, tmp_path):
+def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
     """Whatever stops either of them, and with the status that says why on both."""
     out = tmp_path / "x.ckpt"
     words = [*arguments, "--run-dir", tmp_path / "run", "--out", out, "--devices", 1]
@@ -451,13 +452,13 @@ def test_two_nodes_end_as_one_with_two_devices(arguments, whole, tmp_path):
         if number == signal.SIGTERM:
             assert all("stopped by SIGTERM at step" in text for text in said)
         else:
-            assert f"cxt: node {of} is gone, without a word; the same command" in said[1 - of]
+            assert f"cxt: machine {of} is gone, without a word; the same command" in said[1 - of]
         assert not out.exists()
 
     statuses, said = ends(start(words, tmp_path))
     assert statuses == [0, 0]
     assert "continuing from" in said[0]
-    assert "on 2 cpu on 2 nodes" in said[0]
+    assert "on 2 cpu on 2 machines" in said[0]
     assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
     assert_equal_runs(whole / "run", run.path)
 
@@ -468,7 +469,7 @@ def test_two_nodes_end_as_one_with_two_devices(arguments, whole, tmp_path):
     assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
 
 
-def test_three_nodes_continue_exactly(dataset, tmp_path):
+def test_three_machines_continue_exactly(dataset, tmp_path):
     """Of two numbers the sum is the same in any order; of three it is not."""
     arguments = command("--dataset-path", dataset, "--accelerator", "cpu", "--epochs", 6, "--decode-items", 0)
     for name in ("whole", "cut"):
@@ -481,26 +482,26 @@ def test_three_nodes_continue_exactly(dataset, tmp_path):
     assert (tmp_path / "whole.ckpt").read_bytes() == (tmp_path / "cut.ckpt").read_bytes()
 
 
-def test_nodes_that_were_started_differently(arguments, tmp_path):
+def test_machines_that_were_started_differently(arguments, tmp_path):
     words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
     statuses, said = ends(start(words, tmp_path, last=[*words, "--lr", "2e-3"]))
     assert statuses == [2, 2]
-    assert all("node 1 was started with lr 0.002 instead of 0.001" in text for text in said)
+    assert all("machine 1 was started with lr 0.002 instead of 0.001" in text for text in said)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_one_node_cannot_do_ends_all(arguments, tmp_path):
+def test_what_one_machine_cannot_do_ends_all(arguments, tmp_path):
     words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
     statuses, said = ends(start(words, tmp_path, last=[*words, "--dataset-path", tmp_path / "nowhere"]))
     assert statuses == [2, 2]
-    assert "cxt: node 1: " in said[0]
+    assert "cxt: machine 1: " in said[0]
     assert "nowhere" in said[0]
     held = RunDirectory(tmp_path / "held")
     held.lock()
     words = [*arguments, "--run-dir", tmp_path / "held", "--devices", 1]
     statuses, said = ends(start(words, tmp_path))
     assert statuses == [2, 2]
-    assert f"cxt: node 0: {held.path} is in use by process {os.getpid()}" in said[1]
+    assert f"cxt: machine 0: {held.path} is in use by process {os.getpid()}" in said[1]
     held.release()
 
 
@@ -508,4 +509,4 @@ def test_torchrun_is_refused(arguments, tmp_path, monkeypatch):
     monkeypatch.delenv("CXT_RUN_DIRECTORY", raising=False)  # of a run in this process
     done = run_python("-m", "cxt.train", *arguments, "--run-dir", tmp_path / "run", env={"LOCAL_RANK": "0"}, check=False)
     assert done.returncode == 2
-    assert "LOCAL_RANK is set, as by torchrun; start one process on each node" in done.stderr
+    assert "LOCAL_RANK is set, as by torchrun; start one process on each machine" in done.stderr
