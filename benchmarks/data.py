@@ -27,11 +27,11 @@ import msprime
 import numpy as np
 import tskit
 
-from cxt.data.features import SCALES, pair_counts, usable_sites
-from cxt.data.loaders import EpochBatches, PrefetchLoader, ProcessLoader
+from cxt.data.features import SCALES, compute_pair_counts, select_usable_sites
+from cxt.data.loaders import EpochBatchSampler, PrefetchLoader, ProcessLoader
 from cxt.data.manifest import write_manifest
 from cxt.data.pair_dataset import PairDataset
-from cxt.data.preprocessing import choose_pairs, preprocess_one
+from cxt.data.preprocessing import choose_pairs, preprocess_simulation
 from cxt.data.shards import write_shard
 from cxt.data.targets import pair_log_tmrca
 from cxt.scenarios.registry import METADATA
@@ -147,13 +147,15 @@ def preprocessing(simulations: dict, *, repeats: int, scratch: Path) -> None:
         window = {"window_size": spec["window_size"], "sequence_length": spec["sequence_length"]}
         few = ts if samples == 50 else ts.simplify(ts.samples()[:samples])
         pairs = choose_pairs(np.random.default_rng(1), samples=samples, pairs=spec["pairs"])
-        genotypes, positions = usable_sites(few.genotype_matrix(), few.sites_position, sequence_length=spec["sequence_length"])
+        genotypes, positions = select_usable_sites(
+            few.genotype_matrix(), few.sites_position, sequence_length=spec["sequence_length"]
+        )
         packed = np.packbits(genotypes, axis=1, bitorder="little")
         windows = spec["sequence_length"] // spec["window_size"]
         out = np.empty((len(pairs), 2, len(SCALES), windows, samples), dtype=np.int16)
 
         def features(packed=packed, positions=positions, pairs=pairs, window=window, windows=windows, out=out):
-            pair_counts(
+            compute_pair_counts(
                 packed, positions, pairs, window_size=window["window_size"], windows=windows, samples=out.shape[-1], out=out
             )
 
@@ -173,7 +175,7 @@ def preprocessing(simulations: dict, *, repeats: int, scratch: Path) -> None:
         path = scratch / "one.zarr.zip"
 
         def whole(ts=ts, spec=spec, path=path):
-            write_shard(path, [preprocess_one(ts, spec)], attributes_of(spec))
+            write_shard(path, [preprocess_simulation(ts, spec)], attributes_of(spec))
 
         preprocess = median(whole, repeats=repeats)
         plain_whole = slow_target + len(pairs) * slow_feature
@@ -201,7 +203,7 @@ def dataset_of(directory: Path, simulations: list[tskit.TreeSequence], spec: dic
     for index, ts in enumerate(simulations, 1):
         tables = ts.dump_tables()
         tables.metadata = {"cxt": ts.metadata["cxt"] | {"index": index}}
-        entries.append(preprocess_one(tables.tree_sequence(), spec))
+        entries.append(preprocess_simulation(tables.tree_sequence(), spec))
     write_shard(directory / "train/bench-0.zarr.zip", entries, attributes_of(spec))
     (directory / "test").mkdir()
     write_manifest(directory, {"train": ["train/bench-0.zarr.zip"], "test": []})
@@ -217,7 +219,7 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
         batch = 128 if samples == 50 else 20 * 6
 
         def order(epoch, items=items, batch=batch):
-            sampler = EpochBatches(items=len(items), batch_size=batch, seed=1)
+            sampler = EpochBatchSampler(items=len(items), batch_size=batch, seed=1)
             sampler.set_epoch(epoch)
             return sampler
 
@@ -296,7 +298,7 @@ def memory(*, gigabytes: float, scratch: Path) -> None:
     copies = int(gigabytes * 1e9 / shard.stat().st_size)
     for copy in range(1, copies):
         os.link(shard, directory / f"train/bench-{100 * copy}.zarr.zip")
-    held_out = [preprocess_one(simulated("human-like", seed=seed), spec) for seed in range(101, 104)]
+    held_out = [preprocess_simulation(simulated("human-like", seed=seed), spec) for seed in range(101, 104)]
     write_shard(directory / "test/bench-0.zarr.zip", held_out, attributes_of(spec) | {"split": "test"})
     names = [f"train/bench-{100 * copy}.zarr.zip" for copy in range(copies)]
     manifest = write_manifest(directory, {"train": names, "test": ["test/bench-0.zarr.zip"]})

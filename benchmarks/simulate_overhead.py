@@ -27,8 +27,8 @@ import msprime  # noqa: E402
 IMPORT_SECONDS = time.process_time() - import_began
 
 from cxt.config.file import load  # noqa: E402
-from cxt.scenarios.indices import batches  # noqa: E402
-from cxt.scenarios.registry import simulate_one  # noqa: E402
+from cxt.scenarios.indices import simulation_batches  # noqa: E402
+from cxt.scenarios.registry import simulate_tree_sequence  # noqa: E402
 from cxt.workflow.jobs import variant_of, variants_of  # noqa: E402
 from cxt.workflow.lineages import evaluation_batches  # noqa: E402
 
@@ -42,7 +42,7 @@ def jobs_of(config: dict) -> list[tuple[dict, int, int]]:
     planned = {
         (variant.name, start): (variant.spec, start, count)
         for variant in variants_of(config, sorted(used))
-        for start, count in batches(simulations=variant.simulations, batch=variant.batch)
+        for start, count in simulation_batches(simulations=variant.simulations, batch=variant.batch)
     }
     for model in config["models"]:
         for batch in evaluation_batches(config, model):
@@ -76,7 +76,7 @@ def recorded(jobs: list, *, seed: int) -> list[list]:
         for spec, start, count in jobs:
             for index in range(start, start + count):
                 simulations.append([])
-                simulate_one(spec, index=index, seed=seed)
+                simulate_tree_sequence(spec, index=index, seed=seed)
     finally:
         for name, original in originals.items():
             setattr(msprime, name, original)

@@ -11,8 +11,8 @@ from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb
 from cxt.config.file import resolve, training_config
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import HERE, Costs
-from cxt.errors import BadRequest, nearest
-from cxt.io import canonical
+from cxt.errors import BadRequest, suggest_nearest
+from cxt.io import canonical_json
 
 
 def checked(config):
@@ -41,12 +41,12 @@ def check_targets(config):
             found = re.fullmatch(pattern, target)
             if found and found[1] not in config[section]:
                 raise BadRequest(
-                    f"unknown {section[:-1]} '{found[1]}'{nearest(found[1], config[section])}"
+                    f"unknown {section[:-1]} '{found[1]}'{suggest_nearest(found[1], config[section])}"
                 )
         if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
             variants = [variant.name for variant in jobs.variants_of(config, list(config["scenarios"]))]
             if found[1] not in variants:
-                raise BadRequest(f"unknown variant '{found[1]}'{nearest(found[1], variants)}")
+                raise BadRequest(f"unknown variant '{found[1]}'{suggest_nearest(found[1], variants)}")
             jobs.batch_count(config, jobs.variant_of(config, found[1]), int(found[2]))
 
 
@@ -111,7 +111,7 @@ def simulate_memory(wildcards):
 
 
 def simulate_spec(wildcards):
-    return canonical(variant_and_start(wildcards)[0].spec)
+    return canonical_json(variant_and_start(wildcards)[0].spec)
 
 
 def batch_count(wildcards):
@@ -124,7 +124,7 @@ def batch_lineage(wildcards):
 
 
 def shard_spec(wildcards):
-    return canonical(jobs.dataset_spec(config, wildcards.dataset))
+    return canonical_json(jobs.dataset_spec(config, wildcards.dataset))
 
 
 def shard_lineage(wildcards):

@@ -14,10 +14,10 @@ from filelock import FileLock
 from cxt.config.file import load
 from cxt.config.variants import variants
 from cxt.data.manifest import write_manifest
-from cxt.data.preprocessing import write_split
+from cxt.data.preprocessing import preprocess_batch
 from cxt.data.targets import pair_log_tmrca
 from cxt.scenarios.batches import write_batch
-from cxt.scenarios.genetic_maps import genetic_map
+from cxt.scenarios.genetic_maps import get_genetic_map
 from cxt.workflow.jobs import variants_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def build_dataset(directory, *, scenario="constant", seed=1, mask=None, entry=No
     write_batch(batch, variant.spec, start=0, count=entry["simulations"], seed=seed)
     shards = {split: [f"{split}/{scenario}-0.zarr.zip"] for split in ("train", "test")}
     for split, names in shards.items():
-        write_split(Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask)
+        preprocess_batch(Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask)
     write_manifest(directory, shards)
     return Path(directory)
 
@@ -156,7 +156,7 @@ def maps_taken_as_present(cache: Path) -> Path:
     config = load([REPOSITORY / "config" / "paper.yaml"])
     for variant in variants_of(config, list(config["scenarios"])):
         if "genetic_map" in variant.spec:
-            found = genetic_map(variant.spec)
+            found = get_genetic_map(variant.spec)
             file = cache / "genetic_maps" / variant.spec["species"] / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(found.sha256 + "\n")

@@ -27,12 +27,12 @@ import cxt.checkpoints.published
 import cxt.data.pair_dataset
 from cxt import PairDataset, load_model
 from cxt.checkpoints.file import import_published, read_checkpoint
-from cxt.checkpoints.inspection import check, diff, show
+from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.checkpoints.safetensors import write_portable
+from cxt.checkpoints.safetensors import write_export
 from cxt.config.file import load, resolve
-from cxt.data.export import export, information, verify
-from cxt.data.features import missing_fraction
+from cxt.data.export import describe_dataset, export_dataset, verify_dataset
+from cxt.data.features import compute_missing_fraction
 from cxt.data.grid import Grid
 from cxt.data.manifest import write_manifest
 from cxt.data.masks import read_mask
@@ -99,7 +99,7 @@ class Shards:
         self.items = {name: self._items(path) for name, path in self.whole.items()}
         # Compiled here, which takes seconds; processes that are forked have it, and their time is that of the damage alone.
         for dtype in ("float32", "float16"):
-            export(self.whole["masked"], directory / f"dense-{dtype}", limit=1, dtype=dtype)
+            export_dataset(self.whole["masked"], directory / f"dense-{dtype}", limit=1, dtype=dtype)
 
     @staticmethod
     def _items(path) -> list:
@@ -201,13 +201,13 @@ def use_dataset(data: Path, refusals: Refusals) -> None:
             for i in {0, len(items) // 2, len(items) - 1} if len(items) else ():
                 compare_item(items, i)
             items.batch(range(len(items)))
-    refusals.attempt(information, data)
+    refusals.attempt(describe_dataset, data)
     before = len(refusals.messages)
-    refusals.attempt(verify, data)
+    refusals.attempt(verify_dataset, data)
     if before == len(refusals.messages):
         assert not refusals.messages, f"verified, but refused elsewhere: {refusals.messages}"
     for limit, dtype in ((None, "float32"), (1, "float16")):
-        refusals.attempt(export, data, data.parent / f"dense-{dtype}", limit=limit, dtype=dtype)
+        refusals.attempt(export_dataset, data, data.parent / f"dense-{dtype}", limit=limit, dtype=dtype)
 
 
 def compare_item(items: PairDataset, i: int) -> None:
@@ -321,7 +321,7 @@ class Checkpoints:
             checkpoint=directory / "broad.ckpt", adapter=True, adapter_bottleneck=4, **settings,
         )  # fmt: skip
         whole = read_checkpoint(directory / "broad.ckpt")
-        write_portable(directory / "exported", whole.state_dict, whole.record)
+        write_export(directory / "exported", whole.state_dict, whole.record)
         for name in ("published_style.ckpt", "published_style_adapter.ckpt"):
             shutil.copy(REPOSITORY / "tests" / "golden" / name, directory / name)
         # The run as if it had been killed after its second save.
@@ -373,7 +373,7 @@ class Checkpoints:
     @staticmethod
     def _change_content(source: Path, file: Path, rng: random.Random) -> str:
         """Read a torch file, change what is in it, and write it again."""
-        with cxt.checkpoints.published.stand_ins():
+        with cxt.checkpoints.published.allow_published_classes():
             content = torch.load(source, weights_only=True)
         if "cxt" not in content:
             hyper = content["hyper_parameters"]
@@ -422,14 +422,14 @@ class Checkpoints:
             if did["way"] == "bytes":
                 assert same_tree(dict(model.state_dict()), dict(self.models[name])), "damaged weights were loaded"
         file = path / "config.json" if name == "exported" else path
-        attempt(show, file)
-        whole = attempt(check, file)
+        attempt(describe_checkpoint, file)
+        whole = attempt(read_verified_checkpoint, file)
         for_other_reasons(verify_checkpoint, file, configfiles=[REPOSITORY / "tests" / "tiny.yaml"])
         other = self.home / "broad.ckpt"
         for pair in ((file, other), (other, file)):
-            attempt(diff, *pair, rtol=1e-5, atol=1e-6)
+            attempt(compare_checkpoints, *pair, rtol=1e-5, atol=1e-6)
         if whole is not None:
-            write_portable(directory / "again", whole.state_dict, whole.record)
+            write_export(directory / "again", whole.state_dict, whole.record)
             again = load_model(directory / "again").state_dict()
             assert all(torch.equal(again[key], value) for key, value in whole.state_dict.items())
             assert model is not None, "called whole, but not loaded"
@@ -483,7 +483,7 @@ class Checkpoints:
         if refusals.attempt(train_model, run.path / "config.yaml", run_dir=run.path, out=out) is not None:
             if did["way"] == "bytes":
                 assert out.read_bytes() == (self.home / "broad.ckpt").read_bytes(), "continued to other weights"
-            refusals.attempt(check, out)
+            refusals.attempt(read_verified_checkpoint, out)
 
 
 class Configurations:
@@ -660,7 +660,7 @@ class Masks:
             assert np.array_equal(~mask, expected), "not the intervals of the file"
         if len(mask) >= 1000:
             length = len(mask) // 1000 * 1000
-            fractions = missing_fraction(mask, window_size=1000, sequence_length=length)
+            fractions = compute_missing_fraction(mask, window_size=1000, sequence_length=length)
             assert ((fractions >= 0) & (fractions <= 1)).all()
             assert np.allclose(fractions[0][0], mask[: min(2000, length)].mean())
         return []

@@ -9,8 +9,8 @@ import torch
 from cxt.benchmark.memory import peak_of
 from cxt.benchmark.published_formulation import dense_loss, dense_mask
 from cxt.config.settings import TrainingConfig
-from cxt.data.pair_dataset import model_input
-from cxt.model.attention import flexible_attention, rotary_table, rotate, split_attention
+from cxt.data.pair_dataset import compute_model_input
+from cxt.model.attention import build_rotary_table, flexible_attention, rotate, split_attention
 from cxt.trainer.module import loss_function
 
 from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
@@ -80,7 +80,7 @@ def nothing_compiled():
 def test_rotation(compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    table = rotary_table(9, 6)
+    table = build_rotary_table(9, 6)
     torch.testing.assert_close(rotate(x, table), slow_rotate(x.detach()))
     # A rotation's gradient is the rotation back, and keeps lengths.
     gradient = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(2))
@@ -143,7 +143,7 @@ def test_the_loss_of_a_network_in_half_precision_is_exact(path):
     counts, missing, y = batch()
     with torch.no_grad():
         found = loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
-        logits = model(model_input(counts, missing), y).flatten(0, 1).double()
+        logits = model(compute_model_input(counts, missing), y).flatten(0, 1).double()
         exact = torch.nn.functional.cross_entropy(logits, y[:, 1:].flatten())
     assert found.dtype == torch.float32
     assert abs(float(found) - float(exact)) < 1e-3

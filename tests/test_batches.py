@@ -19,12 +19,12 @@ import cxt
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
-from cxt.data.preprocessing import preprocess_one, region_start
+from cxt.data.preprocessing import compute_region_start, preprocess_simulation
 from cxt.data.shards import read_shard
 from cxt.data.targets import pair_log_tmrca
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch, write_batch
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
 SLOW = {
     "name": "slow", "kind": "constant", "population_size": 10_000_000, "individuals": 25, "sequence_length": 1_000_000,
@@ -157,7 +157,7 @@ def test_trees_takes_one_out(tmp_path):
     write_batch(batch, spec, start=10, count=3, seed=1)
     done = run_python("-m", "cxt.commands.trees", batch, "--index", 11, "--out", out)
     assert "simulation 11 of 'constant'" in done.stdout
-    assert tskit.load(out).tables.equals(simulate_one(spec, index=11, seed=1).tables, ignore_provenance=True)
+    assert tskit.load(out).tables.equals(simulate_tree_sequence(spec, index=11, seed=1).tables, ignore_provenance=True)
     damaged, foreign = tmp_path / "cut", tmp_path / "foreign"
     damaged.write_bytes(batch.read_bytes()[:-1000])
     foreign.write_text("no trees")
@@ -204,7 +204,7 @@ def test_regions_by_hand(tmp_path):
         _, index, pair = items.describe(i)
         start = items.start(i)
         chosen.setdefault((index, start), set()).add(pair)
-        ts = simulate_one(spec, index=index, seed=1)
+        ts = simulate_tree_sequence(spec, index=index, seed=1)
         stretch = ts.keep_intervals([[start, start + 20_000]]).trim()
         truth = pair_log_tmrca(stretch, np.array([pair]), window_size=1000, sequence_length=20_000)[0]
         np.testing.assert_array_equal(items[i][1], Grid().tokens(truth.astype(np.float32)))
@@ -237,8 +237,8 @@ def test_regions_have_their_own_mask(tmp_path):
 
 
 def test_regions_that_do_not_fit():
-    assert [region_start(r, regions=4, length=100.0) for r in range(4)] == [0, 25, 50, 75]
-    ts = simulate_one(variants("constant", constant_scenario())[0].spec, index=0, seed=1)
+    assert [compute_region_start(r, regions=4, length=100.0) for r in range(4)] == [0, 25, 50, 75]
+    ts = simulate_tree_sequence(variants("constant", constant_scenario())[0].spec, index=0, seed=1)
     spec = {
         "window_size": 1000,
         "sequence_length": 15_000,
@@ -248,4 +248,4 @@ def test_regions_that_do_not_fit():
         "regions_per_simulation": 2,
     }
     with pytest.raises(BadRequest, match="region 1 of 15000 bp begins at 10000; the tree sequence has only 20000 bp"):
-        preprocess_one(ts, spec, region=1)
+        preprocess_simulation(ts, spec, region=1)

@@ -17,10 +17,10 @@ from cxt.config.file import load
 from cxt.errors import BadRequest
 from cxt.plan import plan, report
 from cxt.scenarios import stdpopsim_models as catalogue
-from cxt.scenarios.genetic_maps import check_map_can_be_had, fetch_map, genetic_map, read_map
-from cxt.scenarios.registry import check_variant, simulate_one
+from cxt.scenarios.genetic_maps import check_map_available, fetch_genetic_map, get_genetic_map, read_genetic_map
+from cxt.scenarios.registry import check_variant, simulate_tree_sequence
 from cxt.scenarios.seeds import EngineSeeds, engine_seeds
-from cxt.scenarios.stdpopsim_models import simulated_contig
+from cxt.scenarios.stdpopsim_models import simulate_contig
 from cxt.workflow.costs import Costs
 
 SPEC = {
@@ -41,57 +41,60 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("STDPOPSIM_CACHE", str(tmp_path / "cache"))
     stdpopsim.set_cache_dir(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
-    catalogue._rates.cache_clear()
+    catalogue.read_chromosome_map.cache_clear()
     catalogue._answer.cache_clear()
     yield tmp_path / "cache"
     stdpopsim.set_cache_dir()
-    catalogue._rates.cache_clear()
+    catalogue.read_chromosome_map.cache_clear()
     catalogue._answer.cache_clear()
 
 
 def cached_file() -> Path:
     """The file by which stdpopsim knows that the map is in its cache."""
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     return stdpopsim.get_cache_dir() / "genetic_maps" / "AraTha" / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
 
 
 def put_map_into(cache) -> None:
     """What a finished download variants: the files, and the checksum that stdpopsim looks at."""
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     path = found.map_cache_dir / found.file_pattern.format(id="1")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HAPMAP)
     cached_file().write_text(found.sha256 + "\n")
-    catalogue._rates.cache_clear()
+    catalogue.read_chromosome_map.cache_clear()
 
 
 def test_map_is_used(cache):
     put_map_into(cache)
-    assert genetic_map(SPEC).is_cached()
-    rates = catalogue._rates("AraTha", SPEC["genetic_map"], "1")
+    assert get_genetic_map(SPEC).is_cached()
+    rates = catalogue.read_chromosome_map("AraTha", SPEC["genetic_map"], "1")
     assert np.isnan(rates.rate[0])
     for index in range(10):
-        ts = simulate_one(SPEC, index=index, seed=1)
+        ts = simulate_tree_sequence(SPEC, index=index, seed=1)
         check_genealogies(ts)
         about = ts.metadata["cxt"]
         assert about["chromosome"] == "1"  # the only one that the map covers
         assert about["left"] >= 5_000_000  # never where it has no rate
         assert ts.sequence_length == 1_000_000
         assert about["stdpopsim"] == stdpopsim.__version__
-    lefts = {i: simulate_one(SPEC, index=i, seed=1).metadata["cxt"]["left"] for i in range(40)}
+    lefts = {i: simulate_tree_sequence(SPEC, index=i, seed=1).metadata["cxt"]["left"] for i in range(40)}
     where = {
         fast: next(i for i in lefts if (lefts[i] < 9_000_000 if fast else lefts[i] >= 10_000_000)) for fast in (True, False)
     }
-    fast, slow = simulate_one(SPEC, index=where[True], seed=1), simulate_one(SPEC, index=where[False], seed=1)
+    fast, slow = (
+        simulate_tree_sequence(SPEC, index=where[True], seed=1),
+        simulate_tree_sequence(SPEC, index=where[False], seed=1),
+    )
     assert fast.num_trees > slow.num_trees + 2 * np.sqrt(slow.num_trees)
-    assert simulate_one(SPEC | {"ancestry_model": "smc_prime"}, index=where[True], seed=1).num_trees > slow.num_trees
+    assert simulate_tree_sequence(SPEC | {"ancestry_model": "smc_prime"}, index=where[True], seed=1).num_trees > slow.num_trees
 
 
 def test_segments_by_hand(cache):
     """Segments lie where the map has rates, looked up base by base, and nowhere else would do."""
     put_map_into(cache)
     rng = np.random.default_rng(1)
-    rates = catalogue._rates("AraTha", SPEC["genetic_map"], "1")
+    rates = catalogue.read_chromosome_map("AraTha", SPEC["genetic_map"], "1")
     for _ in range(200):
         _, left, found = catalogue.draw_segment(SPEC, rng)
         assert found is rates
@@ -105,13 +108,13 @@ def test_read_map(tmp_path):
     path.write_text("\n".join(["Chromosome\tPosition\tRate\tMap", *(f"1\t{at}\t{rate}\t0" for at, rate in rows)]) + "\n")
     theirs = msprime.RateMap.read_hapmap(path, rate_col=2)
     for length in (2000, 950, 900, 700):
-        ours = read_map(path, length=length)
+        ours = read_genetic_map(path, length=length)
         assert ours.sequence_length == length
         for at in np.arange(length) + 0.5:
             expected = theirs.get_rate(at) if 200 <= at < 900 else np.nan
             np.testing.assert_allclose(ours.get_rate(at), expected, rtol=1e-9)
     path.write_text("header\n1 0 1.0 0\n1 500 0 0\n")
-    assert read_map(path, length=500).rate.tolist() == [1e-8]
+    assert read_genetic_map(path, length=500).rate.tolist() == [1e-8]
 
 
 @pytest.mark.parametrize(
@@ -136,12 +139,12 @@ def test_read_map(tmp_path):
 )
 def test_damaged_maps(cache, content, reason):
     put_map_into(cache)
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     path = found.map_cache_dir / found.file_pattern.format(id="1")
     path.write_bytes(content)
-    catalogue._rates.cache_clear()
+    catalogue.read_chromosome_map.cache_clear()
     with pytest.raises(BadRequest) as error:
-        simulate_one(SPEC, index=0, seed=1)
+        simulate_tree_sequence(SPEC, index=0, seed=1)
     assert f"genetic map {path}: {reason}" in str(error.value)
     assert f"Delete {found.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
 
@@ -150,7 +153,9 @@ def test_recombination_rate_of_a_segment(cache):
     """Recorded as the mean over the segment, by hand: 5 cM/Mb up to 10 Mb, 1 beyond."""
     put_map_into(cache)
     for index in range(12):
-        about = simulate_one(SPEC | {"sequence_length": 5_000_000, "population_size": 10}, index=index, seed=1).metadata["cxt"]
+        about = simulate_tree_sequence(
+            SPEC | {"sequence_length": 5_000_000, "population_size": 10}, index=index, seed=1
+        ).metadata["cxt"]
         assert 5_000_000 <= about["left"] <= 20_000_000
         fast = max(0, 10_000_000 - about["left"]) / 5_000_000
         assert about["recombination_rate"] == pytest.approx((5 * fast + 1 - fast) * 1e-8)
@@ -161,7 +166,7 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
     """BosTau's models were inferred with 3.66e-9 to 1e-8, its chromosomes have 9.26e-9: recorded, and said."""
     spec = {"name": "cattle", "kind": "stdpopsim", "species": "BosTau", "models": ["Jersey_1B16"], "individuals": 3,
             "sequence_length": 5000}  # fmt: skip
-    about = simulate_one(spec, index=0, seed=1).metadata["cxt"]
+    about = simulate_tree_sequence(spec, index=0, seed=1).metadata["cxt"]
     assert (about["recombination_rate"], about["model_recombination_rate"]) == (pytest.approx(9.26e-9), 4.58e-9)
     said = (
         "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation); "
@@ -184,10 +189,10 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
 
 
 def test_no_gene_conversion_that_would_be_left_out():
-    """`simulated_contig` knows none; no contig of chromosomes that scenarios may draw has any."""
+    """`simulate_contig` knows none; no contig of chromosomes that scenarios may draw has any."""
     for species in stdpopsim.all_species():
         try:
-            chromosome = catalogue.autosomes({"name": "x", "species": species.id, "sequence_length": 1000})[0]
+            chromosome = catalogue.list_autosomes({"name": "x", "species": species.id, "sequence_length": 1000})[0]
         except BadRequest:
             continue
         contig = species.get_contig(chromosome.id, left=0, right=1000)
@@ -199,17 +204,17 @@ def test_map_without_a_segment(cache):
     longest = SPEC | {"sequence_length": 20_000_000}
     assert catalogue.draw_segment(longest, np.random.default_rng(1))[:2] == ("1", 5_000_000)
     with pytest.raises(BadRequest, match="covers no stretch of 20000001 bp; the longest, on chromosome 1, has 20000000 bp"):
-        simulate_one(SPEC | {"sequence_length": 20_000_001}, index=0, seed=1)
+        simulate_tree_sequence(SPEC | {"sequence_length": 20_000_001}, index=0, seed=1)
 
 
 def test_map_that_is_not_cached(cache):
     with pytest.raises(BadRequest, match="'aratha_map' needs the genetic map SalomeAveraged_TAIR10 of AraTha, which is not in"):
-        simulate_one(SPEC, index=0, seed=1)
+        simulate_tree_sequence(SPEC, index=0, seed=1)
 
 
 def test_map_is_fetched(cache, tmp_path, monkeypatch):
     """From a tar file with the catalogue's layout, by a file: address in the place of the catalogue's."""
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     source = tmp_path / "TAIR10_lifted_chr1.txt"
     source.write_text(HAPMAP)
     archive = tmp_path / "salome2012_liftover_maps.tar.gz"
@@ -218,27 +223,27 @@ def test_map_is_fetched(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(found, "url", archive.as_uri())
     monkeypatch.setattr(found._cache, "url", archive.as_uri())
     monkeypatch.setattr(found._cache, "sha256", stdpopsim.utils.sha256(archive))
-    check_map_can_be_had(SPEC)
+    check_map_available(SPEC)
     assert not cached_file().exists()  # asking fetches nothing
-    fetch_map(SPEC)
+    fetch_genetic_map(SPEC)
     assert cached_file().exists()
-    assert simulate_one(SPEC, index=0, seed=1).metadata["cxt"]["chromosome"] == "1"
+    assert simulate_tree_sequence(SPEC, index=0, seed=1).metadata["cxt"]["chromosome"] == "1"
 
     monkeypatch.setattr(found._cache, "sha256", "0" * 64)  # a file that is not the catalogue's
     with pytest.raises(BadRequest, match="could not be fetched.*Expected SHA256"):
-        fetch_map(SPEC)
+        fetch_genetic_map(SPEC)
 
 
 def test_map_that_cannot_be_fetched(cache, monkeypatch):
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     for url in ("file:///no/such/map.tar.gz", "http://127.0.0.1:9/map.tar.gz"):
         monkeypatch.setattr(found, "url", url)
         monkeypatch.setattr(found._cache, "url", url)
         catalogue._answer.cache_clear()
-        for attempt in (check_map_can_be_had, fetch_map):
+        for attempt in (check_map_available, fetch_genetic_map):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)
-            could = "could not be fetched" if attempt is fetch_map else "cannot be fetched"
+            could = "could not be fetched" if attempt is fetch_genetic_map else "cannot be fetched"
             alone = ("{aratha_map: {genetic_map: null}}", "{aratha_map: null}", "cxt catalogue --species AraTha")
             for part in ("scenario 'aratha_map'", could, *alone):
                 assert part in str(error.value)
@@ -247,12 +252,12 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
 def test_map_fetched_before_but_gone(cache, tmp_path, monkeypatch):
     archive = tmp_path / "map.tar.gz"
     archive.write_bytes(b"")
-    monkeypatch.setattr(genetic_map(SPEC), "url", archive.as_uri())
+    monkeypatch.setattr(get_genetic_map(SPEC), "url", archive.as_uri())
     record = tmp_path / "record.json"
-    check_map_can_be_had(SPEC, fetched=record)
+    check_map_available(SPEC, fetched=record)
     record.write_text("{}")
     with pytest.raises(BadRequest, match="record.json says that it was fetched: delete that file"):
-        check_map_can_be_had(SPEC, fetched=record)
+        check_map_available(SPEC, fetched=record)
 
 
 def test_constant_size_beside_catalogue_models():
@@ -265,12 +270,12 @@ def test_constant_size_beside_catalogue_models():
 
 def test_no_sex_chromosomes():
     for species, sex in (("AnoCar", "LGb"), ("GasAcu", "19"), ("HelMel", "21"), ("DroSec", "X"), ("AnaPla", "Z")):
-        names = [c.id for c in catalogue.autosomes({"name": "x", "species": species, "sequence_length": 1_000_000})]
+        names = [c.id for c in catalogue.list_autosomes({"name": "x", "species": species, "sequence_length": 1_000_000})]
         assert names
         assert sex not in names
         assert sex in [c.id for c in stdpopsim.get_species(species).genome.chromosomes]
     with pytest.raises(BadRequest, match="EscCol has no chromosome of two copies"):
-        catalogue.autosomes({"name": "x", "species": "EscCol", "sequence_length": 1000})
+        catalogue.list_autosomes({"name": "x", "species": "EscCol", "sequence_length": 1000})
 
 
 def test_catalogue_is_in_the_lineage(monkeypatch):
@@ -286,7 +291,7 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
     mapped = Variant("aratha_map", SPEC, 10, 10)
     used = [variant_of(config, "constant"), variant_of(config, "stdpopsim_homsap"), mapped]
     before = [batch_lineage(config, variant, 0, 10) for variant in used]
-    monkeypatch.setattr(genetic_map(SPEC), "sha256", "0" * 64)
+    monkeypatch.setattr(get_genetic_map(SPEC), "sha256", "0" * 64)
     after = [batch_lineage(config, variant, 0, 10) for variant in used]
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False]
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "9.9")
@@ -364,7 +369,7 @@ def test_workflow_with_a_map(cache, tmp_path):
 
 def test_workflow_fetches_a_map(cache, tmp_path):
     """A local rule fetches it, once, before the simulations that need it."""
-    found = genetic_map(SPEC)
+    found = get_genetic_map(SPEC)
     source = tmp_path / "map.txt"
     source.write_text(HAPMAP)
     archive = tmp_path / found._cache._basename
@@ -391,7 +396,7 @@ def test_sizes_and_rates_are_the_catalogues():
     """With one model and a flat map: the segment's rates are the catalogue's, by a direct call of stdpopsim's engine."""
     spec = {"name": "p", "kind": "stdpopsim", "species": "PonAbe", "models": ["TwoSpecies_2L11"], "individuals": 4,
             "sequence_length": 50_000}  # fmt: skip
-    ts = simulate_one(spec, index=1, seed=1)
+    ts = simulate_tree_sequence(spec, index=1, seed=1)
     about = ts.metadata["cxt"]
     species = stdpopsim.get_species("PonAbe")
     model = species.get_demographic_model("TwoSpecies_2L11")
@@ -403,9 +408,9 @@ def test_sizes_and_rates_are_the_catalogues():
     # The engine draws two seeds from its one; with these, ours makes the same.
     seeds = EngineSeeds(*np.random.default_rng(7).integers(1, 2**31 - 1, size=2))
     direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=7)
-    assert direct.tables.equals(simulated_contig(model, contig, about["samples"], seeds).tables, ignore_provenance=True)
+    assert direct.tables.equals(simulate_contig(model, contig, about["samples"], seeds).tables, ignore_provenance=True)
     seeds = engine_seeds(seed=1, spec=spec, index=1)
-    again = simulated_contig(model, contig, about["samples"], seeds).trim()
+    again = simulate_contig(model, contig, about["samples"], seeds).trim()
     assert again.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
     assert sum(about["samples"].values()) == 4
 

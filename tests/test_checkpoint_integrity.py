@@ -12,13 +12,13 @@ import torch
 from conftest import GOLDEN
 
 from cxt import load_model
-from cxt.checkpoints.archive import Damaged, check_bytes, opened, packed
+from cxt.checkpoints.archive import Damaged, check_bytes, open_verified, pack
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import check, diff, show
+from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.commands import checkpoint as checkpoint_stage
 from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
@@ -75,8 +75,9 @@ def flipped(data: bytes, bit: int) -> bytes:
 def refused(path) -> None:
     """Every reader refuses the file, and none calls it whole."""
     for read in (
-        load_model, read_checkpoint, check, show, lambda path: verify(path, configfiles=[]),
-        lambda path: diff(path, path, rtol=0, atol=0), lambda path: import_published(path, path.with_name("imported.ckpt")),
+        load_model, read_checkpoint, read_verified_checkpoint, describe_checkpoint, lambda path: verify(path, configfiles=[]),
+        lambda path: compare_checkpoints(path, path, rtol=0, atol=0),
+        lambda path: import_published(path, path.with_name("imported.ckpt")),
         lambda path: read_parent(
             SimpleNamespace(checkpoint=str(path), resume_adapter=None, resume=False, restart=False, adapter=False)
         ),
@@ -113,7 +114,7 @@ def test_no_single_bit_goes_unnoticed(checkpoint, run, tmp_path, capsys):
 
 def test_every_bit_and_every_length(tmp_path):
     """Of a file of one tensor: headers, padding, data, directory and the digest itself."""
-    data = bytes(packed({"w": torch.arange(4.0)}))
+    data = bytes(pack({"w": torch.arange(4.0)}))
     path = tmp_path / "x"
     wrong = [flipped(data, bit) for bit in range(8 * len(data))] + [data[:end] for end in range(0, len(data), 7)]
     wrong += [data[:-end] for end in range(1, 120)] + [data + b"x"]
@@ -121,17 +122,17 @@ def test_every_bit_and_every_length(tmp_path):
         with pytest.raises(Damaged):
             check_bytes(io.BytesIO(content))
     path.write_bytes(data)
-    with opened(path) as file:
+    with open_verified(path) as file:
         assert torch.equal(torch.load(file, weights_only=True)["w"], torch.arange(4.0))
     assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(4.0))
-    assert bytes(packed({"w": torch.arange(4.0)})) == data
+    assert bytes(pack({"w": torch.arange(4.0)})) == data
 
 
 @pytest.mark.parametrize("name", ["published_style.ckpt", "published_style_adapter.ckpt"])
 def test_files_without_a_digest(name, tmp_path):
     """Earlier ones, and the original package's: no flip in their tensors is taken."""
     data = (GOLDEN / name).read_bytes()
-    with opened(GOLDEN / name), zipfile.ZipFile(GOLDEN / name) as archive:
+    with open_verified(GOLDEN / name), zipfile.ZipFile(GOLDEN / name) as archive:
         tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]
     path = tmp_path / "x.ckpt"
     for entry in tensors[:: len(tensors) // 10]:
@@ -255,7 +256,12 @@ def test_records_that_are_not_understood(change, message, checkpoint, tmp_path):
     record = copy.deepcopy(about.record)
     change(record)
     write_checkpoint(checkpoint, about.state_dict, record)
-    readers = [load_model, show, check, lambda path: diff(path, path, rtol=0, atol=0)]
+    readers = [
+        load_model,
+        describe_checkpoint,
+        read_verified_checkpoint,
+        lambda path: compare_checkpoints(path, path, rtol=0, atol=0),
+    ]
     for read in readers:
         with pytest.raises(BadRequest, match=message):
             read(checkpoint)
@@ -275,9 +281,9 @@ def test_records_of_other_types(checkpoint):
         (record_of() | {"training": {"a": many}}, "more values than any that cxt writes"),
         (record_of() | {1: 2}, "holds a key that is not text"),
     ):
-        checkpoint.write_bytes(packed({"cxt": record, "state_dict": weights}))
+        checkpoint.write_bytes(pack({"cxt": record, "state_dict": weights}))
         with pytest.raises(BadRequest, match=message):
-            show(checkpoint)
+            describe_checkpoint(checkpoint)
 
 
 def test_weights_of_other_types(checkpoint):
@@ -289,13 +295,13 @@ def test_weights_of_other_types(checkpoint):
         (torch.ones(22, 16, dtype=torch.int64), "tensor of torch.int64 .*expected dense floats"),
         (torch.empty(10**6, 10**6, device="meta"), "expected dense floats"),
     ):
-        checkpoint.write_bytes(packed({"cxt": about.record, "state_dict": about.state_dict | {name: value}}))
-        for read in (load_model, show):
+        checkpoint.write_bytes(pack({"cxt": about.record, "state_dict": about.state_dict | {name: value}}))
+        for read in (load_model, describe_checkpoint):
             with pytest.raises(BadRequest, match=message):
                 read(checkpoint)
-    checkpoint.write_bytes(packed({"cxt": about.record, "state_dict": [1]}))
+    checkpoint.write_bytes(pack({"cxt": about.record, "state_dict": [1]}))
     with pytest.raises(BadRequest, match="`state_dict` is .*, expected tensors by name"):
-        show(checkpoint)
+        describe_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("key", ["global_step", "epoch"])
@@ -320,7 +326,7 @@ def test_weights_are_compared_before_a_network_is_built(checkpoint):
 def test_exports(checkpoint, tmp_path):
     """Whatever bit of the weights is flipped, and what the configuration says of itself."""
     about = read_checkpoint(checkpoint)
-    write_portable(tmp_path / "x", about.state_dict, about.record)
+    write_export(tmp_path / "x", about.state_dict, about.record)
     assert load_model(tmp_path / "x")
     assert read_checkpoint(tmp_path / "x" / CONFIG).record == about.record
     weights, config = ((tmp_path / "x" / name).read_bytes() for name in (WEIGHTS, CONFIG))

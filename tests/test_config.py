@@ -22,7 +22,7 @@ from cxt.config.settings import (
     steps_per_epoch,
 )
 from cxt.config.yaml import read_yaml
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.registry import KINDS
 from cxt.workflow.lineages import model_lineage
 
@@ -271,13 +271,13 @@ def test_no_setting_takes_what_is_no_number(settings):
 
 
 def test_suggestions_are_near():
-    assert nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
-    assert nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
-    assert nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; there are: lr, start-token-in-prefix"
-    many = nearest("banana", [f"scenario_{i}" for i in range(500)])
+    assert suggest_nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
+    assert suggest_nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
+    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; there are: lr, start-token-in-prefix"
+    many = suggest_nearest("banana", [f"scenario_{i}" for i in range(500)])
     assert many.startswith("; there are 500, the most similar are scenario_")
     assert many.count(",") == 5
-    assert nearest("x", []) == "; there are none"
+    assert suggest_nearest("x", []) == "; there are none"
 
 
 def test_what_means_nothing_makes_no_model_stale():

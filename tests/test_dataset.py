@@ -11,12 +11,12 @@ from conftest import build_dataset, constant_scenario, damage_shard, run_python
 from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
-from cxt.data.manifest import planned_shards, read_manifest, write_manifest
-from cxt.data.pair_dataset import model_input
-from cxt.data.preprocessing import preprocess_one, write_split
+from cxt.data.manifest import plan_shards, read_manifest, write_manifest
+from cxt.data.pair_dataset import compute_model_input
+from cxt.data.preprocessing import preprocess_batch, preprocess_simulation
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
 SPEC = variants("constant", constant_scenario())[0].spec
 
@@ -24,7 +24,7 @@ SPEC = variants("constant", constant_scenario())[0].spec
 def expected_item(index, pair, *, samples=20, mask=None, **arguments):
     """X and y of one item by the public definitions, from the simulation itself."""
     arguments = {"window_size": 1000, "sequence_length": 20_000} | arguments
-    ts = simulate_one(SPEC, index=index, seed=1)
+    ts = simulate_tree_sequence(SPEC, index=index, seed=1)
     ts = ts.simplify(ts.samples()[:samples])
     x = pair_features(ts.genotype_matrix(), ts.sites_position, [pair], mask=mask, scales=(2, 4), **arguments)
     y = pair_log_tmrca(ts, [pair], **arguments)
@@ -78,7 +78,7 @@ def test_missingness(masked_dataset):
 def test_batches_equal_items(masked_dataset):
     items = PairDataset(masked_dataset, "train")
     batch = items.batch([3, 90, 41])
-    x = model_input(batch.counts, batch.missing)
+    x = compute_model_input(batch.counts, batch.missing)
     assert batch.counts.dtype == torch.int16
     for row, i in enumerate((3, 90, 41)):
         torch.testing.assert_close(x[row], items[i][0])
@@ -106,7 +106,7 @@ def test_batching_does_not_change_simulations(dataset, tmp_path):
 
     write_batch(tmp_path / "batch", SPEC, start=10, count=10, seed=1)
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
-    write_split(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=10, count=10, split="train")
+    preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=10, count=10, split="train")
     part, _ = read_shard(tmp_path / "x.zarr.zip")
     whole, _ = read_shard(dataset / "train" / "constant-0.zarr.zip")
     assert part["index"].tolist() == list(range(11, 20))
@@ -123,7 +123,7 @@ def test_manifest(dataset):
 
 
 def test_planned_shards_skip_empty_splits():
-    planned = planned_shards({"a": (21, 10), "b": (5, 100)})
+    planned = plan_shards({"a": (21, 10), "b": (5, 100)})
     assert planned == {
         "train": ["train/a-0.zarr.zip", "train/a-10.zarr.zip", "train/b-0.zarr.zip"],
         "test": ["test/a-0.zarr.zip", "test/a-10.zarr.zip", "test/a-20.zarr.zip", "test/b-0.zarr.zip"],
@@ -169,28 +169,28 @@ def test_bad_directories(copy, tmp_path):
 
 @pytest.mark.parametrize("key", ["recombination_rate", "mutation_rate", "seed"])
 def test_a_batch_of_an_older_version(tmp_path, key):
-    tables = simulate_one(SPEC, index=0, seed=1).dump_tables()
+    tables = simulate_tree_sequence(SPEC, index=0, seed=1).dump_tables()
     tables.metadata = {"cxt": {name: value for name, value in tables.metadata["cxt"].items() if name != key}}
     tables.dump(tmp_path / "batch")
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
     with pytest.raises(BadRequest, match=f"tree sequence 0 has no {key}, as of an older cxt; delete "):
-        write_split(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
+        preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
 
 
 def test_too_many_pairs_and_too_few_samples():
-    ts = simulate_one(SPEC, index=1, seed=1)
+    ts = simulate_tree_sequence(SPEC, index=1, seed=1)
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 46}
     with pytest.raises(BadRequest, match="46 pairs asked, but 10 samples have 45"):
-        preprocess_one(ts, spec)
+        preprocess_simulation(ts, spec)
     with pytest.raises(BadRequest, match="60 samples asked, the tree sequence has 20"):
-        preprocess_one(ts, spec | {"samples": 60})
+        preprocess_simulation(ts, spec | {"samples": 60})
     with pytest.raises(BadRequest, match="mask is 15000 bp long, shorter than the sequence of 20000 bp"):
-        preprocess_one(ts, spec | {"pairs": 3}, mask=np.zeros(15_000, bool))
+        preprocess_simulation(ts, spec | {"pairs": 3}, mask=np.zeros(15_000, bool))
 
 
 def test_all_pairs_are_possible():
-    ts = simulate_one(SPEC, index=1, seed=1)
-    entry = preprocess_one(ts, {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 45})
+    ts = simulate_tree_sequence(SPEC, index=1, seed=1)
+    entry = preprocess_simulation(ts, {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 45})
     assert len({tuple(pair) for pair in entry.pairs}) == 45
 
 

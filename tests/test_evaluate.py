@@ -12,29 +12,29 @@ from cxt.checkpoints.record import model_record
 from cxt.config.settings import ModelConfig
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
-from cxt.data.preprocessing import preprocess_one
+from cxt.data.preprocessing import preprocess_simulation
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import main
 from cxt.evaluation.figures import draw_scatter
 from cxt.evaluation.metrics import (
     BASELINE_WIDTHS,
-    accessible_bases,
-    best_window,
-    clustered_error,
-    differences,
-    heterozygosity_estimate,
-    overall,
+    average_scenarios,
+    clustered_standard_error,
+    count_accessible_bases,
+    count_differences,
+    estimate_from_heterozygosity,
     pearson_per_pair,
-    score,
+    score_heterozygosity,
+    score_variant,
 )
 from cxt.evaluation.protocol import evaluate
-from cxt.evaluation.table import table
+from cxt.evaluation.table import format_accuracy_table
 from cxt.io import json_text
 from cxt.model.adapter import build_model
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.trainer.validation import DecodedItems
 
 SPEC = variants("constant", constant_scenario())[0].spec
@@ -48,14 +48,14 @@ def mask():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_baseline_against_loops(mask, masked):
-    ts = simulate_one(SPEC, index=1, seed=1)
-    entry = preprocess_one(ts, SHAPE, mask=mask if masked else None)
+    ts = simulate_tree_sequence(SPEC, index=1, seed=1)
+    entry = preprocess_simulation(ts, SHAPE, mask=mask if masked else None)
     few = ts.simplify(ts.samples()[:10])
     crop = np.zeros(20_000, bool) if entry.mask is None else entry.mask
     haplotypes = few.genotype_matrix()
-    found = differences(entry, window_size=1000, windows=20)
-    bases = accessible_bases(entry, window_size=1000, windows=20)
-    estimate = heterozygosity_estimate(entry, 5, window_size=1000, windows=20, constant=10.0)
+    found = count_differences(entry, window_size=1000, windows=20)
+    bases = count_accessible_bases(entry, window_size=1000, windows=20)
+    estimate = estimate_from_heterozygosity(entry, 5, window_size=1000, windows=20, constant=10.0)
     for p, (a, b) in enumerate(entry.pairs):
         sites = [
             int(position // 1000)
@@ -73,12 +73,12 @@ def test_baseline_against_loops(mask, masked):
 
 
 def test_best_window_is_the_best():
-    entries = [preprocess_one(simulate_one(SPEC, index=i, seed=1), SHAPE) for i in range(4)]
-    best = best_window(entries, window_size=1000, windows=20)
+    entries = [preprocess_simulation(simulate_tree_sequence(SPEC, index=i, seed=1), SHAPE) for i in range(4)]
+    best = score_heterozygosity(entries, window_size=1000, windows=20)
     truth = np.concatenate([e.log_tmrca for e in entries])
     for width in (1, 3, 9, 25):
         estimate = np.concatenate(
-            [heterozygosity_estimate(e, width, window_size=1000, windows=20, constant=truth.mean()) for e in entries]
+            [estimate_from_heterozygosity(e, width, window_size=1000, windows=20, constant=truth.mean()) for e in entries]
         )
         assert best["mse"] <= ((estimate - truth) ** 2).mean() + 1e-12
         assert best["r"] >= pearson_per_pair(truth, estimate) - 1e-12
@@ -88,14 +88,14 @@ def test_best_window_is_the_best():
 def test_baseline_takes_the_constant_where_nothing_is_accessible():
     hidden = np.zeros(20_000, bool)
     hidden[5000:12_000] = True
-    entries = [preprocess_one(simulate_one(SPEC, index=i, seed=1), SHAPE, mask=hidden) for i in range(4)]
+    entries = [preprocess_simulation(simulate_tree_sequence(SPEC, index=i, seed=1), SHAPE, mask=hidden) for i in range(4)]
     truth = np.concatenate([e.log_tmrca for e in entries])
-    estimate = heterozygosity_estimate(entries[0], 1, window_size=1000, windows=20, constant=truth.mean())
+    estimate = estimate_from_heterozygosity(entries[0], 1, window_size=1000, windows=20, constant=truth.mean())
     np.testing.assert_allclose(estimate[:, 5:12], truth.mean())
     assert (estimate < truth.mean() + 3).all()  # half a difference on one base would be 17
     widths = [w for w in BASELINE_WIDTHS if w // 2 < 20]
     plain = min(np.mean([(plain_estimate(e, w, constant=truth.mean()) - e.log_tmrca) ** 2 for e in entries]) for w in widths)
-    assert best_window(entries, window_size=1000, windows=20)["mse"] == pytest.approx(plain)
+    assert score_heterozygosity(entries, window_size=1000, windows=20)["mse"] == pytest.approx(plain)
 
 
 def plain_estimate(entry, width, *, constant):
@@ -113,16 +113,16 @@ def plain_estimate(entry, width, *, constant):
 
 
 def test_what_is_not_known_is_null(tmp_path):
-    entry = preprocess_one(simulate_one(SPEC, index=1, seed=1), SHAPE)
+    entry = preprocess_simulation(simulate_tree_sequence(SPEC, index=1, seed=1), SHAPE)
     entry.log_tmrca = np.full_like(entry.log_tmrca, 9.5)  # a pair of one tree: nothing to correlate with
     truth = entry.log_tmrca[None]
-    flat = score(truth, truth + 0.1, truth, truth + 1, [entry], window_size=1000, windows=20)
+    flat = score_variant(truth, truth + 0.1, truth, truth + 1, [entry], window_size=1000, windows=20)
     assert flat["r"] is flat["mse_se"] is flat["baseline"]["heterozygosity"]["r"] is None
     both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1}}
-    assert overall(both)["r"] == 0.5
-    result = {"checkpoint": "x", "scenarios": both, "overall": overall({"flat": flat})}
+    assert average_scenarios(both)["r"] == 0.5
+    result = {"checkpoint": "x", "scenarios": both, "overall": average_scenarios({"flat": flat})}
     assert json.loads(json_text(result), parse_constant=pytest.fail) == result
-    (row,) = [line for line in table([result]).splitlines() if "| flat" in line]
+    (row,) = [line for line in format_accuracy_table([result]).splitlines() if "| flat" in line]
     assert [cell.strip() for cell in row.split("|")][3:6] == ["0.010", "-", "-"]
     draw_scatter(dict.fromkeys(both, (truth, truth + 0.1, truth, truth + 1)), tmp_path / "s.png", title="x", scenarios=both)
     assert (tmp_path / "s.png").stat().st_size > 1000
@@ -156,8 +156,8 @@ def test_metrics():
     assert pearson_per_pair(truth, 1000 * estimate) == pytest.approx(part)
     errors = rng.random((5, 4, 50))
     means = errors.mean(axis=(1, 2))
-    assert clustered_error(errors) == pytest.approx(means.std(ddof=1) / np.sqrt(5))
-    assert np.isnan(clustered_error(errors[:1]))
+    assert clustered_standard_error(errors) == pytest.approx(means.std(ddof=1) / np.sqrt(5))
+    assert np.isnan(clustered_standard_error(errors[:1]))
 
 
 def test_posterior_summaries():
@@ -224,7 +224,7 @@ def test_evaluate(tmp_path, checkpoint, mask):
     assert (low < mean).all()
     assert (mean < high).all()
     assert json.dumps(result)
-    assert "| x          | constant |" in table([result])
+    assert "| x          | constant |" in format_accuracy_table([result])
     again, _ = evaluate(checkpoint, spec, batches, progress=lambda _: None)
     assert again == result
     for change, message in (

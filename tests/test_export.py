@@ -11,9 +11,9 @@ import pytest
 from conftest import GOLDEN, REPOSITORY, build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features
-from cxt.data.export import export, information, verify
+from cxt.data.export import describe_dataset, export_dataset, verify_dataset
 from cxt.data.manifest import read_manifest, write_manifest
-from cxt.data.preprocessing import preprocess_one
+from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import read_shard, write_shard
 from cxt.errors import BadRequest
 
@@ -52,7 +52,7 @@ def test_arrays_and_attributes_are_those_of_the_documentation(dataset, masked_da
 
 
 def test_info(dataset):
-    text = information(dataset)
+    text = describe_dataset(dataset)
     assert re.search(r"constant +train +18 +108 ", text)
     assert re.search(r"all +test +2 +12 ", text)
     assert run_python("-m", "cxt.commands.dataset", "info", dataset).stdout == text + "\n"
@@ -68,7 +68,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
-    verify(copy)
+    verify_dataset(copy)
     if damage == "newer":
         text = (copy / "dataset.json").read_text()
         (copy / "dataset.json").write_text(text.replace('"schema_version": 4', '"schema_version": 5'))
@@ -119,7 +119,7 @@ def test_any_flipped_byte_is_found(copy):
         data[place] ^= 1 << rng.integers(8)
         shard.write_bytes(data)
         with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip"):
-            verify(copy)
+            verify_dataset(copy)
 
 
 def test_damaged_headers_of_the_archive(copy):
@@ -176,7 +176,7 @@ def test_a_manifest_that_counts_wrong(copy, key):
     for counts in (part, part["shards"][0]):
         counts[key] += 12
     (copy / "dataset.json").write_text(json.dumps(manifest))
-    for read in (verify, lambda directory: PairDataset(directory, "train")):
+    for read in (verify_dataset, lambda directory: PairDataset(directory, "train")):
         with pytest.raises(
             BadRequest, match=rf"train/constant-0\.zarr\.zip is not what dataset\.json says: {key} \d+ instead of"
         ):
@@ -193,7 +193,7 @@ def test_verify_names_every_bad_shard(copy):
     for split in ("train", "test"):
         (copy / split / "constant-0.zarr.zip").unlink()
     with pytest.raises(BadRequest, match=r"(?s)train/constant-0.*test/constant-0"):
-        verify(copy)
+        verify_dataset(copy)
 
 
 def test_a_shard_of_other_shape_under_its_own_checksum(copy, dataset_n10):
@@ -203,7 +203,7 @@ def test_a_shard_of_other_shape_under_its_own_checksum(copy, dataset_n10):
     manifest = json.loads((copy / "dataset.json").read_text())
     manifest["splits"]["test"]["shards"][0]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(manifest))
-    for read in (verify, lambda directory: PairDataset(directory, "test")):
+    for read in (verify_dataset, lambda directory: PairDataset(directory, "test")):
         with pytest.raises(BadRequest, match="belongs to another dataset: samples 10 instead of 20"):
             read(copy)
     with pytest.raises(BadRequest, match="belongs to another dataset: samples 10 instead of 20"):
@@ -212,7 +212,7 @@ def test_a_shard_of_other_shape_under_its_own_checksum(copy, dataset_n10):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_export(masked_dataset, tmp_path, dtype):
-    assert export(masked_dataset, tmp_path / "out", dtype=dtype, limit=3) == 5
+    assert export_dataset(masked_dataset, tmp_path / "out", dtype=dtype, limit=3) == 5
     items = PairDataset(masked_dataset, "train")
     for row in range(3):
         index = items.describe(6 * row).index
@@ -229,24 +229,24 @@ def test_export(masked_dataset, tmp_path, dtype):
         meta = json.loads((directory / "meta.json").read_text())
         assert (meta["dtype"], meta["split"], meta["file_index"], meta["window_size"]) == (dtype, "train", index, 1000)
     with pytest.raises(BadRequest, match="exists; name a directory that does not"):
-        export(masked_dataset, tmp_path / "out")
+        export_dataset(masked_dataset, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_bad_exports(copy, tmp_path):
-    assert export(copy, tmp_path / "twice", splits=["test", "test"]) == 2
+    assert export_dataset(copy, tmp_path / "twice", splits=["test", "test"]) == 2
     with pytest.raises(BadRequest, match="--limit 0: expected at least 1"):
-        export(copy, tmp_path / "x", limit=0)
+        export_dataset(copy, tmp_path / "x", limit=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadRequest, match="cannot be written"):
-        export(copy, tmp_path / "file" / "x")
+        export_dataset(copy, tmp_path / "file" / "x")
     (copy / "train/constant-0.zarr.zip").unlink()
     with pytest.raises(BadRequest, match="cannot be read"):
-        export(copy, tmp_path / "x")
+        export_dataset(copy, tmp_path / "x")
     manifest = write_manifest_of(copy, {"simulations": 0, "items": 0, "sites": 0, "bytes": 0, "shards": []})
     assert manifest["splits"]["test"]["shards"] == []
     with pytest.raises(BadRequest, match="no simulation in test; there is nothing to export"):
-        export(copy, tmp_path / "x", splits=["test"])
+        export_dataset(copy, tmp_path / "x", splits=["test"])
     assert not (tmp_path / "x").exists()
     assert not list(tmp_path.glob(".x*"))
 
@@ -269,7 +269,7 @@ def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
     assert read_manifest(directory)["regions_per_simulation"] == 2
     monkeypatch.setattr("cxt.data.export.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     with pytest.raises(BadRequest, match="export fewer with --split or --limit"):
-        export(directory, tmp_path / "more")
+        export_dataset(directory, tmp_path / "more")
 
 
 GOLDEN_IDENTITY = {
@@ -296,7 +296,7 @@ def golden_entry(monkeypatch, ts, features, *, name, window_size, length, sample
         "pairs": len(pairs),
         "scales": [2, 8, 32, 64],
     }
-    return preprocess_one(tables.tree_sequence(), spec, mask=mask), spec, chosen
+    return preprocess_simulation(tables.tree_sequence(), spec, mask=mask), spec, chosen
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_golden_through_store_loader_and_export(monkeypatch, tmp_path, name, win
     assert np.array_equal(batch.counts.numpy()[..., 1:], expected[..., 1:])
     if chosen["y"] is not None:
         assert np.array_equal(entry.log_tmrca.astype(np.float16), chosen["y"][: len(expected)])
-    export(tmp_path, tmp_path / "out")
+    export_dataset(tmp_path, tmp_path / "out")
     (directory,) = (tmp_path / "out/train/golden").iterdir()
     x = np.load(directory / "X.npy")
     assert x.dtype == np.float16
@@ -341,7 +341,7 @@ def test_golden_through_store_loader_and_export(monkeypatch, tmp_path, name, win
 def test_golden_on_the_fly(monkeypatch):
     import tskit
 
-    from cxt.data.simulated import SimulatedDataset, live_manifest
+    from cxt.data.simulated import SimulatedDataset, build_simulated_manifest
 
     features = dict(np.load(GOLDEN / "features.npz"))
     expected, pairs = features["X_w2000"], features["pairs200"]
@@ -350,7 +350,7 @@ def test_golden_on_the_fly(monkeypatch):
     tables.metadata = {"cxt": GOLDEN_IDENTITY}
     ts = tables.tree_sequence()
     variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
-    manifest = live_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
+    manifest = build_simulated_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
     monkeypatch.setattr("cxt.data.simulated.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])

@@ -6,7 +6,13 @@ import pytest
 from conftest import simulate
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.data.features import first_sites, missing_fraction, pack_haplotypes, pair_counts, usable_sites
+from cxt.data.features import (
+    compute_missing_fraction,
+    compute_pair_counts,
+    find_first_sites,
+    pack_haplotypes,
+    select_usable_sites,
+)
 
 SCALES = (2, 8, 32, 64)
 
@@ -104,8 +110,8 @@ def test_mask(where):
 
 def test_real_positions_next_to_window_edges():
     positions = np.array([np.nextafter(1000, 0), 1000.0, np.nextafter(2000, 0), 2000.0, 2999.5])
-    assert first_sites(positions, window_size=1000, windows=3).tolist() == [0, 1, 3, 5]
-    assert first_sites(np.empty(0), window_size=1000, windows=3).tolist() == [0, 0, 0, 0]
+    assert find_first_sites(positions, window_size=1000, windows=3).tolist() == [0, 1, 3, 5]
+    assert find_first_sites(np.empty(0), window_size=1000, windows=3).tolist() == [0, 0, 0, 0]
 
 
 def test_more_than_64_samples():
@@ -120,7 +126,7 @@ def test_more_than_64_samples():
 def test_missing_fraction_of_truncated_windows():
     mask = np.zeros(100, dtype=bool)
     mask[95:] = True
-    f = missing_fraction(mask, window_size=10, sequence_length=100, scales=(1, 4))
+    f = compute_missing_fraction(mask, window_size=10, sequence_length=100, scales=(1, 4))
     assert f[0].tolist() == [0] * 9 + [0.5]
     np.testing.assert_allclose(f[1], [0] * 6 + [5 / 40, 5 / 30, 5 / 20, 5 / 10])
 
@@ -131,13 +137,15 @@ def test_wherever_the_result_begins_only_it_is_written(windows, dtype):
     """Counts are stored by whole lines of memory where these begin; what is beside them is not touched."""
     samples, size = 10, 1000
     ts = simulate(seed=9, length=windows * size)
-    genotypes, positions = usable_sites(ts.genotype_matrix(), ts.sites_position, sequence_length=windows * size)
+    genotypes, positions = select_usable_sites(ts.genotype_matrix(), ts.sites_position, sequence_length=windows * size)
     slow = slow_features(genotypes, positions, PAIRS, window_size=size, sequence_length=windows * size)
     memory = np.empty(slow.size + 160, dtype=dtype)
     for begin in range(0, 64, 5):
         memory[:] = -7
         out = memory[begin : begin + slow.size].reshape(slow.shape)
-        pair_counts(pack_haplotypes(genotypes), positions, PAIRS, window_size=size, windows=windows, samples=samples, out=out)
+        compute_pair_counts(
+            pack_haplotypes(genotypes), positions, PAIRS, window_size=size, windows=windows, samples=samples, out=out
+        )
         assert np.array_equal(out, slow)
         assert (memory[:begin] == -7).all()
         assert (memory[begin + slow.size :] == -7).all()
@@ -149,7 +157,7 @@ def test_small_integers_hold_the_same_counts():
     keep = (ts.genotype_matrix().max(axis=1) <= 1) & (derived > 0) & (derived < 10)
     genotypes, positions = ts.genotype_matrix()[keep], ts.sites_position[keep]
     packed = np.packbits(genotypes.astype(np.uint8), axis=1, bitorder="little")
-    counts = pair_counts(packed, positions, PAIRS, window_size=1000, windows=100, samples=10, dtype=np.int16)
+    counts = compute_pair_counts(packed, positions, PAIRS, window_size=1000, windows=100, samples=10, dtype=np.int16)
     full = pair_features(genotypes, positions, PAIRS, window_size=1000, sequence_length=100_000)
     assert np.array_equal(counts, full)
 

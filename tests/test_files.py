@@ -14,7 +14,7 @@ from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.variants import variants
 from cxt.errors import BadRequest
-from cxt.io import atomic_file, atomic_link, atomic_write, is_locked, take_lock
+from cxt.io import acquire_lock, atomic_file, atomic_link, atomic_write, is_locked
 from cxt.scenarios.batches import write_batch
 from cxt.workflow.runs import Run, prune
 
@@ -187,11 +187,11 @@ def is_refused(path) -> str:
 def test_a_lock_outlasts_looking_at_it(tmp_path):
     """In the process that holds it: POSIX's go with the first descriptor of the file that is closed."""
     path = tmp_path / "x.lock"
-    lock = take_lock(path, "it")
+    lock = acquire_lock(path, "it")
     assert is_locked(path)
     assert path.read_text() == f"process {os.getpid()} on {os.uname().nodename}"
     with pytest.raises(BadRequest, match=f"it is in use by process {os.getpid()}"):
-        take_lock(path, "it")
+        acquire_lock(path, "it")
     assert f"it is in use by process {os.getpid()}" in is_refused(path)
     lock.close()
     assert path.read_text() == ""
@@ -219,13 +219,13 @@ def test_a_lock_goes_with_its_process_and_not_with_those_it_has_started(tmp_path
         holder.wait()
         os.kill(left, 0)
         assert not is_locked(tmp_path / "x.lock")
-        take_lock(tmp_path / "x.lock", "it").close()
+        acquire_lock(tmp_path / "x.lock", "it").close()
     finally:
         os.kill(left, signal.SIGKILL)
 
 
 def test_a_fork_that_ends_does_not_let_go(tmp_path):
-    lock = take_lock(tmp_path / "x.lock", "it")
+    lock = acquire_lock(tmp_path / "x.lock", "it")
     pid = os.fork()
     if not pid:
         lock.close()
@@ -239,7 +239,7 @@ def test_a_fork_that_ends_does_not_let_go(tmp_path):
 def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
     """Who opened it before it was removed does not go in beside who has made it anew."""
     path = tmp_path / "x.lock"
-    first = take_lock(path, "it")
+    first = acquire_lock(path, "it")
     real, second = os.open, []
 
     def open_and_be_overtaken(name, *args, **kwargs):
@@ -247,12 +247,12 @@ def test_a_lock_that_was_removed_while_it_was_waited_for(tmp_path, monkeypatch):
         if not second:
             second.append(None)
             first.close(remove=True)  # as `prune` does
-            second[0] = take_lock(path, "it")  # by yet another
+            second[0] = acquire_lock(path, "it")  # by yet another
         return number
 
     monkeypatch.setattr("cxt.io.os.open", open_and_be_overtaken)
     with pytest.raises(BadRequest, match="it is in use by process"):
-        take_lock(path, "it")
+        acquire_lock(path, "it")
     second[0].close()
 
 
@@ -261,7 +261,7 @@ def test_a_lock_that_is_a_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "x.lock").symlink_to(tmp_path / "precious")
     with pytest.raises(BadRequest, match=r"it: the lock .*x.lock cannot be opened: .*; remove it"):
-        take_lock(tmp_path / "x.lock", "it")
+        acquire_lock(tmp_path / "x.lock", "it")
     assert not is_locked(tmp_path / "x.lock")
     assert (tmp_path / "precious").read_text() == "precious"
 

@@ -12,7 +12,7 @@ from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import OutsideTraining
-from cxt.model.sampling import draw, limited_to, uniforms
+from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
 
 from test_model import inputs, model_of  # isort: skip
 
@@ -83,7 +83,7 @@ def test_sampling_without_a_cache_draws_the_same():
     model = model_of()
     x, y = inputs(items=3)
     tokens, _ = model.generate(x, window_size=2000, replicates=2, seed=9, temperature=0.7, top_k=40)
-    uniform = uniforms(9, range(3), replicates=2, windows=12)
+    uniform = draw_uniforms(9, range(3), replicates=2, windows=12)
     for replicate in range(2):
         past = torch.ones_like(y)
         for window in range(12):
@@ -141,25 +141,25 @@ def test_bad_seeds(seed, message):
 
 def test_uniform_numbers():
     """Each a function of its key only; evenly spread, and independent along every axis as far as moments tell."""
-    numbers = uniforms(7, range(100), replicates=20, windows=50)
+    numbers = draw_uniforms(7, range(100), replicates=20, windows=50)
     assert numbers.shape == (100, 20, 50)
     assert numbers.min() >= 0
     assert numbers.max() < 1
     assert np.unique(numbers).size == numbers.size
-    assert np.array_equal(uniforms(7, [93, 5], replicates=3, windows=10), numbers[[93, 5], :3, :10])
+    assert np.array_equal(draw_uniforms(7, [93, 5], replicates=3, windows=10), numbers[[93, 5], :3, :10])
     counts, _ = np.histogram(numbers, bins=100, range=(0, 1))
     assert ((counts - 1000) ** 2 / 1000).sum() < 160  # chi-square of 99 degrees of freedom: 1e-4
     centred = numbers - 0.5
     for axis in range(3):
         first, second = np.delete(centred, 0, axis=axis), np.delete(centred, -1, axis=axis)
         assert abs((first * second).mean()) * 12 < 5 / first.size**0.5
-    assert abs((centred * (uniforms(8, range(100), replicates=20, windows=50) - 0.5)).mean()) * 12 < 5 / centred.size**0.5
+    assert abs((centred * (draw_uniforms(8, range(100), replicates=20, windows=50) - 0.5)).mean()) * 12 < 5 / centred.size**0.5
 
 
 def test_uniform_numbers_of_seeds_and_items():
     """No seed's items are another seed's, however close the two: (1, 5) and (2, 4) once had the same numbers."""
     seeds = [0, 1, 2, 3, 2**32, 2**32 + 1, 2**63 - 1]
-    grid = np.stack([uniforms(seed, range(64), replicates=8, windows=32) for seed in seeds])
+    grid = np.stack([draw_uniforms(seed, range(64), replicates=8, windows=32) for seed in seeds])
     assert np.unique(grid).size == grid.size
     flat = grid.reshape(len(seeds) * 64, -1) - 0.5  # one row for each (seed, item)
     correlations = np.corrcoef(flat)[np.triu_indices(len(flat), 1)]
@@ -170,7 +170,7 @@ def test_uniform_numbers_of_seeds_and_items():
     assert ((counts - expected) ** 2 / expected).sum() < 160  # chi-square of 99 degrees of freedom: 1e-4
     for seed in (-1, 10**29, 2**63, 1.5, None):
         with pytest.raises(BadRequest, match="seed is .*, expected .* 9223372036854775807"):
-            uniforms(seed, [0], replicates=1, windows=1)
+            draw_uniforms(seed, [0], replicates=1, windows=1)
 
 
 def test_drawing():
@@ -179,22 +179,22 @@ def test_drawing():
     probabilities[:, ::3] = 0  # bins that must not be drawn
     uniform = rng.random(200)
     uniform[:3] = 0.0, 1 - 2**-53, 0.5
-    found = draw(torch.from_numpy(probabilities), torch.from_numpy(uniform)).numpy()
+    found = sample_bins(torch.from_numpy(probabilities), torch.from_numpy(uniform)).numpy()
     for row, u, bin_ in zip(probabilities, uniform, found, strict=True):
         cumulative = np.cumsum(row)
         assert bin_ == np.searchsorted(cumulative, u * cumulative[-1], side="right")
         assert row[bin_] > 0
     # The largest number there can be stays within what has probability.
-    assert int(draw(torch.tensor([0.0, 0.5, 0.5, 0.0]), torch.tensor(1.0, dtype=torch.float64))) == 2
+    assert int(sample_bins(torch.tensor([0.0, 0.5, 0.5, 0.0]), torch.tensor(1.0, dtype=torch.float64))) == 2
 
 
 def test_most_probable_bins():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
     for k in (1, 4, 30, 99):
-        kept = torch.isfinite(limited_to(logits, k))
+        kept = torch.isfinite(top_k_filter(logits, k))
         assert kept.sum(-1).tolist() == [min(k, 30)] * 5
         for row, mine in zip(logits, kept, strict=True):
             assert set(mine.nonzero()[:, 0].tolist()) == set(row.argsort()[-min(k, 30) :].tolist())
-    assert limited_to(logits, None) is logits
+    assert top_k_filter(logits, None) is logits
     ties = torch.zeros(1, 6)
-    assert int(torch.isfinite(limited_to(ties, 2)).sum()) == 2
+    assert int(torch.isfinite(top_k_filter(ties, 2)).sum()) == 2

@@ -7,7 +7,7 @@ import tskit
 from conftest import GOLDEN
 
 from cxt import load_model, pair_features, pair_log_tmrca
-from cxt.data.preprocessing import sites_before
+from cxt.data.preprocessing import decode_sites
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def ts():
 def test_features_and_targets(features, ts, name, window_size, length):
     expected = features[f"X_{name}"].astype(np.float32)
     pairs = features["pairs200"][: len(expected)]
-    x = pair_features(*sites_before(ts, length), pairs, window_size=window_size, sequence_length=length)
+    x = pair_features(*decode_sites(ts, length), pairs, window_size=window_size, sequence_length=length)
     assert np.array_equal(x[..., 1:], expected[..., 1:])
     y = pair_log_tmrca(ts, pairs, window_size=window_size, sequence_length=length)
     assert np.array_equal(y.astype(np.float16), features[f"y_{name}"])
@@ -43,7 +43,7 @@ def test_ten_samples(features, ts):
 def test_masked(features, ts):
     expected = features["X_w200_mask"].astype(np.float32)
     x = pair_features(
-        *sites_before(ts, 100_000),
+        *decode_sites(ts, 100_000),
         features["pairs200"][: len(expected)],
         window_size=200,
         sequence_length=100_000,

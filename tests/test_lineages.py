@@ -19,12 +19,12 @@ from cxt import train as train_stage
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
-from cxt.data.manifest import planned_shards, read_manifest
+from cxt.data.manifest import plan_shards, read_manifest
 from cxt.data.masks import read_mask, write_mask
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest, Failed
-from cxt.evaluation.table import table_lineage_of
-from cxt.io import canonical, file_sha256
+from cxt.evaluation.table import combine_evaluation_lineages
+from cxt.io import canonical_json, file_sha256
 from cxt.scenarios.batches import read_batch
 from cxt.trainer.fit import quieten
 from cxt.workflow import arguments, jobs, lineages, paths
@@ -68,7 +68,7 @@ def simulate_batch(config, start=0):
     variant = jobs.variant_of(config, "constant")
     count = jobs.batch_count(config, variant, start)
     call(
-        simulate_stage, "--spec", canonical(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
+        simulate_stage, "--spec", canonical_json(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
         "--lineage", lineages.batch_lineage(config, variant, start, count), "--out", paths.batch_path("constant", start),
     )  # fmt: skip
 
@@ -76,7 +76,8 @@ def simulate_batch(config, start=0):
 def preprocess_mask(config):
     """What the rule `synthetic_mask` runs."""
     call(
-        preprocess_stage, "mask", "--spec", canonical(jobs.mask_spec(config, "processed_narrow")), "--seed", config["seed"],
+        preprocess_stage, "mask", "--spec", canonical_json(jobs.mask_spec(config, "processed_narrow")),
+        "--seed", config["seed"],
         "--lineage", lineages.mask_lineage(config, "processed_narrow"), "--out", paths.mask_path(config, "processed_narrow"),
     )  # fmt: skip
 
@@ -93,7 +94,7 @@ def preprocess_shard(config, split, start=0, mask=None):
     call(
         preprocess_stage, "shard", "--batch", paths.batch_path("constant", start), "--scenario", "constant",
         "--seed", config["seed"], "--start", start, "--count", count, "--split", split,
-        "--spec", canonical(jobs.dataset_spec(config, "processed_narrow")), *words,
+        "--spec", canonical_json(jobs.dataset_spec(config, "processed_narrow")), *words,
         "--batch-lineage", lineages.batch_lineage(config, variant, start, count),
         "--lineage", lineages.shard_lineage(config, "processed_narrow", variant, start, split),
         "--out", f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip",
@@ -104,7 +105,7 @@ def list_shards(config):
     """What the rule `manifest` runs."""
     call(
         preprocess_stage, "manifest", "--dataset", "results/datasets/processed_narrow",
-        "--shards", canonical(lineages.variant_table_with_lineages(config, "processed_narrow")),
+        "--shards", canonical_json(lineages.variant_table_with_lineages(config, "processed_narrow")),
     )  # fmt: skip
 
 
@@ -185,10 +186,19 @@ def test_made_by_hand(there):
     config = configuration(there / "a.yaml")
     variant = jobs.variant_of(config, "constant")
     path = paths.batch_path("constant", 0)
-    call(simulate_stage, "--spec", canonical(variant.spec), "--count", 10, "--seed", 1, "--out", path)
+    call(simulate_stage, "--spec", canonical_json(variant.spec), "--count", 10, "--seed", 1, "--out", path)
     with pytest.raises(BadRequest, match="it has no lineage, expected"):
         preprocess_shard(config, "test", 0)
-    words = ["--batch", path, "--start", 0, "--count", 10, "--spec", canonical(jobs.dataset_spec(config, "processed_narrow"))]
+    words = [
+        "--batch",
+        path,
+        "--start",
+        0,
+        "--count",
+        10,
+        "--spec",
+        canonical_json(jobs.dataset_spec(config, "processed_narrow")),
+    ]
     for split in ("train", "test"):
         call(preprocess_stage, "shard", *words, "--split", split, "--out", f"data/{split}/constant-0.zarr.zip")
     call(preprocess_stage, "manifest", "--dataset", "data")
@@ -280,24 +290,24 @@ def test_verify_and_evaluation(there, monkeypatch):
     simulate_batch(config, start)
     batches = lineages.evaluation_batches(config, "narrow")
     words = [
-        "--spec", canonical(jobs.evaluation_spec(config, "narrow")), "--out", "results/evaluation/narrow.json",
+        "--spec", canonical_json(jobs.evaluation_spec(config, "narrow")), "--out", "results/evaluation/narrow.json",
         "--figures", "results/evaluation/narrow",
         "--mask", "results/masks/processed_narrow.npz", *arguments.mask_arguments(config, "processed_narrow"),
         "--lineage", lineages.evaluation_lineage(config, "narrow"), "--checkpoint-lineage", lineage,
     ]  # fmt: skip
     with pytest.raises(BadRequest, match="checkpoint other.ckpt is not the one that was planned"):
-        call(evaluate_stage, *words, "--checkpoint", "other.ckpt", "--batches", canonical(batches))
-    stale = canonical([batch | {"lineage": "9"} for batch in batches])
+        call(evaluate_stage, *words, "--checkpoint", "other.ckpt", "--batches", canonical_json(batches))
+    stale = canonical_json([batch | {"lineage": "9"} for batch in batches])
     with pytest.raises(BadRequest, match=f"batch results/simulations/constant/{start}.* expected 9"):
         call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", stale)
-    call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical(batches))
+    call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical_json(batches))
     result = json.loads((there / "results/evaluation/narrow.json").read_text())
     assert (result["lineage"], result["checkpoint_lineage"]) == (lineages.evaluation_lineage(config, "narrow"), lineage)
     assert result["device"] == "cpu"
     table = ["--table", "results/evaluation/narrow.json", "--out", "results/evaluation/table.md"]
-    call(evaluate_stage, *table, "--lineage", table_lineage_of([result["lineage"]]))
+    call(evaluate_stage, *table, "--lineage", combine_evaluation_lineages([result["lineage"]]))
     with pytest.raises(BadRequest, match=r"an evaluation of this table .*snakemake --cores 2 results/evaluation/table.md"):
-        call(evaluate_stage, *table, "--lineage", table_lineage_of(["5"]))
+        call(evaluate_stage, *table, "--lineage", combine_evaluation_lineages(["5"]))
 
 
 def test_a_finished_run_on_other_devices_is_another_run(dataset, tmp_path, monkeypatch, capsys):
@@ -362,4 +372,4 @@ def test_srun_is_not_spoken_of(tmp_path, monkeypatch):
 
 
 def test_planned_shards_take_lineages():
-    assert planned_shards({"a": (10, 10, "x")}) == planned_shards({"a": (10, 10)})
+    assert plan_shards({"a": (10, 10, "x")}) == plan_shards({"a": (10, 10)})

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from cxt import PairDataset
 from cxt.data import shared_memory as arena
 from cxt.data.grid import Grid
-from cxt.data.kernels import lowest_bit, pack_bins, unpack_bins
-from cxt.data.loaders import EpochBatches, InOrder, PrefetchLoader
-from cxt.data.pair_dataset import model_input, open_dataset
+from cxt.data.kernels import find_lowest_bit, pack_bins, unpack_bins
+from cxt.data.loaders import EpochBatchSampler, PrefetchLoader, SequentialBatchSampler
+from cxt.data.pair_dataset import compute_model_input, open_dataset
 from cxt.data.shards import read_shard
 from cxt.data.shared_memory import Arena, free_memory
 from cxt.errors import BadRequest
@@ -27,8 +27,8 @@ from cxt.errors import BadRequest
 on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks into /proc")
 
 
-def sampler_of(items: PairDataset, **arguments) -> EpochBatches:
-    return EpochBatches(**({"items": len(items), "batch_size": 7, "seed": 3} | arguments))
+def sampler_of(items: PairDataset, **arguments) -> EpochBatchSampler:
+    return EpochBatchSampler(**({"items": len(items), "batch_size": 7, "seed": 3} | arguments))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
@@ -84,7 +84,7 @@ def test_order_is_a_function_of_seed_epoch_and_rank(dataset):
     assert order(epoch=1) != order() != order(seed=4)
     ranks = [order(rank=rank, world=2) for rank in (0, 1)]
     assert not set(ranks[0]) & set(ranks[1])
-    assert list(InOrder(items=9, batch_size=2, seed=1, rank=1, world=2)) == [[1, 3], [5, 7]]
+    assert list(SequentialBatchSampler(items=9, batch_size=2, seed=1, rank=1, world=2)) == [[1, 3], [5, 7]]
 
 
 @pytest.mark.parametrize("i", [1.5, "a", slice(2), None])
@@ -286,13 +286,13 @@ def test_counts_beyond_16_bits(tmp_path):
     arrays, _ = read_shard(directory / "train/constant-0.zarr.zip")
     assert batch.counts[0, :, 0, 0].sum().item() == len(arrays["positions"])
     assert batch.counts.max() > 32767
-    assert (model_input(batch.counts, None) >= 0).all()
+    assert (compute_model_input(batch.counts, None) >= 0).all()
 
 
 def test_bits():
     for place in (0, 1, 17, 62, 63):
-        assert lowest_bit(np.uint64(1 << place)) == place
-        assert lowest_bit(np.uint64((1 << 63) | (1 << place))) == place
+        assert find_lowest_bit(np.uint64(1 << place)) == place
+        assert find_lowest_bit(np.uint64((1 << 63) | (1 << place))) == place
     rng = np.random.default_rng(1)
     for width, windows in ((1, 70), (9, 500), (9, 7), (13, 64), (16, 5)):
         bins = rng.integers(0, 2**width, (3, windows))

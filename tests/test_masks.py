@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from cxt.data.features import missing_fraction
-from cxt.data.masks import cut_mask, describe_mask, read_mask, synthetic_mask, write_mask
+from cxt.data.features import compute_missing_fraction
+from cxt.data.masks import cut_mask, describe_mask, draw_synthetic_mask, read_mask, write_mask
 from cxt.errors import BadRequest
 
 SYNTHETIC = {"length": 2_000_000, "accessible_run": 500, "inaccessible_run": 200}
@@ -61,15 +61,15 @@ def test_npz(tmp_path):
 
 
 def test_synthetic(tmp_path):
-    mask = synthetic_mask(SYNTHETIC, seed=1)
+    mask = draw_synthetic_mask(SYNTHETIC, seed=1)
     assert len(mask) == 2_000_000
     assert mask.mean() == pytest.approx(200 / 700, rel=0.1)
     assert np.mean(runs(mask, False)) == pytest.approx(500, rel=0.1)
     assert np.mean(runs(mask, True)) == pytest.approx(200, rel=0.15)
     assert np.median(runs(mask, True)) < 100
     assert np.max(runs(mask, True)) > 2000
-    assert np.array_equal(mask, synthetic_mask(SYNTHETIC, seed=1))
-    assert not np.array_equal(mask, synthetic_mask(SYNTHETIC, seed=2))
+    assert np.array_equal(mask, draw_synthetic_mask(SYNTHETIC, seed=1))
+    assert not np.array_equal(mask, draw_synthetic_mask(SYNTHETIC, seed=2))
     write_mask(tmp_path / "a.npz", mask)
     write_mask(tmp_path / "b.npz", mask)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
@@ -175,7 +175,7 @@ def test_reading_takes_little_more_than_a_byte_a_base(tmp_path):
         mask = read_mask(file)
         whole = tracemalloc.get_traced_memory()[1]
         tracemalloc.reset_peak()
-        missing_fraction(mask, window_size=2000, sequence_length=length)
+        compute_missing_fraction(mask, window_size=2000, sequence_length=length)
         more = tracemalloc.get_traced_memory()[1] - tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert whole < 1.5 * length
@@ -188,7 +188,7 @@ def test_missing_fraction_is_that_of_a_sum_for_every_base():
         covered = np.concatenate([[0], np.cumsum(mask[:length])])
         left = np.arange(-(-length // 100)) * 100
         for scale, found in zip(
-            (2, 7), missing_fraction(mask, window_size=100, sequence_length=length, scales=(2, 7)), strict=True
+            (2, 7), compute_missing_fraction(mask, window_size=100, sequence_length=length, scales=(2, 7)), strict=True
         ):
             right = np.minimum(left + scale * 100, length)
             assert np.array_equal(found, (covered[right] - covered[left]) / (right - left))

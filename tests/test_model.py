@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model, freeze_backbone
-from cxt.model.attention import rotary_table, rotate
+from cxt.model.attention import build_rotary_table, rotate
 from cxt.trainer.module import parameter_groups
 
 SMALL = ModelConfig(layers=3, heads=2, width=32, windows=12, samples=10, scales=4, dropout=0.1)
@@ -215,7 +215,7 @@ def test_bad_sizes():
 
 
 def test_rotation_is_relative():
-    table = rotary_table(50, 8)
+    table = build_rotary_table(50, 8)
     q, k = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(1)).unbind()
 
     def product(a, b):

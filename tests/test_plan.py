@@ -16,8 +16,8 @@ from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.plan import plan, use_devices
 from cxt.scenarios import stdpopsim_models as catalogue
-from cxt.scenarios.indices import batches as batches_of
-from cxt.scenarios.registry import KINDS, simulate_one
+from cxt.scenarios.indices import simulation_batches as batches_of
+from cxt.scenarios.registry import KINDS, simulate_tree_sequence
 from cxt.workflow import costs as costs_module
 from cxt.workflow.costs import Costs, TooLong, measure_costs, measure_shard, measure_simulation, reached, shortened, variant_key
 from cxt.workflow.jobs import dataset_spec, variant_of, variants_of
@@ -116,15 +116,15 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
 
     for name in ("sim_ancestry", "sim_mutations"):
         monkeypatch.setattr(msprime, name, catch)
-    monkeypatch.setattr(catalogue, "mapped_autosomes", catalogue.autosomes)  # the maps taken as present
-    monkeypatch.setattr(catalogue, "_rates", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
+    monkeypatch.setattr(catalogue, "list_mapped_autosomes", catalogue.list_autosomes)  # the maps taken as present
+    monkeypatch.setattr(catalogue, "read_chromosome_map", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     result = {}
     for variant in variants_of(config, sorted(names)):
         for index in range(variant.simulations):
             caught.clear()
             with pytest.raises(Stop):
-                simulate_one(variant.spec, index=index, seed=config["seed"])
+                simulate_tree_sequence(variant.spec, index=index, seed=config["seed"])
             result[variant.name, index] = tuple(caught)
     return result
 

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from cxt import load_model
 from cxt import train as train_stage
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
-from cxt.checkpoints.inspection import diff, show
+from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint
 from cxt.checkpoints.load import find_checkpoint
-from cxt.checkpoints.published import is_published, preset_of, stand_ins
-from cxt.checkpoints.safetensors import write_portable
+from cxt.checkpoints.published import allow_published_classes, find_nearest_preset, is_published
+from cxt.checkpoints.safetensors import write_export
 from cxt.config.settings import PRESETS
 from cxt.errors import BadRequest
 from cxt.workflow.verification import verify
@@ -32,7 +32,7 @@ BOTH = pytest.mark.parametrize(("file", "suffix"), [(PLAIN, ""), (ADAPTER, "5")]
 
 def content_of(file) -> dict:
     """What is in a published file, its configuration as a plain dict."""
-    with stand_ins():
+    with allow_published_classes():
         content = torch.load(file, weights_only=True)
     content["hyper_parameters"]["gpt_config"] = dict(content["hyper_parameters"]["gpt_config"].fields)
     return content
@@ -88,8 +88,8 @@ def test_import(file, suffix, tmp_path):
     agrees(load_model(out), suffix)
     agrees(load_model(file), suffix)
     assert "whole and finite; imported from published_style" in verify(out, configfiles=[])
-    assert diff(out, file, rtol=0, atol=0)[0]
-    assert str(file) in show(file)
+    assert compare_checkpoints(out, file, rtol=0, atol=0)[0]
+    assert str(file) in describe_checkpoint(file)
     left = run_python("-m", "cxt.commands.checkpoint", "import", out, "--out", tmp_path / "again.ckpt", check=False)
     assert left.returncode == 2
     assert "is a checkpoint of cxt already, use it as it is" in left.stderr
@@ -104,7 +104,7 @@ def test_names(tmp_path):
         shutil.copy(PLAIN, tmp_path / file)
         assert read_checkpoint(tmp_path / file).record["name"] == name
     for name, network in PRESETS.items():
-        assert preset_of(network) == name
+        assert find_nearest_preset(network) == name
     shutil.copy(PLAIN, tmp_path / "residual_epoch=1-step=5280.ckpt")
     with pytest.raises(BadRequest, match="legacy `residual` model predicts another quantity"):
         read_checkpoint(tmp_path / "residual_epoch=1-step=5280.ckpt")
@@ -377,21 +377,21 @@ def test_export(file, suffix, tmp_path):
     assert (after.model, after.adapter) == (before.model, before.adapter)
     agrees(load_model(tmp_path / "exported"), suffix)
     assert find_checkpoint(tmp_path / "exported" / "model.safetensors") == tmp_path / "exported" / "config.json"
-    assert diff(find_checkpoint(tmp_path / "exported"), file, rtol=0, atol=0)[0]
+    assert compare_checkpoints(find_checkpoint(tmp_path / "exported"), file, rtol=0, atol=0)[0]
 
 
 def test_export_keeps_types_and_views(tmp_path):
     about = read_checkpoint(PLAIN)
     whole = torch.arange(40.0).bfloat16().view(4, 10)
     odd = {"half": whole, "view": whole.T, "part": whole[1], "scalar": torch.tensor(2.0, dtype=torch.float64)}
-    write_portable(tmp_path / "x", odd, about.record)
+    write_export(tmp_path / "x", odd, about.record)
     back = read_checkpoint(tmp_path / "x" / "config.json").state_dict
     assert {key: value.dtype for key, value in back.items()} == {key: value.dtype for key, value in odd.items()}
     assert all(torch.equal(back[key], odd[key]) for key in odd)
     write_checkpoint(tmp_path / "half.ckpt", {k: v.bfloat16() for k, v in about.state_dict.items()}, about.record)
     run_python("-m", "cxt.commands.checkpoint", "export", tmp_path / "half.ckpt", "--out", tmp_path / "half")
     assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
-    assert diff(tmp_path / "half" / "config.json", tmp_path / "half.ckpt", rtol=0, atol=0)[0]
+    assert compare_checkpoints(tmp_path / "half" / "config.json", tmp_path / "half.ckpt", rtol=0, atol=0)[0]
 
 
 def test_damaged_exports(tmp_path):
@@ -401,7 +401,7 @@ def test_damaged_exports(tmp_path):
     def refused(message):
         with pytest.raises(BadRequest, match=message):
             load_model(directory / "config.json")
-        write_portable(directory, about.state_dict, about.record)
+        write_export(directory, about.state_dict, about.record)
 
     refused("there is no checkpoint .*config.json")
     (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-1] + b"x")
@@ -412,9 +412,9 @@ def test_damaged_exports(tmp_path):
     refused("config.json cannot be read")
     (directory / "config.json").write_text('{"architectures": ["BertModel"]}')
     refused("was not written by `cxt checkpoint export`")
-    write_portable(directory, about.state_dict, about.record | {"format": 99})
+    write_export(directory, about.state_dict, about.record | {"format": 99})
     refused("has format 99, this cxt reads up to 1")
-    write_portable(directory, about.state_dict | {"x": torch.ones(1)}, about.record)
+    write_export(directory, about.state_dict | {"x": torch.ones(1)}, about.record)
     refused("x is not in this model")
     bad = {key: value * float("nan") for key, value in about.state_dict.items()}
     write_checkpoint(tmp_path / "nan.ckpt", bad, about.record)

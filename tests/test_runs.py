@@ -27,10 +27,10 @@ from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
 from cxt.config.file import load, training_settings
 from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
-from cxt.data.loaders import EpochBatches
-from cxt.data.pair_dataset import PairDataset, model_input
+from cxt.data.loaders import EpochBatchSampler
+from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
-from cxt.io import take_lock
+from cxt.io import acquire_lock
 from cxt.seeds import torch_seed
 from cxt.train import plan_of
 from cxt.trainer import learning_rate_search
@@ -267,7 +267,7 @@ def test_other_devices(dataset, tmp_path, monkeypatch):
 def test_stale_and_held_locks(tmp_path, capsys):
     path = tmp_path / "run.lock"
     path.write_text("process 4000000 on elsewhere")
-    held = take_lock(path, "the run")
+    held = acquire_lock(path, "the run")
     assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
     code = f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
     done = run_python("-c", code, check=False)
@@ -489,7 +489,7 @@ def plain_losses(dataset, arguments) -> list[float]:
     model, items = starting_model(plan).train(), PairDataset(dataset, "train")
     optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
     rates = [group["lr"] for group in optimizer.param_groups]
-    sampler = EpochBatches(items=len(items), batch_size=training.batch_size, seed=training.seed)
+    sampler = EpochBatchSampler(items=len(items), batch_size=training.batch_size, seed=training.seed)
     losses, number = [], 0
     for epoch in range(training.epochs):
         sampler.set_epoch(epoch)
@@ -502,7 +502,7 @@ def plain_losses(dataset, arguments) -> list[float]:
                 torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
                 number += 1
                 counts, missing, tokens = items.batch(chosen)
-                loss = model.loss(model_input(counts, missing), tokens) / training.grad_accum
+                loss = model.loss(compute_model_input(counts, missing), tokens) / training.grad_accum
                 loss.backward()
                 total = total + loss.detach()
             losses.append(float(total * (training.grad_accum / len(window))))
@@ -597,12 +597,12 @@ def test_bfloat16_network(dataset):
     plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
     model = starting_model(plan).to(torch.bfloat16)
     counts, missing, tokens = data_of(plan).train_set.batch(range(4))
-    loss = model.loss(model_input(counts, missing), tokens)
+    loss = model.loss(compute_model_input(counts, missing), tokens)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
     assert loss.dtype == model.backbone.rotary.dtype == torch.float32  # too coarse in 16 bits
     assert torch.isfinite(loss)
-    tokens, probabilities = model.generate(model_input(counts, missing), window_size=1000, replicates=2)
+    tokens, probabilities = model.generate(compute_model_input(counts, missing), window_size=1000, replicates=2)
     assert torch.isfinite(probabilities).all()
 
 
@@ -633,7 +633,7 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
         checks_gradient=False,
     )  # fmt: skip
     log._first_bad = torch.tensor(-1)
-    sampler = EpochBatches(items=30, batch_size=4, seed=1)
+    sampler = EpochBatchSampler(items=30, batch_size=4, seed=1)
     described = SimpleNamespace(scenario="constant", index=7, pair=(1, 2))
     trainer = SimpleNamespace(
         world_size=1, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
@@ -738,14 +738,14 @@ def test_find_lr_steps_by_hand(dataset):
         assert len(found.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
         model, items = starting_model(plan).eval(), PairDataset(dataset, "train")
-        sampler = EpochBatches(items=len(items), batch_size=12, seed=plan.training.seed)
+        sampler = EpochBatchSampler(items=len(items), batch_size=12, seed=plan.training.seed)
         expected = []
         for epoch in range(20):
             sampler.set_epoch(epoch)
             batches = iter(sampler)
             for size in steps_of:
                 losses = [items.batch(next(batches)) for _ in range(size)]
-                losses = [float(model.loss(model_input(b.counts, b.missing), b.tokens).detach()) for b in losses]
+                losses = [float(model.loss(compute_model_input(b.counts, b.missing), b.tokens).detach()) for b in losses]
                 expected.append(np.mean(losses))
             if len(expected) >= 20:
                 break

@@ -11,11 +11,11 @@ from conftest import check_genealogies, constant_scenario, run_python, simulate
 from cxt.config.variants import Variant, variants
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch, write_batch
-from cxt.scenarios.indices import EVALUATION_START, batches, split_of, split_size
-from cxt.scenarios.msprime_models import island_samples, zigzag
-from cxt.scenarios.registry import check_scenarios, simulate_one
+from cxt.scenarios.indices import EVALUATION_START, assign_split, count_in_split, simulation_batches
+from cxt.scenarios.msprime_models import build_zigzag, split_island_samples
+from cxt.scenarios.registry import check_scenarios, simulate_tree_sequence
 from cxt.scenarios.seeds import random_generator
-from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue_models, sampled_today
+from cxt.scenarios.stdpopsim_catalogue import list_autosomes, list_sampled_populations, select_models
 
 RATES = {"mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8}
 SPECS = [
@@ -34,7 +34,7 @@ def spec_of(spec, **changes):
 @pytest.mark.parametrize("spec", SPECS, ids=[spec["name"] for spec in SPECS])
 def test_kinds(spec):
     spec = spec_of(spec)
-    ts = simulate_one(spec, index=3, seed=1)
+    ts = simulate_tree_sequence(spec, index=3, seed=1)
     assert (ts.num_samples, ts.sequence_length) == (20, 20_000)
     check_genealogies(ts)
     about = ts.metadata["cxt"]
@@ -43,27 +43,29 @@ def test_kinds(spec):
     if spec["kind"] != "stdpopsim":  # infinite sites: biallelic, at real positions
         assert ts.genotype_matrix().max() == 1
         assert np.any(ts.sites_position != np.floor(ts.sites_position))
-    again = simulate_one(spec, index=3, seed=1)
+    again = simulate_tree_sequence(spec, index=3, seed=1)
     assert again.tables.equals(ts.tables, ignore_provenance=True)
     for index, seed in ((4, 1), (3, 2)):
-        other = simulate_one(spec, index=index, seed=seed)
+        other = simulate_tree_sequence(spec, index=index, seed=seed)
         assert not np.array_equal(other.tables.nodes.time, ts.tables.nodes.time)
 
 
 def test_parametric_demographies():
-    diversity = np.mean([simulate_one(spec_of(SPECS[0]), index=i, seed=1).diversity(mode="branch") for i in range(60)])
+    diversity = np.mean(
+        [simulate_tree_sequence(spec_of(SPECS[0]), index=i, seed=1).diversity(mode="branch") for i in range(60)]
+    )
     assert diversity == pytest.approx(4 * 20_000, rel=0.1)
-    island = simulate_one(spec_of(SPECS[2], individuals=25), index=0, seed=1)
+    island = simulate_tree_sequence(spec_of(SPECS[2], individuals=25), index=0, seed=1)
     populations = island.nodes_population[island.samples()]
     assert np.bincount(populations).tolist() == [30, 10, 10]
-    assert island_samples(25) == (15, 5, 5)
-    assert island_samples(5) == (3, 1, 1)
-    assert island_samples(4) == (4, 0, 0)
+    assert split_island_samples(25) == (15, 5, 5)
+    assert split_island_samples(5) == (3, 1, 1)
+    assert split_island_samples(4) == (4, 0, 0)
 
 
 def test_sawtooth_history():
     """The zig-zag: size after integrating the growth rates, at the ends of its first epochs."""
-    size = zigzag(20_000, 3).debug().population_size_trajectory([20, 30, 200, 30_000_000])[:, 0]
+    size = build_zigzag(20_000, 3).debug().population_size_trajectory([20, 30, 200, 30_000_000])[:, 0]
     expected = 20_000 * np.exp(-10 * 6437.7516497364 / 4e4)
     assert size[0] == pytest.approx(20_000)
     assert size[1] == pytest.approx(expected)
@@ -88,11 +90,11 @@ def test_sweeps():
 
 
 def test_batches_and_split():
-    assert batches(simulations=25, batch=10) == [(0, 10), (10, 10), (20, 5)]
-    assert [i for i in range(30) if split_of(i) == "test"] == [0, 10, 20]
+    assert simulation_batches(simulations=25, batch=10) == [(0, 10), (10, 10), (20, 5)]
+    assert [i for i in range(30) if assign_split(i) == "test"] == [0, 10, 20]
     for n in range(1, 45):  # the published counts: test = ceil(n / 10)
-        assert split_size(0, n, "test") == -(-n // 10)
-        assert split_size(0, n, "train") + split_size(0, n, "test") == n
+        assert count_in_split(0, n, "test") == -(-n // 10)
+        assert count_in_split(0, n, "train") + count_in_split(0, n, "test") == n
     assert EVALUATION_START > 100_000_000
 
 
@@ -114,15 +116,15 @@ def test_seeds_depend_on_everything_but_order():
 
 def test_stdpopsim_catalogue():
     homsap = {"name": "h", "species": "HomSap", "sequence_length": 1_000_000}
-    models = catalogue_models(homsap)
+    models = select_models(homsap)
     assert len(models) == 10
     assert not {"AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21"} & set(models)
-    assert {c.id for c in autosomes(homsap)} == {str(i) for i in range(1, 23)}
+    assert {c.id for c in list_autosomes(homsap)} == {str(i) for i in range(1, 23)}
     canfam = stdpopsim.get_species("CanFam").get_demographic_model("EarlyWolfAdmixture_6F14")
-    assert "ancDOG" not in sampled_today(canfam)
-    assert "BSJ" in sampled_today(canfam)
-    assert catalogue_models({"name": "c", "species": "CanFam", "models": []}) == []
-    assert all(c.length >= 30_000_000 for c in autosomes(homsap | {"sequence_length": 30_000_000}))
+    assert "ancDOG" not in list_sampled_populations(canfam)
+    assert "BSJ" in list_sampled_populations(canfam)
+    assert select_models({"name": "c", "species": "CanFam", "models": []}) == []
+    assert all(c.length >= 30_000_000 for c in list_autosomes(homsap | {"sequence_length": 30_000_000}))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_batch_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.trees.batch"]
     read = list(read_batch(path, start=10, count=3))
     assert [ts.metadata["cxt"]["index"] for ts in read] == [10, 11, 12]
-    assert read[1].tables.equals(simulate_one(spec, index=11, seed=1).tables, ignore_provenance=True)
+    assert read[1].tables.equals(simulate_tree_sequence(spec, index=11, seed=1).tables, ignore_provenance=True)
 
 
 def test_damaged_batches(tmp_path):

@@ -10,13 +10,13 @@ from conftest import constant_scenario
 from cxt.config.schema import complete_part, load_schema
 from cxt.config.settings import TrainingConfig
 from cxt.config.variants import variants
-from cxt.data.loaders import EpochBatches
-from cxt.data.simulated import LIVE_START
+from cxt.data.loaders import EpochBatchSampler
+from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import EVALUATION_START
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, engine_seeds
-from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, key_of, mixed, msprime_seeds, permuted, torch_seed
+from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
 
 BITS = 2**64 - 1
 
@@ -29,7 +29,7 @@ def splitmix(state: int) -> int:
 
 
 def inverse(word: int, key: int) -> int:
-    """What `permuted` made *word* from: its rounds undone, one by one."""
+    """What `permute_words` made *word* from: its rounds undone, one by one."""
     left, right = word >> 16, word & 0xFFFF
     for step in (3, 2, 1, 0):
         hashed = splitmix(key + (left + (step + 1 << 16)) * GOLDEN & BITS)
@@ -44,20 +44,20 @@ def spec_of(**changes) -> dict:
 def test_hash():
     """SplitMix64's published first numbers for the state 0 (its finalizer at multiples of the golden ratio's word)."""
     states = np.arange(1, 4, dtype=np.uint64) * np.uint64(GOLDEN)
-    assert mixed(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [splitmix(int(state)) for state in states] == mixed(states).tolist()
+    assert mix_bits(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [splitmix(int(state)) for state in states] == mix_bits(states).tolist()
 
 
-@pytest.mark.parametrize("key", [0, 1, 2**64 - 1, key_of(1, {"name": "constant"}, "ancestry")])
+@pytest.mark.parametrize("key", [0, 1, 2**64 - 1, hash_key(1, {"name": "constant"}, "ancestry")])
 def test_permutation(key):
     """It can be undone, so that no two words have the same image; and it does not stay in order."""
     words = np.random.default_rng(1).integers(0, 2**32, 300).tolist()
     words += [0, 1, 2, 10**9, 2 * 10**9, 2**31 - 1, 2**31, 4 * 10**9, 2**32 - 2, 2**32 - 1]
-    images = permuted(words, key=key)
+    images = permute_words(words, key=key)
     assert images.max() < 2**32
     assert [inverse(image, key) for image in images.tolist()] == words
-    assert [int(permuted(word, key=key)) for word in words] == images.tolist()
-    many = permuted(np.arange(100_000), key=key)
+    assert [int(permute_words(word, key=key)) for word in words] == images.tolist()
+    many = permute_words(np.arange(100_000), key=key)
     assert np.unique(many).size == many.size
     assert abs(np.corrcoef(many[:-1], many[1:])[0, 1]) < 5 / many.size**0.5
     counts, _ = np.histogram(many, bins=100, range=(0, 2**32))
@@ -70,9 +70,9 @@ def test_no_seed_of_msprime_is_0():
         index = inverse(0, key) - 1
         around = np.array([i for i in range(index - 1000, index + 1000) if 0 <= i <= LAST_INDEX])
         seeds = msprime_seeds(around, key=key)
-        assert int(permuted(index + 1, key=key)) == 0
-        assert int(msprime_seeds(index, key=key)) == int(permuted(0, key=key))
-        assert inverse(int(permuted(0, key=key)), key) == 0
+        assert int(permute_words(index + 1, key=key)) == 0
+        assert int(msprime_seeds(index, key=key)) == int(permute_words(0, key=key))
+        assert inverse(int(permute_words(0, key=key)), key) == 0
         assert seeds.min() >= 1
         assert seeds.max() < 2**32
         assert np.unique(seeds).size == seeds.size
@@ -81,13 +81,13 @@ def test_no_seed_of_msprime_is_0():
 def test_engine_seeds():
     """Of datasets, evaluation and simulation on the fly together; two variants, and two workflow seeds, share nothing."""
     spec = spec_of()
-    ranges = [np.arange(start, start + 5_000) for start in (0, EVALUATION_START, LIVE_START, LAST_INDEX - 4_999)]
+    ranges = [np.arange(start, start + 5_000) for start in (0, EVALUATION_START, ON_THE_FLY_START, LAST_INDEX - 4_999)]
     indices = np.concatenate(ranges)
     found = {}
     for seed, name in ((1, "one"), (1, "two"), (2, "one"), (2**32 + 1, "one")):
         variant = spec | {"name": name}
         for use in ("ancestry", "mutations"):
-            seeds = found[seed, name, use] = msprime_seeds(indices, key=key_of(seed, variant, use))
+            seeds = found[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
             assert np.unique(seeds).size == seeds.size
         for i in (0, 4_999, 5_000, 10_000, -1):
             pair = engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
@@ -112,7 +112,7 @@ def test_the_same_ancestry_under_two_names():
         check_shared_ancestry([(one, many), (two, many)], seed=1)
     first, second = map(int, re.findall(r"simulation (\d+) of", str(error.value)))
     assert "of 'two' and" in str(error.value)
-    a, b = simulate_one(two, index=first, seed=1), simulate_one(one, index=second, seed=1)
+    a, b = simulate_tree_sequence(two, index=first, seed=1), simulate_tree_sequence(one, index=second, seed=1)
     assert a.tables.nodes.equals(b.tables.nodes)
     assert a.tables.edges.equals(b.tables.edges)
     assert not np.array_equal(a.sites_position, b.sites_position)
@@ -124,7 +124,7 @@ def test_seeds_and_counters_of_training_do_not_add_up():
     """1_000_003 · seed + epoch was the same for (1, 1_000_003) and (2, 0), and torch's CPU takes 32 bits of a seed."""
 
     def order(seed, epoch):
-        sampler = EpochBatches(items=64, batch_size=64, seed=seed)
+        sampler = EpochBatchSampler(items=64, batch_size=64, seed=seed)
         sampler.set_epoch(epoch)
         return next(iter(sampler))
 
@@ -155,13 +155,13 @@ def test_one_bound_everywhere():
     assert schema["$defs"]["training"]["properties"]["seed"]["maximum"] == LARGEST_SEED
     assert (check_seed(0), check_seed(np.int64(5)), check_seed(LARGEST_SEED)) == (0, 5, LARGEST_SEED)
     spec = spec_of(sequence_length=2000)
-    assert simulate_one(spec, index=0, seed=LARGEST_SEED).metadata["cxt"]["seed"] == LARGEST_SEED
-    assert simulate_one(spec, index=0, seed=np.int64(1)).tables.equals(
-        simulate_one(spec, index=0, seed=1).tables, ignore_provenance=True
+    assert simulate_tree_sequence(spec, index=0, seed=LARGEST_SEED).metadata["cxt"]["seed"] == LARGEST_SEED
+    assert simulate_tree_sequence(spec, index=0, seed=np.int64(1)).tables.equals(
+        simulate_tree_sequence(spec, index=0, seed=1).tables, ignore_provenance=True
     )
     for seed in (-1, LARGEST_SEED + 1):
         with pytest.raises(BadRequest, match="seed is"):
-            simulate_one(spec, index=0, seed=seed)
+            simulate_tree_sequence(spec, index=0, seed=seed)
         with pytest.raises(BadRequest, match="seed is"):
             TrainingConfig(seed=seed)
         with pytest.raises(BadRequest, match="seed: found"):

@@ -14,11 +14,11 @@ from zarr.codecs import GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from cxt import PairDataset
-from cxt.data.export import export, information, verify
+from cxt.data.export import describe_dataset, export_dataset, verify_dataset
 from cxt.data.manifest import read_manifest, write_manifest
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
-from cxt.scenarios.batches import find
+from cxt.scenarios.batches import read_simulation
 
 SPLITS = ("train", "test")
 SHARD = "train/constant-0.zarr.zip"
@@ -50,7 +50,7 @@ def refused(directory, message) -> None:
     with pytest.raises(BadRequest, match=message):
         write_manifest(directory, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
     assert (directory / "dataset.json").read_bytes() == before
-    for read in (verify, lambda path: PairDataset(path, "train")):
+    for read in (verify_dataset, lambda path: PairDataset(path, "train")):
         with pytest.raises(BadRequest, match=r"train/constant-0\.zarr\.zip is not the one that dataset\.json lists"):
             read(directory)
 
@@ -162,7 +162,7 @@ def test_what_is_only_written_otherwise_is_read(copy):
     again, _ = read_shard(copy / SHARD)
     assert all(np.array_equal(again[name], arrays[name]) for name in arrays)
     write_manifest(copy, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
-    verify(copy)
+    verify_dataset(copy)
 
 
 def test_bits_beyond_the_end_of_a_mask(tmp_path):
@@ -259,7 +259,7 @@ def test_scales_beyond_the_last_window(request, tmp_path, masked):
             write_entries(shard, entries_of(arrays, attributes | {"scales": [2, scale]}))
         write_manifest(directory, {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS})
         items.append(PairDataset(directory, "train")[3][0])
-        assert export(directory, tmp_path / f"out{scale}", splits=["test"], limit=1) == 1
+        assert export_dataset(directory, tmp_path / f"out{scale}", splits=["test"], limit=1) == 1
     assert torch.equal(*items)
     exported = [np.load(next((tmp_path / f"out{scale}/test/constant").iterdir()) / "X.npy") for scale in (20, 2**31)]
     assert np.array_equal(*exported)
@@ -338,18 +338,18 @@ def test_a_manifest_of_absurd_sizes(copy, tmp_path, change, message):
     manifest = json.loads((copy / "dataset.json").read_text())
     change(manifest)
     (copy / "dataset.json").write_text(json.dumps(manifest))
-    for read in (verify, lambda path: PairDataset(path, "train")):
+    for read in (verify_dataset, lambda path: PairDataset(path, "train")):
         with pytest.raises(BadRequest, match=message):
             read(copy)
     with pytest.raises(BadRequest):
-        export(copy, tmp_path / "dense")
+        export_dataset(copy, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000])
 def test_a_manifest_of_brackets_or_digits(copy, text):
     (copy / "dataset.json").write_text(text)
-    for read in (read_manifest, information, verify):
+    for read in (read_manifest, describe_dataset, verify_dataset):
         with pytest.raises(BadRequest, match=r"dataset\.json is damaged"):
             read(copy)
 
@@ -363,7 +363,7 @@ def test_ranges_of_training_data(dataset, masked_dataset, masked):
     offsets = dict(zip(arrays["index"].tolist(), arrays["mask_offset"].tolist(), strict=True)) if masked else {}
     expected: dict[str, list[float]] = {"diversity": [], "mutation_rate": [], "recombination_rate": [], "missingness": []}
     for index in range(20):
-        ts = find(directory / "batch", index)
+        ts = read_simulation(directory / "batch", index)
         about = ts.metadata["cxt"]
         assert about["index"] == index
         if index % 10 == 0:  # held out

@@ -12,15 +12,15 @@ from cxt import pair_features, pair_log_tmrca
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.loaders import ProcessLoader
-from cxt.data.simulated import LIVE_START, SimulatedDataset, live_manifest
+from cxt.data.simulated import ON_THE_FLY_START, SimulatedDataset, build_simulated_manifest
 from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
 LEAVES = [
     variant.spec
     for variant in variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
 ]
-MANIFEST = live_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
+MANIFEST = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
 
 
 def live(split="train", seed=1, manifest=MANIFEST):
@@ -33,8 +33,8 @@ def test_item_is_a_function_of_seed_and_number():
         for i in (0, 3):
             number = first + i
             scenario, index, pair = items.describe(i)
-            assert (scenario, index) == (LEAVES[number % 2]["name"], LIVE_START + number // 2)
-            ts = simulate_one(LEAVES[number % 2], index=index, seed=1)
+            assert (scenario, index) == (LEAVES[number % 2]["name"], ON_THE_FLY_START + number // 2)
+            ts = simulate_tree_sequence(LEAVES[number % 2], index=index, seed=1)
             arguments = {"window_size": 1000, "sequence_length": 20_000}
             expected = pair_features(ts.genotype_matrix(), ts.sites_position, [pair], scales=(2, 4), **arguments)
             batch = items.batch([i])
@@ -52,7 +52,7 @@ def test_seeds_and_splits():
     held_out = {live("test").describe(i)[:2] for i in range(5)}
     assert not held_out & {live().describe(i)[:2] for i in range(40)}
     # A longer run begins with the items of a shorter one.
-    longer = live_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=400)
+    longer = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=400)
     assert torch.equal(live(manifest=longer).batch(numbers).counts, again.counts)
 
 
@@ -69,7 +69,7 @@ def test_seeds_and_splits():
 def test_bad_shapes(change, message):
     arguments = {"variants": LEAVES, "window_size": 1000, "samples": None, "scales": (2,), "held_out": 1, "items": 1} | change
     with pytest.raises(BadRequest, match=message):
-        live_manifest(arguments.pop("variants"), **arguments)
+        build_simulated_manifest(arguments.pop("variants"), **arguments)
 
 
 @pytest.fixture(scope="module")

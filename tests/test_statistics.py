@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import stdpopsim
 
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
 REPLICATES = 200
 N, MU, R = 20_000, 1.29e-8, 1.28e-8
@@ -35,7 +35,7 @@ def summarise(ts) -> tuple[float, float, int]:
 
 
 def simulated(spec: dict):
-    return np.array([summarise(simulate_one(spec, index=i, seed=11)) for i in range(REPLICATES)]).T
+    return np.array([summarise(simulate_tree_sequence(spec, index=i, seed=11)) for i in range(REPLICATES)]).T
 
 
 def direct(make) -> np.ndarray:
@@ -138,9 +138,9 @@ def test_smc_prime_agrees_with_hudson(spec):
     assert not np.array_equal(hudson[0], smc[0])
     for a, b in zip(hudson, smc, strict=True):
         agree(a, b)
-    made = simulate_one(spec | {"ancestry_model": "smc_prime"}, index=0, seed=1)
+    made = simulate_tree_sequence(spec | {"ancestry_model": "smc_prime"}, index=0, seed=1)
     assert made.metadata["cxt"]["ancestry_model"] == "smc_prime"
-    assert simulate_one(spec, index=0, seed=1).metadata["cxt"]["ancestry_model"] == "hudson"
+    assert simulate_tree_sequence(spec, index=0, seed=1).metadata["cxt"]["ancestry_model"] == "hudson"
 
 
 def test_hard_sweep_is_the_published_call():
@@ -153,7 +153,7 @@ def test_hard_sweep_is_the_published_call():
     def rows(trees):
         return np.array([(ts.at(100_000).tmrca(0, 19), ts.at(199_999).tmrca(0, 19), ts.num_sites) for ts in trees]).T
 
-    ours = rows(simulate_one(spec, index=i, seed=3) for i in range(REPLICATES))
+    ours = rows(simulate_tree_sequence(spec, index=i, seed=3) for i in range(REPLICATES))
     direct = []
     for i in range(REPLICATES):
         sweep = msprime.SweepGenicSelection(position=100_000, start_frequency=1e-4, end_frequency=1 - 1e-4, s=0.1, dt=1e-6)
@@ -166,5 +166,5 @@ def test_hard_sweep_is_the_published_call():
     for a, b in zip(ours, theirs, strict=True):
         agree(a, b)
     assert np.median(ours[0]) < 0.1 * np.median(ours[1])  # a sweep it is
-    again = [simulate_one(spec, index=0, seed=3).tables for _ in range(2)]
+    again = [simulate_tree_sequence(spec, index=0, seed=3).tables for _ in range(2)]
     assert again[0].equals(again[1], ignore_provenance=True)

@@ -8,9 +8,9 @@ from conftest import constant_scenario, simulate
 from cxt import pair_log_tmrca
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
-from cxt.data.preprocessing import preprocess_one
+from cxt.data.preprocessing import preprocess_simulation
 from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
 
 def slow_log_tmrca(ts, pairs, *, window_size, sequence_length):
@@ -84,10 +84,12 @@ def test_other_units_of_time_are_refused(units, remedy):
     ts = tables.tree_sequence()
     with pytest.raises(BadRequest, match=f"times in '{units}', expected 'generations': .*{remedy}"):
         pair_log_tmrca(ts, [(0, 1)], window_size=1000, sequence_length=100_000)
-    identified = simulate_one(variants("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
+    identified = simulate_tree_sequence(variants("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
     identified.time_units = units
     with pytest.raises(BadRequest, match=f"times in '{units}'"):
-        preprocess_one(identified.tree_sequence(), {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6})
+        preprocess_simulation(
+            identified.tree_sequence(), {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6}
+        )
 
 
 def test_negative_times_are_refused():

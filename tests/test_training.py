@@ -22,7 +22,7 @@ from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import TrainingConfig
-from cxt.data.loaders import EpochBatches
+from cxt.data.loaders import EpochBatchSampler
 from cxt.errors import BadRequest
 from cxt.trainer.log import read_log
 from cxt.trainer.module import learning_rate_factor
@@ -532,7 +532,7 @@ def test_schedule():
 def test_order_is_a_function_of_seed_and_epoch():
     def batches(**changes):
         arguments = {"items": 103, "batch_size": 10, "seed": 1} | changes
-        sampler = EpochBatches(**{k: v for k, v in arguments.items() if k not in ("epoch", "skip")})
+        sampler = EpochBatchSampler(**{k: v for k, v in arguments.items() if k not in ("epoch", "skip")})
         sampler.set_epoch(arguments.get("epoch", 0))
         sampler.skip = arguments.get("skip", 0)
         assert len(sampler) == arguments["items"] // arguments.get("world", 1) // 10

@@ -17,7 +17,7 @@ from cxt.config.file import load, merge, resolve
 from cxt.config.variants import check_variants, scenario_of, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.workflow.jobs import check_plan, variant_of
 
 EXAMPLES = REPOSITORY / "config" / "examples"
@@ -243,7 +243,7 @@ def test_demes_that_never_meet(rest, meet):
     """Without a common ancestor msprime would recombine for ever; refused, and only where it would."""
     scenario = MINE | {"demography": {"time_units": "generations", "demes": ROOTS} | rest, "samples": {"A": 2, "B": 2}}
     if meet:
-        check_genealogies(simulate_one(spec_of(**scenario), index=0, seed=1))
+        check_genealogies(simulate_tree_sequence(spec_of(**scenario), index=0, seed=1))
     else:
         with pytest.raises(BadRequest, match="lineages of A and [BC] need never meet"):
             spec_of(**scenario)
@@ -305,7 +305,7 @@ def test_demes_is_what_msprime_reads(tmp_path):
     spec = spec_of(**MINE | {"demography": str(path)})
     assert spec == spec_of(**MINE)  # a file or its content: the same simulations
     assert "description" not in spec["demography"]
-    ts = simulate_one(spec, index=4, seed=1)
+    ts = simulate_tree_sequence(spec, index=4, seed=1)
     check_genealogies(ts)
     names = [population.metadata["name"] for population in ts.populations()]
     assert [names[ts.nodes_population[u]] for u in ts.samples()] == ["south"] * 6 + ["north"] * 4
@@ -320,7 +320,7 @@ def test_demes_is_what_msprime_reads(tmp_path):
 def test_inline_history_is_piecewise_constant():
     """Mean TMRCA of two samples without recombination against the integral of the survival function."""
     spec = spec_of(**HISTORY | {"recombination_rate": 0, "individuals": 1, "sequence_length": 100})
-    times = [simulate_one(spec, index=i, seed=2).first().tmrca(0, 1) for i in range(2000)]
+    times = [simulate_tree_sequence(spec, index=i, seed=2).first().tmrca(0, 1) for i in range(2000)]
     grid = np.linspace(0, 5000, 500_001)
     hazard = np.where(grid < 100, 1 / 2000, 1 / 100)
     expected = np.exp(-np.cumsum(hazard) * grid[1]).sum() * grid[1]
@@ -367,7 +367,7 @@ def test_examples_are_sound():
         check_plan(config)
         name = next(iter(read_yaml(path)["models"]))
         for variant in variants(name, config["scenarios"][name]):
-            ts = simulate_one(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
+            ts = simulate_tree_sequence(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
             check_genealogies(ts)
             assert ts.num_samples == 50
 

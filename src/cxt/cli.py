@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from cxt.console import exit_on_bad_request
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 COMMANDS = {
     "plan": ("cxt.plan", "what a configuration will cost: simulations, steps, bytes, hours"),
@@ -40,7 +40,7 @@ def main() -> None:
             print(usage())
             return
         if name not in COMMANDS:
-            raise BadRequest(f"unknown command '{name}'{nearest(name, COMMANDS)}")
+            raise BadRequest(f"unknown command '{name}'{suggest_nearest(name, COMMANDS)}")
         if name == "train":  # its imports take a second, in which a signal must not end in a traceback
             from cxt.signals import end_at_once
 

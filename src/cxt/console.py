@@ -103,7 +103,7 @@ def progress_only():
         out.is_progress = False
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """A line on standard error, if that is possible."""
     if sys.stderr is not None:
         print(f"cxt: {message}", file=Watched(sys.stderr), flush=True)
@@ -119,7 +119,7 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
         with console():
             main()
     except BadRequest as error:
-        complain(str(error))
+        print_error(str(error))
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         advice = advise_extra(error)
@@ -129,12 +129,12 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
         raise SystemExit(2) from None
     except Failed as error:
         if str(error):
-            complain(str(error))
+            print_error(str(error))
         raise SystemExit(error.status) from None
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning makes another exit of it.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
-        complain("interrupted")
+        print_error("interrupted")
         raise SystemExit(130) from None

@@ -24,7 +24,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def why_not(draw: Callable[[], object]) -> str:
+def try_drawing(draw: Callable[[], object]) -> str:
     """Draw a figure, and say why that failed; empty if it did not. What was computed must not be lost to a picture."""
     try:
         draw()
@@ -33,7 +33,7 @@ def why_not(draw: Callable[[], object]) -> str:
     return ""
 
 
-MANY = 12
+MAX_LISTED_NAMES = 12
 """So many names are listed in a message; of more, the five most similar ones."""
 
 
@@ -43,7 +43,7 @@ def _likeness(name: str, choice: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest of *choices* if it is close, and else what there is to choose from."""
     names = sorted(map(str, choices))
     if not names:
@@ -51,7 +51,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     by_likeness = sorted(names, key=lambda choice: -_likeness(str(name)[:200], choice))
     if _likeness(str(name)[:200], by_likeness[0]) >= 0.7:
         return f"; did you mean '{by_likeness[0]}'?"
-    if len(names) <= MANY:
+    if len(names) <= MAX_LISTED_NAMES:
         return f"; there are: {', '.join(names)}"
     return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
 

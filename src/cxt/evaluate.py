@@ -14,10 +14,10 @@ from pathlib import Path
 
 from cxt.config.bounds import THREADS, check_flags, problems
 from cxt.console import exit_on_bad_request, progress_only
-from cxt.data.masks import add_mask_flags, mask_from_flags
-from cxt.errors import BadRequest, Failed, why_not
-from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw, evaluate
-from cxt.evaluation.table import read_result, table, table_lineage_of
+from cxt.data.masks import add_mask_flags, read_mask_from_flags
+from cxt.errors import BadRequest, Failed, try_drawing
+from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
+from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 from cxt.io import atomic_write, json_text
 from cxt.lineage import check_lineage
 
@@ -43,9 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args, threads=THREADS)
     if args.table:
         results = [read_result(path) for path in args.table]
-        found = table_lineage_of([result.get("lineage") for result in results])
+        found = combine_evaluation_lineages([result.get("lineage") for result in results])
         check_lineage("an evaluation of this table", found=found, planned=args.lineage, target=args.out or args.table[0])
-        text = table(results)
+        text = format_accuracy_table(results)
         print(text, end="")
         if args.out:
             atomic_write(args.out, text.encode())
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
-    mask = mask_from_flags(args)
+    mask = read_mask_from_flags(args)
     with progress_only():
         result, tracks = evaluate(
             args.checkpoint,
@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             progress=functools.partial(print, flush=True),
         )
         atomic_write(args.out, json_text(result).encode())
-        print(table([result]), end="", flush=True)
-    lost = why_not(lambda: draw(tracks, args.figures, result, window_size=spec["window_size"]))
+        print(format_accuracy_table([result]), end="", flush=True)
+    lost = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
     if lost:
         raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({lost})")
 

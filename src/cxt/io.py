@@ -31,8 +31,8 @@ def atomic_file(path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(path)
-    temporary, file = _create(path)
+    remove_abandoned_files(path)
+    temporary, file = _create_temporary(path)
     try:
         with file:
             yield file
@@ -56,7 +56,7 @@ def atomic_write(path, data) -> None:
 def atomic_link(path, target: str) -> None:
     """Make *path* a symbolic link to *target*, whatever it was before, at once."""
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = _temporary_name(path)
     temporary.symlink_to(target)  # fails if the name is taken
     try:
         temporary.replace(path)
@@ -66,7 +66,7 @@ def atomic_link(path, target: str) -> None:
     _sync_directory(path.parent)
 
 
-def remove_abandoned(path) -> None:
+def remove_abandoned_files(path) -> None:
     """Remove what writers of *path* that were killed have left beside it."""
     path = Path(path)
     ours = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}\.tmp")
@@ -85,7 +85,7 @@ def remove_abandoned(path) -> None:
                 os.close(file)
 
 
-def is_at(file: int, path) -> bool:
+def is_same_file(file: int, path) -> bool:
     """Whether the open *file* (a descriptor) is the one that is found at *path*, which may have been replaced or removed."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))
@@ -97,18 +97,18 @@ def _stem(path: Path) -> str:
     return os.fsdecode(os.fsencode(path.name)[:200])  # file systems allow 255 bytes
 
 
-def _temporary(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     return path.with_name(f"{_stem(path)}.{secrets.token_hex(8)}.tmp")
 
 
-def _create(path: Path) -> tuple[Path, BinaryIO]:
+def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
     """A new locked file beside *path*, with the permissions that the umask leaves."""
     while True:
-        temporary = _temporary(path)
+        temporary = _temporary_name(path)
         number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # no locks here: then nobody removes it, either
             fcntl.flock(number, fcntl.LOCK_EX)
-        if is_at(number, temporary):
+        if is_same_file(number, temporary):
             return temporary, os.fdopen(number, "wb")
         os.close(number)  # taken for abandoned before it was locked
 
@@ -134,28 +134,28 @@ def check_writable(path) -> None:
         raise BadRequest(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'no permission'}")
 
 
-def without_nan(value):
+def replace_nan(value):
     """*value* with None for each float that is NaN or infinite, at any depth of mappings, lists and tuples."""
     if isinstance(value, dict):
-        return {key: without_nan(child) for key, child in value.items()}
+        return {key: replace_nan(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(child) for child in value]
+        return [replace_nan(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_text(value, *, indent: int | None = 1, sort_keys: bool = False) -> str:
     """*value* as strict JSON with a newline at its end; NaN and infinities become null."""
-    return json.dumps(without_nan(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
+    return json.dumps(replace_nan(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
 
 
-def canonical(value) -> str:
+def canonical_json(value) -> str:
     """*value* as JSON that does not depend on the order of keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def digest(value) -> str:
     """Twelve hexadecimal digits that identify a JSON-able value."""
-    return hashlib.sha256(canonical(value).encode()).hexdigest()[:12]
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
 
 
 def file_sha256(path) -> str:
@@ -164,19 +164,19 @@ def file_sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_held: set[int] = set()
+_held_locks: set[int] = set()
 """Descriptors of the locks of this process."""
 
 
-def _let_go_after_fork() -> None:
+def _release_after_fork() -> None:
     """A forked process holds no lock of its parent, which would else be locked out by a loader that outlived the trainer."""
-    for number in _held:
+    for number in _held_locks:
         with contextlib.suppress(OSError):
             os.close(number)
-    _held.clear()
+    _held_locks.clear()
 
 
-os.register_at_fork(after_in_child=_let_go_after_fork)
+os.register_at_fork(after_in_child=_release_after_fork)
 
 
 class Lock:
@@ -188,20 +188,20 @@ class Lock:
 
     def __init__(self, path: Path, number: int):
         self.path, self._number = path, number
-        _held.add(number)
+        _held_locks.add(number)
 
     def close(self, *, remove: bool = False) -> None:
         """Let go, and leave word that this process has ended in good order; or *remove* the file, while it is still held."""
-        if self._number not in _held:  # released before, or a fork's
+        if self._number not in _held_locks:  # released before, or a fork's
             return
         if remove:
             self.path.unlink(missing_ok=True)
         os.ftruncate(self._number, 0)
-        _held.discard(self._number)
+        _held_locks.discard(self._number)
         os.close(self._number)
 
 
-def take_lock(path, what) -> Lock:
+def acquire_lock(path, what) -> Lock:
     """Hold the lock file *path*.
 
     Raises
@@ -223,7 +223,7 @@ def take_lock(path, what) -> Lock:
         except OSError as error:
             holder = _holder(number)
             os.close(number)
-            if error.errno not in IS_TAKEN:
+            if error.errno not in LOCK_TAKEN:
                 raise BadRequest(
                     f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at "
                     "once; put it on one that can"
@@ -238,7 +238,7 @@ def take_lock(path, what) -> Lock:
             raise BadRequest(
                 f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
             ) from None
-        if is_at(number, path):
+        if is_same_file(number, path):
             break
         os.close(number)  # its holder has removed it meanwhile, and another may hold the one that is there now
     holder = _holder(number)
@@ -249,7 +249,7 @@ def take_lock(path, what) -> Lock:
     return Lock(path, number)
 
 
-IS_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+LOCK_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 def _holder(number: int) -> str:
@@ -265,7 +265,7 @@ def is_locked(path) -> bool:
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno in IS_TAKEN
+        return error.errno in LOCK_TAKEN
     finally:
         os.close(number)
     return False

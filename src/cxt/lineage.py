@@ -70,10 +70,12 @@ def check_lineage(what: str, *, found: str | None, planned: str | None, target) 
     *target* is the file to make again.
     """
     if planned is not None and found != planned:
-        raise BadRequest(f"{what} is not the one that was planned: {differing(found, planned)}; {plan_again(target)}")
+        raise BadRequest(
+            f"{what} is not the one that was planned: {describe_difference(found, planned)}; {how_to_replan(target)}"
+        )
 
 
-def differing(found: str | None, planned: str) -> str:
+def describe_difference(found: str | None, planned: str) -> str:
     """What was found instead of the lineage *planned*, in words."""
     return f"its lineage is {found}, expected {planned}" if found else f"it has no lineage, expected {planned}"
 
@@ -130,25 +132,25 @@ def snakemake_command(target, *options: str) -> str:
     return shlex.join(["snakemake", "--cores", "2", os.path.relpath(path, root), *elsewhere, *options])
 
 
-def is_of_workflow(path) -> bool:
+def is_workflow_file(path) -> bool:
     """Whether *path* is below a results/ directory, where the workflow makes its files."""
     return any(parent.name == RESULTS for parent in Path(os.path.abspath(path)).parents)
 
 
-def make_again(target, *, delete: str | None = None) -> str:
+def how_to_remake(target, *, delete: str | None = None) -> str:
     """What makes *target* again; first, what *delete* names has to go, or Snakemake would find nothing to do."""
     gone = f"delete {delete}, then " if delete else ""
-    if not is_of_workflow(target):
+    if not is_workflow_file(target):
         return f"{gone}make {target} again as it was made"
     return f"{gone}run `{snakemake_command(target)}` (with your --configfile, if any)"
 
 
-def plan_again(target) -> str:
+def how_to_replan(target) -> str:
     """What makes *target* again where it, or something that it is made from, is of another configuration than the current.
 
     Snakemake finds that by itself, unless it was told to look at times only, or to take files as up to date.
     """
-    if not is_of_workflow(target):
+    if not is_workflow_file(target):
         return f"make {target} again as it was made, or leave the lineages out"
     return (
         f"run `{snakemake_command(target)}` with the current --configfile and without --rerun-triggers; where that finds "

@@ -21,8 +21,8 @@ from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
 from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
-from cxt.scenarios.indices import split_size
-from cxt.scenarios.stdpopsim_catalogue import other_recombination
+from cxt.scenarios.indices import count_in_split
+from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
 
@@ -71,7 +71,7 @@ def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
 def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
     variants = jobs.variants_of(config, dataset["scenarios"])
-    split = {s: sum(split_size(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
+    split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
     found = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
     }
@@ -261,7 +261,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
     every = [
         variant.spec for variant in jobs.variants_of(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
     ]
-    out += [f"Note: {difference}." for spec in every if (difference := other_recombination(spec))]
+    out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
     return "\n".join(out)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from cxt.config.bounds import COUNT, INDEX, check_flags
 from cxt.config.schema import complete_part
 from cxt.console import exit_on_bad_request, progress_only
-from cxt.data.manifest import planned_shards, write_manifest
-from cxt.data.masks import add_mask_flags, mask_from_flags, synthetic_mask, write_mask
-from cxt.data.preprocessing import write_split
+from cxt.data.manifest import plan_shards, write_manifest
+from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
+from cxt.data.preprocessing import preprocess_batch
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
 from cxt.seeds import check_seed
@@ -31,8 +31,8 @@ def _shard(args) -> None:
     spec = complete_part(_json(args.spec, "--spec"), "dataset", leave_out=("scenarios", "mask"), at="--spec")
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
-    mask = mask_from_flags(args)
-    done = write_split(
+    mask = read_mask_from_flags(args)
+    done = preprocess_batch(
         args.out,
         args.batch,
         spec,
@@ -52,7 +52,7 @@ def _manifest(args) -> None:
     lineages = None
     if args.shards is not None:
         variants = _json(args.shards, "--shards")
-        shards = planned_shards(variants)
+        shards = plan_shards(variants)
         lineages = {variant: row[2] for variant, row in variants.items() if len(row) > 2}
     else:
         shards = {
@@ -66,7 +66,7 @@ def _manifest(args) -> None:
 
 
 def _mask(args) -> None:
-    mask = synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, at="--seed"))
+    mask = draw_synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, at="--seed"))
     write_mask(args.out, mask, lineage=args.lineage)
     print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 

@@ -12,7 +12,7 @@ import operator
 import numpy as np
 
 from cxt.errors import BadRequest
-from cxt.io import canonical
+from cxt.io import canonical_json
 
 LARGEST_SEED = 2**63 - 1
 """The largest seed of a workflow, a training run or a decoding; the smallest is 0. The schema says the same."""
@@ -32,7 +32,7 @@ def check_seed(seed, *, at: str = "seed") -> int:
     return found
 
 
-def mixed(state):
+def mix_bits(state):
     """SplitMix64's finalizer (Steele, Lea and Flood 2014), a permutation of the 64-bit words; *state* is uint64."""
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
@@ -40,12 +40,12 @@ def mixed(state):
     return state ^ (state >> np.uint64(31))
 
 
-def key_of(*parts) -> int:
+def hash_key(*parts) -> int:
     """64 bits that identify *parts* (JSON-able): the first of their sha256."""
-    return int.from_bytes(hashlib.sha256(canonical(parts).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8], "big")
 
 
-def permuted(words, *, key: int) -> np.ndarray:
+def permute_words(words, *, key: int) -> np.ndarray:
     """A permutation of the 32-bit words that is unrelated to that of any other *key* (64 bits).
 
     A Feistel network of four rounds on halves of 16 bits, which is a permutation whatever its round function is.
@@ -62,7 +62,7 @@ def permuted(words, *, key: int) -> np.ndarray:
     left, right = words >> np.uint64(16), words & np.uint64(0xFFFF)
     with np.errstate(over="ignore"):
         for step in range(4):
-            hashed = mixed(np.uint64(key) + (right + np.uint64((step + 1) << 16)) * np.uint64(GOLDEN))
+            hashed = mix_bits(np.uint64(key) + (right + np.uint64((step + 1) << 16)) * np.uint64(GOLDEN))
             left, right = right, left ^ (hashed >> np.uint64(48))
     return np.asarray((left << np.uint64(16)) | right)
 
@@ -70,10 +70,10 @@ def permuted(words, *, key: int) -> np.ndarray:
 def msprime_seeds(indices, *, key: int) -> np.ndarray:
     """Seeds for msprime (1 to 2^32 - 1), different for all *indices* (0 to 2^32 - 2) under one *key*.
 
-    `permuted` on 1 to 2^32 - 1: where it gives 0, which is no seed, it is applied once more, which remains a permutation.
+    `permute_words` on 1 to 2^32 - 1: where it gives 0, which is no seed, it is applied once more, which remains a permutation.
     """
-    seeds = permuted(np.asarray(indices, dtype=np.uint64) + np.uint64(1), key=key)
-    return np.where(seeds == 0, permuted(0, key=key), seeds)
+    seeds = permute_words(np.asarray(indices, dtype=np.uint64) + np.uint64(1), key=key)
+    return np.where(seeds == 0, permute_words(0, key=key), seeds)
 
 
 def torch_seed(*parts, number: int = 0) -> int:
@@ -81,5 +81,5 @@ def torch_seed(*parts, number: int = 0) -> int:
 
     Under the same *parts* two numbers differ in the 32 bits that the CPU's generator takes.
     """
-    key = key_of(*parts)
-    return (key >> 32 << 32) | int(permuted(number, key=key))
+    key = hash_key(*parts)
+    return (key >> 32 << 32) | int(permute_words(number, key=key))

@@ -21,16 +21,16 @@ from cxt.config.demes import read_demes
 from cxt.config.schema import complete_part
 from cxt.config.variants import NOT_PARAMETERS, variants
 from cxt.console import exit_on_bad_request
-from cxt.errors import BadRequest, Failed, nearest
-from cxt.io import check_writable, remove_abandoned
-from cxt.scenarios.batches import reproduce, write_batch
+from cxt.errors import BadRequest, Failed, suggest_nearest
+from cxt.io import check_writable, remove_abandoned_files
+from cxt.scenarios.batches import how_to_reproduce, write_batch
 from cxt.scenarios.registry import KINDS, check_variant
-from cxt.scenarios.stdpopsim_catalogue import other_recombination
+from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
 
-def _spec_of(args) -> dict:
+def _read_variant(args) -> dict:
     if args.spec is not None:
         try:
             spec = json.loads(args.spec)
@@ -55,7 +55,7 @@ def _spec_of(args) -> dict:
         swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
         raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
     if args.scenario not in known:
-        raise BadRequest(f"unknown scenario '{args.scenario}'{nearest(args.scenario, known)}")
+        raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, known)}")
     if args.seed is None:
         args.seed = config["seed"]
     return known[args.scenario].spec
@@ -75,19 +75,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.count < 1 or args.start < 0:
         raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
-    spec = _spec_of(args)
+    spec = _read_variant(args)
     seed = 1 if args.seed is None else args.seed
     if args.start + args.count > 2_000_000_000:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
     check_seed(seed, at="--seed")
     check_variant(spec)
-    if spec["kind"] == "stdpopsim" and (difference := other_recombination(spec)):
+    if spec["kind"] == "stdpopsim" and (difference := describe_other_recombination(spec)):
         print(f"cxt: {difference}", file=sys.stderr)
     check_writable(args.out)
-    _watch(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
+    _simulate_in_child(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 
 
-def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None) -> None:
+def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None) -> None:
     """`write_batch` in a child process, so that even its sudden death (no memory, a crash) can be told and reproduced."""
     context = multiprocessing.get_context("fork")  # nothing runs in threads yet
     receiver, sender = context.Pipe(duplex=False)
@@ -109,7 +109,7 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage:
         if child.pid is not None:
             child.kill()
             child.join()
-        remove_abandoned(out)
+        remove_abandoned_files(out)
         raise Failed(f"{spec['name']}: stopped by {signal.Signals(number).name}, nothing was written", status=STATUS[number])
 
     listen(stop)
@@ -131,7 +131,10 @@ def _watch(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage:
     if child.exitcode < 0:
         name = signal.Signals(-child.exitcode).name
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        print(f"cxt: the simulating process died of {name}{hint}.\n{reproduce(spec, index=index, seed=seed)}", file=sys.stderr)
+        print(
+            f"cxt: the simulating process died of {name}{hint}.\n{how_to_reproduce(spec, index=index, seed=seed)}",
+            file=sys.stderr,
+        )
         sys.exit(1)
     if child.exitcode:
         sys.exit(child.exitcode)

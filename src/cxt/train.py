@@ -31,9 +31,9 @@ from cxt.config.settings import (
 from cxt.console import exit_on_bad_request, progress_only
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST
-from cxt.errors import BadRequest, Failed, nearest
+from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, file_sha256, is_locked
-from cxt.lineage import STAGE_VERSION, differing, plan_again, stage_lineage
+from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Machines
 from cxt.trainer.parents import (
@@ -117,9 +117,9 @@ def check_lineages(args, manifest: dict, parent) -> None:
         looked_at.append((f"parent {source}", parent.record.get("lineage"), args.parent_lineage))
     wrong = [(what, found, planned) for what, found, planned in looked_at if planned is not None and found != planned]
     if wrong:
-        said = "; ".join(f"{what}: {differing(found, planned)}" for what, found, planned in wrong)
+        said = "; ".join(f"{what}: {describe_difference(found, planned)}" for what, found, planned in wrong)
         target = args.out or args.dataset_path or source
-        raise BadRequest(f"not what was planned to train on: {said}; {plan_again(target)}")
+        raise BadRequest(f"not what was planned to train on: {said}; {how_to_replan(target)}")
 
 
 def settings_of(args) -> dict:
@@ -212,7 +212,7 @@ def plan_of(args):
     from cxt.trainer.fit import Plan
 
     if args.model not in PRESETS:
-        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+        raise BadRequest(f"unknown model '{args.model}'{suggest_nearest(args.model, PRESETS)}")
     training = TrainingConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(TrainingConfig)})
     args.precision = training.precision
     check_source(args)
@@ -429,7 +429,7 @@ def print_settings(args) -> None:
     import yaml
 
     if args.model not in PRESETS:
-        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+        raise BadRequest(f"unknown model '{args.model}'{suggest_nearest(args.model, PRESETS)}")
     check_adapter_flags(args)
     inherit(args, read_parent(args)[1])
     settings = settings_of(args)

@@ -17,9 +17,9 @@ from cxt.benchmark.memory import peak_of
 from cxt.benchmark.published_formulation import dense_loss
 from cxt.config.settings import START_TOKEN, AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.grid import Grid
-from cxt.data.loaders import EpochBatches, PrefetchLoader
-from cxt.data.pair_dataset import Batch, PairDataset, model_input
-from cxt.decoding.posterior import computing_in
+from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
+from cxt.data.pair_dataset import Batch, PairDataset, compute_model_input
+from cxt.decoding.posterior import use_precision
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
@@ -53,7 +53,7 @@ def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size
     from cxt.config.variants import variants
     from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
-    from cxt.data.preprocessing import write_split
+    from cxt.data.preprocessing import preprocess_batch
     from cxt.scenarios.batches import write_batch
     from cxt.scenarios.indices import SPLITS
 
@@ -74,7 +74,7 @@ def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size
         write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
         shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
         for split, (shard,) in shards.items():
-            write_split(Path(directory) / shard, batch, spec, start=0, count=SIMULATIONS, split=split, mask=mask)
+            preprocess_batch(Path(directory) / shard, batch, spec, start=0, count=SIMULATIONS, split=split, mask=mask)
         write_manifest(directory, shards)
         dataset = PairDataset(directory, "train", grid=Grid(network.grid_low, network.grid_high, network.bins))
         if len(dataset) < batch_size:
@@ -88,7 +88,7 @@ class Loader:
     def __init__(self, dataset, *, batch_size: int, workers: int, device: str):
         self.device = device
         self.batch_size = batch_size
-        self.sampler = EpochBatches(items=len(dataset), batch_size=batch_size, seed=1)
+        self.sampler = EpochBatchSampler(items=len(dataset), batch_size=batch_size, seed=1)
         self.loader = PrefetchLoader(dataset, self.sampler, batch_size=batch_size, threads=workers, pin=device == "cuda")
         self._batches = self._all()
 
@@ -112,7 +112,7 @@ class Loader:
 
 def dense_loss_function(model):
     """(counts, missing, tokens) to the loss, as it was published."""
-    return lambda counts, missing, tokens: dense_loss(model, model_input(counts, missing), tokens)
+    return lambda counts, missing, tokens: dense_loss(model, compute_model_input(counts, missing), tokens)
 
 
 class Steps:
@@ -123,7 +123,7 @@ class Steps:
 
     def __call__(self, count: int) -> None:
         for _ in range(count):
-            with computing_in(self.precision, self.loader.device):
+            with use_precision(self.precision, self.loader.device):
                 loss = self.loss(*next(self.loader))
             loss.backward()
             self.optimizer.step()
@@ -259,7 +259,7 @@ def differences(model, ours, dense, batch: Batch, *, precision: str, device: str
     found = []
     for loss in (ours, dense):
         model.zero_grad()
-        with computing_in(precision, device):
+        with use_precision(precision, device):
             value = loss(*batch)
         value.backward()
         found.append((float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]))
@@ -308,10 +308,10 @@ def bench_decoding(
     torch.manual_seed(1)
     model = build_model(network).to(device).eval()
     result = {"batch": batch, "replicates": replicates, "precision": precision, "adapter": False}
-    with items_for(network, None, batch_size=batch) as dataset, computing_in(precision, device), torch.no_grad():
+    with items_for(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
         loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         first = next(loader)
-        x = model_input(first.counts, first.missing)
+        x = compute_model_input(first.counts, first.missing)
         decoder = Decoder(model, replicates=replicates, seed=1)
         result["memory_bytes"] = peak_of(lambda: decoder.decode(x), device)
         finish(device)

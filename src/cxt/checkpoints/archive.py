@@ -27,14 +27,14 @@ UNREADABLE = (
     pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, TypeError,
     ValueError, AttributeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-"""What torch and `opened` raise for files that are damaged or malformed."""
+"""What torch and `open_verified` raise for files that are damaged or malformed."""
 
 
 class Damaged(BadRequest):
     """Why a file is not what was once written."""
 
 
-def packed(content) -> memoryview:
+def pack(content) -> memoryview:
     """The bytes of a torch file of *content*, with a digest at its end; equal contents have equal bytes."""
     out = io.BytesIO()
     torch.save(content, out)
@@ -49,7 +49,7 @@ def packed(content) -> memoryview:
 
 
 @contextlib.contextmanager
-def opened(path, *, sealed: bool = False):
+def open_verified(path, *, sealed: bool = False):
     """A torch file, open for reading, after its bytes were found to be those that were written.
 
     *sealed* refuses files without a digest at their end.
@@ -69,9 +69,9 @@ def opened(path, *, sealed: bool = False):
 
 
 def check_bytes(file, *, sealed: bool = False) -> None:
-    """What `opened` does, of a file that is open."""
+    """What `open_verified` does, of a file that is open."""
     size = file.seek(0, io.SEEK_END)
-    end, is_sealed = _end_of(file, size)
+    end, is_sealed = _find_end_record(file, size)
     if sealed and not is_sealed:
         raise Damaged("it does not end in a digest: it was written by another program, or an earlier cxt")
     if is_sealed:
@@ -83,7 +83,7 @@ def check_bytes(file, *, sealed: bool = False) -> None:
             left -= len(part)
         if left or file.read(HEX) != digest.hexdigest().encode():
             raise Damaged("its bytes are not those that were written, the digest at its end says; it was damaged or changed")
-    directory = _directory(file, end)
+    directory = _find_directory(file, end)
     try:
         with zipfile.ZipFile(file) as archive:
             _check_entries(archive, directory)
@@ -103,7 +103,7 @@ def _read_at(file, position: int, layout: struct.Struct) -> tuple | None:
     return layout.unpack(data) if len(data) == layout.size else None
 
 
-def _end_of(file, size: int) -> tuple[int, bool]:
+def _find_end_record(file, size: int) -> tuple[int, bool]:
     """Where the archive's end record is, and whether our digest follows; it may stand in these two places only."""
     for comment in (0, len(LABEL) + HEX):
         found = _read_at(file, size - comment - END.size, END)
@@ -116,7 +116,7 @@ def _end_of(file, size: int) -> tuple[int, bool]:
     raise Damaged("the end of the file is missing or was changed" if is_zip else "not a zip archive")
 
 
-def _directory(file, end: int) -> int:
+def _find_directory(file, end: int) -> int:
     """Where the list of entries begins; Damaged unless whoever reads the archive must find the same list."""
     _, *disks, _, entries, size, offset, _ = _read_at(file, end, END)
     locator = _read_at(file, end - LOCATOR_64.size, LOCATOR_64)

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from cxt.checkpoints.archive import UNREADABLE, opened, packed
-from cxt.checkpoints.published import CLASSES, MODULE, is_published, read_published, stand_ins
+from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
+from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
 from cxt.checkpoints.record import check_record, check_tensors, model_record
-from cxt.checkpoints.safetensors import CONFIG, read_portable
+from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write, check_writable
@@ -38,19 +38,19 @@ class Checkpoint(NamedTuple):
     record: dict
 
 
-def _interned(value):
+def _intern_strings(value):
     """*value* with equal texts being one object: a pickle tells whether they are, and equal checkpoints have equal bytes."""
     if isinstance(value, dict):
-        return {_interned(key): _interned(child) for key, child in value.items()}
+        return {_intern_strings(key): _intern_strings(child) for key, child in value.items()}
     if isinstance(value, list):
-        return [_interned(child) for child in value]
+        return [_intern_strings(child) for child in value]
     return sys.intern(value) if type(value) is str else value
 
 
 def write_checkpoint(path, state_dict: dict, record: dict) -> None:
     """Write a checkpoint under a temporary name and rename it."""
     tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
-    atomic_write(path, packed({"cxt": _interned(record), "state_dict": tensors}))
+    atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors}))
 
 
 def _read_torch_file(path):
@@ -58,7 +58,7 @@ def _read_torch_file(path):
     if not Path(path).is_file():
         raise BadRequest(f"there is no checkpoint {path}")
     try:
-        with stand_ins(), opened(path) as file:
+        with allow_published_classes(), open_verified(path) as file:
             refused = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
             file.seek(0)
             content = None if refused else torch.load(file, map_location="cpu", weights_only=True)
@@ -83,7 +83,7 @@ def read_checkpoint(path) -> Checkpoint:
     """
     content = {}
     if Path(path).name == CONFIG:
-        weights, record = read_portable(Path(path).parent)
+        weights, record = read_export(Path(path).parent)
     else:
         content = _read_torch_file(path)
         if is_published(content):
@@ -126,7 +126,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, so
     model.load_state_dict(weights)
 
 
-def model_of(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
+def build_checkpoint_model(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
     """The network of a checkpoint with its weights; BadRequest if they do not fit, before memory is taken for it."""
     with torch.device("meta"):
         described = build_model(checkpoint.model, checkpoint.adapter).state_dict()

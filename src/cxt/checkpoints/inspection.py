@@ -4,11 +4,11 @@ import dataclasses
 
 import torch
 
-from cxt.checkpoints.file import Checkpoint, model_of, read_checkpoint
+from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint
 from cxt.errors import Failed
 
 
-def _training(record: dict) -> str:
+def _describe_training(record: dict) -> str:
     """How the weights were trained, in words."""
     training = record["training"]
     if training is None and record.get("published") is None:
@@ -25,13 +25,13 @@ def _training(record: dict) -> str:
     )
 
 
-def _ranges(ranges: dict | None) -> str:
+def _describe_ranges(ranges: dict | None) -> str:
     """What the training data was like, in words."""
     said = [f"{name.replace('_', ' ')} {pair[0]:.3g} to {pair[1]:.3g}" for name, pair in (ranges or {}).items() if pair]
     return ", ".join(said) or "not known"
 
 
-def show(path) -> str:
+def describe_checkpoint(path) -> str:
     """A checkpoint in words."""
     checkpoint = read_checkpoint(path)
     record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
@@ -47,10 +47,10 @@ def show(path) -> str:
         f"{', start token in the prefix' if network.start_token_in_prefix else ''}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
         "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adapter).items()),
-        "training": _training(record),
+        "training": _describe_training(record),
         "dataset": f"{data['sha256'] or 'not known'}"
         + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
-        "ranges": _ranges(data.get("ranges")),
+        "ranges": _describe_ranges(data.get("ranges")),
         "parent": "none" if parent is None else f"{parent['name']}, {parent['sha256']}",
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
@@ -60,7 +60,7 @@ def show(path) -> str:
     return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])
 
 
-def check(path) -> Checkpoint:
+def read_verified_checkpoint(path) -> Checkpoint:
     """The checkpoint, after its weights were found to be finite and to fit its network.
 
     Raises
@@ -71,14 +71,14 @@ def check(path) -> Checkpoint:
         If a weight is not finite.
     """
     checkpoint = read_checkpoint(path)
-    model_of(checkpoint, source=path)
+    build_checkpoint_model(checkpoint, source=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
         raise Failed(f"{path}: {', '.join(bad)} not finite")
     return checkpoint
 
 
-def diff(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
+def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
     """Whether the weights of two checkpoints are close, and in words how the two differ.
 
     Close is what torch calls it: \\|a - b\\| <= atol + rtol·\\|b\\| everywhere.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from cxt.checkpoints.file import model_of, read_checkpoint
+from cxt.checkpoints.file import build_checkpoint_model, read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_portable
-from cxt.errors import BadRequest, first_line, nearest
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_export
+from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.model.transformer import CoalescenceModel
 
 
@@ -35,9 +35,9 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
     BadRequest
         If there is no such checkpoint, it is damaged or has weights that are not finite, or torch cannot use *device*.
     """
-    device = _device_of(device)
+    device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
-    model = model_of(read_checkpoint(path), source=path).eval()
+    model = build_checkpoint_model(read_checkpoint(path), source=path).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
@@ -46,7 +46,7 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
         raise BadRequest(f"device {device}: {first_line(error)}") from None
 
 
-def _device_of(device) -> torch.device:
+def _parse_device(device) -> torch.device:
     """A torch device by its name; BadRequest if there is none, or no such GPU."""
     try:
         found = torch.device(device)
@@ -67,7 +67,7 @@ def checkpoint_directories() -> list[Path]:
     return directories
 
 
-def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
+def _find_checkpoint_of_run(path: Path, *, best: bool) -> Path:
     """The best, else the last weights of a run directory."""
     run = RunDirectory(path)
     if best and run.best.is_file():
@@ -83,7 +83,7 @@ def _checkpoint_of_run(path: Path, *, best: bool) -> Path:
     raise BadRequest(f"{path} has saved nothing yet")
 
 
-def _path_of(name_or_path) -> Path:
+def _check_path(name_or_path) -> Path:
     """A name or path as a Path; BadRequest if it can be neither."""
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
         raise BadRequest(f"no checkpoint is called {name_or_path!r}: expected the name or the path of one")
@@ -109,11 +109,11 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     BadRequest
         If there is none; it says where was looked and what is there.
     """
-    path = _path_of(name_or_path)
+    path = _check_path(name_or_path)
     if (path / "run.json").is_file():
-        return _checkpoint_of_run(path, best=best)
+        return _find_checkpoint_of_run(path, best=best)
     directory = path.parent if path.name == WEIGHTS else path
-    if is_portable(directory):
+    if is_export(directory):
         return directory / CONFIG
     if path.suffix == ".ckpt" or len(path.parts) > 1:
         if path.is_file():
@@ -124,4 +124,4 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
         if (directory / f"{path}.ckpt").is_file():
             return directory / f"{path}.ckpt"
     there = {file.stem for directory in directories for file in directory.glob("*.ckpt")}
-    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{nearest(str(path), there)}")
+    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{suggest_nearest(str(path), there)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.checkpoints.record import VALUES, check_sizes, check_tensors
+from cxt.checkpoints.record import MAX_VALUES, check_sizes, check_tensors
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
@@ -42,7 +42,7 @@ CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
 """The original's classes, in its MODULE, that a file may hold. Only the first was seen; the others are a guess."""
 
 
-def stand_ins():
+def allow_published_classes():
     """Context in which torch reads `CLASSES`, although none of their code is here (module and names are like ours)."""
     # Torch goes by what a class says its name is; older ones cannot be told another.
     return torch.serialization.safe_globals([type(name, (Settings,), {"__module__": MODULE}) for name in CLASSES])
@@ -66,7 +66,7 @@ BLOCK = {
 ADAPTER = {"excite.": "se.", "residual.": "proj.", "norm.": "ln.", "gated.": "fc_in.", "out.": "fc_out."}
 
 
-def _renamed(key: str, names: dict[str, str]) -> str:
+def _replace_prefix(key: str, names: dict[str, str]) -> str:
     for own, theirs in names.items():
         if key.startswith(own):
             return theirs + key.removeprefix(own)
@@ -77,12 +77,12 @@ def published_name(key: str, *, adapter: bool) -> str:
     """The name in a published file of this package's tensor *key*; *adapter* says whether the file is an adapter's."""
     part, rest = key.split(".", 1)
     if part == "adapter":
-        return f"model.{rest}" if rest == "mask_token" else f"model.adapter.{_renamed(rest, ADAPTER)}"
+        return f"model.{rest}" if rest == "mask_token" else f"model.adapter.{_replace_prefix(rest, ADAPTER)}"
     if rest.startswith("blocks."):
         _, i, rest = rest.split(".", 2)
-        rest = f"transformer.h.{i}.{_renamed(rest, BLOCK)}"
+        rest = f"transformer.h.{i}.{_replace_prefix(rest, BLOCK)}"
     else:
-        rest = _renamed(rest, TRUNK)
+        rest = _replace_prefix(rest, TRUNK)
     return f"model.backbone.{rest}" if adapter else f"model.{rest}"
 
 
@@ -96,15 +96,15 @@ WITHOUT_EFFECT = ("use_kv_cache", "device", "batch_size")
 FIXED = {"bias": False, "sample_scale_embd": len(CHANNEL_WEIGHTS)}
 
 
-def _fields(value) -> dict | None:
+def _get_fields(value) -> dict | None:
     """The fields of a configuration that is a dataclass of the original, or a mapping; None for anything else."""
     value = getattr(value, "fields", None) if isinstance(value, Settings) else value
     return value if isinstance(value, dict) else None
 
 
-def network_of(hyper: dict) -> ModelConfig:
+def read_network(hyper: dict) -> ModelConfig:
     """The network that a published file's hyper-parameters describe; BadRequest if it is none that can be built."""
-    given = _fields(hyper.get("gpt_config"))
+    given = _get_fields(hyper.get("gpt_config"))
     if given is None:
         raise BadRequest("its hyper-parameters hold no `gpt_config`, which says what the network is")
     problems = [f"{name} is missing" for name in FIELDS if name not in given]
@@ -142,8 +142,8 @@ def network_of(hyper: dict) -> ModelConfig:
     )
 
 
-def adapter_of(hyper: dict, backbone: ModelConfig) -> AdapterConfig | None:
-    """The adapter that a published file's hyper-parameters describe, None for a plain model; BadRequest as `network_of`."""
+def read_adapter(hyper: dict, backbone: ModelConfig) -> AdapterConfig | None:
+    """The adapter that a published file's hyper-parameters describe, None for a plain model; BadRequest as `read_network`."""
     if "ie_new" not in hyper:
         return None
     samples, bottleneck = hyper["ie_new"], hyper.get("adapter_bottleneck")
@@ -159,7 +159,7 @@ def adapter_of(hyper: dict, backbone: ModelConfig) -> AdapterConfig | None:
     return AdapterConfig(samples=samples, bottleneck=bottleneck, dropout=dropout, overwrite_bin0=True)
 
 
-def weights_of(tensors: dict, network: ModelConfig, adapter: AdapterConfig | None) -> dict[str, torch.Tensor]:
+def convert_weights(tensors: dict, network: ModelConfig, adapter: AdapterConfig | None) -> dict[str, torch.Tensor]:
     """The state dict of a published file under this package's names.
 
     Raises
@@ -203,7 +203,7 @@ def weights_of(tensors: dict, network: ModelConfig, adapter: AdapterConfig | Non
     return {key: tensors[name] for key, name in names.items()}
 
 
-def preset_of(network: ModelConfig) -> str:
+def find_nearest_preset(network: ModelConfig) -> str:
     """The preset that *network* is, or else the one most like it: in missingness, then window size, then depth."""
     return min(
         PRESETS,
@@ -215,18 +215,18 @@ def preset_of(network: ModelConfig) -> str:
     )
 
 
-def plain(value, *, depth: int = 0, left: list[int] | None = None):
-    """*value* as dicts, lists, numbers and strings; BadRequest if it has no end, or not one within `VALUES` values."""
-    left = [VALUES] if left is None else left
+def to_plain(value, *, depth: int = 0, left: list[int] | None = None):
+    """*value* as dicts, lists, numbers and strings; BadRequest if it has no end, or not one within `MAX_VALUES` values."""
+    left = [MAX_VALUES] if left is None else left
     left[0] -= 1
     if left[0] < 0 or depth > 50 or (isinstance(value, int) and value.bit_length() > 4096):
         raise BadRequest("its hyper-parameters hold more than any that the original package writes")
     value = value.__dict__.get("fields", {}) if isinstance(value, Settings) else value
     deeper = {"depth": depth + 1, "left": left}
     if isinstance(value, dict):
-        return {str(key): plain(child, **deeper) for key, child in value.items()}
+        return {str(key): to_plain(child, **deeper) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(child, **deeper) for child in value]
+        return [to_plain(child, **deeper) for child in value]
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
@@ -245,17 +245,17 @@ def read_published(content: dict, path) -> tuple[dict, ModelConfig, AdapterConfi
         hyper, tensors = content["hyper_parameters"], content.get("state_dict")
         if not isinstance(hyper, dict) or not isinstance(tensors, dict):
             raise BadRequest("it has no hyper-parameters or no weights")
-        hyper, version = plain(hyper), plain(content["pytorch-lightning_version"])
+        hyper, version = to_plain(hyper), to_plain(content["pytorch-lightning_version"])
         for key in ("global_step", "epoch"):
             if type(content.get(key)) is not int:
                 raise BadRequest(f"its {key} is {content.get(key)!r}, expected a number")
-        network = network_of(hyper)
-        adapter = adapter_of(hyper, network)
-        weights = weights_of(tensors, network, adapter)
+        network = read_network(hyper)
+        adapter = read_adapter(hyper, network)
+        weights = convert_weights(tensors, network, adapter)
         check_tensors(weights)
     except BadRequest as error:
         raise BadRequest(f"{path} is not a checkpoint of the original package as this cxt knows them: {error}") from None
-    preset = preset_of(network)
+    preset = find_nearest_preset(network)
     more = {
         # Registry names are NAME_epoch=E-step=S; Lightning's own are epoch=E-step=S.
         "name": re.sub(r"(^|_)epoch=.*", "", Path(path).stem) or preset,

@@ -17,7 +17,7 @@ FORMAT = 1
 TEXT, NUMBER, WHOLE, FLAG, TABLE, LIST = (str,), (int, float), (int,), (bool,), (dict,), (list,)
 NONE = type(None)
 
-KNOWN = {
+RECORD_KEYS = {
     "format": WHOLE, "model": TABLE, "adapter": (dict, NONE),
     "name": (str, NONE), "preset": (str, NONE), "lineage": (str, NONE),
     "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "versions": TABLE, "published": TABLE,
@@ -26,7 +26,7 @@ KNOWN = {
 }  # fmt: skip
 """The keys of a record, with the types of what they hold."""
 
-PARTS = {
+TABLE_KEYS = {
     "training": {"batch_size": WHOLE, "grad_accum": WHOLE, "epochs": WHOLE, "lr": NUMBER, "seed": WHOLE},
     "dataset": {"scales": LIST, "missing": FLAG},
     "parent": {"name": (str, NONE), "sha256": (str, NONE)},
@@ -34,19 +34,19 @@ PARTS = {
 }  # fmt: skip
 """What the tables among them must hold; they may hold more."""
 
-DATASET = {
+OPTIONAL_DATASET_KEYS = {
     "window_size": (int, NONE), "sequence_length": (int, float, NONE), "samples": (int, NONE), "sha256": (str, NONE),
     "simulated": (list, NONE), "ranges": (dict, NONE),
 }  # fmt: skip
 """What a dataset's table may lack, in files of earlier versions."""
 
-LARGEST = {
+LARGEST_SIZES = {
     "layers": 1000, "heads": 1000, "width": 100_000, "windows": 100_000, "samples": 100_000, "scales": 1000, "bins": 1_000_000,
     "window_size": 10**9, "bottleneck": 100_000,
 }  # fmt: skip
 """Far above any network that is trained; beyond, a file would have memory reserved that nothing in it needs."""
 
-VALUES = 100_000
+MAX_VALUES = 100_000
 """Values in a record, with those in its tables and lists. One that names itself would have no end."""
 
 
@@ -66,7 +66,7 @@ def check_plain(value, *, what: str) -> None:
     while left:
         value, depth = left.pop()
         seen += 1
-        if seen > VALUES or depth > 50:
+        if seen > MAX_VALUES or depth > 50:
             raise BadRequest(f"{what} holds more values than any that cxt writes")
         if type(value) is dict:
             if not all(type(key) is str for key in value):
@@ -80,19 +80,19 @@ def check_plain(value, *, what: str) -> None:
             raise BadRequest(f"{what} holds a {type(value).__name__}, where only numbers, text, lists and tables are expected")
 
 
-def _is_of(value, types: tuple) -> bool:
+def _has_type(value, types: tuple) -> bool:
     return type(value) in types or (value is None and NONE in types)
 
 
-def _words(types: tuple) -> str:
+def _describe_types(types: tuple) -> str:
     named = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a table", list: "a list"}
     return "a number" if types == NUMBER else " or ".join(named.get(kind, "null") for kind in types)
 
 
-def _shown(value) -> str:
+def _format_value(value) -> str:
     """A value as a message shows it: whole where it is short, and never longer to write than a line."""
     if isinstance(value, list) and len(value) <= 20:
-        return f"[{', '.join(_shown(child) if isinstance(child, int | float | str) else '…' for child in value)}]"
+        return f"[{', '.join(_format_value(child) if isinstance(child, int | float | str) else '…' for child in value)}]"
     if value is not None and not isinstance(value, str | int | float):
         return f"a {type(value).__name__}"
     if isinstance(value, int) and value.bit_length() > 128:
@@ -102,28 +102,28 @@ def _shown(value) -> str:
 
 def _check_types(table: dict, expected: dict, *, within: str) -> None:
     for key, types in expected.items():
-        if key in table and not _is_of(table[key], types):
-            raise BadRequest(f"its {within}{key} is {_shown(table[key])}, expected {_words(types)}")
+        if key in table and not _has_type(table[key], types):
+            raise BadRequest(f"its {within}{key} is {_format_value(table[key])}, expected {_describe_types(types)}")
 
 
 def _check_known(table: dict, known, *, within: str) -> None:
     if unknown := sorted(key for key in table if key not in known):
         raise BadRequest(
-            f"its {within.rstrip('.') or 'record'} has {', '.join(map(_shown, unknown[:5]))}, which this cxt does not know: "
-            "a newer cxt wrote it; update cxt"
+            f"its {within.rstrip('.') or 'record'} has {', '.join(map(_format_value, unknown[:5]))}, which this cxt does not "
+            "know: a newer cxt wrote it; update cxt"
         )
 
 
-def _check_there(table: dict, expected, *, within: str) -> None:
+def _check_required(table: dict, expected, *, within: str) -> None:
     if lacking := [key for key in expected if key not in table]:
         raise BadRequest(f"its {within.rstrip('.') or 'record'} lacks {', '.join(lacking)}")
 
 
-def _configuration(kind, table: dict, *, within: str):
+def _build_configuration(kind, table: dict, *, within: str):
     """The ModelConfig or AdapterConfig that a table of a record describes."""
     fields = {field.name: field.type for field in dataclasses.fields(kind)}
     _check_known(table, fields, within=within)
-    _check_there(table, fields, within=within)
+    _check_required(table, fields, within=within)
     _check_types(table, {key: NUMBER if field is float else (field,) for key, field in fields.items()}, within=within)
     for key, value in table.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -137,9 +137,9 @@ def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
     """BadRequest for sizes that no network has, before memory is reserved for one."""
     for field in dataclasses.fields(configuration):
         value = getattr(configuration, field.name)
-        largest = LARGEST.get(field.name)
+        largest = LARGEST_SIZES.get(field.name)
         if largest is not None and not 0 <= value <= largest:
-            raise BadRequest(f"its {field.name} is {_shown(value)}, expected at most {largest}")
+            raise BadRequest(f"its {field.name} is {_format_value(value)}, expected at most {largest}")
     if isinstance(configuration, ModelConfig) and not configuration.grid_low < configuration.grid_high:
         raise BadRequest(f"its grid is from {configuration.grid_low} to {configuration.grid_high}")
     if isinstance(configuration, AdapterConfig) and (configuration.bottleneck < 1 or not 0 <= configuration.dropout < 1):
@@ -148,9 +148,9 @@ def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
 
 def _check_ranges(ranges: dict) -> None:
     for name, pair in ranges.items():
-        numbers = type(pair) is list and len(pair) == 2 and all(_is_of(value, NUMBER) for value in pair)
+        numbers = type(pair) is list and len(pair) == 2 and all(_has_type(value, NUMBER) for value in pair)
         if pair is not None and not (numbers and -math.inf < pair[0] <= pair[1] < math.inf):
-            raise BadRequest(f"its dataset.ranges.{name} is {_shown(pair)}, expected two numbers, the smaller first")
+            raise BadRequest(f"its dataset.ranges.{name} is {_format_value(pair)}, expected two numbers, the smaller first")
 
 
 def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
@@ -163,34 +163,34 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
         another type or size. The message says which, not where: the caller knows the file.
     """
     if type(record) is not dict:
-        raise BadRequest(f"its `cxt` record is {_shown(record)}, expected a table")
+        raise BadRequest(f"its `cxt` record is {_format_value(record)}, expected a table")
     check_plain(record, what="its `cxt` record")
-    _check_there(record, ("format",), within="")
+    _check_required(record, ("format",), within="")
     _check_types(record, {"format": WHOLE}, within="")
     if record["format"] > FORMAT:
         raise BadRequest(f"it has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
-    _check_known(record, KNOWN, within="")
-    _check_there(record, ("model", "adapter", "dataset"), within="")
-    _check_types({"versions": {}} | record, KNOWN, within="")
+    _check_known(record, RECORD_KEYS, within="")
+    _check_required(record, ("model", "adapter", "dataset"), within="")
+    _check_types({"versions": {}} | record, RECORD_KEYS, within="")
     record = dict.fromkeys(("name", "preset", "lineage", "training", "parent", "versions", "step", "epoch")) | record
     record["versions"] = record["versions"] or {}
-    for part, expected in PARTS.items():
+    for part, expected in TABLE_KEYS.items():
         if record.get(part) is not None:
-            _check_there(record[part], expected, within=f"{part}.")
+            _check_required(record[part], expected, within=f"{part}.")
             _check_types(record[part], expected, within=f"{part}.")
     if record["training"] is not None:
         machine = {"accelerator": TEXT, "devices": WHOLE, "precision": TEXT, "threads": WHOLE}
-        _check_there(record, machine, within="")
+        _check_required(record, machine, within="")
         _check_types(record, machine, within="")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
-    network = _configuration(ModelConfig, record["model"], within="model.")
-    adapter = None if record["adapter"] is None else _configuration(AdapterConfig, record["adapter"], within="adapter.")
-    _check_types(record["dataset"], DATASET, within="dataset.")
-    record["dataset"] = dict.fromkeys(DATASET) | record["dataset"]
+    network = _build_configuration(ModelConfig, record["model"], within="model.")
+    adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")
+    _check_types(record["dataset"], OPTIONAL_DATASET_KEYS, within="dataset.")
+    record["dataset"] = dict.fromkeys(OPTIONAL_DATASET_KEYS) | record["dataset"]
     scales = record["dataset"]["scales"]
-    if len(scales) != network.scales or not all(_is_of(scale, WHOLE) and 0 < scale <= 10**6 for scale in scales):
-        raise BadRequest(f"its dataset.scales is {_shown(scales)}, expected {network.scales} positive whole numbers")
-    if not all(_is_of(name, TEXT) for name in record["dataset"]["simulated"] or []):
+    if len(scales) != network.scales or not all(_has_type(scale, WHOLE) and 0 < scale <= 10**6 for scale in scales):
+        raise BadRequest(f"its dataset.scales is {_format_value(scales)}, expected {network.scales} positive whole numbers")
+    if not all(_has_type(name, TEXT) for name in record["dataset"]["simulated"] or []):
         raise BadRequest("its dataset.simulated holds something else than names")
     _check_ranges(record["dataset"]["ranges"] or {})
     return network, adapter, record
@@ -199,12 +199,12 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
 def check_tensors(weights) -> None:
     """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all in the file."""
     if not isinstance(weights, dict):
-        raise BadRequest(f"its `state_dict` is {_shown(weights)}, expected tensors by name")
+        raise BadRequest(f"its `state_dict` is {_format_value(weights)}, expected tensors by name")
     for key, value in weights.items():
         if type(key) is not str:
-            raise BadRequest(f"its `state_dict` has the key {_shown(key)}, expected text")
+            raise BadRequest(f"its `state_dict` has the key {_format_value(key)}, expected text")
         if not isinstance(value, torch.Tensor):
-            raise BadRequest(f"its {key} is {_shown(value)}, expected a tensor")
+            raise BadRequest(f"its {key} is {_format_value(value)}, expected a tensor")
         is_dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not (is_dense and value.is_floating_point()):
             raise BadRequest(f"its {key} is a tensor of {value.dtype} ({value.layout}, {value.device}), expected dense floats")

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from cxt.errors import BadRequest
-from cxt.io import Lock, atomic_file, atomic_write, check_writable, file_sha256, json_text, take_lock
+from cxt.io import Lock, acquire_lock, atomic_file, atomic_write, check_writable, file_sha256, json_text
 
 
 def target_lock(out) -> Path:
@@ -54,12 +54,12 @@ class RunDirectory:
 
     def lock(self) -> None:
         """Take the directory for this process, until `release`; BadRequest says who has it."""
-        self._locks.append(take_lock(self.lock_path, self.path))
+        self._locks.append(acquire_lock(self.lock_path, self.path))
         check_writable(self.path / "run.json")
 
     def lock_target(self, out) -> None:
         """Take the file that the run will publish, too: a trainer of another run may still be about to publish there."""
-        self._locks.append(take_lock(target_lock(out), Path(out)))
+        self._locks.append(acquire_lock(target_lock(out), Path(out)))
 
     def release(self) -> None:
         """Let go of what was locked, and say in the lock files that this process has ended in good order."""

@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 
 from cxt.errors import BadRequest, first_line
-from cxt.io import atomic_write, digest, file_sha256, json_text, without_nan
+from cxt.io import atomic_write, digest, file_sha256, json_text, replace_nan
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 LARGEST_CONFIG = 10_000_000
 
 
-def is_portable(directory) -> bool:
+def is_export(directory) -> bool:
     """Whether *directory* holds both files."""
     return all((Path(directory) / name).is_file() for name in (WEIGHTS, CONFIG))
 
 
-def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict) -> None:
+def write_export(directory, state_dict: dict[str, torch.Tensor], record: dict) -> None:
     """Write both files, the configuration last, each under a temporary name first."""
     from safetensors.torch import save
 
@@ -30,13 +30,13 @@ def write_portable(directory, state_dict: dict[str, torch.Tensor], record: dict)
     # safetensors takes no views of one memory.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     atomic_write(directory / WEIGHTS, save(tensors))
-    record = without_nan(record)  # as it is read back
+    record = replace_nan(record)  # as it is read back
     config = record | {"weights": {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}, "digest": digest(record)}
     atomic_write(directory / CONFIG, json_text(config, indent=2).encode())
 
 
-def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
-    """(weights, record) of what `write_portable` wrote.
+def read_export(directory) -> tuple[dict[str, torch.Tensor], dict]:
+    """(weights, record) of what `write_export` wrote.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def read_portable(directory) -> tuple[dict[str, torch.Tensor], dict]:
     from safetensors.torch import load_file
 
     directory = Path(directory)
-    if not is_portable(directory):
+    if not is_export(directory):
         raise BadRequest(f"there is no exported checkpoint in {directory}: it has {WEIGHTS} and {CONFIG}")
     try:
         if (directory / CONFIG).stat().st_size > LARGEST_CONFIG:

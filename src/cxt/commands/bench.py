@@ -16,7 +16,7 @@ from cxt.benchmark.speed import bench_decoding, bench_training, describe_device,
 from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.console import exit_on_bad_request
-from cxt.errors import BadRequest, Failed, first_line, nearest
+from cxt.errors import BadRequest, Failed, first_line, suggest_nearest
 from cxt.io import atomic_write, check_writable, json_text
 from cxt.model.flops import decoding_flops, training_flops
 
@@ -81,7 +81,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def network_of(args) -> ModelConfig:
     """The network that the flags describe."""
     if args.model not in PRESETS:
-        raise BadRequest(f"unknown model '{args.model}'{nearest(args.model, PRESETS)}")
+        raise BadRequest(f"unknown model '{args.model}'{suggest_nearest(args.model, PRESETS)}")
     given = {name: getattr(args, name) for name in ("layers", "heads", "width", "windows", "samples", "dropout")}
     return dataclasses.replace(PRESETS[args.model], **{name: value for name, value in given.items() if value is not None})
 

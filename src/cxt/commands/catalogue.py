@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cxt.console import exit_on_bad_request
-from cxt.scenarios.genetic_maps import fetch_map, genetic_map, write_record
+from cxt.scenarios.genetic_maps import fetch_genetic_map, get_genetic_map, write_fetch_record
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,10 +17,10 @@ def main(argv: list[str] | None = None) -> None:
     spec = {"name": args.species, "species": args.species, "genetic_map": args.genetic_map}
     if args.scenario is not None:
         spec |= {"name": args.scenario, "kind": "stdpopsim"}
-    fetch_map(spec)
+    fetch_genetic_map(spec)
     if args.out is not None:
-        write_record(spec, args.out)
-    print(f"{args.species} {args.genetic_map}: in {genetic_map(spec).map_cache_dir}")
+        write_fetch_record(spec, args.out)
+    print(f"{args.species} {args.genetic_map}: in {get_genetic_map(spec).map_cache_dir}")
 
 
 if __name__ == "__main__":

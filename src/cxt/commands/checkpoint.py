@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cxt.checkpoints.file import import_published
 from cxt.checkpoints.load import find_checkpoint
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_portable
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.config.bounds import NOT_NEGATIVE, check_flags
 from cxt.console import exit_on_bad_request
 from cxt.errors import Failed
@@ -13,7 +13,7 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cxt.checkpoints.inspection import check, diff, show
+    from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
     from cxt.workflow.verification import verify
 
     parser = argparse.ArgumentParser(
@@ -43,20 +43,20 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args, rtol=NOT_NEGATIVE, atol=NOT_NEGATIVE)
     if args.command == "import":
         import_published(args.file, args.out, name=args.name)
-        print(show(args.out))
+        print(describe_checkpoint(args.out))
         return
     path = find_checkpoint(args.checkpoint)
     if args.command == "show":
-        print(show(path))
+        print(describe_checkpoint(path))
     elif args.command == "verify":
         print(verify(path, configfiles=args.configfile))
     elif args.command == "export":
-        checkpoint = check(path)
+        checkpoint = read_verified_checkpoint(path)
         check_writable(Path(args.out) / CONFIG)
-        write_portable(args.out, checkpoint.state_dict, checkpoint.record)
+        write_export(args.out, checkpoint.state_dict, checkpoint.record)
         print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
     else:
-        close, text = diff(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
+        close, text = compare_checkpoints(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
         print(text)
         if not close:
             raise Failed("")

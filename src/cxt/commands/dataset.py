@@ -10,7 +10,7 @@ from cxt.scenarios.indices import SPLITS
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cxt.data.export import export, information, verify
+    from cxt.data.export import describe_dataset, export_dataset, verify_dataset
 
     parser = argparse.ArgumentParser(prog="cxt dataset", description="Look at a dataset, check it, export it.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -31,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_flags(args, limit=COUNT)
     if args.command == "info":
-        print(information(args.path))
+        print(describe_dataset(args.path))
     elif args.command == "verify":
-        verify(args.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        verify_dataset(args.path, progress=lambda line: print(line, file=sys.stderr, flush=True))
     else:
-        export(args.path, args.out, splits=args.split, limit=args.limit, dtype=args.dtype)
+        export_dataset(args.path, args.out, splits=args.split, limit=args.limit, dtype=args.dtype)
 
 
 if __name__ == "__main__":

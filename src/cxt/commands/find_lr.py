@@ -7,7 +7,7 @@ import jsonargparse
 
 from cxt.config.bounds import MOST
 from cxt.console import exit_on_bad_request
-from cxt.errors import BadRequest, Failed, why_not
+from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import check_writable
 from cxt.train import plan_of
 from cxt.trainer.flags import build_parser, parse_flags
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         flush=True,
     )
     if args.plot is not None:
-        lost = why_not(lambda: draw(plan, found, suggestion, args.plot))
+        lost = try_drawing(lambda: draw(plan, found, suggestion, args.plot))
         if lost:
             raise Failed(f"{args.plot} could not be drawn ({lost})")
         print(f"drawn: {args.plot}")

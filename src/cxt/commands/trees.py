@@ -7,7 +7,7 @@ from cxt.config.bounds import INDEX, check_flags
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
 from cxt.io import atomic_file, check_writable
-from cxt.scenarios.batches import find
+from cxt.scenarios.batches import read_simulation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.out)
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
         raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
-    ts = find(args.batch, args.index)
+    ts = read_simulation(args.batch, args.index)
     try:
         with atomic_file(args.out) as file:
             ts.dump(file)

@@ -24,7 +24,7 @@ from cxt.config.settings import (
 from cxt.config.shipped import default_configfile, find_configfile
 from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
 from cxt.config.yaml import read_yaml
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 DEFAULT_CONFIG = default_configfile()
 
@@ -76,7 +76,9 @@ def resolve(config: dict) -> dict:
     evaluation["simulations_of"] = {k: v for k, v in evaluation["simulations_of"].items() if k not in removed}
     for name in evaluation["simulations_of"]:
         if name not in config["scenarios"]:
-            raise BadRequest(f"evaluation.simulations_of: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
+            raise BadRequest(
+                f"evaluation.simulations_of: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}"
+            )
     return config
 
 
@@ -110,13 +112,13 @@ def _fill_sets(config: dict, removed: set[str]) -> None:
     for name, members in sets.items():
         for member in members:
             if member not in scenarios and member not in removed:
-                raise BadRequest(f"scenario_sets.{name}: unknown scenario '{member}'{nearest(member, scenarios)}")
+                raise BadRequest(f"scenario_sets.{name}: unknown scenario '{member}'{suggest_nearest(member, scenarios)}")
 
     def filled(names, at: str) -> list[str]:
         result: dict[str, None] = {}
         for name in [names] if isinstance(names, str) else names:
             if name not in scenarios and name not in sets:
-                raise BadRequest(f"{at}: unknown scenario '{name}'{nearest(name, [*scenarios, *sets])}")
+                raise BadRequest(f"{at}: unknown scenario '{name}'{suggest_nearest(name, [*scenarios, *sets])}")
             result |= dict.fromkeys(member for member in sets.get(name, [name]) if member in scenarios)
         return list(result)
 
@@ -187,7 +189,7 @@ def lineage_of_parents(config: dict, name: str) -> list[str]:
     chain = [name]
     while (parent := parent_of(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
-            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{nearest(parent, config['models'])}")
+            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{suggest_nearest(parent, config['models'])}")
         if parent in chain:
             raise BadRequest(f"models: a cycle of parents: {' <- '.join([*chain, parent])}")
         chain.append(parent)
@@ -204,7 +206,9 @@ def _check_model(config: dict, name: str) -> None:
     model = config["models"][name]
     at = f"models.{name}"
     if model["dataset"] not in config["datasets"]:
-        raise BadRequest(f"{at}.dataset: unknown dataset '{model['dataset']}'{nearest(model['dataset'], config['datasets'])}")
+        raise BadRequest(
+            f"{at}.dataset: unknown dataset '{model['dataset']}'{suggest_nearest(model['dataset'], config['datasets'])}"
+        )
     if "checkpoint" in model and "resume_adapter" in model:
         raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` exclude each other")
     chain = lineage_of_parents(config, name)

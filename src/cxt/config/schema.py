@@ -12,7 +12,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCHEMA_PATH = REPOSITORY / "workflow" / "schemas" / "config.schema.yaml"
@@ -48,7 +48,7 @@ def _variant(node: dict, value: dict, path: str, errors: list[str]) -> dict | No
         errors.append(f"{path}: has no `{key}`, expected one of {', '.join(sorted(variants))}")
         return None
     if chosen not in variants:
-        errors.append(f"{path}.{key}: unknown {key} '{chosen}'{nearest(chosen, variants)}")
+        errors.append(f"{path}.{key}: unknown {key} '{chosen}'{suggest_nearest(chosen, variants)}")
         return None
     return variants[chosen]
 
@@ -171,7 +171,7 @@ def _complete(value, node: dict, path: str, errors: list[str], defaults: bool):
                 )
             result[key] = _complete(child, open_to, where, errors, defaults)
         else:
-            errors.append(f"{where}: unknown key{_quotes(key) or nearest(key, properties)}")
+            errors.append(f"{where}: unknown key{_quotes(key) or suggest_nearest(key, properties)}")
     rows = value.get("combinations")
     given = set.intersection(*(set(row) for row in rows)) if _is_list_of_mappings(rows) else set()
     for key in node.get("required", []):

@@ -3,7 +3,7 @@
 import dataclasses
 
 from cxt.config.bounds import ANY_COUNT, COUNT, NOT_NEGATIVE, POSITIVE, SHARE, THREADS, WORKERS, Range, problems
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 from cxt.seeds import LARGEST_SEED
 
 
@@ -107,7 +107,9 @@ class AdapterConfig:
     def __post_init__(self):
         found = problems(vars(self), ADAPTER_RANGES)
         if self.unfreeze_strategy not in STRATEGIES:
-            found.append(f"unknown unfreeze_strategy '{self.unfreeze_strategy}'{nearest(self.unfreeze_strategy, STRATEGIES)}")
+            found.append(
+                f"unknown unfreeze_strategy '{self.unfreeze_strategy}'{suggest_nearest(self.unfreeze_strategy, STRATEGIES)}"
+            )
         _refuse(found)
 
 
@@ -186,7 +188,7 @@ class TrainingConfig:
             object.__setattr__(self, "precision", known[0])
         else:
             accepted = ", ".join(word for name, others in PRECISIONS.items() for word in (name, *others))
-            found.append(f"unknown precision '{self.precision}'{nearest(word, PRECISIONS)}; accepted: {accepted}")
+            found.append(f"unknown precision '{self.precision}'{suggest_nearest(word, PRECISIONS)}; accepted: {accepted}")
         if in_range and self.min_lr > self.lr:
             found.append(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
         choices_of = {
@@ -195,7 +197,7 @@ class TrainingConfig:
         }  # fmt: skip
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
-                found.append(f"unknown {name} '{getattr(self, name)}'{nearest(getattr(self, name), choices)}")
+                found.append(f"unknown {name} '{getattr(self, name)}'{suggest_nearest(getattr(self, name), choices)}")
         _refuse(found)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.data.features import missing_fraction, pair_counts, write_missingness
+from cxt.data.features import compute_missing_fraction, compute_pair_counts, write_missingness
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import check_content, read_shard
 from cxt.errors import BadRequest
@@ -16,7 +16,7 @@ from cxt.io import check_writable, json_text
 from cxt.scenarios.indices import SPLITS
 
 
-def information(path) -> str:
+def describe_dataset(path) -> str:
     """Shape, sizes, and a table of the variants of a dataset, as text."""
     manifest = read_manifest(path)
     shape = {
@@ -64,7 +64,7 @@ def information(path) -> str:
     return "\n".join([*lines, "", f"{total / 1e6:,.1f} MB in all"])
 
 
-def verify(path, *, progress=None) -> None:
+def verify_dataset(path, *, progress=None) -> None:
     """Read every shard of a dataset and check it against the manifest; *progress* is called with a line for each split.
 
     Raises
@@ -91,23 +91,23 @@ def verify(path, *, progress=None) -> None:
         progress(f"{path}: every shard is what the manifest says")
 
 
-def _dense(arrays: dict, row: int, attributes: dict) -> np.ndarray:
+def _compute_dense_counts(arrays: dict, row: int, attributes: dict) -> np.ndarray:
     """Raw counts of one row of a shard: (pairs, 2, scales, windows, samples) float32, missingness in bin 0."""
     sites = slice(arrays["site_offsets"][row], arrays["site_offsets"][row + 1])
     window_size, length = attributes["window_size"], attributes["sequence_length"]
-    counts = pair_counts(
+    counts = compute_pair_counts(
         arrays["genotypes"][sites], arrays["positions"][sites], arrays["pairs"][row], window_size=window_size,
         windows=length // window_size, samples=attributes["samples"], scales=attributes["scales"], dtype=np.float32,
     )  # fmt: skip
     if attributes["missing"]:
         mask = np.unpackbits(arrays["mask"][row], count=length, bitorder="little")
         write_missingness(
-            counts, missing_fraction(mask, window_size=window_size, sequence_length=length, scales=attributes["scales"])
+            counts, compute_missing_fraction(mask, window_size=window_size, sequence_length=length, scales=attributes["scales"])
         )
     return counts
 
 
-def export(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "float16") -> int:
+def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "float16") -> int:
     """Write X.npy, y.npy, pairs.npy and meta.json of each simulation below *out*, and return how many simulations.
 
     `<out>/<split>/<variant>/<simulation>/`, as the published code lays its data out: X (pairs, 2, scales, windows,
@@ -173,7 +173,7 @@ def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, ta
         index, region = int(arrays["index"][i]), i % manifest["regions_per_simulation"]
         target = directory / row["scenario"] / (f"ts_{index:08d}_i{index}" + (f"_r{region}" if region else ""))
         target.mkdir(parents=True)
-        counts = _dense(arrays, i, attributes)
+        counts = _compute_dense_counts(arrays, i, attributes)
         if counts.max() > np.finfo(dtype).max:
             raise BadRequest(
                 f"{shard}, simulation {index}: a count of {counts.max():.0f} is too large for {dtype}; use float32"

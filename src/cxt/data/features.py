@@ -9,13 +9,13 @@ import warnings
 
 import numpy as np
 
-from cxt.data.kernels import haplotype_words, pairs_of_one
+from cxt.data.kernels import count_pairs, pack_haplotype_words
 
 SCALES = (2, 8, 32, 64)
 """Window widths of the published model, in multiples of the base window."""
 
 
-def num_windows(*, window_size: int, sequence_length: float) -> int:
+def count_windows(*, window_size: int, sequence_length: float) -> int:
     """Number of base windows on [0, sequence_length); the last may be shorter.
 
     Raises
@@ -30,7 +30,7 @@ def num_windows(*, window_size: int, sequence_length: float) -> int:
     return int(np.ceil(sequence_length / window_size))
 
 
-def _at(wrong: np.ndarray) -> tuple[int, int]:
+def _locate_first(wrong: np.ndarray) -> tuple[int, int]:
     """Site and haplotype of the first True of (sites, haplotypes)."""
     site, haplotype = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
     return int(site), int(haplotype)
@@ -46,7 +46,7 @@ def check_genotypes(genotypes) -> np.ndarray:
         like diploid dosages.
     """
     if np.ma.is_masked(genotypes):
-        site, haplotype = _at(np.ma.getmaskarray(genotypes)) if genotypes.ndim == 2 else (0, 0)
+        site, haplotype = _locate_first(np.ma.getmaskarray(genotypes)) if genotypes.ndim == 2 else (0, 0)
         raise ValueError(f"genotypes are masked at site {site}, haplotype {haplotype}; leave sites with missing data out")
     genotypes = np.asarray(genotypes)
     if genotypes.ndim != 2:
@@ -56,12 +56,12 @@ def check_genotypes(genotypes) -> np.ndarray:
     if not np.issubdtype(genotypes.dtype, np.integer):
         wanted = "expected whole numbers: 0 for the ancestral allele, 1 for the derived one"
         if np.issubdtype(genotypes.dtype, np.floating) and (wrong := ~(genotypes == np.floor(genotypes))).any():
-            site, haplotype = _at(wrong)
+            site, haplotype = _locate_first(wrong)
             raise ValueError(f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}; {wanted}")
         raise ValueError(f"genotypes are of type {genotypes.dtype}; {wanted}. Convert them, as with `.astype('int8')`")
     for wrong in (genotypes < 0, genotypes == 255):
         if wrong.any():
-            site, haplotype = _at(wrong)
+            site, haplotype = _locate_first(wrong)
             raise ValueError(
                 f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}, which stands for missing "
                 "data; leave such sites out, and pass a mask of where genotypes cannot be called"
@@ -127,7 +127,7 @@ def check_mask(mask, *, start: float, sequence_length: float) -> np.ndarray:
     return mask.astype(bool, copy=False)
 
 
-def usable_sites(genotypes, positions, *, sequence_length, mask=None):
+def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
     """Sites that can be counted: biallelic, segregating, inside [0, sequence_length) and accessible.
 
     Parameters
@@ -170,7 +170,7 @@ def usable_sites(genotypes, positions, *, sequence_length, mask=None):
     return np.ascontiguousarray(genotypes[keep], dtype=np.uint8), positions[keep]
 
 
-def first_sites(positions, *, window_size: int, windows: int):
+def find_first_sites(positions, *, window_size: int, windows: int):
     """First site of each base window, and the number of sites: (windows + 1,) int32.
 
     Window k is [k·window_size, (k+1)·window_size), and the last goes on to the last site.
@@ -180,14 +180,14 @@ def first_sites(positions, *, window_size: int, windows: int):
     return np.concatenate([[0], inner, [len(positions)]]).astype(np.int32)
 
 
-def missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCALES):
+def compute_missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCALES):
     """Fraction of inaccessible bases in each window: (scales, windows) float64.
 
     *mask* is True where a base is inaccessible. Windows are cut, not rescaled, at the right end, and the fraction is of
     what is left of them.
     """
     length = int(sequence_length)
-    windows = num_windows(window_size=window_size, sequence_length=length)
+    windows = count_windows(window_size=window_size, sequence_length=length)
     first = np.arange(windows)
     left = first * window_size
     # Summed within base windows first: a sum for every base would take sixteen times the memory of the mask.
@@ -208,7 +208,7 @@ def pack_haplotypes(genotypes):
     return np.packbits(np.asarray(genotypes, dtype=np.uint8), axis=1, bitorder="little")
 
 
-def pair_counts(packed, positions, pairs, *, window_size, windows, samples, scales=SCALES, out=None, dtype=np.int32):
+def compute_pair_counts(packed, positions, pairs, *, window_size, windows, samples, scales=SCALES, out=None, dtype=np.int32):
     """Counts of usable sites for several pairs of one simulation: (pairs, 2, scales, windows, samples), bin 0 zero.
 
     The fast path under `pair_features`: *packed* from `pack_haplotypes`, *positions* in base pairs. *out* is filled in
@@ -218,12 +218,12 @@ def pair_counts(packed, positions, pairs, *, window_size, windows, samples, scal
     if out is None:
         out = np.empty((len(pairs), 2, len(scales), windows, samples), dtype=dtype)
     words = np.empty((samples, -(-len(packed) // 64)), dtype=np.uint64)
-    haplotype_words(packed, words)
+    pack_haplotype_words(packed, words)
     derived = np.bitwise_count(packed).sum(axis=1, dtype=np.int32)
-    first_site = first_sites(positions, window_size=window_size, windows=windows)
+    first_site = find_first_sites(positions, window_size=window_size, windows=windows)
     # A narrow result is counted as narrowly: right wherever it can hold the counts.
     total = np.empty(windows * samples, dtype=np.int16 if out.dtype == np.int16 else np.int32)
-    pairs_of_one(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, total, out)
+    count_pairs(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, total, out)
     return out
 
 
@@ -282,17 +282,17 @@ def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, 
         If genotypes hold anything but allele codes of haplotypes, positions are not finite, do not ascend or lie mostly
         outside the region, shapes disagree, the mask is too short, or a pair names a haplotype that is not there.
     """
-    windows = num_windows(window_size=window_size, sequence_length=sequence_length)
+    windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if not len(scales) or not all(scale >= 1 and scale == int(scale) for scale in scales):
         raise ValueError(f"scales are {scales}, expected whole numbers of windows, at least 1 each")
     genotypes = check_genotypes(genotypes)
     positions = check_positions(positions, start=start, sequence_length=sequence_length)
     if mask is not None:
         mask = check_mask(mask, start=start, sequence_length=sequence_length)
-    kept, at = usable_sites(genotypes, positions, sequence_length=sequence_length, mask=mask)
+    kept, at = select_usable_sites(genotypes, positions, sequence_length=sequence_length, mask=mask)
     samples = kept.shape[1]
     pairs = check_pairs(pairs, samples)
-    features = pair_counts(
+    features = compute_pair_counts(
         pack_haplotypes(kept),
         at,
         pairs,
@@ -305,6 +305,6 @@ def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, 
     if mask is not None:
         write_missingness(
             features,
-            missing_fraction(mask, window_size=window_size, sequence_length=sequence_length, scales=scales),
+            compute_missing_fraction(mask, window_size=window_size, sequence_length=sequence_length, scales=scales),
         )
     return features

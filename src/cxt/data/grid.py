@@ -9,7 +9,7 @@ from cxt.data.kernels import compiled
 
 
 @compiled
-def _bins(values, grid, out):
+def _find_bins(values, grid, out):
     """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
     if len(grid) == 1:
         out[:] = 0
@@ -56,7 +56,7 @@ class Grid:
         if values.dtype != np.float32:
             values = values.astype(np.float64)
         bins = np.empty(values.shape, dtype=np.int64)
-        _bins(values.reshape(-1), np.linspace(self.low, self.high, self.bins), bins.reshape(-1))
+        _find_bins(values.reshape(-1), np.linspace(self.low, self.high, self.bins), bins.reshape(-1))
         return bins
 
     def tokens(self, log_tmrca):

@@ -43,7 +43,7 @@ for _place in range(64):
 
 
 @compiled
-def lowest_bit(word):
+def find_lowest_bit(word):
     """Place of the lowest bit that is set in a uint64, which must not be 0."""
     lowest = word & (~word + np.uint64(1))
     return _PLACES[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)]
@@ -159,7 +159,7 @@ def _copy(source, out):
 
 
 @compiled
-def total_counts(derived, first_site, samples, out):
+def count_all_sites(derived, first_site, samples, out):
     """Add all sites to *out* (windows · samples,), by window and derived allele count, whatever the pair."""
     for k in range(len(first_site) - 1):
         for j in range(first_site[k], first_site[k + 1]):
@@ -167,18 +167,18 @@ def total_counts(derived, first_site, samples, out):
 
 
 @compiled
-def scratch(total, scales, samples):
-    """Room for `one_pair` to sum in: a row of each window of *total*, and as many more as the widest scale has windows."""
+def allocate_sums(total, scales, samples):
+    """Room for `count_pair` to sum in: a row of each window of *total*, and as many more as the widest scale has windows."""
     return np.empty(len(total) + scales.max() * samples, total.dtype)
 
 
 @compiled
-def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
+def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
     """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
 
     *words* (samples, words) holds 64 sites of a haplotype a word; *derived* (sites,) the derived allele counts, *first_site*
-    (windows + 1,) the first site of each window; *total* (windows · samples,) is from `total_counts`. *differ* and *agree*
-    are from `scratch`. All three may be int16: differences are right even where the sums have wrapped around.
+    (windows + 1,) the first site of each window; *total* (windows · samples,) is from `count_all_sites`. *differ* and *agree*
+    are from `allocate_sums`. All three may be int16: differences are right even where the sums have wrapped around.
     """
     samples = out.shape[3]
     differ[:] = 0
@@ -186,7 +186,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
     for w in range(words.shape[1]):
         word = words[a, w] ^ words[b, w]
         while word:
-            j = 64 * w + lowest_bit(word)
+            j = 64 * w + find_lowest_bit(word)
             word &= word - np.uint64(1)
             while j >= first_site[window + 1]:
                 window += 1
@@ -198,7 +198,7 @@ def one_pair(words, derived, first_site, total, a, b, scales, differ, agree, out
 
 
 @compiled
-def haplotype_words(packed, words):
+def pack_haplotype_words(packed, words):
     """Fill *words* (samples, ceil(sites / 64)) uint64 from *packed* sites: site j is bit j % 64 of word j // 64."""
     for h in range(len(words)):
         for w in range(words.shape[1]):
@@ -209,14 +209,14 @@ def haplotype_words(packed, words):
 
 
 @compiled
-def pairs_of_one(words, derived, first_site, pairs, scales, total, out):
-    """`one_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
+def count_pairs(words, derived, first_site, pairs, scales, total, out):
+    """`count_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
     samples = out.shape[4]
-    differ, agree = scratch(total, scales, samples), scratch(total, scales, samples)
+    differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
     total[:] = 0
-    total_counts(derived, first_site, samples, total)
+    count_all_sites(derived, first_site, samples, total)
     for p in range(len(pairs)):
-        one_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
+        count_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
 
 
 @compiled
@@ -245,7 +245,7 @@ def unpack_bins(packed, width, out):
 
 
 @compiled
-def widest_count(cumulative, samples, scale):
+def find_largest_count(cumulative, samples, scale):
     """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: what bounds all counts."""
     most, last = 0, len(cumulative) - samples
     for i in range(last):
@@ -262,7 +262,7 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
     words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]
     total = np.empty(windows * samples, counts.dtype)
-    differ, agree = scratch(total, scales, samples), scratch(total, scales, samples)
+    differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
     last = -1
     for i in range(len(rows)):
         row, column = rows[i], columns[i]
@@ -273,8 +273,8 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
                 _copy(totals[row], total)
             else:
                 total[:] = 0
-                total_counts(of_row, first_site[row], samples, total)
+                count_all_sites(of_row, first_site[row], samples, total)
         haplotypes = words[word_at[row] : word_at[row + 1]].reshape((samples, (word_at[row + 1] - word_at[row]) // samples))
         a, b = pairs[row, column, 0], pairs[row, column, 1]
-        one_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
+        count_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
         unpack_bins(packed_bins[row, column], width, bins[i])

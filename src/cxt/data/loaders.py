@@ -22,7 +22,7 @@ from cxt.seeds import torch_seed
 from cxt.signals import end_with_parent, held_back, ignore
 
 
-class EpochBatches(Sampler):
+class EpochBatchSampler(Sampler):
     """Batches (lists of items) of one rank in one epoch; items that do not fill a batch are dropped."""
 
     def __init__(self, *, items: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
@@ -57,14 +57,14 @@ class EpochBatches(Sampler):
         return self.items // self.world // self.batch_size
 
 
-class InOrder(EpochBatches):
+class SequentialBatchSampler(EpochBatchSampler):
     """Batches of one rank in the order of their items, for items of which each is new anyway."""
 
     def _order(self, epoch: int) -> range:
         return range(self.items)
 
 
-class _StateElsewhere:
+class _TimedLoader:
     """A loader whose state is in `DataModule`; having these methods tells Lightning that it can be resumed.
 
     *waited* are the seconds that its batches were waited for.
@@ -88,7 +88,7 @@ class _StateElsewhere:
         pass
 
 
-class PrefetchLoader(_StateElsewhere):
+class PrefetchLoader(_TimedLoader):
     """The batches of *dataset* in the order of *sampler*, each made by one of *threads* threads before it is asked for.
 
     With no threads they are made when they are asked for. Batches are made in a few buffers, one after another: the last
@@ -146,7 +146,7 @@ class PrefetchLoader(_StateElsewhere):
                     batch.cancel()
 
 
-class _Batches(Dataset):
+class _BatchDataset(Dataset):
     """Indexed by lists of items, as samplers give them."""
 
     def __init__(self, dataset):
@@ -159,7 +159,7 @@ class _Batches(Dataset):
             return error  # raised in a process, it would come with that process's traceback
 
 
-def _in_a_loader(number: int) -> None:
+def _prepare_loader_process(number: int) -> None:
     """Leave signals, which may be sent to all processes of a job, to the trainer, and end when it ends."""
     ignore()
     end_with_parent(os.getppid())
@@ -167,18 +167,18 @@ def _in_a_loader(number: int) -> None:
         os._exit(1)
 
 
-class ProcessLoader(_StateElsewhere, DataLoader):
+class ProcessLoader(_TimedLoader, DataLoader):
     """The batches of *dataset* in the order of *sampler*, made by processes: for items that cost more than their copying."""
 
     def __init__(self, dataset, sampler, *, processes: int, pin: bool):
         super().__init__(
-            _Batches(dataset),
+            _BatchDataset(dataset),
             batch_size=None,
             sampler=sampler,
             num_workers=processes,
             persistent_workers=processes > 0,
             pin_memory=pin,
-            worker_init_fn=_in_a_loader,
+            worker_init_fn=_prepare_loader_process,
             generator=torch.Generator().manual_seed(1),  # its own: drawing seeds for processes leaves the global one alone
         )
 
@@ -211,7 +211,9 @@ class DataModule(pl.LightningDataModule):
     *validation_items* test items, spread evenly over the split, are used for validation; 0 = all.
     """
 
-    def __init__(self, train, test, *, batch_size, seed, workers, validation_items, order=EpochBatches, in_processes=False):
+    def __init__(
+        self, train, test, *, batch_size, seed, workers, validation_items, order=EpochBatchSampler, in_processes=False
+    ):
         super().__init__()
         self.train_set, self.test_set = train, test
         self.batch_size, self.seed, self.workers = batch_size, seed, workers

@@ -14,21 +14,21 @@ from cxt.data.shards import (
     MANIFEST,
     SCHEMA_VERSION,
     SHAPE_KEYS,
-    _arrays_of,
-    _check_version,
+    check_schema_version,
     check_shape,
     open_shard,
+    read_arrays,
 )
 from cxt.errors import BadRequest
 from cxt.io import atomic_write, json_text
-from cxt.lineage import check_lineage, make_again, stage_lineage
-from cxt.scenarios.indices import SPLITS, batches, split_size
+from cxt.lineage import check_lineage, how_to_remake, stage_lineage
+from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 
 
 def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
     """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
 
-    *lineages*, if given, are {variant: `dataset_lineage_of` its shards} as planned. The manifest's own is that of all
+    *lineages*, if given, are {variant: `combine_shard_lineages` its shards} as planned. The manifest's own is that of all
     shards; it has none where one of them has none.
 
     Raises
@@ -50,10 +50,10 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
                 check_shape(directory / name, attributes, shape)
                 if attributes["split"] != split:
                     raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
-                arrays = _arrays_of(directory / name, group)
+                arrays = read_arrays(directory / name, group)
                 index, sites = arrays["index"], len(arrays["positions"])
                 if split == "train":
-                    ranges.append(ranges_of(arrays, attributes))
+                    ranges.append(compute_ranges(arrays, attributes))
                 of_shards.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
             rows.append(
                 {
@@ -75,25 +75,25 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
         }
     for variant, planned in (lineages or {}).items():
         check_lineage(
-            f"{directory}: a shard of '{variant}'", found=dataset_lineage_of(of_shards.get(variant, [])), planned=planned,
+            f"{directory}: a shard of '{variant}'", found=combine_shard_lineages(of_shards.get(variant, [])), planned=planned,
             target=directory / MANIFEST,
         )  # fmt: skip
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
-    lineage = dataset_lineage_of([lineage for of_variant in of_shards.values() for lineage in of_variant])
+    lineage = combine_shard_lineages([lineage for of_variant in of_shards.values() for lineage in of_variant])
     manifest = {
         "schema_version": SCHEMA_VERSION,
         **({} if lineage is None else {"lineage": lineage}),
         **shape,
         "windows": shape["sequence_length"] // shape["window_size"],
-        "ranges": overall_ranges(ranges),
+        "ranges": merge_ranges(ranges),
         "splits": splits,
     }
     atomic_write(directory / MANIFEST, json_text(manifest).encode())
     return manifest
 
 
-def dataset_lineage_of(shards: list[str | None]) -> str | None:
+def combine_shard_lineages(shards: list[str | None]) -> str | None:
     """The lineage of shards with the lineages *shards*, in no particular order; None if one of them has none."""
     return None if None in shards else stage_lineage("preprocess", sorted(shards))
 
@@ -109,29 +109,31 @@ def read_manifest(directory) -> dict:
     directory = Path(directory)
     file = directory / MANIFEST
     if not directory.is_dir():
-        raise BadRequest(f"there is no dataset directory {directory}; {make_again(file)}")
+        raise BadRequest(f"there is no dataset directory {directory}; {how_to_remake(file)}")
     missing = [split for split in SPLITS if not (directory / split).is_dir()]
     if missing:
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
-        raise BadRequest(f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {make_again(file)}")
+        raise BadRequest(
+            f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {how_to_remake(file)}"
+        )
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise BadRequest(
-            f"{directory} has no {MANIFEST}; {make_again(file)}, or list the shards that are there with "
+            f"{directory} has no {MANIFEST}; {how_to_remake(file)}, or list the shards that are there with "
             f"`python -m cxt.preprocess manifest --dataset {directory}`"
         ) from None
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets in brackets
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {make_again(file, delete='it')}") from None
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {how_to_remake(file, delete='it')}") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
-        _check_version(str(file), manifest["schema_version"], remedy=make_again(file, delete="it"))
-    fault = _fault(manifest)
+        check_schema_version(str(file), manifest["schema_version"], remedy=how_to_remake(file, delete="it"))
+    fault = _find_fault(manifest)
     if fault is not None:
-        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; {make_again(file, delete='it')}")
+        raise BadRequest(f"{directory / MANIFEST} is damaged: {fault}; {how_to_remake(file, delete='it')}")
     return manifest
 
 
-def _fault(manifest) -> str | None:
+def _find_fault(manifest) -> str | None:
     """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
     try:
         numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
@@ -188,14 +190,14 @@ def _are_ranges(ranges) -> bool:
     return isinstance(ranges, dict) and ranges.keys() == set(RANGES) and all(map(is_range, ranges.values()))
 
 
-def planned_shards(variants: dict[str, tuple]) -> dict[str, list[str]]:
+def plan_shards(variants: dict[str, tuple]) -> dict[str, list[str]]:
     """{split: shard names} of a dataset of *variants* {name: (simulations, batch, …)}; empty splits have no shard."""
     return {
         split: [
             f"{split}/{variant}-{start}.zarr.zip"
             for variant, (simulations, batch, *_) in variants.items()
-            for start, count in batches(simulations=simulations, batch=batch)
-            if split_size(start, count, split)
+            for start, count in simulation_batches(simulations=simulations, batch=batch)
+            if count_in_split(start, count, split)
         ]
         for split in SPLITS
     }
@@ -204,7 +206,7 @@ def planned_shards(variants: dict[str, tuple]) -> dict[str, list[str]]:
 RANGES = ("diversity", "mutation_rate", "recombination_rate", "missingness")
 
 
-def ranges_of(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dict[str, list[float] | None]:
+def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dict[str, list[float] | None]:
     """Least and largest value over the simulations, or regions, of a shard; None where no value is known.
 
     *diversity* is the mean number of differences of two haplotypes per accessible base pair (Nei & Li 1979), at the usable
@@ -230,7 +232,7 @@ def ranges_of(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dict[str
     return {name: [float(found.min()), float(found.max())] if len(found) else None for name, found in values.items()}
 
 
-def overall_ranges(ranges: list[dict[str, list[float] | None]]) -> dict[str, list[float] | None]:
+def merge_ranges(ranges: list[dict[str, list[float] | None]]) -> dict[str, list[float] | None]:
     """The ranges of several shards together."""
     result: dict[str, list[float] | None] = {}
     for name in RANGES:

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from cxt.data.shared_memory import free_memory
-from cxt.errors import BadRequest, first_line, nearest
+from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, file_sha256
-from cxt.lineage import check_lineage, make_again
+from cxt.lineage import check_lineage, how_to_remake
 from cxt.scenarios.seeds import random_generator
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
@@ -96,7 +96,7 @@ def _read_npz(path: Path, key: str) -> np.ndarray:
                 _check_memory(path, entry.file_size)
     with np.load(path) as arrays:
         if key not in arrays:
-            raise BadRequest(f"{path} has no array '{key}'{nearest(key, arrays.files)}")
+            raise BadRequest(f"{path} has no array '{key}'{suggest_nearest(key, arrays.files)}")
         values = arrays[key]
     if not isinstance(values, np.ndarray):
         raise BadRequest(f"{path}, '{key}': not an array of numpy's")
@@ -121,7 +121,7 @@ def _is_header(fields: list[str]) -> bool:
     return len(fields) >= 3 and "start" in fields[1].lower() and "end" in fields[2].lower()
 
 
-def _intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
+def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
     """(contig, start, end, name or None) of each line of a BED file."""
     with open(path, "rb") as file:
         is_packed = file.read(2) == b"\x1f\x8b"
@@ -170,7 +170,7 @@ def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> No
 def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     """True where an interval of *contig* is."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
-    for name, left, right, label in _intervals(path):
+    for name, left, right, label in _read_intervals(path):
         found = intervals.setdefault(name, [])
         if contig is None or name == contig:
             found.append((left, right, label))
@@ -178,10 +178,10 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
         raise BadRequest(f"{path} has no intervals")
     if contig is None:
         if len(intervals) != 1:
-            raise BadRequest(f"{path} has {len(intervals)} contigs; say which with `contig`{nearest('', intervals)}")
+            raise BadRequest(f"{path} has {len(intervals)} contigs; say which with `contig`{suggest_nearest('', intervals)}")
         contig = next(iter(intervals))
     if contig not in intervals:
-        raise BadRequest(f"{path} has no contig '{contig}'{nearest(contig, intervals)}")
+        raise BadRequest(f"{path} has no contig '{contig}'{suggest_nearest(contig, intervals)}")
     chosen = intervals[contig]
     length = max(right for _, right, _ in chosen)
     if all(left == right for left, right, _ in chosen):
@@ -194,7 +194,7 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     return marked
 
 
-def synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
+def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     """A mask of alternating accessible and inaccessible runs with log-normal lengths, True = inaccessible.
 
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
@@ -235,7 +235,7 @@ def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -
         if sha256 is not None:
             digest = file_sha256(path)
     except UNREADABLE as error:
-        remedy = "put it back" if lineage is None else make_again(path, delete=str(path))
+        remedy = "put it back" if lineage is None else how_to_remake(path, delete=str(path))
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
     check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
     if digest != sha256:
@@ -256,7 +256,7 @@ def cut_mask(mask: np.ndarray, *, length: int, rng: np.random.Generator) -> tupl
 
 
 def add_mask_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that tell a stage of a dataset's mask; `mask_from_flags` reads it."""
+    """The flags that tell a stage of a dataset's mask; `read_mask_from_flags` reads it."""
     parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
     parser.add_argument("--mask-key", default="accessible", help="array in the .npz (default accessible)")
     parser.add_argument("--mask-contig", help="sequence in the BED file")
@@ -267,7 +267,7 @@ def add_mask_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask-sha256", help="digest that the mask file must have")
 
 
-def mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
+def read_mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
     """The mask that the flags name, checked, after saying how much of it is accessible; None without one."""
     if args.mask is None:
         if args.mask_contig is not None:

@@ -23,9 +23,9 @@ import torch
 from torch.utils.data import Dataset
 
 from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN, STORAGES
-from cxt.data.features import first_sites, missing_fraction
+from cxt.data.features import compute_missing_fraction, find_first_sites
 from cxt.data.grid import Grid
-from cxt.data.kernels import accumulate, fill_batch, haplotype_words, pack_bins, total_counts, widest_count
+from cxt.data.kernels import accumulate, count_all_sites, fill_batch, find_largest_count, pack_bins, pack_haplotype_words
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
@@ -42,7 +42,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
-class Item(NamedTuple):
+class Example(NamedTuple):
     """Which training example an item is."""
 
     scenario: str
@@ -51,7 +51,7 @@ class Item(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Items as they travel to the training device; `model_input` makes the network's input of them there."""
+    """Items as they travel to the training device; `compute_model_input` makes the network's input of them there."""
 
     counts: torch.Tensor  # (B, 2, scales, windows, samples) int16 or int32, bin 0 zero
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part[:items] for part in self))
 
 
-def model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
+def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
     """log1p of raw counts, float32; missing fractions f become ln(1 + e^f) and ln(1 + e^(1-f)) in frequency bin 0."""
     x = torch.log1p(counts.float())
     if missing is not None:
@@ -71,7 +71,7 @@ def model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Ten
     return x
 
 
-class Items(Dataset):
+class ExampleDataset(Dataset):
     """What items have in common, wherever they come from: a `batch` of several is computed at once, and one is a batch of one.
 
     A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and the type to count in, *_dtype*.
@@ -106,13 +106,13 @@ class Items(Dataset):
     def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What torch's loaders ask for: the items of a batch, computed at once."""
         counts, missing, tokens = self.batch(items)
-        return list(zip(model_input(counts, missing), tokens, strict=True))
+        return list(zip(compute_model_input(counts, missing), tokens, strict=True))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.__getitems__([i])[0]
 
 
-class PairDataset(Items):
+class PairDataset(ExampleDataset):
     """The items of one split of a dataset.
 
     ``len()`` is the number of items; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
@@ -243,26 +243,26 @@ class PairDataset(Items):
             packed, count = arrays["genotypes"][sites], int(sites.stop - sites.start)
             first, words = int(self._site_at[row]), -(-count // 64) * self.samples
             begin = int(self._word_at[row])
-            haplotype_words(packed, self._words[begin : begin + words].reshape(self.samples, -1))
+            pack_haplotype_words(packed, self._words[begin : begin + words].reshape(self.samples, -1))
             derived = np.bitwise_count(packed).sum(axis=1, dtype=self._derived.dtype)
             self._derived[first : first + count] = derived
             self._site_at[row + 1], self._word_at[row + 1] = first + count, begin + words
-            self._first_site[row] = first_sites(
+            self._first_site[row] = find_first_sites(
                 arrays["positions"][sites], window_size=self.manifest["window_size"], windows=self.windows
             )
             total[:] = 0
-            total_counts(derived, self._first_site[row], self.samples, total[self.samples :])
+            count_all_sites(derived, self._first_site[row], self.samples, total[self.samples :])
             self._total_fits[row] = total.max() <= np.iinfo(self._totals.dtype).max
             if self._total_fits[row]:
                 self._totals[row] = total[self.samples :]
             accumulate(total, self.samples)
-            widest = max(widest, widest_count(total, self.samples, self.scales.max()))
+            widest = max(widest, find_largest_count(total, self.samples, self.scales.max()))
             pack_bins(self.grid.bins_of(arrays["log_tmrca"][i]), self._width, self._bins[row])
             for key, column in (("pairs", self._pairs), ("index", self._index), ("start", self._start)):
                 column[row] = arrays[key][i]
             if self.manifest["missing"]:
                 mask = np.unpackbits(arrays["mask"][i], count=length, bitorder="little")
-                self._missing[row] = missing_fraction(
+                self._missing[row] = compute_missing_fraction(
                     mask, window_size=self.manifest["window_size"], sequence_length=length, scales=self.scales
                 )
             row += 1
@@ -271,11 +271,11 @@ class PairDataset(Items):
     def __len__(self) -> int:
         return len(self._index) * self.pairs_per_simulation
 
-    def describe(self, i: int) -> Item:
+    def describe(self, i: int) -> Example:
         """Scenario, simulation index and pair of item *i*."""
         row, pair = self._locate(i)
         a, b = map(int, self._pairs[row, pair])
-        return Item(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
+        return Example(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
         """Where in its simulation item *i* begins, in base pairs; not 0 only with several regions per simulation."""

@@ -3,13 +3,13 @@
 import numpy as np
 import tskit
 
-from cxt.data.features import pack_haplotypes, usable_sites
+from cxt.data.features import pack_haplotypes, select_usable_sites
 from cxt.data.masks import cut_mask
-from cxt.data.shards import Entry, write_shard
+from cxt.data.shards import PreprocessedSimulation, write_shard
 from cxt.data.targets import pair_log_tmrca
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch
-from cxt.scenarios.indices import split_of
+from cxt.scenarios.indices import assign_split
 from cxt.scenarios.seeds import random_generator
 
 
@@ -22,12 +22,12 @@ def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.nd
     return np.stack([first[chosen], second[chosen]], axis=1)
 
 
-def region_start(region: int, *, regions: int, length: float) -> int:
+def compute_region_start(region: int, *, regions: int, length: float) -> int:
     """Where region 0, 1, … of *regions* begins, spread evenly over a simulation of *length* base pairs; 0 for the first."""
     return region * int(length // regions)
 
 
-def sites_before(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.ndarray]:
+def decode_sites(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.ndarray]:
     """Allele codes (sites, samples) int16 and positions of the sites in [0, length), and of no others."""
     positions = ts.sites_position
     positions = positions[: np.searchsorted(positions, length)]
@@ -39,12 +39,12 @@ def sites_before(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.
     return genotypes, positions
 
 
-def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> Entry:
+def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> PreprocessedSimulation:
     """One region of a simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
 
     Parameters
     ----------
-    ts : tree sequence made by `cxt.scenarios.registry.simulate_one`
+    ts : tree sequence made by `cxt.scenarios.registry.simulate_tree_sequence`
     spec : the dataset's window_size, sequence_length, samples, pairs and regions_per_simulation (default 1)
     mask : accessibility mask of a chromosome, True = inaccessible, or None
     region : which of the simulation's regions; 0 begins at its start
@@ -61,7 +61,7 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
         return random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
 
     length = spec["sequence_length"]
-    start = region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)
+    start = compute_region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)
     if start + length > ts.sequence_length:
         raise BadRequest(
             f"region {region} of {length} bp begins at {start}; the tree sequence has only {ts.sequence_length:g} bp"
@@ -79,9 +79,9 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
     crop, offset = None, 0
     if mask is not None:
         crop, offset = cut_mask(mask, length=length, rng=rng("mask"))
-    found, at = sites_before(ts, length)
-    genotypes, positions = usable_sites(found, at, sequence_length=length, mask=crop)
-    return Entry(
+    found, at = decode_sites(ts, length)
+    genotypes, positions = select_usable_sites(found, at, sequence_length=length, mask=crop)
+    return PreprocessedSimulation(
         scenario=identity["scenario"],
         index=identity["index"],
         start=start,
@@ -96,7 +96,7 @@ def preprocess_one(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int
     )
 
 
-def write_split(
+def preprocess_batch(
     out,
     batch,
     spec: dict,
@@ -118,11 +118,11 @@ def write_split(
     entries = []
     for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed, lineage=batch_lineage):
         identity = ts.metadata["cxt"]
-        if split_of(identity["index"]) != split:
+        if assign_split(identity["index"]) != split:
             continue
         try:
             for region in range(spec.get("regions_per_simulation", 1)):
-                entry = preprocess_one(ts, spec, mask=mask, region=region)
+                entry = preprocess_simulation(ts, spec, mask=mask, region=region)
                 entry.log_tmrca = entry.log_tmrca.astype(np.float32)  # as it is stored: half the memory until then
                 entries.append(entry)
         except BadRequest as error:

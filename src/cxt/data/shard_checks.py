@@ -1,7 +1,7 @@
 """What a shard must be before compiled code indexes it: types, shapes, ranges and padding.
 
 A shard may come from anybody. Compiled loops look at no bounds, and a few kilobytes may claim to unpack into gigabytes, so
-`check_entries` and `check_layout` come before anything is unpacked, and `check_arrays` before anything is computed.
+`check_zip_entries` and `check_layout` come before anything is unpacked, and `check_arrays` before anything is computed.
 """
 
 import math
@@ -24,7 +24,7 @@ class Fault(ValueError):
     """What is wrong with a shard."""
 
 
-def check_entries(archive: zipfile.ZipFile, size: int) -> None:
+def check_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
     """Fault if reading the entries of a shard of *size* bytes could take more memory than that; nothing is read."""
     entries = archive.infolist()
     if len({entry.filename for entry in entries}) < len(entries):
@@ -62,7 +62,7 @@ def check_attributes(attributes: Mapping) -> None:
         raise Fault("its lineage is no text")
 
 
-def layout_of(attributes: Mapping, *, rows: int, sites: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+def build_layout(attributes: Mapping, *, rows: int, sites: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
     """{array: (type, shape)} of a shard with *rows* simulations or regions, and *sites* in all."""
     windows = attributes["sequence_length"] // attributes["window_size"]
     layout = {
@@ -96,7 +96,7 @@ def check_layout(group: zarr.Group, content: Mapping, *, memory: int) -> None:
         if not arrays[name].ndim:
             raise Fault(f"its array {name} has no dimension")
     rows, sites = arrays["log_tmrca"].shape[0], arrays["positions"].shape[0]
-    expected = layout_of(attributes, rows=rows, sites=sites)
+    expected = build_layout(attributes, rows=rows, sites=sites)
     if differing := sorted(expected.keys() ^ arrays.keys()):
         raise Fault(f"its arrays are {', '.join(sorted(arrays))}; {', '.join(differing)} should not be there, or is missing")
     if not rows:
@@ -153,7 +153,7 @@ def _zstd_size(data: bytes) -> int:
     return int.from_bytes(data[at : at + size], "little") + (256 if size == 2 else 0)
 
 
-def _first(wrong: np.ndarray) -> int:
+def _first_index(wrong: np.ndarray) -> int:
     return int(np.flatnonzero(wrong)[0])
 
 
@@ -164,11 +164,13 @@ def check_arrays(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> None:
     if offsets[0] != 0 or offsets[-1] != len(positions) or (np.diff(offsets) < 0).any():
         raise Fault(f"its site_offsets do not rise from 0 to its {len(positions)} sites")
     if (wrong := ~((positions >= 0) & (positions < length))).any():
-        raise Fault(f"it has a site at {positions[_first(wrong)]}, outside its {length} bp")
+        raise Fault(f"it has a site at {positions[_first_index(wrong)]}, outside its {length} bp")
     falls = np.diff(positions) < 0
     falls[offsets[(offsets > 0) & (offsets < len(positions))] - 1] = False  # from one simulation to the next
     if falls.any():
-        raise Fault(f"its positions do not rise: {positions[_first(falls)]:g} comes before {positions[_first(falls) + 1]:g}")
+        raise Fault(
+            f"its positions do not rise: {positions[_first_index(falls)]:g} comes before {positions[_first_index(falls) + 1]:g}"
+        )
     _check_genotypes(arrays["genotypes"], samples)
     pairs = arrays["pairs"]
     if (wrong := (pairs >= samples).any(axis=2) | (pairs[:, :, 0] == pairs[:, :, 1])).any():
@@ -178,13 +180,13 @@ def check_arrays(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> None:
         raise Fault("it holds targets that are not finite")
     for name in ("index", "start", "mask_offset"):
         if name in arrays and (wrong := (arrays[name] < 0) | (arrays[name] > LONGEST)).any():
-            raise Fault(f"its {name} holds {arrays[name][_first(wrong)]}, expected 0 to {LONGEST}")
+            raise Fault(f"its {name} holds {arrays[name][_first_index(wrong)]}, expected 0 to {LONGEST}")
     index = arrays["index"]
     if (wrong := (index % 10 == 0) != (attributes["split"] == "test")).any():
-        raise Fault(f"it holds simulation {index[_first(wrong)]}, which does not belong to {attributes['split']}")
+        raise Fault(f"it holds simulation {index[_first_index(wrong)]}, which does not belong to {attributes['split']}")
     indices, regions = np.unique(index, return_counts=True)
     if (wrong := regions != attributes["regions_per_simulation"]).any():
-        raise Fault(f"it holds {regions[_first(wrong)]} regions of simulation {indices[_first(wrong)]}")
+        raise Fault(f"it holds {regions[_first_index(wrong)]} regions of simulation {indices[_first_index(wrong)]}")
     for name in ("mutation_rate", "recombination_rate"):
         if not (np.isfinite(arrays[name]) & (arrays[name] >= 0)).all():
             raise Fault(f"its {name} holds a number that is no rate")

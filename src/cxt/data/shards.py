@@ -15,7 +15,8 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
 
 With several regions per simulation, each is a row of its own, as a simulation is above, and `index` repeats.
-Only usable sites are kept (see `cxt.data.features.usable_sites`). Bytes are a function of the content and the package versions.
+Only usable sites are kept (see `cxt.data.features.select_usable_sites`). The bytes of a shard are a function of its content
+and of the package versions.
 """
 
 import contextlib
@@ -33,11 +34,11 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.data.shard_checks import Fault, check_arrays, check_entries, check_layout
+from cxt.data.shard_checks import Fault, check_arrays, check_layout, check_zip_entries
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write
-from cxt.lineage import make_again
+from cxt.lineage import how_to_remake
 
 LARGEST_COUNT = 2**48
 """Simulations, items, sites or bytes; more would not fit into any machine."""
@@ -52,14 +53,14 @@ SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "m
 """What all shards of a dataset agree on."""
 
 
-def rebuild(shard) -> str:
+def how_to_rebuild(shard) -> str:
     """What to do about a bad shard: the manifest goes, too, or Snakemake would find nothing to do."""
     manifest = Path(shard).parent.parent / MANIFEST
-    return make_again(manifest, delete=f"it and the dataset's {MANIFEST}")
+    return how_to_remake(manifest, delete=f"it and the dataset's {MANIFEST}")
 
 
 @dataclasses.dataclass
-class Entry:
+class PreprocessedSimulation:
     """One preprocessed simulation, or one region of it; fields as in the module's table, for this simulation alone."""
 
     scenario: str
@@ -75,7 +76,7 @@ class Entry:
     mask_offset: int = 0
 
 
-def write_shard(path, entries: list[Entry], attributes: dict) -> None:
+def write_shard(path, entries: list[PreprocessedSimulation], attributes: dict) -> None:
     """Write simulations of one variant and split as a shard; *attributes* must hold SHAPE_KEYS."""
     chunks_of_all: dict[str, np.ndarray] = {
         "genotypes": np.concatenate([e.genotypes for e in entries]),
@@ -104,10 +105,10 @@ def write_shard(path, entries: list[Entry], attributes: dict) -> None:
         )
         if array.size:
             stored[:] = array
-    atomic_write(path, _zip({key: buffer.to_bytes() for key, buffer in content.items()}))
+    atomic_write(path, _build_zip({key: buffer.to_bytes() for key, buffer in content.items()}))
 
 
-def _zip(content: dict[str, bytes]) -> bytes:
+def _build_zip(content: dict[str, bytes]) -> bytes:
     """A zip archive whose bytes depend on *content* alone: sorted, stored, dated 1980."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression=zipfile.ZIP_STORED) as archive:
@@ -131,14 +132,15 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {rebuild(path)}") from None
+        raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {how_to_rebuild(path)}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise BadRequest(
-            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; {rebuild(path)}"
+            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; "
+            f"{how_to_rebuild(path)}"
         )
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
-            check_entries(archive, len(data))
+            check_zip_entries(archive, len(data))
             content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
@@ -147,16 +149,16 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         if version == SCHEMA_VERSION:
             check_layout(group, content, memory=free_memory())
     except UNREADABLE as error:
-        raise _damaged(path, error) from None
-    _check_version(f"shard {path}", version, remedy=rebuild(path))
+        raise _damaged_error(path, error) from None
+    check_schema_version(f"shard {path}", version, remedy=how_to_rebuild(path))
     try:
         yield group, data
     finally:
         content.clear()  # zarr's objects refer to each other, and would keep it until some later collection
 
 
-def _damaged(path, error: Exception) -> BadRequest:
-    return BadRequest(f"shard {path} is damaged or truncated: {first_line(error)}; {rebuild(path)}")
+def _damaged_error(path, error: Exception) -> BadRequest:
+    return BadRequest(f"shard {path} is damaged or truncated: {first_line(error)}; {how_to_rebuild(path)}")
 
 
 def check_shape(path, attributes: dict, shape: dict) -> None:
@@ -180,21 +182,21 @@ def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dic
     }
     expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
     if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
-        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {rebuild(path)}")
+        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {how_to_rebuild(path)}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Arrays and attributes of a shard, decompressed into memory, checked; errors as in `open_shard`."""
     with open_shard(path, sha256=sha256) as (group, _):
-        return _arrays_of(path, group), dict(group.attrs)
+        return read_arrays(path, group), dict(group.attrs)
 
 
-def _arrays_of(path, group: zarr.Group) -> dict[str, np.ndarray]:
+def read_arrays(path, group: zarr.Group) -> dict[str, np.ndarray]:
     try:
         arrays = {name: array[:] for name, array in group.arrays()}
         check_arrays(arrays, group.attrs)
     except UNREADABLE as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
     return arrays
 
 
@@ -204,7 +206,7 @@ SCHEMA_VERSION = 4
 MANIFEST = "dataset.json"
 
 
-def _check_version(what: str, version: int, *, remedy: str) -> None:
+def check_schema_version(what: str, version: int, *, remedy: str) -> None:
     if version != SCHEMA_VERSION:
         remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
         raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")

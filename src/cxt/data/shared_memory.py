@@ -19,14 +19,14 @@ from cxt.errors import BadRequest
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def _number(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or `max`
         return None
 
 
-def _groups() -> Iterator[tuple[Path, str, str]]:
+def _list_control_groups() -> Iterator[tuple[Path, str, str]]:
     """The control groups of this process that may limit memory, and what their files are called: of version 2, then 1."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -47,7 +47,7 @@ def _groups() -> Iterator[tuple[Path, str, str]]:
                 break
 
 
-def _free_of_machine() -> int:
+def _machine_free_memory() -> int:
     try:
         return psutil.virtual_memory().available
     except (OSError, RuntimeError):  # no /proc
@@ -56,9 +56,9 @@ def _free_of_machine() -> int:
 
 def free_memory() -> int:
     """Bytes that this process can still take: of the machine, or of the control group that a scheduler put it into."""
-    free = _free_of_machine()
-    for directory, limit_file, used_file in _groups():
-        limit, used = _number(directory / limit_file), _number(directory / used_file)
+    free = _machine_free_memory()
+    for directory, limit_file, used_file in _list_control_groups():
+        limit, used = _read_number(directory / limit_file), _read_number(directory / used_file)
         if limit is not None and used is not None:
             statistics = dict(line.split() for line in (directory / "memory.stat").read_text(encoding="utf-8").splitlines())
             cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
@@ -66,14 +66,14 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _no_room(size: int, reason: str) -> BadRequest:
+def _no_room_error(size: int, reason: str) -> BadRequest:
     return BadRequest(
         f"{size / 1e6:,.1f} MB for a dataset do not fit into {tempfile.gettempdir()} ({reason}); set TMPDIR to a larger file "
         "system, hold it in memory (`storage: memory`), or train with fewer simulations"
     )
 
 
-def _forget(descriptor: int, name: str) -> None:
+def _close_and_unlink(descriptor: int, name: str) -> None:
     os.close(descriptor)
     os.unlink(name)
 
@@ -89,7 +89,7 @@ class Arena:
         if on_disk:
             free = shutil.disk_usage(tempfile.gettempdir()).free
             if free < self.size:
-                raise _no_room(self.size, f"{free / 1e6:,.1f} MB left")
+                raise _no_room_error(self.size, f"{free / 1e6:,.1f} MB left")
         if hasattr(os, "memfd_create") and not on_disk:
             descriptor, name = os.memfd_create("cxt"), None
         else:
@@ -101,12 +101,12 @@ class Arena:
             self._close = weakref.finalize(self, os.close, descriptor)
         else:
             self.path = name
-            self._close = weakref.finalize(self, _forget, descriptor, name)
+            self._close = weakref.finalize(self, _close_and_unlink, descriptor, name)
         if on_disk and hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(descriptor, 0, self.size)  # or the first write that finds no room would kill the process
             except OSError as error:
-                raise _no_room(self.size, error.strerror) from None
+                raise _no_room_error(self.size, error.strerror) from None
         os.ftruncate(descriptor, self.size)
         self._map = mmap.mmap(descriptor, self.size)
 

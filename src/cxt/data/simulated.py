@@ -7,19 +7,21 @@ random pair is taken. The first items are held out, and training begins after th
 import numpy as np
 import torch
 
-from cxt.data.features import pair_counts
+from cxt.data.features import compute_pair_counts
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import Batch, Item, Items
-from cxt.data.preprocessing import preprocess_one
+from cxt.data.pair_dataset import Batch, Example, ExampleDataset
+from cxt.data.preprocessing import preprocess_simulation
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 
-LIVE_START = 2_000_000_000
+ON_THE_FLY_START = 2_000_000_000
 """First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
 
 
-def live_manifest(variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int) -> dict:
+def build_simulated_manifest(
+    variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int
+) -> dict:
     """What dataset.json says of a dataset, for one that is simulated on the fly.
 
     Parameters
@@ -45,9 +47,9 @@ def live_manifest(variants: list[dict], *, window_size: int, samples: int | None
     (length,) = lengths
     if length % window_size:
         raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
-    if held_out + items > LIVE_START:
-        raise BadRequest(f"--simulate: {held_out + items:,} items asked, at most {LIVE_START:,} can be simulated")
-    fewest = min(_haplotypes(variant) for variant in variants)
+    if held_out + items > ON_THE_FLY_START:
+        raise BadRequest(f"--simulate: {held_out + items:,} items asked, at most {ON_THE_FLY_START:,} can be simulated")
+    fewest = min(_count_haplotypes(variant) for variant in variants)
     if samples is None:
         samples = fewest
     if not 2 <= samples <= fewest:
@@ -58,18 +60,18 @@ def live_manifest(variants: list[dict], *, window_size: int, samples: int | None
     }  # fmt: skip
 
 
-def _haplotypes(variant: dict) -> int:
+def _count_haplotypes(variant: dict) -> int:
     individuals = variant.get("individuals", variant.get("samples"))
     return 2 * (sum(individuals.values()) if isinstance(individuals, dict) else individuals)
 
 
-class SimulatedDataset(Items):
+class SimulatedDataset(ExampleDataset):
     """Items simulated on the fly, with the interface of `cxt.data.pair_dataset.PairDataset`.
 
     Parameters
     ----------
     variants : parameters of the variants; item i is of variant i modulo their number
-    manifest : from `live_manifest`
+    manifest : from `build_simulated_manifest`
     split : "test" for the first items, "train" for those after them
     seed : of everything random
     """
@@ -91,13 +93,13 @@ class SimulatedDataset(Items):
     def _simulated(self, i: int):
         number = self._first + self._from_start(i)
         variant = self.variants[number % len(self.variants)]
-        ts = simulate_one(variant, index=LIVE_START + number // len(self.variants), seed=self.seed)
-        return preprocess_one(ts, self._spec)
+        ts = simulate_tree_sequence(variant, index=ON_THE_FLY_START + number // len(self.variants), seed=self.seed)
+        return preprocess_simulation(ts, self._spec)
 
-    def describe(self, i: int) -> Item:
+    def describe(self, i: int) -> Example:
         """Scenario, simulation index and pair of item *i*, which is simulated for it."""
         entry = self._simulated(i)
-        return Item(entry.scenario, entry.index, tuple(map(int, entry.pairs[0])))
+        return Example(entry.scenario, entry.index, tuple(map(int, entry.pairs[0])))
 
     def batch(self, items, *, out: Batch | None = None) -> Batch:
         """Several items at once; in the first places of *out* if that is given."""
@@ -105,7 +107,7 @@ class SimulatedDataset(Items):
         batch = self._room_for(len(items), out)
         for row, i in enumerate(items):
             entry = self._simulated(i)
-            pair_counts(
+            compute_pair_counts(
                 entry.genotypes,
                 entry.positions,
                 entry.pairs,

@@ -3,8 +3,8 @@
 import numpy as np
 import tskit
 
-from cxt.data.features import check_pairs, num_windows
-from cxt.data.kernels import compiled, count_bits, lowest_bit
+from cxt.data.features import check_pairs, count_windows
+from cxt.data.kernels import compiled, count_bits, find_lowest_bit
 from cxt.errors import BadRequest
 
 
@@ -20,7 +20,7 @@ def _add_span(total, time, left, right, window_size):
 
 
 @compiled
-def _partners(pairs, samples):
+def _group_partners(pairs, samples):
     """The pairs of each sample, one sample after another: their numbers, the other sample, and where each sample's begin."""
     begin = np.zeros(samples + 1, dtype=np.int64)
     for p in range(len(pairs)):
@@ -54,7 +54,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     for i in range(len(samples)):
         below[samples[i], i >> 6] |= np.uint64(1) << np.uint64(i & 63)
         everyone[i >> 6] |= np.uint64(1) << np.uint64(i & 63)
-    number, other, begin = _partners(pairs, len(samples))
+    number, other, begin = _group_partners(pairs, len(samples))
     time = np.zeros(len(pairs))
     since = np.zeros(len(pairs))
     seen = np.full(len(pairs), -1, dtype=np.int64)  # the last tree in which a pair was looked at
@@ -96,7 +96,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
             for w in range(words):
                 left_over = some[w]
                 while left_over:
-                    sample = 64 * w + lowest_bit(left_over)
+                    sample = 64 * w + find_lowest_bit(left_over)
                     left_over &= left_over - np.uint64(1)
                     for q in range(begin[sample], begin[sample + 1]):
                         p, mate = number[q], other[q]
@@ -122,7 +122,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     return -1.0
 
 
-_IN_GENERATIONS = {
+_HOW_TO_CONVERT = {
     "years": "divide node and mutation times by the years per generation, and set `tables.time_units = 'generations'`",
     "ticks": "SLiM counts in ticks: multiply node and mutation times by the generations per tick (1 in a Wright-Fisher model "
     "without a changed tick cycle), and set `tables.time_units = 'generations'`",
@@ -135,7 +135,7 @@ _IN_GENERATIONS = {
 def check_times(ts: tskit.TreeSequence) -> None:
     """BadRequest unless times are in generations before the samples, which are all at time 0."""
     if ts.time_units != "generations":
-        remedy = _IN_GENERATIONS.get(ts.time_units, "convert its times, and set `tables.time_units = 'generations'`")
+        remedy = _HOW_TO_CONVERT.get(ts.time_units, "convert its times, and set `tables.time_units = 'generations'`")
         raise BadRequest(f"the tree sequence has times in '{ts.time_units}', expected 'generations': {remedy}")
     times = ts.nodes_time
     if not np.isfinite(times).all():
@@ -186,7 +186,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
             "lower the dataset's sequence_length or simulate longer sequences"
         )
     check_times(ts)
-    total = np.zeros((len(pairs), num_windows(window_size=window_size, sequence_length=sequence_length)))
+    total = np.zeros((len(pairs), count_windows(window_size=window_size, sequence_length=sequence_length)))
     several_roots_at = _sweep(
         (ts.edges_left, ts.edges_right, ts.edges_parent, ts.edges_child),
         ts.indexes_edge_insertion_order,

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import model_input
+from cxt.data.pair_dataset import compute_model_input
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
@@ -23,7 +23,7 @@ class Posterior(NamedTuple):
     high: np.ndarray
 
 
-def computing_in(precision: str, device):
+def use_precision(precision: str, device):
     """Context in which a network computes in a training precision on a GPU; on a CPU in 32 bits, as in training."""
     kind = torch.device(device).type
     if kind != "cuda" or precision not in AUTOCAST:
@@ -65,7 +65,7 @@ def decode(
     for start in range(0, len(counts), batch_size):
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
-        x = model_input(torch.as_tensor(counts[part], device=device), part_missing)
+        x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
         _, probabilities = decoder.decode(x, items=range(start, start + len(x)))
         distribution = probabilities.mean(dim=1, dtype=torch.float64)  # (items, windows, bins)
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]

@@ -14,7 +14,7 @@ from cxt.io import atomic_write
 TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 
 
-def _panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
+def _create_panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
     """A figure of *size* in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
@@ -33,7 +33,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
     *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows); a tuple names the two pairs instead.
     """
     rows = len(tracks)
-    figure, axes = _panels(rows, 2, size=(12, 2.1 * rows), sharex=True)
+    figure, axes = _create_panels(rows, 2, size=(12, 2.1 * rows), sharex=True)
     for row, (name, arrays) in enumerate(tracks.items()):
         truth, mean, low, high = (a.reshape(-1, a.shape[-1]) for a in arrays)
         for column, pair in enumerate(dict.fromkeys((0, len(truth) // 2))):
@@ -58,7 +58,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
     *rows* are those of a training_log.csv, as `cxt.trainer.log.read_log` gives them.
     """
-    figure, axes = _panels(2, 2, size=(11, 6), sharex=True)
+    figure, axes = _create_panels(2, 2, size=(11, 6), sharex=True)
     panels = (
         ("loss", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
         ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation along a pair", TRUTH))),
@@ -85,7 +85,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
 def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
     """Loss against learning rate of a search, and the rate that it suggests."""
-    figure, axes = _panels(1, 1, size=(7, 4))
+    figure, axes = _create_panels(1, 1, size=(7, 4))
     axis = axes[0, 0]
     axis.plot(rates, losses, color=ESTIMATE, lw=1.2)
     at = int(np.argmin(np.abs(np.log(rates) - np.log(suggestion))))
@@ -103,7 +103,7 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
     """Predicted against true ln TMRCA of all windows, one panel per scenario."""
     columns = min(4, len(tracks))
     rows = -(-len(tracks) // columns)
-    figure, axes = _panels(rows, columns, size=(3.1 * columns, 3.1 * rows))
+    figure, axes = _create_panels(rows, columns, size=(3.1 * columns, 3.1 * rows))
     for axis, (name, (truth, mean, _, _)) in zip(axes.flat, tracks.items(), strict=False):
         low = min(truth.min(), mean.min())
         high = max(truth.max(), mean.max())

@@ -5,8 +5,8 @@ The baselines see the same pairs and windows: heterozygosity in the best fixed w
 
 import numpy as np
 
-from cxt.data.features import first_sites
-from cxt.data.shards import Entry
+from cxt.data.features import find_first_sites
+from cxt.data.shards import PreprocessedSimulation
 
 FLAT = 1e-9
 """A range of ln TMRCA that is rounding: a pair with one tree has the same value in all windows but for that."""
@@ -33,18 +33,18 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
     return float(r.mean()) if r.size else float("nan")
 
 
-def known(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     """None for a figure that is NaN: a correlation where nothing varies, an error of one simulation."""
     return None if np.isnan(value) else value
 
 
-def clustered_error(errors: np.ndarray) -> float:
+def clustered_standard_error(errors: np.ndarray) -> float:
     """Standard error of the mean of *errors* (simulations, …): simulations are independent, their pairs are not."""
     means = errors.reshape(len(errors), -1).mean(axis=1)
     return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
 
 
-def overall(scenarios: dict) -> dict:
+def average_scenarios(scenarios: dict) -> dict:
     """Means over scenarios, each counted once, of the MSEs of model and baselines and of coverage and, where known, r."""
     rows = list(scenarios.values())
     correlations = [row["r"] for row in rows if row["r"] is not None]
@@ -61,9 +61,9 @@ BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
 """Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
 
 
-def differences(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+def count_differences(entry: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
     """Sites at which each pair differs, per base window: (pairs, windows) int64."""
-    window = np.repeat(np.arange(windows), np.diff(first_sites(entry.positions, window_size=window_size, windows=windows)))
+    window = np.repeat(np.arange(windows), np.diff(find_first_sites(entry.positions, window_size=window_size, windows=windows)))
     result = np.empty((len(entry.pairs), windows), dtype=np.int64)
     bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
     for row, (a, b) in enumerate(entry.pairs):
@@ -71,14 +71,16 @@ def differences(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
     return result
 
 
-def accessible_bases(entry: Entry, *, window_size: int, windows: int) -> np.ndarray:
+def count_accessible_bases(entry: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
     """Accessible bases per base window: (windows,) float64."""
     if entry.mask is None:
         return np.full(windows, float(window_size))
     return (~entry.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
 
 
-def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windows: int, constant: float) -> np.ndarray:
+def estimate_from_heterozygosity(
+    entry: PreprocessedSimulation, width: int, *, window_size: int, windows: int, constant: float
+) -> np.ndarray:
     """ln((d + 1/2) / (2 mu (l + l0))), d differences on l accessible bases in *width* windows around each: (pairs, windows).
 
     Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm, and the l0 bases on
@@ -93,12 +95,12 @@ def heterozygosity_estimate(entry: Entry, width: int, *, window_size: int, windo
         cumulative = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
         return cumulative[..., right] - cumulative[..., left]
 
-    found = summed(differences(entry, window_size=window_size, windows=windows))
-    bases = summed(accessible_bases(entry, window_size=window_size, windows=windows))
+    found = summed(count_differences(entry, window_size=window_size, windows=windows))
+    bases = summed(count_accessible_bases(entry, window_size=window_size, windows=windows))
     return np.log((found + 0.5) / (2 * entry.mutation_rate * bases + 0.5 * np.exp(-constant)))
 
 
-def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict:
+def score_heterozygosity(entries: list[PreprocessedSimulation], *, window_size: int, windows: int) -> dict:
     """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own.
 
     It knows the best constant as well, the mean true ln TMRCA of these pairs, and falls back to it where there are few bases.
@@ -109,11 +111,11 @@ def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict
     for width in (w for w in BASELINE_WIDTHS if w == 1 or w // 2 < windows):
         estimate = np.concatenate(
             [
-                heterozygosity_estimate(entry, width, window_size=window_size, windows=windows, constant=constant)
+                estimate_from_heterozygosity(entry, width, window_size=window_size, windows=windows, constant=constant)
                 for entry in entries
             ]
         )
-        mse, r = float(((estimate - truth) ** 2).mean()), known(pearson_per_pair(truth, estimate))
+        mse, r = float(((estimate - truth) ** 2).mean()), none_if_nan(pearson_per_pair(truth, estimate))
         if mse < result["mse"]:
             result |= {"mse": mse, "mse_width": width * window_size}
         if r is not None and (result["r"] is None or r > result["r"]):
@@ -121,7 +123,7 @@ def best_window(entries: list[Entry], *, window_size: int, windows: int) -> dict
     return result
 
 
-def score(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
+def score_variant(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
     """All figures of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
 
     None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
@@ -132,12 +134,12 @@ def score(truth, mean, low, high, entries, *, window_size: int, windows: int) ->
         "simulations": len(entries),
         "pairs": int(truth.shape[0] * truth.shape[1]),
         "mse": float(squared.mean()),
-        "mse_se": known(clustered_error(squared)),
-        "r": known(pearson_per_pair(truth, mean)),
+        "mse_se": none_if_nan(clustered_standard_error(squared)),
+        "r": none_if_nan(pearson_per_pair(truth, mean)),
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
         "baseline": {
-            "heterozygosity": best_window(entries, window_size=window_size, windows=windows),
+            "heterozygosity": score_heterozygosity(entries, window_size=window_size, windows=windows),
             "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
         },
     }

@@ -5,13 +5,13 @@ import time
 import numpy as np
 
 from cxt.config.bounds import COUNT, Range
-from cxt.data.features import missing_fraction, pair_counts
+from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
-from cxt.data.preprocessing import preprocess_one
-from cxt.data.shards import Entry
+from cxt.data.preprocessing import preprocess_simulation
+from cxt.data.shards import PreprocessedSimulation
 from cxt.errors import BadRequest
-from cxt.evaluation.metrics import overall, score
-from cxt.evaluation.table import shown
+from cxt.evaluation.metrics import average_scenarios, score_variant
+from cxt.evaluation.table import format_or_dash
 from cxt.io import digest
 from cxt.lineage import check_lineage
 from cxt.scenarios.batches import read_batch
@@ -28,25 +28,25 @@ SPEC_RANGES = {
 }  # fmt: skip
 
 
-def read_entries(batches: list[dict], spec: dict, mask) -> dict[str, list[Entry]]:
+def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[str, list[PreprocessedSimulation]]:
     """{variant: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
 
     The lineage may be left out, and is checked where it is given.
     """
-    result: dict[str, list[Entry]] = {}
+    result: dict[str, list[PreprocessedSimulation]] = {}
     for batch in batches:
         expected = {key: batch[key] for key in ("start", "count", "scenario")}
         for ts in read_batch(batch["path"], **expected, lineage=batch.get("lineage")):
-            result.setdefault(batch["scenario"], []).append(preprocess_one(ts, spec, mask=mask))
+            result.setdefault(batch["scenario"], []).append(preprocess_simulation(ts, spec, mask=mask))
     return result
 
 
-def features_of(entries: list[Entry], spec: dict, windows: int):
+def compute_features(entries: list[PreprocessedSimulation], spec: dict, windows: int):
     """Raw counts (items, 2, scales, windows, samples) int32 and missing fractions (items, scales, windows) or None."""
     counts, missing = [], []
     for entry in entries:
         counts.append(
-            pair_counts(
+            compute_pair_counts(
                 entry.genotypes,
                 entry.positions,
                 entry.pairs,
@@ -57,7 +57,7 @@ def features_of(entries: list[Entry], spec: dict, windows: int):
             )
         )
         if entry.mask is not None:
-            fraction = missing_fraction(
+            fraction = compute_missing_fraction(
                 entry.mask,
                 window_size=spec["window_size"],
                 sequence_length=spec["sequence_length"],
@@ -101,7 +101,7 @@ def evaluate(
 
     from cxt.checkpoints.file import read_checkpoint
     from cxt.checkpoints.load import find_checkpoint, load_model
-    from cxt.decoding.posterior import computing_in, decode
+    from cxt.decoding.posterior import decode, use_precision
 
     check_seed(spec["seed"], at="the evaluation's seed")
     if threads is not None:
@@ -126,11 +126,11 @@ def evaluate(
     model = load_model(path, device=device)
     grid = Grid(about.model.grid_low, about.model.grid_high, about.model.bins)
     scenarios, tracks = {}, {}
-    for name, entries in read_entries(batches, spec, mask).items():
+    for name, entries in read_evaluation_simulations(batches, spec, mask).items():
         began = time.monotonic()
-        counts, missing = features_of(entries, spec, windows)
+        counts, missing = compute_features(entries, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
-        with computing_in(about.record.get("precision", "32-true"), device):
+        with use_precision(about.record.get("precision", "32-true"), device):
             posterior = decode(
                 model,
                 counts,
@@ -143,11 +143,12 @@ def evaluate(
             )
         truth = np.stack([entry.log_tmrca for entry in entries])
         mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
-        scenarios[name] = score(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
+        scenarios[name] = score_variant(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
         tracks[name] = (truth, mean, low, high)
         figures = scenarios[name]
         progress(
-            f"{path}, {name}: MSE {figures['mse']:.3f} ± {shown(figures['mse_se'], '.3f')}, r {shown(figures['r'], '.3f')} "
+            f"{path}, {name}: MSE {figures['mse']:.3f} ± {format_or_dash(figures['mse_se'], '.3f')}, "
+            f"r {format_or_dash(figures['r'], '.3f')} "
             f"({time.monotonic() - began:.0f} s)"
         )
     result = {
@@ -158,12 +159,12 @@ def evaluate(
         "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
         "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
         "scenarios": scenarios,
-        "overall": overall(scenarios),
+        "overall": average_scenarios(scenarios),
     }
     return result, tracks
 
 
-def draw(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
+def draw_figures(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
     """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
     from cxt.evaluation.figures import draw_scatter, draw_tracks
 

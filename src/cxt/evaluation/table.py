@@ -7,12 +7,12 @@ from cxt.errors import BadRequest
 from cxt.lineage import stage_lineage
 
 
-def shown(value: float | None, form: str) -> str:
+def format_or_dash(value: float | None, form: str) -> str:
     """A figure in a table or a line; "-" if it is not known."""
     return "-" if value is None else format(value, form)
 
 
-def table(results: list[dict]) -> str:
+def format_accuracy_table(results: list[dict]) -> str:
     """The accuracy of several checkpoints as a Markdown table, one row per checkpoint and scenario."""
     rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
     for result in results:
@@ -23,12 +23,12 @@ def table(results: list[dict]) -> str:
                     result["checkpoint"],
                     name,
                     f"{figures['mse']:.3f}",
-                    shown(figures["mse_se"], ".3f"),
-                    shown(figures["r"], ".3f"),
+                    format_or_dash(figures["mse_se"], ".3f"),
+                    format_or_dash(figures["r"], ".3f"),
                     f"{figures['bias']:+.3f}",
                     f"{figures['coverage95']:.1%}",
                     f"{window['mse']:.3f}",
-                    shown(window["r"], ".3f"),
+                    format_or_dash(window["r"], ".3f"),
                     f"{constant['mse']:.3f}",
                 )
             )
@@ -39,7 +39,7 @@ def table(results: list[dict]) -> str:
                 "mean",
                 f"{mean['mse']:.3f}",
                 "",
-                shown(mean["r"], ".3f"),
+                format_or_dash(mean["r"], ".3f"),
                 "",
                 f"{mean['coverage95']:.1%}",
                 f"{mean['heterozygosity_mse']:.3f}",
@@ -57,7 +57,7 @@ def table(results: list[dict]) -> str:
     return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
 
 
-def table_lineage_of(evaluations: list[str | None]) -> str | None:
+def combine_evaluation_lineages(evaluations: list[str | None]) -> str | None:
     """The lineage of a table of results with the lineages *evaluations*, in no particular order; None if one has none."""
     return None if None in evaluations else stage_lineage("evaluate", sorted(evaluations))
 

@@ -48,7 +48,7 @@ def build_model(config: ModelConfig, adapter: AdapterConfig | None = None) -> Co
     return CoalescenceModel(config, None if adapter is None else IEAdapter(adapter, config))
 
 
-def unfrozen(name: str, config: AdapterConfig, layers: int) -> bool:
+def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
     """Whether the backbone parameter *name* trains beside the adapter."""
     norms = config.unfreeze_strategy in ("ln", "ln_lastN") and "norm" in name
     last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
@@ -60,4 +60,4 @@ def unfrozen(name: str, config: AdapterConfig, layers: int) -> bool:
 def freeze_backbone(model: CoalescenceModel) -> None:
     """Let only the adapter and the backbone parameters that its strategy names take gradients."""
     for name, parameter in model.backbone.named_parameters():
-        parameter.requires_grad_(unfrozen(name, model.adapter.config, model.config.layers))
+        parameter.requires_grad_(is_trainable(name, model.adapter.config, model.config.layers))

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from cxt.config.settings import ModelConfig
 
 
-def rotary_table(positions: int, head_width: int, *, device=None) -> torch.Tensor:
+def build_rotary_table(positions: int, head_width: int, *, device=None) -> torch.Tensor:
     """cos and sin of the rotary embedding: (2, positions, head_width / 2) float32, base 10 000."""
     frequency = 10_000.0 ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
     angle = torch.outer(torch.arange(positions, dtype=torch.float32, device=device), frequency)
@@ -98,7 +98,7 @@ class MergedAttention(torch.autograd.Function):
 
 
 @functools.cache
-def block_mask(length: int, prefix: int, first: int, device: str):
+def build_block_mask(length: int, prefix: int, first: int, device: str):
     """FlexAttention's block mask of queries *first* … length - 1 over all keys; made once for each shape and device."""
 
     def visible(b, h, query, key):
@@ -108,7 +108,7 @@ def block_mask(length: int, prefix: int, first: int, device: str):
 
 
 @functools.cache
-def compiled_flex_attention():
+def compile_flex_attention():
     """FlexAttention is only fused when it is compiled."""
     return torch.compile(flex_attention, dynamic=False)
 
@@ -117,9 +117,9 @@ def flexible_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix
     """The same as `split_attention` in one call of FlexAttention; with gradients only on a GPU."""
     length = q.shape[2]
     first = prefix if last else 0
-    mask = block_mask(length, prefix, first, str(q.device))
+    mask = build_block_mask(length, prefix, first, str(q.device))
     # Where the whole step is compiled, so is this; a compilation inside of it would cut the network into pieces.
-    attend = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    attend = flex_attention if torch.compiler.is_compiling() else compile_flex_attention()
     return attend(q[:, :, first:], k, v, block_mask=mask)
 
 

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
-from cxt.model.sampling import draw, limited_to, uniforms
+from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
 from cxt.seeds import check_seed
 
-SLOTS_OF_A_GRAPH = 64
+GRAPH_SLOTS = 64
 """A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""
 
 
 @functools.cache
-def recording_stream(device: torch.device) -> torch.cuda.Stream:
+def get_recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Where graphs are recorded, one for each GPU: every stream that computes keeps a workspace of some MB for good."""
     return torch.cuda.Stream(device)
 
@@ -35,7 +35,7 @@ def _is_whole(value) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-class Cache:
+class KeyValueCache:
     """Keys and values of one block: of the prefix once per item, of decoded tokens per replicate."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, replicates: int):
@@ -97,7 +97,7 @@ class Decoder:
         self.model, self.backbone = model, model.backbone
         self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, check_seed(seed)
         self.on_gpu = self.backbone.head.weight.is_cuda
-        self.slots = slots or (SLOTS_OF_A_GRAPH if self.on_gpu else 1)
+        self.slots = slots or (GRAPH_SLOTS if self.on_gpu else 1)
         self._shape = None
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class Decoder:
     def _start(self, x: torch.Tensor, items, tokens: torch.Tensor | None) -> None:
         """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
-        uniform = torch.from_numpy(uniforms(self.seed, list(items), replicates=self.replicates, windows=windows))
+        uniform = torch.from_numpy(draw_uniforms(self.seed, list(items), replicates=self.replicates, windows=windows))
         caches = self._prefill(self.model.source(x))
         shape = (batch, windows, tokens is None)
         if shape == self._shape:
@@ -167,7 +167,7 @@ class Decoder:
         self._shape = shape
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
-        self.caches = [Cache(k, v, self.replicates) for k, v in caches]
+        self.caches = [KeyValueCache(k, v, self.replicates) for k, v in caches]
         self.uniform = uniform.to(device)  # (B, R, W)
         self.tokens = None if tokens is None else tokens.clone()
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
@@ -212,8 +212,8 @@ class Decoder:
             token = self.tokens.index_select(2, self.step + 1).squeeze(2)
         else:
             if self.top_k is not None:
-                probabilities = limited_to(logits, self.top_k).softmax(-1)
-            token = draw(probabilities, self.uniform.index_select(2, self.step).squeeze(2)) + SPECIAL_TOKENS
+                probabilities = top_k_filter(logits, self.top_k).softmax(-1)
+            token = sample_bins(probabilities, self.uniform.index_select(2, self.step).squeeze(2)) + SPECIAL_TOKENS
         self.chosen.index_copy_(2, self.step, token.unsqueeze(2))
         self.current.copy_(token)
         self.step += 1
@@ -223,7 +223,7 @@ class Decoder:
         if slots in self._graphs:
             return self._graphs[slots]
         step, current = self.step.clone(), self.current.clone()
-        side = recording_stream(self.step.device)
+        side = get_recording_stream(self.step.device)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):

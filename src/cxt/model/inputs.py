@@ -13,7 +13,7 @@ import torch
 
 from cxt.errors import BadRequest
 
-FACTOR = 1.5
+RANGE_FACTOR = 1.5
 """How far beyond the training data's smallest and largest value diversity and rates pass without a warning."""
 
 MISSING_MARGIN = 0.05
@@ -40,7 +40,7 @@ class TrainedOn(NamedTuple):
     ranges: dict[str, list[float] | None]
 
 
-def as_input(model, x) -> torch.Tensor:
+def convert_input(model, x) -> torch.Tensor:
     """*x*, an array or tensor of any floating-point type, as a tensor on the model's device; BadRequest if it is none."""
     try:
         x = torch.as_tensor(x)
@@ -108,20 +108,20 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
             raise BadRequest(f"{name} is {rate!r}, expected a number per bp and generation")
     if not len(x):
         raise BadRequest("X holds no item")
-    counts = _counts(x)
-    missing = _missing(model, x)  # (B, scales, windows) or None
+    counts = _recover_counts(x)
+    missing = _recover_missing(model, x)  # (B, scales, windows) or None
     if model.trained_on is None:
         return
     scales, ranges = model.trained_on
     spectra = [counts[:, :, i, ::scale].sum(dim=(1, 2), dtype=torch.float64) for i, scale in enumerate(scales)]  # (B, n)
     inaccessible = _mean_missing(missing, scales[0]) if missing is not None else torch.zeros(len(x), device=x.device)
     found = {
-        "diversity": _diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
+        "diversity": _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
         "missingness": inaccessible.tolist(),
     }
     found |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
-    outside = [words for name, values in found.items() if (words := _outside(name, values, ranges.get(name)))]
-    if not _hold_the_same(spectra):
+    outside = [words for name, values in found.items() if (words := _describe_outside(name, values, ranges.get(name)))]
+    if not _hold_same_sites(spectra):
         outside.append(f"its windows do not hold the same sites at each of the scales {', '.join(map(str, scales))}")
     if outside:
         warnings.warn(
@@ -146,7 +146,7 @@ def _check_window_size(model, window_size) -> None:
         )
 
 
-def _counts(x: torch.Tensor) -> torch.Tensor:
+def _recover_counts(x: torch.Tensor) -> torch.Tensor:
     """The counts that X (B, 2, S, W, n) is log1p of, without bin 0, float32; BadRequest if they are not whole numbers."""
     x = x[..., 1:].float()
     if not torch.isfinite(x).all():
@@ -162,7 +162,7 @@ def _counts(x: torch.Tensor) -> torch.Tensor:
     return counts
 
 
-def _missing(model, x: torch.Tensor) -> torch.Tensor | None:
+def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
     """Missing fractions (B, S, W) that bin 0 of X says, ln(1 + e^f) and ln(1 + e^(1-f)); None if it says nothing of them."""
     is_read = not (model.config.mask_singletons if model.adapter is None else model.adapter.overwrites_bin0)
     bin0 = x[..., 0].float()  # (B, 2, S, W)
@@ -188,13 +188,13 @@ def _mean_missing(missing: torch.Tensor, scale: int) -> torch.Tensor:
     return missing[:, 0, ::scale] @ widths / windows
 
 
-def _hold_the_same(spectra: list[torch.Tensor]) -> bool:
+def _hold_same_sites(spectra: list[torch.Tensor]) -> bool:
     """Whether the windows of each scale that lie side by side hold the same sites, as far as rounding allows."""
     totals = torch.stack([spectrum.sum(-1) for spectrum in spectra])  # (scales, B)
     return not bool(((totals.amax(0) - totals.amin(0)) > 0.25 * totals.amax(0) + 1).any())
 
 
-def _diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, bases: int) -> torch.Tensor:
+def _compute_diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, bases: int) -> torch.Tensor:
     """Mean pairwise differences per accessible bp (B,), of site frequency spectra (B, n - 1): bins 1 to n - 1."""
     samples = spectrum.shape[-1] + 1
     derived = torch.arange(1, samples, dtype=torch.float64, device=spectrum.device)
@@ -202,12 +202,14 @@ def _diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, bases: int
     return spectrum @ pairs_that_differ / ((1 - inaccessible.double()) * bases).clamp(min=1)
 
 
-def _outside(name: str, values: list[float], limits) -> str | None:
+def _describe_outside(name: str, values: list[float], limits) -> str | None:
     """In words, how the values lie outside the limits; None if they do not, or the limits are not known."""
     if limits is None:
         return None
     low, high = limits
-    bounds = (low - MISSING_MARGIN, high + MISSING_MARGIN) if name == "missingness" else (low / FACTOR, high * FACTOR)
+    bounds = (
+        (low - MISSING_MARGIN, high + MISSING_MARGIN) if name == "missingness" else (low / RANGE_FACTOR, high * RANGE_FACTOR)
+    )
     beyond = [value for value in values if not bounds[0] <= value <= bounds[1]]
     if not beyond:
         return None

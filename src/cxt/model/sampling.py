@@ -7,10 +7,10 @@ The hash is SplitMix64's finalizer, applied to the seed alone and again after ea
 import numpy as np
 import torch
 
-from cxt.seeds import GOLDEN, check_seed, mixed
+from cxt.seeds import GOLDEN, check_seed, mix_bits
 
 
-def uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
+def draw_uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
     """Uniform numbers in [0, 1), (items, replicates, windows) float64, each a function of seed and its place only.
 
     Parameters
@@ -24,13 +24,13 @@ def uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
         If there is no such seed.
     """
     with np.errstate(over="ignore"):
-        state = mixed(np.uint64(check_seed(seed)) + np.uint64(GOLDEN))
+        state = mix_bits(np.uint64(check_seed(seed)) + np.uint64(GOLDEN))
         for places in (np.asarray(items).astype(np.uint64), *(np.arange(n, dtype=np.uint64) for n in (replicates, windows))):
-            state = mixed(state[..., None] + (places + np.uint64(1)) * np.uint64(GOLDEN))
+            state = mix_bits(state[..., None] + (places + np.uint64(1)) * np.uint64(GOLDEN))
     return (state >> np.uint64(11)) * 2.0**-53
 
 
-def limited_to(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+def top_k_filter(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
     """*logits* (…, bins) with all but the *top_k* largest at -inf; all of them if it is None."""
     if top_k is None or top_k >= logits.shape[-1]:
         return logits
@@ -38,7 +38,7 @@ def limited_to(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
     return torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
 
 
-def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def sample_bins(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Bins (…) of the inverse cumulative distribution of probabilities (…, bins) at uniform (…) float64; never one of 0."""
     cumulative = probabilities.double().cumsum(-1)
     wanted = (uniform * cumulative[..., -1]).unsqueeze(-1)

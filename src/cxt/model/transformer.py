@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cxt.config.settings import ModelConfig
-from cxt.model.attention import Attention, rotary_table
+from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
-from cxt.model.inputs import as_input, check_input, check_shape, check_tokens
+from cxt.model.inputs import check_input, check_shape, check_tokens, convert_input
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
@@ -108,7 +108,7 @@ class Backbone(nn.Module):
             nn.init.zeros_(module.bias)
 
     def _rotary_table(self, device=None) -> torch.Tensor:
-        return rotary_table(2 * self.config.windows + 1, self.config.width // self.config.heads, device=device)
+        return build_rotary_table(2 * self.config.windows + 1, self.config.width // self.config.heads, device=device)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -255,7 +255,7 @@ class CoalescenceModel(nn.Module):
             If diversity, missing data or a given rate lie outside the range of the training data, which the checkpoint stores:
             diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
         """
-        x = as_input(self, x)
+        x = convert_input(self, x)
         check_input(self, x, window_size=window_size, mutation_rate=mutation_rate, recombination_rate=recombination_rate)
         was_training = self.training
         self.eval()

@@ -11,17 +11,28 @@ from pathlib import Path
 import tskit
 
 from cxt.errors import BadRequest
-from cxt.io import atomic_file, canonical, check_writable
-from cxt.lineage import check_lineage, make_again
-from cxt.scenarios.registry import simulated_tables
+from cxt.io import atomic_file, canonical_json, check_writable
+from cxt.lineage import check_lineage, how_to_remake
+from cxt.scenarios.registry import simulate_tables
 
 IDENTITY = {"scenario", "index", "seed", "spec", "mutation_rate", "recombination_rate"}
 """What the metadata of every simulation say, among other things."""
 
 
-def reproduce(spec: dict, *, index: int, seed: int) -> str:
+def how_to_reproduce(spec: dict, *, index: int, seed: int) -> str:
     """Which simulation this is, and the command that makes it alone, in words."""
-    words = ["--spec", canonical(spec), "--start", str(index), "--count", "1", "--seed", str(seed), "--out", "one.trees.batch"]
+    words = [
+        "--spec",
+        canonical_json(spec),
+        "--start",
+        str(index),
+        "--count",
+        "1",
+        "--seed",
+        str(seed),
+        "--out",
+        "one.trees.batch",
+    ]
     return (
         f"This was simulation {index} of '{spec['name']}' with seed {seed}. To reproduce it alone:\n"
         f"  {shlex.join(['python', '-m', 'cxt.simulate', *words])}"
@@ -42,14 +53,14 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage:
             if progress is not None:
                 progress(index)
             try:
-                tables = simulated_tables(spec, index=index, seed=seed)
+                tables = simulate_tables(spec, index=index, seed=seed)
                 if lineage is not None:
                     tables.metadata = {"cxt": tables.metadata["cxt"] | {"lineage": lineage}}
                 tables.dump(file)
             except BadRequest as error:
-                raise BadRequest(f"{error}\n{reproduce(spec, index=index, seed=seed)}") from None
+                raise BadRequest(f"{error}\n{how_to_reproduce(spec, index=index, seed=seed)}") from None
             except Exception as error:
-                error.add_note(reproduce(spec, index=index, seed=seed))
+                error.add_note(how_to_reproduce(spec, index=index, seed=seed))
                 raise
         if progress is not None:
             progress(index)
@@ -66,11 +77,11 @@ def read_batch(
         If the file is cut (within or between two tree sequences), holds more than *count*, or holds another simulation
         than (*scenario*, *start* + i) at place i, or of another *lineage*.
     """
-    remedy = make_again(path, delete=str(path))
+    remedy = how_to_remake(path, delete=str(path))
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; {make_again(path)}") from None
+        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; {how_to_remake(path)}") from None
     with file:
         for i in range(count):
             try:
@@ -100,7 +111,7 @@ def read_batch(
             raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")
 
 
-def find(path, index: int) -> tskit.TreeSequence:
+def read_simulation(path, index: int) -> tskit.TreeSequence:
     """Simulation *index* of a batch file.
 
     Raises

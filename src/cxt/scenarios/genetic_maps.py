@@ -13,27 +13,27 @@ import msprime
 import numpy as np
 
 from cxt.config.variants import scenario_of
-from cxt.errors import BadRequest, first_line, nearest
+from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, json_text
-from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue, get_species
+from cxt.scenarios.stdpopsim_catalogue import get_species, import_stdpopsim, list_autosomes
 
 
-def genetic_map(spec: dict):
+def get_genetic_map(spec: dict):
     """stdpopsim's genetic map of a scenario; BadRequest with the nearest name if there is none."""
     species = get_species(spec)
     known = [m.id for m in species.genetic_maps]
     if spec["genetic_map"] not in known:
         at = f"scenario '{spec['name']}': {species.id} has no genetic map '{spec['genetic_map']}'"
-        raise BadRequest(at + nearest(spec["genetic_map"], known))
+        raise BadRequest(at + suggest_nearest(spec["genetic_map"], known))
     return species.get_genetic_map(spec["genetic_map"])
 
 
-def catalogue_lineage(spec: dict) -> list[str]:
+def catalogue_versions(spec: dict) -> list[str]:
     """What decides a stdpopsim scenario beside its parameters: the catalogue's version, and its map's checksum."""
-    return [importlib.metadata.version("stdpopsim"), *([genetic_map(spec).sha256] if "genetic_map" in spec else [])]
+    return [importlib.metadata.version("stdpopsim"), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 
-def without_map(spec: dict) -> str:
+def advise_on_missing_map(spec: dict) -> str:
     """How to go on without a genetic map that cannot be had, in words."""
     fetch = (
         f"Fetch it where there is a network (`cxt catalogue --species {spec['species']} --genetic-map "
@@ -48,16 +48,16 @@ def without_map(spec: dict) -> str:
     )
 
 
-def _not_there(spec: dict, reason: str) -> BadRequest:
-    found = genetic_map(spec)
+def _missing_map_error(spec: dict, reason: str) -> BadRequest:
+    found = get_genetic_map(spec)
     return BadRequest(
         f"scenario '{spec['name']}' needs the genetic map {found.id} of {spec['species']}, which is not in stdpopsim's cache "
-        f"({found.map_cache_dir}){reason}. {without_map(spec)}"
+        f"({found.map_cache_dir}){reason}. {advise_on_missing_map(spec)}"
     )
 
 
 @functools.cache
-def _answer(url: str) -> str:
+def _check_url(url: str) -> str:
     """Why *url* cannot be fetched, or "" if it can."""
     import http.client  # here, because every job pays for what is imported above
     import urllib.request
@@ -69,43 +69,43 @@ def _answer(url: str) -> str:
         return f" and cannot be fetched ({getattr(error, 'reason', error)})"
 
 
-def check_map_can_be_had(spec: dict, *, fetched=None) -> None:
+def check_map_available(spec: dict, *, fetched=None) -> None:
     """BadRequest if a scenario's genetic map is neither cached nor answered for by its server; fetches nothing.
 
     *fetched* is a file that says that the map was fetched; if it is there and the map is not, nothing would fetch it again.
     """
-    found = genetic_map(spec)
+    found = get_genetic_map(spec)
     if found.is_cached():
         return
-    if reason := _answer(found.url):
-        raise _not_there(spec, reason)
+    if reason := _check_url(found.url):
+        raise _missing_map_error(spec, reason)
     if fetched is not None and Path(fetched).exists():
-        raise _not_there(spec, f", although {fetched} says that it was fetched: delete that file to fetch it again")
+        raise _missing_map_error(spec, f", although {fetched} says that it was fetched: delete that file to fetch it again")
 
 
-def fetch_map(spec: dict) -> None:
+def fetch_genetic_map(spec: dict) -> None:
     """Put a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
     from http.client import HTTPException
 
-    found = genetic_map(spec)
+    found = get_genetic_map(spec)
     if found.is_cached():
         return
     try:
         found.download()
     except (OSError, ValueError, EOFError, HTTPException) as error:
         # No network; another checksum than the catalogue's; a cut archive.
-        raise _not_there(spec, f" and could not be fetched ({error})") from None
+        raise _missing_map_error(spec, f" and could not be fetched ({error})") from None
     if not found.is_cached():
-        raise _not_there(spec, ": something else is in its place; delete that")
+        raise _missing_map_error(spec, ": something else is in its place; delete that")
 
 
-def write_record(spec: dict, path) -> None:
+def write_fetch_record(spec: dict, path) -> None:
     """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
-    record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": genetic_map(spec).sha256}
+    record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": get_genetic_map(spec).sha256}
     atomic_write(path, json_text(record).encode())
 
 
-def read_map(path, *, length: float) -> msprime.RateMap:
+def read_genetic_map(path, *, length: float) -> msprime.RateMap:
     """The map of a chromosome of *length* bp from a HapMap file: position and rate (cM/Mb) in its second and third column.
 
     The rate is missing (NaN) before the first position and beyond the last, and where nothing recombines before the first rate
@@ -155,25 +155,29 @@ def read_map(path, *, length: float) -> msprime.RateMap:
 
 
 @functools.lru_cache(maxsize=64)
-def _rates(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
+def read_chromosome_map(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
     """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
-    of = catalogue().get_species(species)
+    of = import_stdpopsim().get_species(species)
     found = of.get_genetic_map(name)
     path = found.map_cache_dir / found.file_pattern.format(id=chromosome)
     if not path.is_file():
         return None
     try:
-        return read_map(path, length=of.genome.get_chromosome(chromosome).length)
+        return read_genetic_map(path, length=of.genome.get_chromosome(chromosome).length)
     except BadRequest as error:
         raise BadRequest(f"{error}. Delete {found.map_cache_dir}, and the workflow fetches the map again") from None
 
 
-def mapped_autosomes(spec: dict) -> list:
+def list_mapped_autosomes(spec: dict) -> list:
     """The usable chromosomes that a scenario's genetic map covers; BadRequest if the map is not cached, or there is none."""
-    found = genetic_map(spec)
+    found = get_genetic_map(spec)
     if not found.is_cached():
-        raise _not_there(spec, "")
-    covered = [chromosome for chromosome in autosomes(spec) if _rates(spec["species"], found.id, chromosome.id) is not None]
+        raise _missing_map_error(spec, "")
+    covered = [
+        chromosome
+        for chromosome in list_autosomes(spec)
+        if read_chromosome_map(spec["species"], found.id, chromosome.id) is not None
+    ]
     if not covered:
         raise BadRequest(
             f"scenario '{spec['name']}': the genetic map {found.id} in {found.map_cache_dir} covers no autosome of "
@@ -182,7 +186,7 @@ def mapped_autosomes(spec: dict) -> list:
     return covered
 
 
-def _covered(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
+def find_covered_interval(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
     """Left and right end, whole bp, of the part of a chromosome that its map has rates of."""
     (known,) = np.nonzero(~rates.missing)
     return math.ceil(rates.left[known[0]]), min(math.floor(rates.right[known[-1]]), int(chromosome.length))

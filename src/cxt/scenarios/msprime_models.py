@@ -10,19 +10,21 @@ import demes
 import msprime
 import tskit
 
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.seeds import EngineSeeds
 
-Simulated = tuple[tskit.TableCollection, dict]
+SimulationResult = tuple[tskit.TableCollection, dict]
 """A simulation as tables, and what to record of it; its mutation and recombination rate at least."""
 
 
-def ancestry_model(spec: dict) -> msprime.AncestryModel | None:
+def build_ancestry_model(spec: dict) -> msprime.AncestryModel | None:
     """msprime's model for a scenario's `ancestry_model`; None is the Hudson coalescent."""
     return msprime.SMCK(k=1) if spec.get("ancestry_model") == "smc_prime" else None
 
 
-def _infinite_sites(spec: dict, demography: msprime.Demography, samples, seeds: EngineSeeds, *, model=None) -> Simulated:
+def _simulate_infinite_sites(
+    spec: dict, demography: msprime.Demography, samples, seeds: EngineSeeds, *, model=None
+) -> SimulationResult:
     """Ancestry, and infinite-sites mutations at real positions."""
     ts = msprime.sim_ancestry(
         samples=samples,
@@ -30,7 +32,7 @@ def _infinite_sites(spec: dict, demography: msprime.Demography, samples, seeds: 
         sequence_length=spec["sequence_length"],
         recombination_rate=spec["recombination_rate"],
         random_seed=seeds.ancestry,
-        model=ancestry_model(spec) if model is None else model,
+        model=build_ancestry_model(spec) if model is None else model,
     )
     ts = msprime.sim_mutations(
         ts,
@@ -42,15 +44,15 @@ def _infinite_sites(spec: dict, demography: msprime.Demography, samples, seeds: 
     return ts.dump_tables(), {key: float(spec[key]) for key in ("mutation_rate", "recombination_rate")}
 
 
-def _one_population(size: float) -> msprime.Demography:
+def _build_one_population(size: float) -> msprime.Demography:
     demography = msprime.Demography()
     demography.add_population(name="A", initial_size=size)
     return demography
 
 
-def constant(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_constant(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """One population of constant size."""
-    return _infinite_sites(spec, _one_population(spec["population_size"]), {"A": spec["individuals"]}, seeds)
+    return _simulate_infinite_sites(spec, _build_one_population(spec["population_size"]), {"A": spec["individuals"]}, seeds)
 
 
 # (time in generations, growth rate times the denominator); the first denominator is always 4e4, the others magnitude·1e4.
@@ -62,9 +64,9 @@ ZIGZAG = (
 )  # fmt: skip
 
 
-def zigzag(population_size: float, magnitude: float) -> msprime.Demography:
+def build_zigzag(population_size: float, magnitude: float) -> msprime.Demography:
     """A size that zig-zags through time (Schiffels & Durbin 2014), constant beyond 20 million generations."""
-    demography = _one_population(population_size)
+    demography = _build_one_population(population_size)
     for i, (time, rate) in enumerate(ZIGZAG):
         denominator = 4e4 if i == 0 else magnitude * 1e4
         demography.add_population_parameters_change(time=time, growth_rate=rate / denominator, population="A")
@@ -72,26 +74,28 @@ def zigzag(population_size: float, magnitude: float) -> msprime.Demography:
     return demography
 
 
-def sawtooth(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_sawtooth(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """One population of zig-zag size."""
-    return _infinite_sites(spec, zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, seeds)
+    return _simulate_infinite_sites(
+        spec, build_zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, seeds
+    )
 
 
-def island_samples(individuals: int) -> tuple[int, int, int]:
+def split_island_samples(individuals: int) -> tuple[int, int, int]:
     """Individuals per deme: 60, 20 and 20 % rounded down, the rest to the first deme."""
     small = individuals * 20 // 100
     return individuals - 2 * small, small, small
 
 
-def island(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_island(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """Three demes of N, N/2 and N/2 with symmetric migration."""
     size = spec["population_size"]
     demography = msprime.Demography.island_model([size, size / 2, size / 2], migration_rate=spec["migration_rate"])
-    counts = island_samples(spec["individuals"])
-    return _infinite_sites(spec, demography, {f"pop_{i}": n for i, n in enumerate(counts) if n}, seeds)
+    counts = split_island_samples(spec["individuals"])
+    return _simulate_infinite_sites(spec, demography, {f"pop_{i}": n for i, n in enumerate(counts) if n}, seeds)
 
 
-def hard_sweep(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_hard_sweep(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """A sweep from frequency 1/N to 1 - 1/N that ends today, before it the Hudson coalescent."""
     size = spec["population_size"]
     sweep = msprime.SweepGenicSelection(
@@ -102,31 +106,31 @@ def hard_sweep(spec: dict, seeds: EngineSeeds) -> Simulated:
         dt=1e-6,
     )
     model = [sweep, msprime.StandardCoalescent()]
-    return _infinite_sites(spec, _one_population(size), {"A": spec["individuals"]}, seeds, model=model)
+    return _simulate_infinite_sites(spec, _build_one_population(size), {"A": spec["individuals"]}, seeds, model=model)
 
 
-def piecewise(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_piecewise(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """One population whose size is constant between given times."""
-    demography = _one_population(spec["history"][0]["population_size"])
+    demography = _build_one_population(spec["history"][0]["population_size"])
     for epoch in spec["history"][1:]:
         demography.add_population_parameters_change(time=epoch["time"], initial_size=epoch["population_size"], population="A")
-    return _infinite_sites(spec, demography, {"A": spec["individuals"]}, seeds)
+    return _simulate_infinite_sites(spec, demography, {"A": spec["individuals"]}, seeds)
 
 
-def from_demes(spec: dict, seeds: EngineSeeds) -> Simulated:
+def simulate_demes(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     """A Demes graph, sampled at time 0."""
-    demography = msprime.Demography.from_demes(_graph(json.dumps(spec["demography"])))
-    return _infinite_sites(spec, demography, spec["samples"], seeds)
+    demography = msprime.Demography.from_demes(_build_graph(json.dumps(spec["demography"])))
+    return _simulate_infinite_sites(spec, demography, spec["samples"], seeds)
 
 
 @functools.lru_cache(maxsize=4)
-def _graph(content: str) -> demes.Graph:
+def _build_graph(content: str) -> demes.Graph:
     return demes.Graph.fromdict(json.loads(content))
 
 
 def check_demes(spec: dict) -> None:
     """BadRequest if the scenario samples a deme that is not there, or that does not exist at time 0."""
-    graph = _graph(json.dumps(spec["demography"]))
+    graph = _build_graph(json.dumps(spec["demography"]))
     try:
         msprime.Demography.from_demes(graph)
     except (ValueError, NotImplementedError) as error:
@@ -136,21 +140,21 @@ def check_demes(spec: dict) -> None:
         raise BadRequest(f"scenario '{spec['name']}': samples names no deme; there are: {', '.join(today)}")
     for name in spec["samples"]:
         if name not in graph:
-            raise BadRequest(f"scenario '{spec['name']}': samples: there is no deme '{name}'{nearest(name, today)}")
+            raise BadRequest(f"scenario '{spec['name']}': samples: there is no deme '{name}'{suggest_nearest(name, today)}")
         if name not in today:
             raise BadRequest(
                 f"scenario '{spec['name']}': samples: deme '{name}' ended {graph[name].end_time:g} generations ago, and "
                 f"samples are taken at time 0; sample from {', '.join(today) or 'none: no deme lives today'}"
             )
 
-    if apart := _cannot_meet(graph, list(spec["samples"])):
+    if apart := _find_separated_demes(graph, list(spec["samples"])):
         raise BadRequest(
             f"scenario '{spec['name']}': lineages of {' and '.join(apart)} need never meet, and simulating them would not end; "
             "connect their demes by an ancestor or by migration without a start"
         )
 
 
-def _reached(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
+def _find_reachable(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
     """What can be reached from *start* by any number of *moves*, *start* included."""
     found, todo = set(), list(start)
     while todo:
@@ -161,7 +165,7 @@ def _reached(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
     return found
 
 
-def _migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[str]]:
+def _list_migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[str]]:
     """Backwards in time, where a lineage can migrate to between two times with no event between: {destination: sources}."""
     moves: dict[str, set[str]] = {}
     for migration in graph.migrations:
@@ -170,7 +174,7 @@ def _migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[
     return moves
 
 
-def _before(graph: demes.Graph, time: float, where: set[str]) -> set[str]:
+def _move_past_events(graph: demes.Graph, time: float, where: set[str]) -> set[str]:
     """Demes in which lineages that are in *where* can be beyond the events of *time*, in msprime's order of these."""
 
     def to_ancestors(where: set[str], several: bool) -> set[str]:
@@ -189,7 +193,7 @@ def _before(graph: demes.Graph, time: float, where: set[str]) -> set[str]:
     return to_ancestors(where, several=True)
 
 
-def _cannot_meet(graph: demes.Graph, sampled: list[str]) -> list[str]:
+def _find_separated_demes(graph: demes.Graph, sampled: list[str]) -> list[str]:
     """Two of the oldest demes between which lineages of *sampled* demes can stay apart for ever; empty if there are none.
 
     Followed backwards in time, lineages move from a deme to its ancestors, and from destination to source of pulses and
@@ -199,11 +203,11 @@ def _cannot_meet(graph: demes.Graph, sampled: list[str]) -> list[str]:
     times |= {time for migration in graph.migrations for time in (migration.start_time, migration.end_time)}
     where = set(sampled)
     for recent, old in itertools.pairwise(sorted(times)):
-        moves = _migrations(graph, recent, old)
-        where = _reached(where, moves)
+        moves = _list_migrations(graph, recent, old)
+        where = _find_reachable(where, moves)
         if not math.isinf(old):
-            where = _before(graph, old, where)
-    ends = {name: _reached([name], moves) for name in sorted(where)}
+            where = _move_past_events(graph, old, where)
+    ends = {name: _find_reachable([name], moves) for name in sorted(where)}
     if set.intersection(*ends.values()):
         return []
     return next([a, b] for a, b in itertools.combinations(ends, 2) if not ends[a] & ends[b])

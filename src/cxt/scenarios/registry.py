@@ -8,17 +8,17 @@ import tskit
 from cxt.config.variants import variants
 from cxt.errors import BadRequest
 from cxt.scenarios import msprime_models as demographies
-from cxt.scenarios.genetic_maps import genetic_map
+from cxt.scenarios.genetic_maps import get_genetic_map
 from cxt.scenarios.seeds import engine_seeds, random_generator
-from cxt.scenarios.stdpopsim_catalogue import autosomes, catalogue_models
-from cxt.scenarios.stdpopsim_models import stdpopsim_segment
+from cxt.scenarios.stdpopsim_catalogue import list_autosomes, select_models
+from cxt.scenarios.stdpopsim_models import simulate_segment
 from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class ScenarioKind:
     """How a kind of scenario is simulated, and what is checked of a variant before anything runs."""
 
     simulate: Callable
@@ -26,20 +26,20 @@ class Kind:
 
 
 def _check_catalogue(spec: dict) -> None:
-    catalogue_models(spec)
-    autosomes(spec)
+    select_models(spec)
+    list_autosomes(spec)
     if "genetic_map" in spec:
-        genetic_map(spec)
+        get_genetic_map(spec)
 
 
 KINDS = {
-    "constant": Kind(demographies.constant),
-    "sawtooth": Kind(demographies.sawtooth),
-    "island": Kind(demographies.island),
-    "hard_sweep": Kind(demographies.hard_sweep, demographies.check_sweep),
-    "stdpopsim": Kind(stdpopsim_segment, _check_catalogue),
-    "demes": Kind(demographies.from_demes, demographies.check_demes),
-    "msprime": Kind(demographies.piecewise, demographies.check_history),
+    "constant": ScenarioKind(demographies.simulate_constant),
+    "sawtooth": ScenarioKind(demographies.simulate_sawtooth),
+    "island": ScenarioKind(demographies.simulate_island),
+    "hard_sweep": ScenarioKind(demographies.simulate_hard_sweep, demographies.check_sweep),
+    "stdpopsim": ScenarioKind(simulate_segment, _check_catalogue),
+    "demes": ScenarioKind(demographies.simulate_demes, demographies.check_demes),
+    "msprime": ScenarioKind(demographies.simulate_piecewise, demographies.check_history),
 }
 """The kinds of scenario, by name."""
 
@@ -56,10 +56,10 @@ def check_scenarios(config: dict) -> None:
             check_variant(variant.spec)
 
 
-def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
+def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
     """Simulation *index* of the variant *spec* as tables, which spares a copy to those who only write it.
 
-    Parameters, metadata and errors as in `simulate_one`.
+    Parameters, metadata and errors as in `simulate_tree_sequence`.
     """
     seed = check_seed(seed)
     seeds = engine_seeds(seed=seed, spec=spec, index=index)
@@ -78,7 +78,7 @@ def simulated_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollect
     return tables
 
 
-def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
+def simulate_tree_sequence(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
     """Simulation *index* of the variant *spec*, with its identity and its rates in its metadata.
 
     Parameters
@@ -99,4 +99,4 @@ def simulate_one(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
     BadRequest
         If there is no such seed or index, or a genetic map is not there, is damaged or does not fit.
     """
-    return simulated_tables(spec, index=index, seed=seed).tree_sequence()
+    return simulate_tables(spec, index=index, seed=seed).tree_sequence()

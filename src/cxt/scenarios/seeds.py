@@ -6,8 +6,8 @@ import hashlib
 import numpy as np
 
 from cxt.errors import BadRequest
-from cxt.io import canonical
-from cxt.seeds import key_of, msprime_seeds
+from cxt.io import canonical_json
+from cxt.seeds import hash_key, msprime_seeds
 
 LAST_INDEX = 2**32 - 2
 """Last index that there can be: msprime has no more seeds."""
@@ -18,7 +18,7 @@ def random_generator(*, seed: int, spec: dict, index: int, purpose: str) -> np.r
 
     Keyed on the workflow seed, the variant's name and parameters, and the index; never on an order or a count.
     """
-    key = hashlib.sha256(canonical([spec, purpose]).encode()).digest()
+    key = hashlib.sha256(canonical_json([spec, purpose]).encode()).digest()
     words = np.frombuffer(key, dtype=np.uint32).tolist()
     return np.random.default_rng(np.random.SeedSequence([seed, index, *words]))
 
@@ -41,7 +41,7 @@ def engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
     """
     if not 0 <= index <= LAST_INDEX:
         raise BadRequest(f"'{spec['name']}', index {index}: expected 0 to {LAST_INDEX}")
-    ancestry, mutations = (int(msprime_seeds(index, key=key_of(seed, spec, use))) for use in ("ancestry", "mutations"))
+    ancestry, mutations = (int(msprime_seeds(index, key=hash_key(seed, spec, use))) for use in ("ancestry", "mutations"))
     return EngineSeeds(ancestry, mutations)
 
 
@@ -57,14 +57,14 @@ def check_shared_ancestry(counted: list[tuple[dict, list[tuple[int, int]]]], *, 
     """
     alike: dict[str, list] = {}
     for spec, ranges in counted:
-        alike.setdefault(canonical({k: v for k, v in spec.items() if k not in ("name", "mutation_rate")}), []).append(
+        alike.setdefault(canonical_json({k: v for k, v in spec.items() if k not in ("name", "mutation_rate")}), []).append(
             (spec, ranges)
         )
     for group in alike.values():
         seen: dict[int, tuple[str, int]] = {}
         for spec, ranges in group if len(group) > 1 else []:
             indices = np.concatenate([np.arange(start, start + count) for start, count in ranges])
-            found = msprime_seeds(indices, key=key_of(seed, spec, "ancestry"))
+            found = msprime_seeds(indices, key=hash_key(seed, spec, "ancestry"))
             for index, value in zip(indices.tolist(), found.tolist(), strict=True):
                 name, other = seen.setdefault(value, (spec["name"], index))
                 if name != spec["name"]:

@@ -4,7 +4,7 @@ import functools
 import sys
 import types
 
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
 """Catalogue models built around ancient samples, which the published training set leaves out."""
@@ -15,7 +15,7 @@ SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
 
 
 @functools.cache
-def catalogue():
+def import_stdpopsim():
     """The module stdpopsim, imported when it is first needed, since that takes as long as msprime does.
 
     Half of it would go into second copies of all models, by which only stdpopsim's own tests check the first.
@@ -28,19 +28,21 @@ def catalogue():
 
 def get_species(spec: dict):
     """The stdpopsim species of a scenario; BadRequest with the nearest name if there is none."""
-    stdpopsim = catalogue()
+    stdpopsim = import_stdpopsim()
     known = [species.id for species in stdpopsim.all_species()]
     if spec["species"] not in known:
-        raise BadRequest(f"scenario '{spec['name']}': unknown species '{spec['species']}'{nearest(spec['species'], known)}")
+        raise BadRequest(
+            f"scenario '{spec['name']}': unknown species '{spec['species']}'{suggest_nearest(spec['species'], known)}"
+        )
     return stdpopsim.get_species(spec["species"])
 
 
-def sampled_today(model) -> list[str]:
+def list_sampled_populations(model) -> list[str]:
     """Names of the populations of a catalogue model that can be sampled at time 0."""
     return [p.name for p in model.populations if p.allow_samples and not p.default_sampling_time]
 
 
-def catalogue_models(spec: dict) -> list[str]:
+def select_models(spec: dict) -> list[str]:
     """Catalogue models that a stdpopsim scenario draws from; empty for a constant size.
 
     Raises
@@ -52,7 +54,7 @@ def catalogue_models(spec: dict) -> list[str]:
     known = [model.id for model in species.demographic_models]
     for model in spec.get("models", []):
         if model not in known:
-            raise BadRequest(f"scenario '{spec['name']}': {species.id} has no model '{model}'{nearest(model, known)}")
+            raise BadRequest(f"scenario '{spec['name']}': {species.id} has no model '{model}'{suggest_nearest(model, known)}")
     if known and spec.get("models") != [] and "population_size" in spec:
         raise BadRequest(
             f"scenario '{spec['name']}': population_size is for a constant size, but {species.id} has catalogue models; "
@@ -60,18 +62,18 @@ def catalogue_models(spec: dict) -> list[str]:
         )
     chosen = spec.get("models", [model for model in known if model not in ANCIENT_MODELS])
     for model in chosen:
-        if not sampled_today(_model(species.id, model)):
+        if not list_sampled_populations(build_catalogue_model(species.id, model)):
             raise BadRequest(f"scenario '{spec['name']}': no population of '{model}' can be sampled at time 0")
     return list(chosen)
 
 
 @functools.cache
-def _model(species: str, model: str):
+def build_catalogue_model(species: str, model: str):
     """A catalogue model, built once a process: building one costs more than a short simulation."""
-    return catalogue().get_species(species).get_demographic_model(model)
+    return import_stdpopsim().get_species(species).get_demographic_model(model)
 
 
-def autosomes(spec: dict) -> list:
+def list_autosomes(spec: dict) -> list:
     """Nuclear chromosomes of two copies that are no sex chromosomes and long enough for the segment."""
     species = get_species(spec)
     sex = ("X", "Y", "Z", "W", *SEX_CHROMOSOMES.get(species.id, ()))
@@ -88,13 +90,13 @@ def autosomes(spec: dict) -> list:
     return long_enough
 
 
-def other_recombination(spec: dict) -> str:
+def describe_other_recombination(spec: dict) -> str:
     """What to say of a scenario whose models were inferred with other recombination rates than it has; "" if none was."""
-    inferred = {name: _model(spec["species"], name).recombination_rate for name in catalogue_models(spec)}
+    inferred = {name: build_catalogue_model(spec["species"], name).recombination_rate for name in select_models(spec)}
     if "genetic_map" in spec:
         source, found = f"the genetic map {spec['genetic_map']}", []
     else:
-        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in autosomes(spec)]
+        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in list_autosomes(spec)]
     others = {name: rate for name, rate in inferred.items() if rate is not None and set(found) != {rate}}
     if not others:
         return ""

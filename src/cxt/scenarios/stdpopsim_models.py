@@ -7,10 +7,17 @@ import numpy as np
 import tskit
 
 from cxt.errors import BadRequest
-from cxt.scenarios.genetic_maps import _covered, _rates, mapped_autosomes
-from cxt.scenarios.msprime_models import Simulated, ancestry_model
+from cxt.scenarios.genetic_maps import find_covered_interval, list_mapped_autosomes, read_chromosome_map
+from cxt.scenarios.msprime_models import SimulationResult, build_ancestry_model
 from cxt.scenarios.seeds import EngineSeeds
-from cxt.scenarios.stdpopsim_catalogue import _model, autosomes, catalogue, catalogue_models, get_species, sampled_today
+from cxt.scenarios.stdpopsim_catalogue import (
+    build_catalogue_model,
+    get_species,
+    import_stdpopsim,
+    list_autosomes,
+    list_sampled_populations,
+    select_models,
+)
 
 # Genetic maps
 
@@ -25,10 +32,10 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
     """
     length = spec["sequence_length"]
     if "genetic_map" in spec:
-        mapped = [(c, _rates(spec["species"], spec["genetic_map"], c.id)) for c in mapped_autosomes(spec)]
-        places = [(chromosome.id, *_covered(chromosome, rates), rates) for chromosome, rates in mapped]
+        mapped = [(c, read_chromosome_map(spec["species"], spec["genetic_map"], c.id)) for c in list_mapped_autosomes(spec)]
+        places = [(chromosome.id, *find_covered_interval(chromosome, rates), rates) for chromosome, rates in mapped]
     else:
-        places = [(chromosome.id, 0, int(chromosome.length), None) for chromosome in autosomes(spec)]
+        places = [(chromosome.id, 0, int(chromosome.length), None) for chromosome in list_autosomes(spec)]
     long_enough = [place for place in places if place[2] - place[1] >= length]
     if not long_enough:
         name, left, right, _ = max(places, key=lambda place: place[2] - place[1])
@@ -40,15 +47,15 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
     return name, int(rng.integers(left, right - length + 1)), rates
 
 
-def stdpopsim_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator) -> Simulated:
+def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator) -> SimulationResult:
     """A random segment under a random model."""
-    stdpopsim = catalogue()
+    stdpopsim = import_stdpopsim()
     species = get_species(spec)
-    models = catalogue_models(spec)
+    models = select_models(spec)
     if models:
         name = models[rng.integers(len(models))]
-        model = _model(species.id, name)
-        populations = sampled_today(model)
+        model = build_catalogue_model(species.id, name)
+        populations = list_sampled_populations(model)
         counts = rng.multinomial(spec["individuals"], np.full(len(populations), 1 / len(populations)))
         samples = {p: int(n) for p, n in zip(populations, counts, strict=True) if n}
         rate = model.mutation_rate
@@ -77,12 +84,12 @@ def stdpopsim_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generato
     }
     if model.recombination_rate is not None:
         made["model_recombination_rate"] = model.recombination_rate
-    tables = simulated_contig(model, contig, samples, seeds, ancestry_model=ancestry_model(spec)).dump_tables()
+    tables = simulate_contig(model, contig, samples, seeds, ancestry_model=build_ancestry_model(spec)).dump_tables()
     tables.trim()
     return tables, made
 
 
-def simulated_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancestry_model=None) -> tskit.TreeSequence:
+def simulate_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancestry_model=None) -> tskit.TreeSequence:
     """What stdpopsim's msprime engine does for a diploid contig without gene conversion, but with our seeds.
 
     The engine takes one seed and draws two of 31 bits from it, which collide: among 10 000 simulations two have the same

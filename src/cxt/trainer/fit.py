@@ -21,10 +21,10 @@ from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.settings import AdapterConfig, ModelConfig, TrainingConfig, steps_per_epoch
 from cxt.data.grid import Grid
-from cxt.data.loaders import DataModule, InOrder
+from cxt.data.loaders import DataModule, SequentialBatchSampler
 from cxt.data.pair_dataset import open_dataset
 from cxt.data.simulated import SimulatedDataset
-from cxt.errors import BadRequest, Failed, first_line, why_not
+from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops
 from cxt.model.transformer import CoalescenceModel
@@ -175,7 +175,7 @@ def data_of(plan: Plan) -> DataModule:
         train, test = (
             SimulatedDataset(plan.simulated, plan.manifest, split, seed=training.seed, grid=grid) for split in ("train", "test")
         )
-        return DataModule(train, test, **settings, order=InOrder, in_processes=True)
+        return DataModule(train, test, **settings, order=SequentialBatchSampler, in_processes=True)
     train, test = (
         open_dataset(
             plan.dataset_path,
@@ -438,7 +438,7 @@ def finish(plan: Plan, run: RunDirectory, model: CoalescenceModel, validation: V
     finished = run.checkpoints / f"{plan.name}_epoch={epoch}-step={step}.ckpt"
     write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
     run.finish(validation.best_checkpoint() if plan.training.export == "best" else finished)
-    lost = why_not(lambda: draw(plan, run, model, items))
+    lost = try_drawing(lambda: draw(plan, run, model, items))
     if lost:  # the checkpoint is what was asked for
         print(f"{plan.name}: trained, but not all figures could be drawn ({lost})", file=sys.stderr, flush=True)
 

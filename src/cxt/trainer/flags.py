@@ -7,7 +7,7 @@ import jsonargparse
 from cxt.config.bounds import ANY_COUNT, COUNT, DEVICES, POSITIVE, Range, check_flags
 from cxt.config.settings import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
 from cxt.config.yaml import read_yaml
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 
 def build_parser(**options) -> jsonargparse.ArgumentParser:
@@ -144,7 +144,7 @@ def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> l
     for word in words:
         flag, _, value = word.partition("=")
         if flag.startswith("--") and flag not in flags:
-            raise BadRequest(f"unknown flag {flag}{nearest(flag, flags)}")
+            raise BadRequest(f"unknown flag {flag}{suggest_nearest(flag, flags)}")
         if flag == "--config":
             files.append(value or next(words, ""))
         else:
@@ -155,7 +155,7 @@ def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> l
             raise BadRequest("--config: expected a YAML file")
         for key, value in read_yaml(path).items():
             if key not in known:
-                raise BadRequest(f"{path}: unknown key '{key}'{nearest(key, known)}")
+                raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
                 raise BadRequest(f"{path}: {key} is a mapping or a list of lists, expected a value as for its flag")
             settings += _as_words(key, value)

@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.config.settings import TrainingConfig
-from cxt.data.pair_dataset import Batch, model_input
+from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
@@ -101,7 +101,7 @@ def loss_function(model: CoalescenceModel, training: TrainingConfig):
         model.use_flex_attention()
 
     def loss(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        return model.loss(model_input(counts, missing), tokens, path=training.loss_path)
+        return model.loss(compute_model_input(counts, missing), tokens, path=training.loss_path)
 
     return loss
 

@@ -4,7 +4,7 @@ from cxt.config.file import load
 from cxt.config.settings import PRESETS, TrainingConfig
 from cxt.config.variants import variants
 from cxt.data.features import SCALES
-from cxt.errors import BadRequest, nearest
+from cxt.errors import BadRequest, suggest_nearest
 
 
 def source_of(args) -> str:
@@ -35,21 +35,21 @@ def check_source(args) -> None:
 
 def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
     """Variants of --simulate, and the manifest of what is simulated of them."""
-    from cxt.data.simulated import live_manifest
-    from cxt.scenarios.genetic_maps import fetch_map
+    from cxt.data.simulated import build_simulated_manifest
+    from cxt.scenarios.genetic_maps import fetch_genetic_map
     from cxt.scenarios.registry import check_variant
 
     config = load(args.configfile)
     chosen = []
     for name in args.simulate:
         if name not in config["scenarios"]:
-            raise BadRequest(f"--simulate: unknown scenario '{name}'{nearest(name, config['scenarios'])}")
+            raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
         chosen += [variant.spec for variant in variants(name, config["scenarios"][name])]
     for variant in chosen:
         check_variant(variant)
         if "genetic_map" in variant:
-            fetch_map(variant)
-    manifest = live_manifest(
+            fetch_genetic_map(variant)
+    manifest = build_simulated_manifest(
         chosen,
         window_size=PRESETS[args.model].window_size if args.window_size is None else args.window_size,
         samples=args.samples,

@@ -16,7 +16,7 @@ import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 
-from cxt.checkpoints.archive import UNREADABLE, opened, packed
+from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.io import atomic_link, atomic_write
@@ -36,11 +36,11 @@ class AtomicIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        atomic_write(path, packed(checkpoint))
+        atomic_write(path, pack(checkpoint))
 
     def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict:
         try:
-            with opened(path, sealed=True) as file:
+            with open_verified(path, sealed=True) as file:
                 return torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UNREADABLE as error:
             raise BadRequest(f"the save {path} cannot be read ({first_line(error)}); repeat the command") from None
@@ -213,7 +213,7 @@ def saves_of(run: RunDirectory) -> list[Path]:
 def _damage(path: Path) -> str | None:
     """Why a save cannot be read, or None."""
     try:
-        with opened(path, sealed=True) as file:
+        with open_verified(path, sealed=True) as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         return first_line(error)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from cxt.config.file import adapter_config, model_config, training_config
 from cxt.config.variants import Variant
-from cxt.data.masks import read_mask, synthetic_mask
-from cxt.data.preprocessing import preprocess_one
+from cxt.data.masks import draw_synthetic_mask, read_mask
+from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
-from cxt.scenarios.registry import simulate_one
+from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, variants_of
 from cxt.workflow.resources import training_threads
 
@@ -136,7 +136,7 @@ def _simulate(spec: dict, index: int, seconds: float):
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, 0 if math.isinf(seconds) else seconds)  # 0 = never
     try:
-        return simulate_one(spec, index=index, seed=1)
+        return simulate_tree_sequence(spec, index=index, seed=1)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -189,9 +189,9 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     """Mean seconds and bytes of the first *most* simulations in a shard of a dataset."""
     regions = range(dataset["regions_per_simulation"])
     chosen = simulations[:most]
-    preprocess_one(chosen[0], dataset, mask=mask)  # compiles, for the first time
+    preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles, for the first time
     began = time.process_time()
-    entries = [preprocess_one(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
+    entries = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "shard"
         shape = {key: dataset[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
@@ -223,7 +223,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
             masks[name] = (
                 read_mask(m["path"], key=m["key"], contig=m.get("contig"), marks=m["marks"])
                 if "path" in m
-                else synthetic_mask(m, seed=1)
+                else draw_synthetic_mask(m, seed=1)
             )
     used = {name: {variant.name for variant in variants_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
     for variant in reached(config):

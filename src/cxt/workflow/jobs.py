@@ -13,7 +13,7 @@ from cxt.config.settings import steps_per_epoch
 from cxt.config.variants import Variant, scenario_of, variants
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
-from cxt.scenarios.indices import EVALUATION_START, batches, split_size
+from cxt.scenarios.indices import EVALUATION_START, count_in_split, simulation_batches
 from cxt.scenarios.registry import check_scenarios
 from cxt.scenarios.seeds import check_shared_ancestry
 
@@ -44,7 +44,7 @@ def check_plan(config: dict) -> None:
     check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
         for variant in variants_of(config, dataset["scenarios"]):
-            if not split_size(0, variant.simulations, "train"):
+            if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
                     f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held "
@@ -75,7 +75,7 @@ def check_plan(config: dict) -> None:
 def items(config: dict, dataset: str, split: str) -> int:
     """Training examples in one split of a dataset."""
     entry = config["datasets"][dataset]
-    simulations = sum(split_size(0, variant.simulations, split) for variant in variants_of(config, entry["scenarios"]))
+    simulations = sum(count_in_split(0, variant.simulations, split) for variant in variants_of(config, entry["scenarios"]))
     return items_per_simulation(config, dataset) * simulations
 
 
@@ -108,14 +108,14 @@ def batch_count(config: dict, variant: Variant, start: int) -> int:
 
 def all_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
     """(first index, count) of the batches of a variant, those for evaluation last."""
-    return batches(simulations=variant.simulations, batch=variant.batch) + evaluation_starts(config, variant)
+    return simulation_batches(simulations=variant.simulations, batch=variant.batch) + evaluation_starts(config, variant)
 
 
 def evaluation_starts(config: dict, variant: Variant) -> list[tuple[int, int]]:
     """(first index, count) of the evaluation batches of a variant."""
     evaluation = config["evaluation"]
     simulations = evaluation["simulations_of"].get(scenario_of(variant.name), evaluation["simulations"])
-    return batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
+    return simulation_batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
 
 
 # Stage 2

@@ -5,11 +5,11 @@ import functools
 from cxt.config.file import parent_of, training_settings
 from cxt.config.settings import change_no_result
 from cxt.config.variants import Variant, variants
-from cxt.data.manifest import dataset_lineage_of
+from cxt.data.manifest import combine_shard_lineages
 from cxt.io import file_sha256
 from cxt.lineage import stage_lineage
-from cxt.scenarios.genetic_maps import catalogue_lineage
-from cxt.scenarios.indices import SPLITS, batches, split_size
+from cxt.scenarios.genetic_maps import catalogue_versions
+from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 from cxt.workflow.jobs import (
     batch_count,
     dataset_spec,
@@ -24,7 +24,7 @@ from cxt.workflow.paths import batch_path
 
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
-    catalogue = [catalogue_lineage(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
+    catalogue = [catalogue_versions(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
     return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
 
 
@@ -52,7 +52,7 @@ def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[i
     """{variant: (simulations, batch, lineage of its shards)} of a dataset."""
     variants = variants_of(config, config["datasets"][dataset]["scenarios"])
     return {
-        variant.name: (variant.simulations, variant.batch, dataset_lineage_of(shard_lineages(config, dataset, variant)))
+        variant.name: (variant.simulations, variant.batch, combine_shard_lineages(shard_lineages(config, dataset, variant)))
         for variant in variants
     }
 
@@ -61,16 +61,16 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
     """The lineages of all shards of a variant in a dataset."""
     return [
         shard_lineage(config, dataset, variant, start, split)
-        for start, count in batches(simulations=variant.simulations, batch=variant.batch)
+        for start, count in simulation_batches(simulations=variant.simulations, batch=variant.batch)
         for split in SPLITS
-        if split_size(start, count, split)
+        if count_in_split(start, count, split)
     ]
 
 
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, in no particular order of scenarios."""
     variants = variants_of(config, config["datasets"][name]["scenarios"])
-    return dataset_lineage_of([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
+    return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 
 def model_lineage(config: dict, name: str) -> str:

@@ -3,8 +3,8 @@
 import os
 
 from cxt.config.variants import Variant
-from cxt.data.manifest import planned_shards
-from cxt.scenarios.genetic_maps import check_map_can_be_had
+from cxt.data.manifest import plan_shards
+from cxt.scenarios.genetic_maps import check_map_available
 from cxt.workflow.jobs import variant_table, variants_of
 
 
@@ -34,7 +34,7 @@ def map_of_batch(variant: Variant, start: int) -> list[str]:
     if "genetic_map" not in variant.spec:
         return []
     if not os.path.exists(batch_path(variant.name, start)):
-        check_map_can_be_had(variant.spec, fetched=map_path(variant.spec))
+        check_map_available(variant.spec, fetched=map_path(variant.spec))
     return [map_path(variant.spec)]
 
 
@@ -50,7 +50,7 @@ def dataset_directory(name: str) -> str:
 
 def shard_paths(config: dict, dataset: str) -> list[str]:
     """All shards of a dataset."""
-    planned = planned_shards(variant_table(config, dataset))
+    planned = plan_shards(variant_table(config, dataset))
     return [f"{dataset_directory(dataset)}/{name}" for names in planned.values() for name in names]
 
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cxt.checkpoints.inspection import check
+from cxt.checkpoints.inspection import read_verified_checkpoint
 from cxt.errors import Failed
 from cxt.io import file_sha256
 from cxt.lineage import snakemake_command
@@ -41,7 +41,7 @@ def verify(path, *, configfiles) -> str:
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
 
-    checkpoint = check(path)
+    checkpoint = read_verified_checkpoint(path)
     if "published" in checkpoint.record:
         file = checkpoint.record["published"]["file"]
         return f"{path}: whole and finite; imported from {file}, so that no configuration says what it ought to be"
