@@ -125,7 +125,7 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
         advice = advise_extra(error)
         if advice is None:
             raise
-        complain(advice)
+        print_error(advice)
         raise SystemExit(2) from None
     except Failed as error:
         if str(error):
