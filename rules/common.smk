@@ -44,10 +44,10 @@ def check_targets(config):
                     f"unknown {section[:-1]} '{found[1]}'{suggest_nearest(found[1], config[section])}"
                 )
         if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
-            variants = [variant.name for variant in jobs.variants_of(config, list(config["scenarios"]))]
+            variants = [variant.name for variant in jobs.list_variants(config, list(config["scenarios"]))]
             if found[1] not in variants:
                 raise BadRequest(f"unknown variant '{found[1]}'{suggest_nearest(found[1], variants)}")
-            jobs.batch_count(config, jobs.variant_of(config, found[1]), int(found[2]))
+            jobs.batch_count(config, jobs.find_variant(config, found[1]), int(found[2]))
 
 
 jobs.put_package_on_path()
@@ -60,7 +60,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    variant=one_of([variant.name for variant in jobs.variants_of(config, list(config["scenarios"]))]),
+    variant=one_of([variant.name for variant in jobs.list_variants(config, list(config["scenarios"]))]),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     split="train|test",
@@ -68,7 +68,7 @@ wildcard_constraints:
 
 
 def variant_and_start(wildcards):
-    return jobs.variant_of(config, wildcards.variant), int(wildcards.start)
+    return jobs.find_variant(config, wildcards.variant), int(wildcards.start)
 
 
 def map_of_batch(wildcards):

@@ -18,7 +18,7 @@ from cxt.data.preprocessing import preprocess_batch
 from cxt.data.targets import pair_log_tmrca
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.genetic_maps import get_genetic_map
-from cxt.workflow.jobs import variants_of
+from cxt.workflow.jobs import list_variants
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -154,7 +154,7 @@ def workflow(tmp_path_factory) -> Path:
 def maps_taken_as_present(cache: Path) -> Path:
     """A stdpopsim cache that says of every genetic map of config/paper.yaml that it is there."""
     config = load([REPOSITORY / "config" / "paper.yaml"])
-    for variant in variants_of(config, list(config["scenarios"])):
+    for variant in list_variants(config, list(config["scenarios"])):
         if "genetic_map" in variant.spec:
             found = get_genetic_map(variant.spec)
             file = cache / "genetic_maps" / variant.spec["species"] / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"

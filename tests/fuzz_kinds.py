@@ -41,9 +41,9 @@ from cxt.errors import BadRequest, Failed
 from cxt.plan import plan, report
 from cxt.scenarios.indices import SPLITS
 from cxt.train import plan_of, train_model
-from cxt.trainer.fit import starting_model
+from cxt.trainer.fit import build_starting_model
 from cxt.trainer.flags import build_parser
-from cxt.trainer.training_state import save_to_continue
+from cxt.trainer.training_state import find_state_to_continue
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import Costs
 from cxt.workflow.verification import verify as verify_checkpoint
@@ -469,13 +469,13 @@ class Checkpoints:
             )
             found = attempt(plan_of, args)
             if found is not None:
-                attempt(starting_model, found[0])
+                attempt(build_starting_model, found[0])
 
     def _continue(self, directory: Path, did: dict, refusals: Refusals) -> None:
         """Continue the run whose newest save is damaged: from it, if it is what it was, or from the one before."""
         run = RunDirectory(directory / "run")
         for wanted in (None, run.checkpoints / self.saves[1]):
-            found = refusals.attempt(save_to_continue, run, "broad", wanted=wanted)
+            found = refusals.attempt(find_state_to_continue, run, "broad", wanted=wanted)
             if found is not None and did["way"] == "bytes":
                 content = torch.load(found, weights_only=True)
                 assert same_tree(content, self.content[found.name]), "a damaged save would be continued"

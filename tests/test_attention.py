@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from cxt.benchmark.memory import peak_of
+from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import dense_loss, dense_mask
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import compute_model_input
@@ -154,7 +154,7 @@ def test_a_loss_in_chunks_takes_less_memory():
     x, y = inputs(items=8, config=model.config)
 
     def peak(path):
-        return peak_of(lambda: model.loss(x, y, path=path).backward(), "cpu")
+        return measure_peak_memory(lambda: model.loss(x, y, path=path).backward(), "cpu")
 
     assert peak("chunked") < 0.7 * peak("target") < 0.7 * peak("full")
 

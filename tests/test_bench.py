@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_python
 
-from cxt.benchmark.memory import peak_of
+from cxt.benchmark.memory import measure_peak_memory
 from cxt.commands.bench import main
 from cxt.config.settings import AdapterConfig, ModelConfig
 from cxt.errors import Failed
@@ -117,7 +117,7 @@ def test_memory_at_the_peak():
         third = second * 2
         return float(third[0, 0])
 
-    assert peak_of(work, "cpu") == pytest.approx(8e6, rel=0.01)
+    assert measure_peak_memory(work, "cpu") == pytest.approx(8e6, rel=0.01)
 
 
 def test_flops_of_an_adapter_are_fewer():

@@ -284,12 +284,12 @@ def test_catalogue_is_in_the_lineage(monkeypatch):
 
     from cxt.config.file import load
     from cxt.config.variants import Variant
-    from cxt.workflow.jobs import variant_of
+    from cxt.workflow.jobs import find_variant
     from cxt.workflow.lineages import batch_lineage
 
     config = load([])
     mapped = Variant("aratha_map", SPEC, 10, 10)
-    used = [variant_of(config, "constant"), variant_of(config, "stdpopsim_homsap"), mapped]
+    used = [find_variant(config, "constant"), find_variant(config, "stdpopsim_homsap"), mapped]
     before = [batch_lineage(config, variant, 0, 10) for variant in used]
     monkeypatch.setattr(get_genetic_map(SPEC), "sha256", "0" * 64)
     after = [batch_lineage(config, variant, 0, 10) for variant in used]

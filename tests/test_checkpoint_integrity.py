@@ -1,4 +1,4 @@
-"""Checkpoints and saves that were damaged, made to do harm, or written by another version: none is used, none called whole."""
+"""Checkpoints and training states that were damaged, made to do harm, or written by another version: none is used."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ from cxt.config.settings import ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.trainer.parents import read_parent
-from cxt.trainer.training_state import AtomicIO, save_to_continue, saves_of
+from cxt.trainer.training_state import AtomicIO, find_state_to_continue, list_training_states
 from cxt.workflow.verification import verify
 
 from test_training import FINE, SMALL, train  # isort: skip
@@ -47,7 +47,7 @@ def checkpoint(tmp_path):
 
 
 def training_state(step: int) -> dict:
-    """What a save of the trainer's holds of a small network, as far as readers look."""
+    """What a training state holds of a small network, as far as readers look."""
     torch.manual_seed(step)
     weights = {f"model.{key}": value for key, value in build_model(NETWORK).state_dict().items()}
     return {
@@ -58,7 +58,7 @@ def training_state(step: int) -> dict:
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory with two saves."""
+    """A run directory with two training states."""
     run = RunDirectory(tmp_path / "run")
     run.checkpoints.mkdir(parents=True)
     for step in (3, 6):
@@ -96,20 +96,20 @@ def test_no_single_bit_goes_unnoticed(checkpoint, run, tmp_path, capsys):
             path.write_bytes(flipped(data, bit))
             refused(path)
             if path == save:
-                assert save_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
+                assert find_state_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
                 assert "cannot be read" in capsys.readouterr().out
                 with pytest.raises(BadRequest, match="cannot be read"):
                     AtomicIO().load_checkpoint(path)
                 with pytest.raises(BadRequest, match="cannot be continued from"):
-                    save_to_continue(run, "m", wanted=path)
+                    find_state_to_continue(run, "m", wanted=path)
         path.write_bytes(data)
     assert load_model(checkpoint)
-    assert save_to_continue(run, "m") == save
+    assert find_state_to_continue(run, "m") == save
     assert AtomicIO().load_checkpoint(save)["global_step"] == 6
     (run.checkpoints / "step=3.ckpt").write_bytes(b"")
     save.write_bytes(flipped(data, 8 * 400))
-    with pytest.raises(BadRequest, match="no earlier save is left"):
-        save_to_continue(run, "m")
+    with pytest.raises(BadRequest, match="no earlier training state is left"):
+        find_state_to_continue(run, "m")
 
 
 def test_every_bit_and_every_length(tmp_path):
@@ -159,7 +159,7 @@ def test_compressed_entries_are_not_unpacked(run, tmp_path):
         for read in (load_model, lambda path: import_published(path, tmp_path / "y.ckpt")):
             with pytest.raises(BadRequest, match="data.pkl is compressed, which torch never does; nothing was unpacked"):
                 read(path)
-    assert save_to_continue(run, "m") == run.checkpoints / "step=6.ckpt"
+    assert find_state_to_continue(run, "m") == run.checkpoints / "step=6.ckpt"
 
 
 def test_weights_that_are_not_finite(checkpoint):
@@ -187,10 +187,10 @@ def test_a_training_state_that_something_else_wrote_is_passed_over(run, change, 
     change(state)
     torch.save(state, save)
     with pytest.raises(BadRequest, match=r"cannot be continued from: it does not end in a digest"):
-        save_to_continue(run, "m", wanted=save)
+        find_state_to_continue(run, "m", wanted=save)
     with pytest.raises(BadRequest, match="does not end in a digest: it was written by another program, or an earlier cxt"):
         AtomicIO().load_checkpoint(save)
-    assert save_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
+    assert find_state_to_continue(run, "m") == run.checkpoints / "step=3.ckpt"
     assert "does not end in a digest" in capsys.readouterr().out
 
 
@@ -309,7 +309,7 @@ def test_a_save_without_its_step(key, run):
     state = training_state(6)
     state.pop(key)
     AtomicIO().save_checkpoint(state, run.checkpoints / "step=6.ckpt")
-    with pytest.raises(BadRequest, match=f"save of the trainer's without its {key}"):
+    with pytest.raises(BadRequest, match=f"training state without its {key}"):
         load_model(run.checkpoints / "step=6.ckpt")
 
 
@@ -385,7 +385,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, checkpoint):
 
 
 def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, capsys):
-    """One flipped bit in the newest save, one in the finished checkpoint: the run ends in the weights that it had."""
+    """One flipped bit in the newest training state, one in the finished checkpoint: the run ends in the weights that it had."""
     arguments = [
         *SMALL,
         *FINE,
@@ -400,7 +400,7 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
     ]
     train(monkeypatch, *arguments)
     run = RunDirectory(tmp_path / "run")
-    finished, newest = run.finished_checkpoint(), saves_of(run)[0]
+    finished, newest = run.finished_checkpoint(), list_training_states(run)[0]
     whole = finished.read_bytes()
     for path in (finished, newest):
         data = path.read_bytes()
@@ -408,6 +408,6 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
     capsys.readouterr()
     train(monkeypatch, *arguments)
     said = capsys.readouterr().out
-    assert f"the save {newest} cannot be read (its bytes are not those that were written" in said
+    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in said
     assert "going on from the one before" in said
     assert run.finished_checkpoint().read_bytes() == whole

@@ -16,7 +16,7 @@ import yaml
 from conftest import REPOSITORY, TINY, snakemake
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.trainer.training_state import saves_of
+from cxt.trainer.training_state import list_training_states
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of each model by `make test-resume`; 0 leaves the long tests out."""
@@ -94,7 +94,7 @@ def trainer_of(directory: Path, process: subprocess.Popen, *, beyond: str | None
             words = lock.read_text().split()
             if len(words) != 4 or not Path(f"/proc/{words[1]}").exists():
                 continue
-            saves = saves_of(RunDirectory(lock.with_suffix("")))
+            saves = list_training_states(RunDirectory(lock.with_suffix("")))
             if beyond is None or (saves and saves[0].name != beyond):
                 return int(words[1])
         time.sleep(0.02)
@@ -158,7 +158,7 @@ def test_interrupted_again_and_again(copy, whole, long):
     forget(copy, "narrow")
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         process = start(copy, "results/narrow.ckpt", long)
-        saves = saves_of(RunDirectory(run)) if (run := run_of(copy, "narrow")) else []
+        saves = list_training_states(RunDirectory(run)) if (run := run_of(copy, "narrow")) else []
         trainer = trainer_of(copy, process, beyond=saves[0].name if saves else "")
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does

@@ -65,7 +65,7 @@ def call(stage, *arguments):
 
 def simulate_batch(config, start=0):
     """What the rule `simulate` runs."""
-    variant = jobs.variant_of(config, "constant")
+    variant = jobs.find_variant(config, "constant")
     count = jobs.batch_count(config, variant, start)
     call(
         simulate_stage, "--spec", canonical_json(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
@@ -84,7 +84,7 @@ def preprocess_mask(config):
 
 def preprocess_shard(config, split, start=0, mask=None):
     """What the rule `preprocess` runs; *mask* takes the place of the planned words for it."""
-    variant = jobs.variant_of(config, "constant")
+    variant = jobs.find_variant(config, "constant")
     count = jobs.batch_count(config, variant, start)
     words = mask or [
         "--mask",
@@ -138,7 +138,7 @@ def there(made, tmp_path, monkeypatch):
 
 def test_outputs_carry_their_lineage(there):
     config = configuration(there / "a.yaml")
-    variant = jobs.variant_of(config, "constant")
+    variant = jobs.find_variant(config, "constant")
     path = paths.batch_path("constant", 10)
     planned = lineages.batch_lineage(config, variant, 10, 2)
     found = [ts.metadata["cxt"]["lineage"] for ts in read_batch(path, start=10, count=2, lineage=planned)]
@@ -184,7 +184,7 @@ def test_growth_keeps_full_batches(there):
 def test_made_by_hand(there):
     """Files without a lineage are refused where one is planned, and are good for whoever plans none."""
     config = configuration(there / "a.yaml")
-    variant = jobs.variant_of(config, "constant")
+    variant = jobs.find_variant(config, "constant")
     path = paths.batch_path("constant", 0)
     call(simulate_stage, "--spec", canonical_json(variant.spec), "--count", 10, "--seed", 1, "--out", path)
     with pytest.raises(BadRequest, match="it has no lineage, expected"):

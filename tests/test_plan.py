@@ -20,7 +20,7 @@ from cxt.scenarios.indices import simulation_batches as batches_of
 from cxt.scenarios.registry import KINDS, simulate_tree_sequence
 from cxt.workflow import costs as costs_module
 from cxt.workflow.costs import Costs, TooLong, measure_costs, measure_shard, measure_simulation, reached, shortened, variant_key
-from cxt.workflow.jobs import dataset_spec, variant_of, variants_of
+from cxt.workflow.jobs import dataset_spec, find_variant, list_variants
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -120,7 +120,7 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     monkeypatch.setattr(catalogue, "read_chromosome_map", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     result = {}
-    for variant in variants_of(config, sorted(names)):
+    for variant in list_variants(config, sorted(names)):
         for index in range(variant.simulations):
             caught.clear()
             with pytest.raises(Stop):
@@ -187,7 +187,7 @@ def test_costs_are_measured(tmp_path, paper):
     assert "not measured" not in out.stdout
     written = json.loads((tmp_path / "results/costs.json").read_text())
     config = load([TINY])
-    spec = variant_of(config, "constant").spec
+    spec = find_variant(config, "constant").spec
     assert written["simulations"][variant_key(spec)]["20000"]["seconds"] > 0
     table = (tmp_path / "table.md").read_text()
     assert "| constant | 20,000 |" in table
@@ -228,7 +228,7 @@ def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch
     (lengths,) = saved[0]["simulations"].values()
     assert sorted(lengths) == ["10000", "5000"]
     assert saved[0]["shards"] == {}
-    spec = variant_of(config, "sweep").spec
+    spec = find_variant(config, "sweep").spec
     assert shortened(spec, 5_000) == spec | {"sequence_length": 5_000, "position": 3_750}
     costs = Costs()
     costs.simulations[variant_key(spec)] = {"5000": {"seconds": 1, "trees": 1, "sites": 1, "bytes": 1},
@@ -240,7 +240,7 @@ def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch
 
 def test_measured_figures_are_of_the_simulation():
     config = load([TINY])
-    variant = variant_of(config, "constant")
+    variant = find_variant(config, "constant")
     cost, made = measure_simulation(variant.spec, budget=0, longest=60)
     assert (cost["replicates"], cost["trees"], cost["sites"]) == (1, made[0].num_trees, made[0].num_sites)
     assert cost["bytes"] > 1000

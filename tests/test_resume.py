@@ -25,7 +25,7 @@ from conftest import REPOSITORY, constant_scenario, run_python
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.signals import SIGNALS, STATUS
 from cxt.trainer.log import TIMING, read_log
-from cxt.trainer.training_state import saves_of
+from cxt.trainer.training_state import list_training_states
 
 KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
@@ -178,7 +178,7 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     first, second = RunDirectory(a), RunDirectory(b)
     names = sorted(path.name for path in first.checkpoints.glob("*.ckpt"))
     assert names == sorted(path.name for path in second.checkpoints.glob("*.ckpt"))
-    assert len(saves_of(first)) == 2
+    assert len(list_training_states(first)) == 2
     for name in names:
         one, other = (torch.load(run.checkpoints / name, weights_only=True) for run in (first, second))
         assert same(everything_but_time(one), everything_but_time(other)), name

@@ -34,11 +34,11 @@ from cxt.io import acquire_lock
 from cxt.seeds import torch_seed
 from cxt.train import plan_of
 from cxt.trainer import learning_rate_search
-from cxt.trainer.fit import data_of, set_threads, starting_model, trainer_of
+from cxt.trainer.fit import build_data, build_starting_model, set_up_torch, trainer_of
 from cxt.trainer.flags import build_parser
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.module import learning_rate_factor, parameter_groups
-from cxt.trainer.training_state import saves_of
+from cxt.trainer.training_state import list_training_states
 from cxt.trainer.validation import Validation
 from cxt.workflow.lineages import run_directory
 
@@ -136,7 +136,7 @@ def test_load_model_of_a_run(finished, tmp_path, capsys):
 
 
 def interrupted(dataset, run, *more) -> list:
-    """Arguments of a run that was stopped by SIGUSR1 after some saves."""
+    """Arguments of a run that was stopped by SIGUSR1 after some states were saved."""
     arguments = [
         *SMALL, *FINE, "--dataset-path", dataset, "--run-dir", run, "--epochs", 300, "--save-every", 5, "--decode-items", 0,
         *more,
@@ -149,7 +149,7 @@ def interrupted(dataset, run, *more) -> list:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    while len(saves_of(RunDirectory(run))) < 3 and process.poll() is None:
+    while len(list_training_states(RunDirectory(run))) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
     said = process.communicate()[0]
@@ -161,7 +161,7 @@ def interrupted(dataset, run, *more) -> list:
 def test_damaged_saves(dataset, tmp_path):
     run = RunDirectory(tmp_path / "run")
     arguments = interrupted(dataset, run.path, "--keep-saves", 4)
-    saves = saves_of(run)
+    saves = list_training_states(run)
     assert len(saves) == 4  # exactly as many as asked for
     assert run.last.resolve() == saves[0].resolve()
     saves[0].write_bytes(saves[0].read_bytes()[:1000])
@@ -169,22 +169,22 @@ def test_damaged_saves(dataset, tmp_path):
     stop = ["--max-minutes", 0.0001]
     done = run_python("-m", "cxt.train", *arguments, *stop, check=False)
     assert done.returncode == 75
-    assert f"the save {saves[0]} cannot be read" in done.stdout
+    assert f"the training state {saves[0]} cannot be read" in done.stdout
     assert f"continuing from {saves[1]}" in done.stdout
     assert "its time is up at step" in done.stderr
     assert not list(run.checkpoints.glob("*.tmp"))
-    for path in saves_of(run):
+    for path in list_training_states(run):
         path.write_bytes(b"")
     done = run_python("-m", "cxt.train", *arguments, check=False)
     assert done.returncode == 2
-    assert "no earlier save is left" in done.stderr
+    assert "no earlier training state is left" in done.stderr
 
 
 def test_resume_by_path(dataset, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "lightning_logs/version_0")
     arguments = interrupted(dataset, run.path, "--keep-saves", 3, "--max-minutes", 60)
     bare = [word for word in arguments if word not in ("--run-dir", run.path)]
-    earlier = saves_of(run)[1]
+    earlier = list_training_states(run)[1]
     stop = ["--max-minutes", 0.0001]
     done = run_python("-m", "cxt.train", *bare, *stop, "--resume", earlier, check=False)
     assert done.returncode == 75
@@ -197,8 +197,8 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
     done = run_python("-m", "cxt.train", *bare, *stop, "--log-dir", tmp_path, "--resume", check=False)
     assert done.returncode == 75
     for path, message in (
-        (tmp_path / "nowhere", "there is no such run or save"),
-        (run.log, "expected a run directory, or a save in the checkpoints"),
+        (tmp_path / "nowhere", "there is no such run or training state"),
+        (run.log, "expected a run directory, or a training state in the checkpoints"),
     ):
         with pytest.raises(BadRequest, match=message):
             train(monkeypatch, *bare, "--resume", path)
@@ -208,7 +208,7 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
 
 def cut_at(run: RunDirectory, step: int) -> None:
     """Make a finished run look as if it had been killed right after it saved a step."""
-    for path in saves_of(run):
+    for path in list_training_states(run):
         if int(path.stem.split("=")[1]) > step:
             path.unlink()
     state = json.loads((run.path / "run.json").read_text())
@@ -229,7 +229,7 @@ def test_resumed_at_every_save(dataset, tmp_path, batch, accumulation, validate_
     whole, cut = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "cut")
     cxt.train_model(**settings, run_dir=whole.path)
     shutil.copytree(whole.path, cut.path, symlinks=True)
-    steps = sorted(int(path.stem.split("=")[1]) for path in saves_of(whole))
+    steps = sorted(int(path.stem.split("=")[1]) for path in list_training_states(whole))
     for step in steps[:-1]:
         cut_at(cut, step)
         cxt.train_model(**settings, run_dir=cut.path)
@@ -241,19 +241,19 @@ def test_resumed_at_every_save(dataset, tmp_path, batch, accumulation, validate_
 
 
 def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):
-    """Nothing is removed for a save that is none of the run's."""
+    """Nothing is removed for a state that is none of the run's."""
     run = RunDirectory(tmp_path / "run")
     arguments = interrupted(dataset, run.path)
-    before = saves_of(run)
+    before = list_training_states(run)
     shutil.copy(before[0], run.checkpoints / "keep.ckpt")
-    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the saves of .*; there are: step="):
+    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the training states of .*; there are: step="):
         train(monkeypatch, *arguments, "--resume", run.checkpoints / "keep.ckpt")
-    assert saves_of(run) == before
+    assert list_training_states(run) == before
 
 
 def test_no_earlier_save_of_a_finished_run(finished, dataset, monkeypatch):
     save = finished / "run/checkpoints/step=20.ckpt"
-    with pytest.raises(BadRequest, match="is finished; leave the save out"):
+    with pytest.raises(BadRequest, match="is finished; leave the training state out"):
         train(monkeypatch, "--config", finished / "run/config.yaml", "--resume", save)
 
 
@@ -278,7 +278,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
 
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc"), reason="mounts a small file system")
 def test_disk_full_while_saving(dataset, tmp_path):
-    """Exit 1, the earlier save intact; with room, it goes on."""
+    """Exit 1, the earlier state intact; with room, it goes on."""
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], check=False).returncode:
@@ -294,7 +294,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
         assert "Make room and run the same command again" in done.stderr
         assert not (tmp_path / "x.ckpt").exists()
         run = RunDirectory(small / "run")
-        for path in saves_of(run):
+        for path in list_training_states(run):
             torch.load(path, weights_only=True)
         assert not list(run.checkpoints.glob("*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=60m", small], check=True)
@@ -336,7 +336,7 @@ def test_clipping(dataset, tmp_path, monkeypatch):
 
 def starting(dataset):
     plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
-    return starting_model(plan).state_dict()
+    return build_starting_model(plan).state_dict()
 
 
 # Validation
@@ -486,7 +486,7 @@ def plain_losses(dataset, arguments) -> list[float]:
     """Ten optimizer steps without Lightning and without any of our callbacks."""
     plan, _ = plan_of(build_parser().parse_args([*map(str, arguments)]))
     training = plan.training
-    model, items = starting_model(plan).train(), PairDataset(dataset, "train")
+    model, items = build_starting_model(plan).train(), PairDataset(dataset, "train")
     optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
     rates = [group["lr"] for group in optimizer.param_groups]
     sampler = EpochBatchSampler(items=len(items), batch_size=training.batch_size, seed=training.seed)
@@ -565,7 +565,7 @@ def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, want
     precision, before = torch.get_float32_matmul_precision(), inductor.deterministic
     inductor.deterministic = False
     try:
-        set_threads(plan)
+        set_up_torch(plan)
         assert inductor.deterministic == expected
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -595,8 +595,8 @@ def test_what_changes_no_result():
 def test_bfloat16_network(dataset):
     """Everything in bfloat16, as on a GPU with precision bf16-true."""
     plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
-    model = starting_model(plan).to(torch.bfloat16)
-    counts, missing, tokens = data_of(plan).train_set.batch(range(4))
+    model = build_starting_model(plan).to(torch.bfloat16)
+    counts, missing, tokens = build_data(plan).train_set.batch(range(4))
     loss = model.loss(compute_model_input(counts, missing), tokens)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -737,7 +737,7 @@ def test_find_lr_steps_by_hand(dataset):
         np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
         assert len(found.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
-        model, items = starting_model(plan).eval(), PairDataset(dataset, "train")
+        model, items = build_starting_model(plan).eval(), PairDataset(dataset, "train")
         sampler = EpochBatchSampler(items=len(items), batch_size=12, seed=plan.training.seed)
         expected = []
         for epoch in range(20):

@@ -14,7 +14,7 @@ from test_resume import HEARD, command, in_group_of, listens
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.console import exit_on_bad_request
 from cxt.signals import STATUS
-from cxt.trainer.training_state import saves_of
+from cxt.trainer.training_state import list_training_states
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc whether a process listens yet")
 
@@ -114,7 +114,7 @@ CODE = """if True:
         ("trainer.fit", "write_checkpoint", "SIGHUP"),  # when it is trained
         ("checkpoints.run_directory", "atomic_file", "SIGINT"),  # as it publishes
         ("train", "Machines", "SIGTERM"),  # before it waits for other machines
-        ("trainer.fit", "data_of", "SIGUSR1"),  # as it reads
+        ("trainer.fit", "build_data", "SIGUSR1"),  # as it reads
     ],
 )
 def test_where_nothing_is_to_be_saved(arguments, tmp_path, module, name, number):
@@ -126,7 +126,7 @@ def test_where_nothing_is_to_be_saved(arguments, tmp_path, module, name, number)
     assert said.count(f"stopped by {number}") == 1
     assert "the same command goes on from what is saved" in said
     assert not (tmp_path / "x.ckpt").exists()
-    assert name != "data_of" or not (tmp_path / "run").exists()
+    assert name != "build_data" or not (tmp_path / "run").exists()
     said = ends(start("-m", "cxt.train", *arguments), 0)
     assert "which is gone" not in said  # it has let go of its locks
     assert (tmp_path / "x.ckpt").exists()
@@ -139,7 +139,7 @@ def test_while_it_saves(arguments, tmp_path):
     said = ends(start("-c", code, *arguments), 130)
     assert said.count("stopped by SIGINT") == 1
     assert "stopped by SIGINT at step 8; the same command continues from step 8" in said  # that after the one it was saving
-    assert [path.name for path in saves_of(RunDirectory(tmp_path / "run"))] == ["step=8.ckpt", "step=7.ckpt"]
+    assert [path.name for path in list_training_states(RunDirectory(tmp_path / "run"))] == ["step=8.ckpt", "step=7.ckpt"]
 
 
 # Other commands

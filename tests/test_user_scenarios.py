@@ -18,7 +18,7 @@ from cxt.config.variants import check_variants, scenario_of, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.workflow.jobs import check_plan, variant_of
+from cxt.workflow.jobs import check_plan, find_variant
 
 EXAMPLES = REPOSITORY / "config" / "examples"
 DEMES = {
@@ -51,7 +51,7 @@ def config_with(**scenarios) -> dict:
 
 
 def spec_of(**scenario) -> dict:
-    return variant_of(config_with(mine=scenario), "mine").spec
+    return find_variant(config_with(mine=scenario), "mine").spec
 
 
 def test_combinations_are_taken_together():

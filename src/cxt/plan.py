@@ -70,7 +70,7 @@ def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
 
 def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
-    variants = jobs.variants_of(config, dataset["scenarios"])
+    variants = jobs.list_variants(config, dataset["scenarios"])
     split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
     found = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
@@ -137,7 +137,7 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     counts: dict[str, int] = {}
     for (variant, _), count in batches.items():
         counts[variant] = counts.get(variant, 0) + count
-    part = _simulation_part([(jobs.variant_of(config, variant), count) for variant, count in counts.items()], costs)
+    part = _simulation_part([(jobs.find_variant(config, variant), count) for variant, count in counts.items()], costs)
     decoding = {
         kind: total / costs.flops_per_second("decoding", gpu=kind == "gpu") / 3600 if total else 0.0
         for kind, total in flops.items()
@@ -161,7 +161,7 @@ def plan(config: dict, costs: Costs) -> dict:
         If a model has less than one batch on its devices.
     """
     names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
-    used = [(variant, variant.simulations) for variant in jobs.variants_of(config, names)]
+    used = [(variant, variant.simulations) for variant in jobs.list_variants(config, names)]
     simulate = _simulation_part(used, costs)
     return {
         "simulations": simulate["simulations"],
@@ -205,7 +205,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
     """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
     rows = []
     for name in config["scenarios"]:
-        variants = jobs.variants_of(config, [name])
+        variants = jobs.list_variants(config, [name])
         for group in [[variant] for variant in variants] if all_variants else [variants]:
             costed = [(variant, costs.simulation(variant.spec)) for variant in group]
             known = [(variant, cost["seconds"]) for variant, cost in costed if cost]
@@ -259,7 +259,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
     if stretched:
         out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
     every = [
-        variant.spec for variant in jobs.variants_of(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
+        variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
     ]
     out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")

@@ -149,7 +149,7 @@ def differences(old: dict, new: dict) -> str:
 
 
 def run_to_open(args) -> tuple[Path, Path | None]:
-    """The run directory that is asked for, and a save in it to continue from (None: the newest)."""
+    """The run directory that is asked for, and a training state in it to continue from (None: the newest)."""
     if args.resume == "latest" and args.run_dir is not None and RunDirectory(args.run_dir).state() is None:
         raise BadRequest(f"nothing to resume: there is no run in {args.run_dir}; leave --resume out to start one")
     if args.resume == "auto" and args.run_dir is None:
@@ -157,10 +157,10 @@ def run_to_open(args) -> tuple[Path, Path | None]:
     if isinstance(args.resume, str) and args.resume not in ("latest", "auto"):
         path = Path(args.resume)
         if not path.exists():
-            raise BadRequest(f"--resume {path}: there is no such run or save")
+            raise BadRequest(f"--resume {path}: there is no such run or training state")
         found, save = (path, None) if path.is_dir() else (path.parent.parent, path)
         if save is not None and save.parent.name != "checkpoints":
-            raise BadRequest(f"--resume {path}: expected a run directory, or a save in the checkpoints/ of one")
+            raise BadRequest(f"--resume {path}: expected a run directory, or a training state in the checkpoints/ of one")
         if args.run_dir is not None and Path(args.run_dir).resolve() != found.resolve():
             raise BadRequest(f"--resume {path} is not in --run-dir {args.run_dir}; leave one of the two out")
         return found, save
@@ -349,12 +349,12 @@ def deadline_of(args, began: float) -> float | None:
 def train_beside(args, *, began: float) -> Path:
     """The same in a process that another one of this machine has started for one of its devices."""
     follow()
-    from cxt.trainer.fit import data_of, fit
+    from cxt.trainer.fit import build_data, fit
 
     plan, _ = plan_of(args)
     plan = dataclasses.replace(plan, deadline=deadline_of(args, began))
     run = RunDirectory(os.environ[RUN_DIRECTORY_OF_RANK_0])
-    fit(plan, run, data_of(plan))
+    fit(plan, run, build_data(plan))
     return run.path
 
 
@@ -386,7 +386,9 @@ def train_on_machine(args, machines: Machines, *, began: float) -> Path:
             plan = dataclasses.replace(plan, deadline=deadline_of(args, began), wanted_save=save)
             run_plan(plan, run, machines, identity=identity, settings=settings_of(args), stale=stale)
         elif save is not None:
-            raise BadRequest(f"--resume {save}: {run.path} is finished; leave the save out, or start afresh with --restart")
+            raise BadRequest(
+                f"--resume {save}: {run.path} is finished; leave the training state out, or start afresh with --restart"
+            )
         elif machines.rank == 0:
             print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
         if machines.rank == 0:
@@ -410,10 +412,10 @@ def let_go_at_the_end(run: RunDirectory):
 
 def run_plan(plan, run: RunDirectory, machines: Machines, *, identity: dict, settings: dict, stale: str | None) -> None:
     """Read the data, set what is *stale* aside when all machines have read theirs, and train."""
-    from cxt.trainer.fit import data_of, fit
+    from cxt.trainer.fit import build_data, fit
 
     try:
-        data = data_of(plan)
+        data = build_data(plan)
         machines.gather("read")
     except (BadRequest, Failed):
         if machines.rank == 0:

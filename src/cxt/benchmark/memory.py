@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 
-def peak_of(work: Callable[[], object], device: str) -> int:
+def measure_peak_memory(work: Callable[[], object], device: str) -> int:
     """Bytes of tensors at the peak of *work*: on a GPU of all that are held, on a CPU of those that *work* makes.
 
     The process's own memory tells little on a CPU: what is freed stays with the process for a while.

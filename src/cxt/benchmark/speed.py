@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.benchmark.memory import peak_of
+from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import dense_loss
 from cxt.config.settings import START_TOKEN, AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.grid import Grid
@@ -192,9 +192,9 @@ def bench_training(
     Returns
     -------
     dict
-        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as `memory.peak_of`
-        has it), waiting (fraction of time); with *compare*, ratio (of items per second, median of the turns), ratios,
-        dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
+        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as
+        `measure_peak_memory` has it), waiting (fraction of time); with *compare*, ratio (of items per second, median
+        of the turns), ratios, dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
     """
     precision = training.precision if device == "cuda" else "32-true"
     torch.manual_seed(1)
@@ -223,7 +223,7 @@ def bench_training(
             result |= differences(model, plain, dense, next(loader), precision=autocast, device=device)
         for name, steps in contenders.items():
             steps(2)  # compiles, and fills the caches
-            result[f"{name}memory_bytes"] = peak_of(lambda steps=steps: steps(1), device)
+            result[f"{name}memory_bytes"] = measure_peak_memory(lambda steps=steps: steps(1), device)
         each = {name: steps.timed(1) for name, steps in contenders.items()}
         count = max(1, int(1.0 / each[""]))  # steps of a turn: a second or so
         turns = max(3, int(seconds / (count * sum(each.values()))))
@@ -313,7 +313,7 @@ def bench_decoding(
         first = next(loader)
         x = compute_model_input(first.counts, first.missing)
         decoder = Decoder(model, replicates=replicates, seed=1)
-        result["memory_bytes"] = peak_of(lambda: decoder.decode(x), device)
+        result["memory_bytes"] = measure_peak_memory(lambda: decoder.decode(x), device)
         finish(device)
         began, done = time.perf_counter(), 0
         while done < (pairs or 1) or (pairs is None and time.perf_counter() - began < seconds):

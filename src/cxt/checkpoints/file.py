@@ -7,7 +7,7 @@
     cxt checkpoint export broad --out exported
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
-loads under `weights_only=True`. The trainer's own saves hold more, and are read as well. So are files of the original
+loads under `weights_only=True`. Training states hold more, and are read as well. So are files of the original
 package, as `cxt.checkpoints.published` says, and exported directories.
 """
 
@@ -73,7 +73,7 @@ def _read_torch_file(path):
 
 
 def read_checkpoint(path) -> Checkpoint:
-    """Read a checkpoint, a save of the trainer's, an exported directory by its config.json, or a file of the original package.
+    """Read a checkpoint, a training state, an exported directory by its config.json, or a file of the original package.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def read_checkpoint(path) -> Checkpoint:
             weights = {key.removeprefix("model."): value for key, value in weights.items()}
             for key, name in (("step", "global_step"), ("epoch", "epoch")):
                 if type(content.get(name)) is not int:
-                    raise BadRequest(f"it is a save of the trainer's without its {name}")
+                    raise BadRequest(f"it is a training state without its {name}")
                 record[key] = content[name]
     except BadRequest as error:
         raise BadRequest(f"checkpoint {path} cannot be used: {error}") from None

@@ -74,7 +74,7 @@ def _find_checkpoint_of_run(path: Path, *, best: bool) -> Path:
         return run.best
     finished = run.finished_checkpoint()
     if finished is None and (run.state() or {}).get("finished"):
-        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last save", file=sys.stderr)
+        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state", file=sys.stderr)
     for file in (finished, run.last):
         if file is not None and file.is_file():
             if best:
@@ -100,9 +100,9 @@ def _check_path(name_or_path) -> Path:
 def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     """The file of a checkpoint given by name, by path, or by the run directory or the exported directory that it is in.
 
-    Of a run directory, the finished weights or else the last save; with *best*, those of the lowest validation loss. Of an
-    exported directory, its config.json, which knows its weights by digest. A name is looked up as `<name>.ckpt` in
-    $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+    Of a run directory, the finished weights or else those of the last training state; with *best*, those of the lowest
+    validation loss. Of an exported directory, its config.json, which knows its weights by digest. A name is looked up as
+    `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
 
     Raises
     ------

@@ -40,7 +40,7 @@ class RunDirectory:
 
     @property
     def last(self) -> Path:
-        """The save that an interrupted run continues from."""
+        """The training state that an interrupted run continues from."""
         return self.checkpoints / "last.ckpt"
 
     @property

@@ -6,7 +6,7 @@ from pathlib import Path
 from cxt.config.file import load
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
-from cxt.workflow.runs import prune, runs_of, table_of
+from cxt.workflow.runs import list_runs, prune, table_of
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         raise BadRequest("--yes is for --prune")
-    runs = runs_of(args.directory, load(args.configfile))
+    runs = list_runs(args.directory, load(args.configfile))
     if args.prune:
         prune(runs, yes=args.yes)
     else:

@@ -199,7 +199,7 @@ class ProcessLoader(_TimedLoader, DataLoader):
             if isinstance(error, OSError | EOFError) or "DataLoader worker" in str(error):
                 raise Failed(
                     f"a process that simulates has ended ({first_line(error)}); the machine may have run out of memory: "
-                    "the same command with fewer --workers goes on from the last save"
+                    "the same command with fewer --workers goes on from the last training state"
                 ) from error
             raise
 

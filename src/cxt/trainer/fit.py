@@ -32,7 +32,7 @@ from cxt.seeds import torch_seed
 from cxt.trainer.log import TrainingLog, read_log
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule, compile_backend
-from cxt.trainer.training_state import AtomicIO, Saves, save_to_continue
+from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
 from cxt.trainer.validation import DecodedItems, Validation, truth_beside_prediction
 
 SAVE_OF_RANK_0 = "CXT_SAVE"
@@ -56,7 +56,7 @@ class Plan:
     lineage : digest of everything the checkpoint depends on, or None
     max_steps : optimizer steps after which training ends, whatever the epochs say; None for no limit
     deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
-    wanted_save : the save to continue from; None for the newest
+    wanted_save : the training state to continue from; None for the newest
     """
 
     name: str
@@ -164,7 +164,7 @@ class Plan:
         )
 
 
-def data_of(plan: Plan) -> DataModule:
+def build_data(plan: Plan) -> DataModule:
     """The items that a run trains on and is validated with: read, or to be simulated."""
     grid, training = plan.grid, plan.training
     settings = {
@@ -189,7 +189,7 @@ def data_of(plan: Plan) -> DataModule:
     return DataModule(train, test, **settings)
 
 
-def starting_model(plan: Plan) -> CoalescenceModel:
+def build_starting_model(plan: Plan) -> CoalescenceModel:
     """The network before its first step: random weights from the seed, then the parent's where there is one."""
     torch.manual_seed(torch_seed(plan.training.seed, "weights"))
     model = build_model(plan.network, plan.adapter)
@@ -203,7 +203,7 @@ def starting_model(plan: Plan) -> CoalescenceModel:
     return model
 
 
-def summary_of(plan: Plan, model: CoalescenceModel) -> dict:
+def build_summary(plan: Plan, model: CoalescenceModel) -> dict:
     """model_summary.json: what will be trained, on what, for how long, and what it takes."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -273,7 +273,7 @@ def trainer_of(plan: Plan, run: RunDirectory, callbacks: list) -> pl.Trainer:
         max_epochs=training.epochs,
         min_epochs=0,
         max_steps=plan.total_steps,
-        check_val_every_n_epoch=training.epochs + 1,  # never: `Saves` validates, at optimizer steps
+        check_val_every_n_epoch=training.epochs + 1,  # never: `StateSaver` validates, at optimizer steps
         accumulate_grad_batches=training.grad_accum,
         gradient_clip_val=training.grad_clip or None,
         use_distributed_sampler=False,
@@ -302,7 +302,7 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def set_threads(plan: Plan) -> None:
+def set_up_torch(plan: Plan) -> None:
     """Torch's threads, and how exact its matrix products on a GPU are in 32-bit parts."""
     torch.set_num_threads(plan.training.threads)
     if plan.world > 1:
@@ -326,7 +326,7 @@ def fit(
     identity: dict | None = None,
     settings: dict | None = None,
 ) -> None:
-    """Train to the end, or from the last save to the end; rank 0 writes the finished checkpoint and its figures.
+    """Train to the end, or from the last training state to the end; rank 0 writes the finished checkpoint and its figures.
 
     *identity* and *settings* are recorded in the run directory, unless the run has begun before. The first process of a machine
     gives all three; those it has started for its other devices give none.
@@ -334,15 +334,15 @@ def fit(
     Raises
     ------
     BadRequest
-        If none of the saves can be read, or this machine does not see the one to continue from.
+        If none of the training states can be read, or this machine does not see the one to continue from.
     Failed
-        If loss, gradient or weights are not finite, memory runs out, or a save cannot be written (status 1); after a signal
-        (143; 130 for SIGINT) or when the time is up (75), saved.
+        If loss, gradient or weights are not finite, memory runs out, or a training state cannot be written (status 1); after
+        a signal (143; 130 for SIGINT) or when the time is up (75), saved.
     """
     quieten()
-    set_threads(plan)
+    set_up_torch(plan)
     training = plan.training
-    model = starting_model(plan)
+    model = build_starting_model(plan)
     record = plan.record()
     module = TrainingModule(model, training, record=record, total_steps=plan.total_steps)
     log = TrainingLog(
@@ -357,19 +357,19 @@ def fit(
         run, plan.name, log, record=record, items=items, seed=training.seed, steps_per_epoch=plan.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
-    saves = Saves(
+    state_saver = StateSaver(
         run, plan.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
-        total_steps=plan.total_steps, validates=plan.validates_after, before=log.stop_if_bad, deadline=plan.deadline,
+        total_steps=plan.total_steps, validates=plan.validates_after, refuse=log.stop_if_bad, deadline=plan.deadline,
     )  # fmt: skip
-    trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, saves])
+    trainer = trainer_of(plan, run, [Reseed(training.seed), log, validation, state_saver])
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's would take the place of ours
     last = None
     if trainer.is_global_zero:
-        summary = summary_of(plan, model)
+        summary = build_summary(plan, model)
         announce(plan, summary)
         if run.state() is None:
             run.start(identity, settings, grid=dataclasses.asdict(plan.grid), summary=summary)
-        last = save_to_continue(run, plan.name, wanted=plan.wanted_save)
+        last = find_state_to_continue(run, plan.name, wanted=plan.wanted_save)
         if last is not None:
             print(f"{plan.name}: continuing from {last}", flush=True)
     if machines is not None:
@@ -377,7 +377,7 @@ def fit(
     last = os.environ[SAVE_OF_RANK_0] or None
     if last is not None and not os.path.exists(last):
         raise BadRequest(f"this machine does not see {last}, to continue from; all need the file system of the run directory")
-    with saves.listening():
+    with state_saver.listening():
         run_trainer(trainer, plan, module, data, last)
     if trainer.global_step != plan.total_steps and not validation.stopped:
         raise RuntimeError(f"{plan.name}: training stopped at step {trainer.global_step} of {plan.total_steps}")

@@ -58,7 +58,7 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
     """
     import pytorch_lightning as pl
 
-    from cxt.trainer.fit import data_of, quieten, set_threads, starting_model
+    from cxt.trainer.fit import build_data, build_starting_model, quieten, set_up_torch
     from cxt.trainer.module import Reseed, TrainingModule
 
     search, peak = Search(), plan.training.lr
@@ -84,8 +84,8 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
             self.batches.clear()
 
     quieten()
-    set_threads(plan)
-    module = TrainingModule(starting_model(plan), plan.training, record={}, total_steps=plan.total_steps)
+    set_up_torch(plan)
+    module = TrainingModule(build_starting_model(plan), plan.training, record={}, total_steps=plan.total_steps)
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
             accelerator=plan.accelerator,
@@ -104,5 +104,5 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
             enable_model_summary=False,
             default_root_dir=directory,
         )
-        trainer.fit(module, data_of(plan))
+        trainer.fit(module, build_data(plan))
     return search

@@ -31,7 +31,7 @@ class TrainingLog(Callback):
     """Rows of training_log.csv, lines of progress, and the guard against numbers that are not finite.
 
     A gradient is looked at before the optimizer uses it: always on a CPU; on a GPU, where looking costs time, at every row
-    and before every save, after the fact but before anything is kept.
+    and before a training state is saved, after the fact but before anything is kept.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ class TrainingLog(Callback):
             self.stop_if_bad(trainer)
 
     def stop_if_bad(self, trainer) -> None:
-        """Failed if a loss or gradient was not finite; called before every save."""
+        """Failed if a loss or gradient was not finite; called before a training state is saved."""
         step = int(self._first_bad)
         if step < 0:
             return
@@ -105,8 +105,8 @@ class TrainingLog(Callback):
             raise Failed("", status=0, agreed=True)  # what is looked at is the same on all ranks; the first one says so
         raise Failed(
             f"{self.name}: loss or gradient are not finite at step {step}. {self._items_of(trainer, step)}. Nothing of this "
-            "step was saved: the same command continues from the last save, and would end here again. Try a lower learning "
-            "rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
+            "step was saved: the same command continues from the last training state, and would end here again. Try a lower "
+            "learning rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
             agreed=True,
         )
 

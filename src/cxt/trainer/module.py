@@ -107,7 +107,7 @@ def loss_function(model: CoalescenceModel, training: TrainingConfig):
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains a CoalescenceModel, plain or with an adapter; *record* goes into every save."""
+    """Trains a CoalescenceModel, plain or with an adapter; *record* goes into every training state."""
 
     def __init__(self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Saves of a run in progress: when they are made, how they are written, and which one a run continues from.
+"""Training states: when they are saved, how they are written, and which one an interrupted run continues from.
 
-Always at an optimizer step, since a save inside an accumulation window would not be exact; clocks and signals only say that
-one is due. Before a validation the save says that it is still to be done, so that what is continued validates as well.
+A training state holds weights, optimizer, counters and random numbers. It is saved between two optimizer steps only, since one
+inside an accumulation window would not be exact; clocks and signals only say that one is due. A state that is saved before a
+validation says that it is still to be done, so that what continues from it validates as well.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -30,7 +32,7 @@ NOTHING, SAVE, STOP = 0, 1, 2
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes a save under a temporary name, flushes it to disk and renames it; reads none that is not as it was written.
+    """Writes a training state under a temporary name, flushes it and renames it; reads none that is not as it was written.
 
     Through memory, since torch says of a full disk only that something was not where it should be.
     """
@@ -43,7 +45,7 @@ class AtomicIO(TorchCheckpointIO):
             with open_verified(path, sealed=True) as file:
                 return torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UNREADABLE as error:
-            raise BadRequest(f"the save {path} cannot be read ({first_line(error)}); repeat the command") from None
+            raise BadRequest(f"the training state {path} cannot be read ({first_line(error)}); repeat the command") from None
 
 
 def validate_now(trainer: pl.Trainer) -> None:
@@ -58,24 +60,47 @@ def validate_now(trainer: pl.Trainer) -> None:
     trainer._logger_connector._first_loop_iter = first_loop_iter
 
 
-class Saves(Callback):
-    """Saves every so many steps and minutes, when a signal or the budget ends the run, and before each validation it runs.
+class StateSaver(Callback):
+    """Saves training states: every so many steps or minutes, when a signal or the budget ends the run, and before validations.
+
+    It also runs the validations, so that they fall between two optimizer steps.
 
     Parameters
     ----------
-    run : its directory; saves are `checkpoints/step=S.ckpt`, and `last.ckpt` is a link to the newest
-    every_steps, every_minutes : whichever is reached first; 0 minutes = never by time
-    keep : saves that are kept
-    total_steps : of the whole run
-    validates : whether there is a validation after a step
-    deadline : of `time.monotonic`, after which the run saves and ends with status 75; None for none
-    before : called with the trainer before each save, to refuse it
+    run : RunDirectory
+        States are `checkpoints/step=S.ckpt`, and `last.ckpt` is a link to the newest.
+    name : str
+        Of the checkpoint, for messages.
+    every_steps : int
+        Optimizer steps between states.
+    every_minutes : float
+        The same in time, whichever is reached first; 0 = never by time.
+    keep : int
+        States that are kept.
+    total_steps : int
+        Optimizer steps of the whole run.
+    validates : callable
+        Whether there is a validation after a step.
+    refuse : callable
+        Called with the trainer before each state is saved; raises if it must not be.
+    deadline : float, optional
+        Time of `time.monotonic` after which the run saves and ends with status 75.
     """
 
     def __init__(
-        self, run: RunDirectory, name: str, *, every_steps, every_minutes, keep, total_steps, validates, before, deadline=None
+        self,
+        run: RunDirectory,
+        name: str,
+        *,
+        every_steps: int,
+        every_minutes: float,
+        keep: int,
+        total_steps: int,
+        validates: Callable[[int], bool],
+        refuse: Callable[[pl.Trainer], None],
+        deadline: float | None = None,
     ):
-        self.run, self.name, self.validates, self.before = run, name, validates, before
+        self.run, self.name, self.validates, self.refuse = run, name, validates, refuse
         self.every_steps, self.every_seconds, self.keep = every_steps, 60 * every_minutes, keep
         self.total_steps, self.deadline = total_steps, deadline
         self._signal = None
@@ -97,21 +122,21 @@ class Saves(Callback):
         for progress in map(checkpoint["loops"]["fit_loop"]["epoch_progress"].get, ("total", "current")):
             progress["ready"] = progress["started"] = progress["processed"] + 1
 
-    def _asked(self, number: int, frame) -> None:
+    def _take_note(self, number: int, frame) -> None:
         if ends_at_once() and not self._stepped:  # it may be compiling for minutes
             end(number)
         self._signal = number
 
     @contextlib.contextmanager
     def listening(self):
-        """Take note of signals while this lasts, instead of ending; what other processes lead variants them to those.
+        """Take note of signals while this lasts, instead of ending; a process that another one leads leaves them to that.
 
         A command that ends with an exception is not to be interrupted before it has said why.
         """
         if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
             yield
             return
-        before = listen(signal.SIG_IGN if is_led() else self._asked)
+        before = listen(signal.SIG_IGN if is_led() else self._take_note)
         try:
             yield
         except BaseException:
@@ -171,23 +196,23 @@ class Saves(Callback):
             self._stop(trainer, self._signal)
 
     def _save(self, trainer, step: int) -> None:
-        self.before(trainer)
+        self.refuse(trainer)
         path = self.run.checkpoints / f"step={step}.ckpt"
         try:
             trainer.save_checkpoint(path)
         except OSError as error:
-            raise Failed(f"{self.name}: {self._not_saved(step, error)}") from error
+            raise Failed(f"{self.name}: {self._describe_failure(step, error)}") from error
         self._saved_at, self._saved_step = time.monotonic(), step
         if trainer.is_global_zero:
             atomic_link(self.run.last, path.name)
-            for old in saves_of(self.run)[self.keep :]:
+            for old in list_training_states(self.run)[self.keep :]:
                 old.unlink(missing_ok=True)
 
-    def _not_saved(self, step: int, error: Exception) -> str:
-        kept = saves_of(self.run)
-        before = f"the save of {kept[0].stem} is intact" if kept else "nothing was saved before"
+    def _describe_failure(self, step: int, error: Exception) -> str:
+        kept = list_training_states(self.run)
+        intact = f"the training state of {kept[0].stem} is intact" if kept else "nothing was saved before"
         return (
-            f"step {step} could not be saved in {self.run.checkpoints}: {first_line(error)}; {before}. "
+            f"step {step} could not be saved in {self.run.checkpoints}: {first_line(error)}; {intact}. "
             "Make room and run the same command again"
         )
 
@@ -195,67 +220,83 @@ class Saves(Callback):
         """End the run; the status is rank 0's alone, since a rank that fails before it would have it killed."""
         if not trainer.is_global_zero:
             raise Failed("", status=0, agreed=True)
-        where = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
-        why = f"stopped by {signal.Signals(number).name}" if number else "its time is up"
+        start = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
+        reason = f"stopped by {signal.Signals(number).name}" if number else "its time is up"
         raise Failed(
-            f"{self.name}: {why} at step {trainer.global_step}; the same command continues from {where}",
+            f"{self.name}: {reason} at step {trainer.global_step}; the same command continues from {start}",
             status=STATUS[number] if number else OUT_OF_TIME,
             agreed=True,
         )
 
 
-def saves_of(run: RunDirectory) -> list[Path]:
-    """The saves of a run, newest first."""
-    found = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in run.checkpoints.glob("step=*.ckpt")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: -int(found[path][1]))
+def list_training_states(run: RunDirectory) -> list[Path]:
+    """The training states of a run that can be continued from, newest first."""
+    matches = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in run.checkpoints.glob("step=*.ckpt")}
+    steps = {path: int(match[1]) for path, match in matches.items() if match}
+    return sorted(steps, key=lambda path: -steps[path])
 
 
-def _damage(path: Path) -> str | None:
-    """Why a save cannot be read, or None."""
+def _find_damage(path: Path) -> str | None:
+    """Why a training state cannot be read, or None."""
     try:
         with open_verified(path, sealed=True) as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         return first_line(error)
-    return None if isinstance(content, dict) and "loops" in content else "it is not one of the trainer's saves"
+    return None if isinstance(content, dict) and "loops" in content else "it is no training state"
 
 
-def save_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None) -> Path | None:
-    """The newest save that can be read, or None if there is none; *wanted* asks for one save.
+def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None) -> Path | None:
+    """The training state to continue a run from.
 
-    What a killed process has left half-made is removed, and newer saves than *wanted*, since they will be made again.
+    What a killed process has left half-made is removed, and newer states than *wanted*, since they will be made again.
+
+    Parameters
+    ----------
+    run : RunDirectory
+        Locked by this process.
+    name : str
+        Of the checkpoint, for messages.
+    wanted : Path, optional
+        The state that is asked for; the newest that can be read without it.
+
+    Returns
+    -------
+    Path or None
+        None if nothing was saved.
 
     Raises
     ------
     BadRequest
-        If none of the saves that there are can be read, or not the one wanted.
+        If none of the states that there are can be read, or not the one wanted.
     """
     for temporary in run.checkpoints.glob("*.tmp"):
         temporary.unlink()
     if wanted is not None:
         wanted = wanted.resolve()
-        if wanted not in [path.resolve() for path in saves_of(run)]:
-            there = ", ".join(path.name for path in saves_of(run)) or "none"
-            raise BadRequest(f"{wanted} is not one of the saves of {run.path}; there are: {there}")
-        if (damage := _damage(wanted)) is not None:
+        states = list_training_states(run)
+        if wanted not in [path.resolve() for path in states]:
+            names = ", ".join(path.name for path in states) or "none"
+            raise BadRequest(f"{wanted} is not one of the training states of {run.path}; there are: {names}")
+        if (damage := _find_damage(wanted)) is not None:
             raise BadRequest(f"{wanted} cannot be continued from: {damage}")
     problems = []
-    for path in saves_of(run):
+    for path in list_training_states(run):
         if wanted is not None and path.resolve() != wanted:
             if not problems:
                 print(f"{name}: {path.name} is left aside and will be made again", flush=True)
             path.unlink()
             continue
-        if (damage := _damage(path)) is None:
+        if (damage := _find_damage(path)) is None:
             for newer in problems:
                 print(f"{name}: {newer}; going on from the one before", flush=True)
             atomic_link(run.last, path.name)
             return path
-        problems.append(f"the save {path} cannot be read ({damage})")
+        problems.append(f"the training state {path} cannot be read ({damage})")
     if problems:
         raise BadRequest(
             f"{name}: "
             + "; ".join(problems)
-            + f"; no earlier save is left. To start afresh, delete {run.path} or use --restart"
+            + f"; no earlier training state is left. To start afresh, delete {run.path} or use --restart"
         )
     return None

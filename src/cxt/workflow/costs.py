@@ -18,7 +18,7 @@ from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, variants_of
+from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, list_variants
 from cxt.workflow.resources import training_threads
 
 SHIPPED = Path(__file__).with_name("costs.json")
@@ -204,7 +204,7 @@ def reached(config: dict) -> list[Variant]:
     """Every variant that a dataset or an evaluation of *config* uses."""
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
-    return variants_of(config, [name for name in config["scenarios"] if name in names])
+    return list_variants(config, [name for name in config["scenarios"] if name in names])
 
 
 def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = LONGEST, progress=print) -> None:
@@ -225,7 +225,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
                 if "path" in m
                 else draw_synthetic_mask(m, seed=1)
             )
-    used = {name: {variant.name for variant in variants_of(config, d["scenarios"])} for name, d in config["datasets"].items()}
+    used = {name: {variant.name for variant in list_variants(config, d["scenarios"])} for name, d in config["datasets"].items()}
     for variant in reached(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
         lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})

@@ -20,14 +20,14 @@ from cxt.scenarios.seeds import check_shared_ancestry
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
 
-def variants_of(config: dict, scenarios: list[str]) -> list[Variant]:
+def list_variants(config: dict, scenarios: list[str]) -> list[Variant]:
     """The variants of several scenarios."""
     return [variant for name in scenarios for variant in variants(name, config["scenarios"][name])]
 
 
-def variant_of(config: dict, name: str) -> Variant:
+def find_variant(config: dict, name: str) -> Variant:
     """The variant called *name*."""
-    return next(variant for variant in variants_of(config, [scenario_of(name)]) if variant.name == name)
+    return next(variant for variant in list_variants(config, [scenario_of(name)]) if variant.name == name)
 
 
 def check_plan(config: dict) -> None:
@@ -40,10 +40,10 @@ def check_plan(config: dict) -> None:
         ancestry, or a model has less than one batch.
     """
     check_scenarios(config)
-    counted = [(variant.spec, all_batches(config, variant)) for variant in variants_of(config, list(config["scenarios"]))]
+    counted = [(variant.spec, all_batches(config, variant)) for variant in list_variants(config, list(config["scenarios"]))]
     check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
-        for variant in variants_of(config, dataset["scenarios"]):
+        for variant in list_variants(config, dataset["scenarios"]):
             if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
@@ -75,7 +75,7 @@ def check_plan(config: dict) -> None:
 def items(config: dict, dataset: str, split: str) -> int:
     """Training examples in one split of a dataset."""
     entry = config["datasets"][dataset]
-    simulations = sum(count_in_split(0, variant.simulations, split) for variant in variants_of(config, entry["scenarios"]))
+    simulations = sum(count_in_split(0, variant.simulations, split) for variant in list_variants(config, entry["scenarios"]))
     return items_per_simulation(config, dataset) * simulations
 
 
@@ -137,7 +137,7 @@ def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
     """{variant: (simulations, batch)} of a dataset."""
     return {
         variant.name: (variant.simulations, variant.batch)
-        for variant in variants_of(config, config["datasets"][dataset]["scenarios"])
+        for variant in list_variants(config, config["datasets"][dataset]["scenarios"])
     }
 
 

@@ -17,8 +17,8 @@ from cxt.workflow.jobs import (
     evaluation_scenarios,
     evaluation_spec,
     evaluation_starts,
+    list_variants,
     mask_spec,
-    variants_of,
 )
 from cxt.workflow.paths import batch_path
 
@@ -50,7 +50,7 @@ def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, spli
 
 def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
     """{variant: (simulations, batch, lineage of its shards)} of a dataset."""
-    variants = variants_of(config, config["datasets"][dataset]["scenarios"])
+    variants = list_variants(config, config["datasets"][dataset]["scenarios"])
     return {
         variant.name: (variant.simulations, variant.batch, combine_shard_lineages(shard_lineages(config, dataset, variant)))
         for variant in variants
@@ -69,7 +69,7 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
 
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, in no particular order of scenarios."""
-    variants = variants_of(config, config["datasets"][name]["scenarios"])
+    variants = list_variants(config, config["datasets"][name]["scenarios"])
     return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 

@@ -1,7 +1,7 @@
 """Memory and threads that the workflow's jobs ask the scheduler for."""
 
 from cxt.config.file import model_config, training_config
-from cxt.workflow.jobs import devices, variants_of
+from cxt.workflow.jobs import devices, list_variants
 
 
 def preprocessing_memory_mb(config: dict, dataset: str, simulations: int, tree_bytes: float) -> int:
@@ -21,7 +21,7 @@ def training_memory_mb(config: dict, name: str) -> int:
     Per region, as `PairDataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
-    simulations = sum(variant.simulations for variant in variants_of(config, dataset["scenarios"]))
+    simulations = sum(variant.simulations for variant in list_variants(config, dataset["scenarios"]))
     windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
     per_region = 1.2 * dataset["pairs"] * windows + 20_000 * (samples / 8 + 1) + 2 * windows * samples
     return 4000 * max(1, devices(config, name)) + int(1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.errors import BadRequest
 from cxt.io import is_locked
-from cxt.trainer.training_state import saves_of
+from cxt.trainer.training_state import list_training_states
 from cxt.workflow.lineages import run_directory
 
 
@@ -34,12 +34,12 @@ def state_of(run: RunDirectory, *, in_use: bool) -> str:
         return "damaged"
     if state["finished"]:
         return "finished" if run.finished_checkpoint() else "finished, its checkpoint is gone"
-    saves = saves_of(run)
-    saved = f"saved at {saves[0].stem.replace('=', ' ')}" if saves else "nothing saved"
+    states = list_training_states(run)
+    saved = f"saved at {states[0].stem.replace('=', ' ')}" if states else "nothing saved"
     return f"{'training' if in_use else 'interrupted'}, {saved}"
 
 
-def runs_of(directory: Path, config: dict) -> list[Run]:
+def list_runs(directory: Path, config: dict) -> list[Run]:
     """All run directories below *directory*, by name."""
     wanted = {Path(run_directory(config, model)).name: model for model in config["models"]}
     found = []
