@@ -194,7 +194,8 @@ def bench_training(
     dict
         items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as
         `measure_peak_memory` has it), waiting (fraction of time); with *compare*, ratio (of items per second, median
-        of the turns), ratios, dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to the largest gradient.
+        of the turns), ratios, dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference,
+        relative to the largest gradient.
     """
     precision = training.precision if device == "cuda" else "32-true"
     torch.manual_seed(1)
