@@ -359,6 +359,7 @@ def test_workflow_with_a_map(cache, tmp_path):
     assert "cannot be fetched" in refused.stderr
 
 
+@pytest.mark.slow
 def test_workflow_fetches_a_map(cache, tmp_path):
     """A local rule fetches it, once, before the simulations that need it."""
     found = genetic_map(SPEC)

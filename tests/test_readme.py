@@ -5,6 +5,7 @@ import shlex
 import shutil
 
 import yaml
+import pytest
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
 from cxt.configfile import load
@@ -62,6 +63,7 @@ def test_start_from_published_checkpoints(tmp_path):
     run_python("-c", "import cxt; cxt.load_model('broad_epoch=1-step=5280.ckpt'); cxt.load_model('exported')", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_benchmarks(tmp_path):
     lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python -m cxt.bench")]
     assert len(lines) == 2
@@ -89,6 +91,7 @@ def test_a_checkpoint_of_ones_own_is_planned(tmp_path):
     assert "train_narrow" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_paper_commands_are_planned(tmp_path):
     commands = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("snakemake") and "paper.yaml" in line]
     assert len(commands) == 2
