@@ -4,8 +4,8 @@ import re
 import shlex
 import shutil
 
-import yaml
 import pytest
+import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
 from cxt.configfile import load
