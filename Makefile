@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-resume test-fuzz lint format clean
+.PHONY: help run all test test-resume test test-all-fuzz lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -43,6 +43,10 @@ test-fuzz: $(VENV)/installed-dev
 
 # Passive, because the threads of several tests share the cores.
 test: $(VENV)/installed-dev
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30 -m "not slow"
+
+# The slow ones too.
+test-all: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30
 
 lint: $(VENV)/installed-dev

@@ -212,9 +212,22 @@ def test_bad_input(change, message):
         pair_features(**arguments)
 
 
-def test_windows_of_no_width_are_refused_by_targets():
-    with pytest.raises(ValueError, match="window_size is 0"):
-        pair_log_tmrca(simulate(seed=1), PAIRS, window_size=0, sequence_length=100_000)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"window_size": 0}, "window_size is 0"),
+        ({"window_size": "2000"}, "window_size is '2000', expected a number"),
+        ({"window_size": None}, "window_size is None, expected a number"),
+        ({"sequence_length": "1e5"}, "sequence_length is '1e5', expected a number"),
+        ({"sequence_length": float("nan")}, "sequence_length is nan"),
+    ],
+)
+def test_sizes_that_are_none(sizes, message):
+    ts, sizes = simulate(seed=1), {"window_size": 2000, "sequence_length": 100_000} | sizes
+    with pytest.raises(ValueError, match=message):
+        pair_log_tmrca(ts, PAIRS, **sizes)
+    with pytest.raises(ValueError, match=message):
+        pair_features(ts.genotype_matrix(), ts.sites_position, PAIRS, **sizes)
 
 
 def test_coordinates_of_a_chromosome():

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 
+import pytest
 import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
@@ -67,6 +68,7 @@ def test_start_from_published_checkpoints(tmp_path):
     run_python("-c", "import cxt; cxt.load_model('broad_epoch=1-step=5280.ckpt'); cxt.load_model('exported')", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_benchmarks(tmp_path):
     found = commands("cxt bench")
     assert len(found) == 2
@@ -93,6 +95,7 @@ def test_a_checkpoint_of_ones_own_is_planned(tmp_path):
     assert "train_narrow" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_paper_commands_are_planned(tmp_path):
     found = [words for words in commands("snakemake") if any("paper.yaml" in word for word in words)]
     assert len(found) == 2

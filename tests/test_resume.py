@@ -219,7 +219,7 @@ MATRIX = [
     for accumulation in (1, 3)
     for ranks in (1, 2)
 ]  # fmt: skip
-FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2)]
+FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1)]
 ONCE_EACH = [("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1)]
 
 

@@ -5,6 +5,7 @@ bin c of that channel in every window that covers it. Windows of several widths 
 and look to the right. All scales are differences of one cumulative sum, and XNOR is what XOR leaves of all sites.
 """
 
+import numbers
 import warnings
 
 import numpy as np
@@ -23,7 +24,10 @@ def count_windows(*, window_size: int, sequence_length: float) -> int:
     ValueError
         If *window_size* is no whole number above 0, or *sequence_length* no number above 0.
     """
-    if isinstance(window_size, bool) or not (1 <= window_size < np.inf and window_size == int(window_size)):
+    for name, value in (("window_size", window_size), ("sequence_length", sequence_length)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ValueError(f"{name} is {value!r}, expected a number of base pairs")
+    if not (1 <= window_size < np.inf and window_size == int(window_size)):
         raise ValueError(f"window_size is {window_size}, expected a whole number of base pairs, at least 1")
     if not 0 < sequence_length < np.inf:
         raise ValueError(f"sequence_length is {sequence_length}, expected a number of base pairs above 0")

@@ -180,13 +180,14 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_lengt
         *sequence_length*.
     """
     pairs = check_pairs(pairs, ts.num_samples)
+    windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if ts.sequence_length < sequence_length:
         raise BadRequest(
             f"the tree sequence is {ts.sequence_length:.0f} bp long, {sequence_length:.0f} were asked for; "
             "lower the dataset's sequence_length or simulate longer sequences"
         )
     check_times(ts)
-    total = np.zeros((len(pairs), count_windows(window_size=window_size, sequence_length=sequence_length)))
+    total = np.zeros((len(pairs), windows))
     several_roots_at = _sweep(
         (ts.edges_left, ts.edges_right, ts.edges_parent, ts.edges_child),
         ts.indexes_edge_insertion_order,
