@@ -114,7 +114,8 @@ def simulated(name: str, seed: int | None = None) -> tskit.TreeSequence:
         )
     tables = ts.dump_tables()
     tables.metadata_schema = METADATA
-    identity = {"scenario": "bench", "index": 1, "seed": 1, "spec": {"name": name}, "mutation_rate": 1e-8}
+    rates = {"mutation_rate": 1e-8, "recombination_rate": 1e-8}
+    identity = {"scenario": "bench", "index": 1, "seed": 1, "spec": {"name": name}, **rates}
     tables.metadata = {"cxt": identity}
     return tables.tree_sequence()
 

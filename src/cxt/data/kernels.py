@@ -8,8 +8,6 @@ import warnings
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
 
 def compiled(function):
@@ -73,74 +71,23 @@ def _accumulate_both(differ, total, agree, samples):
 
     Rows beyond the last window repeat its sum, so that windows of any scale end inside.
     """
+    differ_sum, agree_sum = np.zeros(samples, differ.dtype), np.zeros(samples, differ.dtype)
     agree[:samples] = 0
     for begin in range(0, len(total), samples):
-        middle, end = begin + samples, begin + 2 * samples
-        differ_before, differ_here = differ[begin:middle], differ[middle:end]
-        agree_before, agree_here = agree[begin:middle], agree[middle:end]
-        all_here = total[begin:middle]
+        all_row = total[begin : begin + samples]
+        differ_row, agree_row = differ[begin + samples : begin + 2 * samples], agree[begin + samples : begin + 2 * samples]
         for v in range(samples):
-            count = differ_here[v]
-            differ_here[v] = differ_before[v] + count
-            agree_here[v] = agree_before[v] + all_here[v] - count
-    for begin in range(len(total), len(differ) - samples, samples):
-        for sums in (differ, agree):
-            sums[begin + samples : begin + 2 * samples] = sums[begin : begin + samples]
-
-
-LINE = 64  # bytes that processors read and write at once
-
-
-@intrinsic
-def _subtract_line(typing_context, above, below, out, i):
-    """out[i + v] = above[i + v] - below[i + v] for the places v of one line of *out*, past the processor's caches.
-
-    A batch is larger than they are: storing it through them would first read from memory all that is overwritten.
-    Place i must begin a line.
-    """
-
-    def code(context, builder, signature, arguments):
-        counts, results = signature.args[0].dtype, signature.args[2].dtype
-        places = LINE * 8 // results.bitwidth
-
-        def line_of(argument, dtype):
-            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
-            line = ir.VectorType(context.get_data_type(dtype), places)
-            return line, builder.bitcast(builder.gep(array.data, [arguments[3]]), line.as_pointer())
-
-        operands = [builder.load(line_of(argument, counts)[1], align=counts.bitwidth // 8) for argument in (0, 1)]
-        line, target = line_of(2, results)
-        difference = builder.sub(*operands)
-        if isinstance(results, numba.types.Float):
-            difference = builder.sitofp(difference, line)
-        stored = builder.store(difference, target, align=LINE)
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
-        return context.get_dummy_value()
-
-    return numba.types.void(above, below, out, i), code
-
-
-@intrinsic
-def _all_stored(typing_context):
-    """Whoever is told from here on that something is done finds all that was stored before, by `_subtract_line` too."""
-
-    def code(context, builder, signature, arguments):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return numba.types.void(), code
+            differ_sum[v] += differ_row[v]
+            agree_sum[v] += all_row[v] - differ_row[v]
+            differ_row[v], agree_row[v] = differ_sum[v], agree_sum[v]
+    for begin in range(len(total) + samples, len(differ), samples):
+        differ[begin : begin + samples] = differ_sum
+        agree[begin : begin + samples] = agree_sum
 
 
 @compiled
 def _subtract(above, below, out):
-    places = LINE // out.itemsize
-    begin = min(len(out), (-out.ctypes.data % LINE) // out.itemsize)
-    end = begin + (len(out) - begin) // places * places
-    for i in range(begin):
-        out[i] = above[i] - below[i]
-    for i in range(begin, end, places):
-        _subtract_line(above, below, out, i)
-    for i in range(end, len(out)):
+    for i in range(len(out)):
         out[i] = above[i] - below[i]
 
 
@@ -194,7 +141,6 @@ def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, o
     _accumulate_both(differ, total, agree, samples)
     _all_scales(differ, scales, out[0])
     _all_scales(agree, scales, out[1])
-    _all_stored()
 
 
 @compiled

@@ -18,7 +18,7 @@ SimulationResult = tuple[tskit.TableCollection, dict]
 
 
 def build_ancestry_model(spec: dict) -> msprime.AncestryModel | None:
-    """msprime's model for a scenario's `build_ancestry_model`; None is the Hudson coalescent."""
+    """msprime's model for a scenario's `ancestry_model`; None is the Hudson coalescent."""
     return msprime.SMCK(k=1) if spec.get("ancestry_model") == "smc_prime" else None
 
 
