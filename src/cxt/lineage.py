@@ -1,13 +1,9 @@
 """What makes a result stale: the digest of a stage's version, its settings, its parents and its external inputs.
 
-A stage's version is raised when a change of code changes its output. A test keeps the digest of the code of each stage
-and fails after a change until someone has decided: raise the version here, or record that the output is the same
-(`python -m cxt.lineage > tests/stage_digests.json`).
+A stage's version is raised when a change of code changes its output. tests/test_stage_outputs.py holds every stage's output
+on a small input, and fails after such a change.
 """
 
-import argparse
-import ast
-import json
 import os
 import shlex
 from pathlib import Path
@@ -17,46 +13,6 @@ from cxt.io import digest
 
 STAGE_VERSION = {"simulate": 3, "preprocess": 4, "train": 3, "evaluate": 3}
 """Raise one of these and everything from that stage on is made again."""
-
-STAGE_SOURCES = {
-    "simulate": ("seeds.py", "scenarios.py", "demographies.py", "catalogue.py", "kinds.py", "simulate.py"),
-    "preprocess": ("kernel.py", "features.py", "targets.py", "data_ranges.py", "store.py", "masks.py", "preprocess.py"),
-    "train": (
-        "seeds.py",
-        "kernel.py",
-        "features.py",
-        "targets.py",
-        "dataset.py",
-        "live.py",
-        "attention.py",
-        "model.py",
-        "adapter.py",
-        "datamodule.py",
-        "training.py",
-        "saves.py",
-        "validation.py",
-        "fit.py",
-        "source.py",
-        "parents.py",
-        "train.py",
-    ),
-    "evaluate": (
-        "seeds.py",
-        "kernel.py",
-        "features.py",
-        "targets.py",
-        "preprocess.py",
-        "attention.py",
-        "model.py",
-        "adapter.py",
-        "sampling.py",
-        "generation.py",
-        "decode.py",
-        "metrics.py",
-        "evaluate.py",
-    ),
-}
-"""The modules whose code decides a stage's output."""
 
 
 def stage_lineage(stage: str, *parts) -> str:
@@ -78,41 +34,6 @@ def check_lineage(what: str, *, found: str | None, planned: str | None, target) 
 def describe_difference(found: str | None, planned: str) -> str:
     """What was found instead of the lineage *planned*, in words."""
     return f"its lineage is {found}, expected {planned}" if found else f"it has no lineage, expected {planned}"
-
-
-def _shape(node) -> object:
-    """A syntax tree as nested lists, without docstrings and without what differs between versions of Python."""
-    if isinstance(node, list):
-        return [_shape(item) for item in node if not _is_docstring(item)]
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = [
-        [name, _shape(value)]
-        for name, value in ast.iter_fields(node)
-        if value not in (None, []) and name not in ("type_params", "type_ignores", "type_comment", "kind", "ctx")
-    ]
-    return [type(node).__name__, fields]
-
-
-def _is_docstring(node) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-
-def code_digests() -> dict:
-    """{stage: {"version", "code"}} with the digest of each stage's syntax trees; comments and docstrings do not count."""
-    here = Path(__file__).parent
-    result = {}
-    for stage, modules in STAGE_SOURCES.items():
-        trees = [_shape(ast.parse((here / module).read_text(encoding="utf-8"))) for module in modules]
-        result[stage] = {"version": STAGE_VERSION[stage], "code": digest(trees)}
-    return result
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(
-        prog="python -m cxt.lineage", description="Print the digests of each stage's code, for tests/stage_digests.json."
-    ).parse_args()
-    print(json.dumps(code_digests(), indent=2))
 
 
 RESULTS = "results"
