@@ -10,6 +10,7 @@ from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import dense_loss, dense_mask
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import compute_model_input
+from cxt.model import attention
 from cxt.model.attention import build_rotary_table, flexible_attention, rotate, split_attention
 from cxt.trainer.module import loss_function
 
@@ -37,16 +38,20 @@ def tensors(length, width, seed=1):
 
 # The published width of a head, 100, is no multiple of 8; 300 positions are several blocks of the kernel.
 @pytest.mark.parametrize(("prefix", "length", "width"), [(5, 10, 6), (6, 10, 100), (9, 9, 8), (1, 7, 4), (140, 300, 100)])
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("way", ["merged", "square"])
-def test_values_and_gradients(prefix, length, width, last, way, monkeypatch):
-    if last and prefix == length:
+@pytest.mark.parametrize("targets_only", [False, True])
+@pytest.mark.parametrize("way", ["merged", "square", "fallback"])
+def test_values_and_gradients(prefix, length, width, targets_only, way, monkeypatch):
+    if targets_only and prefix == length:
         pytest.skip("there would be nothing to compute")
     if way == "square":  # what is compiled, and what a GPU runs
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif way == "fallback":  # a torch without the private kernels
+        monkeypatch.setattr(attention, "has_cpu_flash_kernels", lambda: False)
+    else:
+        assert attention.has_cpu_flash_kernels()
     parts = tensors(length, width)
-    expected = dense_attention(*parts, prefix)[:, :, prefix if last else 0 :]
-    found = split_attention(*parts, prefix, last=last)
+    expected = dense_attention(*parts, prefix)[:, :, prefix if targets_only else 0 :]
+    found = split_attention(*parts, prefix, targets_only=targets_only)
     torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     wanted = torch.autograd.grad(expected, parts, gradient.double())
@@ -54,20 +59,43 @@ def test_values_and_gradients(prefix, length, width, last, way, monkeypatch):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("missing", ["forward", "backward", "signature"])
+def test_private_kernels_that_torch_has_changed(missing, monkeypatch):
+    """They are tried before they are used, and the two public calls give the same to rounding."""
+    name = "_scaled_dot_product_flash_attention_for_cpu" + ("_backward" if missing == "backward" else "")
+
+    def refuse(*args, **kwargs):
+        raise AttributeError(name) if missing != "signature" else TypeError("unexpected argument")
+
+    parts = tensors(30, 20)
+    expected = split_attention(*parts, 13, targets_only=False)
+    monkeypatch.setattr(torch.ops.aten, name, refuse)
+    attention.has_cpu_flash_kernels.cache_clear()
+    try:
+        assert not attention.has_cpu_flash_kernels()
+        found = split_attention(*parts, 13, targets_only=False)
+    finally:
+        monkeypatch.undo()
+        attention.has_cpu_flash_kernels.cache_clear()
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
 def test_half_precision():
     parts = [part.detach().bfloat16() for part in tensors(30, 20)]
-    found = split_attention(*parts, 13, last=False)
+    found = split_attention(*parts, 13, targets_only=False)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
 
 
 @needs_compiler
-@pytest.mark.parametrize("last", [False, True])
-def test_flex_attention(last):
+@pytest.mark.parametrize("targets_only", [False, True])
+def test_flex_attention(targets_only):
     """Values only: on a CPU it has no gradients."""
     parts = [part.detach() for part in tensors(300, 100)]
-    expected = dense_attention(*parts, 140)[:, :, 140 if last else 0 :]
-    torch.testing.assert_close(flexible_attention(*parts, 140, last=last).double(), expected, atol=2e-6, rtol=1e-5)
+    expected = dense_attention(*parts, 140)[:, :, 140 if targets_only else 0 :]
+    torch.testing.assert_close(
+        flexible_attention(*parts, 140, targets_only=targets_only).double(), expected, atol=2e-6, rtol=1e-5
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -75,9 +75,9 @@ class Block(nn.Module):
         self.norm_mlp = LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, last: bool = False) -> torch.Tensor:
-        attended = self.attention(self.norm_attention(x), table, prefix, last=last)
-        x = (x[:, prefix:] if last else x) + attended
+    def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
+        attended = self.attention(self.norm_attention(x), table, prefix, targets_only=targets_only)
+        x = (x[:, prefix:] if targets_only else x) + attended
         return x + self.mlp(self.norm_mlp(x))
 
 
@@ -116,11 +116,11 @@ class Backbone(nn.Module):
             self.rotary = self._rotary_table(self.rotary.device)
         return self
 
-    def _block(self, block: Block, h: torch.Tensor, prefix: int, *, last: bool = False) -> torch.Tensor:
+    def _block(self, block: Block, h: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
         table = self.rotary[:, : h.shape[1]]
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, table, prefix, last=last, use_reentrant=False)
-        return block(h, table, prefix, last=last)
+            return checkpoint(block, h, table, prefix, targets_only=targets_only, use_reentrant=False)
+        return block(h, table, prefix, targets_only=targets_only)
 
     def states(self, x: torch.Tensor, y: torch.Tensor, *, everywhere: bool = False) -> torch.Tensor:
         """What the head reads, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
@@ -136,7 +136,7 @@ class Backbone(nn.Module):
             h = self._block(block, h, prefix)
         # The sources' last states are read by nothing.
         if prefix == windows and not everywhere:
-            return self.norm(self._block(self.blocks[-1], h, prefix, last=True))
+            return self.norm(self._block(self.blocks[-1], h, prefix, targets_only=True))
         h = self._block(self.blocks[-1], h, prefix)
         return self.norm(h if everywhere else h[:, windows:])
 
