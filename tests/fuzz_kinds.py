@@ -40,9 +40,11 @@ from cxt.data.shards import read_shard
 from cxt.errors import BadRequest, Failed
 from cxt.plan import plan, report
 from cxt.scenarios.indices import SPLITS
-from cxt.train import plan_of, train_model
 from cxt.trainer.fit import build_starting_model
 from cxt.trainer.flags import build_parser
+from cxt.trainer.options import build_options
+from cxt.trainer.request import build_request
+from cxt.trainer.train_model import train_model
 from cxt.trainer.training_state import find_state_to_continue
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import Costs
@@ -467,9 +469,9 @@ class Checkpoints:
             args = build_parser(exit_on_error=False).parse_args(
                 [*words, verb, str(path), "--dataset-path", str(self.home / f"n{samples}"), *more]
             )
-            found = attempt(plan_of, args)
-            if found is not None:
-                attempt(build_starting_model, found[0])
+            request = attempt(build_request, build_options(vars(args)))
+            if request is not None:
+                attempt(build_starting_model, request)
 
     def _continue(self, directory: Path, did: dict, refusals: Refusals) -> None:
         """Continue the run whose newest save is damaged: from it, if it is what it was, or from the one before."""

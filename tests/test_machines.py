@@ -505,8 +505,7 @@ def test_what_one_machine_cannot_do_ends_all(arguments, tmp_path):
     held.release()
 
 
-def test_torchrun_is_refused(arguments, tmp_path, monkeypatch):
-    monkeypatch.delenv("CXT_RUN_DIRECTORY", raising=False)  # of a run in this process
+def test_torchrun_is_refused(arguments, tmp_path):
     done = run_python("-m", "cxt.train", *arguments, "--run-dir", tmp_path / "run", env={"LOCAL_RANK": "0"}, check=False)
     assert done.returncode == 2
     assert "LOCAL_RANK is set, as by torchrun; start one process on each machine" in done.stderr

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import json
 import os
 import shutil
@@ -32,12 +33,13 @@ from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
 from cxt.io import acquire_lock
 from cxt.seeds import torch_seed
-from cxt.train import plan_of
 from cxt.trainer import learning_rate_search
-from cxt.trainer.fit import build_data, build_starting_model, set_up_torch, trainer_of
+from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
 from cxt.trainer.flags import build_parser
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.module import learning_rate_factor, parameter_groups
+from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, read_options
+from cxt.trainer.request import RunRequest, build_request
 from cxt.trainer.training_state import list_training_states
 from cxt.trainer.validation import Validation
 from cxt.workflow.lineages import run_directory
@@ -114,7 +116,7 @@ def test_from_python(finished, dataset, tmp_path):
     run = cxt.train_model(config, run_dir=tmp_path / "run", out=tmp_path / "x.ckpt")
     assert run == tmp_path / "run"
     assert (tmp_path / "x.ckpt").read_bytes() == (finished / "broad.ckpt").read_bytes()
-    with pytest.raises(BadRequest, match="unknown flag --epoch; did you mean '--epochs'"):
+    with pytest.raises(BadRequest, match="unknown option epoch; did you mean 'epochs'"):
         cxt.train_model(config, epoch=3)
     with pytest.raises(BadRequest, match="epochs"):
         cxt.train_model(config, epochs="many")
@@ -335,9 +337,14 @@ def test_clipping(dataset, tmp_path, monkeypatch):
     assert row["grad_norm"] > 1e-3  # before clipping
 
 
+def request_for(*arguments) -> RunRequest:
+    """What the command line of a run asks for."""
+    return build_request(read_options([*map(str, arguments)]))
+
+
 def starting(dataset):
-    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
-    return build_starting_model(plan).state_dict()
+    request = request_for(*SMALL, "--dataset-path", dataset)
+    return build_starting_model(request).state_dict()
 
 
 # Validation
@@ -485,9 +492,9 @@ def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatc
 
 def plain_losses(dataset, arguments) -> list[float]:
     """Ten optimizer steps without Lightning and without any of our callbacks."""
-    plan, _ = plan_of(build_parser().parse_args([*map(str, arguments)]))
-    training = plan.training
-    model, items = build_starting_model(plan).train(), PairDataset(dataset, "train")
+    request = request_for(*arguments)
+    training = request.training
+    model, items = build_starting_model(request).train(), PairDataset(dataset, "train")
     optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
     rates = [group["lr"] for group in optimizer.param_groups]
     sampler = EpochBatchSampler(items=len(items), batch_size=training.batch_size, seed=training.seed)
@@ -498,7 +505,7 @@ def plain_losses(dataset, arguments) -> list[float]:
         for first in range(0, len(batches), training.grad_accum):
             window, total = batches[first : first + training.grad_accum], torch.zeros(())
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * learning_rate_factor(len(losses), training, total_steps=plan.total_steps)
+                group["lr"] = rate * learning_rate_factor(len(losses), training, total_steps=request.total_steps)
             for chosen in window:
                 torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
                 number += 1
@@ -557,22 +564,20 @@ def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, want
     """What is asked of torch and Lightning; whether a GPU then repeats itself, only one can show."""
     import torch._inductor.config as inductor
 
-    plan, _ = plan_of(
-        build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset), "--deterministic", str(wanted)])
-    )
-    plan = dataclasses.replace(plan, accelerator=accelerator)
+    request = request_for(*SMALL, "--dataset-path", dataset, "--deterministic", wanted)
+    request = dataclasses.replace(request, accelerator=accelerator)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.setattr("cxt.trainer.fit.pl.Trainer", dict)
     precision, before = torch.get_float32_matmul_precision(), inductor.deterministic
     inductor.deterministic = False
     try:
-        set_up_torch(plan)
+        set_up_torch(request)
         assert inductor.deterministic == expected
     finally:
         torch.set_float32_matmul_precision(precision)
         inductor.deterministic = before
     assert torch.utils.deterministic.fill_uninitialized_memory != expected
-    assert trainer_of(plan, RunDirectory(tmp_path), [])["deterministic"] == ("warn" if expected else False)
+    assert build_trainer(request, RunDirectory(tmp_path), [])["deterministic"] == ("warn" if expected else False)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="breaks g++")
@@ -595,9 +600,9 @@ def test_what_changes_no_result():
 
 def test_bfloat16_network(dataset):
     """Everything in bfloat16, as on a GPU with precision bf16-true."""
-    plan, _ = plan_of(build_parser().parse_args([*map(str, SMALL), "--dataset-path", str(dataset)]))
-    model = build_starting_model(plan).to(torch.bfloat16)
-    counts, missing, tokens = build_data(plan).train_set.batch(range(4))
+    request = request_for(*SMALL, "--dataset-path", dataset)
+    model = build_starting_model(request).to(torch.bfloat16)
+    counts, missing, tokens = build_data(request).train_set.batch(range(4))
     loss = model.loss(compute_model_input(counts, missing), tokens)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -733,13 +738,13 @@ def test_find_lr_steps_by_hand(dataset):
     """One point for every optimizer step, in whichever way accumulation divides an epoch's batches, with the loss by hand."""
     for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
         arguments = ["--dataset-path", str(dataset), *map(str, SMALL), "--batch-size", "12", "--grad-accum", str(accumulate)]
-        plan, _ = plan_of(build_parser().parse_args([*arguments, "--dropout", "0"]))
-        found = learning_rate_search.find_lr(plan, lowest=1e-12, highest=1e-11, num_steps=20)
+        request = request_for(*arguments, "--dropout", "0")
+        found = learning_rate_search.find_lr(request, lowest=1e-12, highest=1e-11, num_steps=20)
         np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
         assert len(found.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
-        model, items = build_starting_model(plan).eval(), PairDataset(dataset, "train")
-        sampler = EpochBatchSampler(items=len(items), batch_size=12, seed=plan.training.seed)
+        model, items = build_starting_model(request).eval(), PairDataset(dataset, "train")
+        sampler = EpochBatchSampler(items=len(items), batch_size=12, seed=request.training.seed)
         expected = []
         for epoch in range(20):
             sampler.set_epoch(epoch)
@@ -766,3 +771,29 @@ def test_search_for_a_learning_rate():
     assert not search.add(1.0, 1e6)
     assert not learning_rate_search.Search().add(1e-3, float("nan"))
     assert learning_rate_search.Search(rates=[1e-3] * 12, losses=[1.0] * 12).suggestion() is None
+
+
+def test_arguments_of_train_model_are_the_flags():
+    """The same names as on the command line, in a signature that an editor knows."""
+    parameters = inspect.signature(cxt.train_model).parameters
+    flags = {action.dest for action in build_parser()._actions} - {"help", "config", "print_config"}
+    assert parameters.keys() - {"config", "unknown"} == flags == {*OPTIONS, *TRAINING_SETTINGS}
+    assert all(parameters[name].default is None for name in flags)
+
+
+def test_training_leaves_the_environment_alone(dataset, tmp_path, monkeypatch):
+    """In a user's process, also when it fails."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("NODE_RANK", "0")
+    before = dict(os.environ)
+    settings = {
+        "layers": 1, "heads": 2, "width": 16, "threads": 1, "devices": 0, "dataset_path": dataset, "batch_size": 4,
+        "grad_accum": 1, "max_steps": 2, "decode_items": 1,
+    }  # fmt: skip
+    cxt.train_model(**settings, run_dir=tmp_path / "run")
+    assert dict(os.environ) == before
+    with pytest.raises(BadRequest, match="there is no dataset directory"):
+        cxt.train_model(**settings | {"dataset_path": tmp_path / "nowhere"}, run_dir=tmp_path / "none")
+    with pytest.raises(Failed, match="not finite"):
+        cxt.train_model(**settings, lr=1e30, warmup_steps=0, run_dir=tmp_path / "bad")
+    assert dict(os.environ) == before

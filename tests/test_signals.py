@@ -113,7 +113,7 @@ CODE = """if True:
     [
         ("trainer.fit", "write_checkpoint", "SIGHUP"),  # when it is trained
         ("checkpoints.run_directory", "atomic_file", "SIGINT"),  # as it publishes
-        ("train", "Machines", "SIGTERM"),  # before it waits for other machines
+        ("trainer.launch", "Machines", "SIGTERM"),  # before it waits for other machines
         ("trainer.fit", "build_data", "SIGUSR1"),  # as it reads
     ],
 )

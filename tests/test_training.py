@@ -26,7 +26,7 @@ from cxt.data.loaders import EpochBatchSampler
 from cxt.errors import BadRequest
 from cxt.trainer.log import read_log
 from cxt.trainer.module import learning_rate_factor
-from cxt.trainer.parents import OF_THE_ADAPTER
+from cxt.trainer.parents import ADAPTER_FLAGS
 
 SMALL = [
     "--model",
@@ -149,7 +149,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
 
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr("cxt.trainer.module.new_optimizer", on_a_gpu)
-    monkeypatch.setattr("cxt.trainer.fit.Plan.precision", "bf16-mixed")
+    monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"
     train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", "--grad-clip", 0.01, "--out", out)
@@ -428,7 +428,7 @@ def test_a_child_takes_the_sizes_of_its_parent(parent, adapter_parent, dataset, 
         theirs.layers, theirs.heads, theirs.width, theirs.dropout,
     ]  # fmt: skip
     assert f"note: layers {theirs.layers}, heads {theirs.heads}, width {theirs.width}" in said.err
-    assert not OF_THE_ADAPTER.keys() & printed.keys()
+    assert not ADAPTER_FLAGS.keys() & printed.keys()
     train(monkeypatch, *plain, "--resume-adapter", adapter_parent)
     printed = yaml.safe_load(capsys.readouterr().out)
     theirs = read_checkpoint(adapter_parent).adapter
@@ -446,9 +446,9 @@ def test_a_plain_run_knows_nothing_of_adapters(dataset, tmp_path, monkeypatch, c
     assert "min_delta 0.1 has no meaning without patience" in said
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
-    assert not OF_THE_ADAPTER.keys() & (settings.keys() | identity["settings"].keys())
+    assert not ADAPTER_FLAGS.keys() & (settings.keys() | identity["settings"].keys())
     assert "min_delta" not in identity["settings"]
-    old = settings | {name: default for name, default in OF_THE_ADAPTER.items() if default is not None} | {"patience": None}
+    old = settings | {name: default for name, default in ADAPTER_FLAGS.items() if default is not None} | {"patience": None}
     (tmp_path / "old.yaml").write_text(yaml.safe_dump(old))
     train(monkeypatch, "--config", tmp_path / "old.yaml", "--run-dir", tmp_path / "run")
     assert "is finished: publishing its checkpoint again" in capsys.readouterr().out

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cxt.data.features import pair_features
     from cxt.data.pair_dataset import PairDataset
     from cxt.data.targets import pair_log_tmrca
-    from cxt.train import train_model
+    from cxt.trainer.train_model import train_model
 
     __version__: str
 
@@ -21,7 +21,7 @@ _MODULE_OF = {
     "load_model": "cxt.checkpoints.load",
     "pair_features": "cxt.data.features",
     "pair_log_tmrca": "cxt.data.targets",
-    "train_model": "cxt.train",
+    "train_model": "cxt.trainer.train_model",
 }
 __all__ = ["PairDataset", "__version__", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
 

@@ -9,9 +9,10 @@ from cxt.config.bounds import MOST
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import check_writable
-from cxt.train import plan_of
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.trainer.learning_rate_search import find_lr
+from cxt.trainer.learning_rate_search import Search, find_lr
+from cxt.trainer.options import build_options
+from cxt.trainer.request import RunRequest, build_request
 
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
@@ -22,12 +23,12 @@ def add_flags(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=str | None, help="draw loss against learning rate into this file, .png")
 
 
-def draw(plan, found, suggestion: float, path) -> None:
+def draw(request: RunRequest, search: Search, suggestion: float, path) -> None:
     """The figure of a search."""
     from cxt.evaluation.figures import draw_learning_rates
 
-    title = f"{plan.name}: suggested learning rate {suggestion:.2g}"
-    draw_learning_rates(found.rates, found.losses, suggestion, path, title=title)
+    title = f"{request.name}: suggested learning rate {suggestion:.2g}"
+    draw_learning_rates(search.rates, search.losses, suggestion, path, title=title)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,20 +43,20 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
     if args.plot is not None:
         check_writable(args.plot)
-    plan, _ = plan_of(args)
-    found = find_lr(plan, lowest=args.lowest, highest=args.highest, num_steps=args.num_steps)
-    suggestion = found.suggestion()
+    request = build_request(build_options(vars(args)))
+    search = find_lr(request, lowest=args.lowest, highest=args.highest, num_steps=args.num_steps)
+    suggestion = search.suggestion()
     if suggestion is None:
         raise Failed(
-            f"the loss grew too much after {len(found.losses)} of {args.num_steps} steps, too few to see where it falls: raise "
-            "--num-steps, or lower --highest"
+            f"the loss grew too much after {len(search.losses)} of {args.num_steps} steps, too few to see where it falls: "
+            "raise --num-steps, or lower --highest"
         )
     print(
         f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)",
         flush=True,
     )
     if args.plot is not None:
-        lost = try_drawing(lambda: draw(plan, found, suggestion, args.plot))
+        lost = try_drawing(lambda: draw(request, search, suggestion, args.plot))
         if lost:
             raise Failed(f"{args.plot} could not be drawn ({lost})")
         print(f"drawn: {args.plot}")

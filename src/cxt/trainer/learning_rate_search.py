@@ -11,6 +11,8 @@ import tempfile
 
 import numpy as np
 
+from cxt.trainer.request import RunRequest
+
 SMOOTHING = 0.98
 """Weight of the past in the average of losses."""
 
@@ -47,23 +49,31 @@ class Search:
         return float(rates[known][np.gradient(losses[known], rates[known]).argmin()])
 
 
-def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
+def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: int) -> Search:
     """Train for *num_steps* optimizer steps, each at a higher learning rate, or until the loss grows.
 
     Parameters
     ----------
-    plan : of the run, `cxt.trainer.fit.Plan`; one device of it is used
-    lowest, highest : learning rates of the first and the last step, which grow by a constant factor
-    num_steps : optimizer steps, as in the run: each of grad_accum batches, the last of an epoch of those that are left
+    request : RunRequest
+        Of the run that a learning rate is wanted for; one device of it is used.
+    lowest, highest : float
+        Learning rates of the first and the last step, which grow by a constant factor.
+    num_steps : int
+        Optimizer steps, as in the run: each of grad_accum batches, the last of an epoch of those that are left.
+
+    Returns
+    -------
+    Search
+        Learning rate and loss of each step.
     """
     import pytorch_lightning as pl
 
     from cxt.trainer.fit import build_data, build_starting_model, quieten, set_up_torch
     from cxt.trainer.module import Reseed, TrainingModule
 
-    search, peak = Search(), plan.training.lr
+    search, peak = Search(), request.training.lr
 
-    def rate_of(step: int) -> float:
+    def compute_rate(step: int) -> float:
         return lowest * (highest / lowest) ** (step / (num_steps - 1))
 
     class Raise(pl.Callback):
@@ -74,35 +84,35 @@ def find_lr(plan, *, lowest: float, highest: float, num_steps: int) -> Search:
 
         def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
             for group in trainer.optimizers[0].param_groups:  # the backbone's share of an adapter's stays
-                group["lr"] = group["initial_lr"] * rate_of(trainer.global_step) / peak
+                group["lr"] = group["initial_lr"] * compute_rate(trainer.global_step) / peak
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-            self.batches.append(float(outputs["loss"]) * plan.training.grad_accum)  # by which Lightning divides it
+            self.batches.append(float(outputs["loss"]) * request.training.grad_accum)  # by which Lightning divides it
             if trainer.global_step == len(search.losses):  # more batches of this step to come
                 return
-            trainer.should_stop = not search.add(rate_of(len(search.losses)), sum(self.batches) / len(self.batches))
+            trainer.should_stop = not search.add(compute_rate(len(search.losses)), sum(self.batches) / len(self.batches))
             self.batches.clear()
 
     quieten()
-    set_up_torch(plan)
-    module = TrainingModule(build_starting_model(plan), plan.training, record={}, total_steps=plan.total_steps)
+    set_up_torch(request)
+    module = TrainingModule(build_starting_model(request), request.training, record={}, total_steps=request.total_steps)
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
-            accelerator=plan.accelerator,
-            devices=plan.devices[:1] if isinstance(plan.devices, list) else 1,
-            accumulate_grad_batches=plan.training.grad_accum,
-            precision=plan.precision,
+            accelerator=request.accelerator,
+            devices=request.devices[:1] if isinstance(request.devices, list) else 1,
+            accumulate_grad_batches=request.training.grad_accum,
+            precision=request.precision,
             max_epochs=-1,  # with one epoch, a small dataset would end it before there is anything to see
             max_steps=num_steps,
             limit_val_batches=0,
-            gradient_clip_val=plan.training.grad_clip or None,
+            gradient_clip_val=request.training.grad_clip or None,
             use_distributed_sampler=False,
             logger=False,
-            callbacks=[Reseed(plan.training.seed), Raise()],
+            callbacks=[Reseed(request.training.seed), Raise()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=directory,
         )
-        trainer.fit(module, build_data(plan))
+        trainer.fit(module, build_data(request))
     return search

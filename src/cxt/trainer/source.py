@@ -5,56 +5,72 @@ from cxt.config.settings import PRESETS, TrainingConfig
 from cxt.config.variants import variants
 from cxt.data.features import SCALES
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.trainer.options import TrainingOptions
 
 
-def source_of(args) -> str:
-    """The dataset or the scenarios that a run trains on, in words."""
-    return args.dataset_path or f"--simulate {' '.join(args.simulate)}"
-
-
-def check_source(args) -> None:
+def check_source(options: TrainingOptions) -> None:
     """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
-    if (args.dataset_path is None) == (args.simulate is None):
+    if (options.dataset_path is None) == (options.simulate is None):
         raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
-    if args.simulate is None:
+    if options.simulate is None:
         for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
-        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(args, name) not in (None, [])]:
+        if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(options, name) not in (None, ())]:
             raise BadRequest(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning without --simulate")
         return
-    if args.storage != TrainingConfig().storage:
+    if options.training.storage != TrainingConfig().storage:
         raise BadRequest("--storage has no meaning with --simulate, which holds no dataset")
-    if args.max_steps is None:
+    if options.max_steps is None:
         raise BadRequest("--simulate has no end of its own: say with --max-steps how long to train")
-    if args.epochs != TrainingConfig().epochs:
+    if options.training.epochs != TrainingConfig().epochs:
         raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
-    if (args.eval_samples is None) == (args.eval_max_batches is None):
+    if (options.eval_samples is None) == (options.eval_max_batches is None):
         raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
-    if (args.eval_max_batches if args.eval_samples is None else args.eval_samples) < 1:
+    if (options.eval_max_batches if options.eval_samples is None else options.eval_samples) < 1:
         raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
 
 
-def live_source(args, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
-    """Variants of --simulate, and the manifest of what is simulated of them."""
+def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
+    """What --simulate trains on.
+
+    Parameters
+    ----------
+    options : TrainingOptions
+        Names of scenarios, overlays, and the shape of an example.
+    training : TrainingConfig
+        Its batch sizes decide how many items are simulated.
+    world : int
+        Number of devices, on all machines.
+
+    Returns
+    -------
+    tuple of list and dict
+        The parameters of each variant, and the manifest of what is simulated of them.
+
+    Raises
+    ------
+    BadRequest
+        If a scenario is unknown or cannot be simulated.
+    """
     from cxt.data.simulated import build_simulated_manifest
     from cxt.scenarios.genetic_maps import fetch_genetic_map
     from cxt.scenarios.registry import check_variant
 
-    config = load(args.configfile)
-    chosen = []
-    for name in args.simulate:
+    config = load(list(options.configfile))
+    specs: list[dict] = []
+    for name in options.simulate:
         if name not in config["scenarios"]:
             raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
-        chosen += [variant.spec for variant in variants(name, config["scenarios"][name])]
-    for variant in chosen:
-        check_variant(variant)
-        if "genetic_map" in variant:
-            fetch_genetic_map(variant)
+        specs += [variant.spec for variant in variants(name, config["scenarios"][name])]
+    for spec in specs:
+        check_variant(spec)
+        if "genetic_map" in spec:
+            fetch_genetic_map(spec)
     manifest = build_simulated_manifest(
-        chosen,
-        window_size=PRESETS[args.model].window_size if args.window_size is None else args.window_size,
-        samples=args.samples,
+        specs,
+        window_size=PRESETS[options.model].window_size if options.window_size is None else options.window_size,
+        samples=options.samples,
         scales=SCALES,
-        held_out=args.eval_max_batches * training.batch_size if args.eval_samples is None else args.eval_samples,
-        items=args.max_steps * training.batch_size * training.grad_accum * world,
+        held_out=options.eval_max_batches * training.batch_size if options.eval_samples is None else options.eval_samples,
+        items=options.max_steps * training.batch_size * training.grad_accum * world,
     )
-    return chosen, manifest
+    return specs, manifest

@@ -1,0 +1,241 @@
+"""From options to a published checkpoint: the processes and machines of a run, its directory and its locks."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_version, next_version, target_lock
+from cxt.errors import BadRequest, Failed
+from cxt.io import check_writable, is_locked
+from cxt.signals import follow, is_led, last_words
+from cxt.trainer.machines import Machines
+from cxt.trainer.options import TrainingOptions
+from cxt.trainer.request import RunRequest, build_request
+
+RUN_DIRECTORY_VARIABLE = "CXT_RUN_DIRECTORY"
+"""Environment: the run directory, for the processes that the first one of a machine starts for its other devices."""
+
+
+@contextlib.contextmanager
+def restored_environment() -> Iterator[None]:
+    """At the end of a `with` block the environment is what it was before.
+
+    While it trains, a process tells those that it starts by environment variables what they need; nobody else is to see them.
+    """
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
+def train(options: TrainingOptions, *, began: float) -> Path:
+    """Carry out one run, from options to a published checkpoint.
+
+    Parameters
+    ----------
+    options : TrainingOptions
+        What is asked for.
+    began : float
+        Time of `time.monotonic` from which `max_minutes` count.
+
+    Returns
+    -------
+    Path
+        The run directory.
+
+    Raises
+    ------
+    BadRequest
+        If what is asked for cannot be done.
+    Failed
+        If the run was begun and could not be finished.
+    """
+    if "LOCAL_RANK" in os.environ and RUN_DIRECTORY_VARIABLE not in os.environ:
+        raise BadRequest(
+            "LOCAL_RANK is set, as by torchrun; start one process on each machine without it: that one starts those of the "
+            "other devices (--devices N or --gpus)"
+        )
+    deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
+    with restored_environment():
+        if is_led():
+            return _train_other_device(options, deadline=deadline)
+        with Machines(options.nodes, directory=_choose_meeting_place(options)) as machines:
+            return _train_on_machine(options, machines, deadline=deadline)
+
+
+def _choose_meeting_place(options: TrainingOptions) -> Path:
+    """A directory that all machines see before the first one has said which run it is."""
+    run = options.run_dir or (options.resume if isinstance(options.resume, str) else None)
+    return Path(options.log_dir) if run is None else Path(run).absolute().parent
+
+
+def _train_other_device(options: TrainingOptions, *, deadline: float | None) -> Path:
+    """Train in a process that another one of this machine has started for one of its devices."""
+    follow()
+    from cxt.trainer.fit import build_data, fit
+
+    request = build_request(options)
+    run = RunDirectory(os.environ[RUN_DIRECTORY_VARIABLE])
+    fit(request, run, build_data(request), deadline=deadline)
+    return run.path
+
+
+def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline: float | None) -> Path:
+    """Train in the first process of a machine; that of the first machine decides and writes."""
+    if not options.wait_for_lock >= 0:
+        raise BadRequest(f"--wait-for-lock {options.wait_for_lock:g}: expected at least 0")
+    if options.out is not None:
+        check_writable(options.out)
+    request = build_request(options)
+    for number, identity in enumerate(machines.gather(request.identity), start=1):
+        if identity != request.identity:
+            differences = describe_differences(identity, request.identity)
+            raise BadRequest(f"machine {number} was started with {differences}, as on machine 0; they must be alike")
+    if machines.is_first:
+        path, wanted_state = choose_run(options)
+        machines.share(str(path.absolute()))
+    else:
+        path, wanted_state = Path(machines.share()), None
+    run = RunDirectory(path)
+    os.environ[RUN_DIRECTORY_VARIABLE] = str(path)
+    with _released_at_the_end(run):
+        stale = open_run(options, run, request.identity) if machines.is_first else None
+        is_finished = machines.share(stale is None and run.finished_checkpoint() is not None)
+        if not is_finished:
+            _fit(request, run, machines, stale=stale, deadline=deadline, wanted_state=wanted_state)
+        elif wanted_state is not None:
+            raise BadRequest(
+                f"--resume {wanted_state}: {run.path} is finished; leave the training state out, or start afresh with --restart"
+            )
+        elif machines.is_first:
+            print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
+        if machines.is_first:
+            print(f"finished: {run.finished_checkpoint()}", flush=True)
+            if options.out is not None:
+                run.publish(options.out)
+                print(f"published: {options.out}", flush=True)
+        machines.share()  # the others end when it is published
+    return run.path
+
+
+def _fit(
+    request: RunRequest,
+    run: RunDirectory,
+    machines: Machines,
+    *,
+    stale: str | None,
+    deadline: float | None,
+    wanted_state: Path | None,
+) -> None:
+    """Read the data, set what is *stale* aside when all machines have read theirs, and train."""
+    from cxt.trainer.fit import build_data, fit
+
+    try:
+        data = build_data(request)
+        machines.gather("read")
+    except (BadRequest, Failed):
+        if machines.is_first:
+            run.discard_if_empty()
+        raise
+    if stale is not None:
+        print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
+    fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state)
+
+
+def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
+    """The run directory that is asked for, and a training state in it to continue from (None: the newest)."""
+    if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).state() is None:
+        raise BadRequest(f"nothing to resume: there is no run in {options.run_dir}; leave --resume out to start one")
+    if options.resume == "auto" and options.run_dir is None:
+        return (newest_version if has_versions(options.log_dir) else next_version)(options.log_dir), None
+    if isinstance(options.resume, str) and options.resume not in ("latest", "auto"):
+        path = Path(options.resume)
+        if not path.exists():
+            raise BadRequest(f"--resume {path}: there is no such run or training state")
+        run, state = (path, None) if path.is_dir() else (path.parent.parent, path)
+        if state is not None and state.parent.name != "checkpoints":
+            raise BadRequest(f"--resume {path}: expected a run directory, or a training state in the checkpoints/ of one")
+        if options.run_dir is not None and Path(options.run_dir).resolve() != run.resolve():
+            raise BadRequest(f"--resume {path} is not in --run-dir {options.run_dir}; leave one of the two out")
+        return run, state
+    if options.run_dir is not None:
+        return Path(options.run_dir), None
+    return (newest_version if options.resume else next_version)(options.log_dir), None
+
+
+def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str | None:
+    """Lock the run directory, and what is to be published.
+
+    Returns
+    -------
+    str or None
+        Why what the directory holds is not this run's and must be set aside; None if it is this run's, or there is nothing.
+
+    Raises
+    ------
+    BadRequest
+        If another process has it, or what it holds can neither be continued nor set aside.
+    """
+    until = time.monotonic() + 60 * options.wait_for_lock
+    _wait_for_lock(run.lock_path, until=until)
+    run.lock()
+    if options.out is not None:
+        _wait_for_lock(target_lock(options.out), until=until)
+        run.lock_target(options.out)
+    state = run.state()
+    if state is not None and (options.restart or state["identity"] != identity):
+        before = state["identity"]
+        reason = "--restart" if options.restart else describe_differences(before, identity)
+        if options.resume:
+            raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
+        is_on_others = before | {"devices": identity["devices"]} == identity
+        if not options.restart and is_on_others and run.last.exists() and run.finished_checkpoint() is None:
+            raise BadRequest(
+                f"{run.path} was begun on {before['devices']} and cannot go on with {identity['devices']}: it would not be "
+                f"the same run. Give it {before['devices']} again, or start afresh with --restart, or, under Snakemake, by "
+                f"`rm -r {run.path}`"
+            )
+        return reason
+    if state is None and options.resume:
+        print(f"nothing to resume in {run.path}: starting from step 0", file=sys.stderr, flush=True)
+    return None
+
+
+def describe_differences(old: dict, new: dict) -> str:
+    """What differs between a run's identity and the one asked for, in words; single settings with both values."""
+    words = []
+    for key, after in new.items():
+        if key == "settings":
+            before = old.get(key, {})
+            names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+            words += [f"{name} {before.get(name)} instead of {after.get(name)}" for name in names]
+        elif old.get(key) != after:
+            words.append(f"another {key} ({str(old.get(key))[:12]} instead of {str(after)[:12]})")
+    return ", ".join(words)
+
+
+def _wait_for_lock(path: Path, *, until: float) -> None:
+    """Wait while another process has the lock file *path*, at most *until* then (of `time.monotonic`).
+
+    A job that was cancelled, or whose time was up, may still be saving when its next try begins.
+    """
+    if time.monotonic() < until and is_locked(path):
+        print(f"another trainer has {path}: waiting for it, {until - time.monotonic():.0f} s at most", flush=True)
+        while time.monotonic() < until and is_locked(path):
+            time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+
+
+@contextlib.contextmanager
+def _released_at_the_end(run: RunDirectory) -> Iterator[None]:
+    """Release *run* at the end of a `with` block, also if a signal is the end of it."""
+    try:
+        with last_words(lambda text, status: run.abandon()):
+            yield
+    finally:
+        run.release()

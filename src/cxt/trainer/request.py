@@ -1,0 +1,296 @@
+"""What a run needs: one frozen object, made once from the options and checked against dataset and parent."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cxt.config.bounds import note_more_than_cores
+from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig, change_no_result, steps_per_epoch
+from cxt.data.grid import Grid
+from cxt.data.manifest import read_manifest
+from cxt.data.shards import MANIFEST
+from cxt.errors import BadRequest, suggest_nearest
+from cxt.io import file_sha256
+from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
+from cxt.trainer.devices import choose_devices
+from cxt.trainer.options import TrainingOptions
+from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
+from cxt.trainer.source import check_source, plan_simulations
+
+if TYPE_CHECKING:  # it takes torch's seconds
+    from cxt.checkpoints.file import Checkpoint
+
+NO_SETTINGS = (
+    "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
+    "parent_lineage", "wait_for_lock",
+)  # fmt: skip
+"""Options that are no settings of a run: where it goes, how it starts and ends, and what the workflow says it planned."""
+
+NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
+"""Settings that a run's identity holds in another form: files by digest, devices by number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """Everything that a run needs to know, checked.
+
+    Attributes
+    ----------
+    name, preset : str
+        Of the checkpoint, and of its architecture.
+    dataset_path : str or None
+        The dataset; None if scenarios are simulated on the fly.
+    manifest : dict
+        Its dataset.json, or what stands for it.
+    dataset_sha256 : str
+        Digest of that.
+    simulated : list of dict or None
+        Variants to simulate on the fly; None for a dataset on disk.
+    network, adapter, training : ModelConfig, AdapterConfig or None, TrainingConfig
+        Settings; no adapter for a plain model.
+    parent : Checkpoint or None
+        The checkpoint to start from.
+    parent_file, parent_sha256 : str or None
+        Its file, and that file's digest.
+    resumes_adapter : bool
+        Whether the parent's adapter weights are loaded too.
+    accelerator : str
+        `cpu` or `gpu`.
+    devices : int or list of int
+        Of each machine: their number, or indices of GPUs.
+    machines : int
+        Number of machines.
+    lineage : str or None
+        Digest of everything the checkpoint depends on.
+    max_steps : int or None
+        Optimizer steps after which training ends, whatever the epochs say.
+    identity : dict
+        What makes it this run and no other: settings that change the result, devices, lineage, digests of dataset and parent.
+    settings : dict
+        All settings, as `--config` reads them.
+    """
+
+    name: str
+    preset: str
+    dataset_path: str | None
+    manifest: dict
+    dataset_sha256: str
+    simulated: list[dict] | None
+    network: ModelConfig
+    adapter: AdapterConfig | None
+    training: TrainingConfig
+    parent: "Checkpoint | None"
+    parent_file: str | None
+    parent_sha256: str | None
+    resumes_adapter: bool
+    accelerator: str
+    devices: int | list[int]
+    machines: int
+    lineage: str | None
+    max_steps: int | None
+    identity: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def world(self) -> int:
+        """Number of devices, on all machines."""
+        return self.machines * count_devices(self.devices)
+
+    @property
+    def precision(self) -> str:
+        """What is computed in: the settings' on GPUs, 32-true on a CPU."""
+        return self.training.precision if self.accelerator == "gpu" else "32-true"
+
+    @property
+    def device_type(self) -> str:
+        """As torch names it."""
+        return "cuda" if self.accelerator == "gpu" else "cpu"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; BadRequest if the dataset is smaller than a batch."""
+        return min(self.max_steps or self.all_steps, self.all_steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return self.training.epochs * self.steps_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(
+            items=self.manifest["splits"]["train"]["items"],
+            batch_size=self.training.batch_size,
+            grad_accum=self.training.grad_accum,
+            world=self.world,
+        )
+
+    @property
+    def effective_batch(self) -> int:
+        """Items of an optimizer step."""
+        return self.training.batch_size * self.training.grad_accum * self.world
+
+    @property
+    def grid(self) -> Grid:
+        """The network's grid of ln generations."""
+        return Grid(self.network.grid_low, self.network.grid_high, self.network.bins)
+
+    def validates_after(self, step: int) -> bool:
+        """Whether there is a validation after an optimizer step: every so many, or after each epoch; and after the last."""
+        if not self.manifest["splits"]["test"]["items"]:
+            return False
+        return step % (self.training.validate_every or self.steps_per_epoch) == 0 or step == self.total_steps
+
+
+def count_devices(devices: int | list[int]) -> int:
+    """Number of devices of a machine, given as Lightning takes them."""
+    return len(devices) if isinstance(devices, list) else devices
+
+
+def build_request(options: TrainingOptions) -> RunRequest:
+    """Make what a run needs of what was asked for.
+
+    Parameters
+    ----------
+    options : TrainingOptions
+        From the command line or from Python.
+
+    Returns
+    -------
+    RunRequest
+        Checked against dataset, parent and devices.
+
+    Raises
+    ------
+    BadRequest
+        If what is asked for cannot be done.
+    """
+    _check_preset(options)
+    check_source(options)
+    check_adapter_flags(options)
+    accelerator, devices = choose_devices(options)
+    training = options.training
+    if training.attention == "flex" and accelerator == "cpu":
+        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; leave it at split")
+    world = options.nodes * count_devices(devices)
+    if options.simulate is None:
+        simulated, manifest = None, read_manifest(options.dataset_path)
+        data_digest = file_sha256(Path(options.dataset_path) / MANIFEST)
+    else:
+        training = dataclasses.replace(
+            training, epochs=1, validate_every=training.validate_every or -(-options.max_steps // 10)
+        )
+        simulated, manifest = plan_simulations(options, training, world=world)
+        data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
+    parent_file, parent = read_parent(options)
+    _check_lineages(options, manifest, parent)
+    options = inherit(options, parent)
+    network, adapter = resolve_network(options, manifest, parent)
+    items = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
+    steps_per_epoch(items=items["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    if not items["test"] and (training.patience or training.export == "best"):
+        asks = "patience" if training.patience else "export: best"
+        raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
+    settings = list_settings(options)
+    parent_digest = None if parent_file is None else file_sha256(parent_file)
+    leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
+    identity = {
+        "settings": {key: value for key, value in settings.items() if key not in leave_out},
+        # On several machines a GPU's sums may be made in another order. "nodes" is what earlier runs have recorded.
+        "devices": f"{world} {accelerator}" + (f" on {options.nodes} nodes" if options.nodes > 1 else ""),
+        "lineage": options.lineage,
+        "dataset": data_digest,
+        "parent": parent_digest,
+    }
+    request = RunRequest(
+        name=options.name or options.model,
+        preset=options.model,
+        dataset_path=options.dataset_path,
+        manifest=manifest,
+        dataset_sha256=data_digest,
+        simulated=simulated,
+        network=network,
+        adapter=adapter,
+        training=training,
+        parent=parent,
+        parent_file=None if parent_file is None else str(parent_file),
+        parent_sha256=parent_digest,
+        resumes_adapter=options.resume_adapter is not None,
+        accelerator=accelerator,
+        devices=devices,
+        machines=options.nodes,
+        lineage=options.lineage,
+        max_steps=options.max_steps,
+        identity=identity,
+        settings=settings,
+    )
+    _note_settings_without_effect(request)
+    return request
+
+
+def resolve_settings(options: TrainingOptions) -> dict[str, Any]:
+    """All settings of a run, as a file for --config; sizes that no flag gives are the parent's or the preset's."""
+    _check_preset(options)
+    check_adapter_flags(options)
+    options = inherit(options, read_parent(options)[1])
+    return {key: getattr(PRESETS[options.model], key) for key in NETWORK_FLAGS} | list_settings(options)
+
+
+def list_settings(options: TrainingOptions) -> dict[str, Any]:
+    """The settings that decide the result, as they can be read back with --config."""
+    leave_out = set(NO_SETTINGS) if options.has_adapter else {*NO_SETTINGS, *ADAPTER_FLAGS}
+    return {key: value for key, value in options.flatten().items() if key not in leave_out and value is not None}
+
+
+def _check_preset(options: TrainingOptions) -> None:
+    if options.model not in PRESETS:
+        raise BadRequest(f"unknown model '{options.model}'{suggest_nearest(options.model, PRESETS)}")
+
+
+def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoint | None") -> None:
+    """BadRequest if settings, dataset or parent are not those that the workflow has planned the run with."""
+    if options.simulate is not None and (options.dataset_lineage is not None or options.settings_lineage is not None):
+        raise BadRequest(
+            "--dataset-lineage and --settings-lineage have no meaning with --simulate, which the workflow never plans"
+        )
+    settings_for = options.settings_lineage and options.lineage
+    checked = [(f"the settings of {options.name or options.model}", options.settings_lineage, settings_for)]
+    checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
+    if options.parent_lineage is not None:
+        if parent is None:
+            raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
+        checked.append((f"parent {options.source}", parent.record.get("lineage"), options.parent_lineage))
+    problems = [
+        f"{what}: {describe_difference(lineage, planned)}"
+        for what, lineage, planned in checked
+        if planned not in (None, lineage)
+    ]
+    if problems:
+        target = options.out or options.dataset_path or options.source
+        raise BadRequest(f"not what was planned to train on: {'; '.join(problems)}; {how_to_replan(target)}")
+
+
+def _note_settings_without_effect(request: RunRequest) -> None:
+    """Say on stderr, once for all processes of a machine, which settings ask for what this run cannot or will not do."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    training, notes = request.training, []
+    if request.simulated is None and request.max_steps is not None and request.max_steps > request.all_steps:
+        epochs = f"{training.epochs} epoch{'' if training.epochs == 1 else 's'}"
+        notes.append(
+            f"--max-steps {request.max_steps} only shortens a run, and {epochs} are {request.all_steps} steps; raise --epochs"
+        )
+    items = request.manifest["splits"]["test"]["items"]
+    for name in ("validation_items", "decode_items"):
+        number = getattr(training, name)
+        if number > items and number != getattr(TrainingConfig(), name):
+            notes.append(f"{name} {number}, but there are {items} test items: all are taken")
+    if training.min_delta and not training.patience:
+        notes.append(f"min_delta {training.min_delta:g} has no meaning without patience")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    cpus = request.devices if request.accelerator == "cpu" and isinstance(request.devices, int) else 1
+    note_more_than_cores(threads=training.threads, workers=training.workers, processes=cpus)

@@ -1,0 +1,101 @@
+"""What a run says of itself: the record in its checkpoint, model_summary.json, and the first lines of its log."""
+
+import dataclasses
+import importlib.metadata
+import platform
+
+from cxt.checkpoints.record import model_record
+from cxt.model.flops import training_flops
+from cxt.model.transformer import CoalescenceModel
+from cxt.trainer.module import compile_backend
+from cxt.trainer.request import RunRequest
+
+PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
+"""Packages whose versions are recorded in a checkpoint."""
+
+
+def build_record(request: RunRequest) -> dict:
+    """What the checkpoint will say of itself: plain dicts, lists, numbers and strings."""
+    shape = ("window_size", "sequence_length", "samples", "missing", "scales")
+    return model_record(
+        request.network,
+        request.adapter,
+        name=request.name,
+        preset=request.preset,
+        training=dataclasses.asdict(request.training),
+        lineage=request.lineage,
+        dataset={key: request.manifest[key] for key in shape}
+        | {
+            "lineage": request.manifest.get("lineage"),
+            "sha256": request.dataset_sha256,
+            "simulated": request.simulated and [variant["name"] for variant in request.simulated],
+            "ranges": request.manifest.get("ranges"),
+        },
+        parent=None
+        if request.parent is None
+        else {
+            "name": request.parent.record["name"],
+            "lineage": request.parent.record.get("lineage"),
+            "sha256": request.parent_sha256,
+        },
+        accelerator=request.accelerator,
+        devices=request.world,
+        precision=request.precision,
+        threads=request.training.threads,
+        processor=platform.processor() or platform.machine(),
+        versions={package: importlib.metadata.version(package) for package in PACKAGES},
+    )
+
+
+def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
+    """model_summary.json: what will be trained, on what, for how long, and what it takes."""
+    total = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width = 2 if request.precision == "bf16-true" else 4
+    flops = training_flops(request.network, request.adapter)
+    return {
+        "parameters": total,
+        "trainable_parameters": trainable,
+        "precision": request.precision,
+        # AdamW keeps two moments of each trainable parameter, in its type.
+        "memory_mb": {
+            "weights": total * width / 1e6, "gradients": trainable * width / 1e6, "optimizer": 2 * trainable * width / 1e6,
+        },
+        "train_items": request.manifest["splits"]["train"]["items"],
+        "test_items": request.manifest["splits"]["test"]["items"],
+        "effective_batch": request.effective_batch,
+        "batch_size": request.training.batch_size,
+        "grad_accum": request.training.grad_accum,
+        "devices": request.world,
+        "nodes": request.machines,
+        "accelerator": request.accelerator,
+        "compile": compile_backend(request.training, request.device_type) or "none",
+        "attention": request.training.attention,
+        "loss_path": request.training.loss_path,
+        "gradient_checkpointing": request.training.gradient_checkpointing,
+        "planned_steps": request.total_steps,
+        "flops_per_item": flops,
+        "flops": flops * request.effective_batch * request.total_steps,
+    }  # fmt: skip
+
+
+def announce(request: RunRequest, summary: dict) -> None:
+    """Say what will be trained, on what, and for how long."""
+    training = request.training
+    if request.precision != training.precision:
+        print(f"{request.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
+    if not summary["test_items"]:
+        print(f"{request.name}: the dataset has no test items: training without validation", flush=True)
+    on = f" on {request.machines} machines" if request.machines > 1 else ""
+    print(
+        f"{request.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
+        f"{summary['train_items']:,} items, effective batch {request.effective_batch} "
+        f"({training.batch_size} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
+        f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads",
+        flush=True,
+    )
+    if summary["compile"] != "none":
+        print(
+            f"{request.name}: the first step compiles the network ({summary['compile']}), which takes a minute or so",
+            flush=True,
+        )
