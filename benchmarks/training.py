@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.benchmark.speed import Loader, Steps, describe_device, device_here, fitting, items_for
+from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_items
 from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
@@ -94,7 +94,7 @@ def decoding_row(name: str, found: dict | None) -> list[str]:
 def adapter_in_turns(device: str, *, turns: int) -> list[float]:
     """The adapter's step over the full one's, turn by turn, for `broad` at the published size."""
     network = PRESETS["broad"]
-    batch = fitting(128, training_flops(network), device)
+    batch = limit_batch(128, training_flops(network), device)
     training = TrainingConfig(batch_size=batch)
     precision = training.precision if device == "cuda" else "32-true"
     both = []
@@ -104,7 +104,7 @@ def adapter_in_turns(device: str, *, turns: int) -> list[float]:
         loss, optimizer = loss_function(model, training), new_optimizer(model, training, fused=device == "cuda")
         if (backend := compile_backend(training, device)) is not None:
             loss = torch.compile(loss, backend=backend, dynamic=False)
-        with items_for(network, adapter, batch_size=batch) as dataset:
+        with simulate_items(network, adapter, batch_size=batch) as dataset:
             loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         both.append(Steps(model, training, loss, optimizer, loader, precision=precision))
         both[-1](2)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement (default 20)")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
     args = parser.parse_args()
-    device = device_here()
+    device = detect_device()
     torch.set_num_threads(2)
     torch.set_float32_matmul_precision("medium" if device == "cuda" else "highest")
     trained = [training_row(name, bench("train", flags, seconds=args.seconds)) for name, flags in TRAINING[device].items()]

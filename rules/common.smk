@@ -10,7 +10,7 @@ from cxt.workflow import arguments, jobs, lineages, paths
 from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb, training_memory_mb, training_threads
 from cxt.config.file import resolve, training_config
 from cxt.config.yaml import read_yaml
-from cxt.workflow.costs import HERE, Costs
+from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import canonical_json
 
@@ -23,7 +23,7 @@ def checked(config):
         config = resolve(config)
         jobs.check_plan(config)
         check_targets(config)
-        costs = Costs([HERE] if HERE.exists() else [])
+        costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
@@ -71,10 +71,10 @@ def variant_and_start(wildcards):
     return jobs.find_variant(config, wildcards.variant), int(wildcards.start)
 
 
-def map_of_batch(wildcards):
+def find_map_of_batch(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return paths.map_of_batch(*variant_and_start(wildcards))
+        return paths.find_map_of_batch(*variant_and_start(wildcards))
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)

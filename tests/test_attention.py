@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cxt.benchmark.memory import measure_peak_memory
-from cxt.benchmark.published_formulation import dense_loss, dense_mask
+from cxt.benchmark.published_formulation import compute_dense_loss, dense_mask
 from cxt.config.settings import TrainingConfig
 from cxt.data.pair_dataset import compute_model_input
 from cxt.model import attention
@@ -143,7 +143,7 @@ def test_loss_and_gradients_are_those_of_the_dense_network(start_token_in_prefix
     x, y = inputs()
     x[..., 0] = 1.5  # what is masked
     one = loss_and_gradients(model, model.loss, x, y)
-    assert_same(one, loss_and_gradients(model, lambda x, y: dense_loss(model, x, y), x, y))
+    assert_same(one, loss_and_gradients(model, lambda x, y: compute_dense_loss(model, x, y), x, y))
 
     def plain(x, y):
         return torch.nn.functional.cross_entropy(dense_logits(model, x, y).flatten(0, 1), y[:, 1:].flatten())

@@ -19,7 +19,16 @@ from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.indices import simulation_batches as batches_of
 from cxt.scenarios.registry import KINDS, simulate_tree_sequence
 from cxt.workflow import costs as costs_module
-from cxt.workflow.costs import Costs, TooLong, measure_costs, measure_shard, measure_simulation, reached, shortened, variant_key
+from cxt.workflow.costs import (
+    Costs,
+    TooLong,
+    list_used_variants,
+    measure_costs,
+    measure_shard,
+    measure_simulation,
+    shorten_spec,
+    variant_key,
+)
 from cxt.workflow.jobs import dataset_spec, find_variant, list_variants
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
@@ -229,7 +238,7 @@ def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch
     assert sorted(lengths) == ["10000", "5000"]
     assert saved[0]["shards"] == {}
     spec = find_variant(config, "sweep").spec
-    assert shortened(spec, 5_000) == spec | {"sequence_length": 5_000, "position": 3_750}
+    assert shorten_spec(spec, 5_000) == spec | {"sequence_length": 5_000, "position": 3_750}
     costs = Costs()
     costs.simulations[variant_key(spec)] = {"5000": {"seconds": 1, "trees": 1, "sites": 1, "bytes": 1},
                                          "10000": {"seconds": 4, "trees": 2, "sites": 2, "bytes": 2}}  # fmt: skip
@@ -283,7 +292,7 @@ def test_paper_workflow_is_planned(tmp_path):
     assert "train_w200_wmissing_adapter" in done.stdout
     batches = sum(
         len(batches_of(simulations=variant.simulations, batch=variant.batch))
-        for variant in reached(load([PAPER]))
+        for variant in list_used_variants(load([PAPER]))
         if variant.simulations
     )
     assert int(re.search(r"^simulate +(\d+)$", done.stdout, flags=re.M)[1]) > batches  # and those for evaluation

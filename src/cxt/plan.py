@@ -24,7 +24,7 @@ from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios.indices import count_in_split
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.workflow import jobs, lineages
-from cxt.workflow.costs import HERE, Costs, measure_costs, merge_costs, read_costs, scenario_table
+from cxt.workflow.costs import LOCAL_COSTS, Costs, measure_costs, merge_costs, read_costs, scenario_table
 
 
 def use_devices(config: dict, devices: int) -> dict:
@@ -72,15 +72,15 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
     variants = jobs.list_variants(config, dataset["scenarios"])
     split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
-    found = {
+    cost_of_shard = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
     }
-    known = [cost for cost in found.values() if cost is not None]
+    known = [cost for cost in cost_of_shard.values() if cost is not None]
     # A variant that could not be measured at full length is taken for the mean of the others; it is named.
     typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
     seconds, size = Estimate(), Estimate()
     for variant in variants:
-        cost = found[variant.name] or typical
+        cost = cost_of_shard[variant.name] or typical
         seconds.add(variant.name, variant.simulations, cost["seconds"])
         size.add(variant.name, variant.simulations, cost["bytes"])
     items = jobs.items_per_simulation(config, name)
@@ -92,7 +92,7 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
         "test_items": split["test"] * items,
         "bytes": round(size.total) if known else None,
         "core_hours": seconds.total / 3600 if known else None,
-        "not_measured": [variant for variant, cost in found.items() if cost is None],
+        "not_measured": [variant for variant, cost in cost_of_shard.items() if cost is None],
     }
 
 
@@ -201,7 +201,7 @@ def _longest_batch(config: dict, variant: Variant) -> int:
     return max(min(variant.batch, variant.simulations), evaluation)
 
 
-def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = False) -> str:
+def report(config: dict, planned: dict, costs: Costs, *, all_variants: bool = False) -> str:
     """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
     rows = []
     for name in config["scenarios"]:
@@ -219,7 +219,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
             longest = max(_longest_batch(config, variant) * seconds for variant, seconds in known) / 60
             rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
     out = _table(["scenario", "variants", "simulations", "batch", "longest job", "core time"], rows)
-    simulate, evaluation = found["simulate"], found["evaluation"]
+    simulate, evaluation = planned["simulate"], planned["evaluation"]
     out += [
         "",
         f"{simulate['simulations']} simulations of {simulate['variants']} variants for datasets: "
@@ -233,23 +233,23 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
         [name, p["variants"], p["train_simulations"], p["test_simulations"],
          f"{p['train_items']:,}", f"{p['test_items']:,}",
          *(("not measured", "") if p["bytes"] is None else (_size(p["bytes"]), _hours(p["core_hours"])))]
-        for name, p in found["datasets"].items()
+        for name, p in planned["datasets"].items()
     ]  # fmt: skip
     out += _table(["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
     out.append("")
     rows = [
         [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
          _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
-        for name, p in found["models"].items()
+        for name, p in planned["models"].items()
     ]  # fmt: skip
     out += _table(["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], rows)
-    gpu = sum(p["gpu_hours"] for p in found["models"].values()) + evaluation["gpu_hours"]
-    core = sum(p["core_hours"] or 0 for p in [*found["models"].values(), *found["datasets"].values(), simulate, evaluation])
-    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in found["datasets"].values())
+    gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
+    core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
+    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())
     out += ["", f"In all: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
     missing = [*simulate["not_measured"], *evaluation["not_measured"]]
-    missing += [f"shards of {name}" for name, p in found["datasets"].items() if p["bytes"] is None]
-    partly = [p for p in found["datasets"].values() if p["bytes"] is not None]
+    missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
+    partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
     shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
     stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
     if missing:
@@ -262,7 +262,7 @@ def report(config: dict, found: dict, costs: Costs, *, all_variants: bool = Fals
         variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
     ]
     out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
-    out.append(f"Measured on: {'; '.join(dict.fromkeys(found['measured_on']))}.")
+    out.append(f"Measured on: {'; '.join(dict.fromkeys(planned['measured_on']))}.")
     return "\n".join(out)
 
 
@@ -272,8 +272,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--variants", action="store_true", help="list every variant instead of every scenario")
-    parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {HERE}")
-    parser.add_argument("--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {HERE} if there)")
+    parser.add_argument("--calibrate", action="store_true", help=f"measure the costs on this machine first, into {LOCAL_COSTS}")
+    parser.add_argument(
+        "--costs", type=Path, help=f"costs to use, or to write with --calibrate (default: {LOCAL_COSTS} if there)"
+    )
     parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each variant costs")
@@ -286,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.devices is not None:
         config = use_devices(config, args.devices)
     jobs.check_plan(config)
-    path = args.costs or HERE
+    path = args.costs or LOCAL_COSTS
     if args.costs is not None and not args.calibrate and not path.exists():
         raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
     for written in (*([path] if args.calibrate else []), *([args.table] if args.table else [])):
@@ -304,10 +306,10 @@ def main(argv: list[str] | None = None) -> None:
         measure_costs(config, machine=machine, seconds=args.seconds or 5.0, save=save, progress=progress)
         progress(f"measured costs: {path}")
     costs = Costs([path] if path.exists() else [])
-    found = plan(config, costs)
+    planned = plan(config, costs)
     if args.table is not None:
         atomic_write(args.table, scenario_table(config, costs).encode())
-    print(json_text(found).rstrip() if args.json else report(config, found, costs, all_variants=args.variants))
+    print(json_text(planned).rstrip() if args.json else report(config, planned, costs, all_variants=args.variants))
 
 
 if __name__ == "__main__":

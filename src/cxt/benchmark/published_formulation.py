@@ -24,7 +24,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def compute_dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """`model.loss(x, y)` as it was published."""
     backbone = model.backbone
     windows = x.shape[3]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from cxt.benchmark.memory import measure_peak_memory
-from cxt.benchmark.published_formulation import dense_loss
+from cxt.benchmark.published_formulation import compute_dense_loss
 from cxt.config.settings import START_TOKEN, AdapterConfig, ModelConfig, TrainingConfig, pairs_of
 from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
@@ -29,7 +29,7 @@ from cxt.trainer.module import compile_backend, loss_function, new_optimizer
 SIMULATIONS, PAIRS = 20, 200
 
 
-def device_here() -> str:
+def detect_device() -> str:
     """`cuda` or `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,14 +41,14 @@ def describe_device(device: str) -> str:
     return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, torch {torch.__version__}"
 
 
-def finish(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait until the device has done what it was told to."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
-def items_for(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
+def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
     from cxt.config.variants import variants
     from cxt.data.features import SCALES
@@ -110,9 +110,9 @@ class Loader:
         return self.loader.waited
 
 
-def dense_loss_function(model):
+def build_dense_loss(model):
     """(counts, missing, tokens) to the loss, as it was published."""
-    return lambda counts, missing, tokens: dense_loss(model, compute_model_input(counts, missing), tokens)
+    return lambda counts, missing, tokens: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
 
 
 class Steps:
@@ -131,14 +131,14 @@ class Steps:
 
     def timed(self, count: int) -> float:
         """Seconds of a step, over *count* of them."""
-        finish(self.loader.device)
+        synchronize(self.loader.device)
         began = time.perf_counter()
         self(count)
-        finish(self.loader.device)
+        synchronize(self.loader.device)
         return (time.perf_counter() - began) / count
 
 
-def matrix_peak(device: str, precision: str) -> float:
+def measure_matrix_rate(device: str, precision: str) -> float:
     """FLOP/s of a large square matrix product, the best of several: what the device can do in this precision."""
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
     size = 8192 if device == "cuda" else 2048
@@ -147,22 +147,22 @@ def matrix_peak(device: str, precision: str) -> float:
     torch.mm(a, b, out=out)
     best = 0.0
     for _ in range(5):
-        finish(device)
+        synchronize(device)
         began = time.perf_counter()
         repeats = 10 if device == "cuda" else 1
         for _ in range(repeats):
             torch.mm(a, b, out=out)
-        finish(device)
+        synchronize(device)
         best = max(best, 2 * size**3 * repeats / (time.perf_counter() - began))
     return best
 
 
-def fitting(batch: int, flops: float, device: str) -> int:
+def limit_batch(batch: int, flops: float, device: str) -> int:
     """*batch*, or on a CPU as much of it as takes half a teraFLOP: some seconds."""
     return batch if device == "cuda" else max(1, min(batch, int(5e11 / flops)))
 
 
-def kernels(network: ModelConfig, precision: str, device: str) -> str:
+def list_attention_kernels(network: ModelConfig, precision: str, device: str) -> str:
     """Which of torch's attention kernels take heads of this width here."""
     if device == "cpu":
         return "flash (CPU)"
@@ -215,13 +215,13 @@ def bench_training(
         "compile": backend or "none",
         "adapter": adapter is not None,
     }
-    with items_for(network, adapter, batch_size=training.batch_size) as dataset:
+    with simulate_items(network, adapter, batch_size=training.batch_size) as dataset:
         loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
         contenders = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
         if compare == "dense":
-            dense = dense_loss_function(model)
+            dense = build_dense_loss(model)
             contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
-            result |= differences(model, plain, dense, next(loader), precision=autocast, device=device)
+            result |= compare_losses(model, plain, dense, next(loader), precision=autocast, device=device)
         for name, steps in contenders.items():
             steps(2)  # compiles, and fills the caches
             result[f"{name}memory_bytes"] = measure_peak_memory(lambda steps=steps: steps(1), device)
@@ -245,8 +245,10 @@ def bench_training(
     result |= {
         "windows_per_second": rate * network.windows,
         "flops_per_second": rate * training_flops(network, adapter),
-        "peak_flops_per_second": matrix_peak(device, precision),
-        "attention_kernels": "FlexAttention" if training.attention == "flex" else kernels(network, precision, device),
+        "peak_flops_per_second": measure_matrix_rate(device, precision),
+        "attention_kernels": "FlexAttention"
+        if training.attention == "flex"
+        else list_attention_kernels(network, precision, device),
     }
     if compare == "dense":
         result["ratios"] = [b / a for a, b in zip(times[""], times["dense_"], strict=True)]
@@ -254,7 +256,7 @@ def bench_training(
     return result
 
 
-def differences(model, ours, dense, batch: Batch, *, precision: str, device: str) -> dict:
+def compare_losses(model, ours, dense, batch: Batch, *, precision: str, device: str) -> dict:
     """How far apart loss and gradients of two formulations are on one batch, without dropout."""
     model.eval()
     found = []
@@ -283,7 +285,7 @@ def decode_uncached(model, x: torch.Tensor, *, replicates: int, every: int = 1) 
     for step in timed:
         distribution = model(x, tokens)[:, step, 2:].float().softmax(-1)
         tokens[:, step + 1] = torch.multinomial(distribution, 1)[:, 0] + 2
-    finish(x.device.type)
+    synchronize(x.device.type)
     return (time.perf_counter() - began) / len(timed) * windows
 
 
@@ -309,17 +311,17 @@ def bench_decoding(
     torch.manual_seed(1)
     model = build_model(network).to(device).eval()
     result = {"batch": batch, "replicates": replicates, "precision": precision, "adapter": False}
-    with items_for(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
+    with simulate_items(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
         loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         first = next(loader)
         x = compute_model_input(first.counts, first.missing)
         decoder = Decoder(model, replicates=replicates, seed=1)
         result["memory_bytes"] = measure_peak_memory(lambda: decoder.decode(x), device)
-        finish(device)
+        synchronize(device)
         began, done = time.perf_counter(), 0
         while done < (pairs or 1) or (pairs is None and time.perf_counter() - began < seconds):
             decoder.decode(x, items=range(done, done + batch))
-            finish(device)
+            synchronize(device)
             done += batch
         spent = time.perf_counter() - began
         rate = done / spent
@@ -334,22 +336,22 @@ def bench_decoding(
         "pairs_per_second": rate,
         "windows_per_second": rate * replicates * network.windows,
         "flops_per_second": rate * decoding_flops(network, replicates=replicates),
-        "peak_flops_per_second": matrix_peak(device, precision),
+        "peak_flops_per_second": measure_matrix_rate(device, precision),
     }
 
 
 def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print) -> dict:
     """Rates of several networks {name: (ModelConfig, AdapterConfig | None, TrainingConfig)} on this machine's device."""
-    device = device_here()
+    device = detect_device()
     result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
     for name, (network, adapter, training) in networks.items():
-        items = fitting(training.batch_size, training_flops(network, adapter), device)
+        items = limit_batch(training.batch_size, training_flops(network, adapter), device)
         chosen = dataclasses.replace(training, batch_size=items)
         rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
         progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:
             replicates = 15 if device == "cuda" else 12
-            pairs = fitting(64 if device == "cuda" else 40, decoding_flops(network, replicates=replicates), device)
+            pairs = limit_batch(64 if device == "cuda" else 40, decoding_flops(network, replicates=replicates), device)
             rate = result["decoding"][name] = bench_decoding(
                 network, device=device, precision=training.precision, batch=pairs, pairs=None, replicates=replicates,
                 seconds=seconds,

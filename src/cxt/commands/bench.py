@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, device_here, fitting
+from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, detect_device, limit_batch
 from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
 from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
 from cxt.console import exit_on_bad_request
@@ -29,36 +29,36 @@ def _memory(value: float) -> str:
     return f"{value / 1e9:.2f} GB"
 
 
-def report(name: str, what: str, found: dict, device: str) -> str:
+def report(name: str, what: str, result: dict, device: str) -> str:
     """What was measured, in words."""
     unit = "items" if what == "training" else "pairs"
-    share = found["flops_per_second"] / found["peak_flops_per_second"]
-    setting = f"batch {found['batch']}, {found['precision']}"
-    setting += f", compiled: {found['compile']}" if what == "training" else f", {found['replicates']} replicates"
+    share = result["flops_per_second"] / result["peak_flops_per_second"]
+    setting = f"batch {result['batch']}, {result['precision']}"
+    setting += f", compiled: {result['compile']}" if what == "training" else f", {result['replicates']} replicates"
     rows = {
-        f"{unit}/s": f"{found[f'{unit}_per_second']:.4g}",
-        "windows/s": f"{found['windows_per_second']:,.0f}",
-        "model FLOP/s": f"{_flops(found['flops_per_second'])}, {share:.0%} of the {_flops(found['peak_flops_per_second'])} "
+        f"{unit}/s": f"{result[f'{unit}_per_second']:.4g}",
+        "windows/s": f"{result['windows_per_second']:,.0f}",
+        "model FLOP/s": f"{_flops(result['flops_per_second'])}, {share:.0%} of the {_flops(result['peak_flops_per_second'])} "
         "of a matrix product here",
-        "memory": _memory(found["memory_bytes"]),
+        "memory": _memory(result["memory_bytes"]),
     }
     if what == "training":
-        rows["attention"] = found["attention_kernels"]
-        rows["waiting for data"] = f"{found['waiting']:.1%} of the time"
+        rows["attention"] = result["attention_kernels"]
+        rows["waiting for data"] = f"{result['waiting']:.1%} of the time"
     else:
-        rows["in all"] = f"{found['pairs']} pairs in {found['seconds']:.1f} s"
-    if "dense_items_per_second" in found:
-        low, high = min(found["ratios"]), max(found["ratios"])
+        rows["in all"] = f"{result['pairs']} pairs in {result['seconds']:.1f} s"
+    if "dense_items_per_second" in result:
+        low, high = min(result["ratios"]), max(result["ratios"])
         rows["published formulation"] = (
-            f"{found['dense_items_per_second']:.4g} items/s, memory {_memory(found['dense_memory_bytes'])}: this is "
-            f"{found['ratio']:.2f} times as fast ({len(found['ratios'])} turns, {low:.2f} to {high:.2f})"
+            f"{result['dense_items_per_second']:.4g} items/s, memory {_memory(result['dense_memory_bytes'])}: this is "
+            f"{result['ratio']:.2f} times as fast ({len(result['ratios'])} turns, {low:.2f} to {high:.2f})"
         )
         rows["the same but for"] = (
-            f"{found['loss_difference']:.1g} in the loss, {found['gradient_difference']:.1g} of the largest gradient"
+            f"{result['loss_difference']:.1g} in the loss, {result['gradient_difference']:.1g} of the largest gradient"
         )
-    if "uncached_pairs_per_second" in found:
+    if "uncached_pairs_per_second" in result:
         rows["without a cache"] = (
-            f"{found['uncached_pairs_per_second']:.3g} pairs/s: this is {found['ratio']:.1f} times as fast"
+            f"{result['uncached_pairs_per_second']:.3g} pairs/s: this is {result['ratio']:.1f} times as fast"
         )
     head = f"{name}: {what}, {setting}, {describe_device(device)}"
     return "\n".join([head, *(f"  {key:24s}{value}" for key, value in rows.items())])
@@ -78,7 +78,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write as well")
 
 
-def network_of(args) -> ModelConfig:
+def read_network(args) -> ModelConfig:
     """The network that the flags describe."""
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{suggest_nearest(args.model, PRESETS)}")
@@ -86,11 +86,11 @@ def network_of(args) -> ModelConfig:
     return dataclasses.replace(PRESETS[args.model], **{name: value for name, value in given.items() if value is not None})
 
 
-def measured(args, network: ModelConfig, device: str) -> dict:
+def run_benchmark(args, network: ModelConfig, device: str) -> dict:
     """What the command and the flags ask for."""
     if args.command == "train":
         adapter = AdapterConfig() if args.adapter else None
-        batch = args.batch_size or fitting(TrainingConfig().batch_size, training_flops(network, adapter), device)
+        batch = args.batch_size or limit_batch(TrainingConfig().batch_size, training_flops(network, adapter), device)
         settings = TrainingConfig(
             batch_size=batch, precision=args.precision, compile=args.compile, attention=args.attention, workers=args.workers,
             loss_path=args.loss_path, gradient_checkpointing=args.gradient_checkpointing,
@@ -99,7 +99,7 @@ def measured(args, network: ModelConfig, device: str) -> dict:
             raise BadRequest("--attention flex trains on GPUs only; leave it at split")
         return bench_training(network, adapter, settings, device=device, seconds=args.seconds, compare=args.compare)
     precision = TrainingConfig(precision=args.precision).precision
-    batch = args.batch_size or fitting(64, decoding_flops(network, replicates=args.replicates), device)
+    batch = args.batch_size or limit_batch(64, decoding_flops(network, replicates=args.replicates), device)
     return bench_decoding(
         network, device=device, precision=precision, batch=min(batch, args.pairs or batch), pairs=args.pairs,
         replicates=args.replicates, seconds=args.seconds, compare=args.compare,
@@ -128,27 +128,27 @@ def main(argv: list[str] | None = None) -> None:
     note_more_than_cores(threads=args.threads, workers=getattr(args, "workers", 0))
     if args.out is not None:
         check_writable(args.out)
-    device = args.device or device_here()
+    device = args.device or detect_device()
     if device == "cuda" and not torch.cuda.is_available():
         raise BadRequest("--device cuda, but torch sees no GPU")
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium" if device == "cuda" else "highest")
-    network = network_of(args)
+    network = read_network(args)
     try:
-        found = measured(args, network, device)
+        result = run_benchmark(args, network, device)
     except torch.OutOfMemoryError as error:
         without = ", or leave --compare out" if args.compare else ""
         raise Failed(f"out of memory ({first_line(error)}); choose a smaller --batch-size{without}") from error
     what = "training" if args.command == "train" else "decoding"
-    name = f"{args.model} with an adapter" if found["adapter"] else args.model
-    print(report(name, what, found, device))
+    name = f"{args.model} with an adapter" if result["adapter"] else args.model
+    print(report(name, what, result, device))
     if args.out is not None:
         about = {
             "device": describe_device(device),
             "command": " ".join(["cxt bench", *sys.argv[1:]]),
             "what": what,
         }
-        atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | found).encode())
+        atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | result).encode())
 
 
 if __name__ == "__main__":

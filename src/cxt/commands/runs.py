@@ -6,7 +6,7 @@ from pathlib import Path
 from cxt.config.file import load
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
-from cxt.workflow.runs import list_runs, prune, table_of
+from cxt.workflow.runs import format_runs, list_runs, prune
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.prune:
         prune(runs, yes=args.yes)
     else:
-        print(table_of(runs) if runs else f"there are no runs in {args.directory}")
+        print(format_runs(runs) if runs else f"there are no runs in {args.directory}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
-from cxt.trainer.validation import DecodedItems, Validation, truth_beside_prediction
+from cxt.trainer.validation import DecodedItems, Validation, build_tracks
 
 STATE_VARIABLE = "CXT_TRAINING_STATE"
 """Environment: the training state to continue from, for the processes that the first one of a machine starts."""
@@ -283,5 +283,5 @@ def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, items)
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")
     if items is not None:
-        tracks = truth_beside_prediction(items, model, seed=request.training.seed)
+        tracks = build_tracks(items, model, seed=request.training.seed)
         draw_tracks(tracks, run.path / "tracks.png", title=request.name, window_size=request.manifest["window_size"])

@@ -74,7 +74,7 @@ class TrainingLog(Callback):
 
     def on_train_start(self, trainer, module) -> None:
         now = time.monotonic()
-        self._began = self._said = self._row_began = now
+        self._began = self._line_at = self._row_began = now
         self._first_step = self._step = trainer.global_step
         self._batches_done = self._row_batches = 0
         self._waited = self._waited_all = 0.0
@@ -104,13 +104,13 @@ class TrainingLog(Callback):
         if not trainer.is_global_zero:
             raise Failed("", status=0, agreed=True)  # what is looked at is the same on all ranks; the first one says so
         raise Failed(
-            f"{self.name}: loss or gradient are not finite at step {step}. {self._items_of(trainer, step)}. Nothing of this "
-            "step was saved: the same command continues from the last training state, and would end here again. Try a lower "
-            "learning rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
+            f"{self.name}: loss or gradient are not finite at step {step}. {self._describe_items(trainer, step)}. Nothing of "
+            "this step was saved: the same command continues from the last training state, and would end here again. Try a "
+            "lower learning rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
             agreed=True,
         )
 
-    def _items_of(self, trainer, step: int) -> str:
+    def _describe_items(self, trainer, step: int) -> str:
         """The items of an optimizer step on rank 0, in words."""
         epoch, window = divmod(step - 1, self.steps_per_epoch)
         sampler = trainer.train_dataloader.sampler
@@ -148,7 +148,7 @@ class TrainingLog(Callback):
             self._make_row(trainer, step, mean)
             if not validates:
                 self._write_row(trainer)
-        if trainer.is_global_zero and (ends or time.monotonic() - self._said >= self.line_every):
+        if trainer.is_global_zero and (ends or time.monotonic() - self._line_at >= self.line_every):
             self._say(trainer, step, float(mean))
 
     # Rows
@@ -200,7 +200,7 @@ class TrainingLog(Callback):
 
     def _say(self, trainer, step: int, loss: float) -> None:
         now = time.monotonic()
-        self._said = now
+        self._line_at = now
         spent = max(1e-9, now - self._began)
         rate = self._batches_done * self.items_per_batch / spent
         left = (self.total_steps - step) * spent / max(1, step - self._first_step)

@@ -37,7 +37,7 @@ class DecodedItems:
             about = dataset.describe(int(item))
             self.names.append(f"{about.scenario} {about.index}, pair {about.pair[0]}-{about.pair[1]}")
 
-    def decoded(self, model, *, seed: int, device) -> Posterior:
+    def decode(self, model, *, seed: int, device) -> Posterior:
         """Posterior of each window of each item; the same for the same weights."""
         return decode(
             model, self.counts, self.missing, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device
@@ -81,7 +81,7 @@ class Validation(Callback):
         values = {"val_loss": loss}
         if self.items is not None and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
-                values |= self.items.scores(self.items.decoded(module.model, seed=self.seed, device=module.device))
+                values |= self.items.scores(self.items.decode(module.model, seed=self.seed, device=module.device))
         self.training_log.validated(trainer, values)
         if trainer.is_global_zero:
             decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
@@ -116,11 +116,11 @@ class Validation(Callback):
         return self.run.best
 
 
-def truth_beside_prediction(items: DecodedItems, model, *, seed: int) -> dict:
+def build_tracks(items: DecodedItems, model, *, seed: int) -> dict:
     """What `cxt.evaluation.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        posterior = items.decoded(model, seed=seed, device=device)
+        posterior = items.decode(model, seed=seed, device=device)
     arrays = (items.truth, posterior.mean, posterior.low, posterior.high)
     rows = {}
     for first in range(0, len(items.names), 2):

@@ -21,8 +21,8 @@ from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, list_variants
 from cxt.workflow.resources import training_threads
 
-SHIPPED = Path(__file__).with_name("costs.json")
-HERE = Path("results/costs.json")
+SHIPPED_COSTS = Path(__file__).with_name("costs.json")
+LOCAL_COSTS = Path("results/costs.json")
 """Where `--calibrate` leaves its figures, and the plan looks for them."""
 
 LONGEST = 120
@@ -49,13 +49,13 @@ def _unmapped(spec: dict) -> dict:
 def read_costs(path) -> dict:
     """The content of a costs file: machines, simulations, shards and rates; BadRequest if it holds no such thing."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        parts = [found[key] for key in ("machines", "simulations", "shards", "rates")]
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        parts = [content[key] for key in ("machines", "simulations", "shards", "rates")]
         if not all(isinstance(part, dict) for part in [*parts, *parts[1].values(), *parts[2].values(), *parts[3].values()]):
             raise TypeError("a part is no mapping")
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
-    return found
+    return content
 
 
 class Costs:
@@ -72,13 +72,13 @@ class Costs:
         self.shards: dict = {}
         self.rates: dict = {}
         self.machines: list[str] = []
-        for path in (SHIPPED, *files):
-            found = read_costs(path)
-            for key, lengths in found["simulations"].items():
+        for path in (SHIPPED_COSTS, *files):
+            content = read_costs(path)
+            for key, lengths in content["simulations"].items():
                 self.simulations[key] = self.simulations.get(key, {}) | lengths
-            self.shards |= found["shards"]
-            self.rates |= found["rates"]
-            self.machines += [f"{kind}: {machine}" for kind, machine in found["machines"].items()]
+            self.shards |= content["shards"]
+            self.rates |= content["rates"]
+            self.machines += [f"{kind}: {machine}" for kind, machine in content["machines"].items()]
 
     def simulation(self, spec: dict) -> dict | None:
         """{seconds, bytes, …} of one simulation of a variant; None if unknown.
@@ -87,37 +87,37 @@ class Costs:
         """
         lengths = self.simulations.get(variant_key(spec), {})
         if not lengths and "genetic_map" in spec:
-            found = self.simulation(_unmapped(spec))
-            return found and found | {"extrapolated": True}
+            cost = self.simulation(_unmapped(spec))
+            return cost and cost | {"extrapolated": True}
         asked = spec["sequence_length"]
         if str(asked) in lengths:
             return lengths[str(asked)] | {"extrapolated": False}
         if not lengths:
             return None
         nearest = sorted(map(int, lengths), key=lambda length: (abs(math.log(length / asked)), length))
-        found, scale = lengths[str(nearest[0])], asked / nearest[0]
+        measured, scale = lengths[str(nearest[0])], asked / nearest[0]
         power = 1.0
         if len(nearest) > 1 and all(length < asked for length in nearest):
             other = lengths[str(nearest[1])]
-            power = math.log(found["seconds"] / other["seconds"]) / math.log(nearest[0] / nearest[1])
-        linear = {key: found[key] * scale for key in ("trees", "sites", "bytes")}
-        return {**linear, "seconds": found["seconds"] * scale ** max(1.0, power), "extrapolated": True}
+            power = math.log(measured["seconds"] / other["seconds"]) / math.log(nearest[0] / nearest[1])
+        linear = {key: measured[key] * scale for key in ("trees", "sites", "bytes")}
+        return {**linear, "seconds": measured["seconds"] * scale ** max(1.0, power), "extrapolated": True}
 
     def shard(self, spec: dict, dataset: dict, masked: bool) -> dict | None:
         """{seconds, bytes} of one simulation in a dataset; None if unknown."""
-        found = self.shards.get(shard_key(spec, dataset, masked))
-        if found is None and "genetic_map" in spec:
+        cost = self.shards.get(shard_key(spec, dataset, masked))
+        if cost is None and "genetic_map" in spec:
             return self.shards.get(shard_key(_unmapped(spec), dataset, masked))
-        return found
+        return cost
 
     def flops_per_second(self, what: str, *, gpu: bool, adapter: bool = False) -> float:
         """Measured FLOP/s of *what* (training or decoding): of one GPU, or of one CPU thread."""
         device = "gpu" if gpu else "cpu"
         try:
             rates = self.rates[device]
-            found = list(rates[what].values())
-            kind = [row for row in found if row["adapter"] == adapter] or found
-            mean = sum(row["flops_per_second"] for row in kind) / len(kind)
+            rows = list(rates[what].values())
+            alike = [row for row in rows if row["adapter"] == adapter] or rows
+            mean = sum(row["flops_per_second"] for row in alike) / len(alike)
             return mean if gpu else mean / rates["threads"]
         except (KeyError, TypeError, AttributeError, ZeroDivisionError):
             raise BadRequest(
@@ -178,7 +178,7 @@ def measure_simulation(spec: dict, *, budget: float, longest: float, most: int =
     return cost, made
 
 
-def shortened(spec: dict, length: int) -> dict:
+def shorten_spec(spec: dict, length: int) -> dict:
     """A variant's parameters for a shorter sequence; a position moves along."""
     scale = length / spec["sequence_length"]
     moved = {"position": spec["position"] * scale} if "position" in spec else {}
@@ -200,7 +200,7 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     return {"seconds": (time.process_time() - began) / len(chosen), "bytes": size / len(chosen)}
 
 
-def reached(config: dict) -> list[Variant]:
+def list_used_variants(config: dict) -> list[Variant]:
     """Every variant that a dataset or an evaluation of *config* uses."""
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
@@ -214,7 +214,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
     measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
     *progress* says so. What *save* gets has the content of a costs file.
     """
-    from cxt.benchmark.speed import describe_device, device_here, measure
+    from cxt.benchmark.speed import describe_device, detect_device, measure
 
     masks = {}
     for name, dataset in config["datasets"].items():
@@ -226,7 +226,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
                 else draw_synthetic_mask(m, seed=1)
             )
     used = {name: {variant.name for variant in list_variants(config, d["scenarios"])} for name, d in config["datasets"].items()}
-    for variant in reached(config):
+    for variant in list_used_variants(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
         lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})
         asked, made = variant.spec["sequence_length"], []
@@ -237,7 +237,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
             continue
         except TooLong:
             for length in (length for length in SHORT if length < asked):
-                short, _ = measure_simulation(shortened(variant.spec, length), budget=seconds, longest=math.inf)
+                short, _ = measure_simulation(shorten_spec(variant.spec, length), budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
             progress(
@@ -249,7 +249,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
                 key = shard_key(variant.spec, dataset_spec(config, name), name in masks)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
         save(costs)
-    device = device_here()
+    device = detect_device()
     kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
     for name in config["models"]:  # one of each size, of those that train on such a device
@@ -294,7 +294,7 @@ def scenario_table(config: dict, costs: Costs) -> str:
         "| variant | length | seconds | trees | sites | MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for variant in reached(config):
+    for variant in list_used_variants(config):
         lengths = costs.simulations.get(variant_key(variant.spec), {})
         asked = str(variant.spec["sequence_length"])
         shown = [asked] if asked in lengths else sorted(lengths, key=int)[-1:]

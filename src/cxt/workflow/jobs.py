@@ -153,11 +153,13 @@ def devices(config: dict, model: str) -> int:
 
 
 def evaluation_scenarios(config: dict, model: str) -> list[str]:
+    """Names of the scenarios that a model is evaluated on: its own, or its dataset's."""
     entry = config["models"][model]
     return entry.get("evaluation", config["datasets"][entry["dataset"]]["scenarios"])
 
 
 def evaluation_spec(config: dict, model: str) -> dict:
+    """What decides an evaluation, beside its checkpoint, batches and mask."""
     dataset = config["datasets"][config["models"][model]["dataset"]]
     evaluation = config["evaluation"]
     return {key: dataset[key] for key in SHAPE} | {

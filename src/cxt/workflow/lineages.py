@@ -24,16 +24,19 @@ from cxt.workflow.paths import batch_path
 
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
+    """Lineage of *count* simulations of a variant from index *start* on."""
     catalogue = [catalogue_versions(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
     return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
 
 
 @functools.cache
 def file_digest(path: str) -> str:
+    """sha256 of an external file, which is read once."""
     return file_sha256(path)
 
 
 def mask_lineage(config: dict, name: str) -> str | None:
+    """Lineage of a dataset's accessibility mask; None if it has none."""
     mask = config["datasets"][name].get("mask")
     if mask is None:
         return None
@@ -43,6 +46,7 @@ def mask_lineage(config: dict, name: str) -> str | None:
 
 
 def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, split: str) -> str:
+    """Lineage of the shard of a dataset that one simulation batch makes."""
     count = batch_count(config, variant, start)
     batch = batch_lineage(config, variant, start, count)
     return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
@@ -102,6 +106,7 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
 
 
 def evaluation_lineage(config: dict, model: str) -> str:
+    """Lineage of a model's evaluation."""
     used = sorted(batch["lineage"] for batch in evaluation_batches(config, model))
     dataset = config["models"][model]["dataset"]
     return stage_lineage(
@@ -110,8 +115,10 @@ def evaluation_lineage(config: dict, model: str) -> str:
 
 
 def table_lineage(config: dict) -> str:
+    """Lineage of the table of all evaluations."""
     return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in config["models"]))
 
 
 def run_directory(config: dict, name: str) -> str:
+    """The run directory of a model: one for each lineage, so that changed settings begin a new run."""
     return f"results/runs/{name}-{model_lineage(config, name)}"

@@ -9,6 +9,7 @@ from cxt.workflow.jobs import list_variants, variant_table
 
 
 def batch_path(variant: str, start: int) -> str:
+    """The file of the simulation batch of a variant that begins at index *start*."""
     return f"results/simulations/{variant}/{start}.trees.batch"
 
 
@@ -23,7 +24,7 @@ def variant_with_map(config: dict, path: str) -> Variant:
     return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
-def map_of_batch(variant: Variant, start: int) -> list[str]:
+def find_map_of_batch(variant: Variant, start: int) -> list[str]:
     """The genetic map that a batch needs, as a list of inputs: one file or none.
 
     Raises
@@ -45,6 +46,7 @@ def mask_path(config: dict, name: str) -> str | None:
 
 
 def dataset_directory(name: str) -> str:
+    """The directory of a dataset: dataset.json, train/ and test/."""
     return f"results/datasets/{name}"
 
 
@@ -55,8 +57,10 @@ def shard_paths(config: dict, dataset: str) -> list[str]:
 
 
 def checkpoint_path(model: str) -> str:
+    """The finished checkpoint of a model."""
     return f"results/{model}.ckpt"
 
 
 def settings_path(model: str) -> str:
+    """The settings that a model is trained with, as `settings_file` has them."""
     return f"results/config/{model}.yaml"

@@ -26,7 +26,7 @@ class Run(NamedTuple):
     in_use: bool
 
 
-def state_of(run: RunDirectory, *, in_use: bool) -> str:
+def describe_state(run: RunDirectory, *, in_use: bool) -> str:
     """How far a run has come, in words."""
     try:
         state = run.state()
@@ -42,13 +42,13 @@ def state_of(run: RunDirectory, *, in_use: bool) -> str:
 def list_runs(directory: Path, config: dict) -> list[Run]:
     """All run directories below *directory*, by name."""
     wanted = {Path(run_directory(config, model)).name: model for model in config["models"]}
-    found = []
+    runs = []
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         if (path / "run.json").is_file():  # whatever else is there is nobody's to remove
             run = RunDirectory(path)
             in_use = is_locked(run.lock_path)
-            found.append(Run(path, state_of(run, in_use=in_use), _size(path), wanted.get(path.name), in_use))
-    return found
+            runs.append(Run(path, describe_state(run, in_use=in_use), _size(path), wanted.get(path.name), in_use))
+    return runs
 
 
 def _size(directory: Path) -> int:
@@ -60,7 +60,7 @@ def _size(directory: Path) -> int:
     return total
 
 
-def table_of(runs: list[Run]) -> str:
+def format_runs(runs: list[Run]) -> str:
     """The runs as text, one a line."""
     width = max((len(run.path.name) for run in runs), default=0)
     state = max((len(run.state) for run in runs), default=0)
@@ -78,7 +78,7 @@ def prune(runs: list[Run], *, yes: bool) -> None:
         print("nothing to remove")
         return
     size = sum(run.bytes for run in old) / 1e6
-    print(f"To be removed, {size:.1f} MB (overlays that still need one must be named with --configfile):\n{table_of(old)}")
+    print(f"To be removed, {size:.1f} MB (overlays that still need one must be named with --configfile):\n{format_runs(old)}")
     if not yes:
         if not sys.stdin.isatty():
             raise BadRequest("--prune asks before it removes anything, and there is no terminal to answer on: add --yes")

@@ -52,17 +52,17 @@ def verify(path, *, configfiles) -> str:
     now = model_lineage(config, name)
     with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
     # Its settings, too: they are all that another learning rate changes, and may have been taken as they are by --touch.
-    again = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
-    make_again = f"`{again}` makes it again"
+    command = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
+    make_again = f"`{command}` makes it command"
     if lineage != now:
         raise Failed(
             f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
             f"'{name}' is {now}; {make_again}"
         )
     entry = config["models"][name]
-    above = parent_of(entry)
+    parent_name = parent_of(entry)
     record = checkpoint.record
-    found = {
+    recorded = {
         "dataset": record["dataset"].get("lineage"),
         "parent": record["parent"] and record["parent"].get("lineage"),
         "devices": _devices(record),
@@ -70,19 +70,21 @@ def verify(path, *, configfiles) -> str:
     wanted = devices(config, name)
     expected = {
         "dataset": dataset_lineage(config, entry["dataset"]),
-        "parent": above and model_lineage(config, above),
+        "parent": parent_name and model_lineage(config, parent_name),
         "devices": f"{max(1, wanted)} {'gpu' if wanted else 'cpu'}, effective batch {_effective_batch(config, name)}",
     }
-    if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
+    if differences := [
+        f"{key} {recorded[key]} instead of {expected[key]}" for key in recorded if recorded[key] != expected[key]
+    ]:
         raise Failed(
-            f"{path}: the weights are whole, but it was not trained as its lineage says: {', '.join(wrong)}; {make_again}"
+            f"{path}: the weights are whole, but it was not trained as its lineage says: {', '.join(differences)}; {make_again}"
         )
-    said = f"{path}: whole, finite, and the lineage of '{name}' in the configuration"
+    message = f"{path}: whole, finite, and the lineage of '{name}' in the configuration"
     parent = record["parent"]
-    if parent is not None and (file := Path(path).parent / f"{above}.ckpt").is_file():
+    if parent is not None and (file := Path(path).parent / f"{parent_name}.ckpt").is_file():
         if file_sha256(file) != parent["sha256"]:
             raise Failed(
                 f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand; {make_again}"
             )
-        said += f"; trained from the {file} that is there"
-    return said
+        message += f"; trained from the {file} that is there"
+    return message
