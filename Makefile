@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-resume test test-all-fuzz lint format clean
+.PHONY: help run all test test-all test-resume test-fuzz lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -13,7 +13,7 @@ help:
 	@echo "make test   the tests"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
-	@echo "make lint   ruff, snakefmt, and snakemake --lint"
+	@echo "make lint   ruff, the order of imports, types, snakefmt, and snakemake --lint"
 	@echo "CORES=8 make run uses more cores"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -52,6 +52,8 @@ test-all: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/snakefmt --check Snakefile rules workflow
 	$(VENV)/bin/snakemake --lint
 

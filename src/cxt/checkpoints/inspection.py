@@ -81,7 +81,7 @@ def read_verified_checkpoint(path) -> Checkpoint:
 def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
     """Whether the weights of two checkpoints are close, and in words how the two differ.
 
-    Close is what torch calls it: \\|a - b\\| <= atol + rtol·\\|b\\| everywhere.
+    Close is what torch calls it: abs(a - b) <= atol + rtol · abs(b) everywhere.
     """
     first, second = read_checkpoint(a), read_checkpoint(b)
     lines = []

@@ -1,4 +1,4 @@
-"""TODO cxt.config.demes"""
+"""Demes models: read from a file, checked, and reduced to the simplest mapping that means the same."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""TODO cxt.config.variants"""
+"""Variants of a scenario: one for each combination of the values that it sweeps over."""
 
 import dataclasses
 import itertools

@@ -55,6 +55,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
+    """The feed-forward part of a block: two linear maps, the hidden one four times as wide, with a GELU between."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up = nn.Linear(config.width, 4 * config.width, bias=False)
