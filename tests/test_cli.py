@@ -7,6 +7,7 @@ import tomllib
 import pytest
 from conftest import REPOSITORY, run_python
 
+from cxt import preprocess
 from cxt.cli import COMMANDS
 from cxt.errors import BadRequest
 
@@ -71,3 +72,17 @@ else:
     sys.exit("no AttributeError")
 """
     run_python("-c", code)
+
+
+def test_verbosity(tmp_path, capsys):
+    """Progress is shown by default, with the time and the module under -v, and not under -q."""
+    words = ["--spec", '{"length": 10000, "accessible_run": 900, "inaccessible_run": 100}', "--seed", "1"]
+    lines = {}
+    for flag in ("", "-q", "-v"):
+        preprocess.main(["mask", *words, "--out", str(tmp_path / "mask.npz"), *filter(None, [flag])])
+        lines[flag] = capsys.readouterr().out
+    assert lines[""].startswith(f"{tmp_path}/mask.npz: 10000 bp, ")
+    assert lines["-q"] == ""
+    assert lines["-v"].endswith(f" cxt.preprocess: {lines['']}")
+    preprocess.main(["mask", *words, "--out", str(tmp_path / "mask.npz")])
+    assert capsys.readouterr().out == lines[""]

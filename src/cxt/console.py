@@ -1,12 +1,55 @@
 """What a command says, whatever its standard output and error are: an ASCII terminal, a full disk, a reader that has gone."""
 
+import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 
 from cxt.errors import BadRequest, Failed, advise_extra
+
+ON_STDERR = {"on_stderr": True}
+"""`extra` of a log record that goes to standard error whatever its level: the command has its result on standard output."""
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints what cxt has to say: on standard output, from warnings on (and with `ON_STDERR`) on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        is_for_stderr = record.levelno >= logging.WARNING or getattr(record, "on_stderr", False)
+        print(self.format(record), file=sys.stderr if is_for_stderr else sys.stdout, flush=True)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module of cxt, whose lines are shown unless someone decides otherwise.
+
+    Progress is INFO and what a user should know WARNING. To handle the lines in a program of one's own, take the handler of the
+    logger `cxt` away: ``logging.getLogger("cxt").handlers.clear()``, and set its `propagate`.
+    """
+    package = logging.getLogger("cxt")
+    if not getattr(package, "is_set_up", False):
+        package.is_set_up = True
+        package.addHandler(_ConsoleHandler())
+        package.propagate = False
+        if package.level == logging.NOTSET:
+            package.setLevel(logging.INFO)
+    return logging.getLogger(name)
+
+
+def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:
+    """Add -v and -q to the flags of a command that has progress to tell."""
+    parser.add_argument("-v", "--verbose", action="store_true", help="begin lines of progress with the time and the module")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress: warnings and errors only")
+
+
+def set_verbosity(args: argparse.Namespace) -> None:
+    """Do what the flags of `add_verbosity_flags` ask for."""
+    package = get_logger("cxt")
+    package.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    for handler in package.handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if args.verbose else None))
 
 
 class Watched:

@@ -8,18 +8,19 @@ pairs and windows. Two baselines see the same: heterozygosity in the best fixed 
 """
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
 from cxt.config.bounds import THREADS, check_flags, problems
-from cxt.console import exit_on_bad_request, progress_only
+from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
 from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 from cxt.io import atomic_write, json_text
 from cxt.lineage import check_lineage
+
+logger = get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
     parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
+    add_verbosity_flags(parser)
     args = parser.parse_args(argv)
+    set_verbosity(args)
     check_flags(args, threads=THREADS)
     if args.table:
         results = [read_result(path) for path in args.table]
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             threads=args.threads,
             checkpoint_lineage=args.checkpoint_lineage,
             lineage=args.lineage,
-            progress=functools.partial(print, flush=True),
+            progress=logger.info,
         )
         atomic_write(args.out, json_text(result).encode())
         print(format_accuracy_table([result]), end="", flush=True)

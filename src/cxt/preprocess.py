@@ -11,13 +11,15 @@ from pathlib import Path
 
 from cxt.config.bounds import COUNT, INDEX, check_flags
 from cxt.config.schema import complete_part
-from cxt.console import exit_on_bad_request, progress_only
+from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.manifest import plan_shards, write_manifest
 from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
 from cxt.data.preprocessing import preprocess_batch
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
 from cxt.seeds import check_seed
+
+logger = get_logger(__name__)
 
 
 def _json(text: str, option: str):
@@ -45,7 +47,7 @@ def _shard(args) -> None:
         batch_lineage=args.batch_lineage,
         lineage=args.lineage,
     )
-    print(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
+    logger.info(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
 
 
 def _manifest(args) -> None:
@@ -62,13 +64,15 @@ def _manifest(args) -> None:
     manifest = write_manifest(args.dataset, shards, lineages=lineages)
     for split in SPLITS:
         part = manifest["splits"][split]
-        print(f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} items, {len(part['shards'])} shards")
+        logger.info(
+            f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} items, {len(part['shards'])} shards"
+        )
 
 
 def _mask(args) -> None:
     mask = draw_synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, at="--seed"))
     write_mask(args.out, mask, lineage=args.lineage)
-    print(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
+    logger.info(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,7 +102,10 @@ def main(argv: list[str] | None = None) -> None:
     mask.add_argument("--lineage", help="digest of all that decides the mask, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
+    for command in commands.choices.values():
+        add_verbosity_flags(command)
     args = parser.parse_args(argv)
+    set_verbosity(args)
     check_flags(args, start=INDEX, count=COUNT)
     with progress_only():
         args.run(args)

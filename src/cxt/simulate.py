@@ -20,7 +20,7 @@ from pathlib import Path
 from cxt.config.demes import read_demes
 from cxt.config.schema import complete_part
 from cxt.config.variants import NOT_PARAMETERS, variants
-from cxt.console import exit_on_bad_request
+from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
 from cxt.scenarios.batches import how_to_reproduce, write_batch
@@ -28,6 +28,8 @@ from cxt.scenarios.registry import KINDS, check_variant
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
+
+logger = get_logger(__name__)
 
 
 def _read_variant(args) -> dict:
@@ -72,7 +74,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
     parser.add_argument("--lineage", help="digest of all that decides the batch, stored in it")
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
+    add_verbosity_flags(parser)
     args = parser.parse_args(argv)
+    set_verbosity(args)
     if args.count < 1 or args.start < 0:
         raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
     spec = _read_variant(args)
@@ -82,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     check_seed(seed, at="--seed")
     check_variant(spec)
     if spec["kind"] == "stdpopsim" and (difference := describe_other_recombination(spec)):
-        print(f"cxt: {difference}", file=sys.stderr)
+        logger.warning(f"cxt: {difference}")
     check_writable(args.out)
     _simulate_in_child(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 
@@ -126,19 +130,16 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
             break
         if time.monotonic() - said > 10:
             said = time.monotonic()
-            print(f"{spec['name']}: {index - start}/{count} simulations, {said - began:.0f} s", file=sys.stderr, flush=True)
+            logger.info(f"{spec['name']}: {index - start}/{count} simulations, {said - began:.0f} s", extra=ON_STDERR)
     child.join()
     if child.exitcode < 0:
         name = signal.Signals(-child.exitcode).name
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        print(
-            f"cxt: the simulating process died of {name}{hint}.\n{how_to_reproduce(spec, index=index, seed=seed)}",
-            file=sys.stderr,
-        )
+        logger.error(f"cxt: the simulating process died of {name}{hint}.\n{how_to_reproduce(spec, index=index, seed=seed)}")
         sys.exit(1)
     if child.exitcode:
         sys.exit(child.exitcode)
-    print(f"{spec['name']}: {count}/{count} simulations, {time.monotonic() - began:.0f} s", file=sys.stderr)
+    logger.info(f"{spec['name']}: {count}/{count} simulations, {time.monotonic() - began:.0f} s", extra=ON_STDERR)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the other imports, which take a second
 import sys
 import time
 
-from cxt.console import exit_on_bad_request, progress_only
+from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only, set_verbosity
 from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.launch import train
 from cxt.trainer.options import build_options
@@ -25,7 +25,10 @@ BEGAN = time.monotonic()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(sys.argv[1:] if argv is None else argv, build_parser())
+    parser = build_parser()
+    add_verbosity_flags(parser)
+    args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
+    set_verbosity(args)
     options = build_options(vars(args))
     if args.print_config:
         import yaml

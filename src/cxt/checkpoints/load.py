@@ -1,7 +1,6 @@
 """Finding a checkpoint by its name or path, and loading its model."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -9,8 +8,11 @@ import torch
 from cxt.checkpoints.file import build_checkpoint_model, read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_export
+from cxt.console import get_logger
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.model.transformer import CoalescenceModel
+
+logger = get_logger(__name__)
 
 
 def load_model(name_or_path, *, device="cpu", best: bool = False) -> CoalescenceModel:
@@ -74,11 +76,11 @@ def _find_checkpoint_of_run(path: Path, *, best: bool) -> Path:
         return run.best
     finished = run.finished_checkpoint()
     if finished is None and (run.state() or {}).get("finished"):
-        print(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state", file=sys.stderr)
+        logger.warning(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state")
     for file in (finished, run.last):
         if file is not None and file.is_file():
             if best:
-                print(f"note: {path} has no best weights yet, taking {file.name}", file=sys.stderr)
+                logger.warning(f"note: {path} has no best weights yet, taking {file.name}")
             return file
     raise BadRequest(f"{path} has saved nothing yet")
 

@@ -2,18 +2,20 @@
 
 import collections
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from cxt.console import ON_STDERR, get_logger
 from cxt.data.features import compute_missing_fraction, compute_pair_counts, write_missingness
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import check_content, read_shard
 from cxt.errors import BadRequest
 from cxt.io import check_writable, json_text
 from cxt.scenarios.indices import SPLITS
+
+logger = get_logger(__name__)
 
 
 def describe_dataset(path) -> str:
@@ -147,20 +149,20 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
             f"{simulations} simulations are {size / 1e9:.1f} GB as dense arrays, {parent} has {free / 1e9:.1f} GB left; "
             "export fewer with --split or --limit"
         )
-    print(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", file=sys.stderr, flush=True)
+    logger.info(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", extra=ON_STDERR)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     rounded = 0
     try:
         for split, row, take in wanted:
             rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
-            print(f"{split} {row['scenario']}: {take} simulations", file=sys.stderr, flush=True)
+            logger.info(f"{split} {row['scenario']}: {take} simulations", extra=ON_STDERR)
         temporary.chmod(0o755)
         temporary.replace(out)
     except BaseException:
         shutil.rmtree(temporary)
         raise
     if rounded:
-        print(f"note: {rounded} counts above 2048 were rounded to {dtype}; --dtype float32 keeps them", file=sys.stderr)
+        logger.warning(f"note: {rounded} counts above 2048 were rounded to {dtype}; --dtype float32 keeps them")
     return simulations
 
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from cxt.console import get_logger
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, file_sha256
 from cxt.lineage import check_lineage, how_to_remake
 from cxt.scenarios.seeds import random_generator
+
+logger = get_logger(__name__)
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 """Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""
@@ -275,5 +278,5 @@ def read_mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
         return None
     check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
     mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig, marks=args.mask_marks)
-    print(describe_mask(args.mask, mask), flush=True)
+    logger.info(describe_mask(args.mask, mask))
     return mask

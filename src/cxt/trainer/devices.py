@@ -1,9 +1,10 @@
 """The devices of a run: those that are asked for, or a message for those that are not there."""
 
-import sys
-
+from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.options import TrainingOptions
+
+logger = get_logger(__name__)
 
 
 def choose_devices(options: TrainingOptions) -> tuple[str, int | list[int]]:
@@ -45,7 +46,7 @@ def choose_devices(options: TrainingOptions) -> tuple[str, int | list[int]]:
         return "gpu", 1
     if accelerator == "gpu":
         raise BadRequest("--accelerator gpu, but torch sees no GPU")
-    print("no GPU: training on the CPU", file=sys.stderr)
+    logger.warning("no GPU: training on the CPU")
     return "cpu", 1
 
 

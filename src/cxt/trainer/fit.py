@@ -5,7 +5,6 @@ import errno
 import logging
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from cxt.checkpoints.file import load_weights, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
 from cxt.data.pair_dataset import open_dataset
 from cxt.data.simulated import SimulatedDataset
@@ -30,6 +30,8 @@ from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
 from cxt.trainer.validation import DecodedItems, Validation, build_tracks
+
+logger = get_logger(__name__)
 
 STATE_VARIABLE = "CXT_TRAINING_STATE"
 """Environment: the training state to continue from, for the processes that the first one of a machine starts."""
@@ -54,7 +56,7 @@ def build_data(request: RunRequest) -> DataModule:
             split,
             grid=grid,
             storage=training.storage,
-            progress=lambda line: print(f"{request.name}: {line}", flush=True),
+            progress=lambda line: logger.info(f"{request.name}: {line}"),
         )
         for split in ("train", "test")
     )
@@ -202,7 +204,7 @@ def fit(
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
-            print(f"{request.name}: continuing from {last}", flush=True)
+            logger.info(f"{request.name}: continuing from {last}")
     if machines is not None:
         os.environ[STATE_VARIABLE] = machines.share("" if last is None else str(last.absolute()))
     last = os.environ[STATE_VARIABLE] or None
@@ -274,7 +276,7 @@ def finish(
     run.finish(validation.best_checkpoint() if request.training.export == "best" else finished)
     lost = try_drawing(lambda: draw(request, run, model, items))
     if lost:  # the checkpoint is what was asked for
-        print(f"{request.name}: trained, but not all figures could be drawn ({lost})", file=sys.stderr, flush=True)
+        logger.warning(f"{request.name}: trained, but not all figures could be drawn ({lost})")
 
 
 def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, items) -> None:

@@ -2,18 +2,20 @@
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_version, next_version, target_lock
+from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed
 from cxt.io import check_writable, is_locked
 from cxt.signals import follow, is_led, last_words
 from cxt.trainer.machines import Machines
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.request import RunRequest, build_request
+
+logger = get_logger(__name__)
 
 RUN_DIRECTORY_VARIABLE = "CXT_RUN_DIRECTORY"
 """Environment: the run directory, for the processes that the first one of a machine starts for its other devices."""
@@ -114,12 +116,12 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
                 f"--resume {wanted_state}: {run.path} is finished; leave the training state out, or start afresh with --restart"
             )
         elif machines.is_first:
-            print(f"{run.path} is finished: publishing its checkpoint again", flush=True)
+            logger.info(f"{run.path} is finished: publishing its checkpoint again")
         if machines.is_first:
-            print(f"finished: {run.finished_checkpoint()}", flush=True)
+            logger.info(f"finished: {run.finished_checkpoint()}")
             if options.out is not None:
                 run.publish(options.out)
-                print(f"published: {options.out}", flush=True)
+                logger.info(f"published: {options.out}")
         machines.share()  # the others end when it is published
     return run.path
 
@@ -144,7 +146,7 @@ def _fit(
             run.discard_if_empty()
         raise
     if stale is not None:
-        print(f"starting afresh ({stale}); the old run is kept as {run.supersede()}", flush=True)
+        logger.info(f"starting afresh ({stale}); the old run is kept as {run.supersede()}")
     fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state)
 
 
@@ -203,7 +205,7 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
             )
         return reason
     if state is None and options.resume:
-        print(f"nothing to resume in {run.path}: starting from step 0", file=sys.stderr, flush=True)
+        logger.warning(f"nothing to resume in {run.path}: starting from step 0")
     return None
 
 
@@ -226,7 +228,7 @@ def _wait_for_lock(path: Path, *, until: float) -> None:
     A job that was cancelled, or whose time was up, may still be saving when its next try begins.
     """
     if time.monotonic() < until and is_locked(path):
-        print(f"another trainer has {path}: waiting for it, {until - time.monotonic():.0f} s at most", flush=True)
+        logger.info(f"another trainer has {path}: waiting for it, {until - time.monotonic():.0f} s at most")
         while time.monotonic() < until and is_locked(path):
             time.sleep(min(1.0, max(0.0, until - time.monotonic())))
 

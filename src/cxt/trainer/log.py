@@ -4,15 +4,17 @@ import csv
 import io
 import math
 import os
-import sys
 import time
 from pathlib import Path
 
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from cxt.console import get_logger
 from cxt.errors import Failed
 from cxt.io import atomic_write
+
+logger = get_logger(__name__)
 
 COLUMNS = (
     "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",
@@ -205,18 +207,13 @@ class TrainingLog(Callback):
         rate = self._batches_done * self.items_per_batch / spent
         left = (self.total_steps - step) * spent / max(1, step - self._first_step)
         waiting = trainer.train_dataloader.waited / spent
-        print(
+        logger.info(
             f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, {waiting:.0%} of it waiting "
-            f"for data, {left / 60:.1f} min left",
-            flush=True,
+            f"for data, {left / 60:.1f} min left"
         )
         if waiting > WAITS_TOO_LONG and step - self._first_step >= 50 and not self._advised:
             self._advised = True
-            print(
-                f"{self.name}: waits for data; more threads that make batches may help (workers: 2)",
-                file=sys.stderr,
-                flush=True,
-            )
+            logger.warning(f"{self.name}: waits for data; more threads that make batches may help (workers: 2)")
 
 
 def _lines(rows: list[dict], *, header: bool) -> str:

@@ -1,7 +1,6 @@
 """The network of a run, and the checkpoint that it starts from: what the flags ask for against what dataset and parent are."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,14 @@ from cxt.config.settings import (
     check_inheritance,
     check_missingness,
 )
+from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.options import TrainingOptions
 
 if TYPE_CHECKING:  # it takes torch's seconds
     from cxt.checkpoints.file import Checkpoint
+
+logger = get_logger(__name__)
 
 NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
 """Flags whose default is the preset's, and sizes the parent's where there is one."""
@@ -91,7 +93,7 @@ def resolve_network(
             missing=manifest["missing"],
         )
         if network.window_size != parent.model.window_size:
-            print(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp", flush=True)
+            logger.info(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp")
     if not options.has_adapter:
         return network, None
     if options.adapter_samples is not None and options.adapter_samples != manifest["samples"]:
@@ -179,19 +181,14 @@ def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOp
             take("last_n", adapter.last_n, ADAPTER_FLAGS["last_n"])
     if inherited:
         words = ", ".join(f"{name} {value}" for name, value in inherited.items())
-        print(f"note: {words}, as in {options.source}", file=sys.stderr)
+        logger.warning(f"note: {words}, as in {options.source}")
     if options.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
         inherited["start_token_in_prefix"] = True
-        print(
-            f"note: sources see the start token, as in {options.source}; --start-token-in-prefix false ends that",
-            file=sys.stderr,
-        )
+        logger.warning(f"note: sources see the start token, as in {options.source}; --start-token-in-prefix false ends that")
     if options.has_adapter:
         if options.overwrite_bin0 is None and options.resume_adapter is not None and parent.adapter.overwrite_bin0:
             inherited["overwrite_bin0"] = True
-            print(
-                f"note: the adapter overwrites bin 0, as in {options.source}; --overwrite-bin0 false ends that", file=sys.stderr
-            )
+            logger.warning(f"note: the adapter overwrites bin 0, as in {options.source}; --overwrite-bin0 false ends that")
         values = options.flatten() | inherited
         inherited |= {name: default for name, default in ADAPTER_FLAGS.items() if values[name] is None}
     return dataclasses.replace(options, **inherited)

@@ -16,8 +16,11 @@ import threading
 import time
 from pathlib import Path
 
+from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.connection import HANDSHAKE_SECONDS, Connection, prove_membership, verify_machine
+
+logger = get_logger(__name__)
 
 PORT = 29500
 """Torch's, where MASTER_PORT is not set; the machines themselves talk at the next one."""
@@ -117,10 +120,9 @@ def open_listener(address: str, port: int) -> socket.socket:
             except OSError as error:
                 if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-        print(
+        logger.info(
             f"note: MASTER_ADDR '{address}' names no address of this machine that others could reach, so that it listens on "
-            "all of its addresses; set the address of the network between the machines to listen there alone",
-            flush=True,
+            "all of its addresses; set the address of the network between the machines to listen there alone"
         )
         return socket.create_server(("", port))
     except OSError as error:
@@ -191,7 +193,7 @@ def accept_machines(address: str, port: int, machines: int, seconds: float, path
     with open_listener(address, port) as server:
         secret = leave_secret(path)
         try:
-            print(f"machine 0 of {machines} waits for the others at {socket.gethostname()}, port {port}", flush=True)
+            logger.info(f"machine 0 of {machines} waits for the others at {socket.gethostname()}, port {port}")
             threading.Thread(target=accept, daemon=True, name="accept machines").start()
             while len(connections) < machines - 1:
                 try:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxt.config.bounds import note_more_than_cores
 from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig, change_no_result, steps_per_epoch
+from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST
@@ -21,6 +21,8 @@ from cxt.trainer.source import check_source, plan_simulations
 
 if TYPE_CHECKING:  # it takes torch's seconds
     from cxt.checkpoints.file import Checkpoint
+
+logger = get_logger(__name__)
 
 NO_SETTINGS = (
     "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
@@ -291,6 +293,6 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no meaning without patience")
     for note in notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        logger.warning(f"note: {note}")
     cpus = request.devices if request.accelerator == "cpu" and isinstance(request.devices, int) else 1
     note_more_than_cores(threads=training.threads, workers=training.workers, processes=cpus)

@@ -5,10 +5,13 @@ import importlib.metadata
 import platform
 
 from cxt.checkpoints.record import model_record
+from cxt.console import get_logger
 from cxt.model.flops import training_flops
 from cxt.model.transformer import CoalescenceModel
 from cxt.trainer.module import compile_backend
 from cxt.trainer.request import RunRequest
+
+logger = get_logger(__name__)
 
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
 """Packages whose versions are recorded in a checkpoint."""
@@ -83,19 +86,15 @@ def announce(request: RunRequest, summary: dict) -> None:
     """Say what will be trained, on what, and for how long."""
     training = request.training
     if request.precision != training.precision:
-        print(f"{request.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU", flush=True)
+        logger.info(f"{request.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU")
     if not summary["test_items"]:
-        print(f"{request.name}: the dataset has no test items: training without validation", flush=True)
+        logger.info(f"{request.name}: the dataset has no test items: training without validation")
     on = f" on {request.machines} machines" if request.machines > 1 else ""
-    print(
+    logger.info(
         f"{request.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
         f"{summary['train_items']:,} items, effective batch {request.effective_batch} "
         f"({training.batch_size} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
-        f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads",
-        flush=True,
+        f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads"
     )
     if summary["compile"] != "none":
-        print(
-            f"{request.name}: the first step compiles the network ({summary['compile']}), which takes a minute or so",
-            flush=True,
-        )
+        logger.info(f"{request.name}: the first step compiles the network ({summary['compile']}), which takes a minute or so")

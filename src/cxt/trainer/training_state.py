@@ -20,9 +20,12 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.io import atomic_link, atomic_write
 from cxt.signals import STATUS, end, ends_at_once, ignore, is_led, listen
+
+logger = get_logger(__name__)
 
 OUT_OF_TIME = 75
 """Exit status when the wall-clock budget is spent: try again, and it goes on."""
@@ -284,12 +287,12 @@ def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None 
     for path in list_training_states(run):
         if wanted is not None and path.resolve() != wanted:
             if not problems:
-                print(f"{name}: {path.name} is left aside and will be made again", flush=True)
+                logger.info(f"{name}: {path.name} is left aside and will be made again")
             path.unlink()
             continue
         if (damage := _find_damage(path)) is None:
             for newer in problems:
-                print(f"{name}: {newer}; going on from the one before", flush=True)
+                logger.info(f"{name}: {newer}; going on from the one before")
             atomic_link(run.last, path.name)
             return path
         problems.append(f"the training state {path} cannot be read ({damage})")

@@ -13,12 +13,15 @@ from pytorch_lightning.callbacks import Callback
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.settings import SPECIAL_TOKENS
+from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.decoding.posterior import Posterior, decode
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
 from cxt.trainer.log import TrainingLog
+
+logger = get_logger(__name__)
 
 REPLICATES = 4
 """Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""
@@ -86,7 +89,7 @@ class Validation(Callback):
         if trainer.is_global_zero:
             decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
             decoded += f", r {values['val_r']:.3f}" if "val_r" in values else ""
-            print(f"{self.name}: step {step}, validation loss {loss:.4f}{decoded}", flush=True)
+            logger.info(f"{self.name}: step {step}, validation loss {loss:.4f}{decoded}")
         if loss < self.best["loss"]:
             self.best |= {"loss": loss, "step": step}
             if trainer.is_global_zero:
@@ -100,10 +103,9 @@ class Validation(Callback):
         if self.patience and self.best["rounds"] >= self.patience:
             self.stopped = trainer.should_stop = True
             if trainer.is_global_zero:
-                print(
+                logger.info(
                     f"{self.name}: stops early at step {step}: {self.patience} validations without a loss more than "
-                    f"{self.min_delta:g} below {self.best['reference']:.4f}",
-                    flush=True,
+                    f"{self.min_delta:g} below {self.best['reference']:.4f}"
                 )
 
     def best_checkpoint(self):

@@ -11,11 +11,14 @@ from pathlib import Path
 from cxt.config.file import training_config
 from cxt.config.settings import steps_per_epoch
 from cxt.config.variants import Variant, scenario_of, variants
+from cxt.console import ON_STDERR, get_logger
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import EVALUATION_START, count_in_split, simulation_batches
 from cxt.scenarios.registry import check_scenarios
 from cxt.scenarios.seeds import check_shared_ancestry
+
+logger = get_logger(__name__)
 
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
@@ -53,7 +56,7 @@ def check_plan(config: dict) -> None:
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
             mask = read_mask(settings["path"], key=settings["key"], contig=settings.get("contig"), marks=settings["marks"])
-            print(f"cxt: datasets.{name}: {describe_mask(settings['path'], mask)}", file=sys.stderr)
+            logger.info(f"cxt: datasets.{name}: {describe_mask(settings['path'], mask)}", extra=ON_STDERR)
             if len(mask) < dataset["sequence_length"]:
                 raise BadRequest(
                     f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
