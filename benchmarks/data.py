@@ -220,7 +220,7 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
         batch = 128 if samples == 50 else 20 * 6
 
         def order(epoch, items=items, batch=batch):
-            sampler = EpochBatchSampler(items=len(items), batch_size=batch, seed=1)
+            sampler = EpochBatchSampler(examples=len(items), batch_size=batch, seed=1)
             sampler.set_epoch(epoch)
             return sampler
 

@@ -414,13 +414,3 @@ def test_sizes_and_rates_are_the_catalogues():
     again = simulate_contig(model, contig, about["samples"], seeds).trim()
     assert again.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
     assert sum(about["samples"].values()) == 4
-
-
-def test_leaving_out_the_second_copies_of_models_changes_no_simulation():
-    spec = {"name": "x", "kind": "stdpopsim", "species": "HomSap", "individuals": 3, "sequence_length": 20_000}
-    code = (
-        "from cxt.scenarios.registry import simulate_one; "
-        f"ts = simulate_one({spec!r}, index=3, seed=1); print(ts.tables.nodes.time.sum(), ts.num_sites, ts.metadata)"
-    )
-    whole = run_python("-c", f"import stdpopsim, sys; assert sys.modules['stdpopsim.qc'].HomSap; {code}").stdout
-    assert run_python("-c", f"{code}; import sys; assert not hasattr(sys.modules['stdpopsim.qc'], 'HomSap')").stdout == whole

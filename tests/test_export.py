@@ -351,7 +351,7 @@ def test_golden_on_the_fly(monkeypatch):
     tables.metadata = {"cxt": GOLDEN_IDENTITY}
     ts = tables.tree_sequence()
     variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
-    manifest = build_simulated_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, items=3)
+    manifest = build_simulated_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, examples=3)
     monkeypatch.setattr("cxt.data.simulated.simulate_one", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])

@@ -24,14 +24,14 @@ def test_the_same_tokens_in_any_batch():
     for size in (1, 7):
         parts = [
             model.generate(
-                x[start : start + size], window_size=2000, items=range(start, min(64, start + size)), replicates=3, seed=4
+                x[start : start + size], window_size=2000, example_ids=range(start, min(64, start + size)), replicates=3, seed=4
             )[0]
             for start in range(0, 64, size)
         ]
         assert torch.equal(torch.cat(parts), whole)
     # Numbers tell items apart, not places: in another order, and as few of many.
     order = [5, 63, 0]
-    assert torch.equal(model.generate(x[order], window_size=2000, items=order, replicates=3, seed=4)[0], whole[order])
+    assert torch.equal(model.generate(x[order], window_size=2000, example_ids=order, replicates=3, seed=4)[0], whole[order])
     fewer, _ = model.generate(x, window_size=2000, replicates=2, seed=4)
     assert torch.equal(fewer, whole[:, :2])
     other, _ = model.generate(x, window_size=2000, replicates=3, seed=5)
@@ -55,7 +55,7 @@ def test_a_decoder_is_used_again():
     x, y = inputs(items=8)
     decoder = Decoder(model, replicates=2, seed=3)
     first = decoder.decode(x[:4])[0].clone()
-    second = decoder.decode(x[4:], items=range(4, 8))[0].clone()
+    second = decoder.decode(x[4:], example_ids=range(4, 8))[0].clone()
     assert torch.equal(torch.cat([first, second]), model.generate(x, window_size=2000, replicates=2, seed=3)[0])
     fed = y[:4, None].expand(-1, 2, -1)
     for _ in range(2):

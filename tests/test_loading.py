@@ -28,7 +28,7 @@ on_linux = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="looks
 
 
 def sampler_of(items: PairDataset, **arguments) -> EpochBatchSampler:
-    return EpochBatchSampler(**({"items": len(items), "batch_size": 7, "seed": 3} | arguments))
+    return EpochBatchSampler(**({"examples": len(items), "batch_size": 7, "seed": 3} | arguments))
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
@@ -68,7 +68,7 @@ def test_a_short_last_batch(dataset):
 
 def test_an_error_in_a_thread_reaches_the_trainer(dataset):
     loader = PrefetchLoader(PairDataset(dataset, "test"), [[0], [999], [1]], batch_size=1, threads=2, pin=False)
-    with pytest.raises(IndexError, match="item 999 of 12"):
+    with pytest.raises(IndexError, match="example 999 of 12"):
         list(loader)
 
 
@@ -84,7 +84,7 @@ def test_order_is_a_function_of_seed_epoch_and_rank(dataset):
     assert order(epoch=1) != order() != order(seed=4)
     ranks = [order(rank=rank, world=2) for rank in (0, 1)]
     assert not set(ranks[0]) & set(ranks[1])
-    assert list(SequentialBatchSampler(items=9, batch_size=2, seed=1, rank=1, world=2)) == [[1, 3], [5, 7]]
+    assert list(SequentialBatchSampler(examples=9, batch_size=2, seed=1, rank=1, world=2)) == [[1, 3], [5, 7]]
 
 
 @pytest.mark.parametrize("i", [1.5, "a", slice(2), None])
@@ -165,7 +165,7 @@ def test_a_manifest_rewritten_after_loading_is_noticed(dataset, tmp_path):
 
 def test_a_batch_that_is_too_small(dataset):
     items = PairDataset(dataset, "train")
-    with pytest.raises(ValueError, match="8 items do not fit into a batch of 2"):
+    with pytest.raises(ValueError, match="8 examples do not fit into a batch of 2"):
         items.batch(range(8), out=items.empty_batch(2))
 
 
@@ -313,4 +313,4 @@ def test_bins_are_numpys():
         )  # fmt: skip
         for dtype in (np.float64, np.float32):
             expected = np.clip(np.searchsorted(edges, values.astype(dtype), side="right") - 1, 0, grid.bins - 1)
-            assert np.array_equal(grid.bins_of(values.astype(dtype)), expected)
+            assert np.array_equal(grid.find_bins(values.astype(dtype)), expected)

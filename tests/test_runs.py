@@ -497,7 +497,7 @@ def plain_losses(dataset, arguments) -> list[float]:
     model, items = build_starting_model(request).train(), PairDataset(dataset, "train")
     optimizer = torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2))
     rates = [group["lr"] for group in optimizer.param_groups]
-    sampler = EpochBatchSampler(items=len(items), batch_size=training.batch_size, seed=training.seed)
+    sampler = EpochBatchSampler(examples=len(items), batch_size=training.batch_size, seed=training.seed)
     losses, number = [], 0
     for epoch in range(training.epochs):
         sampler.set_epoch(epoch)
@@ -639,7 +639,7 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
         checks_gradient=False,
     )  # fmt: skip
     log._first_bad = torch.tensor(-1)
-    sampler = EpochBatchSampler(items=30, batch_size=4, seed=1)
+    sampler = EpochBatchSampler(examples=30, batch_size=4, seed=1)
     described = SimpleNamespace(scenario="constant", index=7, pair=(1, 2))
     trainer = SimpleNamespace(
         world_size=1, is_global_zero=True, accumulate_grad_batches=2, train_dataloader=SimpleNamespace(sampler=sampler),
@@ -744,7 +744,7 @@ def test_find_lr_steps_by_hand(dataset):
         assert len(found.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
         model, items = build_starting_model(request).eval(), PairDataset(dataset, "train")
-        sampler = EpochBatchSampler(items=len(items), batch_size=12, seed=request.training.seed)
+        sampler = EpochBatchSampler(examples=len(items), batch_size=12, seed=request.training.seed)
         expected = []
         for epoch in range(20):
             sampler.set_epoch(epoch)

@@ -124,7 +124,7 @@ def test_seeds_and_counters_of_training_do_not_add_up():
     """1_000_003 · seed + epoch was the same for (1, 1_000_003) and (2, 0), and torch's CPU takes 32 bits of a seed."""
 
     def order(seed, epoch):
-        sampler = EpochBatchSampler(items=64, batch_size=64, seed=seed)
+        sampler = EpochBatchSampler(examples=64, batch_size=64, seed=seed)
         sampler.set_epoch(epoch)
         return next(iter(sampler))
 
@@ -146,7 +146,7 @@ def test_seeds_and_counters_of_training_do_not_add_up():
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**29, 1.0, "1", None, True + 0.5])
 def test_bad_seeds(seed):
     with pytest.raises(BadRequest, match=r"the seed is .*, expected .*\b9223372036854775807"):
-        check_seed(seed, at="the seed")
+        check_seed(seed, name="the seed")
 
 
 def test_one_bound_everywhere():

@@ -20,7 +20,7 @@ LEAVES = [
     variant.spec
     for variant in variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
 ]
-MANIFEST = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=40)
+MANIFEST = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, examples=40)
 
 
 def live(split="train", seed=1, manifest=MANIFEST):
@@ -52,7 +52,7 @@ def test_seeds_and_splits():
     held_out = {live("test").describe(i)[:2] for i in range(5)}
     assert not held_out & {live().describe(i)[:2] for i in range(40)}
     # A longer run begins with the items of a shorter one.
-    longer = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, items=400)
+    longer = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, examples=400)
     assert torch.equal(live(manifest=longer).batch(numbers).counts, again.counts)
 
 
@@ -67,7 +67,14 @@ def test_seeds_and_splits():
     ],
 )
 def test_bad_shapes(change, message):
-    arguments = {"variants": LEAVES, "window_size": 1000, "samples": None, "scales": (2,), "held_out": 1, "items": 1} | change
+    arguments = {
+        "variants": LEAVES,
+        "window_size": 1000,
+        "samples": None,
+        "scales": (2,),
+        "held_out": 1,
+        "examples": 1,
+    } | change
     with pytest.raises(BadRequest, match=message):
         build_simulated_manifest(arguments.pop("variants"), **arguments)
 

@@ -531,11 +531,11 @@ def test_schedule():
 
 def test_order_is_a_function_of_seed_and_epoch():
     def batches(**changes):
-        arguments = {"items": 103, "batch_size": 10, "seed": 1} | changes
+        arguments = {"examples": 103, "batch_size": 10, "seed": 1} | changes
         sampler = EpochBatchSampler(**{k: v for k, v in arguments.items() if k not in ("epoch", "skip")})
         sampler.set_epoch(arguments.get("epoch", 0))
         sampler.skip = arguments.get("skip", 0)
-        assert len(sampler) == arguments["items"] // arguments.get("world", 1) // 10
+        assert len(sampler) == arguments["examples"] // arguments.get("world", 1) // 10
         return list(sampler)
 
     assert batches() == batches()

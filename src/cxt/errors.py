@@ -5,13 +5,20 @@ from collections.abc import Callable, Iterable
 
 
 class BadRequest(ValueError):
-    """What was asked cannot be done: found, expected, and what to do, in one message. Commands exit 2."""
+    """A request that cannot be fulfilled: what was found, what was expected, and what to do. Commands exit 2."""
 
 
 class Failed(RuntimeError):
-    """A run that was begun could not be finished, for a reason that its message tells in full. Commands exit with *status*.
+    """A run that was started and could not be finished, for a reason that the message explains.
 
-    *agreed* says that all processes of the run end like this, so that none need be ended by another.
+    Parameters
+    ----------
+    message : str
+        What went wrong; nothing is printed if it is empty.
+    status : int
+        Exit status of the command.
+    agreed : bool
+        Whether all processes of the run end in this way, so that none has to be ended by another.
     """
 
     def __init__(self, message: str, *, status: int = 1, agreed: bool = False):
@@ -20,12 +27,12 @@ class Failed(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its name if it says nothing."""
+    """The first line of an exception's message, or the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def try_drawing(draw: Callable[[], object]) -> str:
-    """Draw a figure, and say why that failed; empty if it did not. What was computed must not be lost to a picture."""
+    """Call *draw*, and return why it failed, or "": what was computed must not be lost because a figure cannot be drawn."""
     try:
         draw()
     except Exception as error:
@@ -34,17 +41,30 @@ def try_drawing(draw: Callable[[], object]) -> str:
 
 
 MAX_LISTED_NAMES = 12
-"""So many names are listed in a message; of more, the five most similar ones."""
+"""A message lists up to this many names; of more, it lists the five most similar ones."""
 
 
 def _likeness(name: str, choice: str) -> float:
-    """From 0 to 1, without the case, leading dashes, and the difference between a dash and an underscore."""
-    one, other = (word.casefold().lstrip("-").replace("-", "_") for word in (name, choice))
-    return difflib.SequenceMatcher(None, one, other).ratio()
+    """Similarity of two names, from 0 to 1, ignoring case, leading dashes, and dashes for underscores."""
+    first, second = (text.casefold().lstrip("-").replace("-", "_") for text in (name, choice))
+    return difflib.SequenceMatcher(None, first, second).ratio()
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest of *choices* if it is close, and else what there is to choose from."""
+    """Help with a misspelt name, to be added to a message.
+
+    Parameters
+    ----------
+    name : str
+        The name that was given.
+    choices : iterable of str
+        The names that exist.
+
+    Returns
+    -------
+    str
+        ``"; did you mean 'x'?"`` if one of *choices* is similar to *name*, and otherwise a list of choices.
+    """
     names = sorted(map(str, choices))
     if not names:
         return "; there are none"

@@ -1,4 +1,4 @@
-"""Stage 4: how good a checkpoint is on simulations that nothing was trained on.
+"""Stage 4: the accuracy of a checkpoint on simulations that nothing was trained on.
 
     python -m cxt.evaluate --checkpoint results/broad.ckpt --spec JSON --batches JSON --out FILE.json --figures PREFIX
     python -m cxt.evaluate --table results/evaluation/*.json
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     check_flags(args, threads=THREADS)
     if args.table:
         results = [read_result(path) for path in args.table]
-        found = combine_evaluation_lineages([result.get("lineage") for result in results])
-        check_lineage("an evaluation of this table", found=found, planned=args.lineage, target=args.out or args.table[0])
+        lineage = combine_evaluation_lineages([result.get("lineage") for result in results])
+        check_lineage("an evaluation of this table", found=lineage, planned=args.lineage, target=args.out or args.table[0])
         text = format_accuracy_table(results)
         print(text, end="")
         if args.out:
@@ -60,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
         spec, batches = json.loads(args.spec), json.loads(args.batches)
     except json.JSONDecodeError as error:
         raise BadRequest(f"--spec or --batches is not valid JSON: {error}") from None
-    lacking = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
-    if lacking:
-        raise BadRequest(f"--spec lacks {', '.join(lacking)}")
-    if wrong := problems(spec, SPEC_RANGES):
-        raise BadRequest(f"--spec: {'; '.join(wrong)}")
+    missing_keys = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
+    if missing_keys:
+        raise BadRequest(f"--spec lacks {', '.join(missing_keys)}")
+    if out_of_range := problems(spec, SPEC_RANGES):
+        raise BadRequest(f"--spec: {'; '.join(out_of_range)}")
     if args.devices:
         import torch
 
@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         atomic_write(args.out, json_text(result).encode())
         print(format_accuracy_table([result]), end="", flush=True)
-    lost = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
-    if lost:
-        raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({lost})")
+    problem = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
+    if problem:
+        raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({problem})")
 
 
 if __name__ == "__main__":

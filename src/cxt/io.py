@@ -1,4 +1,4 @@
-"""Writing files so that a half-made one never stands under its final name."""
+"""Atomic file writes, lock files, canonical JSON and digests, and aligned tables."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ import secrets
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,13 +21,13 @@ from cxt.errors import BadRequest
 
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[BinaryIO]:
-    """A new binary file for a `with` block, which is on disk under the name *path* once the block has ended without exception.
+    """A new binary file for a `with` block, which replaces *path* when the block has ended without an exception.
 
-    Until then it stands beside *path* under a name of its own, so that two writers do not disturb each other: the last one to
-    end wins. An exception removes it. A file that was at *path* passes on its permissions. A symbolic link at *path* is
+    Until then the data is in a temporary file beside *path*, so that writers do not disturb each other: the last one to finish
+    wins. An exception removes the temporary file. Permissions of an existing *path* are kept. A symbolic link at *path* is
     replaced, not followed; links among its directories are followed.
 
-    What a process that was killed has left of the same *path* is removed: it is locked while its writer lives.
+    Temporary files that killed writers of the same *path* have left are removed; a writer that lives holds a lock on its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def atomic_write(path, data) -> None:
 
 
 def atomic_link(path, target: str) -> None:
-    """Make *path* a symbolic link to *target*, whatever it was before, at once."""
+    """Make *path* a symbolic link to *target*, atomically replacing whatever was there."""
     path = Path(path)
     temporary = _temporary_name(path)
     temporary.symlink_to(target)  # fails if the name is taken
@@ -67,7 +67,7 @@ def atomic_link(path, target: str) -> None:
 
 
 def remove_abandoned_files(path) -> None:
-    """Remove what writers of *path* that were killed have left beside it."""
+    """Remove the temporary files that killed writers of *path* have left beside it."""
     path = Path(path)
     ours = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}\.tmp")
     try:
@@ -86,7 +86,7 @@ def remove_abandoned_files(path) -> None:
 
 
 def is_same_file(file: int, path) -> bool:
-    """Whether the open *file* (a descriptor) is the one that is found at *path*, which may have been replaced or removed."""
+    """Whether the open *file* (a descriptor) is still the file at *path*, which may have been replaced or removed."""
     try:
         return os.path.samestat(os.fstat(file), os.lstat(path))
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new locked file beside *path*, with the permissions that the umask leaves."""
+    """A new, locked temporary file beside *path*, with the permissions that the umask leaves."""
     while True:
         temporary = _temporary_name(path)
         number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -114,7 +114,7 @@ def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
 
 
 def _sync_directory(path: Path) -> None:
-    """Have the disk know of a new name, where a file system can do that for directories."""
+    """Flush a directory to disk, so that a new name survives a crash, where the file system supports it."""
     with contextlib.suppress(OSError):
         number = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -124,7 +124,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def check_writable(path) -> None:
-    """Make the directory of *path*; BadRequest if that cannot be, or if nothing can be written there."""
+    """Create the directory of *path*; BadRequest if that fails or nothing can be written there."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def check_writable(path) -> None:
 
 
 def replace_nan(value):
-    """*value* with None for each float that is NaN or infinite, at any depth of mappings, lists and tuples."""
+    """Replace each float that is NaN or infinite by None, at any depth of mappings, lists and tuples."""
     if isinstance(value, dict):
         return {key: replace_nan(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -148,8 +148,36 @@ def json_text(value, *, indent: int | None = 1, sort_keys: bool = False) -> str:
     return json.dumps(replace_nan(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
 
 
+def format_columns(rows: Iterable[Sequence[str]], *, left: int = 1, separator: str = "  ") -> list[str]:
+    """Align the cells of a table.
+
+    Parameters
+    ----------
+    rows : iterable of sequences of str
+        The rows, a header among them, each of the same number of cells.
+    left : int
+        This many first columns are aligned to the left, the others to the right.
+    separator : str
+        What stands between two columns.
+
+    Returns
+    -------
+    list of str
+        One line for each row. Lines keep the padding at their end.
+    """
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        separator.join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
 def canonical_json(value) -> str:
-    """*value* as JSON that does not depend on the order of keys."""
+    """*value* as compact JSON with sorted keys: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -169,7 +197,7 @@ _held_locks: set[int] = set()
 
 
 def _release_after_fork() -> None:
-    """A forked process holds no lock of its parent, which would else be locked out by a loader that outlived the trainer."""
+    """Release the locks in a forked process: a loader that outlived the trainer would otherwise lock its successor out."""
     for number in _held_locks:
         with contextlib.suppress(OSError):
             os.close(number)
@@ -180,10 +208,10 @@ os.register_at_fork(after_in_child=_release_after_fork)
 
 
 class Lock:
-    """A lock file that this process holds, until `close`, or until the process ends, however it ends.
+    """A lock file that this process holds until `close`, or until the process ends in whatever way.
 
-    It is of the file that was opened (`flock`): other descriptors of it may be opened and closed in this process, and what is
-    forked does not hold it. One that was left behind by a process that is gone locks nothing.
+    The lock belongs to the open file (`flock`): the process may open and close the file elsewhere, and forked processes do not
+    hold it. A lock file that a dead process has left behind locks nothing.
     """
 
     def __init__(self, path: Path, number: int):
@@ -191,7 +219,7 @@ class Lock:
         _held_locks.add(number)
 
     def close(self, *, remove: bool = False) -> None:
-        """Let go, and leave word that this process has ended in good order; or *remove* the file, while it is still held."""
+        """Release the lock and empty the file, which shows an orderly end; with *remove*, delete the file first."""
         if self._number not in _held_locks:  # released before, or a fork's
             return
         if remove:
@@ -202,12 +230,23 @@ class Lock:
 
 
 def acquire_lock(path, what) -> Lock:
-    """Hold the lock file *path*.
+    """Acquire the lock file *path*.
+
+    Parameters
+    ----------
+    path : path-like
+        The lock file, created if need be.
+    what : str or path-like
+        What it locks, for messages.
+
+    Returns
+    -------
+    Lock
 
     Raises
     ------
     BadRequest
-        If another process has it, says which; or if it cannot be locked.
+        If another process holds the lock (the message says which), or the file cannot be locked.
     """
     path = Path(path)
     check_writable(path)

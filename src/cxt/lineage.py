@@ -1,4 +1,6 @@
-"""What makes a result stale: the digest of a stage's version, its settings, its parents and its external inputs.
+"""Lineages: digests that decide whether a result is current, and how to make one again that is not.
+
+A lineage is the digest of a stage's version, its settings, the lineages of its parents, and the digests of external inputs.
 
 A stage's version is raised when a change of code changes its output. tests/test_stage_outputs.py holds every stage's output
 on a small input, and fails after such a change.
@@ -32,7 +34,7 @@ def check_lineage(what: str, *, found: str | None, planned: str | None, target) 
 
 
 def describe_difference(found: str | None, planned: str) -> str:
-    """What was found instead of the lineage *planned*, in words."""
+    """Describe, for a message, the lineage *found* where *planned* was expected."""
     return f"its lineage is {found}, expected {planned}" if found else f"it has no lineage, expected {planned}"
 
 
@@ -59,7 +61,7 @@ def is_workflow_file(path) -> bool:
 
 
 def how_to_remake(target, *, delete: str | None = None) -> str:
-    """What makes *target* again; first, what *delete* names has to go, or Snakemake would find nothing to do."""
+    """Advice on making *target* again, after deleting what *delete* names: otherwise Snakemake would find nothing to do."""
     gone = f"delete {delete}, then " if delete else ""
     if not is_workflow_file(target):
         return f"{gone}make {target} again as it was made"
@@ -67,9 +69,9 @@ def how_to_remake(target, *, delete: str | None = None) -> str:
 
 
 def how_to_replan(target) -> str:
-    """What makes *target* again where it, or something that it is made from, is of another configuration than the current.
+    """Advice on making *target* again where it, or one of its inputs, belongs to another configuration than the current one.
 
-    Snakemake finds that by itself, unless it was told to look at times only, or to take files as up to date.
+    Snakemake notices that by itself, unless it was told to look at times only, or to take files as up to date.
     """
     if not is_workflow_file(target):
         return f"make {target} again as it was made, or leave the lineages out"

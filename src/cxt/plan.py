@@ -19,7 +19,7 @@ from cxt.config.settings import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
-from cxt.io import atomic_write, check_writable, json_text
+from cxt.io import atomic_write, check_writable, format_columns, json_text
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios.indices import count_in_split
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
@@ -185,16 +185,6 @@ def _hours(hours: float) -> str:
     return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  ".join(
-            str(cell).ljust(w) if i == 0 else str(cell).rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    ]
-
-
 def _longest_batch(config: dict, variant: Variant) -> int:
     """Simulations in the largest batch of a variant, those for evaluation included."""
     evaluation = max(count for _, count in jobs.evaluation_starts(config, variant))
@@ -218,7 +208,7 @@ def report(config: dict, planned: dict, costs: Costs, *, all_variants: bool = Fa
             hours = sum(variant.simulations * seconds for variant, seconds in known) / 3600
             longest = max(_longest_batch(config, variant) * seconds for variant, seconds in known) / 60
             rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
-    out = _table(["scenario", "variants", "simulations", "batch", "longest job", "core time"], rows)
+    out = format_columns([["scenario", "variants", "simulations", "batch", "longest job", "core time"], *rows])
     simulate, evaluation = planned["simulate"], planned["evaluation"]
     out += [
         "",
@@ -235,14 +225,16 @@ def report(config: dict, planned: dict, costs: Costs, *, all_variants: bool = Fa
          *(("not measured", "") if p["bytes"] is None else (_size(p["bytes"]), _hours(p["core_hours"])))]
         for name, p in planned["datasets"].items()
     ]  # fmt: skip
-    out += _table(["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], rows)
+    out += format_columns(
+        [["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], *rows]
+    )
     out.append("")
     rows = [
         [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
          _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
         for name, p in planned["models"].items()
     ]  # fmt: skip
-    out += _table(["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], rows)
+    out += format_columns([["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], *rows])
     gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
     core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
     disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())

@@ -34,7 +34,7 @@ def _shard(args) -> None:
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = read_mask_from_flags(args)
-    done = preprocess_batch(
+    simulations = preprocess_batch(
         args.out,
         args.batch,
         spec,
@@ -47,7 +47,7 @@ def _shard(args) -> None:
         batch_lineage=args.batch_lineage,
         lineage=args.lineage,
     )
-    logger.info(f"{args.out}: {done} simulations, {args.out.stat().st_size / done / 1000:.1f} kB each")
+    logger.info(f"{args.out}: {simulations} simulations, {args.out.stat().st_size / simulations / 1000:.1f} kB each")
 
 
 def _manifest(args) -> None:
@@ -65,12 +65,12 @@ def _manifest(args) -> None:
     for split in SPLITS:
         part = manifest["splits"][split]
         logger.info(
-            f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} items, {len(part['shards'])} shards"
+            f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} examples, {len(part['shards'])} shards"
         )
 
 
 def _mask(args) -> None:
-    mask = draw_synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, at="--seed"))
+    mask = draw_synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, name="--seed"))
     write_mask(args.out, mask, lineage=args.lineage)
     logger.info(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
@@ -78,7 +78,7 @@ def _mask(args) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shard = commands.add_parser("shard", help="one split of one batch of tree sequences to one shard")
+    shard = commands.add_parser("shard", help="preprocess one split of a simulation batch into a shard")
     shard.add_argument("--batch", type=Path, required=True, help="file made by cxt.simulate")
     shard.add_argument("--scenario", help="variant that it must hold")
     shard.add_argument("--seed", type=int, help="seed that it must have been simulated with")

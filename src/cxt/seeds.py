@@ -1,4 +1,4 @@
-"""Seeds: which there are, and how the seeds of other generators are made from them.
+"""Seeds: their range, and how the seeds of msprime and torch are derived from them.
 
 msprime takes 32 bits of a seed, and so does torch's generator on a CPU, which ignores all others. Sums and products of seeds
 and counters collide (1_000_003 · 1 + 1_000_003 = 1_000_003 · 2), and 32 random bits collide among 100 000. Here seeds are
@@ -15,25 +15,50 @@ from cxt.errors import BadRequest
 from cxt.io import canonical_json
 
 LARGEST_SEED = 2**63 - 1
-"""The largest seed of a workflow, a training run or a decoding; the smallest is 0. The schema says the same."""
+"""Largest seed of a workflow, a training run or a decoding; the smallest is 0."""
 
 GOLDEN = 0x9E3779B97F4A7C15
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-def check_seed(seed, *, at: str = "seed") -> int:
-    """*seed* as an int; BadRequest if it is no whole number from 0 to `LARGEST_SEED`. *at* says what it is called."""
+def check_seed(seed, *, name: str = "seed") -> int:
+    """Check that a seed is a whole number from 0 to `LARGEST_SEED`.
+
+    Parameters
+    ----------
+    seed : int or any integer type
+    name : str
+        What the message calls it.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    BadRequest
+        If it is no whole number, or out of range.
+    """
     try:
-        found = operator.index(seed)
+        value = operator.index(seed)
     except TypeError:
-        raise BadRequest(f"{at} is {seed!r}, expected a whole number from 0 to {LARGEST_SEED}") from None
-    if not 0 <= found <= LARGEST_SEED:
-        raise BadRequest(f"{at} is {found}, expected at least 0 and at most {LARGEST_SEED}")
-    return found
+        raise BadRequest(f"{name} is {seed!r}, expected a whole number from 0 to {LARGEST_SEED}") from None
+    if not 0 <= value <= LARGEST_SEED:
+        raise BadRequest(f"{name} is {value}, expected at least 0 and at most {LARGEST_SEED}")
+    return value
 
 
 def mix_bits(state):
-    """SplitMix64's finalizer (Steele, Lea and Flood 2014), a permutation of the 64-bit words; *state* is uint64."""
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014), a permutation of the 64-bit words.
+
+    Parameters
+    ----------
+    state : uint64 scalar or array
+
+    Returns
+    -------
+    uint64 scalar or array of the same shape
+    """
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
         state = (state ^ (state >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
@@ -41,7 +66,7 @@ def mix_bits(state):
 
 
 def hash_key(*parts) -> int:
-    """64 bits that identify *parts* (JSON-able): the first of their sha256."""
+    """A key of 64 bits for *parts*, which can be written as JSON: the first 8 bytes of their sha256."""
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8], "big")
 
 

@@ -38,29 +38,31 @@ def _read_variant(args) -> dict:
             spec = json.loads(args.spec)
         except json.JSONDecodeError as error:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
-        words = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
-        if not all(isinstance(word, str) for word in words) or spec["kind"] not in KINDS:
+        texts = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or spec["kind"] not in KINDS:
             raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(KINDS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
-        entry = complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")
-        if entry["kind"] == "demes":
-            entry["demography"] = read_demes(entry["demography"], at="--spec")
-        (variant, *others) = variants(spec["name"], entry | {"simulations": 1, "batch": 10})
+        completed = complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")
+        if completed["kind"] == "demes":
+            completed["demography"] = read_demes(completed["demography"], at="--spec")
+        (variant, *others) = variants(spec["name"], completed | {"simulations": 1, "batch": 10})
         if others or variant.name != spec["name"]:
             raise BadRequest("--spec has a list of values: it must be one variant, not a sweep")
         return variant.spec
     from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
 
     config = load(args.configfile)
-    known = {variant.name: variant for name, entry in config["scenarios"].items() for variant in variants(name, entry)}
-    if args.scenario in config["scenarios"] and args.scenario not in known:
+    unswept = {
+        variant.name: variant for name, completed in config["scenarios"].items() for variant in variants(name, completed)
+    }
+    if args.scenario in config["scenarios"] and args.scenario not in unswept:
         swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
         raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
-    if args.scenario not in known:
-        raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, known)}")
+    if args.scenario not in unswept:
+        raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, unswept)}")
     if args.seed is None:
         args.seed = config["seed"]
-    return known[args.scenario].spec
+    return unswept[args.scenario].spec
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     seed = 1 if args.seed is None else args.seed
     if args.start + args.count > 2_000_000_000:
         raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
-    check_seed(seed, at="--seed")
+    check_seed(seed, name="--seed")
     check_variant(spec)
     if spec["kind"] == "stdpopsim" and (difference := describe_other_recombination(spec)):
         logger.warning(f"cxt: {difference}")
@@ -103,8 +105,8 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
         ignore()  # of a signal to both, only the parent must speak
         end_with_parent(parent)
         # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
-        what = {"start": start, "count": count, "seed": seed, "lineage": lineage}
-        exit_on_bad_request(lambda: write_batch(out, spec, **what, progress=sender.send))
+        batch = {"start": start, "count": count, "seed": seed, "lineage": lineage}
+        exit_on_bad_request(lambda: write_batch(out, spec, **batch, progress=sender.send))
 
     child = context.Process(target=work)
 
@@ -121,16 +123,16 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
     with held_back():  # the child ignores them from its start
         child.start()
     sender.close()
-    began = said = time.monotonic()
+    started = last_report = time.monotonic()
     index = start
     while True:
         try:
             index = receiver.recv()
         except EOFError:
             break
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            logger.info(f"{spec['name']}: {index - start}/{count} simulations, {said - began:.0f} s", extra=ON_STDERR)
+        if time.monotonic() - last_report > 10:
+            last_report = time.monotonic()
+            logger.info(f"{spec['name']}: {index - start}/{count} simulations, {last_report - started:.0f} s", extra=ON_STDERR)
     child.join()
     if child.exitcode < 0:
         name = signal.Signals(-child.exitcode).name
@@ -139,7 +141,7 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
         sys.exit(1)
     if child.exitcode:
         sys.exit(child.exitcode)
-    logger.info(f"{spec['name']}: {count}/{count} simulations, {time.monotonic() - began:.0f} s", extra=ON_STDERR)
+    logger.info(f"{spec['name']}: {count}/{count} simulations, {time.monotonic() - started:.0f} s", extra=ON_STDERR)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Loader:
     def __init__(self, dataset, *, batch_size: int, workers: int, device: str):
         self.device = device
         self.batch_size = batch_size
-        self.sampler = EpochBatchSampler(items=len(dataset), batch_size=batch_size, seed=1)
+        self.sampler = EpochBatchSampler(examples=len(dataset), batch_size=batch_size, seed=1)
         self.loader = PrefetchLoader(dataset, self.sampler, batch_size=batch_size, threads=workers, pin=device == "cuda")
         self._batches = self._all()
 
@@ -320,7 +320,7 @@ def bench_decoding(
         synchronize(device)
         began, done = time.perf_counter(), 0
         while done < (pairs or 1) or (pairs is None and time.perf_counter() - began < seconds):
-            decoder.decode(x, items=range(done, done + batch))
+            decoder.decode(x, example_ids=range(done, done + batch))
             synchronize(device)
             done += batch
         spent = time.perf_counter() - began

@@ -27,7 +27,7 @@ UNREADABLE = (
     pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, TypeError,
     ValueError, AttributeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-"""What torch and `open_verified` raise for files that are damaged or malformed."""
+"""Exceptions that torch and `open_verified` raise for files that are damaged or malformed."""
 
 
 class Damaged(BadRequest):
@@ -106,8 +106,8 @@ def _read_at(file, position: int, layout: struct.Struct) -> tuple | None:
 def _find_end_record(file, size: int) -> tuple[int, bool]:
     """Where the archive's end record is, and whether our digest follows; it may stand in these two places only."""
     for comment in (0, len(LABEL) + HEX):
-        found = _read_at(file, size - comment - END.size, END)
-        if found is not None and found[0] == b"PK\x05\x06" and found[-1] == comment:
+        record = _read_at(file, size - comment - END.size, END)
+        if record is not None and record[0] == b"PK\x05\x06" and record[-1] == comment:
             file.seek(size - comment)
             if not comment or file.read(len(LABEL)) == LABEL:
                 return size - comment - END.size, comment > 0

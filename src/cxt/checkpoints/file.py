@@ -1,4 +1,4 @@
-"""Checkpoints: trained weights with what is needed to use them; writing, reading, and loading a model by name.
+"""Checkpoints: trained weights with what is needed to use them; writing and reading their files.
 
     cxt checkpoint show results/broad.ckpt
     cxt checkpoint verify results/broad.ckpt
@@ -106,18 +106,18 @@ def read_checkpoint(path) -> Checkpoint:
     return Checkpoint(weights, network, adapter, record)
 
 
-def check_weights(own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
+def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
     """BadRequest naming the tensors of *weights* that a network with the state dict *own* cannot take."""
-    problems = [f"{key} is missing" for key in own if key not in weights]
-    problems += [f"{key} is not in this model" for key in weights if key not in own]
+    problems = [f"{key} is missing" for key in expected if key not in weights]
+    problems += [f"{key} is not in this model" for key in weights if key not in expected]
     problems += [
         f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in own.items()
+        for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
     if problems:
-        shown = "\n  ".join(problems[:8]) + (f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise BadRequest(f"the weights of {source} do not fit this model:\n  {shown}")
+        listed = "\n  ".join(problems[:8]) + (f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise BadRequest(f"the weights of {source} do not fit this model:\n  {listed}")
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:
@@ -127,7 +127,7 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, so
 
 
 def build_checkpoint_model(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
-    """The network of a checkpoint with its weights; BadRequest if they do not fit, before memory is taken for it."""
+    """Build the network of a checkpoint with its weights; BadRequest if they do not fit, before memory is allocated for it."""
     with torch.device("meta"):
         described = build_model(checkpoint.model, checkpoint.adapter).state_dict()
     check_weights(described, checkpoint.state_dict, source=source)

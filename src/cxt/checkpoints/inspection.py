@@ -1,4 +1,4 @@
-"""What a checkpoint is, whether it is what the configuration asks for, and where two of them differ."""
+"""Describing, verifying and comparing checkpoints."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from cxt.errors import Failed
 
 
 def _describe_training(record: dict) -> str:
-    """How the weights were trained, in words."""
+    """Describe how the weights were trained."""
     training = record["training"]
     if training is None and record.get("published") is None:
         return "not known"
     if training is None:
         settings = record["published"]["hyper_parameters"].get("training_config", {})
-        said = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else ""
-        return f"by the original package: {said or 'its file does not say how'}"
+        described = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else ""
+        return f"by the original package: {described or 'its file does not say how'}"
     effective = training["batch_size"] * training["grad_accum"] * record["devices"]
     return (
         f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, "
@@ -26,13 +26,13 @@ def _describe_training(record: dict) -> str:
 
 
 def _describe_ranges(ranges: dict | None) -> str:
-    """What the training data was like, in words."""
-    said = [f"{name.replace('_', ' ')} {pair[0]:.3g} to {pair[1]:.3g}" for name, pair in (ranges or {}).items() if pair]
-    return ", ".join(said) or "not known"
+    """Describe the ranges of the training data."""
+    described = [f"{name.replace('_', ' ')} {pair[0]:.3g} to {pair[1]:.3g}" for name, pair in (ranges or {}).items() if pair]
+    return ", ".join(described) or "not known"
 
 
 def describe_checkpoint(path) -> str:
-    """A checkpoint in words."""
+    """Describe a checkpoint as text."""
     checkpoint = read_checkpoint(path)
     record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
     data, parent, published = record["dataset"], record["parent"], record.get("published")
@@ -61,7 +61,7 @@ def describe_checkpoint(path) -> str:
 
 
 def read_verified_checkpoint(path) -> Checkpoint:
-    """The checkpoint, after its weights were found to be finite and to fit its network.
+    """Read a checkpoint, and check that its weights are finite and fit its network.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def read_verified_checkpoint(path) -> Checkpoint:
 
 
 def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
-    """Whether the weights of two checkpoints are close, and in words how the two differ.
+    """Whether the weights of two checkpoints are close, and a description of how the two differ.
 
     Close is what torch calls it: abs(a - b) <= atol + rtol · abs(b) everywhere.
     """

@@ -51,14 +51,14 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
 def _parse_device(device) -> torch.device:
     """A torch device by its name; BadRequest if there is none, or no such GPU."""
     try:
-        found = torch.device(device)
+        parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise BadRequest(f"device {device!r}: {first_line(error)}") from None
-    present = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= present:
-        has = f"torch sees {present} GPU{'' if present == 1 else 's'}"
-        raise BadRequest(f"device {found}, but {has}; leave device out to use the CPU")
-    return found
+    gpus = torch.cuda.device_count()
+    if parsed.type == "cuda" and (parsed.index or 0) >= gpus:
+        seen = f"torch sees {gpus} GPU{'' if gpus == 1 else 's'}"
+        raise BadRequest(f"device {parsed}, but {seen}; leave device out to use the CPU")
+    return parsed
 
 
 def checkpoint_directories() -> list[Path]:
@@ -94,8 +94,8 @@ def _check_path(name_or_path) -> Path:
         os.stat(path)
     except (OSError, ValueError) as error:  # it need not be there as a path, but must be able to
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            shown = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
-            raise BadRequest(f"no checkpoint is called {shown!r}: {getattr(error, 'strerror', None) or error}") from None
+            shortened = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
+            raise BadRequest(f"no checkpoint is called {shortened!r}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
@@ -125,5 +125,5 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     for directory in directories:
         if (directory / f"{path}.ckpt").is_file():
             return directory / f"{path}.ckpt"
-    there = {file.stem for directory in directories for file in directory.glob("*.ckpt")}
-    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{suggest_nearest(str(path), there)}")
+    available = {file.stem for directory in directories for file in directory.glob("*.ckpt")}
+    raise BadRequest(f"no checkpoint '{path}' in {', '.join(map(str, directories))}{suggest_nearest(str(path), available)}")

@@ -1,4 +1,4 @@
-"""Checkpoints of the original package: its Lightning files, plain and adapter, in this package's words.
+"""Reading the published checkpoints: Lightning files of the original package, plain and with an adapter.
 
 Nothing pickled in such a file is run. Torch reads it under `weights_only=True`, which builds tensors, numbers, strings and
 containers; of the original's classes it may make those in `CLASSES`, and gets an empty stand-in for each.
@@ -168,7 +168,7 @@ def convert_weights(tensors: dict, network: ModelConfig, adapter: AdapterConfig 
         Naming every tensor that is missing, of another shape, or not known, and channel weights that are not the fixed ones.
     """
     prefix = "model." if adapter is None else "model.backbone."
-    fixed = f"{prefix}transformer.bt2ls.weights"
+    channel_weights_name = f"{prefix}transformer.bt2ls.weights"
     if any(str(key).startswith("model.adapter.") for key in tensors) != (adapter is not None):
         raise BadRequest("adapter weights and the hyper-parameter `ie_new`, an adapter's samples, do not go together")
     # Before a network of any depth is built.
@@ -179,27 +179,34 @@ def convert_weights(tensors: dict, network: ModelConfig, adapter: AdapterConfig 
         if configuration is not None:
             check_sizes(configuration)
     with torch.device("meta"):
-        own = build_model(network, adapter).state_dict()
-    names = {key: published_name(key, adapter=adapter is not None) for key in own}
-    known = {*names.values(), fixed}
+        expected_state = build_model(network, adapter).state_dict()
+    names = {key: published_name(key, adapter=adapter is not None) for key in expected_state}
+    known_names = {*names.values(), channel_weights_name}
     # Empty memory for decoding, which is made anew.
     caches = {key for key in tensors if any(word.startswith("kv_cache") for word in str(key).split("."))}
-    problems = [f"{name} is missing" for name in [*names.values(), fixed] if name not in tensors]
-    problems += [f"{key} is not known" for key in tensors if key not in known and key not in caches]
-    problems += [f"{name} is not a tensor" for name in known & tensors.keys() if not isinstance(tensors[name], torch.Tensor)]
+    problems = [f"{name} is missing" for name in [*names.values(), channel_weights_name] if name not in tensors]
+    problems += [f"{key} is not known" for key in tensors if key not in known_names and key not in caches]
+    problems += [
+        f"{name} is not a tensor" for name in known_names & tensors.keys() if not isinstance(tensors[name], torch.Tensor)
+    ]
     if not problems:
         problems = [
-            f"{name} has shape {tuple(tensors[name].shape)}, its hyper-parameters ask for {tuple(own[key].shape)}"
+            f"{name} has shape {tuple(tensors[name].shape)}, its hyper-parameters ask for {tuple(expected_state[key].shape)}"
             for key, name in names.items()
-            if tensors[name].shape != own[key].shape
+            if tensors[name].shape != expected_state[key].shape
         ]
     if problems:
         more = f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise BadRequest("its weights do not fit:\n  " + "\n  ".join(problems[:8]) + more)
-    found = tensors[fixed].flatten()
-    expected = torch.tensor(CHANNEL_WEIGHTS)
-    if found.shape != expected.shape or not torch.allclose(found.float(), expected, rtol=0, atol=1e-6):
-        raise BadRequest(f"{fixed} is {found.tolist()[:8]}, but the weights of the two channels are fixed to {CHANNEL_WEIGHTS}")
+    channel_weights = tensors[channel_weights_name].flatten()
+    expected_weights = torch.tensor(CHANNEL_WEIGHTS)
+    if channel_weights.shape != expected_weights.shape or not torch.allclose(
+        channel_weights.float(), expected_weights, rtol=0, atol=1e-6
+    ):
+        raise BadRequest(
+            f"{channel_weights_name} is {channel_weights.tolist()[:8]}, but the weights of the two channels are fixed to "
+            f"{CHANNEL_WEIGHTS}"
+        )
     return {key: tensors[name] for key, name in names.items()}
 
 
@@ -215,18 +222,18 @@ def find_nearest_preset(network: ModelConfig) -> str:
     )
 
 
-def to_plain(value, *, depth: int = 0, left: list[int] | None = None):
+def to_plain(value, *, depth: int = 0, budget: list[int] | None = None):
     """*value* as dicts, lists, numbers and strings; BadRequest if it has no end, or not one within `MAX_VALUES` values."""
-    left = [MAX_VALUES] if left is None else left
-    left[0] -= 1
-    if left[0] < 0 or depth > 50 or (isinstance(value, int) and value.bit_length() > 4096):
+    budget = [MAX_VALUES] if budget is None else budget
+    budget[0] -= 1
+    if budget[0] < 0 or depth > 50 or (isinstance(value, int) and value.bit_length() > 4096):
         raise BadRequest("its hyper-parameters hold more than any that the original package writes")
     value = value.__dict__.get("fields", {}) if isinstance(value, Settings) else value
-    deeper = {"depth": depth + 1, "left": left}
+    nested = {"depth": depth + 1, "budget": budget}
     if isinstance(value, dict):
-        return {str(key): to_plain(child, **deeper) for key, child in value.items()}
+        return {str(key): to_plain(child, **nested) for key, child in value.items()}
     if isinstance(value, list | tuple):
-        return [to_plain(child, **deeper) for child in value]
+        return [to_plain(child, **nested) for child in value]
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and the check that it says it in the words of this version.
+"""The record of a checkpoint, which describes its network and its training, and the checks of a record that is read.
 
 Files come from other versions and other people: after `check_record` every key is there and of its type, sizes are bounded,
 and the two configurations can be built, so that readers need not look again.
@@ -24,7 +24,7 @@ RECORD_KEYS = {
     "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
     "processor": (str, NONE), "step": (int, NONE), "epoch": (int, NONE), "val_loss": NUMBER,
 }  # fmt: skip
-"""The keys of a record, with the types of what they hold."""
+"""The keys of a record, with the types of their values."""
 
 TABLE_KEYS = {
     "training": {"batch_size": WHOLE, "grad_accum": WHOLE, "epochs": WHOLE, "lr": NUMBER, "seed": WHOLE},
@@ -32,22 +32,22 @@ TABLE_KEYS = {
     "parent": {"name": (str, NONE), "sha256": (str, NONE)},
     "published": {"file": TEXT, "sha256": TEXT, "hyper_parameters": TABLE},
 }  # fmt: skip
-"""What the tables among them must hold; they may hold more."""
+"""Keys that tables of a record must have, with the types of their values; they may have more."""
 
 OPTIONAL_DATASET_KEYS = {
     "window_size": (int, NONE), "sequence_length": (int, float, NONE), "samples": (int, NONE), "sha256": (str, NONE),
     "simulated": (list, NONE), "ranges": (dict, NONE),
 }  # fmt: skip
-"""What a dataset's table may lack, in files of earlier versions."""
+"""Keys that a record's dataset may lack, in files of earlier versions."""
 
 LARGEST_SIZES = {
     "layers": 1000, "heads": 1000, "width": 100_000, "windows": 100_000, "samples": 100_000, "scales": 1000, "bins": 1_000_000,
     "window_size": 10**9, "bottleneck": 100_000,
 }  # fmt: skip
-"""Far above any network that is trained; beyond, a file would have memory reserved that nothing in it needs."""
+"""Bounds far above any network that is trained: a damaged file must not make us reserve memory."""
 
 MAX_VALUES = 100_000
-"""Values in a record, with those in its tables and lists. One that names itself would have no end."""
+"""Largest number of values in a record, with those in its tables and lists; one that contains itself would have no end."""
 
 
 def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
@@ -62,18 +62,18 @@ def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> 
 
 def check_plain(value, *, what: str) -> None:
     """BadRequest unless *value* is tables by text, lists, numbers and text, and not too many of them."""
-    left, seen = [(value, 0)], 0
-    while left:
-        value, depth = left.pop()
-        seen += 1
-        if seen > MAX_VALUES or depth > 50:
+    remaining, count = [(value, 0)], 0
+    while remaining:
+        value, depth = remaining.pop()
+        count += 1
+        if count > MAX_VALUES or depth > 50:
             raise BadRequest(f"{what} holds more values than any that cxt writes")
         if type(value) is dict:
             if not all(type(key) is str for key in value):
                 raise BadRequest(f"{what} holds a key that is not text")
-            left += [(child, depth + 1) for child in value.values()]
+            remaining += [(child, depth + 1) for child in value.values()]
         elif type(value) is list:
-            left += [(child, depth + 1) for child in value]
+            remaining += [(child, depth + 1) for child in value]
         elif type(value) is int and value.bit_length() > 4096:
             raise BadRequest(f"{what} holds a number of {value.bit_length()} bits")
         elif not (value is None or type(value) in (str, int, float, bool)):
@@ -106,8 +106,8 @@ def _check_types(table: dict, expected: dict, *, within: str) -> None:
             raise BadRequest(f"its {within}{key} is {_format_value(table[key])}, expected {_describe_types(types)}")
 
 
-def _check_known(table: dict, known, *, within: str) -> None:
-    if unknown := sorted(key for key in table if key not in known):
+def _check_known(table: dict, known_keys, *, within: str) -> None:
+    if unknown := sorted(key for key in table if key not in known_keys):
         raise BadRequest(
             f"its {within.rstrip('.') or 'record'} has {', '.join(map(_format_value, unknown[:5]))}, which this cxt does not "
             "know: a newer cxt wrote it; update cxt"

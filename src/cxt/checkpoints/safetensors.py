@@ -1,4 +1,4 @@
-"""A checkpoint as other programs read it: a directory of `model.safetensors` and `config.json`.
+"""Exported checkpoints for other programs: a directory of `model.safetensors` and `config.json`.
 
 The weights are named and typed as in the checkpoint. The configuration is what the checkpoint says of itself (`model` is the
 network and its grid of ln generations, `adapter` the adapter or null), the digest of the weights that it belongs to, and one

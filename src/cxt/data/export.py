@@ -1,4 +1,4 @@
-"""What people ask of a dataset on disk: what is in it, whether it is whole, and dense arrays of it for other tools."""
+"""Describing, verifying and exporting a dataset on disk."""
 
 import collections
 import shutil
@@ -12,14 +12,14 @@ from cxt.data.features import compute_missing_fraction, compute_pair_counts, wri
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import check_content, read_shard
 from cxt.errors import BadRequest
-from cxt.io import check_writable, json_text
+from cxt.io import check_writable, format_columns, json_text
 from cxt.scenarios.indices import SPLITS
 
 logger = get_logger(__name__)
 
 
 def describe_dataset(path) -> str:
-    """Shape, sizes, and a table of the variants of a dataset, as text."""
+    """Describe a dataset as text: its shape, its ranges, and a table of its variants."""
     manifest = read_manifest(path)
     shape = {
         key: manifest[key]
@@ -45,23 +45,18 @@ def describe_dataset(path) -> str:
         f"training simulations: {', '.join(ranges)}",
         "",
     ]
-    table = [("scenario", "split", "simulations", "items", "sites/simulation", "kB/simulation", "shards")]
+    table = [("scenario", "split", "simulations", "examples", "sites/simulation", "kB/simulation", "shards")]
     for split in SPLITS:
         rows: dict[str, list[dict]] = collections.defaultdict(list)
         for row in manifest["splits"][split]["shards"]:
             rows[row["scenario"]].append(row)
-        for scenario, of_scenario in [*rows.items(), ("all", manifest["splits"][split]["shards"])]:
-            simulations, items, sites, size = (
-                sum(row[key] for row in of_scenario) for key in ("simulations", "items", "sites", "bytes")
+        for scenario, shards in [*rows.items(), ("all", manifest["splits"][split]["shards"])]:
+            simulations, examples, sites, size = (
+                sum(row[key] for row in shards) for key in ("simulations", "items", "sites", "bytes")
             )
             mean_sites, mean_size = (f"{total / simulations:,.0f}" if simulations else "" for total in (sites, size / 1000))
-            table.append((scenario, split, f"{simulations:,}", f"{items:,}", mean_sites, mean_size, f"{len(of_scenario):,}"))
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+            table.append((scenario, split, f"{simulations:,}", f"{examples:,}", mean_sites, mean_size, f"{len(shards):,}"))
+    lines += [line.rstrip() for line in format_columns(table, left=2)]
     total = sum(manifest["splits"][split]["bytes"] for split in SPLITS)
     return "\n".join([*lines, "", f"{total / 1e6:,.1f} MB in all"])
 
@@ -127,16 +122,16 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
         raise BadRequest(f"{out} exists; name a directory that does not")
     if limit is not None and limit < 1:
         raise BadRequest(f"--limit {limit}: expected at least 1")
-    left = collections.Counter()
-    wanted = []
+    taken = collections.Counter()
+    selected = []
     for split in dict.fromkeys(splits):
         for row in manifest["splits"][split]["shards"]:
             key = split, row["scenario"]
-            take = row["simulations"] if limit is None else min(row["simulations"], limit - left[key])
-            left[key] += take
+            take = row["simulations"] if limit is None else min(row["simulations"], limit - taken[key])
+            taken[key] += take
             if take:
-                wanted.append((split, row, take))
-    simulations = sum(take for _, _, take in wanted)
+                selected.append((split, row, take))
+    simulations = sum(take for _, _, take in selected)
     if not simulations:
         raise BadRequest(f"{path} has no simulation in {' or '.join(splits)}; there is nothing to export")
     shape = (manifest["pairs"], 2, len(manifest["scales"]), manifest["windows"], manifest["samples"])
@@ -153,7 +148,7 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     rounded = 0
     try:
-        for split, row, take in wanted:
+        for split, row, take in selected:
             rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
             logger.info(f"{split} {row['scenario']}: {take} simulations", extra=ON_STDERR)
         temporary.chmod(0o755)

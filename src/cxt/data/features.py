@@ -58,11 +58,11 @@ def check_genotypes(genotypes) -> np.ndarray:
     if genotypes.dtype == bool:
         return genotypes.astype(np.int8)
     if not np.issubdtype(genotypes.dtype, np.integer):
-        wanted = "expected whole numbers: 0 for the ancestral allele, 1 for the derived one"
+        expected = "expected whole numbers: 0 for the ancestral allele, 1 for the derived one"
         if np.issubdtype(genotypes.dtype, np.floating) and (wrong := ~(genotypes == np.floor(genotypes))).any():
             site, haplotype = _locate_first(wrong)
-            raise ValueError(f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}; {wanted}")
-        raise ValueError(f"genotypes are of type {genotypes.dtype}; {wanted}. Convert them, as with `.astype('int8')`")
+            raise ValueError(f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}; {expected}")
+        raise ValueError(f"genotypes are of type {genotypes.dtype}; {expected}. Convert them, as with `.astype('int8')`")
     for wrong in (genotypes < 0, genotypes == 255):
         if wrong.any():
             site, haplotype = _locate_first(wrong)
@@ -136,13 +136,20 @@ def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
 
     Parameters
     ----------
-    genotypes : (sites, samples) integer array, allele codes as tskit gives them
-    positions : (sites,) float array, ascending, in base pairs
-    mask : (>= sequence_length,) bool array or None; True = *in*accessible, per base
+    genotypes : integer array (sites, samples)
+        Allele codes as tskit gives them.
+    positions : float array (sites,)
+        In base pairs, ascending.
+    sequence_length : float
+        In base pairs.
+    mask : bool array (>= sequence_length,), optional
+        True = *in*accessible, for each base.
 
     Returns
     -------
-    (sites kept, samples) uint8 array of 0 and 1, and their (sites kept,) float64 positions.
+    genotypes : uint8 array (usable sites, samples)
+        0 for the ancestral and 1 for the derived allele.
+    positions : float64 array (usable sites,)
 
     Raises
     ------
@@ -175,9 +182,9 @@ def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
 
 
 def find_first_sites(positions, *, window_size: int, windows: int):
-    """First site of each base window, and the number of sites: (windows + 1,) int32.
+    """Index of the first site of each base window, and at the end the number of sites: (windows + 1,) int32.
 
-    Window k is [k·window_size, (k+1)·window_size), and the last goes on to the last site.
+    Window k is [k·window_size, (k+1)·window_size); the last window includes all sites that follow.
     """
     edges = np.arange(1, windows, dtype=np.float64) * window_size
     inner = np.searchsorted(positions, edges, side="left")
@@ -213,10 +220,31 @@ def pack_haplotypes(genotypes):
 
 
 def compute_pair_counts(packed, positions, pairs, *, window_size, windows, samples, scales=SCALES, out=None, dtype=np.int32):
-    """Counts of usable sites for several pairs of one simulation: (pairs, 2, scales, windows, samples), bin 0 zero.
+    """Raw joint counts of several pairs of one simulation; what `pair_features` computes, on packed usable sites.
 
-    The fast path under `pair_features`: *packed* from `pack_haplotypes`, *positions* in base pairs. *out* is filled in
-    place when given.
+    Parameters
+    ----------
+    packed : uint8 array (sites, ceil(samples / 8))
+        From `pack_haplotypes`.
+    positions : float64 array (sites,)
+        In base pairs, ascending.
+    pairs : integer array (pairs, 2)
+        Haplotype indices.
+    window_size : int
+        Base pairs of a base window.
+    windows, samples : int
+        Numbers of base windows and of haplotypes.
+    scales : sequence of int
+        Widths of windows, in base windows.
+    out : array (pairs, 2, scales, windows, samples), optional
+        Filled in place if given.
+    dtype : numpy dtype
+        Type of a new result.
+
+    Returns
+    -------
+    array (pairs, 2, scales, windows, samples)
+        Frequency bin 0 is 0.
     """
     scales = np.minimum(np.asarray(scales, dtype=np.int64), windows)  # wider ones end where these do, and take no more room
     if out is None:
@@ -293,12 +321,12 @@ def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, 
     positions = check_positions(positions, start=start, sequence_length=sequence_length)
     if mask is not None:
         mask = check_mask(mask, start=start, sequence_length=sequence_length)
-    kept, at = select_usable_sites(genotypes, positions, sequence_length=sequence_length, mask=mask)
-    samples = kept.shape[1]
+    usable_genotypes, usable_positions = select_usable_sites(genotypes, positions, sequence_length=sequence_length, mask=mask)
+    samples = usable_genotypes.shape[1]
     pairs = check_pairs(pairs, samples)
     features = compute_pair_counts(
-        pack_haplotypes(kept),
-        at,
+        pack_haplotypes(usable_genotypes),
+        usable_positions,
         pairs,
         window_size=window_size,
         windows=windows,

@@ -30,7 +30,15 @@ def _find_bins(values, grid, out):
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of ln generations: *bins* values from *low* to *high*, each the lower edge of its bin."""
+    """The grid of ln TMRCA: evenly spaced values, each the lower edge of its bin.
+
+    Parameters
+    ----------
+    low, high : float
+        Lower edges of the first and of the last bin, in ln generations.
+    bins : int
+        Number of bins.
+    """
 
     low: float = 3.0
     high: float = 17.0
@@ -38,20 +46,21 @@ class Grid:
 
     @property
     def step(self) -> float:
+        """Width of a bin, in ln generations."""
         return (self.high - self.low) / (self.bins - 1)
 
     @property
     def centres(self):
-        """(bins,) float64: the middle of each bin, in ln generations."""
+        """The middle of each bin, in ln generations: (bins,) float64."""
         return np.linspace(self.low, self.high, self.bins) + self.step / 2
 
     @property
     def edges(self):
-        """(bins + 1,) float64."""
+        """The edges of the bins, in ln generations: (bins + 1,) float64."""
         return np.append(np.linspace(self.low, self.high, self.bins), self.high + self.step)
 
-    def bins_of(self, log_tmrca):
-        """Bins of *log_tmrca*, of the same shape, int64. Values outside the grid go to its first or last bin."""
+    def find_bins(self, log_tmrca):
+        """Bins of the values *log_tmrca*, int64 of the same shape; values outside the grid go to its first or last bin."""
         values = np.ascontiguousarray(log_tmrca)
         if values.dtype != np.float32:
             values = values.astype(np.float64)
@@ -60,8 +69,8 @@ class Grid:
         return bins
 
     def tokens(self, log_tmrca):
-        """Bins of *log_tmrca* (..., windows) as tokens (..., windows + 1), int64, start token first."""
-        bins = self.bins_of(log_tmrca)
+        """Tokens (..., windows + 1), int64, of the values *log_tmrca* (..., windows): the start token, then bins + 2."""
+        bins = self.find_bins(log_tmrca)
         tokens = np.empty((*bins.shape[:-1], bins.shape[-1] + 1), dtype=np.int64)
         tokens[..., 0] = START_TOKEN
         tokens[..., 1:] = bins + SPECIAL_TOKENS

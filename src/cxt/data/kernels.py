@@ -1,4 +1,4 @@
-"""The compiled loops behind features and loading: bits, windowed counts of a pair, and a batch of items.
+"""The compiled loops behind features and loading: bits, windowed counts of a pair, and a batch of examples.
 
 Single-threaded, and without Python's lock, so that threads which load batches run side by side.
 """
@@ -11,24 +11,25 @@ import numpy as np
 
 
 def compiled(function):
-    """Compile *function* when it is first called; kept beside the package, in the user's cache or in `NUMBA_CACHE_DIR`.
+    """Compile *function* with numba when it is first called, without Python's lock, and cache it on disk.
 
-    Where none of these can be written (a read-only container) it is compiled anew in each process, and a warning says so once.
+    The cache is beside the package, in the user's cache directory or in `NUMBA_CACHE_DIR`. Where none of these can be written
+    (a read-only container), each process compiles again, and a warning says so once.
     """
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError as error:
         if "no locator" not in str(error):
             raise
-    _warn()
+    _warn_uncached()
     return numba.njit(nogil=True)(function)
 
 
 @functools.cache
-def _warn() -> None:
+def _warn_uncached() -> None:
     warnings.warn(
-        "compiled code cannot be kept, since neither the folder of the package nor that of the user can be written: each "
-        "process compiles again; set NUMBA_CACHE_DIR to a folder that can be written",
+        "compiled code cannot be cached, since neither the package's directory nor the user's can be written: each process "
+        "compiles again; set NUMBA_CACHE_DIR to a directory that can be written",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -42,7 +43,7 @@ for _place in range(64):
 
 @compiled
 def find_lowest_bit(word):
-    """Place of the lowest bit that is set in a uint64, which must not be 0."""
+    """Position of the lowest bit that is set in a uint64, which must not be 0."""
     lowest = word & (~word + np.uint64(1))
     return _PLACES[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)]
 
@@ -67,9 +68,9 @@ def accumulate(cumulative, samples):
 
 @compiled
 def _accumulate_both(differ, total, agree, samples):
-    """`accumulate` for *differ*, and into *agree* the same of what *differ* leaves of *total* (windows · samples,).
+    """Accumulate *differ* over windows in place, and fill *agree* with the sums of *total* - *differ*.
 
-    Rows beyond the last window repeat its sum, so that windows of any scale end inside.
+    *total* is (windows · samples,). Rows beyond the last window repeat its sum, so that windows of any scale end inside.
     """
     differ_sum, agree_sum = np.zeros(samples, differ.dtype), np.zeros(samples, differ.dtype)
     agree[:samples] = 0
@@ -115,7 +116,7 @@ def count_all_sites(derived, first_site, samples, out):
 
 @compiled
 def allocate_sums(total, scales, samples):
-    """Room for `count_pair` to sum in: a row of each window of *total*, and as many more as the widest scale has windows."""
+    """Scratch memory for `count_pair`: a row for each window of *total*, and as many more as the widest scale has windows."""
     return np.empty(len(total) + scales.max() * samples, total.dtype)
 
 
@@ -180,7 +181,7 @@ def pack_bins(bins, width, out):
 
 @compiled
 def unpack_bins(packed, width, out):
-    """Read what `pack_bins` wrote for one pair: *packed* (words,) to *out* (windows,)."""
+    """Unpack the bins of one pair that `pack_bins` has packed: *packed* (words,) to *out* (windows,)."""
     every = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     for k in range(len(out)):
         word, shift = (k * width) >> 6, (k * width) & 63
@@ -192,7 +193,7 @@ def unpack_bins(packed, width, out):
 
 @compiled
 def find_largest_count(cumulative, samples, scale):
-    """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: what bounds all counts."""
+    """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: a bound on all counts."""
     most, last = 0, len(cumulative) - samples
     for i in range(last):
         most = max(most, cumulative[min(i + scale * samples, last + i % samples)] - cumulative[i])
@@ -201,9 +202,9 @@ def find_largest_count(cumulative, samples, scale):
 
 @compiled
 def fill_batch(rows, columns, data, scales, width, counts, bins):
-    """Counts and bins of several items at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
+    """Counts and bins of several examples at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
 
-    Item i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.data.pair_dataset.PairDataset`.
+    Example i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.data.pair_dataset.PairDataset`.
     """
     words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]

@@ -1,4 +1,4 @@
-"""The order of training items, and the loaders that Lightning asks for.
+"""The order of training examples, and the loaders that Lightning asks for.
 
 The order is a pure function of (seed, epoch); each rank takes its share of it. Where to go on inside an epoch comes from
 Lightning's own counters, so that a resumed run sees exactly the batches that are left.
@@ -23,10 +23,10 @@ from cxt.signals import end_with_parent, held_back, ignore
 
 
 class EpochBatchSampler(Sampler):
-    """Batches (lists of items) of one rank in one epoch; items that do not fill a batch are dropped."""
+    """Batches (lists of examples) of one rank in one epoch; examples that do not fill a batch are dropped."""
 
-    def __init__(self, *, items: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
-        self.items, self.batch_size, self.seed, self.rank, self.world = items, batch_size, seed, rank, world
+    def __init__(self, *, examples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.examples, self.batch_size, self.seed, self.rank, self.world = examples, batch_size, seed, rank, world
         self.epoch = 0
         self.skip = 0
 
@@ -35,13 +35,13 @@ class EpochBatchSampler(Sampler):
 
     def _order(self, epoch: int):
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "order", number=epoch))
-        return torch.randperm(self.items, generator=generator)
+        return torch.randperm(self.examples, generator=generator)
 
     def _mine(self, epoch: int):
-        return self._order(epoch)[: self.items // self.world * self.world][self.rank :: self.world]
+        return self._order(epoch)[: self.examples // self.world * self.world][self.rank :: self.world]
 
-    def _part(self, mine, batch: int) -> list[int]:
-        return [int(item) for item in mine[batch * self.batch_size : (batch + 1) * self.batch_size]]
+    def _part(self, examples, batch: int) -> list[int]:
+        return [int(example) for example in examples[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def __iter__(self):
         mine = self._mine(self.epoch)
@@ -50,24 +50,24 @@ class EpochBatchSampler(Sampler):
             yield self._part(mine, batch)
 
     def batch(self, epoch: int, number: int) -> list[int]:
-        """The items of one batch, whatever has been drawn so far."""
+        """The examples of one batch, whatever has been drawn so far."""
         return self._part(self._mine(epoch), number)
 
     def __len__(self) -> int:
-        return self.items // self.world // self.batch_size
+        return self.examples // self.world // self.batch_size
 
 
 class SequentialBatchSampler(EpochBatchSampler):
-    """Batches of one rank in the order of their items, for items of which each is new anyway."""
+    """Batches of one rank in the order of their examples, for examples of which each is new anyway."""
 
     def _order(self, epoch: int) -> range:
-        return range(self.items)
+        return range(self.examples)
 
 
 class _TimedLoader:
-    """A loader whose state is in `DataModule`; having these methods tells Lightning that it can be resumed.
+    """A loader that measures how long its batches were waited for, in seconds (*waited*).
 
-    *waited* are the seconds that its batches were waited for.
+    Its state is in `DataModule`; having the methods below tells Lightning that it can be resumed.
     """
 
     waited = 0.0
@@ -112,55 +112,57 @@ class PrefetchLoader(_TimedLoader):
         event.record()
         self._copies[batch.counts.data_ptr()] = event
 
-    def _make(self, items: list[int], buffer: Batch) -> Batch:
+    def _make(self, examples: list[int], buffer: Batch) -> Batch:
         event = self._copies.pop(buffer.counts.data_ptr(), None)
         if event is not None:
             event.synchronize()
-        return self.dataset.batch(items, out=buffer)
+        return self.dataset.batch(examples, out=buffer)
 
     def __iter__(self) -> Iterator[Batch]:
         return self._timed(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
         if not self._buffers:  # once: getting new memory from the system for every epoch takes its time
-            places = max(1, self.threads) + 2
-            self._buffers = [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(places)]
+            buffers_needed = max(1, self.threads) + 2
+            self._buffers = [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(buffers_needed)]
         buffers = itertools.cycle(self._buffers)
-        wanted = iter(self.sampler)
+        batches = iter(self.sampler)
         if not self.threads:
-            for items in wanted:
-                yield self._make(items, next(buffers))
+            for examples in batches:
+                yield self._make(examples, next(buffers))
             return
         with ThreadPoolExecutor(self.threads, thread_name_prefix="batches") as threads:
-            coming = collections.deque(
-                threads.submit(self._make, items, next(buffers)) for items in itertools.islice(wanted, self.threads)
+            pending = collections.deque(
+                threads.submit(self._make, examples, next(buffers)) for examples in itertools.islice(batches, self.threads)
             )
             try:
-                while coming:
-                    batch = coming.popleft().result()
+                while pending:
+                    batch = pending.popleft().result()
                     # Only now: the buffer of the batch before the last one given out is free by now.
-                    coming.extend(threads.submit(self._make, items, next(buffers)) for items in itertools.islice(wanted, 1))
+                    pending.extend(
+                        threads.submit(self._make, examples, next(buffers)) for examples in itertools.islice(batches, 1)
+                    )
                     yield batch
             finally:
-                for batch in coming:
+                for batch in pending:
                     batch.cancel()
 
 
 class _BatchDataset(Dataset):
-    """Indexed by lists of items, as samplers give them."""
+    """Indexed by lists of examples, as samplers give them."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, items) -> Batch | BadRequest:
+    def __getitem__(self, examples) -> Batch | BadRequest:
         try:
-            return self.dataset.batch(items)
+            return self.dataset.batch(examples)
         except BadRequest as error:
             return error  # raised in a process, it would come with that process's traceback
 
 
 def _prepare_loader_process(number: int) -> None:
-    """Leave signals, which may be sent to all processes of a job, to the trainer, and end when it ends."""
+    """Leave signals, which may be sent to all processes of a job, to the trainer, and exit when the trainer does."""
     ignore()
     end_with_parent(os.getppid())
     if not multiprocessing.parent_process().is_alive():  # it ended before that
@@ -168,7 +170,7 @@ def _prepare_loader_process(number: int) -> None:
 
 
 class ProcessLoader(_TimedLoader, DataLoader):
-    """The batches of *dataset* in the order of *sampler*, made by processes: for items that cost more than their copying."""
+    """The batches of *dataset* in the order of *sampler*, made by processes: for examples that cost more than their copying."""
 
     def __init__(self, dataset, sampler, *, processes: int, pin: bool):
         super().__init__(
@@ -207,8 +209,8 @@ class ProcessLoader(_TimedLoader, DataLoader):
 class DataModule(pl.LightningDataModule):
     """Train and validation loaders of two datasets; *order* makes the training sampler.
 
-    *workers* threads make batches, or processes with *in_processes*, for items that take long and hold Python's lock.
-    *validation_items* test items, spread evenly over the split, are used for validation; 0 = all.
+    *workers* threads make batches, or processes with *in_processes*, for examples that take long and hold Python's lock.
+    *validation_items* test examples, spread evenly over the split, are used for validation; 0 = all.
     """
 
     def __init__(
@@ -224,7 +226,7 @@ class DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> PrefetchLoader | ProcessLoader:
         sampler = self.order(
-            items=len(self.train_set),
+            examples=len(self.train_set),
             batch_size=self.batch_size,
             seed=self.seed,
             rank=self.trainer.global_rank,
@@ -237,10 +239,10 @@ class DataModule(pl.LightningDataModule):
     def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
         count = len(self.test_set)
         chosen = min(self.validation_items or count, count)
-        items = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
+        examples = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
         # As many for each rank: they wait for each other when the losses are averaged, with equal weights.
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        mine = items[: chosen // world * world][rank::world] if chosen >= world else items
+        mine = examples[: chosen // world * world][rank::world] if chosen >= world else examples
         return self._loader(False, self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
 
     def _loader(self, training: bool, dataset, sampler) -> PrefetchLoader | ProcessLoader:

@@ -26,10 +26,22 @@ from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 
 
 def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
-    """Read the *shards* ({split: paths relative to *directory*}), write dataset.json, and return it.
+    """Check the shards of a dataset, and write its manifest `dataset.json`.
 
-    *lineages*, if given, are {variant: `combine_shard_lineages` its shards} as planned. The manifest's own is that of all
-    shards; it has none where one of them has none.
+    Parameters
+    ----------
+    directory : path-like
+        Directory of the dataset.
+    shards : dict of str to list of str
+        Paths of the shards of each split, relative to *directory*.
+    lineages : dict of str to str, optional
+        The planned lineage of each variant's shards, as `combine_shard_lineages` makes it. The manifest's own lineage is that
+        of all shards; it has none if one of them has none.
+
+    Returns
+    -------
+    dict
+        The manifest.
 
     Raises
     ------
@@ -39,7 +51,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     directory = Path(directory)
     shape: dict | None = None
     splits = {}
-    of_shards: dict[str, list[str | None]] = {}
+    shard_lineages: dict[str, list[str | None]] = {}
     ranges: list[dict[str, list[float] | None]] = []
     for split in SPLITS:
         rows = []
@@ -54,7 +66,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
                 index, sites = arrays["index"], len(arrays["positions"])
                 if split == "train":
                     ranges.append(compute_ranges(arrays, attributes))
-                of_shards.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
+                shard_lineages.setdefault(attributes["scenario"], []).append(attributes.get("lineage"))
             rows.append(
                 {
                     "path": name,
@@ -74,13 +86,11 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
             "shards": rows,
         }
     for variant, planned in (lineages or {}).items():
-        check_lineage(
-            f"{directory}: a shard of '{variant}'", found=combine_shard_lineages(of_shards.get(variant, [])), planned=planned,
-            target=directory / MANIFEST,
-        )  # fmt: skip
+        found = combine_shard_lineages(shard_lineages.get(variant, []))
+        check_lineage(f"{directory}: a shard of '{variant}'", found=found, planned=planned, target=directory / MANIFEST)
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
-    lineage = combine_shard_lineages([lineage for of_variant in of_shards.values() for lineage in of_variant])
+    lineage = combine_shard_lineages([lineage for variant_lineages in shard_lineages.values() for lineage in variant_lineages])
     manifest = {
         "schema_version": SCHEMA_VERSION,
         **({} if lineage is None else {"lineage": lineage}),
@@ -94,7 +104,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
 
 
 def combine_shard_lineages(shards: list[str | None]) -> str | None:
-    """The lineage of shards with the lineages *shards*, in no particular order; None if one of them has none."""
+    """The lineage of a set of shards from theirs, in any order; None if one of them has none."""
     return None if None in shards else stage_lineage("preprocess", sorted(shards))
 
 
@@ -112,9 +122,9 @@ def read_manifest(directory) -> dict:
         raise BadRequest(f"there is no dataset directory {directory}; {how_to_remake(file)}")
     missing = [split for split in SPLITS if not (directory / split).is_dir()]
     if missing:
-        found = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
+        content = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
         raise BadRequest(
-            f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {found}); {how_to_remake(file)}"
+            f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {content}); {how_to_remake(file)}"
         )
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -161,7 +171,7 @@ def _find_fault(manifest) -> str | None:
                 return f"a shard of {split} is listed twice"
             for row in rows:
                 if row["items"] % (manifest["pairs"] * manifest["regions_per_simulation"]):
-                    return f"{row['items']} items of {row['path']} are not {manifest['pairs']} pairs of each region"
+                    return f"{row['items']} examples of {row['path']} are not {manifest['pairs']} pairs of each region"
                 if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
                     return f"{row['path']} is no shard of {split}"
                 if (
@@ -229,13 +239,16 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
         "recombination_rate": arrays["recombination_rate"],
         "missingness": missing,
     }
-    return {name: [float(found.min()), float(found.max())] if len(found) else None for name, found in values.items()}
+    return {
+        name: [float(known_values.min()), float(known_values.max())] if len(known_values) else None
+        for name, known_values in values.items()
+    }
 
 
 def merge_ranges(ranges: list[dict[str, list[float] | None]]) -> dict[str, list[float] | None]:
     """The ranges of several shards together."""
     result: dict[str, list[float] | None] = {}
     for name in RANGES:
-        known = [found[name] for found in ranges if found[name] is not None]
-        result[name] = [min(low for low, _ in known), max(high for _, high in known)] if known else None
+        known_ranges = [shard_ranges[name] for shard_ranges in ranges if shard_ranges[name] is not None]
+        result[name] = [min(low for low, _ in known_ranges), max(high for _, high in known_ranges)] if known_ranges else None
     return result

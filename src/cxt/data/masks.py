@@ -45,10 +45,14 @@ def read_mask(path, *, key: str = "accessible", contig: str | None = None, marks
 
     Parameters
     ----------
-    path : a BED file (`.bed`, `.bed.gz`, `.bed.bgz`), or a .npz that holds one value (bool, 0 or 1) per base
-    key : name of the array in the .npz
-    contig : sequence to take from the BED file; may be left out when it has one only
-    marks : "accessible" if intervals, or True, are where genotypes can be called; "inaccessible" if they are where not
+    path : path-like
+        A BED file (`.bed`, `.bed.gz`, `.bed.bgz`), or a .npz that holds one value (bool, 0 or 1) for each base.
+    key : str
+        Name of the array in the .npz.
+    contig : str, optional
+        Sequence to take from the BED file; needed if the file has several.
+    marks : {"accessible", "inaccessible"}
+        Whether intervals, or True, mark where genotypes can be called or where they cannot.
 
     Returns
     -------
@@ -174,9 +178,9 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     """True where an interval of *contig* is."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
     for name, left, right, label in _read_intervals(path):
-        found = intervals.setdefault(name, [])
+        of_contig = intervals.setdefault(name, [])
         if contig is None or name == contig:
-            found.append((left, right, label))
+            of_contig.append((left, right, label))
     if not intervals:
         raise BadRequest(f"{path} has no intervals")
     if contig is None:
@@ -230,18 +234,18 @@ def write_mask(path, mask: np.ndarray, *, lineage: str | None = None) -> None:
 
 def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -> None:
     """BadRequest if the mask file is not what was planned: the *lineage* that `write_mask` stored, or the file's *sha256*."""
-    found = digest = None
+    stored_lineage = file_digest = None
     try:
         if lineage is not None:
             with np.load(path) as arrays:
-                found = str(arrays["lineage"]) if "lineage" in arrays else None
+                stored_lineage = str(arrays["lineage"]) if "lineage" in arrays else None
         if sha256 is not None:
-            digest = file_sha256(path)
+            file_digest = file_sha256(path)
     except UNREADABLE as error:
         remedy = "put it back" if lineage is None else how_to_remake(path, delete=str(path))
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
-    check_lineage(f"mask {path}", found=found, planned=lineage, target=path)
-    if digest != sha256:
+    check_lineage(f"mask {path}", found=stored_lineage, planned=lineage, target=path)
+    if file_digest != sha256:
         raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
 
 

@@ -1,11 +1,11 @@
-"""Reading a dataset: items are (simulation, pair), features are computed when an item is asked for.
+"""Reading a dataset: its examples are (simulation, pair), whose features are computed when they are needed.
 
     cxt dataset info results/datasets/processed
     cxt dataset verify results/datasets/processed
     cxt dataset export results/datasets/processed --out arrays
 
-What an item needs is held in one arena that processes share: a bit for a genotype, as few bits for a target as the grid
-of times asks for (9 as published). That is about what the shards take on disk.
+Their data is in one arena of memory that processes share: one bit for a genotype, and as few bits for a target as the grid of
+times needs (9 as published). That is about what the shards take on disk.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Example(NamedTuple):
-    """Which training example an item is."""
+    """Which simulation and pair a training example is."""
 
     scenario: str
     index: int
@@ -51,19 +51,30 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Items as they travel to the training device; `compute_model_input` makes the network's input of them there."""
+    """A minibatch as it is copied to the training device, where `compute_model_input` makes the network's input of it."""
 
     counts: torch.Tensor  # (B, 2, scales, windows, samples) int16 or int32, bin 0 zero
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
     tokens: torch.Tensor  # (B, windows + 1) int64
 
-    def first(self, items: int) -> "Batch":
-        """The first *items* of it, sharing its memory."""
-        return Batch(*(None if part is None else part[:items] for part in self))
+    def first(self, examples: int) -> "Batch":
+        """The first *examples* of it, sharing its memory."""
+        return Batch(*(None if part is None else part[:examples] for part in self))
 
 
 def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
-    """log1p of raw counts, float32; missing fractions f become ln(1 + e^f) and ln(1 + e^(1-f)) in frequency bin 0."""
+    """The network's input: log1p of raw counts, with missing fractions in frequency bin 0.
+
+    Parameters
+    ----------
+    counts : integer tensor (B, 2, scales, windows, samples)
+    missing : float32 tensor (B, scales, windows), optional
+        Missing fractions f, which become ln(1 + e^f) in the XOR channel and ln(1 + e^(1-f)) in the XNOR channel.
+
+    Returns
+    -------
+    float32 tensor (B, 2, scales, windows, samples)
+    """
     x = torch.log1p(counts.float())
     if missing is not None:
         x[:, 0, :, :, 0] = torch.nn.functional.softplus(missing)
@@ -72,9 +83,9 @@ def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> t
 
 
 class ExampleDataset(Dataset):
-    """What items have in common, wherever they come from: a `batch` of several is computed at once, and one is a batch of one.
+    """What datasets of examples share, wherever the examples come from; one example is computed as a batch of one.
 
-    A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and the type to count in, *_dtype*.
+    A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and *_dtype*, the integer type of counts.
     """
 
     def _from_start(self, i: int) -> int:
@@ -82,30 +93,30 @@ class ExampleDataset(Dataset):
         try:
             i = operator.index(i)
         except TypeError:
-            raise TypeError(f"item {i!r}: expected a whole number, of 0 to {len(self) - 1}") from None
+            raise TypeError(f"example {i!r}: expected a whole number, of 0 to {len(self) - 1}") from None
         if not -len(self) <= i < len(self):
-            raise IndexError(f"item {i} of {len(self)}")
+            raise IndexError(f"example {i} of {len(self)}")
         return i % len(self)
 
-    def empty_batch(self, items: int, *, pin: bool = False) -> Batch:
+    def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
         """A batch that `batch` can fill, again and again; *pin* keeps its pages in place for copies to a GPU."""
-        shape = (items, 2, len(self.scales), self.windows, self.samples)
+        shape = (examples, 2, len(self.scales), self.windows, self.samples)
         counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
-        fractions = torch.empty((items, len(self.scales), self.windows)) if self.manifest["missing"] else None
-        tokens = torch.full((items, self.windows + 1), START_TOKEN, dtype=torch.int64)
+        fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
+        tokens = torch.full((examples, self.windows + 1), START_TOKEN, dtype=torch.int64)
         return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
 
-    def _room_for(self, items: int, out: Batch | None) -> Batch:
-        """The first places of *out*, or a new batch; ValueError if *out* has fewer than *items*."""
+    def _room_for(self, examples: int, out: Batch | None) -> Batch:
+        """The first places of *out*, or a new batch; ValueError if *out* has fewer than *examples*."""
         if out is None:
-            return self.empty_batch(items)
-        if len(out.tokens) < items:
-            raise ValueError(f"{items} items do not fit into a batch of {len(out.tokens)}")
-        return out.first(items)
+            return self.empty_batch(examples)
+        if len(out.tokens) < examples:
+            raise ValueError(f"{examples} examples do not fit into a batch of {len(out.tokens)}")
+        return out.first(examples)
 
-    def __getitems__(self, items) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What torch's loaders ask for: the items of a batch, computed at once."""
-        counts, missing, tokens = self.batch(items)
+    def __getitems__(self, examples) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What torch's loaders ask for: the examples of a batch, computed at once."""
+        counts, missing, tokens = self.batch(examples)
         return list(zip(compute_model_input(counts, missing), tokens, strict=True))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,20 +124,24 @@ class ExampleDataset(Dataset):
 
 
 class PairDataset(ExampleDataset):
-    """The items of one split of a dataset.
+    """The examples of one split of a dataset.
 
-    ``len()`` is the number of items; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
+    ``len()`` is the number of examples; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
     int64 tokens (windows + 1,), start token first. ``describe(i)`` tells scenario, simulation index and pair. It may be
     read by forked and by spawned processes and by threads, which all share one copy of the data. Forked processes compute
     with one torch thread.
 
     Parameters
     ----------
-    path : dataset directory, with dataset.json, train/ and test/
-    split : "train" or "test"
-    grid : of log times, for the tokens; the published one by default
-    storage : "memory", "disk", or "auto" (default): in memory if at most 70 % of what is free is enough
-    progress : called with a line of text about what is done, every 10 seconds and at the end
+    path : path-like
+        Directory of the dataset, with dataset.json, train/ and test/.
+    split : {"train", "test"}
+    grid : Grid, optional
+        Grid of ln TMRCA for the tokens; the published one by default.
+    storage : {"auto", "memory", "disk"}
+        Where the data is held; "auto" takes memory if 70 % of what is free is enough.
+    progress : callable, optional
+        Called with a line of text every 10 seconds and at the end.
 
     Raises
     ------
@@ -150,7 +165,7 @@ class PairDataset(ExampleDataset):
         if progress is not None:
             place = f"in a temporary file in {tempfile.gettempdir()}" if on_disk else "in memory"
             progress(
-                f"{self.path} {split}: {len(self):,} items, {size / 1e6:,.1f} MB {place} "
+                f"{self.path} {split}: {len(self):,} examples, {size / 1e6:,.1f} MB {place} "
                 f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
             )
 
@@ -221,12 +236,12 @@ class PairDataset(ExampleDataset):
     def _read(self, progress) -> None:
         self._word_at[0] = self._site_at[0] = 0
         row = widest = 0
-        said = time.monotonic()
+        last_report = time.monotonic()
         for number, shard in enumerate(self._shards):
-            row, most = self._read_shard(shard, row)
-            widest = max(widest, most)
-            if progress is not None and time.monotonic() - said > 10:
-                said = time.monotonic()
+            row, largest = self._read_shard(shard, row)
+            widest = max(widest, largest)
+            if progress is not None and time.monotonic() - last_report > 10:
+                last_report = time.monotonic()
                 progress(f"{self.path} {self.split}: {number + 1}/{len(self._shards)} shards read")
         if widest > np.iinfo(np.int16).max:
             self._dtype = np.dtype(np.int32)
@@ -257,7 +272,7 @@ class PairDataset(ExampleDataset):
                 self._totals[row] = total[self.samples :]
             accumulate(total, self.samples)
             widest = max(widest, find_largest_count(total, self.samples, self.scales.max()))
-            pack_bins(self.grid.bins_of(arrays["log_tmrca"][i]), self._width, self._bins[row])
+            pack_bins(self.grid.find_bins(arrays["log_tmrca"][i]), self._width, self._bins[row])
             for key, column in (("pairs", self._pairs), ("index", self._index), ("start", self._start)):
                 column[row] = arrays[key][i]
             if self.manifest["missing"]:
@@ -272,21 +287,21 @@ class PairDataset(ExampleDataset):
         return len(self._index) * self.pairs_per_simulation
 
     def describe(self, i: int) -> Example:
-        """Scenario, simulation index and pair of item *i*."""
+        """Scenario, simulation index and pair of example *i*."""
         row, pair = self._locate(i)
         a, b = map(int, self._pairs[row, pair])
         return Example(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
-        """Where in its simulation item *i* begins, in base pairs; not 0 only with several regions per simulation."""
+        """Where in its simulation example *i* begins, in base pairs; not 0 only with several regions per simulation."""
         return int(self._start[self._locate(i)[0]])
 
     def _locate(self, i: int) -> tuple[int, int]:
         return divmod(self._from_start(i), self.pairs_per_simulation)
 
-    def batch(self, items, *, out: Batch | None = None) -> Batch:
-        """Several items at once, as small integers; in the first places of *out* if that is given."""
-        rows, columns = np.array([self._locate(i) for i in items], dtype=np.int64).reshape(-1, 2).T.copy()
+    def batch(self, examples, *, out: Batch | None = None) -> Batch:
+        """Several examples at once, as small integers; in the first places of *out* if that is given."""
+        rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
         batch = self._room_for(len(rows), out)
         bins = batch.tokens.numpy()[:, 1:]
         data = (

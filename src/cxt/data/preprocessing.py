@@ -40,14 +40,22 @@ def decode_sites(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.
 
 
 def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> PreprocessedSimulation:
-    """One region of a simulation as it is stored: usable sites, random pairs, and their ln TMRCA.
+    """Preprocess one region of a simulation: usable sites, random pairs, and their ln TMRCA.
 
     Parameters
     ----------
-    ts : tree sequence made by `cxt.scenarios.registry.simulate_tree_sequence`
-    spec : the dataset's window_size, sequence_length, samples, pairs and regions_per_simulation (default 1)
-    mask : accessibility mask of a chromosome, True = inaccessible, or None
-    region : which of the simulation's regions; 0 begins at its start
+    ts : tskit.TreeSequence
+        Made by `cxt.scenarios.registry.simulate_tree_sequence`.
+    spec : dict
+        The dataset's window_size and sequence_length (base pairs), samples, pairs and regions_per_simulation (default 1).
+    mask : bool array, optional
+        Accessibility mask of a chromosome, True = inaccessible.
+    region : int
+        Which of the simulation's regions; 0 begins at its start.
+
+    Returns
+    -------
+    PreprocessedSimulation
 
     Raises
     ------
@@ -79,8 +87,8 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
     crop, offset = None, 0
     if mask is not None:
         crop, offset = cut_mask(mask, length=length, rng=rng("mask"))
-    found, at = decode_sites(ts, length)
-    genotypes, positions = select_usable_sites(found, at, sequence_length=length, mask=crop)
+    all_genotypes, all_positions = decode_sites(ts, length)
+    genotypes, positions = select_usable_sites(all_genotypes, all_positions, sequence_length=length, mask=crop)
     return PreprocessedSimulation(
         scenario=identity["scenario"],
         index=identity["index"],
@@ -110,29 +118,53 @@ def preprocess_batch(
     batch_lineage=None,
     lineage=None,
 ) -> int:
-    """Preprocess one split of a batch file into the shard *out*; the number of simulations in it.
+    """Preprocess one split of a simulation batch into a shard.
 
-    The whole batch is read, so that a batch that was cut is noticed whatever the split. *scenario*, *seed* and
-    *batch_lineage*, where given, must be those that it was simulated with. *lineage* is the shard's own, stored in it.
+    The whole batch is read, so that a truncated batch is noticed whatever the split.
+
+    Parameters
+    ----------
+    out : path-like
+        The shard to write.
+    batch : path-like
+        The simulation batch.
+    spec : dict
+        The dataset's settings, as for `preprocess_simulation`, and its scales.
+    start, count : int
+        First index and number of simulations of the batch.
+    split : {"train", "test"}
+        Which of its simulations to take.
+    mask : bool array, optional
+        Accessibility mask, True = inaccessible.
+    scenario, seed, batch_lineage : optional
+        Variant, workflow seed and lineage that the batch must have, where given.
+    lineage : str, optional
+        The shard's own lineage, stored in it.
+
+    Returns
+    -------
+    int
+        Number of simulations in the shard.
     """
-    entries = []
+    simulations = []
     for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed, lineage=batch_lineage):
         identity = ts.metadata["cxt"]
         if assign_split(identity["index"]) != split:
             continue
         try:
             for region in range(spec.get("regions_per_simulation", 1)):
-                entry = preprocess_simulation(ts, spec, mask=mask, region=region)
-                entry.log_tmrca = entry.log_tmrca.astype(np.float32)  # as it is stored: half the memory until then
-                entries.append(entry)
+                preprocessed = preprocess_simulation(ts, spec, mask=mask, region=region)
+                # As it is stored, which takes half the memory until then.
+                preprocessed.log_tmrca = preprocessed.log_tmrca.astype(np.float32)
+                simulations.append(preprocessed)
         except BadRequest as error:
             raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
-    if not entries:
+    if not simulations:
         raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
-    attributes |= {"missing": mask is not None, "scenario": entries[0].scenario, "split": split, "seed": identity["seed"]}
+    attributes |= {"missing": mask is not None, "scenario": simulations[0].scenario, "split": split, "seed": identity["seed"]}
     if lineage is not None:
         attributes["lineage"] = lineage
-    write_shard(out, entries, attributes)
-    return len({entry.index for entry in entries})
+    write_shard(out, simulations, attributes)
+    return len({preprocessed.index for preprocessed in simulations})

@@ -41,20 +41,20 @@ from cxt.io import atomic_write
 from cxt.lineage import how_to_remake
 
 LARGEST_COUNT = 2**48
-"""Simulations, items, sites or bytes; more would not fit into any machine."""
+"""Simulations, examples, sites or bytes; more would not fit into any machine."""
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, AttributeError,
     ArithmeticError, AssertionError, MemoryError,
 )  # fmt: skip
-"""What zipfile and zarr raise for files that are damaged or malformed."""
+"""Exceptions that zipfile and zarr raise for files that are damaged or malformed."""
 
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
-"""What all shards of a dataset agree on."""
+"""Attributes that all shards of a dataset share."""
 
 
 def how_to_rebuild(shard) -> str:
-    """What to do about a bad shard: the manifest goes, too, or Snakemake would find nothing to do."""
+    """Advice on a bad shard: the manifest must be deleted, too, or Snakemake would find nothing to do."""
     manifest = Path(shard).parent.parent / MANIFEST
     return how_to_remake(manifest, delete=f"it and the dataset's {MANIFEST}")
 
@@ -76,26 +76,36 @@ class PreprocessedSimulation:
     mask_offset: int = 0
 
 
-def write_shard(path, entries: list[PreprocessedSimulation], attributes: dict) -> None:
-    """Write simulations of one variant and split as a shard; *attributes* must hold SHAPE_KEYS."""
-    chunks_of_all: dict[str, np.ndarray] = {
-        "genotypes": np.concatenate([e.genotypes for e in entries]),
-        "positions": np.concatenate([e.positions for e in entries]).astype(np.float64),
-        "site_offsets": np.cumsum([0, *(len(e.positions) for e in entries)]).astype(np.int64),
-        "pairs": np.stack([e.pairs for e in entries]).astype(np.uint16),
-        "log_tmrca": np.stack([e.log_tmrca for e in entries]).astype(np.float32),
-        "index": np.array([e.index for e in entries], dtype=np.int64),
-        "start": np.array([e.start for e in entries], dtype=np.int64),
-        "mutation_rate": np.array([e.mutation_rate for e in entries], dtype=np.float64),
-        "recombination_rate": np.array([e.recombination_rate for e in entries], dtype=np.float64),
+def write_shard(path, simulations: list[PreprocessedSimulation], attributes: dict) -> None:
+    """Write simulations of one variant and split as a shard.
+
+    Parameters
+    ----------
+    path : path-like
+        The shard, `FILE.zarr.zip`.
+    simulations : list of PreprocessedSimulation
+        At least one.
+    attributes : dict
+        `SHAPE_KEYS`, and scenario, split and seed.
+    """
+    arrays: dict[str, np.ndarray] = {
+        "genotypes": np.concatenate([one.genotypes for one in simulations]),
+        "positions": np.concatenate([one.positions for one in simulations]).astype(np.float64),
+        "site_offsets": np.cumsum([0, *(len(one.positions) for one in simulations)]).astype(np.int64),
+        "pairs": np.stack([one.pairs for one in simulations]).astype(np.uint16),
+        "log_tmrca": np.stack([one.log_tmrca for one in simulations]).astype(np.float32),
+        "index": np.array([one.index for one in simulations], dtype=np.int64),
+        "start": np.array([one.start for one in simulations], dtype=np.int64),
+        "mutation_rate": np.array([one.mutation_rate for one in simulations], dtype=np.float64),
+        "recombination_rate": np.array([one.recombination_rate for one in simulations], dtype=np.float64),
     }
     if attributes["missing"]:
-        chunks_of_all["mask"] = np.stack([np.packbits(e.mask, bitorder="little") for e in entries])
-        chunks_of_all["mask_offset"] = np.array([e.mask_offset for e in entries], dtype=np.int64)
+        arrays["mask"] = np.stack([np.packbits(one.mask, bitorder="little") for one in simulations])
+        arrays["mask_offset"] = np.array([one.mask_offset for one in simulations], dtype=np.int64)
     content: dict[str, Buffer] = {}
     group = zarr.open_group(MemoryStore(content), mode="w", zarr_format=3)
     group.attrs.update({"schema_version": SCHEMA_VERSION, **attributes})
-    for name, array in chunks_of_all.items():
+    for name, array in arrays.items():
         if name in ("log_tmrca", "pairs", "mask"):
             chunks = (1, *array.shape[1:])  # one simulation
         else:
@@ -166,8 +176,8 @@ def check_shape(path, attributes: dict, shape: dict) -> None:
     found = {key: attributes.get(key) for key in SHAPE_KEYS}
     expected = {key: shape[key] for key in SHAPE_KEYS}
     if found != expected:
-        words = [f"{key} {found[key]} instead of {expected[key]}" for key in SHAPE_KEYS if found[key] != expected[key]]
-        raise BadRequest(f"shard {path} belongs to another dataset: {', '.join(words)}")
+        differences = [f"{key} {found[key]} instead of {expected[key]}" for key in SHAPE_KEYS if found[key] != expected[key]]
+        raise BadRequest(f"shard {path} belongs to another dataset: {', '.join(differences)}")
 
 
 def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dict) -> None:
@@ -181,8 +191,8 @@ def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dic
         "split": attributes["split"],
     }
     expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
-    if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
-        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(wrong)}; {how_to_rebuild(path)}")
+    if differences := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
+        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(differences)}; {how_to_rebuild(path)}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
@@ -201,9 +211,11 @@ def read_arrays(path, group: zarr.Group) -> dict[str, np.ndarray]:
 
 
 SCHEMA_VERSION = 4
+"""Version of the format; readers take no other."""
 
 
 MANIFEST = "dataset.json"
+"""File name of the manifest."""
 
 
 def check_schema_version(what: str, version: int, *, remedy: str) -> None:

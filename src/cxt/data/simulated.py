@@ -1,7 +1,7 @@
-"""Training on the fly: items that are simulated when they are asked for, and never stored.
+"""Training on the fly: examples that are simulated when they are needed, and never stored.
 
-Item i is a pure function of (seed, i): it comes from a simulation of its own, of the variants in turn, of which one
-random pair is taken. The first items are held out, and training begins after them.
+Example i is a pure function of (seed, i): it comes from a simulation of its own, of the variants in turn, of which one
+random pair is taken. The first examples are held out, and training begins after them.
 """
 
 import numpy as np
@@ -16,11 +16,11 @@ from cxt.scenarios.indices import SPLITS
 from cxt.scenarios.registry import simulate_tree_sequence
 
 ON_THE_FLY_START = 2_000_000_000
-"""First index of simulations on the fly; batches on disk and evaluation use smaller ones."""
+"""First index of simulations on the fly; simulation batches and evaluation use smaller ones."""
 
 
 def build_simulated_manifest(
-    variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, items: int
+    variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, examples: int
 ) -> dict:
     """What dataset.json says of a dataset, for one that is simulated on the fly.
 
@@ -28,7 +28,7 @@ def build_simulated_manifest(
     ----------
     variants : parameters of the variants, as `cxt.config.variants.variants` gives them
     samples : haplotypes; None takes all of the scenario with the fewest
-    held_out, items : items for validation and for training
+    held_out, examples : examples for validation and for training
 
     Raises
     ------
@@ -38,7 +38,7 @@ def build_simulated_manifest(
     """
     names = [variant["name"] for variant in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadRequest(f"--simulate: {', '.join(twice)} named twice; its items would be the same, held out or not")
+        raise BadRequest(f"--simulate: {', '.join(twice)} named twice; its examples would be the same, held out or not")
     if window_size < 1:
         raise BadRequest(f"--window-size {window_size}: expected at least 1")
     lengths = {int(variant["sequence_length"]) for variant in variants}
@@ -47,8 +47,8 @@ def build_simulated_manifest(
     (length,) = lengths
     if length % window_size:
         raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
-    if held_out + items > ON_THE_FLY_START:
-        raise BadRequest(f"--simulate: {held_out + items:,} items asked, at most {ON_THE_FLY_START:,} can be simulated")
+    if held_out + examples > ON_THE_FLY_START:
+        raise BadRequest(f"--simulate: {held_out + examples:,} examples asked, at most {ON_THE_FLY_START:,} can be simulated")
     fewest = min(_count_haplotypes(variant) for variant in variants)
     if samples is None:
         samples = fewest
@@ -56,7 +56,8 @@ def build_simulated_manifest(
         raise BadRequest(f"--samples {samples}: expected 2 to {fewest}, the haplotypes of the scenarios")
     return {
         "window_size": window_size, "sequence_length": length, "samples": samples, "pairs": 1, "scales": list(scales),
-        "missing": False, "windows": length // window_size, "splits": {"train": {"items": items}, "test": {"items": held_out}},
+        "missing": False, "windows": length // window_size,
+        "splits": {"train": {"items": examples}, "test": {"items": held_out}},
     }  # fmt: skip
 
 
@@ -70,9 +71,9 @@ class SimulatedDataset(ExampleDataset):
 
     Parameters
     ----------
-    variants : parameters of the variants; item i is of variant i modulo their number
+    variants : parameters of the variants; example i is of variant i modulo their number
     manifest : from `build_simulated_manifest`
-    split : "test" for the first items, "train" for those after them
+    split : "test" for the first examples, "train" for those after them
     seed : of everything random
     """
 
@@ -90,27 +91,27 @@ class SimulatedDataset(ExampleDataset):
     def __len__(self) -> int:
         return self.manifest["splits"][self.split]["items"]
 
-    def _simulated(self, i: int):
+    def _simulate(self, i: int):
         number = self._first + self._from_start(i)
         variant = self.variants[number % len(self.variants)]
         ts = simulate_tree_sequence(variant, index=ON_THE_FLY_START + number // len(self.variants), seed=self.seed)
         return preprocess_simulation(ts, self._spec)
 
     def describe(self, i: int) -> Example:
-        """Scenario, simulation index and pair of item *i*, which is simulated for it."""
-        entry = self._simulated(i)
-        return Example(entry.scenario, entry.index, tuple(map(int, entry.pairs[0])))
+        """Scenario, simulation index and pair of example *i*, which is simulated for it."""
+        simulation = self._simulate(i)
+        return Example(simulation.scenario, simulation.index, tuple(map(int, simulation.pairs[0])))
 
-    def batch(self, items, *, out: Batch | None = None) -> Batch:
-        """Several items at once; in the first places of *out* if that is given."""
-        items = list(items)
-        batch = self._room_for(len(items), out)
-        for row, i in enumerate(items):
-            entry = self._simulated(i)
+    def batch(self, examples, *, out: Batch | None = None) -> Batch:
+        """Several examples at once; in the first places of *out* if that is given."""
+        examples = list(examples)
+        batch = self._room_for(len(examples), out)
+        for row, i in enumerate(examples):
+            simulation = self._simulate(i)
             compute_pair_counts(
-                entry.genotypes,
-                entry.positions,
-                entry.pairs,
+                simulation.genotypes,
+                simulation.positions,
+                simulation.pairs,
                 window_size=self._spec["window_size"],
                 windows=self.windows,
                 samples=self.samples,
@@ -118,5 +119,5 @@ class SimulatedDataset(ExampleDataset):
                 out=batch.counts[row : row + 1].numpy(),
             )
             # Rounded as stored targets are.
-            batch.tokens[row] = torch.from_numpy(self.grid.tokens(entry.log_tmrca.astype(np.float32))[0])
+            batch.tokens[row] = torch.from_numpy(self.grid.tokens(simulation.log_tmrca.astype(np.float32))[0])
         return batch

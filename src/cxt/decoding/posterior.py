@@ -1,4 +1,4 @@
-"""From a trained model to estimates: decoding, and summaries of the predictive distribution of each window."""
+"""Estimates of a trained model: decoding, and summaries of each window's predictive distribution of ln TMRCA."""
 
 import contextlib
 from typing import NamedTuple
@@ -16,7 +16,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed
 
 
 class Posterior(NamedTuple):
-    """Summaries of each window's predictive distribution of ln TMRCA, each (items, windows) float64."""
+    """Summaries of each window's predictive distribution of ln TMRCA, each (examples, windows) float64."""
 
     mean: np.ndarray
     low: np.ndarray
@@ -24,7 +24,7 @@ class Posterior(NamedTuple):
 
 
 def use_precision(precision: str, device):
-    """Context in which a network computes in a training precision on a GPU; on a CPU in 32 bits, as in training."""
+    """Context in which a network computes in a training precision on a GPU; on a CPU in 32 bits, as training does."""
     kind = torch.device(device).type
     if kind != "cuda" or precision not in AUTOCAST:
         return contextlib.nullcontext()
@@ -51,14 +51,27 @@ def decode(
 
     Parameters
     ----------
-    model : in eval mode, on *device*
-    counts : (items, 2, scales, windows, samples) raw counts, integer
-    missing : (items, scales, windows) missing fractions, or None
-    grid : the model's
-    replicates : decoded sequences per item
-    batch_size : items decoded together
-    seed : of the sampling
-    temperature, top_k : of the sampling, see `cxt.model.decoder.Decoder`
+    model : CoalescenceModel
+        In eval mode, on *device*.
+    counts : integer array (examples, 2, scales, windows, samples)
+        Raw counts.
+    missing : array (examples, scales, windows), optional
+        Missing fractions.
+    grid : Grid
+        The model's grid of ln TMRCA.
+    replicates : int
+        Decoded sequences per example.
+    batch_size : int
+        Examples decoded together.
+    seed : int
+        Seed of the sampling.
+    device : torch device
+    temperature, top_k : float, int
+        Settings of the sampling, see `cxt.model.decoder.Decoder`.
+
+    Returns
+    -------
+    Posterior
     """
     decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
     parts = []
@@ -66,8 +79,8 @@ def decode(
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
-        _, probabilities = decoder.decode(x, items=range(start, start + len(x)))
-        distribution = probabilities.mean(dim=1, dtype=torch.float64)  # (items, windows, bins)
+        _, probabilities = decoder.decode(x, example_ids=range(start, start + len(x)))
+        distribution = probabilities.mean(dim=1, dtype=torch.float64)  # (examples, windows, bins)
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
         parts.append([summary.cpu().numpy() for summary in (posterior_mean(distribution, grid), *quantiles)])
     return Posterior(*map(np.concatenate, zip(*parts, strict=True)))

@@ -61,7 +61,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
     figure, axes = _create_panels(2, 2, size=(11, 6), sharex=True)
     panels = (
         ("loss", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
-        ("decoded test items", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation along a pair", TRUTH))),
+        ("decoded test examples", (("val_mse", "MSE of ln TMRCA", ESTIMATE), ("val_r", "correlation along a pair", TRUTH))),
         ("learning rate", (("lr", "", ESTIMATE),)),
         ("gradient norm before clipping", (("grad_norm", "", ESTIMATE),)),
     )

@@ -17,7 +17,8 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
 
     Parameters
     ----------
-    truth, estimate : (…, windows) ln TMRCA
+    truth, estimate : arrays (…, windows)
+        ln TMRCA.
 
     Returns
     -------
@@ -34,7 +35,7 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
 
 
 def none_if_nan(value: float) -> float | None:
-    """None for a figure that is NaN: a correlation where nothing varies, an error of one simulation."""
+    """None for a metric that is NaN: a correlation where nothing varies, a standard error of one simulation."""
     return None if np.isnan(value) else value
 
 
@@ -45,7 +46,7 @@ def clustered_standard_error(errors: np.ndarray) -> float:
 
 
 def average_scenarios(scenarios: dict) -> dict:
-    """Means over scenarios, each counted once, of the MSEs of model and baselines and of coverage and, where known, r."""
+    """Average the metrics of scenarios, each counted once: MSEs of model and baselines, coverage, and r where it is defined."""
     rows = list(scenarios.values())
     correlations = [row["r"] for row in rows if row["r"] is not None]
     return {
@@ -61,25 +62,27 @@ BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
 """Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
 
 
-def count_differences(entry: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
+def count_differences(simulation: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
     """Sites at which each pair differs, per base window: (pairs, windows) int64."""
-    window = np.repeat(np.arange(windows), np.diff(find_first_sites(entry.positions, window_size=window_size, windows=windows)))
-    result = np.empty((len(entry.pairs), windows), dtype=np.int64)
-    bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
-    for row, (a, b) in enumerate(entry.pairs):
+    window = np.repeat(
+        np.arange(windows), np.diff(find_first_sites(simulation.positions, window_size=window_size, windows=windows))
+    )
+    result = np.empty((len(simulation.pairs), windows), dtype=np.int64)
+    bits = np.unpackbits(simulation.genotypes, axis=1, bitorder="little")
+    for row, (a, b) in enumerate(simulation.pairs):
         result[row] = np.bincount(window[bits[:, a] != bits[:, b]], minlength=windows)
     return result
 
 
-def count_accessible_bases(entry: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
+def count_accessible_bases(simulation: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
     """Accessible bases per base window: (windows,) float64."""
-    if entry.mask is None:
+    if simulation.mask is None:
         return np.full(windows, float(window_size))
-    return (~entry.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
+    return (~simulation.mask).reshape(windows, window_size).sum(axis=1).astype(np.float64)
 
 
 def estimate_from_heterozygosity(
-    entry: PreprocessedSimulation, width: int, *, window_size: int, windows: int, constant: float
+    simulation: PreprocessedSimulation, width: int, *, window_size: int, windows: int, constant: float
 ) -> np.ndarray:
     """ln((d + 1/2) / (2 mu (l + l0))), d differences on l accessible bases in *width* windows around each: (pairs, windows).
 
@@ -87,32 +90,32 @@ def estimate_from_heterozygosity(
     which half a difference is expected, l0 = 1/2 / (2 mu exp(*constant*)), so that few bases say little: where none is
     accessible, the estimate is *constant*, the ln TMRCA that one would take without any data.
     """
-    half = width // 2
-    left = np.maximum(np.arange(windows) - half, 0)
-    right = np.minimum(np.arange(windows) + half + 1, windows)
+    half_width = width // 2
+    left = np.maximum(np.arange(windows) - half_width, 0)
+    right = np.minimum(np.arange(windows) + half_width + 1, windows)
 
-    def summed(values):
+    def sum_around(values):
         cumulative = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
         return cumulative[..., right] - cumulative[..., left]
 
-    found = summed(count_differences(entry, window_size=window_size, windows=windows))
-    bases = summed(count_accessible_bases(entry, window_size=window_size, windows=windows))
-    return np.log((found + 0.5) / (2 * entry.mutation_rate * bases + 0.5 * np.exp(-constant)))
+    differences = sum_around(count_differences(simulation, window_size=window_size, windows=windows))
+    bases = sum_around(count_accessible_bases(simulation, window_size=window_size, windows=windows))
+    return np.log((differences + 0.5) / (2 * simulation.mutation_rate * bases + 0.5 * np.exp(-constant)))
 
 
-def score_heterozygosity(entries: list[PreprocessedSimulation], *, window_size: int, windows: int) -> dict:
-    """The heterozygosity baseline at its best: the least MSE, and the largest r, over all widths, each on its own.
+def score_heterozygosity(simulations: list[PreprocessedSimulation], *, window_size: int, windows: int) -> dict:
+    """Score the heterozygosity baseline at its best: the least MSE and the largest r over all widths, chosen separately.
 
-    It knows the best constant as well, the mean true ln TMRCA of these pairs, and falls back to it where there are few bases.
+    The baseline is also given the best constant, the mean true ln TMRCA of these pairs, for windows with few bases.
     """
-    truth = np.concatenate([entry.log_tmrca for entry in entries])
+    truth = np.concatenate([simulation.log_tmrca for simulation in simulations])
     constant = float(truth.mean())
     result = {"mse": np.inf, "mse_width": None, "r": None, "r_width": None}
     for width in (w for w in BASELINE_WIDTHS if w == 1 or w // 2 < windows):
         estimate = np.concatenate(
             [
-                estimate_from_heterozygosity(entry, width, window_size=window_size, windows=windows, constant=constant)
-                for entry in entries
+                estimate_from_heterozygosity(simulation, width, window_size=window_size, windows=windows, constant=constant)
+                for simulation in simulations
             ]
         )
         mse, r = float(((estimate - truth) ** 2).mean()), none_if_nan(pearson_per_pair(truth, estimate))
@@ -123,15 +126,15 @@ def score_heterozygosity(entries: list[PreprocessedSimulation], *, window_size: 
     return result
 
 
-def score_variant(truth, mean, low, high, entries, *, window_size: int, windows: int) -> dict:
-    """All figures of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+def score_variant(truth, mean, low, high, simulations, *, window_size: int, windows: int) -> dict:
+    """All metrics of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
 
-    None is what cannot be known: `mse_se` of one simulation, `r` where no pair varies.
+    Metrics that are not defined are None: `mse_se` of one simulation, `r` where no pair varies.
     """
     squared = (mean - truth) ** 2
     constant = (truth - truth.mean()) ** 2
     return {
-        "simulations": len(entries),
+        "simulations": len(simulations),
         "pairs": int(truth.shape[0] * truth.shape[1]),
         "mse": float(squared.mean()),
         "mse_se": none_if_nan(clustered_standard_error(squared)),
@@ -139,7 +142,7 @@ def score_variant(truth, mean, low, high, entries, *, window_size: int, windows:
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
         "baseline": {
-            "heterozygosity": score_heterozygosity(entries, window_size=window_size, windows=windows),
+            "heterozygosity": score_heterozygosity(simulations, window_size=window_size, windows=windows),
             "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
         },
     }

@@ -29,9 +29,20 @@ SPEC_RANGES = {
 
 
 def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[str, list[PreprocessedSimulation]]:
-    """{variant: its evaluation simulations, preprocessed} from [{path, scenario, start, count, lineage}, …].
+    """Read and preprocess the evaluation simulations of each variant.
 
-    The lineage may be left out, and is checked where it is given.
+    Parameters
+    ----------
+    batches : list of dict
+        Simulation batches as {path, scenario, start, count, lineage}; the lineage is checked where it is given.
+    spec : dict
+        The dataset's shape, as for `preprocess_simulation`.
+    mask : bool array or None
+        Accessibility mask, True = inaccessible.
+
+    Returns
+    -------
+    dict of str to list of PreprocessedSimulation
     """
     result: dict[str, list[PreprocessedSimulation]] = {}
     for batch in batches:
@@ -41,29 +52,29 @@ def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[s
     return result
 
 
-def compute_features(entries: list[PreprocessedSimulation], spec: dict, windows: int):
-    """Raw counts (items, 2, scales, windows, samples) int32 and missing fractions (items, scales, windows) or None."""
+def compute_features(simulations: list[PreprocessedSimulation], spec: dict, windows: int):
+    """Raw counts (examples, 2, scales, windows, samples) int32 and missing fractions (examples, scales, windows) or None."""
     counts, missing = [], []
-    for entry in entries:
+    for simulation in simulations:
         counts.append(
             compute_pair_counts(
-                entry.genotypes,
-                entry.positions,
-                entry.pairs,
+                simulation.genotypes,
+                simulation.positions,
+                simulation.pairs,
                 window_size=spec["window_size"],
                 windows=windows,
                 samples=spec["samples"],
                 scales=spec["scales"],
             )
         )
-        if entry.mask is not None:
+        if simulation.mask is not None:
             fraction = compute_missing_fraction(
-                entry.mask,
+                simulation.mask,
                 window_size=spec["window_size"],
                 sequence_length=spec["sequence_length"],
                 scales=spec["scales"],
             )
-            missing.append(np.broadcast_to(fraction, (len(entry.pairs), *fraction.shape)))
+            missing.append(np.broadcast_to(fraction, (len(simulation.pairs), *fraction.shape)))
     return np.concatenate(counts), np.concatenate(missing) if missing else None
 
 
@@ -79,17 +90,34 @@ def evaluate(
     lineage=None,
     progress=print,
 ):
-    """Evaluate a checkpoint; ({scenarios: {variant: figures}, overall}, tracks to draw).
+    """Evaluate a checkpoint on held-out simulations.
 
     Parameters
     ----------
-    checkpoint : path or name
-    spec : window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed
-    batches : evaluation batches [{path, scenario, start, count}, …], each also with the `lineage` that it must have
-    mask : accessibility mask (True = inaccessible), or None
-    threads : CPU threads; torch's own choice if None
-    checkpoint_lineage : lineage that the checkpoint must have, or None
-    lineage : digest of everything that the result depends on, stored in it, or None
+    checkpoint : str or path-like
+        Name or path.
+    spec : dict
+        window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed.
+    batches : list of dict
+        Simulation batches as {path, scenario, start, count, lineage}.
+    mask : bool array, optional
+        Accessibility mask, True = inaccessible.
+    device : torch device
+    threads : int, optional
+        CPU threads; torch's own choice by default.
+    checkpoint_lineage : str, optional
+        Lineage that the checkpoint must have.
+    lineage : str, optional
+        Digest of everything that the result depends on, stored in it.
+    progress : callable
+        Called with a line of text for each variant.
+
+    Returns
+    -------
+    result : dict
+        Settings, and the metrics of each variant (`scenarios`) and over all (`overall`).
+    tracks : dict
+        Truth, mean, low and high of each variant, to draw: (simulations, pairs, windows) ln TMRCA each.
 
     Raises
     ------
@@ -103,34 +131,34 @@ def evaluate(
     from cxt.checkpoints.load import find_checkpoint, load_model
     from cxt.decoding.posterior import decode, use_precision
 
-    check_seed(spec["seed"], at="the evaluation's seed")
+    check_seed(spec["seed"], name="the evaluation's seed")
     if threads is not None:
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)
-    about = read_checkpoint(path)
-    check_lineage(f"checkpoint {path}", found=about.record.get("lineage"), planned=checkpoint_lineage, target=path)
+    stored = read_checkpoint(path)
+    check_lineage(f"checkpoint {path}", found=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
     windows = spec["sequence_length"] // spec["window_size"]
     expected = {
-        "windows": about.model.windows,
-        "window_size": about.model.window_size,
-        "samples": about.model.samples if about.adapter is None else about.adapter.samples,
-        "scales": about.record["dataset"]["scales"],
-        "missingness": about.record["dataset"]["missing"],
+        "windows": stored.model.windows,
+        "window_size": stored.model.window_size,
+        "samples": stored.model.samples if stored.adapter is None else stored.adapter.samples,
+        "scales": stored.record["dataset"]["scales"],
+        "missingness": stored.record["dataset"]["missing"],
     }
-    found = {key: spec[key] for key in ("window_size", "samples", "scales")} | {
+    requested = {key: spec[key] for key in ("window_size", "samples", "scales")} | {
         "windows": windows,
         "missingness": mask is not None,
     }
-    if found != expected:
-        raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {found}")
+    if requested != expected:
+        raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {requested}")
     model = load_model(path, device=device)
-    grid = Grid(about.model.grid_low, about.model.grid_high, about.model.bins)
+    grid = Grid(stored.model.grid_low, stored.model.grid_high, stored.model.bins)
     scenarios, tracks = {}, {}
-    for name, entries in read_evaluation_simulations(batches, spec, mask).items():
-        began = time.monotonic()
-        counts, missing = compute_features(entries, spec, windows)
+    for name, simulations in read_evaluation_simulations(batches, spec, mask).items():
+        started = time.monotonic()
+        counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
-        with use_precision(about.record.get("precision", "32-true"), device):
+        with use_precision(stored.record.get("precision", "32-true"), device):
             posterior = decode(
                 model,
                 counts,
@@ -141,20 +169,20 @@ def evaluate(
                 seed=seed,
                 device=device,
             )
-        truth = np.stack([entry.log_tmrca for entry in entries])
+        truth = np.stack([simulation.log_tmrca for simulation in simulations])
         mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
-        scenarios[name] = score_variant(truth, mean, low, high, entries, window_size=spec["window_size"], windows=windows)
+        scenarios[name] = score_variant(truth, mean, low, high, simulations, window_size=spec["window_size"], windows=windows)
         tracks[name] = (truth, mean, low, high)
-        figures = scenarios[name]
+        metrics = scenarios[name]
         progress(
-            f"{path}, {name}: MSE {figures['mse']:.3f} ± {format_or_dash(figures['mse_se'], '.3f')}, "
-            f"r {format_or_dash(figures['r'], '.3f')} "
-            f"({time.monotonic() - began:.0f} s)"
+            f"{path}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
+            f"r {format_or_dash(metrics['r'], '.3f')} "
+            f"({time.monotonic() - started:.0f} s)"
         )
     result = {
-        "checkpoint": about.record["name"],
+        "checkpoint": stored.record["name"],
         "lineage": lineage,
-        "checkpoint_lineage": about.record["lineage"],
+        "checkpoint_lineage": stored.record["lineage"],
         "device": torch.device(device).type,
         "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
         "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",

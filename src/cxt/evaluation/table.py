@@ -4,29 +4,30 @@ import json
 from pathlib import Path
 
 from cxt.errors import BadRequest
+from cxt.io import format_columns
 from cxt.lineage import stage_lineage
 
 
 def format_or_dash(value: float | None, form: str) -> str:
-    """A figure in a table or a line; "-" if it is not known."""
+    """Format a metric, or "-" if it is not defined."""
     return "-" if value is None else format(value, form)
 
 
 def format_accuracy_table(results: list[dict]) -> str:
-    """The accuracy of several checkpoints as a Markdown table, one row per checkpoint and scenario."""
+    """Format evaluations as a Markdown table of accuracy, one row for each checkpoint and scenario."""
     rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
     for result in results:
-        for name, figures in result["scenarios"].items():
-            window, constant = figures["baseline"]["heterozygosity"], figures["baseline"]["constant"]
+        for name, metrics in result["scenarios"].items():
+            window, constant = metrics["baseline"]["heterozygosity"], metrics["baseline"]["constant"]
             rows.append(
                 (
                     result["checkpoint"],
                     name,
-                    f"{figures['mse']:.3f}",
-                    format_or_dash(figures["mse_se"], ".3f"),
-                    format_or_dash(figures["r"], ".3f"),
-                    f"{figures['bias']:+.3f}",
-                    f"{figures['coverage95']:.1%}",
+                    f"{metrics['mse']:.3f}",
+                    format_or_dash(metrics["mse_se"], ".3f"),
+                    format_or_dash(metrics["r"], ".3f"),
+                    f"{metrics['bias']:+.3f}",
+                    f"{metrics['coverage95']:.1%}",
                     f"{window['mse']:.3f}",
                     format_or_dash(window["r"], ".3f"),
                     f"{constant['mse']:.3f}",
@@ -47,23 +48,18 @@ def format_accuracy_table(results: list[dict]) -> str:
                 f"{mean['constant_mse']:.3f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def line(row):
-        cells = [text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([line(rows[0]), rule, *map(line, rows[1:])]) + "\n"
+    header, *lines = [f"| {line} |" for line in format_columns(rows, left=2, separator=" | ")]
+    rule = "".join(char if char == "|" else "-" for char in header)
+    return "\n".join([header, rule, *lines]) + "\n"
 
 
 def combine_evaluation_lineages(evaluations: list[str | None]) -> str | None:
-    """The lineage of a table of results with the lineages *evaluations*, in no particular order; None if one has none."""
+    """The lineage of a table from the lineages of its evaluations, in any order; None if one of them has none."""
     return None if None in evaluations else stage_lineage("evaluate", sorted(evaluations))
 
 
 def read_result(path: Path) -> dict:
-    """One evaluation's JSON; BadRequest if it is not there or damaged."""
+    """Read the JSON file of an evaluation; BadRequest if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:

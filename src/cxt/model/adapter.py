@@ -1,4 +1,4 @@
-"""The sample-size adapter: counts among few haplotypes to the counts that a backbone of many expects."""
+"""The sample-size adapter: from counts among few haplotypes to the input of a backbone that was trained on many."""
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,14 @@ from cxt.model.transformer import CoalescenceModel
 class IEAdapter(nn.Module):
     """Input-expanding adapter along the frequency axis: squeeze-excite, a linear residual, and a gated branch.
 
-    Where the backbone masks frequency bin 0, that bin is overwritten by 0 first; where it carries missingness it passes
-    untouched, unless `overwrite_bin0` asks for the published behaviour.
+    Where the backbone masks frequency bin 0, that bin is set to 0 first. Where the bin carries missingness it reaches the
+    adapter unchanged, unless `overwrite_bin0` asks for the published behaviour.
+
+    Parameters
+    ----------
+    config : AdapterConfig
+    backbone : ModelConfig
+        The network behind the adapter, which must have more samples.
     """
 
     def __init__(self, config: AdapterConfig, backbone: ModelConfig):
@@ -44,12 +50,12 @@ class IEAdapter(nn.Module):
 
 
 def build_model(config: ModelConfig, adapter: AdapterConfig | None = None) -> CoalescenceModel:
-    """A model with fresh weights, with an adapter if *adapter* is given."""
+    """Build a model with new random weights, with an adapter in front of it if *adapter* is given."""
     return CoalescenceModel(config, None if adapter is None else IEAdapter(adapter, config))
 
 
 def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
-    """Whether the backbone parameter *name* trains beside the adapter."""
+    """Whether the backbone parameter *name* is trained along with the adapter, by the adapter's strategy."""
     norms = config.unfreeze_strategy in ("ln", "ln_lastN") and "norm" in name
     last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
         name.startswith(f"blocks.{i}.") for i in range(max(0, layers - config.last_n), layers)
@@ -58,6 +64,6 @@ def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
 
 
 def freeze_backbone(model: CoalescenceModel) -> None:
-    """Let only the adapter and the backbone parameters that its strategy names take gradients."""
+    """Freeze the backbone of a model with an adapter, except for the parameters that the adapter's strategy names."""
     for name, parameter in model.backbone.named_parameters():
         parameter.requires_grad_(is_trainable(name, model.adapter.config, model.config.layers))

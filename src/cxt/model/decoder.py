@@ -1,10 +1,10 @@
 """Autoregressive decoding with a key-value cache.
 
-The prefix of an item is computed once and shared by its replicates. Each step then passes one token per replicate through
+The prefix of an example is computed once and shared by its replicates. Each step then passes one token per replicate through
 the network. All that changes from step to step is on the device, so that on a GPU a step is recorded once as a CUDA graph
 and replayed: launching its hundreds of small kernels one by one would take most of the time.
 
-Shapes: B items, R replicates, W windows, P = W positions of the prefix, H heads, D width, hd = D / H.
+Shapes: B examples, R replicates, W windows, P = W positions of the prefix, H heads, D width, hd = D / H.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
 from cxt.seeds import check_seed
 
 GRAPH_SLOTS = 64
-"""A graph is recorded for every so many decoded windows, and looks at as many slots of the cache as its last one needs."""
+"""One CUDA graph is recorded for this many decoded windows; it reads as many slots of the cache as the last of them needs."""
 
 
 @functools.cache
 def get_recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are recorded, one for each GPU: every stream that computes keeps a workspace of some MB for good."""
+    """The stream on which graphs of a GPU are recorded; a new one each time would keep a workspace of some MB each."""
     return torch.cuda.Stream(device)
 
 
@@ -36,7 +36,7 @@ def _is_whole(value) -> bool:
 
 
 class KeyValueCache:
-    """Keys and values of one block: of the prefix once per item, of decoded tokens per replicate."""
+    """Keys and values of one block: those of the prefix once per example, those of decoded tokens for each replicate."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, replicates: int):
         self.prefix_k, self.prefix_v = k.contiguous(), v.contiguous()  # (B, H, P, hd)
@@ -62,20 +62,26 @@ class KeyValueCache:
 
 
 class Decoder:
-    """Decodes batches of a fixed number of items, one after another; special tokens are never sampled.
+    """Decodes batches of a fixed number of examples, one after another; special tokens are never sampled.
 
-    The random numbers of an item depend on *seed* and on its number only, so that it does not matter which others are decoded
-    with it, nor on which device, but for the rounding of floating-point numbers. Keys and values are held in the precision
-    that the network computes in. The model's weights must not change while it is in use.
+    The random numbers of an example depend on *seed* and on its id only, so that it does not matter which others are decoded
+    with it, nor on which device, except for the rounding of floating-point numbers. Keys and values are held in the precision
+    that the network computes in. The model's weights must not change while the decoder is in use.
 
     Parameters
     ----------
-    model : CoalescenceModel, in eval mode
-    replicates : decoded sequences R per item
-    temperature : divides the logits before sampling
-    top_k : sample among this many most probable bins; all by default
-    seed : of the random numbers, 0 to 2^63 - 1
-    slots : slots of the cache by which a step's view of it grows; by default 1 on a CPU, and 64 where graphs are recorded
+    model : CoalescenceModel
+        In eval mode.
+    replicates : int
+        Decoded sequences R per example.
+    temperature : float
+        Divides the logits before sampling.
+    top_k : int, optional
+        Sample among this many most probable bins; all by default.
+    seed : int
+        Seed of the random numbers, 0 to 2^63 - 1.
+    slots : int, optional
+        Slots of the cache by which a step's view of it grows; by default 1 on a CPU, and 64 where graphs are recorded.
 
     Raises
     ------
@@ -101,13 +107,15 @@ class Decoder:
         self._shape = None
 
     @torch.no_grad()
-    def decode(self, x: torch.Tensor, *, items=None, tokens: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(
+        self, x: torch.Tensor, *, example_ids=None, tokens: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one batch; what it returns is overwritten by the next.
 
         Parameters
         ----------
         x : log1p counts (B, 2, S, W, n)
-        items : (B,) whole numbers that tell the items apart; 0, 1, … by default
+        example_ids : (B,) whole numbers that tell the examples apart; 0, 1, … by default
         tokens : (B, R, W + 1); if given, nothing is sampled and these are fed instead (for tests and scoring)
 
         Returns
@@ -122,7 +130,7 @@ class Decoder:
         )
         # Streams and graphs are of torch's current GPU, which need not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, self._numbers(items, len(x)), self._fed(tokens, len(x)))
+            self._start(x, self._check_ids(example_ids, len(x)), self._fed(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -132,26 +140,26 @@ class Decoder:
                     self._advance(slots)
         return self.chosen, self.probabilities
 
-    def _numbers(self, items, count: int) -> list[int]:
-        """The numbers of *count* items; BadRequest if they are none."""
-        items = list(range(count) if items is None else getattr(items, "tolist", lambda: items)())
-        if len(items) != count or not all(_is_whole(item) and -(2**63) <= item < 2**63 for item in items):
-            raise BadRequest(f"items: expected {count} whole numbers, one for each item of X")
-        return items
+    def _check_ids(self, example_ids, count: int) -> list[int]:
+        """The ids of *count* examples as a list; BadRequest unless they are that many whole numbers of 64 bits."""
+        ids = list(range(count) if example_ids is None else getattr(example_ids, "tolist", lambda: example_ids)())
+        if len(ids) != count or not all(_is_whole(number) and -(2**63) <= number < 2**63 for number in ids):
+            raise BadRequest(f"example_ids: expected {count} whole numbers, one for each example of X")
+        return ids
 
     def _fed(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
-        """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* items."""
+        """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None
-        check_tokens(self.model, tokens, items=count, replicates=self.replicates)
+        check_tokens(self.model, tokens, examples=count, replicates=self.replicates)
         if tokens.is_floating_point() or tokens.min() < 0 or tokens.max() >= self.model.config.vocabulary:
             raise BadRequest(f"tokens: expected whole numbers from 0 to {self.model.config.vocabulary - 1}")
         return tokens.to(self.backbone.head.weight.device)
 
-    def _start(self, x: torch.Tensor, items, tokens: torch.Tensor | None) -> None:
+    def _start(self, x: torch.Tensor, example_ids: list[int], tokens: torch.Tensor | None) -> None:
         """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
-        uniform = torch.from_numpy(draw_uniforms(self.seed, list(items), replicates=self.replicates, windows=windows))
+        uniform = torch.from_numpy(draw_uniforms(self.seed, example_ids, replicates=self.replicates, windows=windows))
         caches = self._prefill(self.model.source(x))
         shape = (batch, windows, tokens is None)
         if shape == self._shape:

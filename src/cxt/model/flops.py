@@ -1,7 +1,7 @@
 """How much arithmetic training and decoding take.
 
 FLOPs are counted from the shapes, two for each multiplication and addition, and only where the prefix-LM lets a position
-attend. A forward pass over one item, for W windows, width D, L blocks, H scales and n samples:
+attend. A forward pass over one example, for W windows, width D, L blocks, H scales and n samples:
 
     matrices    2·W tokens × 24·D² × L      (attention 3 + 1, MLP 4 + 4)
     attention   4·D × (W² + W² + W·(W + 1)/2) × L      (sources see sources; target i sees all sources and i targets)
@@ -15,7 +15,7 @@ from cxt.config.settings import AdapterConfig, ModelConfig
 
 
 def forward_flops(network: ModelConfig) -> dict[str, float]:
-    """FLOPs of one item forward, by part: blocks (matrices), attention, head, embedding."""
+    """FLOPs of one example forward, by part: blocks (matrices), attention, head, embedding."""
     windows, width, hidden = network.windows, network.width, network.width // network.scales
     live = 2 * windows**2 + windows * (windows + 1) / 2
     return {
@@ -27,7 +27,7 @@ def forward_flops(network: ModelConfig) -> dict[str, float]:
 
 
 def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None) -> float:
-    """FLOPs of one training item, forward and backward; a frozen matrix needs no gradient of its own."""
+    """FLOPs of one training example, forward and backward; a frozen matrix needs no gradient of its own."""
     parts = forward_flops(network)
     if adapter is None:
         return 3 * sum(parts.values())

@@ -1,7 +1,7 @@
-"""Whether X is what a network was trained for: its shape, its numbers, and where they lie in the range of the training data.
+"""Checks of a network's input X: its shape, its values, and whether they are in the range of the training data.
 
-A network gives some answer to any numbers. What cannot be right is refused; what lies outside the range of the training data,
-where nothing is known of how good an answer is, is warned of.
+A network answers to any numbers. Input that cannot be right is refused. Input outside the range of the training data, for
+which the accuracy of an estimate is not known, raises a warning.
 """
 
 import math
@@ -14,13 +14,13 @@ import torch
 from cxt.errors import BadRequest
 
 RANGE_FACTOR = 1.5
-"""How far beyond the training data's smallest and largest value diversity and rates pass without a warning."""
+"""Diversity and rates may be this factor below or above the range of the training data without a warning."""
 
 MISSING_MARGIN = 0.05
-"""The same for the missing fraction, which is added."""
+"""Missing fractions may be this much below or above the range of the training data without a warning."""
 
 PRECISION = 2.0**-8
-"""Relative error of a logarithm that was rounded to bfloat16, and what is left of it."""
+"""Relative error of a logarithm that was rounded to bfloat16."""
 
 
 class OutsideTraining(UserWarning):
@@ -59,32 +59,34 @@ def check_shape(model, x) -> None:
     expected = (2, config.scales, config.windows, model.samples)
     if tuple(x.shape[1:]) == expected:
         return
-    found = tuple(x.shape)
-    says = (
-        f"X has shape {found}, expected (items, 2, {', '.join(map(str, expected[1:]))}): this model reads {config.windows} "
+    shape = tuple(x.shape)
+    message = (
+        f"X has shape {shape}, expected (examples, 2, {', '.join(map(str, expected[1:]))}): this model reads {config.windows} "
         f"windows of {model.samples} haplotypes at {config.scales} scales"
     )
-    if found == expected:
-        raise BadRequest(f"{says}; for one item, pass X[None]")
-    if len(found) != 5 or found[1] != 2:
-        raise BadRequest(f"{says}; cxt.pair_features makes such counts")
-    other = [
+    if shape == expected:
+        raise BadRequest(f"{message}; for one example, pass X[None]")
+    if len(shape) != 5 or shape[1] != 2:
+        raise BadRequest(f"{message}; cxt.pair_features makes such counts")
+    differing = [
         f"{size} {name}"
-        for name, size, wanted in zip(("scales", "windows", "haplotypes"), found[2:], expected[1:], strict=True)
-        if size != wanted
+        for name, size, expected_size in zip(("scales", "windows", "haplotypes"), shape[2:], expected[1:], strict=True)
+        if size != expected_size
     ]
-    what = f"{says}; X has {', '.join(other)}"
-    if found[4] != expected[3]:
-        what += "; a checkpoint with an adapter reads another number of haplotypes than one without"
-    raise BadRequest(what)
+    details = f"{message}; X has {', '.join(differing)}"
+    if shape[4] != expected[3]:
+        details += "; a checkpoint with an adapter reads another number of haplotypes than one without"
+    raise BadRequest(details)
 
 
-def check_tokens(model, y, *, items: int, replicates: int | None = None) -> None:
-    """BadRequest unless *y* is a tensor of tokens (items, windows + 1), or (items, replicates, windows + 1)."""
-    expected = (items, model.config.windows + 1) if replicates is None else (items, replicates, model.config.windows + 1)
+def check_tokens(model, y, *, examples: int, replicates: int | None = None) -> None:
+    """BadRequest unless *y* is a tensor of tokens (examples, windows + 1), or (examples, replicates, windows + 1)."""
+    expected = (examples, model.config.windows + 1) if replicates is None else (examples, replicates, model.config.windows + 1)
     if not isinstance(y, torch.Tensor) or tuple(y.shape) != expected:
-        found = f"has shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"is a {type(y).__name__}"
-        raise BadRequest(f"the tokens are {expected} for X and this model: a start token and one of each window; y {found}")
+        description = f"has shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"is a {type(y).__name__}"
+        raise BadRequest(
+            f"the tokens are {expected} for X and this model: a start token and one of each window; y {description}"
+        )
 
 
 def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, recombination_rate=None) -> None:
@@ -107,7 +109,7 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
         if rate is not None and not (_is_number(rate) and 0 <= rate < math.inf):
             raise BadRequest(f"{name} is {rate!r}, expected a number per bp and generation")
     if not len(x):
-        raise BadRequest("X holds no item")
+        raise BadRequest("X holds no example")
     counts = _recover_counts(x)
     missing = _recover_missing(model, x)  # (B, scales, windows) or None
     if model.trained_on is None:
@@ -115,12 +117,14 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
     scales, ranges = model.trained_on
     spectra = [counts[:, :, i, ::scale].sum(dim=(1, 2), dtype=torch.float64) for i, scale in enumerate(scales)]  # (B, n)
     inaccessible = _mean_missing(missing, scales[0]) if missing is not None else torch.zeros(len(x), device=x.device)
-    found = {
+    measured = {
         "diversity": _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
         "missingness": inaccessible.tolist(),
     }
-    found |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
-    outside = [words for name, values in found.items() if (words := _describe_outside(name, values, ranges.get(name)))]
+    measured |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
+    outside = [
+        description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
+    ]
     if not _hold_same_sites(spectra):
         outside.append(f"its windows do not hold the same sites at each of the scales {', '.join(map(str, scales))}")
     if outside:
@@ -147,7 +151,7 @@ def _check_window_size(model, window_size) -> None:
 
 
 def _recover_counts(x: torch.Tensor) -> torch.Tensor:
-    """The counts that X (B, 2, S, W, n) is log1p of, without bin 0, float32; BadRequest if they are not whole numbers."""
+    """Recover the counts of X (B, 2, S, W, n), without bin 0, as float32; BadRequest if they are not whole numbers."""
     x = x[..., 1:].float()
     if not torch.isfinite(x).all():
         raise BadRequest("X holds numbers that are not finite")
@@ -163,7 +167,7 @@ def _recover_counts(x: torch.Tensor) -> torch.Tensor:
 
 
 def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
-    """Missing fractions (B, S, W) that bin 0 of X says, ln(1 + e^f) and ln(1 + e^(1-f)); None if it says nothing of them."""
+    """Recover missing fractions f (B, S, W) from bin 0 of X, ln(1 + e^f) and ln(1 + e^(1-f)); None if it holds none."""
     is_read = not (model.config.mask_singletons if model.adapter is None else model.adapter.overwrites_bin0)
     bin0 = x[..., 0].float()  # (B, 2, S, W)
     fraction = torch.log(torch.expm1(bin0))
@@ -203,7 +207,7 @@ def _compute_diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, ba
 
 
 def _describe_outside(name: str, values: list[float], limits) -> str | None:
-    """In words, how the values lie outside the limits; None if they do not, or the limits are not known."""
+    """Describe how values lie outside the limits; None if they do not, or if the limits are not known."""
     if limits is None:
         return None
     low, high = limits
@@ -214,5 +218,5 @@ def _describe_outside(name: str, values: list[float], limits) -> str | None:
     if not beyond:
         return None
     worst = max(beyond, key=lambda value: max(value - bounds[1], bounds[0] - value))
-    many = f" in {len(beyond)} of {len(values)} items" if len(values) > 1 else ""
+    many = f" in {len(beyond)} of {len(values)} examples" if len(values) > 1 else ""
     return f"{name.replace('_', ' ')} {worst:.3g}{many}, trained on {low:.3g} to {high:.3g}"

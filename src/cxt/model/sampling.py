@@ -1,7 +1,7 @@
-"""Random numbers for decoding that depend on what is decoded, not on the order or company in which it is.
+"""Sampling bins from predictive distributions, with random numbers that depend on what is decoded, not on its batch.
 
-Each number is a hash of (seed, item, replicate, window), so that an item gets the same ones in any batch and on any device.
-The hash is SplitMix64's finalizer, applied to the seed alone and again after each further part of the key is added.
+Each random number is a hash of (seed, example, replicate, window), so that an example gets the same numbers in any batch and
+on any device. The hash is SplitMix64's finalizer, applied to the seed and again after each further part of the key is added.
 """
 
 import numpy as np
@@ -10,13 +10,21 @@ import torch
 from cxt.seeds import GOLDEN, check_seed, mix_bits
 
 
-def draw_uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), (items, replicates, windows) float64, each a function of seed and its place only.
+def draw_uniforms(seed: int, examples, *, replicates: int, windows: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), (examples, replicates, windows) float64, each a function of seed and its place only.
 
     Parameters
     ----------
-    seed : a whole number from 0 to 2^63 - 1
-    items : (items,) whole numbers from 0 that tell items apart, such as their positions in a dataset
+    seed : int
+        From 0 to 2^63 - 1.
+    examples : integer sequence (examples,)
+        Numbers that tell examples apart, such as their positions in a dataset.
+    replicates, windows : int
+        Decoded sequences per example, and windows of each.
+
+    Returns
+    -------
+    float64 array (examples, replicates, windows)
 
     Raises
     ------
@@ -25,13 +33,13 @@ def draw_uniforms(seed: int, items, *, replicates: int, windows: int) -> np.ndar
     """
     with np.errstate(over="ignore"):
         state = mix_bits(np.uint64(check_seed(seed)) + np.uint64(GOLDEN))
-        for places in (np.asarray(items).astype(np.uint64), *(np.arange(n, dtype=np.uint64) for n in (replicates, windows))):
+        for places in (np.asarray(examples).astype(np.uint64), *(np.arange(n, dtype=np.uint64) for n in (replicates, windows))):
             state = mix_bits(state[..., None] + (places + np.uint64(1)) * np.uint64(GOLDEN))
     return (state >> np.uint64(11)) * 2.0**-53
 
 
 def top_k_filter(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    """*logits* (…, bins) with all but the *top_k* largest at -inf; all of them if it is None."""
+    """Set all but the *top_k* largest of the logits (…, bins) to -inf; None keeps all."""
     if top_k is None or top_k >= logits.shape[-1]:
         return logits
     kept = logits.topk(top_k).indices
@@ -39,8 +47,21 @@ def top_k_filter(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
 
 
 def sample_bins(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Bins (…) of the inverse cumulative distribution of probabilities (…, bins) at uniform (…) float64; never one of 0."""
+    """Sample bins by inverting the cumulative distribution.
+
+    Parameters
+    ----------
+    probabilities : tensor (…, bins)
+        Need not sum to 1.
+    uniform : float64 tensor (…)
+        Random numbers in [0, 1).
+
+    Returns
+    -------
+    int64 tensor (…)
+        Never a bin of probability 0.
+    """
     cumulative = probabilities.double().cumsum(-1)
-    wanted = (uniform * cumulative[..., -1]).unsqueeze(-1)
-    # Rounding may take `wanted` up to the sum; the last bin that has any probability is where the sum is reached.
-    return torch.minimum((cumulative <= wanted).sum(-1), (cumulative < cumulative[..., -1:]).sum(-1))
+    target = (uniform * cumulative[..., -1]).unsqueeze(-1)
+    # Rounding may take `target` up to the sum; the last bin that has any probability is where the sum is reached.
+    return torch.minimum((cumulative <= target).sum(-1), (cumulative < cumulative[..., -1:]).sum(-1))

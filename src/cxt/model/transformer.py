@@ -3,7 +3,7 @@
 The source embedding turns the counts of each window into one vector. These are the prefix, and see each other freely.
 After them come the start token and the bins predicted so far; each sees the whole prefix and what stands before it.
 
-Shapes: B items, W windows, P = W sources, T = 2W positions, H heads, D width, S scales, n samples, V vocabulary,
+Shapes: B examples, W windows, P = W sources, T = 2W positions, H heads, D width, S scales, n samples, V vocabulary,
 R replicates.
 """
 
@@ -124,10 +124,10 @@ class Backbone(nn.Module):
             return checkpoint(block, h, table, prefix, targets_only=targets_only, use_reentrant=False)
         return block(h, table, prefix, targets_only=targets_only)
 
-    def states(self, x: torch.Tensor, y: torch.Tensor, *, everywhere: bool = False) -> torch.Tensor:
+    def states(self, x: torch.Tensor, y: torch.Tensor, *, all_positions: bool = False) -> torch.Tensor:
         """What the head reads, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
 
-        The last token is not read: nothing is predicted after it. With *everywhere*, all positions (B, 2W, D).
+        The last token is not read: nothing is predicted after it. With *all_positions*, all positions (B, 2W, D).
         """
         source = self.source_embedding(x)  # (B, W, D)
         target = self.token_embedding(y[:, :-1])  # (B, W, D)
@@ -137,10 +137,10 @@ class Backbone(nn.Module):
         for block in self.blocks[:-1]:
             h = self._block(block, h, prefix)
         # The sources' last states are read by nothing.
-        if prefix == windows and not everywhere:
+        if prefix == windows and not all_positions:
             return self.norm(self._block(self.blocks[-1], h, prefix, targets_only=True))
         h = self._block(self.blocks[-1], h, prefix)
-        return self.norm(h if everywhere else h[:, windows:])
+        return self.norm(h if all_positions else h[:, windows:])
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Logits (B, W, V) for windows 1..W."""
@@ -183,30 +183,30 @@ class CoalescenceModel(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         source = self.source(x)
-        check_tokens(self, y, items=len(source))
+        check_tokens(self, y, examples=len(source))
         return self.backbone(source, y)
 
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, path: str = "target") -> torch.Tensor:
-        """Mean cross-entropy over all windows of all items.
+        """Mean cross-entropy over all windows of all examples.
 
         The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
         `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
         """
         x = self.source(x)
-        check_tokens(self, y, items=len(x))
-        wanted = y[:, 1:].flatten()
+        check_tokens(self, y, examples=len(x))
+        labels = y[:, 1:].flatten()
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
-            parts = zip(states.chunk(CHUNKS), wanted.chunk(CHUNKS), strict=True)
-            return sum(checkpoint(self._part_of_loss, *part, use_reentrant=False) for part in parts) / len(wanted)
+            parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
+            return sum(checkpoint(self._part_of_loss, *part, use_reentrant=False) for part in parts) / len(labels)
         if path == "full":
-            logits = self.backbone.head(self.backbone.states(x, y, everywhere=True))[:, -self.config.windows :]
+            logits = self.backbone.head(self.backbone.states(x, y, all_positions=True))[:, -self.config.windows :]
         else:
             logits = self.backbone(x, y)  # (B, W, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), wanted)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels)
 
-    def _part_of_loss(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
-        return F.cross_entropy(self.backbone.head(states).float(), wanted, reduction="sum")
+    def _part_of_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
+        return F.cross_entropy(self.backbone.head(states).float(), labels, reduction="sum")
 
     def use_flex_attention(self) -> None:
         """Compute attention with FlexAttention from now on; with gradients only on a GPU."""
@@ -224,7 +224,7 @@ class CoalescenceModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
-        items=None,
+        example_ids=None,
         tokens: torch.Tensor | None = None,
         slots: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,7 +237,7 @@ class CoalescenceModel(nn.Module):
         mutation_rate, recombination_rate : per bp and generation, of the species that X is from, where they are known;
             compared with those of the training data
         replicates, temperature, top_k, seed, slots : of the sampling, as `cxt.model.decoder.Decoder` says
-        items : (B,) whole numbers that tell the items apart; 0, 1, … by default
+        example_ids : (B,) whole numbers that tell the examples apart; 0, 1, … by default
         tokens : (B, replicates, windows + 1); if given, nothing is sampled and these are fed instead
 
         Returns
@@ -263,6 +263,6 @@ class CoalescenceModel(nn.Module):
         self.eval()
         try:
             decoder = Decoder(self, replicates=replicates, temperature=temperature, top_k=top_k, seed=seed, slots=slots)
-            return decoder.decode(x, items=items, tokens=tokens)
+            return decoder.decode(x, example_ids=example_ids, tokens=tokens)
         finally:
             self.train(was_training)

@@ -16,12 +16,12 @@ from cxt.lineage import check_lineage, how_to_remake
 from cxt.scenarios.registry import simulate_tables
 
 IDENTITY = {"scenario", "index", "seed", "spec", "mutation_rate", "recombination_rate"}
-"""What the metadata of every simulation say, among other things."""
+"""Keys that the metadata of every simulation must have."""
 
 
 def how_to_reproduce(spec: dict, *, index: int, seed: int) -> str:
-    """Which simulation this is, and the command that makes it alone, in words."""
-    words = [
+    """Say which simulation this was, and the command that makes it alone."""
+    arguments = [
         "--spec",
         canonical_json(spec),
         "--start",
@@ -35,16 +35,29 @@ def how_to_reproduce(spec: dict, *, index: int, seed: int) -> str:
     ]
     return (
         f"This was simulation {index} of '{spec['name']}' with seed {seed}. To reproduce it alone:\n"
-        f"  {shlex.join(['python', '-m', 'cxt.simulate', *words])}"
+        f"  {shlex.join(['python', '-m', 'cxt.simulate', *arguments])}"
     )
 
 
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None = None, progress=None) -> None:
-    """Simulate indices start..start+count-1 of a variant into one file, which appears only when complete.
+    """Simulate consecutive indices of a variant into one file, which appears only when it is complete.
 
-    One simulation is in memory at a time. *progress*, if given, is called with each index before it is simulated, and once
-    more before the file gets its name. *lineage*, if given, goes into the metadata of each. An exception says which simulation
-    it came from, and how to reproduce it alone.
+    One simulation is in memory at a time. An exception says which simulation it came from, and how to reproduce that alone.
+
+    Parameters
+    ----------
+    path : path-like
+        The batch to write.
+    spec : dict
+        Parameters of the variant.
+    start, count : int
+        First index, and number of simulations.
+    seed : int
+        Seed of the workflow.
+    lineage : str, optional
+        Stored in the metadata of each simulation.
+    progress : callable, optional
+        Called with each index before it is simulated, and once more before the file gets its name.
     """
     path = Path(path)
     check_writable(path)
@@ -69,7 +82,19 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage:
 def read_batch(
     path, *, start: int, count: int, scenario: str | None = None, seed: int | None = None, lineage: str | None = None
 ) -> Iterator[tskit.TreeSequence]:
-    """The tree sequences of a batch file, in order; *scenario*, *seed* and *lineage* are checked where given.
+    """The tree sequences of a batch file, in order.
+
+    Parameters
+    ----------
+    path : path-like
+    start, count : int
+        First index, and number of simulations, that the file must hold.
+    scenario, seed, lineage : optional
+        Variant, workflow seed and lineage that the simulations must have, where given.
+
+    Yields
+    ------
+    tskit.TreeSequence
 
     Raises
     ------
@@ -119,7 +144,7 @@ def read_simulation(path, index: int) -> tskit.TreeSequence:
     BadRequest
         If the file cannot be read, is damaged before that simulation, or does not hold it.
     """
-    found = []
+    indices = []
     try:
         with open(path, "rb") as file:
             while True:
@@ -127,15 +152,15 @@ def read_simulation(path, index: int) -> tskit.TreeSequence:
                 identity = ts.metadata.get("cxt", {}) if isinstance(ts.metadata, dict) else {}
                 if "index" not in identity:
                     raise BadRequest(
-                        f"{path}: tree sequence {len(found)} has no cxt identity; expected a batch of cxt.simulate"
+                        f"{path}: tree sequence {len(indices)} has no cxt identity; expected a batch of cxt.simulate"
                     )
                 if identity["index"] == index:
                     return ts
-                found.append(identity["index"])
+                indices.append(identity["index"])
     except EOFError:
-        held = f"{found[0]} to {found[-1]}" if found else "none"
-        raise BadRequest(f"{path} does not hold simulation {index}; indices in it: {held}") from None
+        held_indices = f"{indices[0]} to {indices[-1]}" if indices else "none"
+        raise BadRequest(f"{path} does not hold simulation {index}; indices in it: {held_indices}") from None
     except (tskit.FileFormatError, tskit.LibraryError) as error:
-        raise BadRequest(f"{path} is no batch of tree sequences, or damaged after {len(found)} of them: {error}") from None
+        raise BadRequest(f"{path} is no batch of tree sequences, or damaged after {len(indices)} of them: {error}") from None
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror or error}") from None

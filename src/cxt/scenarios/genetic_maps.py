@@ -21,20 +21,20 @@ from cxt.scenarios.stdpopsim_catalogue import get_species, import_stdpopsim, lis
 def get_genetic_map(spec: dict):
     """stdpopsim's genetic map of a scenario; BadRequest with the nearest name if there is none."""
     species = get_species(spec)
-    known = [m.id for m in species.genetic_maps]
-    if spec["genetic_map"] not in known:
-        at = f"scenario '{spec['name']}': {species.id} has no genetic map '{spec['genetic_map']}'"
-        raise BadRequest(at + suggest_nearest(spec["genetic_map"], known))
+    map_ids = [m.id for m in species.genetic_maps]
+    if spec["genetic_map"] not in map_ids:
+        problem = f"scenario '{spec['name']}': {species.id} has no genetic map '{spec['genetic_map']}'"
+        raise BadRequest(problem + suggest_nearest(spec["genetic_map"], map_ids))
     return species.get_genetic_map(spec["genetic_map"])
 
 
 def catalogue_versions(spec: dict) -> list[str]:
-    """What decides a stdpopsim scenario beside its parameters: the catalogue's version, and its map's checksum."""
+    """What decides a stdpopsim scenario besides its parameters: the catalogue's version, and its map's checksum."""
     return [importlib.metadata.version("stdpopsim"), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 
 def advise_on_missing_map(spec: dict) -> str:
-    """How to go on without a genetic map that cannot be had, in words."""
+    """Advice on what to do about a genetic map that is not available."""
     fetch = (
         f"Fetch it where there is a network (`cxt catalogue --species {spec['species']} --genetic-map "
         f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is)"
@@ -49,10 +49,10 @@ def advise_on_missing_map(spec: dict) -> str:
 
 
 def _missing_map_error(spec: dict, reason: str) -> BadRequest:
-    found = get_genetic_map(spec)
+    genetic_map = get_genetic_map(spec)
     return BadRequest(
-        f"scenario '{spec['name']}' needs the genetic map {found.id} of {spec['species']}, which is not in stdpopsim's cache "
-        f"({found.map_cache_dir}){reason}. {advise_on_missing_map(spec)}"
+        f"scenario '{spec['name']}' needs the genetic map {genetic_map.id} of {spec['species']}, which is not in "
+        f"stdpopsim's cache ({genetic_map.map_cache_dir}){reason}. {advise_on_missing_map(spec)}"
     )
 
 
@@ -70,37 +70,37 @@ def _check_url(url: str) -> str:
 
 
 def check_map_available(spec: dict, *, fetched=None) -> None:
-    """BadRequest if a scenario's genetic map is neither cached nor answered for by its server; fetches nothing.
+    """BadRequest if a scenario's genetic map is neither in stdpopsim's cache nor on its server; fetches nothing.
 
-    *fetched* is a file that says that the map was fetched; if it is there and the map is not, nothing would fetch it again.
+    *fetched* is the record of an earlier fetch: where it exists and the map does not, the workflow would not fetch it again.
     """
-    found = get_genetic_map(spec)
-    if found.is_cached():
+    genetic_map = get_genetic_map(spec)
+    if genetic_map.is_cached():
         return
-    if reason := _check_url(found.url):
+    if reason := _check_url(genetic_map.url):
         raise _missing_map_error(spec, reason)
     if fetched is not None and Path(fetched).exists():
         raise _missing_map_error(spec, f", although {fetched} says that it was fetched: delete that file to fetch it again")
 
 
 def fetch_genetic_map(spec: dict) -> None:
-    """Put a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
+    """Fetch a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
     from http.client import HTTPException
 
-    found = get_genetic_map(spec)
-    if found.is_cached():
+    genetic_map = get_genetic_map(spec)
+    if genetic_map.is_cached():
         return
     try:
-        found.download()
+        genetic_map.download()
     except (OSError, ValueError, EOFError, HTTPException) as error:
         # No network; another checksum than the catalogue's; a cut archive.
         raise _missing_map_error(spec, f" and could not be fetched ({error})") from None
-    if not found.is_cached():
+    if not genetic_map.is_cached():
         raise _missing_map_error(spec, ": something else is in its place; delete that")
 
 
 def write_fetch_record(spec: dict, path) -> None:
-    """Write down that a scenario's genetic map is in stdpopsim's cache: which, and its checksum."""
+    """Record that a scenario's genetic map is in stdpopsim's cache: its name and checksum, as JSON."""
     record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": get_genetic_map(spec).sha256}
     atomic_write(path, json_text(record).encode())
 
@@ -142,11 +142,11 @@ def read_genetic_map(path, *, length: float) -> msprime.RateMap:
         raise damaged(f"holds a negative rate, {rate.min():g} cM/Mb")
     if rate[-1] != 0:
         raise damaged(f"its last line has the rate {rate[-1]:g} cM/Mb, which has no end; it may be cut")
-    (known,) = np.nonzero((rate > 0) & (position < length))
-    if not known.size:
+    (with_rate,) = np.nonzero((rate > 0) & (position < length))
+    if not with_rate.size:
         raise damaged(f"has no rate above 0 within the {length:.0f} bp of the chromosome")
-    position = np.minimum(position[known[0] : known[-1] + 2], length)
-    rate = rate[known[0] : known[-1] + 1] / 1e8  # per bp
+    position = np.minimum(position[with_rate[0] : with_rate[-1] + 2], length)
+    rate = rate[with_rate[0] : with_rate[-1] + 1] / 1e8  # per bp
     if position[0] > 0:
         position, rate = np.insert(position, 0, 0), np.insert(rate, 0, np.nan)
     if position[-1] < length:
@@ -157,36 +157,36 @@ def read_genetic_map(path, *, length: float) -> msprime.RateMap:
 @functools.lru_cache(maxsize=64)
 def read_chromosome_map(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
     """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
-    of = import_stdpopsim().get_species(species)
-    found = of.get_genetic_map(name)
-    path = found.map_cache_dir / found.file_pattern.format(id=chromosome)
+    catalogue_species = import_stdpopsim().get_species(species)
+    genetic_map = catalogue_species.get_genetic_map(name)
+    path = genetic_map.map_cache_dir / genetic_map.file_pattern.format(id=chromosome)
     if not path.is_file():
         return None
     try:
-        return read_genetic_map(path, length=of.genome.get_chromosome(chromosome).length)
+        return read_genetic_map(path, length=catalogue_species.genome.get_chromosome(chromosome).length)
     except BadRequest as error:
-        raise BadRequest(f"{error}. Delete {found.map_cache_dir}, and the workflow fetches the map again") from None
+        raise BadRequest(f"{error}. Delete {genetic_map.map_cache_dir}, and the workflow fetches the map again") from None
 
 
 def list_mapped_autosomes(spec: dict) -> list:
     """The usable chromosomes that a scenario's genetic map covers; BadRequest if the map is not cached, or there is none."""
-    found = get_genetic_map(spec)
-    if not found.is_cached():
+    genetic_map = get_genetic_map(spec)
+    if not genetic_map.is_cached():
         raise _missing_map_error(spec, "")
     covered = [
         chromosome
         for chromosome in list_autosomes(spec)
-        if read_chromosome_map(spec["species"], found.id, chromosome.id) is not None
+        if read_chromosome_map(spec["species"], genetic_map.id, chromosome.id) is not None
     ]
     if not covered:
         raise BadRequest(
-            f"scenario '{spec['name']}': the genetic map {found.id} in {found.map_cache_dir} covers no autosome of "
+            f"scenario '{spec['name']}': the genetic map {genetic_map.id} in {genetic_map.map_cache_dir} covers no autosome of "
             f"{spec['species']} as long as sequence_length {spec['sequence_length']}; delete that directory if it is damaged"
         )
     return covered
 
 
 def find_covered_interval(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
-    """Left and right end, whole bp, of the part of a chromosome that its map has rates of."""
-    (known,) = np.nonzero(~rates.missing)
-    return math.ceil(rates.left[known[0]]), min(math.floor(rates.right[known[-1]]), int(chromosome.length))
+    """Left and right end, in whole base pairs, of the part of a chromosome for which its map has rates."""
+    (with_rate,) = np.nonzero(~rates.missing)
+    return math.ceil(rates.left[with_rate[0]]), min(math.floor(rates.right[with_rate[-1]]), int(chromosome.length))

@@ -1,4 +1,4 @@
-"""Kinds of scenario that are simulated by msprime alone: population sizes, demes, a sweep, and demographies of your own."""
+"""Scenarios that msprime alone simulates: constant and changing sizes, islands, a hard sweep, Demes graphs."""
 
 import functools
 import itertools
@@ -14,18 +14,18 @@ from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.seeds import EngineSeeds
 
 SimulationResult = tuple[tskit.TableCollection, dict]
-"""A simulation as tables, and what to record of it; its mutation and recombination rate at least."""
+"""The tables of a simulation, and properties to record of it: at least its mutation rate and recombination rate."""
 
 
 def build_ancestry_model(spec: dict) -> msprime.AncestryModel | None:
-    """msprime's model for a scenario's `ancestry_model`; None is the Hudson coalescent."""
+    """msprime's model for a scenario's `ancestry_model`; None stands for the Hudson coalescent."""
     return msprime.SMCK(k=1) if spec.get("ancestry_model") == "smc_prime" else None
 
 
 def _simulate_infinite_sites(
     spec: dict, demography: msprime.Demography, samples, seeds: EngineSeeds, *, model=None
 ) -> SimulationResult:
-    """Ancestry, and infinite-sites mutations at real positions."""
+    """Simulate ancestry, and infinite-sites mutations at continuous positions."""
     ts = msprime.sim_ancestry(
         samples=samples,
         demography=demography,
@@ -156,13 +156,13 @@ def check_demes(spec: dict) -> None:
 
 def _find_reachable(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
     """What can be reached from *start* by any number of *moves*, *start* included."""
-    found, todo = set(), list(start)
-    while todo:
-        name = todo.pop()
-        if name not in found:
-            found.add(name)
-            todo += moves.get(name, ())
-    return found
+    reached, to_visit = set(), list(start)
+    while to_visit:
+        name = to_visit.pop()
+        if name not in reached:
+            reached.add(name)
+            to_visit += moves.get(name, ())
+    return reached
 
 
 def _list_migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""The kinds of scenario, and one simulation of any of them."""
+"""The kinds of scenario by name, and simulating any of them: from a variant, an index and a seed to a tree sequence."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import tskit
 
 from cxt.config.variants import variants
 from cxt.errors import BadRequest
-from cxt.scenarios import msprime_models as demographies
+from cxt.scenarios import msprime_models
 from cxt.scenarios.genetic_maps import get_genetic_map
 from cxt.scenarios.seeds import engine_seeds, random_generator
 from cxt.scenarios.stdpopsim_catalogue import list_autosomes, select_models
@@ -33,19 +33,19 @@ def _check_catalogue(spec: dict) -> None:
 
 
 KINDS = {
-    "constant": ScenarioKind(demographies.simulate_constant),
-    "sawtooth": ScenarioKind(demographies.simulate_sawtooth),
-    "island": ScenarioKind(demographies.simulate_island),
-    "hard_sweep": ScenarioKind(demographies.simulate_hard_sweep, demographies.check_sweep),
+    "constant": ScenarioKind(msprime_models.simulate_constant),
+    "sawtooth": ScenarioKind(msprime_models.simulate_sawtooth),
+    "island": ScenarioKind(msprime_models.simulate_island),
+    "hard_sweep": ScenarioKind(msprime_models.simulate_hard_sweep, msprime_models.check_sweep),
     "stdpopsim": ScenarioKind(simulate_segment, _check_catalogue),
-    "demes": ScenarioKind(demographies.simulate_demes, demographies.check_demes),
-    "msprime": ScenarioKind(demographies.simulate_piecewise, demographies.check_history),
+    "demes": ScenarioKind(msprime_models.simulate_demes, msprime_models.check_demes),
+    "msprime": ScenarioKind(msprime_models.simulate_piecewise, msprime_models.check_history),
 }
 """The kinds of scenario, by name."""
 
 
 def check_variant(spec: dict) -> None:
-    """BadRequest if a variant cannot be simulated, as far as that shows without trying."""
+    """BadRequest if a variant cannot be simulated, as far as can be told without simulating."""
     KINDS[spec["kind"]].check(spec)
 
 
@@ -57,24 +57,24 @@ def check_scenarios(config: dict) -> None:
 
 
 def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
-    """Simulation *index* of the variant *spec* as tables, which spares a copy to those who only write it.
+    """Simulation *index* of the variant *spec* as tables, which saves a copy where they are only written.
 
     Parameters, metadata and errors as in `simulate_tree_sequence`.
     """
     seed = check_seed(seed)
     seeds = engine_seeds(seed=seed, spec=spec, index=index)
     if spec["kind"] == "stdpopsim":  # draws a model, a segment and samples
-        drawn = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
+        random = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
     else:
-        drawn = {}
-    tables, made = KINDS[spec["kind"]].simulate(spec, seeds, **drawn)
+        random = {}
+    tables, properties = KINDS[spec["kind"]].simulate(spec, seeds, **random)
     if tables.sequence_length != spec["sequence_length"]:
         raise BadRequest(
             f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"
         )
     tables.metadata_schema = METADATA
     identity = {"scenario": spec["name"], "index": index, "seed": seed, "spec": spec}
-    tables.metadata = {"cxt": identity | {"ancestry_model": spec.get("ancestry_model", "hudson")} | made}
+    tables.metadata = {"cxt": identity | {"ancestry_model": spec.get("ancestry_model", "hudson")} | properties}
     return tables
 
 
@@ -83,9 +83,12 @@ def simulate_tree_sequence(spec: dict, *, index: int, seed: int) -> tskit.TreeSe
 
     Parameters
     ----------
-    spec : parameters of a variant, as `variants` gives them
-    index : index of the simulation
-    seed : seed of the workflow, 0 to 2^63 - 1
+    spec : dict
+        Parameters of a variant, as `cxt.config.variants.variants` gives them.
+    index : int
+        Index of the simulation.
+    seed : int
+        Seed of the workflow, 0 to 2^63 - 1.
 
     Returns
     -------

@@ -1,13 +1,11 @@
 """What a scenario takes from stdpopsim's catalogue: species, demographic models and chromosomes."""
 
 import functools
-import sys
-import types
 
 from cxt.errors import BadRequest, suggest_nearest
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
-"""Catalogue models built around ancient samples, which the published training set leaves out."""
+"""Catalogue models built around ancient samples, which the published training set excludes."""
 
 
 SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
@@ -16,11 +14,7 @@ SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
 
 @functools.cache
 def import_stdpopsim():
-    """The module stdpopsim, imported when it is first needed, since that takes as long as msprime does.
-
-    Half of it would go into second copies of all models, by which only stdpopsim's own tests check the first.
-    """
-    sys.modules.setdefault("stdpopsim.qc", types.ModuleType("stdpopsim.qc"))
+    """The module stdpopsim, imported when it is first needed: that takes a second, and other scenarios need not pay for it."""
     import stdpopsim
 
     return stdpopsim
@@ -29,10 +23,10 @@ def import_stdpopsim():
 def get_species(spec: dict):
     """The stdpopsim species of a scenario; BadRequest with the nearest name if there is none."""
     stdpopsim = import_stdpopsim()
-    known = [species.id for species in stdpopsim.all_species()]
-    if spec["species"] not in known:
+    species_ids = [species.id for species in stdpopsim.all_species()]
+    if spec["species"] not in species_ids:
         raise BadRequest(
-            f"scenario '{spec['name']}': unknown species '{spec['species']}'{suggest_nearest(spec['species'], known)}"
+            f"scenario '{spec['name']}': unknown species '{spec['species']}'{suggest_nearest(spec['species'], species_ids)}"
         )
     return stdpopsim.get_species(spec["species"])
 
@@ -51,20 +45,22 @@ def select_models(spec: dict) -> list[str]:
         If stdpopsim has no such species or model, or a model has no population that can be sampled at time 0.
     """
     species = get_species(spec)
-    known = [model.id for model in species.demographic_models]
+    catalogue_models = [model.id for model in species.demographic_models]
     for model in spec.get("models", []):
-        if model not in known:
-            raise BadRequest(f"scenario '{spec['name']}': {species.id} has no model '{model}'{suggest_nearest(model, known)}")
-    if known and spec.get("models") != [] and "population_size" in spec:
+        if model not in catalogue_models:
+            raise BadRequest(
+                f"scenario '{spec['name']}': {species.id} has no model '{model}'{suggest_nearest(model, catalogue_models)}"
+            )
+    if catalogue_models and spec.get("models") != [] and "population_size" in spec:
         raise BadRequest(
             f"scenario '{spec['name']}': population_size is for a constant size, but {species.id} has catalogue models; "
             "add `models: []` for the size, or take population_size away"
         )
-    chosen = spec.get("models", [model for model in known if model not in ANCIENT_MODELS])
-    for model in chosen:
+    selected = spec.get("models", [model for model in catalogue_models if model not in ANCIENT_MODELS])
+    for model in selected:
         if not list_sampled_populations(build_catalogue_model(species.id, model)):
             raise BadRequest(f"scenario '{spec['name']}': no population of '{model}' can be sampled at time 0")
-    return list(chosen)
+    return list(selected)
 
 
 @functools.cache
@@ -74,7 +70,7 @@ def build_catalogue_model(species: str, model: str):
 
 
 def list_autosomes(spec: dict) -> list:
-    """Nuclear chromosomes of two copies that are no sex chromosomes and long enough for the segment."""
+    """Diploid nuclear chromosomes that are no sex chromosomes and at least as long as the scenario's sequence."""
     species = get_species(spec)
     sex = ("X", "Y", "Z", "W", *SEX_CHROMOSOMES.get(species.id, ()))
     usable = [c for c in species.genome.chromosomes if c.ploidy == 2 and c.id.upper() not in map(str.upper, sex)]
@@ -91,19 +87,21 @@ def list_autosomes(spec: dict) -> list:
 
 
 def describe_other_recombination(spec: dict) -> str:
-    """What to say of a scenario whose models were inferred with other recombination rates than it has; "" if none was."""
+    """A note on models of a scenario that were inferred with other recombination rates than it is simulated with, or ""."""
     inferred = {name: build_catalogue_model(spec["species"], name).recombination_rate for name in select_models(spec)}
     if "genetic_map" in spec:
-        source, found = f"the genetic map {spec['genetic_map']}", []
+        source, scenario_rates = f"the genetic map {spec['genetic_map']}", []
     else:
-        source, found = "the chromosomes", [chromosome.recombination_rate for chromosome in list_autosomes(spec)]
-    others = {name: rate for name, rate in inferred.items() if rate is not None and set(found) != {rate}}
-    if not others:
+        source, scenario_rates = "the chromosomes", [chromosome.recombination_rate for chromosome in list_autosomes(spec)]
+    differing_models = {name: rate for name, rate in inferred.items() if rate is not None and set(scenario_rates) != {rate}}
+    if not differing_models:
         return ""
-    rates = (
-        f" ({' to '.join(f'{rate:.3g}' for rate in sorted({min(found), max(found)}))} per bp and generation)" if found else ""
+    rates_text = (
+        f" ({' to '.join(f'{rate:.3g}' for rate in sorted({min(scenario_rates), max(scenario_rates)}))} per bp and generation)"
+        if scenario_rates
+        else ""
     )
     return (
-        f"scenario '{spec['name']}' recombines at the rates of {source}{rates}; these of its models were inferred with others: "
-        + ", ".join(f"{name} {rate:.3g}" for name, rate in others.items())
+        f"scenario '{spec['name']}' recombines at the rates of {source}{rates_text}; these of its models were inferred with "
+        "others: " + ", ".join(f"{name} {rate:.3g}" for name, rate in differing_models.items())
     )

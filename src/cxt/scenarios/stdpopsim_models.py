@@ -23,7 +23,17 @@ from cxt.scenarios.stdpopsim_catalogue import (
 
 
 def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprime.RateMap | None]:
-    """(chromosome, left end, genetic map or None): uniform; with a map, within the part of a chromosome that it covers.
+    """Draw the segment to simulate: a chromosome, and a uniform position on it.
+
+    With a genetic map, segments lie within the part of a chromosome that the map covers.
+
+    Returns
+    -------
+    chromosome : str
+    left : int
+        Left end, in base pairs.
+    rates : msprime.RateMap or None
+        The chromosome's genetic map.
 
     Raises
     ------
@@ -48,7 +58,7 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
 
 
 def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator) -> SimulationResult:
-    """A random segment under a random model."""
+    """Simulate a random segment of a chromosome under a random model of the catalogue."""
     stdpopsim = import_stdpopsim()
     species = get_species(spec)
     models = select_models(spec)
@@ -73,7 +83,7 @@ def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator
     if rates is not None:
         # As get_contig does, which would read the map's file again for every simulation.
         contig.recombination_map = rates.slice(left=left, right=right)
-    made = {
+    properties = {
         "model": name,
         "chromosome": chromosome,
         "left": left,
@@ -83,14 +93,14 @@ def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator
         "stdpopsim": stdpopsim.__version__,
     }
     if model.recombination_rate is not None:
-        made["model_recombination_rate"] = model.recombination_rate
+        properties["model_recombination_rate"] = model.recombination_rate
     tables = simulate_contig(model, contig, samples, seeds, ancestry_model=build_ancestry_model(spec)).dump_tables()
     tables.trim()
-    return tables, made
+    return tables, properties
 
 
 def simulate_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancestry_model=None) -> tskit.TreeSequence:
-    """What stdpopsim's msprime engine does for a diploid contig without gene conversion, but with our seeds.
+    """Simulate a diploid contig without gene conversion as stdpopsim's msprime engine does, with two seeds of our own.
 
     The engine takes one seed and draws two of 31 bits from it, which collide: among 10 000 simulations two have the same
     ancestry in one case of fifty. Of msprime's models it knows only the old, slow SMC'.

@@ -71,6 +71,6 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
         samples=options.samples,
         scales=SCALES,
         held_out=options.eval_max_batches * training.batch_size if options.eval_samples is None else options.eval_samples,
-        items=options.max_steps * training.batch_size * training.grad_accum * world,
+        examples=options.max_steps * training.batch_size * training.grad_accum * world,
     )
     return specs, manifest
