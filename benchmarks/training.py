@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_items
-from cxt.config.settings import PRESETS, AdapterConfig, TrainingConfig
+from cxt.config.network import PRESETS, AdapterConfig
+from cxt.config.training import TrainingConfig
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops

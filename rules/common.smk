@@ -8,7 +8,8 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from cxt.workflow import arguments, jobs, lineages, paths
 from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb, training_memory_mb, training_threads
-from cxt.config.file import resolve, training_config
+from cxt.config.file import resolve
+from cxt.config.models import training_config
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest

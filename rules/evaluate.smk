@@ -38,8 +38,8 @@ rule evaluate:
         # Clipped to 0, it decodes on the CPU: the same but for rounding, unlike training.
         gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
     params:
-        spec=lambda wildcards: canonical(jobs.evaluation_spec(config, wildcards.model)),
-        batches=lambda wildcards: canonical(lineages.evaluation_batches(config, wildcards.model)),
+        spec=lambda wildcards: canonical_json(jobs.evaluation_spec(config, wildcards.model)),
+        batches=lambda wildcards: canonical_json(lineages.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=lambda wildcards: training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),

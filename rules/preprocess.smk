@@ -15,7 +15,7 @@ rule synthetic_mask:
         runtime=10,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical(jobs.mask_spec(config, wildcards.dataset)),
+        spec=lambda wildcards: canonical_json(jobs.mask_spec(config, wildcards.dataset)),
         seed=config["seed"],
         lineage=lambda wildcards: lineages.mask_lineage(config, wildcards.dataset),
     shell:
@@ -68,7 +68,7 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical(lineages.variant_table_with_lineages(config, wildcards.dataset)),
+        shards=lambda wildcards: canonical_json(lineages.variant_table_with_lineages(config, wildcards.dataset)),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: lineages.dataset_lineage(config, wildcards.dataset),
     shell:

@@ -19,7 +19,7 @@ rule training_settings:
         runtime=5,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical(arguments.settings_file(config, wildcards.model)),
+        spec=lambda wildcards: canonical_json(arguments.settings_file(config, wildcards.model)),
     shell:
         "exec &> {log:q}; exec python -m cxt.commands.configfile --spec {params.spec:q} --out {output:q}"
 

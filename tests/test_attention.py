@@ -1,6 +1,5 @@
 """Attention without a mask against a dense one: values, gradients, every way of computing it, and compiled."""
 
-import dataclasses
 import shutil
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import compute_dense_loss, dense_mask
-from cxt.config.settings import TrainingConfig
+from cxt.config.training import TrainingConfig
 from cxt.data.pair_dataset import compute_model_input
 from cxt.model import attention
 from cxt.model.attention import build_rotary_table, flexible_attention, rotate, split_attention
@@ -139,7 +138,7 @@ def batch():
 @pytest.mark.parametrize("start_token_in_prefix", [False, True])
 def test_loss_and_gradients_are_those_of_the_dense_network(start_token_in_prefix):
     """The formulation that `cxt bench` compares with, and the plain one of the tests."""
-    model = model_of(dataclasses.replace(SMALL, start_token_in_prefix=start_token_in_prefix))
+    model = model_of(SMALL.replace(start_token_in_prefix=start_token_in_prefix))
     x, y = inputs()
     x[..., 0] = 1.5  # what is masked
     one = loss_and_gradients(model, model.loss, x, y)
@@ -178,7 +177,7 @@ def test_the_loss_of_a_network_in_half_precision_is_exact(path):
 
 
 def test_a_loss_in_chunks_takes_less_memory():
-    model = model_of(dataclasses.replace(SMALL, windows=250, bins=1000))
+    model = model_of(SMALL.replace(windows=250, bins=1000))
     x, y = inputs(items=8, config=model.config)
 
     def peak(path):
@@ -225,7 +224,7 @@ def test_compiled_flex_attention():
 
 
 def test_compiled_with_missingness():
-    model = model_of(dataclasses.replace(SMALL, mask_singletons=False))
+    model = model_of(SMALL.replace(mask_singletons=False))
     counts, _, y = batch()
     missing = torch.rand(len(y), SMALL.scales, SMALL.windows, generator=torch.Generator().manual_seed(1))
     loss = loss_function(model, TrainingConfig())

@@ -8,7 +8,7 @@ from conftest import run_python
 
 from cxt.benchmark.memory import measure_peak_memory
 from cxt.commands.bench import main
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
 
@@ -71,12 +71,12 @@ def test_decoding(tmp_path):
     ("arguments", "message"),
     [
         (["train", "--model", "brod"], "unknown model 'brod'; did you mean 'broad'"),
-        (["train", "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["train", "--batch-size", "0"], "--batch-size must be a positive integer, got 0"),
         (["train", "--compile", "inducter"], "unknown compile 'inducter'; did you mean 'inductor'"),
         (["train", "--device", "cpu", "--attention", "flex"], "--attention flex trains on GPUs only"),
         (["train", "--precision", "bf61"], "unknown precision 'bf61'"),
         (["train", "--width", "30"], "width 30 is not a multiple"),
-        (["decode", "--replicates", "-1"], "--replicates -1: expected at least 1"),
+        (["decode", "--replicates", "-1"], "--replicates must be a positive integer, got -1"),
         (["train", *map(str, TINY), "--batch-size", "5000"], "there are only 810 items"),
     ],
 )

@@ -20,7 +20,7 @@ from cxt.checkpoints.record import model_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.commands import checkpoint as checkpoint_stage
-from cxt.config.settings import ModelConfig
+from cxt.config.network import ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.trainer.parents import read_parent
@@ -226,7 +226,7 @@ def within(part, **changes):
 
 BAD_RECORDS = [
     (lambda record: record.clear(), "its record lacks format"),
-    (within("model", layers=10**7), "layers is 10000000, expected at least 1 and at most 1000"),
+    (within("model", layers=10**7), "layers must be an integer from 1 to 1000, got 10000000"),
     (within("model", windows=10**9), "windows is 1000000000"),
     (within("model", width="16"), "model.width is '16', expected a whole number"),
     (within("model", dropout=float("nan")), "model.dropout is nan"),

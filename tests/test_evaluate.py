@@ -9,7 +9,7 @@ from conftest import constant_scenario
 
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.record import model_record
-from cxt.config.settings import ModelConfig
+from cxt.config.network import ModelConfig
 from cxt.config.variants import variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation

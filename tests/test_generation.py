@@ -1,7 +1,5 @@
 """Decoding: what is drawn depends on the item alone, the cache changes nothing, and sampling does what it says."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -68,7 +66,7 @@ def test_a_decoder_is_used_again():
 def test_published_network_with_and_without_a_cache():
     """500 windows; decoding has no start token in its prefix, so the uncached network must not have one either."""
     published = load_model(GOLDEN / "published_style.ckpt")
-    model = build_model(dataclasses.replace(published.config, start_token_in_prefix=False)).eval()
+    model = build_model(published.config.replace(start_token_in_prefix=False)).eval()
     model.load_state_dict(published.state_dict())
     expected = np.load(GOLDEN / "model.npz")
     x, y = torch.from_numpy(expected["x"]), torch.from_numpy(expected["y"])

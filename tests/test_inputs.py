@@ -13,7 +13,7 @@ from conftest import simulate
 from cxt import load_model, pair_features
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.record import model_record
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.inputs import OutsideTraining

@@ -98,7 +98,7 @@ def test_one_machine_needs_nothing(environment, monkeypatch):
         (2, {"MASTER_PORT": "65535"}, "MASTER_PORT is '65535': expected 1 to 65534"),
         (2, {"SLURM_NODEID": "0", "SLURM_LOCALID": "1"}, "several processes on this machine"),
         (1, {"NODE_RANK": "1"}, "NODE_RANK is 1, but --nodes is 1"),
-        (0, {}, "--nodes 0: expected at least 1"),
+        (0, {}, "--nodes must be an integer from 1 to 10000, got 0"),
     ],
 )
 def test_what_is_not_set(environment, monkeypatch, count, changes, message):

@@ -1,12 +1,11 @@
 """The network against a dense-mask rendering of the same, decoding against teacher forcing, and the adapter."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig
+from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model, freeze_backbone
 from cxt.model.attention import build_rotary_table, rotate
@@ -80,7 +79,7 @@ def slow_rotate(x):
 @pytest.mark.parametrize("start_token_in_prefix", [False, True])
 @pytest.mark.parametrize("mask_singletons", [False, True])
 def test_equals_dense_mask(start_token_in_prefix, mask_singletons):
-    config = dataclasses.replace(SMALL, start_token_in_prefix=start_token_in_prefix, mask_singletons=mask_singletons)
+    config = SMALL.replace(start_token_in_prefix=start_token_in_prefix, mask_singletons=mask_singletons)
     model = model_of(config)
     x, y = inputs()
     given = x.clone()
@@ -156,7 +155,7 @@ def test_published_sizes():
 
 
 def test_initial_weights():
-    model = build_model(dataclasses.replace(PRESETS["broad"], layers=2))
+    model = build_model(PRESETS["broad"].replace(layers=2))
     block = model.backbone.blocks[1]
     assert float(block.attention.qkv.weight.std()) == pytest.approx(0.02, rel=0.05)
     assert float(block.mlp.down.weight.std()) == pytest.approx(0.02 / 2, rel=0.05)
@@ -168,7 +167,7 @@ def test_initial_weights():
 @pytest.mark.parametrize("overwrite_bin0", [True, False])
 def test_adapter_and_bin_0(mask_singletons, overwrite_bin0):
     """Missingness reaches the adapter, unless the backbone masks bin 0 or the published behaviour is asked for."""
-    config = dataclasses.replace(SMALL, mask_singletons=mask_singletons)
+    config = SMALL.replace(mask_singletons=mask_singletons)
     model = model_of(config, AdapterConfig(samples=6, bottleneck=4, overwrite_bin0=overwrite_bin0))
     x, y = inputs(samples=6)
     other = x.clone()

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt.config.file import load, merge, resolve
-from cxt.config.settings import PRESETS, AdapterConfig
+from cxt.config.network import PRESETS, AdapterConfig
 from cxt.config.variants import variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
@@ -269,7 +269,7 @@ def test_variants_are_listed_with_their_own_numbers(tmp_path):
 
 def test_plan_refuses(tmp_path):
     for arguments, message in (
-        (["--devices", -1], "--devices -1: expected at least 0"),
+        (["--devices", -1], "--devices must be an integer from 0 to 1024, got -1"),
         (["--costs", "none.json"], "there is no file none.json"),
         (["--configfile", "none.yaml"], "none.yaml cannot be read"),
         (["--configfile", TINY, "--devices", 50], "fewer than one batch of 4 on 50 devices"),

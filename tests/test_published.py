@@ -22,7 +22,7 @@ from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.published import allow_published_classes, find_nearest_preset, is_published
 from cxt.checkpoints.safetensors import write_export
-from cxt.config.settings import PRESETS
+from cxt.config.network import PRESETS
 from cxt.errors import BadRequest
 from cxt.workflow.verification import verify
 
@@ -236,7 +236,7 @@ CHANNELS = "model.transformer.bt2ls.weights"
         (PLAIN, settings(num_samples=50), r"proj01.weight has shape \(20, 10\), its hyper-parameters ask for \(20, 50\)"),
         (PLAIN, settings(n_embd=96), "has shape"),
         (PLAIN, settings(n_embd=81), "width 81 is not a multiple"),
-        (PLAIN, settings(n_layer=10**9), "layers is 1000000000, expected at least 1 and at most 1000"),
+        (PLAIN, settings(n_layer=10**9), "layers must be an integer from 1 to 1000, got 1000000000"),
         (PLAIN, settings(n_layer=900), "n_layer is 900, but it has weights of 2 blocks"),
         (PLAIN, settings(n_layer="2"), "n_layer is '2', expected int"),
         (PLAIN, settings(output_dim=100), "has shape"),

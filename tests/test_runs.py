@@ -26,8 +26,9 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.commands import checkpoint as checkpoint_stage
 from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
-from cxt.config.file import load, training_settings
-from cxt.config.settings import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
+from cxt.config.file import load
+from cxt.config.models import training_settings
+from cxt.config.training import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
@@ -120,7 +121,7 @@ def test_from_python(finished, dataset, tmp_path):
         cxt.train_model(config, epoch=3)
     with pytest.raises(BadRequest, match="epochs"):
         cxt.train_model(config, epochs="many")
-    with pytest.raises(BadRequest, match="epochs is 0"):
+    with pytest.raises(BadRequest, match="epochs must be a positive integer, got 0"):
         cxt.train_model(config, epochs=0, run_dir=tmp_path / "none")
 
 
@@ -436,14 +437,19 @@ def test_precision_names():
             assert TrainingConfig(precision=word).precision == name
     assert TrainingConfig(precision=False).precision == "32-true"  # how YAML reads `no`
     assert TrainingConfig(precision=16).precision == "16-mixed"
-    with pytest.raises(BadRequest, match="unknown precision 'banana'.*accepted: bf16-mixed, true, bf16, 16-mixed"):
+    with pytest.raises(BadRequest, match="unknown precision 'banana'; there are: 16-mixed, 32-true, bf16-mixed, bf16-true"):
         TrainingConfig(precision="banana")
 
 
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(BadRequest) as error:
         TrainingConfig(epochs=0, patience=-1, schedule="cosin", min_delta=-0.5)
-    for text in ("epochs is 0", "patience is -1", "unknown schedule 'cosin'; did you mean 'cosine'", "min_delta is -0.5"):
+    for text in (
+        "epochs must be a positive integer, got 0",
+        "patience must be",
+        "unknown schedule 'cosin'; did you mean 'cosine'",
+        "min_delta must be",
+    ):
         assert text in str(error.value)
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import constant_scenario
 
-from cxt.config.schema import complete_part, load_schema
-from cxt.config.settings import TrainingConfig
+from cxt.config.configuration import Configuration
+from cxt.config.training import TrainingConfig, TrainingSection
 from cxt.config.variants import variants
+from cxt.config.words import get_limits
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest
@@ -150,9 +151,8 @@ def test_bad_seeds(seed):
 
 
 def test_one_bound_everywhere():
-    schema = load_schema()
-    assert schema["properties"]["seed"]["maximum"] == LARGEST_SEED
-    assert schema["$defs"]["training"]["properties"]["seed"]["maximum"] == LARGEST_SEED
+    for section in (Configuration, TrainingConfig):
+        assert get_limits(section.model_fields["seed"]).le == LARGEST_SEED
     assert (check_seed(0), check_seed(np.int64(5)), check_seed(LARGEST_SEED)) == (0, 5, LARGEST_SEED)
     spec = spec_of(sequence_length=2000)
     assert simulate_tree_sequence(spec, index=0, seed=LARGEST_SEED).metadata["cxt"]["seed"] == LARGEST_SEED
@@ -162,8 +162,8 @@ def test_one_bound_everywhere():
     for seed in (-1, LARGEST_SEED + 1):
         with pytest.raises(BadRequest, match="seed is"):
             simulate_tree_sequence(spec, index=0, seed=seed)
-        with pytest.raises(BadRequest, match="seed is"):
+        with pytest.raises(BadRequest, match="seed must be"):
             TrainingConfig(seed=seed)
         with pytest.raises(BadRequest, match="seed: found"):
-            complete_part({"seed": seed}, "training", at="training")
+            TrainingSection.read({"seed": seed}, at="training")
     assert TrainingConfig(seed=LARGEST_SEED).seed == LARGEST_SEED

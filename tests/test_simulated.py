@@ -61,7 +61,7 @@ def test_seeds_and_splits():
     [
         ({"window_size": 3000}, "not a multiple of --window-size 3000"),
         ({"samples": 21}, "--samples 21: expected 2 to 20"),
-        ({"window_size": 0}, "--window-size 0: expected at least 1"),
+        ({"window_size": 0}, "--window-size must be an integer from 1 to .*, got 0"),
         ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
         ({"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
     ],
@@ -136,7 +136,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
         (["--max-steps", 5], "set --eval-samples N, or --eval-max-batches N"),
         (["--max-steps", 5, "--eval-samples", 0], "expected at least 1"),
         (["--eval-samples", 5], "say with --max-steps how long"),
-        (["--max-steps", 0, "--eval-samples", 5], "--max-steps 0: expected at least 1"),
+        (["--max-steps", 0, "--eval-samples", 5], "--max-steps must be a positive integer, got 0"),
         (["--max-steps", 5, "--eval-samples", 5, "--storage", "disk"], "--storage has no meaning with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--epochs", 3], "--epochs has no meaning with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--dataset-path", "x"], "and not both"),

@@ -20,8 +20,8 @@ from cxt import train as train_stage
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.bounds import note_more_than_cores
-from cxt.config.settings import TrainingConfig
+from cxt.config.flags import note_more_than_cores
+from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler
 from cxt.errors import BadRequest
 from cxt.trainer.log import read_log
@@ -350,9 +350,9 @@ REFUSED = [
     (["--dataset-path", "/no/such"], "there is no dataset directory /no/such"),
     (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples, but its parent .* takes 20; an adapter can"),
     (["--adapter", "--checkpoint", "{parent}"], "an adapter needs fewer samples than its backbone's 20"),
-    (["--lr", 0, "--min-lr", 0], "lr is 0.0, expected above 0"),
-    (["--heads", 0], "heads is 0, expected at least 1"),
-    (["--devices", -1], "--devices -1: expected at least 0"),
+    (["--lr", 0, "--min-lr", 0], "lr must be a positive number, got 0.0"),
+    (["--heads", 0], "heads must be an integer from 1 to 1024, got 0"),
+    (["--devices", -1], "--devices must be an integer from 0 to 1024, got -1"),
     (["--precision", "banana"], "unknown precision 'banana'"),
     (["--compile", "banana"], "unknown compile 'banana'; there are: aot_eager, auto"),
     (["--attention", "flex"], "attention flex trains on GPUs only"),
@@ -364,18 +364,18 @@ REFUSED = [
     (["--width", 15], "not a multiple of the number of scales"),
     (["--resume", "--restart"], "exclude each other"),
     (["--adapter", "--adapter-samples", 9, "--checkpoint", "{parent}", "--dataset-path", "{n10}"], "--adapter-samples 9, but"),
-    (["--lr", ".nan"], "lr is nan, expected a finite number"),
-    (["--lr", ".inf"], "lr is inf, expected a finite number"),
-    (["--lr", "1e400"], "lr is inf, expected a finite number"),
-    (["--beta1", 1.5], "beta1 is 1.5, expected at least 0 and below 1"),
-    (["--beta2", -1], "beta2 is -1.0, expected at least 0 and below 1"),
-    (["--threads", 100_000], "threads is 100000, expected at least 1 and at most 1024"),
-    (["--workers", 257], "workers is 257, expected at least 0 and at most 256"),
-    (["--epochs", 10**30], "epochs is 1000000000000000000000000000000, expected at least 1 and at most 1000000000"),
-    (["--min-delta", ".nan"], "min_delta is nan"),
-    (["--max-minutes", ".inf"], "--max-minutes inf: expected a finite number"),
-    (["--max-steps", 0], "--max-steps 0: expected at least 1"),
-    (["--devices", 1025], "--devices 1025: expected at least 0 and at most 1024"),
+    (["--lr", ".nan"], "lr must be a finite positive number, got nan"),
+    (["--lr", ".inf"], "lr must be a finite positive number, got inf"),
+    (["--lr", "1e400"], "lr must be a finite positive number, got inf"),
+    (["--beta1", 1.5], r"beta1 must be a number in \[0, 1\), got 1.5"),
+    (["--beta2", -1], r"beta2 must be a number in \[0, 1\), got -1.0"),
+    (["--threads", 100_000], "threads must be an integer from 1 to 1024, got 100000"),
+    (["--workers", 257], "workers must be an integer from 0 to 256, got 257"),
+    (["--epochs", 10**30], "epochs must be an integer from 1 to 1000000000, got 1000000000000000000000000000000"),
+    (["--min-delta", ".nan"], "min_delta must be a finite non-negative number"),
+    (["--max-minutes", ".inf"], "--max-minutes must be a finite positive number, got inf"),
+    (["--max-steps", 0], "--max-steps must be a positive integer, got 0"),
+    (["--devices", 1025], "--devices must be an integer from 0 to 1024, got 1025"),
     (["--name", ""], "--name '': it is used in names of files"),
     (["--name", "a/b"], "--name 'a/b': it is used in names of files"),
     (["--name", "x" * 300], "names of files"),
@@ -386,10 +386,10 @@ REFUSED = [
     (["--adapter-dropout", 0.5], "--adapter-dropout has no meaning without"),
     (["--unfreeze-strategy", "ln"], "--unfreeze-strategy has no meaning without"),
     (["--overwrite-bin0", "true"], "--overwrite-bin0 has no meaning without"),
-    ([*ON_N10, "--backbone-lr-factor", -1], "backbone_lr_factor is -1.0, expected at least 0"),
-    ([*ON_N10, "--adapter-bottleneck", 0], "--adapter-bottleneck 0: expected at least 1"),
-    ([*ON_N10, "--adapter-dropout", 2], "--adapter-dropout 2.0: expected at least 0 and below 1"),
-    ([*ON_N10, "--last-n", -5], "--last-n -5: expected at least 0"),
+    ([*ON_N10, "--backbone-lr-factor", -1], "backbone_lr_factor must be a non-negative number, got -1.0"),
+    ([*ON_N10, "--adapter-bottleneck", 0], "--adapter-bottleneck must be an integer from 1 to 65536, got 0"),
+    ([*ON_N10, "--adapter-dropout", 2], r"--adapter-dropout must be a number in \[0, 1\), got 2.0"),
+    ([*ON_N10, "--last-n", -5], "--last-n must be an integer from 0 to 1000, got -5"),
     ([*ON_N10, "--last-n", 1, "--unfreeze-strategy", "ln"], "--last-n 1 has no meaning with --unfreeze-strategy ln"),
     ([*ON_N10, "--unfreeze-strategy", "lastn"], "unknown unfreeze_strategy 'lastn'; did you mean 'lastN'"),
     (["--run-dir", "{n10}", "--resume", "latest"], "nothing to resume: there is no run in"),

@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from cxt.config.bounds import THREADS, check_flags, problems
+from cxt.config.bounds import Threads
+from cxt.config.flags import check_flags, problems
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     add_verbosity_flags(parser)
     args = parser.parse_args(argv)
     set_verbosity(args)
-    check_flags(args, threads=THREADS)
+    check_flags(args, threads=Threads)
     if args.table:
         results = [read_result(path) for path in args.table]
         lineage = combine_evaluation_lineages([result.get("lineage") for result in results])

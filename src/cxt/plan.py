@@ -13,9 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
-from cxt.config.bounds import DEVICES, POSITIVE, check_flags
-from cxt.config.file import adapter_config, load, model_config, training_config
-from cxt.config.settings import steps_per_epoch
+from cxt.config.bounds import Devices, Positive
+from cxt.config.file import load
+from cxt.config.flags import check_flags
+from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
@@ -97,7 +99,7 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 
 
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
-    training, network, adapter = training_config(config, name), model_config(config, name), adapter_config(config, name)
+    training, network, adapter = training_config(config, name), network_config(config, name), adapter_config(config, name)
     dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
     world = max(1, devices)
     items = jobs.items(config, dataset, "train")
@@ -130,7 +132,7 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
         own = lineages.evaluation_batches(config, name)
         batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
         count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
-        network = model_config(config, name)
+        network = network_config(config, name)
         device = "gpu" if jobs.devices(config, name) else "cpu"
         flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
         pairs += count
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
     parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each variant costs")
     args = parser.parse_args(argv)
-    check_flags(args, devices=DEVICES, seconds=POSITIVE)
+    check_flags(args, devices=Devices, seconds=Positive)
     for flag in ("seconds", "machine"):
         if getattr(args, flag) is not None and not args.calibrate:
             raise BadRequest(f"--{flag} has no meaning without --calibrate")

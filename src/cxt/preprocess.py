@@ -9,8 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-from cxt.config.bounds import COUNT, INDEX, check_flags
-from cxt.config.schema import complete_part
+from cxt.config.bounds import Index, PositiveInteger
+from cxt.config.datasets import Layout
+from cxt.config.flags import check_flags
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.manifest import plan_shards, write_manifest
 from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
@@ -30,7 +31,7 @@ def _json(text: str, option: str):
 
 
 def _shard(args) -> None:
-    spec = complete_part(_json(args.spec, "--spec"), "dataset", leave_out=("scenarios", "mask"), at="--spec")
+    spec = Layout.read(_json(args.spec, "--spec"), at="--spec").resolved()
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = read_mask_from_flags(args)
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         add_verbosity_flags(command)
     args = parser.parse_args(argv)
     set_verbosity(args)
-    check_flags(args, start=INDEX, count=COUNT)
+    check_flags(args, start=Index, count=PositiveInteger)
     with progress_only():
         args.run(args)
 

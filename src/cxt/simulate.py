@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from cxt.config.demes import read_demes
-from cxt.config.schema import complete_part
-from cxt.config.variants import NOT_PARAMETERS, variants
+from cxt.config.scenarios import complete_parameters
+from cxt.config.variants import variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
@@ -42,7 +42,7 @@ def _read_variant(args) -> dict:
         if not all(isinstance(text, str) for text in texts) or spec["kind"] not in KINDS:
             raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(KINDS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
-        completed = complete_part(parameters, spec["kind"], leave_out=NOT_PARAMETERS, at="--spec")
+        completed = complete_parameters(spec["kind"], parameters, at="--spec")
         if completed["kind"] == "demes":
             completed["demography"] = read_demes(completed["demography"], at="--spec")
         (variant, *others) = variants(spec["name"], completed | {"simulations": 1, "batch": 10})

@@ -4,7 +4,6 @@ The share of the peak is that of the largest rate of a matrix product that the d
 """
 
 import contextlib
-import dataclasses
 import platform
 import statistics
 import tempfile
@@ -15,7 +14,8 @@ import torch
 
 from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import compute_dense_loss
-from cxt.config.settings import START_TOKEN, AdapterConfig, ModelConfig, TrainingConfig, pairs_of
+from cxt.config.network import START_TOKEN, AdapterConfig, ModelConfig, count_pairs
+from cxt.config.training import TrainingConfig
 from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, compute_model_input
@@ -65,7 +65,7 @@ def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch
     }  # fmt: skip
     spec = {
         "window_size": network.window_size, "sequence_length": length, "samples": samples,
-        "pairs": min(PAIRS, pairs_of(samples)), "scales": list(SCALES[: network.scales]),
+        "pairs": min(PAIRS, count_pairs(samples)), "scales": list(SCALES[: network.scales]),
     }  # fmt: skip
     mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
     with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
@@ -346,7 +346,7 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print
     result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
     for name, (network, adapter, training) in networks.items():
         items = limit_batch(training.batch_size, training_flops(network, adapter), device)
-        chosen = dataclasses.replace(training, batch_size=items)
+        chosen = training.replace(batch_size=items)
         rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
         progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:

@@ -21,7 +21,7 @@ from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
 from cxt.checkpoints.record import check_record, check_tensors, model_record
 from cxt.checkpoints.safetensors import CONFIG, read_export
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write, check_writable
 from cxt.model.adapter import build_model

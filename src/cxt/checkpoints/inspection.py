@@ -1,7 +1,5 @@
 """Describing, verifying and comparing checkpoints."""
 
-import dataclasses
-
 import torch
 
 from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint
@@ -46,7 +44,7 @@ def describe_checkpoint(path) -> str:
         f"{'' if network.mask_singletons else ', missingness in bin 0'}"
         f"{', start token in the prefix' if network.start_token_in_prefix else ''}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
-        "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(adapter).items()),
+        "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in adapter),
         "training": _describe_training(record),
         "dataset": f"{data['sha256'] or 'not known'}"
         + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),

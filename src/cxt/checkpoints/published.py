@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cxt.checkpoints.record import MAX_VALUES, check_sizes, check_tensors
-from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
 from cxt.model.adapter import build_model

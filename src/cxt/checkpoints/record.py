@@ -4,12 +4,11 @@ Files come from other versions and other people: after `check_record` every key 
 and the two configurations can be built, so that readers need not look again.
 """
 
-import dataclasses
 import math
 
 import torch
 
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 
 FORMAT = 1
@@ -54,8 +53,8 @@ def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> 
     """The `cxt` entry of a checkpoint: the network's configuration, and *more* of its history."""
     return {
         "format": FORMAT,
-        "model": dataclasses.asdict(config),
-        "adapter": None if adapter is None else dataclasses.asdict(adapter),
+        "model": config.model_dump(),
+        "adapter": None if adapter is None else adapter.model_dump(),
         **more,
     }
 
@@ -121,10 +120,15 @@ def _check_required(table: dict, expected, *, within: str) -> None:
 
 def _build_configuration(kind, table: dict, *, within: str):
     """The ModelConfig or AdapterConfig that a table of a record describes."""
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    accepted = {int: WHOLE, float: NUMBER, bool: (bool,)}
+    fields = {name: accepted.get(field.annotation, TEXT) for name, field in kind.model_fields.items()}
     _check_known(table, fields, within=within)
     _check_required(table, fields, within=within)
-    _check_types(table, {key: NUMBER if field is float else (field,) for key, field in fields.items()}, within=within)
+    _check_types(
+        table,
+        {key: NUMBER if field is float else (field,) if field in (int, bool) else TEXT for key, field in fields.items()},
+        within=within,
+    )
     for key, value in table.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadRequest(f"its {within}{key} is {value}, expected a finite number")
@@ -135,11 +139,10 @@ def _build_configuration(kind, table: dict, *, within: str):
 
 def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
     """BadRequest for sizes that no network has, before memory is reserved for one."""
-    for field in dataclasses.fields(configuration):
-        value = getattr(configuration, field.name)
-        largest = LARGEST_SIZES.get(field.name)
+    for name, value in configuration:
+        largest = LARGEST_SIZES.get(name)
         if largest is not None and not 0 <= value <= largest:
-            raise BadRequest(f"its {field.name} is {_format_value(value)}, expected at most {largest}")
+            raise BadRequest(f"its {name} is {_format_value(value)}, expected at most {largest}")
     if isinstance(configuration, ModelConfig) and not configuration.grid_low < configuration.grid_high:
         raise BadRequest(f"its grid is from {configuration.grid_low} to {configuration.grid_high}")
     if isinstance(configuration, AdapterConfig) and (configuration.bottleneck < 1 or not 0 <= configuration.dropout < 1):

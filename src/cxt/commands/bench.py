@@ -6,15 +6,17 @@ cxt bench decode --compare uncached           beside decoding without a cache
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, detect_device, limit_batch
-from cxt.config.bounds import COUNT, POSITIVE, THREADS, WORKERS, check_flags, note_more_than_cores
-from cxt.config.settings import ATTENTIONS, COMPILES, LOSS_PATHS, PRESETS, AdapterConfig, ModelConfig, TrainingConfig
+from cxt.config.bounds import Positive, PositiveInteger, Threads, Workers
+from cxt.config.flags import check_flags, note_more_than_cores
+from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.training import Attention, Compile, LossPath, TrainingConfig
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, first_line, suggest_nearest
 from cxt.io import atomic_write, check_writable, json_text
@@ -83,7 +85,7 @@ def read_network(args) -> ModelConfig:
     if args.model not in PRESETS:
         raise BadRequest(f"unknown model '{args.model}'{suggest_nearest(args.model, PRESETS)}")
     given = {name: getattr(args, name) for name in ("layers", "heads", "width", "windows", "samples", "dropout")}
-    return dataclasses.replace(PRESETS[args.model], **{name: value for name, value in given.items() if value is not None})
+    return PRESETS[args.model].replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def run_benchmark(args, network: ModelConfig, device: str) -> dict:
@@ -112,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     training = commands.add_parser("train", help="optimizer steps, loading included")
     add_flags(training)
     training.add_argument("--adapter", action="store_true", help="an adapter of 10 samples on a mostly frozen backbone")
-    training.add_argument("--compile", default="auto", help=f"{', '.join(COMPILES)} (default auto)")
-    training.add_argument("--attention", default="split", help=f"{', '.join(ATTENTIONS)} (default split)")
-    training.add_argument("--loss-path", default="target", help=f"{', '.join(LOSS_PATHS)} (default target)")
+    training.add_argument("--compile", default="auto", help=f"{', '.join(get_args(Compile))} (default auto)")
+    training.add_argument("--attention", default="split", help=f"{', '.join(get_args(Attention))} (default split)")
+    training.add_argument("--loss-path", default="target", help=f"{', '.join(get_args(LossPath))} (default target)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks again in the backward pass")
     training.add_argument("--workers", type=int, default=2, help="threads that make batches (default 2)")
     training.add_argument("--compare", choices=["dense"], help="measure the published formulation in turns")
@@ -124,7 +126,15 @@ def main(argv: list[str] | None = None) -> None:
     decoding.add_argument("--pairs", type=int, help="decode so many, once, instead of for some seconds")
     decoding.add_argument("--compare", choices=["uncached"], help="measure decoding without a cache as well")
     args = parser.parse_args(argv)
-    check_flags(args, seconds=POSITIVE, threads=THREADS, workers=WORKERS, batch_size=COUNT, replicates=COUNT, pairs=COUNT)
+    check_flags(
+        args,
+        seconds=Positive,
+        threads=Threads,
+        workers=Workers,
+        batch_size=PositiveInteger,
+        replicates=PositiveInteger,
+        pairs=PositiveInteger,
+    )
     note_more_than_cores(threads=args.threads, workers=getattr(args, "workers", 0))
     if args.out is not None:
         check_writable(args.out)
@@ -148,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             "command": " ".join(["cxt bench", *sys.argv[1:]]),
             "what": what,
         }
-        atomic_write(args.out, json_text(about | {"network": dataclasses.asdict(network)} | result).encode())
+        atomic_write(args.out, json_text(about | {"network": network.model_dump()} | result).encode())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from pathlib import Path
 from cxt.checkpoints.file import import_published
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
-from cxt.config.bounds import NOT_NEGATIVE, check_flags
+from cxt.config.bounds import NonNegative
+from cxt.config.flags import check_flags
 from cxt.console import exit_on_bad_request
 from cxt.errors import Failed
 from cxt.io import check_writable
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("--out", required=True, help="directory to write them to")
     args = parser.parse_args(argv)
-    check_flags(args, rtol=NOT_NEGATIVE, atol=NOT_NEGATIVE)
+    check_flags(args, rtol=NonNegative, atol=NonNegative)
     if args.command == "import":
         import_published(args.file, args.out, name=args.name)
         print(describe_checkpoint(args.out))

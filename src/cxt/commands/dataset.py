@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cxt.config.bounds import COUNT, check_flags
+from cxt.config.bounds import PositiveInteger
+from cxt.config.flags import check_flags
 from cxt.console import exit_on_bad_request
 from cxt.scenarios.indices import SPLITS
 
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
                 "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
             )
     args = parser.parse_args(argv)
-    check_flags(args, limit=COUNT)
+    check_flags(args, limit=PositiveInteger)
     if args.command == "info":
         print(describe_dataset(args.path))
     elif args.command == "verify":

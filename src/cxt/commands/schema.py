@@ -1,18 +1,16 @@
-"""Print config/README.md, the reference of all configuration keys."""
+"""Print the reference of all configuration keys, config/README.md, or the JSON Schema that editors check files with."""
 
 import argparse
 
-from cxt.config.schema import (
-    document,
-)
+from cxt.config.reference import document, json_schema
 from cxt.console import exit_on_bad_request
 
 
 def main(argv: list[str] | None = None) -> None:
-    argparse.ArgumentParser(
-        prog="cxt schema", description="Print config/README.md, made from the schema of the configuration."
-    ).parse_args(argv)
-    print(document(), end="")
+    parser = argparse.ArgumentParser(prog="cxt schema", description="Print config/README.md, the reference of all keys.")
+    parser.add_argument("--json", action="store_true", help="print config/config.schema.json, for editors, instead")
+    args = parser.parse_args(argv)
+    print(json_schema() if args.json else document(), end="")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from cxt.config.bounds import INDEX, check_flags
+from cxt.config.bounds import Index
+from cxt.config.flags import check_flags
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
 from cxt.io import atomic_file, check_writable
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its variant")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args(argv)
-    check_flags(args, index=INDEX)
+    check_flags(args, index=Index)
     check_writable(args.out)
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
         raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")

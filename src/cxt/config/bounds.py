@@ -1,84 +1,85 @@
-"""What is accepted of the numbers that settings and flags ask for."""
+"""Types of what settings and flags accept: numbers with bounds, text, lists.
 
-import math
-import os
-import sys
-from collections.abc import Mapping
-from typing import NamedTuple
+They are strict (True is no number, 1.5 no integer), but text of a configuration file that says a number is taken as the number.
+"""
 
-from cxt.errors import BadRequest
+import re
+from typing import Annotated, Any, TypeVar
 
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WrapValidator
 
-class Range(NamedTuple):
-    """Numbers from *low* to *high*; the ends belong to it unless they are *open_low* and *open_high*."""
-
-    low: float = 0
-    high: float = math.inf
-    whole: bool = True
-    open_low: bool = False
-    open_high: bool = False
-
-    def problem(self, value) -> str | None:
-        """What is wrong with *value*, as `"is -1, expected at least 0"`; None if nothing is."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or (self.whole and not isinstance(value, int)):
-            return f"is {value!r}, expected {'a whole number' if self.whole else 'a number'}"
-        if not self.whole and not math.isfinite(value):
-            return f"is {value}, expected a finite number"
-        above = value > self.low if self.open_low else value >= self.low
-        below = value < self.high if self.open_high else value <= self.high
-        return None if above and below else f"is {value}, expected {self.words()}"
-
-    def words(self) -> str:
-        """The limits, as `"at least 0 and below 1"`."""
-        words = [f"{'above' if self.open_low else 'at least'} {self.low}"] if self.low > -math.inf else []
-        words += [f"{'below' if self.open_high else 'at most'} {self.high}"] if self.high < math.inf else []
-        return " and ".join(words)
-
-
-MOST_THREADS, MOST_WORKERS, MOST_DEVICES = 1024, 256, 1024
-"""More than any machine has use for: OpenMP ends the process long before 100 000 threads."""
+from cxt.seeds import LARGEST_SEED
 
 MOST = 10**9
-"""Of anything that is counted, where nothing else sets a limit."""
+"""The largest count of anything, where nothing else sets a limit: it only keeps products of counts from overflowing."""
 
-INDEX = Range(0, 2 * 10**9)
-COUNT = Range(1, MOST)
-ANY_COUNT = Range(0, MOST)
-POSITIVE = Range(0, whole=False, open_low=True)
-NOT_NEGATIVE = Range(0, whole=False)
-SHARE = Range(0, 1, whole=False, open_high=True)
-THREADS = Range(1, MOST_THREADS)
-WORKERS = Range(0, MOST_WORKERS)
-DEVICES = Range(0, MOST_DEVICES)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
-def problems(values: Mapping, ranges: Mapping[str, Range]) -> list[str]:
-    """What is wrong with *values*, each by name; values that are None or not there are not asked for."""
-    found = ((name, accepted.problem(values[name])) for name, accepted in ranges.items() if values.get(name) is not None)
-    return [f"{name} {problem}" for name, problem in found if problem]
+def _parse_number(value: Any, info: ValidationInfo) -> Any:
+    """The number that the text of a configuration file says, or *value* itself.
+
+    YAML reads `1e-8` as text, and Snakemake everything in `--config 'training={devices: 2}'`.
+    """
+    if info.context and isinstance(value, str) and NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("+-").isdigit() else float(value)
+    return value
 
 
-def check_flags(args, **ranges: Range) -> None:
-    """BadRequest that names every number of a command's arguments that is not in its range."""
-    found = []
-    for name, accepted in ranges.items():
-        value = getattr(args, name, None)
-        if value is not None and (problem := accepted.problem(value)):
-            found.append(f"--{name.replace('_', '-')} {problem.removeprefix('is ').replace(', expected', ': expected', 1)}")
-    if found:
-        raise BadRequest("\n  ".join(["not a valid request:", *found] if len(found) > 1 else found))
+def _parse_integer(value: Any, info: ValidationInfo) -> Any:
+    """The same, with 100 for the 1.0e+2 of a file."""
+    value = _parse_number(value, info)
+    return int(value) if info.context and isinstance(value, float) and value.is_integer() else value
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _parse_flag(value: Any, info: ValidationInfo) -> Any:
+    """The same for the texts true and false."""
+    if info.context and isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    return value
 
 
-def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
-    """Say on stderr that *processes* with so many threads and workers each have fewer cores than that."""
-    asked, there = processes * max(threads, workers), cores()
-    if asked > there:
-        what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        print(f"note: {what}{each}, but this process may use {there} core{'' if there == 1 else 's'}; "
-              "more threads than cores are slower", file=sys.stderr, flush=True)  # fmt: skip
+def _check_float(value: Any, handler, info: ValidationInfo) -> Any:
+    """Check *value* as a float but leave an int one, which lineages digest as what the user wrote."""
+    value = _parse_number(value, info)
+    handler(value)
+    return value
+
+
+def _check_different(values: list) -> list:
+    if any(value in values[:place] for place, value in enumerate(values)):
+        raise ValueError("values are repeated")
+    return values
+
+
+_integer, _float = BeforeValidator(_parse_integer), WrapValidator(_check_float)
+
+Text = Annotated[str, Field(strict=True)]
+Flag = Annotated[bool, Field(strict=True), BeforeValidator(_parse_flag)]
+
+PositiveInteger = Annotated[int, Field(strict=True, ge=1, le=MOST), _integer]
+NonNegativeInteger = Annotated[int, Field(strict=True, ge=0, le=MOST), _integer]
+Index = Annotated[int, Field(strict=True, ge=0, le=2 * 10**9), _integer]
+Seed = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED), _integer]
+Samples = Annotated[int, Field(strict=True, ge=2, le=60_000), _integer]
+BasePairs = Annotated[int, Field(strict=True, ge=1, le=10**10), _integer]
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024), _integer]  # OpenMP ends the process long before 100 000
+Workers = Annotated[int, Field(strict=True, ge=0, le=256), _integer]
+Devices = Annotated[int, Field(strict=True, ge=0, le=1024), _integer]
+Machines = Annotated[int, Field(strict=True, ge=1, le=10_000), _integer]
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), _float]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), _float]
+NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), _float]
+Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1), _float]
+PositiveRate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5), _float]
+Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=0.5), _float]
+
+T = TypeVar("T")
+Different = Annotated[list[T], Field(strict=True, json_schema_extra={"uniqueItems": True}), AfterValidator(_check_different)]
+"""A list in which no value is repeated."""
+
+NonEmpty = Annotated[
+    list[T], Field(strict=True, min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(_check_different)
+]
+"""The same, with at least one value."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
+from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
 from cxt.data.kernels import compiled
 
 

@@ -16,13 +16,14 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN, STORAGES
+from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
+from cxt.config.training import Storage
 from cxt.data.features import compute_missing_fraction, find_first_sites
 from cxt.data.grid import Grid
 from cxt.data.kernels import accumulate, count_all_sites, fill_batch, find_largest_count, pack_bins, pack_haplotype_words
@@ -152,8 +153,8 @@ class PairDataset(ExampleDataset):
     def __init__(self, path, split: str, *, grid: Grid | None = None, storage: str = "auto", progress=None):
         if split not in SPLITS:
             raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
-        if storage not in STORAGES:
-            raise BadRequest(f"storage '{storage}': expected one of {', '.join(STORAGES)}")
+        if storage not in get_args(Storage):
+            raise BadRequest(f"storage '{storage}': expected one of {', '.join(get_args(Storage))}")
         began = time.monotonic()
         self._describe_shape(path, split, read_manifest(path), grid or Grid())
         free = free_memory()

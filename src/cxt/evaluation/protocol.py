@@ -4,7 +4,8 @@ import time
 
 import numpy as np
 
-from cxt.config.bounds import COUNT, Range
+from cxt.config.bounds import BasePairs, PositiveInteger, Seed
+from cxt.config.datasets import DatasetSamples
 from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
@@ -23,8 +24,8 @@ SPEC_KEYS = {
 
 
 SPEC_RANGES = {
-    "window_size": Range(1, 10**10), "sequence_length": Range(1, 10**10), "samples": Range(3, 60_000), "pairs": COUNT,
-    "replicates": COUNT, "batch_size": COUNT, "seed": Range(0),
+    "window_size": BasePairs, "sequence_length": BasePairs, "samples": DatasetSamples, "pairs": PositiveInteger,
+    "replicates": PositiveInteger, "batch_size": PositiveInteger, "seed": Seed,
 }  # fmt: skip
 
 

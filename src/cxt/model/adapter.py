@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.transformer import CoalescenceModel
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from cxt.config.settings import ModelConfig
+from cxt.config.network import ModelConfig
 
 
 def build_rotary_table(positions: int, head_width: int, *, device=None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import numbers
 import torch
 import torch.nn.functional as F
 
-from cxt.config.settings import SPECIAL_TOKENS, START_TOKEN
+from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
 from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter

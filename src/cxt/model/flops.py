@@ -11,7 +11,7 @@ attend. A forward pass over one example, for W windows, width D, L blocks, H sca
 A backward pass costs as much again for the gradients of activations, and once more for those of trained matrices.
 """
 
-from cxt.config.settings import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, ModelConfig
 
 
 def forward_flops(network: ModelConfig) -> dict[str, float]:

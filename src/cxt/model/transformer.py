@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cxt.config.settings import ModelConfig
+from cxt.config.network import ModelConfig
 from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import check_input, check_shape, check_tokens, convert_input

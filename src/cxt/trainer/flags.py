@@ -1,18 +1,19 @@
 """The flags of the trainer, which are also the keys of its configuration files."""
 
-import dataclasses
-
 import jsonargparse
+from pydantic.fields import FieldInfo
 
-from cxt.config.bounds import ANY_COUNT, COUNT, DEVICES, POSITIVE, Range, check_flags
-from cxt.config.settings import ADAPTER_RANGES, NETWORK_RANGES, PRESETS, STRATEGIES, AdapterConfig, TrainingConfig
+from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
+from cxt.config.flags import check_flags
+from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
+from cxt.config.training import TrainingConfig
+from cxt.config.words import list_choices
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
 
 
 def build_parser(**options) -> jsonargparse.ArgumentParser:
     """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
-    training = TrainingConfig()
     parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
     add = parser.add_argument
     add(
@@ -62,18 +63,10 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         help="train a sample-size adapter on the backbone of --checkpoint",
     )
     add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
-    adapter = AdapterConfig()
-    inherited = "that of --resume-adapter, or"
-    add("--adapter-bottleneck", type=int | None,
-        help=f"width of the adapter's gated branch (default: {inherited} {adapter.bottleneck})")  # fmt: skip
-    add("--adapter-dropout", type=float | None,
-        help=f"dropout in the adapter's gated branch (default: {inherited} {adapter.dropout})")  # fmt: skip
-    add("--unfreeze-strategy", type=str | None,
-        help=f"backbone parameters that train beside the adapter: {', '.join(STRATEGIES)} "
-        f"(default: {inherited} {adapter.unfreeze_strategy})")  # fmt: skip
-    add("--last-n", type=int | None,
-        help=f"last blocks that lastN and ln_lastN unfreeze (default: {inherited} {adapter.last_n})")  # fmt: skip
-    add("--overwrite-bin0", type=bool | None, help="adapter overwrites bin 0 always (published; default: as its parent)")
+    for name, field in Adapter.model_fields.items():
+        flag = f"adapter_{name}" if name in ("bottleneck", "dropout") else name
+        default = "as its parent" if name == "overwrite_bin0" else f"that of --resume-adapter, or {field.default}"
+        _add_setting(parser, flag, field, default=default)
     add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
     add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
@@ -84,37 +77,50 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--dataset-lineage", type=str | None, help="lineage that the dataset must have")
     add("--parent-lineage", type=str | None, help="lineage that --checkpoint or --resume-adapter must have")
     add("--wait-for-lock", type=float, default=0.0, help="minutes to wait where another trainer has the run directory")
-    for name, text in {
-        "layers": "transformer blocks", "heads": "attention heads", "width": "width of the residual stream",
-    }.items():  # fmt: skip
-        add(f"--{name}", type=int | None, help=f"{text} (default: the parent's, or the preset's)")
-    add("--dropout", type=float | None, help="dropout of the network (default: the parent's, or the preset's)")
-    add("--mask-singletons", type=bool | None, help="zero frequency bin 0 in the model (default: the preset's)")
-    add("--start-token-in-prefix", type=bool | None, help="sources see the start token (published; default: as its parent)")
-    for field in dataclasses.fields(TrainingConfig):
-        add(
-            f"--{field.name.replace('_', '-')}",
-            type=str | bool | int if field.name == "precision" else field.type,  # YAML reads `no` and `16` as these
-            default=getattr(training, field.name),
-            help="see config/README.md",
-            **({"nargs": "?", "const": True} if field.type is bool else {}),
-        )
+    for name, field in Architecture.model_fields.items():
+        defaults = {"mask_singletons": "the preset's", "start_token_in_prefix": "as its parent"}
+        _add_setting(parser, name, field, default=defaults.get(name, "the parent's, or the preset's"))
+    for name, field in TrainingConfig.model_fields.items():
+        _add_setting(parser, name, field)
     return parser
 
 
-RANGES = {
-    "window_size": NETWORK_RANGES["window_size"], "samples": Range(2, 60_000), "eval_samples": ANY_COUNT,
-    "eval_max_batches": ANY_COUNT,
-    "max_steps": COUNT, "devices": DEVICES, "nodes": Range(1, 10_000), "max_minutes": POSITIVE,
-    "adapter_samples": ADAPTER_RANGES["samples"], "adapter_bottleneck": ADAPTER_RANGES["bottleneck"],
-    "adapter_dropout": ADAPTER_RANGES["dropout"], "last_n": ADAPTER_RANGES["last_n"],
+def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInfo, *, default: str | None = None) -> None:
+    """Add the flag of a setting, with its type, choices and description.
+
+    Parameters
+    ----------
+    parser : parser to add it to
+    name : of the flag, with underscores
+    field : the setting, as its section defines it
+    default : in words, what is taken without the flag, where that is not the default of *field*
+    """
+    kind = field.annotation if field.annotation in (bool, int, float) else str
+    text = (field.description or "").replace("`", "").replace("%", "%%")
+    options: dict = {"nargs": "?", "const": True} if kind is bool and default is None else {}
+    if choices := list_choices(field):
+        options["metavar"] = f"{{{','.join(choices)}}}"
+    if name == "precision":
+        kind = str | bool | int  # YAML reads `no` and `16` as these
+    if default is None:
+        value = float(field.default) if kind is float else field.default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=text, **options)
+    else:
+        text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
+
+
+NUMBERS = {
+    "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
+    "max_steps": PositiveInteger, "devices": Devices, "nodes": Machines, "max_minutes": Positive,
+    "adapter_samples": Samples, "adapter_bottleneck": Bottleneck, "adapter_dropout": Fraction, "last_n": LastBlocks,
 }  # fmt: skip
 """What is accepted of each number that is no setting of the network or of `TrainingConfig`, which check their own."""
 
 
 def check_numbers(args) -> None:
     """BadRequest for numbers of the flags, the settings of networks and training left out, that mean nothing."""
-    check_flags(args, **RANGES)
+    check_flags(args, **NUMBERS)
     name = args.name
     if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):
         raise BadRequest(

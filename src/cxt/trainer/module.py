@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.config.settings import TrainingConfig
+from cxt.config.training import TrainingConfig
 from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from cxt.config.settings import TrainingConfig
+from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.trainer.flags import build_parser, check_numbers, parse_flags
 
@@ -81,13 +81,13 @@ class TrainingOptions:
     def flatten(self) -> dict[str, Any]:
         """All options by the names of their flags, those of *training* among the others, as YAML and JSON hold them."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "training"}
-        values = own | dataclasses.asdict(self.training)
+        values = own | self.training.model_dump()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(TrainingOptions) if field.name != "training")
-TRAINING_SETTINGS = tuple(field.name for field in dataclasses.fields(TrainingConfig))
-TYPES = get_type_hints(TrainingConfig, include_extras=True) | get_type_hints(TrainingOptions)
+TRAINING_SETTINGS = tuple(TrainingConfig.model_fields)
+TYPES = get_type_hints(TrainingOptions)
 
 
 def build_options(values: Mapping[str, Any]) -> TrainingOptions:
@@ -153,6 +153,8 @@ def _check_type(name: str, value: Any) -> Any:
         value = [value]
     if name == "configfile":
         value = [os.fspath(path) for path in value]
+    if name in TRAINING_SETTINGS:
+        return value  # which they check themselves
     try:
         return TypeAdapter(TYPES[name]).validate_python(value)
     except ValidationError as error:

@@ -4,16 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxt.config.settings import (
+from cxt.config.network import (
     PRESETS,
     SIZES,
+    Adapter,
     AdapterConfig,
     ModelConfig,
-    TrainingConfig,
+    TrainedModel,
     check_adapter_samples,
     check_inheritance,
     check_missingness,
 )
+from cxt.config.training import TrainingFields
 from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.options import TrainingOptions
@@ -28,12 +30,11 @@ NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "star
 
 ADAPTER_FLAGS = {
     "adapter_samples": None,
-    "adapter_bottleneck": AdapterConfig.bottleneck,
-    "adapter_dropout": AdapterConfig.dropout,
-    "unfreeze_strategy": AdapterConfig.unfreeze_strategy,
-    "last_n": AdapterConfig.last_n,
-    "overwrite_bin0": AdapterConfig.overwrite_bin0,
-    "backbone_lr_factor": TrainingConfig.backbone_lr_factor,
+    **{
+        f"adapter_{name}" if name in ("bottleneck", "dropout") else name: field.default
+        for name, field in Adapter.model_fields.items()
+    },
+    "backbone_lr_factor": TrainingFields.model_fields["backbone_lr_factor"].default,
 }
 """Flags that act on an adapter, with their defaults where none is resumed."""
 
@@ -45,6 +46,19 @@ def check_adapter_flags(options: TrainingOptions) -> None:
     if given and not options.has_adapter:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadRequest(f"{flags} {'has' if len(given) == 1 else 'have'} no meaning without --adapter or --resume-adapter")
+
+
+def _describe_parent(parent: "Checkpoint", *, name: str) -> TrainedModel:
+    """A checkpoint as its children are checked against it; its dataset is known by its scales and samples only."""
+    return TrainedModel(
+        name=name,
+        network=parent.model,
+        dataset=name,
+        scales=parent.record["dataset"]["scales"],
+        samples=parent.model.samples if parent.adapter is None else parent.adapter.samples,
+        has_missingness=not parent.model.mask_singletons,
+        has_adapter=parent.adapter is not None,
+    )
 
 
 def resolve_network(
@@ -70,28 +84,25 @@ def resolve_network(
     shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
     if options.has_adapter and parent is not None:
         shape["samples"] = parent.model.samples
-    network = dataclasses.replace(PRESETS[options.model], **(explicit | shape))
+    network = PRESETS[options.model].replace(**(explicit | shape))
     dataset = options.data
-    check_missingness(f"--model {options.model}", network, dataset, manifest["missing"])
+    model = TrainedModel(
+        name=f"--model {options.model}",
+        network=network,
+        dataset=dataset,
+        scales=manifest["scales"],
+        samples=manifest["samples"],
+        has_missingness=manifest["missing"],
+        has_adapter=options.has_adapter,
+    )
+    check_missingness(model)
     if parent is not None:
         source = options.source
         for key in ("layers", "heads", "width"):  # given with a flag, or else the parent's
             own, inherited = getattr(network, key), getattr(parent.model, key)
             if own != inherited:
                 raise BadRequest(f"--{key} {own}, but checkpoint {source} has {inherited}; leave the flag out to take that")
-        check_inheritance(
-            child=f"--model {options.model}",
-            network=network,
-            parent=source,
-            parent_network=parent.model,
-            dataset=dataset,
-            scales=manifest["scales"],
-            parent_scales=parent.record["dataset"]["scales"],
-            samples_in=manifest["samples"],
-            parent_samples_in=parent.model.samples if parent.adapter is None else parent.adapter.samples,
-            fresh_adapter=options.adapter and options.resume_adapter is None,
-            missing=manifest["missing"],
-        )
+        check_inheritance(model, _describe_parent(parent, name=source))
         if network.window_size != parent.model.window_size:
             logger.info(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp")
     if not options.has_adapter:
@@ -100,7 +111,7 @@ def resolve_network(
         raise BadRequest(
             f"--adapter-samples {options.adapter_samples}, but dataset {dataset} has {manifest['samples']} samples"
         )
-    check_adapter_samples(f"--model {options.model}", dataset, manifest["samples"], network.samples)
+    check_adapter_samples(model)
     adapter = AdapterConfig(
         samples=manifest["samples"],
         bottleneck=options.adapter_bottleneck,
@@ -113,7 +124,7 @@ def resolve_network(
         raise BadRequest(
             f"--adapter-bottleneck {adapter.bottleneck}, but {options.resume_adapter} has {parent.adapter.bottleneck}"
         )
-    if "lastN" not in adapter.unfreeze_strategy and adapter.last_n != AdapterConfig.last_n:
+    if "lastN" not in adapter.unfreeze_strategy and adapter.last_n != ADAPTER_FLAGS["last_n"]:
         raise BadRequest(f"--last-n {adapter.last_n} has no meaning with --unfreeze-strategy {adapter.unfreeze_strategy}")
     return network, adapter
 

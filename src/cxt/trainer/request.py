@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cxt.config.bounds import note_more_than_cores
-from cxt.config.settings import PRESETS, AdapterConfig, ModelConfig, TrainingConfig, change_no_result, steps_per_epoch
+from cxt.config.flags import note_more_than_cores
+from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.training import TrainingConfig, change_no_result, steps_per_epoch
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -182,9 +183,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         simulated, manifest = None, read_manifest(options.dataset_path)
         data_digest = file_sha256(Path(options.dataset_path) / MANIFEST)
     else:
-        training = dataclasses.replace(
-            training, epochs=1, validate_every=training.validate_every or -(-options.max_steps // 10)
-        )
+        training = training.replace(epochs=1, validate_every=training.validate_every or -(-options.max_steps // 10))
         simulated, manifest = plan_simulations(options, training, world=world)
         data_digest = stage_lineage("preprocess", STAGE_VERSION["simulate"], simulated, manifest)
     parent_file, parent = read_parent(options)

@@ -1,7 +1,8 @@
 """Where a run's items come from, by its flags: a dataset on disk, or scenarios that are simulated on the fly."""
 
 from cxt.config.file import load
-from cxt.config.settings import PRESETS, TrainingConfig
+from cxt.config.network import PRESETS
+from cxt.config.training import TrainingConfig
 from cxt.config.variants import variants
 from cxt.data.features import SCALES
 from cxt.errors import BadRequest, suggest_nearest

@@ -1,6 +1,5 @@
 """What a run says of itself: the record in its checkpoint, model_summary.json, and the first lines of its log."""
 
-import dataclasses
 import importlib.metadata
 import platform
 
@@ -25,7 +24,7 @@ def build_record(request: RunRequest) -> dict:
         request.adapter,
         name=request.name,
         preset=request.preset,
-        training=dataclasses.asdict(request.training),
+        training=request.training.model_dump(),
         lineage=request.lineage,
         dataset={key: request.manifest[key] for key in shape}
         | {

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.settings import SPECIAL_TOKENS
+from cxt.config.network import SPECIAL_TOKENS
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.decoding.posterior import Posterior, decode

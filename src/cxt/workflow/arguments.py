@@ -1,6 +1,6 @@
 """What the workflow's rules hand to the stages: command-line words and settings files."""
 
-from cxt.config.file import parent_of, training_settings
+from cxt.config.models import parent_of, training_settings
 from cxt.workflow.lineages import dataset_lineage, file_digest, mask_lineage, model_lineage
 from cxt.workflow.paths import checkpoint_path
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxt.config.file import adapter_config, model_config, training_config
+from cxt.config.models import adapter_config, network_config, training_config
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
 from cxt.data.preprocessing import preprocess_simulation
@@ -255,7 +255,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
     for name in config["models"]:  # one of each size, of those that train on such a device
         if (devices(config, name) > 0) != (kind == "gpu"):
             continue
-        network, adapter = model_config(config, name), adapter_config(config, name)
+        network, adapter = network_config(config, name), adapter_config(config, name)
         size = (network.layers, network.width, network.windows, adapter is not None)
         networks.setdefault(size, (name, (network, adapter, training_config(config, name))))
     if networks:

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from cxt.config.file import training_config
-from cxt.config.settings import steps_per_epoch
+from cxt.config.models import training_config
+from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, scenario_of, variants
 from cxt.console import ON_STDERR, get_logger
 from cxt.data.masks import describe_mask, read_mask

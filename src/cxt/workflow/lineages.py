@@ -2,8 +2,8 @@
 
 import functools
 
-from cxt.config.file import parent_of, training_settings
-from cxt.config.settings import change_no_result
+from cxt.config.models import parent_of, training_settings
+from cxt.config.training import change_no_result
 from cxt.config.variants import Variant, variants
 from cxt.data.manifest import combine_shard_lineages
 from cxt.io import file_sha256

@@ -1,6 +1,6 @@
 """Memory and threads that the workflow's jobs ask the scheduler for."""
 
-from cxt.config.file import model_config, training_config
+from cxt.config.models import network_config, training_config
 from cxt.workflow.jobs import devices, list_variants
 
 
@@ -37,7 +37,7 @@ def evaluation_memory_mb(config: dict, model: str) -> int:
     """Memory that evaluation asks for: torch and the network, the counts of one variant's pairs, and a batch's decoding."""
     entry, evaluation = config["models"][model], config["evaluation"]
     dataset = config["datasets"][entry["dataset"]]
-    network = model_config(config, model)
+    network = network_config(config, model)
     simulations = max([evaluation["simulations"], *evaluation["simulations_of"].values()])
     counts = 2 * len(dataset["scales"]) * network.windows * dataset["samples"] * 4
     decoding = evaluation["batch_size"] * evaluation["replicates"] * network.windows

@@ -17,7 +17,7 @@ def _devices(record: dict) -> str:
 
 def _effective_batch(config: dict, name: str) -> int:
     """Items of an optimizer step, as the configuration asks for."""
-    from cxt.config.file import training_config
+    from cxt.config.models import training_config
     from cxt.workflow.jobs import devices
 
     training = training_config(config, name)
@@ -36,7 +36,8 @@ def verify(path, *, configfiles) -> str:
     Failed
         If a weight is not finite, or it is not what the configuration would make today.
     """
-    from cxt.config.file import load, parent_of
+    from cxt.config.file import load
+    from cxt.config.models import parent_of
     from cxt.workflow.jobs import devices
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path

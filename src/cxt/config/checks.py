@@ -1,0 +1,268 @@
+"""Checks of the whole configuration: names that must be known, and sections that must fit together."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from cxt.config.demes import read_demes
+from cxt.config.models import adapter_config, is_adapter, network_config, trace_parents, training_config
+from cxt.config.network import TrainedModel, check_adapter_samples, check_inheritance, check_missingness, count_pairs
+from cxt.config.scenarios import complete_parameters
+from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
+from cxt.errors import BadRequest, suggest_nearest
+
+
+class _Problems:
+    """Bad requests of checks that do not depend on each other, to be raised together."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, None] = {}
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep what a check in this block raises."""
+        try:
+            yield
+        except BadRequest as error:
+            self.messages[str(error)] = None
+
+    def refuse(self) -> None:
+        """BadRequest with all that was collected, if anything was."""
+        if len(self.messages) > 1:
+            raise BadRequest("\n  ".join(["the configuration is not valid:", *self.messages]))
+        if self.messages:
+            raise BadRequest(next(iter(self.messages)))
+
+
+def fill_scenarios(config: dict, removed: set[str]) -> None:
+    """Put the content of Demes files in the place of their paths, and scenarios in that of the sets they are in.
+
+    Parameters
+    ----------
+    config : the configuration, which is changed
+    removed : scenarios that an overlay has removed, and that leave all sets
+    """
+    problems = _Problems()
+    for name, entry in config["scenarios"].items():
+        with problems.collect():
+            _check_scenario(name, entry)
+    with problems.collect():
+        _check_names(config)
+    problems.refuse()
+    _fill_sets(config, removed)
+    evaluation = config["evaluation"]
+    evaluation["simulations_of"] = {k: v for k, v in evaluation["simulations_of"].items() if k not in removed}
+
+
+def check_consistency(config: dict) -> None:
+    """BadRequest with everything in a complete configuration that does not fit together.
+
+    Models are checked only where their datasets are right.
+    """
+    problems = _Problems()
+    for name, dataset in config["datasets"].items():
+        with problems.collect():
+            _check_dataset(config, name, dataset)
+    for name in config["evaluation"]["simulations_of"]:
+        with problems.collect():
+            if name not in config["scenarios"]:
+                raise BadRequest(
+                    f"evaluation.simulations_of: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}"
+                )
+    problems.refuse()
+    for name in config["models"]:
+        with problems.collect():
+            _check_parents(config, name)
+    problems.refuse()
+    _check_models(config)
+
+
+def _check_scenario(name: str, entry: dict) -> None:
+    """Check a scenario's sweep, and put the content of a Demes file in the place of its path."""
+    at = f"scenarios.{name}"
+    base = {key: value for key, value in entry.items() if key not in NOT_PARAMETERS}
+    for row in entry.get("combinations", []):
+        complete_parameters(entry["kind"], base | row, at=f"{at}.combinations")
+    if entry["kind"] == "demes":
+        entry["demography"] = read_demes(entry["demography"], at=at)
+    check_variants(name, entry)
+
+
+def _check_names(config: dict) -> None:
+    """BadRequest if names of one kind differ in case only (some file systems do not), or a scenario's is also a set's."""
+    for section in ("scenarios", "datasets", "models"):
+        first: dict[str, str] = {}
+        for name in config[section]:
+            other = first.setdefault(name.casefold(), name)
+            if other != name:
+                raise BadRequest(f"{section} '{other}' and '{name}' differ in case only; rename one of them")
+    for name in config["scenarios"]:
+        if name in config["scenario_sets"]:
+            raise BadRequest(f"'{name}' names both a scenario and a scenario set; rename one of them")
+
+
+def _fill_sets(config: dict, removed: set[str]) -> None:
+    """Replace names of sets by the scenarios in them, each once and in order, wherever scenarios are listed."""
+    scenarios, sets = config["scenarios"], config["scenario_sets"]
+    for name, members in sets.items():
+        for member in members:
+            if member not in scenarios and member not in removed:
+                raise BadRequest(f"scenario_sets.{name}: unknown scenario '{member}'{suggest_nearest(member, scenarios)}")
+
+    def filled(names, at: str) -> list[str]:
+        result: dict[str, None] = {}
+        for name in [names] if isinstance(names, str) else names:
+            if name not in scenarios and name not in sets:
+                raise BadRequest(f"{at}: unknown scenario '{name}'{suggest_nearest(name, [*scenarios, *sets])}")
+            result |= dict.fromkeys(member for member in sets.get(name, [name]) if member in scenarios)
+        return list(result)
+
+    for name, dataset in config["datasets"].items():
+        dataset["scenarios"] = filled(dataset["scenarios"], f"datasets.{name}.scenarios")
+        if not dataset["scenarios"]:
+            raise BadRequest(f"datasets.{name}.scenarios: the sets named hold no scenario any more; name at least one")
+    for name, model in config["models"].items():
+        if "evaluation" in model:
+            model["evaluation"] = filled(model["evaluation"], f"models.{name}.evaluation")
+
+
+def _check_dataset(config: dict, name: str, dataset: dict) -> None:
+    at = f"datasets.{name}"
+    length, window = dataset["sequence_length"], dataset["window_size"]
+    for scenario in dataset["scenarios"]:
+        entry = config["scenarios"][scenario]
+        if not entry["simulations"]:
+            raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
+        _check_scenario_fits(scenario, entry, at, dataset)
+        regions = dataset["regions_per_simulation"]
+        for variant in variants(scenario, entry):
+            if regions * length > variant.spec["sequence_length"]:
+                raise BadRequest(
+                    f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
+                    f"{variant.spec['sequence_length']} bp of scenario '{variant.name}'"
+                )
+    if length % window:
+        raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
+    exist = count_pairs(dataset["samples"])
+    if dataset["pairs"] > exist:
+        raise BadRequest(f"{at}.pairs: {dataset['pairs']} asked, but {dataset['samples']} samples have {exist} pairs")
+    mask = dataset.get("mask", {})
+    if "path" in mask and not Path(mask["path"]).is_file():
+        raise BadRequest(f"{at}.mask.path: there is no file {mask['path']}")
+    if "path" not in mask and mask.get("length", length) < length:
+        raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
+
+
+def count_individuals(entry: dict) -> int:
+    """Diploid individuals that a scenario samples."""
+    return sum(entry["samples"].values()) if entry["kind"] == "demes" else entry["individuals"]
+
+
+def _check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
+    """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
+    for variant in variants(scenario, entry):
+        if variant.spec["sequence_length"] < dataset["sequence_length"]:
+            raise BadRequest(
+                f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "
+                f"{variant.spec['sequence_length']} bp"
+            )
+        individuals = count_individuals(variant.spec)
+        if 2 * individuals < dataset["samples"]:
+            raise BadRequest(
+                f"{at}.samples: {dataset['samples']} asked, but scenario '{variant.name}' samples {individuals} individuals "
+                f"({2 * individuals} haplotypes)"
+            )
+
+
+def _check_parents(config: dict, name: str) -> None:
+    """BadRequest unless a model's dataset and parents exist, and the parent is of the sort that the model starts from."""
+    model = config["models"][name]
+    at = f"models.{name}"
+    if model["dataset"] not in config["datasets"]:
+        raise BadRequest(
+            f"{at}.dataset: unknown dataset '{model['dataset']}'{suggest_nearest(model['dataset'], config['datasets'])}"
+        )
+    if "checkpoint" in model and "resume_adapter" in model:
+        raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` exclude each other")
+    _, *parents = trace_parents(config, name)
+    if "checkpoint" in model and is_adapter(config, parents[0]):
+        raise BadRequest(f"{at}.checkpoint: '{parents[0]}' is an adapter model; use `resume_adapter: {parents[0]}`")
+    if "resume_adapter" in model and not is_adapter(config, parents[0]):
+        raise BadRequest(f"{at}.resume_adapter: '{parents[0]}' has no adapter; use `checkpoint: {parents[0]}`")
+    if "adapter" in model and not parents:
+        raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone: name one with `checkpoint`")
+
+
+def _check_models(config: dict) -> None:
+    """BadRequest unless all models have a network, an adapter and training settings, and fit their datasets and parents.
+
+    A model whose parent is wrong is not looked at: it has the same sizes.
+    """
+    problems = _Problems()
+    wrong: set[str] = set()
+    shared_training_is_wrong = False
+    for name in sorted(config["models"], key=lambda name: len(trace_parents(config, name))):
+        _, *parents = trace_parents(config, name)
+        if wrong.intersection(parents):
+            continue
+        before = len(problems.messages)
+        with problems.collect():
+            _check_evaluation(config, name)
+        with problems.collect(), _named(f"models.{name}.architecture"):
+            network_config(config, name)
+        own = config["models"][name].get("training", {})
+        if own or not shared_training_is_wrong:
+            with problems.collect(), _named(f"models.{name}.training" if own else f"training, of models.{name}"):
+                training_config(config, name)
+            shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
+        with problems.collect():
+            if "backbone_lr_factor" in own and not is_adapter(config, name):
+                raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
+        with problems.collect(), _named(f"models.{name}.adapter"):
+            adapter_config(config, name)
+        if len(problems.messages) == before:
+            with problems.collect():
+                model = _trained_model(config, name)
+                if parents:
+                    check_inheritance(model, _trained_model(config, parents[0], name_in_messages=parents[0]))
+                check_missingness(model)
+                check_adapter_samples(model)
+        if len(problems.messages) > before:
+            wrong.add(name)
+    problems.refuse()
+
+
+def _check_evaluation(config: dict, name: str) -> None:
+    """BadRequest if a model is evaluated on more pairs than there are, or on scenarios that its dataset could not hold."""
+    dataset = config["datasets"][config["models"][name]["dataset"]]
+    asked, exist = config["evaluation"]["pairs"], count_pairs(dataset["samples"])
+    if asked > exist:
+        raise BadRequest(
+            f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of models.{name} have {exist} pairs"
+        )
+    for scenario in config["models"][name].get("evaluation", []):
+        _check_scenario_fits(scenario, config["scenarios"][scenario], f"models.{name}.evaluation", dataset)
+
+
+def _trained_model(config: dict, name: str, *, name_in_messages: str | None = None) -> TrainedModel:
+    """What decides whether model *name* fits its dataset and its parent."""
+    dataset_name = config["models"][name]["dataset"]
+    dataset = config["datasets"][dataset_name]
+    return TrainedModel(
+        name=name_in_messages or f"models.{name}",
+        network=network_config(config, name),
+        dataset=dataset_name,
+        scales=dataset["scales"],
+        samples=dataset["samples"],
+        has_missingness="mask" in dataset,
+        has_adapter=is_adapter(config, name),
+    )
+
+
+@contextlib.contextmanager
+def _named(at: str) -> Iterator[None]:
+    """Let a BadRequest say of which section of the configuration it speaks."""
+    try:
+        yield
+    except BadRequest as error:
+        raise BadRequest(f"{at}: {error}") from None

@@ -1,0 +1,93 @@
+"""What the configuration says of each model: its parents, network, adapter and training settings."""
+
+from cxt.config.network import PRESETS, SIZES, AdapterConfig, ModelConfig
+from cxt.config.training import TrainingConfig
+from cxt.errors import BadRequest, suggest_nearest
+
+
+def parent_of(model: dict) -> str | None:
+    """Name of the parent model, or None."""
+    return model.get("checkpoint", model.get("resume_adapter"))
+
+
+def trace_parents(config: dict, name: str) -> list[str]:
+    """*name*, its parent, and so on to a model trained from scratch; BadRequest on unknown parents and cycles."""
+    chain = [name]
+    while (parent := parent_of(config["models"][chain[-1]])) is not None:
+        if parent not in config["models"]:
+            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{suggest_nearest(parent, config['models'])}")
+        if parent in chain:
+            raise BadRequest(f"models: a cycle of parents: {' <- '.join([*chain, parent])}")
+        chain.append(parent)
+    return chain
+
+
+def is_adapter(config: dict, name: str) -> bool:
+    """Whether the model has a sample-size adapter."""
+    model = config["models"][name]
+    return "adapter" in model or "resume_adapter" in model
+
+
+def network_config(config: dict, name: str) -> ModelConfig:
+    """The network of model *name*: preset, sizes inherited from the parents, own sizes, shape of the dataset."""
+    chain = trace_parents(config, name)
+    model = config["models"][name]
+    sizes: dict = {}
+    for ancestor in reversed(chain):
+        architecture = config["models"][ancestor].get("architecture", {})
+        if ancestor == chain[-1]:
+            sizes = {key: getattr(PRESETS[config["models"][ancestor]["preset"]], key) for key in SIZES}
+        sizes |= {key: value for key, value in architecture.items() if key in SIZES}
+    own = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
+    dataset = config["datasets"][model["dataset"]]
+    # The backbone of an adapter model keeps the samples of the model that it was first trained as.
+    backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
+    shape = {
+        "windows": dataset["sequence_length"] // dataset["window_size"],
+        "window_size": dataset["window_size"],
+        "scales": len(dataset["scales"]),
+        "samples": config["datasets"][config["models"][backbone]["dataset"]]["samples"],
+    }
+    return PRESETS[model["preset"]].replace(**(sizes | own | shape))
+
+
+def adapter_config(config: dict, name: str) -> AdapterConfig | None:
+    """The adapter of model *name*, settings inherited from the adapter it resumes; None for a plain model."""
+    if not is_adapter(config, name):
+        return None
+    settings: dict = {}
+    for ancestor in reversed(trace_parents(config, name)):
+        settings |= config["models"][ancestor].get("adapter", {})
+    if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig().unfreeze_strategy):
+        settings.pop("last_n", None)  # nothing looks at it
+    return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
+
+
+def training_config(config: dict, name: str) -> TrainingConfig:
+    """The training settings of model *name*; `devices` is the rule's resource, not a setting of the trainer."""
+    settings = config["training"] | config["models"][name].get("training", {})
+    settings = {key: value for key, value in settings.items() if key != "devices"}
+    return TrainingConfig(**settings)
+
+
+def training_settings(config: dict, name: str) -> dict:
+    """Model *name*'s settings as `python -m cxt.train --config` reads them: flat, one key per flag."""
+    network = network_config(config, name)
+    settings = {"model": config["models"][name]["preset"], "name": name}
+    for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
+        settings[key] = getattr(network, key)
+    settings |= training_config(config, name).model_dump()
+    adapter = adapter_config(config, name)
+    if adapter is not None:
+        settings |= {
+            "adapter": True,
+            "adapter_samples": adapter.samples,
+            "adapter_bottleneck": adapter.bottleneck,
+            "adapter_dropout": adapter.dropout,
+            "unfreeze_strategy": adapter.unfreeze_strategy,
+            "last_n": adapter.last_n,
+            "overwrite_bin0": adapter.overwrite_bin0,
+        }
+    else:
+        del settings["backbone_lr_factor"]  # so that it is not a plain model's
+    return settings

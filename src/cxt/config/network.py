@@ -1,0 +1,204 @@
+"""Networks and adapters: their sizes, the published presets, and what fits together."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from cxt.config.bounds import BasePairs, Flag, Fraction, Number, Samples, _integer
+from cxt.config.section import Section, Settings
+from cxt.errors import BadRequest
+
+START_TOKEN = 1
+"""The token that a sequence starts with; token 0 is unused."""
+
+SPECIAL_TOKENS = 2
+"""Tokens before those of the grid: bin b is token b + 2."""
+
+
+class Architecture(Section):
+    """Sizes of the network, where they differ from the preset's.
+
+    A child takes its parent's. Windows, samples and scales come from the dataset.
+    """
+
+    only_given: ClassVar[bool] = True
+
+    layers: Annotated[int, Field(strict=True, ge=1, le=1000), _integer] = 10
+    """Transformer blocks."""
+    heads: Annotated[int, Field(strict=True, ge=1, le=1024), _integer] = 4
+    """Attention heads; `width` must be a multiple of twice their number."""
+    width: Annotated[int, Field(strict=True, ge=2, le=65536), _integer] = 400
+    """Width of the residual stream; a multiple of the number of scales."""
+    dropout: Fraction = 0.1
+    """Dropout on embeddings and residual branches."""
+    mask_singletons: Flag = True
+    """Set frequency bin 0 of the input to zero (the published flag's name; true singletons, bin 1, are always used). False for
+    models that read missingness from bin 0."""
+    start_token_in_prefix: Flag = False
+    """Let sources attend to the start token in training, as the published models did. Only for published weights: decoding
+    never does."""
+
+
+SIZES = ("layers", "heads", "width", "dropout")
+"""Settings that a model inherits from its parent."""
+
+
+class ModelConfig(Settings, Architecture):
+    """Everything that fixes the network; the defaults are the published `broad`."""
+
+    only_given: ClassVar[bool] = False
+
+    windows: Annotated[int, Field(strict=True, ge=1, le=10**7), _integer] = 500
+    """Windows of a sequence."""
+    samples: Annotated[int, Field(strict=True, ge=1, le=60_000), _integer] = 50
+    """Haplotypes that the features are counted in."""
+    scales: Annotated[int, Field(strict=True, ge=1, le=1000), _integer] = 4
+    """Number of window widths."""
+    window_size: BasePairs = 2000
+    """Base pairs of a window. Weights may be used with another one."""
+    grid_low: Annotated[Number, Field(ge=-1000, le=1000)] = 3.0
+    """Lower end of the grid, in ln generations."""
+    grid_high: Annotated[Number, Field(ge=-1000, le=1000)] = 17.0
+    """Upper end of the grid, in ln generations."""
+    bins: Annotated[int, Field(strict=True, ge=1, le=10**6), _integer] = 324
+    """Bins of the grid."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if not self.grid_low < self.grid_high:
+            raise BadRequest(f"grid_low must be below grid_high, {self.grid_high}, got {self.grid_low}")
+        if self.width % self.scales:
+            raise BadRequest(f"width {self.width} is not a multiple of the number of scales, {self.scales}")
+        if self.width % (2 * self.heads):
+            raise BadRequest(
+                f"width {self.width} is not a multiple of {2 * self.heads}: each of {self.heads} heads needs an even width"
+            )
+        return self
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self.bins + SPECIAL_TOKENS
+
+
+Bottleneck = Annotated[int, Field(strict=True, ge=1, le=65536), _integer]
+LastBlocks = Annotated[int, Field(strict=True, ge=0, le=1000), _integer]
+
+
+class Adapter(Section):
+    """Sample-size adapter in front of a mostly frozen backbone; its presence makes this an adapter model.
+
+    Its input size is the dataset's `samples`.
+    """
+
+    bottleneck: Bottleneck = 32
+    """Width of the gated branch."""
+    dropout: Fraction = 0.0
+    """Dropout in the gated branch."""
+    unfreeze_strategy: Literal["none", "ln", "lastN", "ln_lastN"] = "ln_lastN"
+    """Backbone parameters that train beside the adapter: none, layer norms, the last blocks, or both."""
+    last_n: LastBlocks = 2
+    """Number of last blocks for `lastN` and `ln_lastN`."""
+    overwrite_bin0: Flag = False
+    """Overwrite bin 0 before the adapter even where the backbone reads missingness from it, as the published adapter did. Only
+    for published weights."""
+
+
+class AdapterConfig(Settings, Adapter):
+    """Everything that fixes the adapter: *samples* haplotypes in, the backbone's number out."""
+
+    samples: Samples = 10
+    """Haplotypes of its input."""
+
+
+PRESETS = {
+    "narrow": ModelConfig(layers=6),
+    "broad": ModelConfig(),
+    "broad_w200": ModelConfig(window_size=200),
+    "w200_wmissing": ModelConfig(window_size=200, mask_singletons=False),
+}
+"""The published architectures, by name."""
+
+Preset = Literal["narrow", "broad", "broad_w200", "w200_wmissing"]
+assert get_args(Preset) == tuple(PRESETS)
+
+
+def count_pairs(samples: int) -> int:
+    """Number of different pairs of *samples* haplotypes."""
+    return samples * (samples - 1) // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """A network and the dataset that it is trained on, as far as they must fit together.
+
+    Attributes
+    ----------
+    name : what messages call it, such as `models.broad` or the path of a checkpoint
+    network : its network; an adapter model's takes the backbone's number of samples
+    dataset : name or path of the dataset
+    scales : widths of the dataset's feature windows, in base windows
+    samples : haplotypes of the dataset
+    has_missingness : the dataset has an accessibility mask
+    has_adapter : a sample-size adapter is in front of the network
+    """
+
+    name: str
+    network: ModelConfig
+    dataset: str
+    scales: Sequence[int]
+    samples: int
+    has_missingness: bool
+    has_adapter: bool
+
+
+def check_missingness(model: TrainedModel) -> None:
+    """BadRequest if the network and its dataset disagree on what frequency bin 0 means."""
+    if model.has_missingness and model.network.mask_singletons:
+        raise BadRequest(
+            f"{model.name}: dataset '{model.dataset}' carries missingness in bin 0, which this model masks; "
+            "use preset w200_wmissing, or mask_singletons: false"
+        )
+    if not model.has_missingness and not model.network.mask_singletons:
+        raise BadRequest(
+            f"{model.name}: this model reads missingness from bin 0, but dataset '{model.dataset}' has none; "
+            "give the dataset a mask, or choose a preset with mask_singletons"
+        )
+
+
+def check_adapter_samples(model: TrainedModel) -> None:
+    """BadRequest if the model has an adapter that would not expand anything."""
+    if model.has_adapter and model.samples >= model.network.samples:
+        raise BadRequest(
+            f"{model.name}: an adapter needs fewer samples than its backbone's {model.network.samples}, dataset "
+            f"'{model.dataset}' has {model.samples}"
+        )
+
+
+def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
+    """BadRequest if *child* cannot start from the weights of *parent*; the window size may differ."""
+    has_new_adapter = child.has_adapter and not parent.has_adapter
+    if not has_new_adapter and child.samples != parent.samples:
+        raise BadRequest(
+            f"{child.name}: dataset '{child.dataset}' has {child.samples} samples, but its parent '{parent.name}' takes "
+            f"{parent.samples}; an adapter can bridge that"
+        )
+    if list(child.scales) != list(parent.scales):
+        raise BadRequest(
+            f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' {parent.scales}"
+        )
+    for key in ("layers", "heads", "width", "samples", "bins"):
+        here, there = getattr(child.network, key), getattr(parent.network, key)
+        if here != there:
+            raise BadRequest(f"{child.name}: {key} is {here}, but its parent '{parent.name}' has {there}; they must be equal")
+    if child.network.windows != parent.network.windows:
+        raise BadRequest(
+            f"{child.name}: dataset '{child.dataset}' has {child.network.windows} windows, but its parent '{parent.name}' was "
+            f"trained with {parent.network.windows}; change sequence_length or window_size"
+        )
+    if not child.has_missingness and not parent.network.mask_singletons:
+        raise BadRequest(
+            f"{child.name}: its parent '{parent.name}' was trained with missingness, dataset '{child.dataset}' has none"
+        )

@@ -1,0 +1,167 @@
+"""What is wrong with a configuration or with settings, in a user's words: all of it at once."""
+
+import datetime
+import math
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from cxt.config.bounds import MOST, NUMBER
+from cxt.config.words import describe_type, holds_text, members, split_type
+from cxt.errors import BadRequest, suggest_nearest
+
+
+def refuse(problems: list[str]) -> None:
+    """BadRequest with all *problems*, if there are any."""
+    if problems:
+        raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
+
+
+def _shown(value: Any) -> str:
+    """*value* as a message shows it: what is long is cut."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _quotes(value: Any) -> str:
+    """Advice for a name that YAML took for something else."""
+    if isinstance(value, list):
+        value = next((item for item in value if not isinstance(item, str)), "")
+    if isinstance(value, bool | int | float | datetime.date):
+        return f" (YAML reads no, on, 2024 and the like as {type(value).__name__}: put the name in quotes)"
+    return ""
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _taken(annotation: Any, value: Any) -> Any:
+    """*value* as it was taken: the number where the text of a file says one and a number is accepted."""
+    kinds = {split_type(member)[0] for member in members(annotation)}
+    if isinstance(value, str) and kinds & {int, float} and NUMBER.fullmatch(value):
+        return int(value) if value.lstrip("+-").isdigit() else float(value)
+    return value
+
+
+class _Place(NamedTuple):
+    """Where a problem is: its path, what stands there, the type, and whether it is the name of an entry."""
+
+    path: str
+    value: Any
+    annotation: Any
+    is_name: bool
+    section: type[BaseModel] | None
+
+
+MISSING: Any = object()
+
+
+def _find_key(values: Any, part: Any) -> Any:
+    """The key that a part of pydantic's location stands for, which is text or a whole number: 0 for False."""
+    return next((key for key in values if key == part or str(key) == str(part)), part) if isinstance(values, dict) else part
+
+
+def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
+    """Follow pydantic's location of a problem down to the key that a user has written."""
+    annotation: Any = section
+    path = at
+    parts = list(loc)
+    while parts:
+        inside = [member for member in members(annotation) if isinstance(split_type(member)[0], type)]
+        sections = [split_type(member)[0] for member in inside if issubclass(split_type(member)[0], BaseModel)]
+        bare = split_type(members(annotation)[0])[0]
+        part = _find_key(value, parts[0])
+        if len(sections) > 1:  # a union of kinds, whose part is the kind
+            by_kind = {get_args(split_type(kind.model_fields["kind"])[0])[0]: kind for kind in sections}
+            annotation = by_kind[parts[0]]
+            parts.pop(0)
+        elif sections:
+            known = sections[0].model_fields.get(part)
+            path = f"{path}.{part}" if path else str(part)
+            if known is None:
+                return _Place(path, value, None, False, sections[0])
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+            annotation = known
+            parts.pop(0)
+        elif get_origin(bare) is dict:
+            if parts[1:] == ["[key]"]:
+                return _Place(path, part, get_args(bare)[0], True, None)
+            path = f"{path}.{part}" if path else str(part)
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+            annotation = get_args(bare)[1]
+            parts.pop(0)
+        else:
+            break
+    owner = split_type(members(annotation)[0])[0]
+    return _Place(path, value, annotation, False, owner if isinstance(owner, type) and issubclass(owner, BaseModel) else None)
+
+
+NAME_ADVICE = "a name may hold letters, digits, '_', '.', '+' (100 in all), and starts with a letter or digit"
+
+
+def explain(section: type[BaseModel], error: ValidationError, values: Any, at: str) -> list[str]:
+    """What is wrong, a line for each key."""
+    lines: dict[str, None] = {}
+    for detail in error.errors(include_url=False):
+        kind, loc = detail["type"], detail["loc"]
+        place = _place(section, loc[:-1] if kind == "missing" else loc, values, at)
+        path = place.path or "config"
+        if kind == "missing":
+            assert place.section is not None
+            lines[f"{path}: `{loc[-1]}` is missing ({place.section.model_fields[str(loc[-1])].description})"] = None
+        elif kind in ("extra_forbidden", "invalid_key"):
+            assert place.section is not None
+            lines[
+                f"{place.path}: unknown key{_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)}"
+            ] = None
+        elif place.is_name and not isinstance(place.value, str):
+            lines[f"{path}.{place.value}: found {place.value!r} as a name, expected text{_quotes(place.value)}"] = None
+        elif place.is_name:
+            lines[f"{path}: {_shown(place.value)}: {NAME_ADVICE}"] = None
+        elif kind == "union_tag_invalid" and isinstance(place.value["kind"], str):
+            kinds = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
+            lines[f"{path}.kind: unknown kind '{place.value['kind']}'{suggest_nearest(place.value['kind'], kinds)}"] = None
+        elif kind in ("union_tag_not_found", "union_tag_invalid"):
+            kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in members(place.annotation)]
+            lines[f"{path}: has no `kind`, expected one of {', '.join(sorted(kinds))}"] = None
+        else:
+            lines[f"{path}: found {_shown(_taken(place.annotation, place.value))}, expected {_expected(place)}"] = None
+    return list(lines)
+
+
+def _expected(place: _Place) -> str:
+    value = _taken(place.annotation, place.value)
+    is_large = isinstance(value, int | float) and value > MOST
+    words = describe_type(place.annotation, show_most=is_large)
+    if not _is_finite(value):
+        words = words.replace("a ", "a finite ", 1)
+    return words + (_quotes(value) if holds_text(place.annotation) else "")
+
+
+def explain_settings(section: type[BaseModel], error: ValidationError, values: dict) -> list[str]:
+    """What is wrong with the keywords of a settings object."""
+    lines: dict[str, None] = {}
+    for detail in error.errors(include_url=False):
+        if detail["type"] == "value_error" and not detail["loc"]:
+            lines[str(detail["ctx"]["error"])] = None
+            continue
+        name = str(detail["loc"][0])
+        if name not in section.model_fields:
+            lines[f"unknown setting '{name}'{suggest_nearest(name, section.model_fields)}"] = None
+        else:
+            lines[explain_value(name, section.model_fields[name], values[name])] = None
+    return list(lines)
+
+
+def explain_value(name: str, annotation: Any, value: Any) -> str:
+    """What is wrong with the value of *name*, as `"lr must be a positive number, got -1"`."""
+    bare, _ = split_type(annotation)
+    if get_origin(bare) is Literal and isinstance(value, str):
+        return f"unknown {name} '{value}'{suggest_nearest(value, get_args(bare))}"
+    place = _Place(name, value, annotation, False, None)
+    return f"{name} must be {_expected(place)}, got {_shown(value)}"

@@ -1,0 +1,220 @@
+"""Scenarios of the configuration: a section for each kind of demographic model."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
+
+from cxt.config.bounds import (
+    BasePairs,
+    Different,
+    NonEmpty,
+    NonNegative,
+    Number,
+    Positive,
+    PositiveInteger,
+    PositiveRate,
+    Rate,
+    Text,
+    _integer,
+)
+from cxt.config.problems import refuse
+from cxt.config.section import Section
+from cxt.config.variants import NOT_PARAMETERS
+from cxt.config.words import Expected
+
+PositiveRateOrSweep = PositiveRate | NonEmpty[PositiveRate]
+RateOrSweep = Rate | NonEmpty[Rate]
+PositiveOrSweep = Positive | NonEmpty[Positive]
+
+Combination = Annotated[dict[Text, Number], Field(min_length=1)]
+Individuals = Annotated[int, Field(strict=True, ge=1, le=30_000), _integer]
+
+
+class Scenario(Section):
+    """A demographic model to simulate from."""
+
+    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), _integer]
+    """Number of simulations of each variant that datasets use. Raising it simulates only what is new. 0 = for evaluation
+    only."""
+    batch: Annotated[int, Field(strict=True, ge=10, multiple_of=10), _integer] = 100
+    """Simulations per file, and so per job; `cxt plan` says how long such a job takes."""
+    sequence_length: BasePairs = 1_000_000
+    """Length of a simulation in base pairs."""
+
+
+class Coalescent(Section):
+    """What scenarios have whose whole ancestry is a coalescent with recombination."""
+
+    ancestry_model: Literal["hudson", "smc_prime"] | None = None
+    """Coalescent with recombination: `hudson` (the default) or `smc_prime`, msprime's SMC(k) with k = 1, an approximation that
+    is faster where the population is large and unstructured."""
+
+
+class Combined(Section):
+    """What scenarios have whose parameters can be set by rows that go together."""
+
+    combinations: Annotated[NonEmpty[Combination], Expected("a list of mappings from parameters to numbers")] | None = None
+    """Sets of values that go together, such as `[{mutation_rate: 1.0e-8, recombination_rate: 5.0e-8}, …]`, where a sweep should
+    not take every combination. Lists of other parameters are combined with each."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take_from_rows(cls, values: Any, handler: ModelWrapValidatorHandler) -> Any:
+        """Let a required parameter be missing that every row of `combinations` gives."""
+        rows = values.get("combinations") if isinstance(values, dict) else None
+        if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+            return handler(values)
+        given = {
+            name: rows[0][name]
+            for name, field in cls.model_fields.items()
+            if field.is_required() and name not in values and all(name in row for row in rows)
+        }
+        scenario = handler(values | given)
+        scenario.__dict__.update(dict.fromkeys(given))  # so that they are not in the resolved configuration
+        return scenario
+
+
+class Sampled(Section):
+    """What scenarios have whose individuals are sampled from one population, or spread in a fixed way."""
+
+    individuals: Individuals = 25
+    """Diploid individuals sampled at time 0; each gives two haplotypes."""
+
+
+class Parametric(Sampled, Combined, Scenario):
+    """What scenarios have that are made of a few numbers."""
+
+    mutation_rate: PositiveRateOrSweep = 1.29e-8
+    """Mutations per base pair and generation (infinite sites)."""
+    recombination_rate: RateOrSweep = 1.28e-8
+    """Crossovers per base pair and generation."""
+    population_size: PositiveOrSweep = 20_000
+    """Diploid population size."""
+
+
+class Constant(Coalescent, Parametric):
+    """One population of constant size."""
+
+    kind: Literal["constant"]
+    """One population of constant size."""
+
+
+class Sawtooth(Coalescent, Parametric):
+    """One population whose size zig-zags through time (Schiffels & Durbin 2014)."""
+
+    kind: Literal["sawtooth"]
+    """One population whose size zig-zags through time."""
+    magnitude: PositiveOrSweep = 3
+    """Divides the growth rates, so that larger values give a flatter history."""
+
+
+class Island(Coalescent, Parametric):
+    """Three demes of size N, N/2 and N/2 with symmetric migration; 60, 20 and 20 % of the individuals."""
+
+    kind: Literal["island"]
+    """Three demes with symmetric migration."""
+    population_size: PositiveOrSweep = 10_000
+    """Diploid size N of the first deme."""
+    migration_rate: PositiveOrSweep = 0.1
+    """Migration rate between each two demes, per generation."""
+
+
+class HardSweep(Parametric):
+    """One population of constant size in which an allele has just swept to fixation from one copy, then Hudson's coalescent."""
+
+    kind: Literal["hard_sweep"]
+    """One population in which an allele has just swept to fixation."""
+    selection_coefficient: PositiveOrSweep
+    """Selective advantage s of the sweeping allele."""
+    position: PositiveOrSweep
+    """Position of the sweeping allele in base pairs from the start; below `sequence_length`."""
+
+
+class Stdpopsim(Sampled, Coalescent, Scenario):
+    """A random autosomal segment under a random catalogue model of a stdpopsim species, with the model's own mutation rate.
+
+    Recombination is the chromosome's average, or follows a genetic map.
+    """
+
+    kind: Literal["stdpopsim"]
+    """A species of stdpopsim's catalogue."""
+    species: Text
+    """stdpopsim's identifier, such as `HomSap`."""
+    models: Annotated[Different[Text], Expected("a list of different names of models")] | None = None
+    """Catalogue models to draw from. Without it, all that sample at time 0 and are not built around ancient samples; an empty
+    list asks for a constant size."""
+    genetic_map: Text | None = None
+    """A genetic map of the species in stdpopsim's catalogue, such as `HapMapII_GRCh38`. It is fetched once into stdpopsim's
+    cache; segments lie where the map has rates."""
+    population_size: Positive | None = None
+    """Constant diploid size, used when the species has no catalogue model or `models` is empty. Without it, the species'
+    own."""
+
+
+class Demes(Combined, Coalescent, Scenario):
+    """A demography of your own, in the Demes format (https://popsim-consortium.github.io/demes-docs)."""
+
+    kind: Literal["demes"]
+    """A demography in the Demes format."""
+    demography: Annotated[Text | dict[str, Any], Expected("the path of a Demes file, or its content")]
+    """Path of a Demes YAML file (a relative one starts from the working directory), or its content written out here."""
+    samples: Annotated[
+        dict[Text, PositiveInteger],
+        Expected("a mapping from demes to numbers of diploid individuals, all sampled at time 0"),
+    ]
+    """Diploid individuals sampled from each deme at time 0, such as `{north: 15, south: 10}`."""
+    mutation_rate: PositiveRateOrSweep
+    """Mutations per base pair and generation (infinite sites)."""
+    recombination_rate: RateOrSweep
+    """Crossovers per base pair and generation."""
+
+
+class Epoch(Section):
+    """A time from which on, backwards, the population has a size."""
+
+    time: NonNegative
+    """Generations ago."""
+    population_size: Positive
+    """Diploid individuals."""
+
+
+class Msprime(Sampled, Combined, Coalescent, Scenario):
+    """One population whose size is constant between given times."""
+
+    kind: Literal["msprime"]
+    """One population whose size changes at given times."""
+    history: Annotated[
+        list[Epoch],
+        Field(strict=True, min_length=1),
+        Expected("a list of {time: generations ago, population_size: diploid individuals}, from time 0 backwards"),
+    ]
+    """Diploid size from each time on, backwards in time: `[{time: 0, population_size: 20000}, {time: 1000, population_size:
+    5000}]`."""
+    mutation_rate: PositiveRateOrSweep
+    """Mutations per base pair and generation (infinite sites)."""
+    recombination_rate: RateOrSweep
+    """Crossovers per base pair and generation."""
+
+
+AnyScenario = Annotated[Constant | Sawtooth | Island | HardSweep | Stdpopsim | Demes | Msprime, Field(discriminator="kind")]
+
+KINDS: dict[str, type[Scenario]] = {
+    "constant": Constant, "sawtooth": Sawtooth, "island": Island, "hard_sweep": HardSweep, "stdpopsim": Stdpopsim,
+    "demes": Demes, "msprime": Msprime,
+}  # fmt: skip
+
+
+def complete_parameters(kind: str, parameters: dict, *, at: str) -> dict:
+    """The parameters of a scenario or variant of one *kind*, checked, with their defaults.
+
+    How many simulations there are of it, in which batches and combinations, is no parameter. *at* says in messages where the
+    parameters come from.
+
+    Raises
+    ------
+    BadRequest
+        Names every unknown parameter, missing one and wrong value at once.
+    """
+    refuse([f"{at}.{key}: this is no parameter of a variant; leave it out" for key in NOT_PARAMETERS if key in parameters])
+    scenario = KINDS[kind].read(parameters | {"simulations": 0}, at=at).resolved()
+    return {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}

@@ -1,0 +1,115 @@
+"""What types accept, in a user's words."""
+
+import types
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import annotated_types
+from pydantic.fields import FieldInfo
+
+from cxt.config.bounds import MOST
+
+
+class Expected(str):
+    """In the metadata of a type: what it accepts, in words."""
+
+
+def split_type(annotation: Any) -> tuple[Any, list]:
+    """A type without its metadata, and the metadata."""
+    if get_origin(annotation) is Annotated:
+        bare, *metadata = get_args(annotation)
+        inner, more = split_type(bare)
+        return inner, [
+            *more,
+            *(item for given in metadata for item in (given.metadata if isinstance(given, FieldInfo) else [given])),
+        ]
+    if isinstance(annotation, FieldInfo):
+        inner, more = split_type(annotation.annotation)
+        return inner, [*more, *annotation.metadata]
+    return annotation, []
+
+
+def members(annotation: Any) -> list:
+    """The types of a union without None, or the type alone."""
+    bare, _ = split_type(annotation)
+    if get_origin(bare) in (Union, types.UnionType):
+        return [member for member in get_args(bare) if member is not type(None)]
+    return [annotation]
+
+
+def list_choices(annotation: Any) -> tuple[str, ...]:
+    """The values that a type has to choose from; none if it is of another sort."""
+    bare, _ = split_type(members(annotation)[0])
+    return get_args(bare) if get_origin(bare) is Literal else ()
+
+
+class Limits(NamedTuple):
+    """Bounds of a number."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int | None = None
+
+
+def get_limits(annotation: Any) -> Limits:
+    """The bounds in the metadata of a number's type."""
+    _, metadata = split_type(annotation)
+    return Limits(**{
+        name: getattr(item, name)
+        for item in metadata
+        if isinstance(item, annotated_types.Ge | annotated_types.Gt | annotated_types.Le | annotated_types.Lt
+                      | annotated_types.MultipleOf)
+        for name in Limits._fields if hasattr(item, name)
+    })  # fmt: skip
+
+
+def _number_in_words(noun: str, limits: Limits, *, show_most: bool) -> str:
+    low = limits.ge if limits.gt is None else limits.gt
+    high = limits.le if limits.lt is None else limits.lt
+    if high is not None and high >= MOST and not show_most:
+        high = None
+    article = "an" if noun[0] in "aeiou" else "a"
+    if limits.multiple_of is not None:
+        return f"a multiple of {limits.multiple_of}, at least {low}"
+    if low is None:
+        return f"{article} {noun}"
+    if high is None:
+        if low == 0:
+            return f"a positive {noun}" if limits.ge is None else f"a non-negative {noun}"
+        return f"a positive {noun}" if noun == "integer" and low == 1 else f"{article} {noun}, at least {low}"
+    if noun == "integer":
+        return f"an integer from {low} to {high}"
+    return f"a number in {'[' if limits.gt is None else '('}{low}, {high}{']' if limits.lt is None else ')'}"
+
+
+def describe_type(annotation: Any, *, show_most: bool = False) -> str:
+    """What a type accepts, in words; *show_most* tells of the limit of 10^9 that counts have at least."""
+    bare, metadata = split_type(annotation)
+    for item in metadata:
+        if isinstance(item, Expected):
+            return str(item)
+    first, *others = members(annotation)
+    if others:
+        word = "a list of different ones" if get_origin(split_type(others[0])[0]) is list else describe_type(others[0])
+        return f"{describe_type(first, show_most=show_most)}, or {word}"
+    if first is not annotation:  # it is optional
+        return describe_type(first, show_most=show_most)
+    bare, _ = split_type(first)
+    if get_origin(bare) is Literal:
+        choices = get_args(bare)
+        return f"'{choices[0]}'" if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if bare in (int, float):
+        return _number_in_words("integer" if bare is int else "number", get_limits(first), show_most=show_most)
+    if get_origin(bare) is list:
+        return "a list"
+    return {str: "text", bool: "true or false"}.get(bare, "a mapping")
+
+
+def holds_text(annotation: Any) -> bool:
+    """Whether text is among what a type accepts, on its own or in a list."""
+    bare, _ = split_type(annotation)
+    if get_origin(bare) is list:
+        return holds_text(get_args(bare)[0])
+    inside = members(annotation)
+    return any(map(holds_text, inside)) if len(inside) > 1 else bare is str or get_origin(bare) is Literal
