@@ -124,11 +124,7 @@ def _build_configuration(kind, table: dict, *, within: str):
     fields = {name: accepted.get(field.annotation, TEXT) for name, field in kind.model_fields.items()}
     _check_known(table, fields, within=within)
     _check_required(table, fields, within=within)
-    _check_types(
-        table,
-        {key: NUMBER if field is float else (field,) if field in (int, bool) else TEXT for key, field in fields.items()},
-        within=within,
-    )
+    _check_types(table, fields, within=within)
     for key, value in table.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadRequest(f"its {within}{key} is {value}, expected a finite number")
