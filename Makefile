@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-resume test test-all-fuzz lint format clean
+.PHONY: help run all test test-all test-resume test-fuzz lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
