@@ -11,6 +11,7 @@ help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
 	@echo "make all    all six checkpoints and their evaluation"
 	@echo "make test   the tests"
+	@echo "make test-all       also those that take a minute or more each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
 	@echo "make lint   ruff, the order of imports, types, snakefmt, and snakemake --lint"

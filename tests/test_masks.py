@@ -1,8 +1,10 @@
 """Accessibility masks: both file formats, the synthetic one, and cutting."""
 
 import gzip
+import io
 import re
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -128,6 +130,7 @@ def test_beds_that_say_the_same(tmp_path, name, content):
         ("m.bed", bytes(range(256)), "cannot be read"), ("m.bed.gz", COMPRESSED[:-9], "cannot be read"),
         ("m.bed", "chr1\t0\t9\tNA12878\nchr1\t5\t9\tNA12891\n", "intervals of 'NA12891' and 'NA12878' overlap at 5"),
         ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t2\ta\nchr1\t95\t99\tb\nchr1\t96\t97\tc\n", "'c' and 'b' overlap at 96"),
+        ("m.bed", "chr1\t2\t5\n\tchr1\t8\t10\n", "line 2: expected contig"),
         ("m.bed", "chr1\t0\t90\ta\nchr1\t1\t20\ta\nchr1\t30\t35\tb\n", "'b' and 'a' overlap at 30"),
     ],
 )  # fmt: skip
@@ -192,3 +195,13 @@ def test_missing_fraction_is_that_of_a_sum_for_every_base():
         ):
             right = np.minimum(left + scale * 100, length)
             assert np.array_equal(found, (covered[right] - covered[left]) / (right - left))
+
+
+def test_a_header_that_is_none(tmp_path):
+    """numpy takes the header of an array apart as Python."""
+    out = io.BytesIO()
+    np.save(out, np.zeros(30, dtype=bool))
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        archive.writestr("accessible.npy", out.getvalue().replace(b"(30,)", b"((30,"))
+    with pytest.raises(BadRequest, match="cannot be read"):
+        read_mask(tmp_path / "m.npz")

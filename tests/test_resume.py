@@ -219,7 +219,7 @@ MATRIX = [
     for accumulation in (1, 3)
     for ranks in (1, 2)
 ]  # fmt: skip
-FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1)]
+FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2)]
 ONCE_EACH = [("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1)]
 
 
@@ -289,7 +289,7 @@ def test_signals_to_all_processes(parents, tmp_path, kind, workers, accumulation
 
     The trainer alone is killed now and then, too: what it has started ends with it.
     """
-    count = KILLS or 3
+    count = KILLS or 5
     arguments = arguments_of(parents, kind, workers, accumulation, ranks, steps=100 * min(KILLS or 2, 5))
     directory, out = tmp_path / "cut", tmp_path / "cut.ckpt"
     finish([*arguments, "--run-dir", str(tmp_path / "whole"), "--out", str(tmp_path / "whole.ckpt")])

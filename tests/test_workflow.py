@@ -427,7 +427,7 @@ def test_the_catalogs_snakefile(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="kills a process group and all below it")
-@pytest.mark.parametrize("moment", range(int(os.environ.get("CXT_KILLS", "1"))))
+@pytest.mark.parametrize("moment", range(int(os.environ.get("CXT_KILLS", "2"))))
 def test_killed_preprocessing_ends_the_same(workflow, tmp_path, moment):
     """`kill -9` of Snakemake and all its jobs; the next run finishes, and the dataset is the same to the byte."""
     directory = tmp_path / "killed"

@@ -5,11 +5,14 @@ Lightning's own counters, so that a resumed run sees exactly the batches that ar
 """
 
 import collections
+import functools
 import itertools
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytorch_lightning as pl
@@ -169,6 +172,13 @@ def _prepare_loader_process(number: int) -> None:
         os._exit(1)
 
 
+def _kill_loader(kill: Callable[[], None]) -> None:
+    """End a loader on purpose: torch's handler for children that have ended would raise an error, even at the very end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    kill()
+
+
 class ProcessLoader(_TimedLoader, DataLoader):
     """The batches of *dataset* in the order of *sampler*, made by processes: for examples that cost more than their copying."""
 
@@ -188,7 +198,8 @@ class ProcessLoader(_TimedLoader, DataLoader):
         with held_back():
             iterator = super()._get_iterator()
         for process in getattr(iterator, "_workers", ()):
-            process._popen.terminate = process._popen.kill  # torch's way to end one that is busy is a signal that they ignore
+            # torch's way to end one that is busy is a signal that they ignore
+            process._popen.terminate = functools.partial(_kill_loader, process._popen.kill)
         return iterator
 
     def __iter__(self) -> Iterator[Batch]:

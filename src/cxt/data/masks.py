@@ -7,6 +7,7 @@ mask is True = *in*accessible.
 import argparse
 import gzip
 import io
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ LONGEST = 2**33
 
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError,
-    zipfile.BadZipFile, zlib.error,
+    zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 """What gzip, zipfile and numpy raise for files that are damaged or malformed."""
 
@@ -137,13 +138,13 @@ def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
         for number, line in enumerate(file, 1):
             fields = line.split("\t") if "\t" in line else line.split()
             fields = [field.strip() for field in fields]
-            if not fields or not fields[0] or fields[0].startswith("#") or line.split()[0] in ("track", "browser"):
+            if not line.strip() or line.lstrip().startswith("#") or line.split()[0] in ("track", "browser"):
                 continue
             if is_first and _is_header(fields):
                 is_first = False
                 continue
             is_first = False
-            if len(fields) < 3 or not all(field.isascii() and field.isdigit() for field in fields[1:3]):
+            if len(fields) < 3 or not fields[0] or not all(field.isascii() and field.isdigit() for field in fields[1:3]):
                 raise BadRequest(f"{path}, line {number}: expected contig, start and end, found {line.strip()[:100]!r}")
             left, right = int(fields[1][:20]), int(fields[2][:20])
             if left > right:

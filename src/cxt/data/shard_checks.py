@@ -124,7 +124,7 @@ def _check_chunks(arrays: Mapping[str, zarr.Array], content: Mapping, *, most: i
 
     A chunk of zeros need not be stored, but reading it takes its time: a few bytes could ask for days. Targets are never 0.
     """
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
         if chunks > most:
             raise Fault(f"its array {name} is cut into {chunks} chunks, expected at most {most}")
