@@ -93,7 +93,7 @@ def test_out_of_memory(monkeypatch):
     def all_of_it(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("cxt.commands.bench.bench_training", all_of_it)
+    monkeypatch.setattr("cxt.benchmark.speed.bench_training", all_of_it)
     monkeypatch.setattr(
         "sys.argv", ["bench", "train", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--compare", "dense"]
     )

@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-import torch
-
-from cxt.benchmark.speed import bench_decoding, bench_training, describe_device, detect_device, limit_batch
 from cxt.config.bounds import Positive, PositiveInteger, Threads, Workers
 from cxt.config.flags import check_flags, note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
@@ -20,50 +17,6 @@ from cxt.config.training import Attention, Compile, LossPath, TrainingConfig
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, first_line, suggest_nearest
 from cxt.io import atomic_write, check_writable, json_text
-from cxt.model.flops import decoding_flops, training_flops
-
-
-def _flops(value: float) -> str:
-    return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
-
-
-def _memory(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"
-
-
-def report(name: str, what: str, result: dict, device: str) -> str:
-    """What was measured, in words."""
-    unit = "items" if what == "training" else "pairs"
-    share = result["flops_per_second"] / result["peak_flops_per_second"]
-    setting = f"batch {result['batch']}, {result['precision']}"
-    setting += f", compiled: {result['compile']}" if what == "training" else f", {result['replicates']} replicates"
-    rows = {
-        f"{unit}/s": f"{result[f'{unit}_per_second']:.4g}",
-        "windows/s": f"{result['windows_per_second']:,.0f}",
-        "model FLOP/s": f"{_flops(result['flops_per_second'])}, {share:.0%} of the {_flops(result['peak_flops_per_second'])} "
-        "of a matrix product here",
-        "memory": _memory(result["memory_bytes"]),
-    }
-    if what == "training":
-        rows["attention"] = result["attention_kernels"]
-        rows["waiting for data"] = f"{result['waiting']:.1%} of the time"
-    else:
-        rows["in all"] = f"{result['pairs']} pairs in {result['seconds']:.1f} s"
-    if "dense_items_per_second" in result:
-        low, high = min(result["ratios"]), max(result["ratios"])
-        rows["published formulation"] = (
-            f"{result['dense_items_per_second']:.4g} items/s, memory {_memory(result['dense_memory_bytes'])}: this is "
-            f"{result['ratio']:.2f} times as fast ({len(result['ratios'])} turns, {low:.2f} to {high:.2f})"
-        )
-        rows["the same but for"] = (
-            f"{result['loss_difference']:.1g} in the loss, {result['gradient_difference']:.1g} of the largest gradient"
-        )
-    if "uncached_pairs_per_second" in result:
-        rows["without a cache"] = (
-            f"{result['uncached_pairs_per_second']:.3g} pairs/s: this is {result['ratio']:.1f} times as fast"
-        )
-    head = f"{name}: {what}, {setting}, {describe_device(device)}"
-    return "\n".join([head, *(f"  {key:24s}{value}" for key, value in rows.items())])
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +43,9 @@ def read_network(args) -> ModelConfig:
 
 def run_benchmark(args, network: ModelConfig, device: str) -> dict:
     """What the command and the flags ask for."""
+    from cxt.benchmark.speed import bench_decoding, bench_training, limit_batch
+    from cxt.model.flops import decoding_flops, training_flops
+
     if args.command == "train":
         adapter = AdapterConfig() if args.adapter else None
         batch = args.batch_size or limit_batch(TrainingConfig().batch_size, training_flops(network, adapter), device)
@@ -135,6 +91,16 @@ def main(argv: list[str] | None = None) -> None:
         replicates=PositiveInteger,
         pairs=PositiveInteger,
     )
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what the flags ask for, print it, and write it to ``--out``."""
+    import torch
+
+    from cxt.benchmark.report import format_result
+    from cxt.benchmark.speed import describe_device, detect_device
+
     note_more_than_cores(threads=args.threads, workers=getattr(args, "workers", 0))
     if args.out is not None:
         check_writable(args.out)
@@ -151,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         raise Failed(f"out of memory ({first_line(error)}); choose a smaller --batch-size{without}") from error
     what = "training" if args.command == "train" else "decoding"
     name = f"{args.model} with an adapter" if result["adapter"] else args.model
-    print(report(name, what, result, device))
+    print(format_result(name, what, result, device))
     if args.out is not None:
         about = {
             "device": describe_device(device),

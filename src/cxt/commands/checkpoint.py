@@ -3,9 +3,6 @@
 import argparse
 from pathlib import Path
 
-from cxt.checkpoints.file import import_published
-from cxt.checkpoints.load import find_checkpoint
-from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.config.bounds import NonNegative
 from cxt.config.flags import check_flags
 from cxt.console import exit_on_bad_request
@@ -14,9 +11,6 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
-    from cxt.workflow.verification import verify
-
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
         description="Look at checkpoints, check them, compare them, import and export them.",
@@ -37,11 +31,24 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="such a file; nothing in it is run")
     command.add_argument("--out", required=True, help="checkpoint to write")
     command.add_argument("--name", help="name of the model in it (default: the file's, before _epoch=)")
-    command = commands.add_parser("export", help=f"write {WEIGHTS} and {CONFIG}, for other programs and for cxt.load_model")
+    command = commands.add_parser(
+        "export", help="write the weights as safetensors and the rest as JSON, for other programs and cxt.load_model"
+    )
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("--out", required=True, help="directory to write them to")
     args = parser.parse_args(argv)
     check_flags(args, rtol=NonNegative, atol=NonNegative)
+    run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags ask for."""
+    from cxt.checkpoints.file import import_published
+    from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
+    from cxt.checkpoints.load import find_checkpoint
+    from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
+    from cxt.workflow.verification import verify
+
     if args.command == "import":
         import_published(args.file, args.out, name=args.name)
         print(describe_checkpoint(args.out))

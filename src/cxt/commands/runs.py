@@ -3,10 +3,8 @@
 import argparse
 from pathlib import Path
 
-from cxt.config.file import load
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
-from cxt.workflow.runs import format_runs, list_runs, prune
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,6 +16,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         raise BadRequest("--yes is for --prune")
+
+    from cxt.config.file import load  # imported late so that --help is quick
+    from cxt.workflow.runs import format_runs, list_runs, prune
+
     runs = list_runs(args.directory, load(args.configfile))
     if args.prune:
         prune(runs, yes=args.yes)

@@ -109,7 +109,7 @@ class Sawtooth(Coalescent, Parametric):
 
 
 class Island(Coalescent, Parametric):
-    """Three demes of size N, N/2 and N/2 with symmetric migration; 60, 20 and 20 % of the individuals."""
+    """Three demes of size N, N/2 and N/2 with symmetric migration; 60, 20 and 20% of the individuals."""
 
     kind: Literal["island"]
     """Three demes with symmetric migration."""

@@ -57,7 +57,7 @@ class TrainingFields(Section):
     decay_steps: NonNegativeInteger = 150_000
     """Optimizer step at which the decay reaches `min_lr`; 0 = the last step of the run."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up: down to `min_lr` as a cosine or a line, constant at `lr`, or `wsd`: constant for 40 % of
+    """Learning rate after the warm-up: down to `min_lr` as a cosine or a line, constant at `lr`, or `wsd`: constant for 40% of
     the way, then a cosine."""
     batch_size: PositiveInteger = 128
     """Items per device and micro-batch."""
@@ -121,7 +121,7 @@ class TrainingFields(Section):
     """Optimizer steps between rows of `training_log.csv`."""
     storage: Storage = "auto"
     """Where the dataset is held: in memory, which all processes of a machine share, or in a temporary file. `auto`: in memory
-    if 70 % of what is free is enough."""
+    if 70% of what is free is enough."""
 
 
 class TrainingConfig(Settings, TrainingFields):

@@ -206,7 +206,7 @@ def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     """A mask of alternating accessible and inaccessible runs with log-normal lengths, True = inaccessible.
 
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
-    (500 and 200) about 29 % of the bases are inaccessible.
+    (500 and 200) about 29% of the bases are inaccessible.
     """
     rng = random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
     mean = spec["accessible_run"] + spec["inaccessible_run"]

@@ -140,7 +140,7 @@ class PairDataset(ExampleDataset):
     grid : Grid, optional
         Grid of ln TMRCA for the tokens; the published one by default.
     storage : {"auto", "memory", "disk"}
-        Where the data is held; "auto" takes memory if 70 % of what is free is enough.
+        Where the data is held; "auto" takes memory if 70% of what is free is enough.
     progress : callable, optional
         Called with a line of text every 10 seconds and at the end.
 

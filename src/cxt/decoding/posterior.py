@@ -44,7 +44,7 @@ def decode(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Posterior:
-    """Posterior mean and central 95 % interval of each window, from the average of the replicates' distributions.
+    """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
 
     Averaging predictive distributions is better than averaging sampled values: each replicate contributes all that its
     past implies for a window, not one draw of it. The result does not depend on *batch_size*, but for rounding.

@@ -28,7 +28,7 @@ def _save(figure: Figure, path) -> None:
 
 
 def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
-    """One row per scenario and two pairs each: true ln TMRCA, posterior mean and 95 % interval along the genome.
+    """One row per scenario and two pairs each: true ln TMRCA, posterior mean and 95% interval along the genome.
 
     *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows); a tuple names the two pairs instead.
     """
@@ -39,7 +39,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
         for column, pair in enumerate(dict.fromkeys((0, len(truth) // 2))):
             axis = axes[row, column]
             at = (np.arange(truth.shape[1]) + 0.5) * window_size / 1000
-            axis.fill_between(at, low[pair], high[pair], step="mid", alpha=0.25, color=ESTIMATE, lw=0, label="95 % interval")
+            axis.fill_between(at, low[pair], high[pair], step="mid", alpha=0.25, color=ESTIMATE, lw=0, label="95% interval")
             axis.step(at, mean[pair], where="mid", color=ESTIMATE, lw=1.2, label="posterior mean")
             axis.step(at, truth[pair], where="mid", color=TRUTH, lw=1.0, label="truth")
             axis.set_title(name if isinstance(name, str) else name[column], fontsize=9, loc="left")

@@ -82,7 +82,7 @@ def simulate_sawtooth(spec: dict, seeds: EngineSeeds) -> SimulationResult:
 
 
 def split_island_samples(individuals: int) -> tuple[int, int, int]:
-    """Individuals per deme: 60, 20 and 20 % rounded down, the rest to the first deme."""
+    """Individuals per deme: 60, 20 and 20% rounded down, the rest to the first deme."""
     small = individuals * 20 // 100
     return individuals - 2 * small, small, small
 

@@ -96,7 +96,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
     default : in words, what is taken without the flag, where that is not the default of *field*
     """
     kind = field.annotation if field.annotation in (bool, int, float) else str
-    text = (field.description or "").replace("`", "").replace("%", "%%")
+    text = (field.description or "").replace("`", "")
     options: dict = {"nargs": "?", "const": True} if kind is bool and default is None else {}
     if choices := list_choices(field):
         options["metavar"] = f"{{{','.join(choices)}}}"

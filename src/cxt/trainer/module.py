@@ -23,7 +23,7 @@ def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: in
     """Learning rate of optimizer step *step* relative to the peak.
 
     Linear from 0 over `warmup_steps`, then down to `min_lr` at `decay_steps` (0 = the run's last step), flat after: as a
-    cosine, a line, not at all (`constant`), or only from 40 % of the way on, as a cosine (`wsd`).
+    cosine, a line, not at all (`constant`), or only from 40% of the way on, as a cosine (`wsd`).
     """
     if step < training.warmup_steps:
         return step / training.warmup_steps
