@@ -62,10 +62,12 @@ class Watched:
         return getattr(self._stream, attribute)
 
     def write(self, text: str) -> int:
+        """Write *text*, or drop it if the stream fails; return its length in either case."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream; `check` raises its failure later, unless the stream carries progress."""
         self._try(self._stream.flush)
 
     def _try(self, work) -> None:

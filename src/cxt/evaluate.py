@@ -16,8 +16,6 @@ from cxt.config.flags import check_flags, problems
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
-from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
-from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 from cxt.io import atomic_write, json_text
 from cxt.lineage import check_lineage
 
@@ -25,6 +23,13 @@ logger = get_logger(__name__)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt evaluate`: evaluate a checkpoint on held-out simulations, or print the accuracy table of earlier results.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
@@ -45,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     set_verbosity(args)
     check_flags(args, threads=Threads)
+
+    from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate  # imported late so that --help is quick
+    from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
+
     if args.table:
         results = [read_result(path) for path in args.table]
         lineage = combine_evaluation_lineages([result.get("lineage") for result in results])

@@ -45,6 +45,7 @@ class Estimate:
         self.unknown: list[str] = []
 
     def add(self, name: str, count: int, cost: float | None) -> None:
+        """Add *count* times *cost*, or remember *name* if its cost is None: not measured."""
         if cost is None:
             self.unknown.append(name)
         else:
@@ -261,6 +262,13 @@ def report(config: dict, planned: dict, costs: Costs, *, all_variants: bool = Fa
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt plan`: print what a configuration asks for and what it will cost.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt plan", description="What a configuration asks for and will cost.")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")

@@ -13,9 +13,7 @@ from cxt.config.bounds import Index, PositiveInteger
 from cxt.config.datasets import Layout
 from cxt.config.flags import check_flags
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
-from cxt.data.manifest import plan_shards, write_manifest
 from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
-from cxt.data.preprocessing import preprocess_batch
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
 from cxt.seeds import check_seed
@@ -35,6 +33,9 @@ def _shard(args) -> None:
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
     mask = read_mask_from_flags(args)
+
+    from cxt.data.preprocessing import preprocess_batch  # imported late so that --help is quick
+
     simulations = preprocess_batch(
         args.out,
         args.batch,
@@ -52,6 +53,8 @@ def _shard(args) -> None:
 
 
 def _manifest(args) -> None:
+    from cxt.data.manifest import plan_shards, write_manifest
+
     lineages = None
     if args.shards is not None:
         variants = _json(args.shards, "--shards")
@@ -77,6 +80,13 @@ def _mask(args) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt preprocess`: make a shard, the manifest or a synthetic mask of a dataset.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
     shard = commands.add_parser("shard", help="preprocess one split of a simulation batch into a shard")

@@ -66,6 +66,13 @@ def _read_variant(args) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt simulate`: simulate one batch of tree sequences.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Simulate one batch of tree sequences.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--spec", help="variant as JSON")

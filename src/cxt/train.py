@@ -16,19 +16,28 @@ import time
 
 from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only, set_verbosity
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.trainer.launch import train
-from cxt.trainer.options import build_options
-from cxt.trainer.request import resolve_settings
 
 BEGAN = time.monotonic()
 """When this process began, near enough."""
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt train`: train one checkpoint, or print the settings that it would be trained with.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = build_parser()
     add_verbosity_flags(parser)
     args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
     set_verbosity(args)
+
+    from cxt.trainer.launch import train  # imported late so that --help is quick
+    from cxt.trainer.options import build_options
+    from cxt.trainer.request import resolve_settings
+
     options = build_options(vars(args))
     if args.print_config:
         import yaml

@@ -122,6 +122,7 @@ class Steps:
         self.model, self.loss, self.optimizer, self.loader, self.precision = model, loss, optimizer, loader, precision
 
     def __call__(self, count: int) -> None:
+        """Run *count* optimizer steps."""
         for _ in range(count):
             with use_precision(self.precision, self.loader.device):
                 loss = self.loss(*next(self.loader))

@@ -36,6 +36,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
+        """The directory of the training states, the best weights and the finished checkpoint."""
         return self.path / "checkpoints"
 
     @property
@@ -50,6 +51,7 @@ class RunDirectory:
 
     @property
     def log(self) -> Path:
+        """The training log, training_log.csv."""
         return self.path / "training_log.csv"
 
     def lock(self) -> None:
@@ -82,6 +84,7 @@ class RunDirectory:
 
     @property
     def lock_path(self) -> Path:
+        """The lock file, `<name>.lock` beside the directory."""
         # Beside the directory, so that superseding (renaming) it does not move the lock away.
         return self.path.with_name(self.path.name + ".lock")
 

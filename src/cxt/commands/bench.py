@@ -20,6 +20,7 @@ from cxt.io import atomic_write, check_writable, json_text
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `cxt bench train` and `cxt bench decode` share."""
     training = TrainingConfig()
     parser.add_argument("--model", default="broad", help=f"preset: {', '.join(PRESETS)} (default broad)")
     for name in ("layers", "heads", "width", "windows", "samples"):
@@ -65,6 +66,13 @@ def run_benchmark(args, network: ModelConfig, device: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt bench`: measure how fast this machine trains or decodes.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt bench", description="How fast this machine trains and decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
     training = commands.add_parser("train", help="optimizer steps, loading included")

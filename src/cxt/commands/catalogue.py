@@ -8,6 +8,13 @@ from cxt.scenarios.genetic_maps import fetch_genetic_map, get_genetic_map, write
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt catalogue`: fetch a genetic map into stdpopsim's cache.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt catalogue", description="Fetch a genetic map into stdpopsim's cache.")
     parser.add_argument("--species", required=True, help="stdpopsim's identifier, such as HomSap")
     parser.add_argument("--genetic-map", required=True, help="the map's identifier, such as HapMapII_GRCh38")

@@ -11,6 +11,13 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt checkpoint`: show, verify, compare, import or export checkpoints.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
         description="Look at checkpoints, check them, compare them, import and export them.",

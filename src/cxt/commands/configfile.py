@@ -12,6 +12,13 @@ from cxt.io import atomic_write
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt configfile`: write one model's training settings as YAML.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt configfile", description="Write one model's training settings as YAML.")
     parser.add_argument("--spec", required=True, help="the settings as JSON")
     parser.add_argument("--out", required=True, type=Path, help="YAML file to write")

@@ -11,8 +11,13 @@ from cxt.scenarios.indices import SPLITS
 
 
 def main(argv: list[str] | None = None) -> None:
-    from cxt.data.export import describe_dataset, export_dataset, verify_dataset
+    """Run `cxt dataset`: show, verify or export a dataset.
 
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt dataset", description="Look at a dataset, check it, export it.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
@@ -31,6 +36,9 @@ def main(argv: list[str] | None = None) -> None:
             )
     args = parser.parse_args(argv)
     check_flags(args, limit=PositiveInteger)
+
+    from cxt.data.export import describe_dataset, export_dataset, verify_dataset  # imported late so that --help is quick
+
     if args.command == "info":
         print(describe_dataset(args.path))
     elif args.command == "verify":

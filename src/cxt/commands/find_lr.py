@@ -1,7 +1,10 @@
 """Suggest a learning rate for a run."""
 
+from __future__ import annotations
+
 import math
 import sys
+from typing import TYPE_CHECKING
 
 import jsonargparse
 
@@ -10,12 +13,14 @@ from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import check_writable
 from cxt.trainer.flags import build_parser, parse_flags
-from cxt.trainer.learning_rate_search import Search, find_lr
-from cxt.trainer.options import build_options
-from cxt.trainer.request import RunRequest, build_request
+
+if TYPE_CHECKING:
+    from cxt.trainer.learning_rate_search import Search
+    from cxt.trainer.request import RunRequest
 
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
+    """Turn the trainer's parser into that of `cxt find_lr`, with the flags of the search."""
     parser.prog, parser.description = "cxt find_lr", "Find a learning rate for a run."
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
@@ -32,6 +37,13 @@ def draw(request: RunRequest, search: Search, suggestion: float, path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt find_lr`: suggest a learning rate for a run.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = build_parser()
     add_flags(parser)
     args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
@@ -43,6 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
     if args.plot is not None:
         check_writable(args.plot)
+
+    from cxt.trainer.learning_rate_search import find_lr  # imported late so that --help is quick
+    from cxt.trainer.options import build_options
+    from cxt.trainer.request import build_request
+
     request = build_request(build_options(vars(args)))
     search = find_lr(request, lowest=args.lowest, highest=args.highest, num_steps=args.num_steps)
     suggestion = search.suggestion()

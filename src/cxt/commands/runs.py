@@ -8,6 +8,13 @@ from cxt.errors import BadRequest
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt runs`: list run directories, or remove those that the configuration no longer asks for.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt runs", description="The run directories of the workflow.")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
     parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")

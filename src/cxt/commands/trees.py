@@ -8,10 +8,16 @@ from cxt.config.flags import check_flags
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
 from cxt.io import atomic_file, check_writable
-from cxt.scenarios.batches import read_simulation
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run `cxt trees`: take one tree sequence out of a simulation batch.
+
+    Parameters
+    ----------
+    argv : list of str, optional
+        Arguments after the command's name; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="cxt trees", description="Take one tree sequence out of a batch file.")
     parser.add_argument("batch", type=Path, help="file made by cxt.simulate")
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its variant")
@@ -21,6 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.out)
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
         raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
+
+    from cxt.scenarios.batches import read_simulation  # imported late so that --help is quick
+
     ts = read_simulation(args.batch, args.index)
     try:
         with atomic_file(args.out) as file:

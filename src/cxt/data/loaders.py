@@ -33,7 +33,8 @@ class EpochBatchSampler(Sampler):
         self.epoch = 0
         self.skip = 0
 
-    def set_epoch(self, epoch: int) -> None:  # Lightning calls this
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch to iterate over next; called by Lightning."""
         self.epoch = epoch
 
     def _order(self, epoch: int):
@@ -236,6 +237,7 @@ class DataModule(pl.LightningDataModule):
         self._loaders: dict[bool, PrefetchLoader] = {}
 
     def train_dataloader(self) -> PrefetchLoader | ProcessLoader:
+        """Return the loader of this rank's training batches, from where a resumed run continues; called by Lightning."""
         sampler = self.order(
             examples=len(self.train_set),
             batch_size=self.batch_size,
@@ -248,6 +250,10 @@ class DataModule(pl.LightningDataModule):
         return self._loader(True, self.train_set, sampler)
 
     def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
+        """Return the loader of this rank's validation batches, of as many examples as every other rank has.
+
+        If there are fewer examples than ranks, each rank gets all of them.
+        """
         count = len(self.test_set)
         chosen = min(self.validation_items or count, count)
         examples = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
@@ -264,6 +270,7 @@ class DataModule(pl.LightningDataModule):
         return self._loaders[training]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Return *batch* on *device*, and tell a `PrefetchLoader` of a copy to a GPU, which may still be under way."""
         if device.type != "cuda" or self.in_processes:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         moved = Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
@@ -271,9 +278,11 @@ class DataModule(pl.LightningDataModule):
         return moved
 
     def state_dict(self) -> dict:
+        """Return the epoch and how many of its batches are done, for a training state."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         per_epoch = self.trainer.num_training_batches
         return {"start": divmod(self.trainer.current_epoch * per_epoch + done, per_epoch)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Make the next training loader start where *state* says."""
         self.start = tuple(state["start"])

@@ -202,6 +202,7 @@ def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray
 
 
 def read_arrays(path, group: zarr.Group) -> dict[str, np.ndarray]:
+    """Arrays of an open shard, decompressed into memory and checked; BadRequest if it is damaged."""
     try:
         arrays = {name: array[:] for name, array in group.arrays()}
         check_arrays(arrays, group.attrs)
@@ -219,6 +220,7 @@ MANIFEST = "dataset.json"
 
 
 def check_schema_version(what: str, version: int, *, remedy: str) -> None:
+    """BadRequest unless *version* is `SCHEMA_VERSION`; the advice is *remedy*, or to update cxt for a newer version."""
     if version != SCHEMA_VERSION:
         remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
         raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")

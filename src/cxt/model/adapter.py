@@ -41,7 +41,8 @@ class IEAdapter(nn.Module):
         self.register_buffer("mask_token", torch.tensor(0.0))
         self.overwrites_bin0 = backbone.mask_singletons or config.overwrite_bin0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 2, S, W, n) -> (B, 2, S, W, N)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Expand log1p counts of n samples to the backbone's N samples: (B, 2, S, W, n) -> (B, 2, S, W, N)."""
         if self.overwrites_bin0:
             x = torch.cat([self.mask_token.expand_as(x[..., :1]).type_as(x), x[..., 1:]], dim=-1)
         x = x * self.excite(x.mean(dim=(1, 2, 3)))[:, None, None, None]

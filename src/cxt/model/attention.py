@@ -116,6 +116,24 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, prefix: int, targets_only: bool):
+        """Compute what `split_attention` does, on a CPU.
+
+        Parameters
+        ----------
+        ctx : autograd context
+            Keeps what `backward` needs.
+        q, k, v : tensors (B, H, L, hd)
+            Queries, keys and values.
+        prefix : int
+            Number P of source positions, at the beginning.
+        targets_only : bool
+            Compute the last L - P positions only.
+
+        Returns
+        -------
+        tensor (B, H, L', hd)
+            L' is L, or L - P with *targets_only*.
+        """
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         queries = q[:, :, prefix:] if targets_only else q
         out, normalizer = flash(queries, k[:, :, :prefix], v[:, :, :prefix])  # (B, H, L', hd), (B, H, L')
@@ -133,6 +151,7 @@ class MergedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        """Gradients of *q*, *k* and *v*, each (B, H, L, hd), given that of the output (B, H, L', hd)."""
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         q, k, v, out, normalizer = ctx.saved_tensors
         prefix, targets = ctx.prefix, q.shape[2] - ctx.prefix

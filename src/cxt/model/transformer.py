@@ -39,7 +39,8 @@ class SourceEmbedding(nn.Module):
         bins[0] = 0.0 if config.mask_singletons else 1.0
         self.register_buffer("bins", bins, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 2, S, W, n) -> (B, W, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Embed the log1p counts of each window: (B, 2, S, W, n) -> (B, W, D)."""
         # Masking bin 0 in the weights is the same as in x, and spares a copy of x.
         x = F.linear(x, self.inner.weight * self.bins, self.inner.bias)
         x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
@@ -63,7 +64,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(4 * config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, D) -> (B, L, D)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform each position by itself: (B, L, D) -> (B, L, D)."""
         return self.dropout(self.down(F.gelu(self.up(x))))
 
 
@@ -78,6 +80,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
+        """Apply attention and the feed-forward part, each with a residual connection.
+
+        Parameters
+        ----------
+        x : tensor (B, L, D)
+        table : float32 tensor (2, L, hd / 2)
+            As `cxt.model.attention.build_rotary_table` makes it.
+        prefix : int
+            Number of positions, at the beginning, that all positions see.
+        targets_only : bool
+            Compute the positions after the prefix only.
+
+        Returns
+        -------
+        tensor (B, L, D), or (B, L - prefix, D) with *targets_only*
+        """
         attended = self.attention(self.norm_attention(x), table, prefix, targets_only=targets_only)
         x = (x[:, prefix:] if targets_only else x) + attended
         return x + self.mlp(self.norm_mlp(x))
@@ -182,6 +200,25 @@ class CoalescenceModel(nn.Module):
         return x if self.adapter is None else self.adapter(x)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Predict each window's bin from X and the bins of the windows before it.
+
+        Parameters
+        ----------
+        x : tensor (B, 2, S, W, n)
+            log1p of the counts that `cxt.pair_features` makes.
+        y : int64 tensor (B, W + 1)
+            Start token and the token of each window, bin + 2; the last one is not read.
+
+        Returns
+        -------
+        tensor (B, W, V)
+            Logits; ``logits[:, k]`` predicts ``y[:, k + 1]``.
+
+        Raises
+        ------
+        BadRequest
+            If X or y is no tensor of that shape.
+        """
         source = self.source(x)
         check_tokens(self, y, examples=len(source))
         return self.backbone(source, y)

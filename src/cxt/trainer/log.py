@@ -67,14 +67,17 @@ class TrainingLog(Callback):
         self._advised = False
 
     def state_dict(self) -> dict:
+        """Return the row that still waits for its validation, if any, and the seconds spent training."""
         return {"row": self._row, "seconds": self._seconds_now()}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
         self._row, self._seconds = state["row"], state["seconds"]
 
     # Steps
 
     def on_train_start(self, trainer, module) -> None:
+        """Start the counters and clocks, and drop the rows that a resumed run makes again."""
         now = time.monotonic()
         self._began = self._line_at = self._row_began = now
         self._first_step = self._step = trainer.global_step
@@ -86,6 +89,7 @@ class TrainingLog(Callback):
             keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1)
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        """Note the learning rate and the gradient norm before clipping, and check that the norm is finite."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         self._lr = optimizer.param_groups[0]["lr"]
         self._norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=module.device)
@@ -129,6 +133,7 @@ class TrainingLog(Callback):
         return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}{where}: {'; '.join(described)}{more}"
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        """Add up the losses of an optimizer step; after it, make its row and print a line of progress if they are due."""
         loss = outputs["loss"].detach()  # divided by the batches of the window, so that their sum is the mean
         self._loss = loss if self._loss is None else self._loss + loss
         self._batches += 1
@@ -196,6 +201,7 @@ class TrainingLog(Callback):
         self._row_began += now - getattr(self, "_validation_began", now)  # its time is nobody's throughput
 
     def on_validation_start(self, trainer, module) -> None:
+        """Note the time, so that validation does not count as time spent on training batches."""
         self._validation_began = time.monotonic()
 
     # Lines

@@ -117,6 +117,7 @@ class TrainingModule(pl.LightningModule):
         self._loss = self._step_loss = loss_function(model, training)
 
     def setup(self, stage: str) -> None:
+        """Compile the training step if the settings ask for it; BadRequest if the compiler's cache cannot be written."""
         backend = compile_backend(self.training_config, self.trainer.strategy.root_device.type)
         if backend is not None:
             check_compiler_cache()
@@ -124,12 +125,15 @@ class TrainingModule(pl.LightningModule):
             self._step_loss = torch.compile(self._loss, backend=backend, dynamic=False)
 
     def training_step(self, batch: Batch, _) -> torch.Tensor:
+        """Return the loss of one minibatch, the mean cross-entropy in nats; called by Lightning."""
         return self._step_loss(*batch)
 
     def validation_step(self, batch: Batch, _) -> None:
+        """Log the loss of one minibatch, of which Lightning makes `val_loss`, the mean over all examples and ranks."""
         self.log("val_loss", self._loss(*batch), batch_size=len(batch.tokens), sync_dist=True)
 
     def configure_optimizers(self):
+        """Return AdamW and the learning-rate schedule, which advances with every optimizer step; called by Lightning."""
         training = self.training_config
         # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
@@ -140,11 +144,13 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip the norm of all gradients to *gradient_clip_val*, if given; called by Lightning."""
         # Lightning's own refuses a fused optimizer in mixed precision, even in bfloat16, where there is nothing to unscale.
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Store the record in the training state, under `cxt`; called by Lightning."""
         checkpoint["cxt"] = self.record
 
 
@@ -155,5 +161,6 @@ class Reseed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
+        """Seed torch's global generator for the dropout of this batch."""
         number = trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(torch_seed(self.seed, "dropout", trainer.global_rank, number=number))

@@ -41,9 +41,14 @@ class AtomicIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Write *checkpoint* to *path* atomically, with a digest at its end; *storage_options* is ignored."""
         atomic_write(path, pack(checkpoint))
 
     def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict:
+        """Return the training state in *path*, on the CPU unless *map_location* says otherwise; BadRequest if it is damaged.
+
+        Nothing in the file is executed, whatever *weights_only* says.
+        """
         try:
             with open_verified(path, sealed=True) as file:
                 return torch.load(file, map_location=map_location or "cpu", weights_only=True)
@@ -114,12 +119,15 @@ class StateSaver(Callback):
         self._saved_step: int | None = None
 
     def state_dict(self) -> dict:
+        """Return whether a validation is still to be done."""
         return {"validation_left": self._validation_left}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
         self._validation_left = state["validation_left"]
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
+        """Correct the epoch counters in *checkpoint*, which Lightning gets wrong in a resumed run."""
         # Resumed at the end of an epoch, Lightning 2.6 does not count the next one as begun. What is saved after that would be
         # taken for another state, and continued with other items.
         for progress in map(checkpoint["loops"]["fit_loop"]["epoch_progress"].get, ("total", "current")):
@@ -152,6 +160,7 @@ class StateSaver(Callback):
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer, module) -> None:
+        """Note the step that the run starts from, and run the validation that was still to be done when it was saved."""
         self._step = trainer.global_step
         self._saved_step = trainer.global_step if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
@@ -176,6 +185,10 @@ class StateSaver(Callback):
         return due
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
+        """After an optimizer step, save a training state, stop and validate, in this order, as they are due.
+
+        After the last step, validation comes before saving.
+        """
         step = trainer.global_step
         if step == self._step:  # a batch whose gradient waits for others
             return
@@ -194,6 +207,7 @@ class StateSaver(Callback):
             self._save(trainer, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, dataloader_index=0) -> None:
+        """If a signal has arrived, stop a run on one device without waiting for the end of the validation."""
         # Alone, a process need not wait for the end of it: the run was saved before, but for the last validation.
         if self._signal is not None and trainer.world_size == 1 and trainer.global_step < self.total_steps:
             self._stop(trainer, self._signal)

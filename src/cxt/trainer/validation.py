@@ -73,12 +73,15 @@ class Validation(Callback):
         self.stopped = False
 
     def state_dict(self) -> dict:
+        """Return the lowest loss, its step and file digest, and the number of validations since the last improvement."""
         return dict(self.best)
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned."""
         self.best = dict(state)
 
     def on_validation_end(self, trainer, module) -> None:
+        """Log the loss and decoding accuracy, keep the weights of the lowest loss, and stop when *patience* is exhausted."""
         loss = float(trainer.callback_metrics["val_loss"])
         step = trainer.global_step
         values = {"val_loss": loss}
