@@ -38,16 +38,15 @@ from cxt.data.manifest import write_manifest
 from cxt.data.masks import read_mask
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest, Failed
-from cxt.plan import plan, report
 from cxt.scenarios.indices import SPLITS
 from cxt.trainer.fit import build_starting_model
-from cxt.trainer.flags import build_parser
-from cxt.trainer.options import build_options
+from cxt.trainer.options import build_options, build_parser
 from cxt.trainer.request import build_request
 from cxt.trainer.train_model import train_model
 from cxt.trainer.training_state import find_state_to_continue
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import Costs
+from cxt.workflow.estimates import estimate_costs, format_estimate
 from cxt.workflow.verification import verify as verify_checkpoint
 
 SHARD = "constant-0.zarr.zip"
@@ -537,8 +536,8 @@ class Configurations:
     @staticmethod
     def _plan(config: dict) -> dict:
         costs = Costs([])
-        found = plan(config, costs)
-        report(config, found, costs, all_variants=True)
+        found = estimate_costs(config, costs)
+        format_estimate(config, found, costs, all_variants=True)
         lineages.table_lineage(config)
         return found
 

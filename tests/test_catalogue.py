@@ -15,13 +15,13 @@ from conftest import REPOSITORY, TINY, check_genealogies, run_python
 from cxt import simulate
 from cxt.config.file import load
 from cxt.errors import BadRequest
-from cxt.plan import plan, report
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.genetic_maps import check_map_available, fetch_genetic_map, get_genetic_map, read_genetic_map
 from cxt.scenarios.registry import check_variant, simulate_tree_sequence
 from cxt.scenarios.seeds import EngineSeeds, engine_seeds
 from cxt.scenarios.stdpopsim_models import simulate_contig
 from cxt.workflow.costs import Costs
+from cxt.workflow.estimates import estimate_costs, format_estimate
 
 SPEC = {
     "name": "aratha_map", "kind": "stdpopsim", "species": "AraTha", "models": [], "population_size": 1000,
@@ -185,7 +185,7 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
     config = load([])
     config["scenarios"]["cattle"] = spec | {"simulations": 10, "batch": 10, "models": ["Jersey_1B16"]}
     costs = Costs([])
-    assert report(config, plan(config, costs), costs).count(f"Note: {said}.") == 1
+    assert format_estimate(config, estimate_costs(config, costs), costs).count(f"Note: {said}.") == 1
 
 
 def test_no_gene_conversion_that_would_be_left_out():

@@ -17,12 +17,12 @@ from test_resume import _forked, assert_equal_runs, command
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
-from cxt.plan import plan
 from cxt.trainer import connection, rendezvous
-from cxt.trainer.flags import build_parser, parse_flags
 from cxt.trainer.machines import Machines
+from cxt.trainer.options import build_parser, parse_flags
 from cxt.trainer.rendezvous import read_machine_rank
 from cxt.workflow.costs import Costs
+from cxt.workflow.estimates import estimate_costs
 
 
 def free_port() -> int:
@@ -63,7 +63,7 @@ def test_table_of_devices(tmp_path):
     assert [row[0] for row in rows] == ["1", "2", "3", "4", "8"]
     for row in rows:
         overlay.write_text(f"training: {row[1]}")
-        models = plan(load([REPOSITORY / "config" / "paper.yaml", overlay]), Costs())["models"]
+        models = estimate_costs(load([REPOSITORY / "config" / "paper.yaml", overlay]), Costs())["models"]
         assert {str(model["devices"]) for model in models.values()} == {row[0]}
         assert {model["effective_batch"] for model in models.values()} == {int(row[2])} == {2304}
         assert {name: models[name]["steps"] for name in models} == dict(zip(names, map(int, row[3:]), strict=True))

@@ -14,7 +14,6 @@ from cxt.config.variants import variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
-from cxt.plan import plan, use_devices
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.indices import simulation_batches as batches_of
 from cxt.scenarios.registry import KINDS, simulate_tree_sequence
@@ -29,6 +28,7 @@ from cxt.workflow.costs import (
     shorten_spec,
     variant_key,
 )
+from cxt.workflow.estimates import estimate_costs, use_devices
 from cxt.workflow.jobs import dataset_spec, find_variant, list_variants
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
@@ -67,13 +67,13 @@ def test_published_counts(tmp_path):
     ("devices", "steps"), [(1, [14064, 15838, 2830, 2830, 2376, 1420]), (2, [7032, 7920, 1416, 1416, 1188, 710])]
 )
 def test_published_steps_on_fewer_gpus(paper, devices, steps):
-    found = plan(use_devices(paper, devices), Costs())
+    found = estimate_costs(use_devices(paper, devices), Costs())
     assert [found["models"][name]["steps"] for name in MODELS] == steps
 
 
 def test_script_list():
     """37 170 simulations; on 2 GPUs broad would end at step 8 708 and broad_adapter at 436 an epoch."""
-    found = plan(use_devices(load([PAPER, SCRIPT]), 2), Costs())
+    found = estimate_costs(use_devices(load([PAPER, SCRIPT]), 2), Costs())
     assert found["simulations"] == 37_170
     assert found["datasets"]["processed"]["train_simulations"] == 33_437
     assert found["models"]["broad"]["steps"] == 8_708
@@ -201,14 +201,14 @@ def test_costs_are_measured(tmp_path, paper):
     table = (tmp_path / "table.md").read_text()
     assert "| constant | 20,000 |" in table
     costs = Costs([tmp_path / "results/costs.json"])
-    found = plan(config, costs)
+    found = estimate_costs(config, costs)
     assert found["simulate"]["core_hours"] > 0
     assert found["simulate"]["not_measured"] == []
     assert not found["simulate"]["extrapolated"]
     stretched = costs.simulation(spec | {"sequence_length": 40_000})
     assert stretched["extrapolated"]
     assert "a test" in " ".join(found["measured_on"])
-    unknown = plan(load([TINY, SCENARIO(tmp_path)]), costs)
+    unknown = estimate_costs(load([TINY, SCENARIO(tmp_path)]), costs)
     assert unknown["simulate"]["not_measured"] == ["unknown"]
 
 

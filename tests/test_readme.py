@@ -9,7 +9,7 @@ import yaml
 from conftest import GOLDEN, REPOSITORY, TINY, build_dataset, constant_scenario, maps_taken_as_present, run_python
 
 from cxt.config.file import load
-from cxt.trainer.flags import build_parser, parse_flags
+from cxt.trainer.options import build_parser, parse_flags
 
 README = (REPOSITORY / "README.md").read_text()
 

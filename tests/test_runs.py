@@ -36,10 +36,9 @@ from cxt.io import acquire_lock
 from cxt.seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
-from cxt.trainer.flags import build_parser
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
 from cxt.trainer.module import learning_rate_factor, parameter_groups
-from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, read_options
+from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, read_options
 from cxt.trainer.request import RunRequest, build_request
 from cxt.trainer.training_state import list_training_states
 from cxt.trainer.validation import Validation

@@ -15,7 +15,7 @@ import sys
 import time
 
 from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only, set_verbosity
-from cxt.trainer.flags import build_parser, parse_flags
+from cxt.trainer.options import build_parser, parse_flags
 
 BEGAN = time.monotonic()
 """When this process began, near enough."""

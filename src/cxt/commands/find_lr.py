@@ -12,7 +12,7 @@ from cxt.config.bounds import MOST
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import check_writable
-from cxt.trainer.flags import build_parser, parse_flags
+from cxt.trainer.options import build_parser, parse_flags
 
 if TYPE_CHECKING:
     from cxt.trainer.learning_rate_search import Search

@@ -1,4 +1,4 @@
-"""What a run is asked to be: one frozen object, made once from the command line or from the arguments of `train_model`."""
+"""The options of a run: their flags, their keys in configuration files, and the frozen object that they are read into."""
 
 import dataclasses
 import os
@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import jsonargparse
 from pydantic import TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
+from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
+from cxt.config.flags import check_flags
+from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
 from cxt.config.training import TrainingConfig
+from cxt.config.words import list_choices
+from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
-from cxt.trainer.flags import build_parser, check_numbers, parse_flags
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +96,169 @@ TRAINING_SETTINGS = tuple(TrainingConfig.model_fields)
 TYPES = get_type_hints(TrainingOptions)
 
 
+def build_parser(**options) -> jsonargparse.ArgumentParser:
+    """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
+    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
+    add = parser.add_argument
+    add(
+        "--config",
+        type=str | None,
+        help="YAML file whose keys are the names of these flags; null is the default, and the command line wins",
+    )
+    add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
+    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
+    add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
+    add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
+    add("--configfile", type=str, nargs="+", default=[], help="overlays over the default configuration, for --simulate")
+    add("--window-size", type=int | None, help="base pairs of a window, for --simulate (default: the preset's)")
+    add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
+    add("--eval-samples", type=int | None, help="items held out for validation, for --simulate: the first ones")
+    add("--eval-max-batches", type=int | None, help="the same in batches of --batch-size")
+    add("--max-steps", type=int | None, help="optimizer steps to train for; with a dataset, at most its epochs")
+    add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
+    add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
+    add("--nodes", type=int, default=1, help="nodes with so many devices each; start the same command once on each")
+    add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
+    add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
+    add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
+    add(
+        "--resume",
+        type=bool | str,
+        default=False,
+        nargs="?",
+        const=True,
+        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path; with "
+        "`latest` there must be one, with `auto` a new one is started if there is none",
+    )
+    add(
+        "--restart",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="start the run directory afresh; what it held is kept as …-superseded-N",
+    )
+    add(
+        "--adapter",
+        type=bool,
+        default=False,
+        nargs="?",
+        const=True,
+        help="train a sample-size adapter on the backbone of --checkpoint",
+    )
+    add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
+    for name, field in Adapter.model_fields.items():
+        flag = f"adapter_{name}" if name in ("bottleneck", "dropout") else name
+        default = "as its parent" if name == "overwrite_bin0" else f"that of --resume-adapter, or {field.default}"
+        _add_setting(parser, flag, field, default=default)
+    add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
+    add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
+    add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
+    add("--out", type=str | None, help="publish the finished checkpoint here")
+    add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and end")
+    add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
+    add("--settings-lineage", type=str | None, help="lineage that the settings of --config are for; must be --lineage's")
+    add("--dataset-lineage", type=str | None, help="lineage that the dataset must have")
+    add("--parent-lineage", type=str | None, help="lineage that --checkpoint or --resume-adapter must have")
+    add("--wait-for-lock", type=float, default=0.0, help="minutes to wait where another trainer has the run directory")
+    for name, field in Architecture.model_fields.items():
+        defaults = {"mask_singletons": "the preset's", "start_token_in_prefix": "as its parent"}
+        _add_setting(parser, name, field, default=defaults.get(name, "the parent's, or the preset's"))
+    for name, field in TrainingConfig.model_fields.items():
+        _add_setting(parser, name, field)
+    return parser
+
+
+def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInfo, *, default: str | None = None) -> None:
+    """Add the flag of a setting, with its type, choices and description.
+
+    Parameters
+    ----------
+    parser : parser to add it to
+    name : of the flag, with underscores
+    field : the setting, as its section defines it
+    default : in words, what is taken without the flag, where that is not the default of *field*
+    """
+    kind = field.annotation if field.annotation in (bool, int, float) else str
+    text = (field.description or "").replace("`", "")
+    options: dict = {"nargs": "?", "const": True} if kind is bool and default is None else {}
+    if choices := list_choices(field):
+        options["metavar"] = f"{{{','.join(choices)}}}"
+    if name == "precision":
+        kind = str | bool | int  # YAML reads `no` and `16` as these
+    if default is None:
+        value = float(field.default) if kind is float else field.default
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=text, **options)
+    else:
+        text = f"{text} (default: {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
+
+
+NUMBERS = {
+    "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
+    "max_steps": PositiveInteger, "devices": Devices, "nodes": Machines, "max_minutes": Positive,
+    "adapter_samples": Samples, "adapter_bottleneck": Bottleneck, "adapter_dropout": Fraction, "last_n": LastBlocks,
+}  # fmt: skip
+"""What is accepted of each number that is no setting of the network or of `TrainingConfig`, which check their own."""
+
+
+def check_numbers(args) -> None:
+    """BadRequest for numbers of the flags, the settings of networks and training left out, that mean nothing."""
+    check_flags(args, **NUMBERS)
+    name = args.name
+    if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):
+        raise BadRequest(
+            f"--name {name[:100]!r}: it is used in names of files, so 1 to 100 characters without '/', the first no '.' or '-'"
+        )
+
+
+def _as_words(key: str, value) -> list[str]:
+    """A setting as words of the command line; null is as if it were not there."""
+    flag = f"--{key.replace('_', '-')}"
+    if value is None or value == []:
+        return []
+    return [flag, *map(str, value)] if isinstance(value, list | tuple) else [f"{flag}={value}"]
+
+
+def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
+    """*argv* with the settings of its `--config` files as words before all others, so that the command line wins.
+
+    Raises
+    ------
+    BadRequest
+        With the nearest name for an unknown key in such a file, or an unknown flag.
+    """
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    flags = {option for action in parser._actions for option in action.option_strings}
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag.startswith("--") and flag not in flags:
+            raise BadRequest(f"unknown flag {flag}{suggest_nearest(flag, flags)}")
+        if flag == "--config":
+            files.append(value or next(words, ""))
+        else:
+            others.append(word)
+    settings = []
+    for path in files:
+        if not path:
+            raise BadRequest("--config: expected a YAML file")
+        for key, value in read_yaml(path).items():
+            if key not in known:
+                raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
+            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
+                raise BadRequest(f"{path}: {key} is a mapping or a list of lists, expected a value as for its flag")
+            settings += _as_words(key, value)
+    return settings + others
+
+
+def parse_flags(argv: list[str], parser: jsonargparse.ArgumentParser):
+    """The arguments that *argv* and its `--config` files give, in themselves checked as far as numbers go."""
+    args = parser.parse_args(with_config_files(argv, parser))
+    check_numbers(args)
+    return args
+
+
 def build_options(values: Mapping[str, Any]) -> TrainingOptions:
     """The options that parsed flags give.
 
@@ -127,8 +296,6 @@ def merge_options(config: str | Path | None, given: Mapping[str, Any]) -> Traini
     BadRequest
         For unknown names and keys, with the nearest one, and for values of another type or out of range.
     """
-    import jsonargparse
-
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
         if name not in (*OPTIONS, *TRAINING_SETTINGS):

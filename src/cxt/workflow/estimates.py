@@ -1,0 +1,244 @@
+"""What a configuration asks for and will cost: simulations, steps, bytes and hours, as an object and as tables."""
+
+from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.training import steps_per_epoch
+from cxt.config.variants import Variant
+from cxt.errors import BadRequest
+from cxt.io import format_columns
+from cxt.model.flops import decoding_flops, forward_flops, training_flops
+from cxt.scenarios.indices import count_in_split
+from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
+from cxt.workflow import jobs, lineages
+from cxt.workflow.costs import Costs
+
+
+def use_devices(config: dict, devices: int) -> dict:
+    """*config* with *devices* GPUs for every model (0 = CPU)."""
+    models = {
+        name: model | {"training": model.get("training", {}) | {"devices": devices}} for name, model in config["models"].items()
+    }
+    return config | {"models": models, "training": config["training"] | {"devices": devices}}
+
+
+class Estimate:
+    """A sum of measured costs that remembers what it could not find."""
+
+    def __init__(self):
+        self.total = 0.0
+        self.unknown: list[str] = []
+
+    def add(self, name: str, count: int, cost: float | None) -> None:
+        """Add *count* times *cost*, or remember *name* if its cost is None: not measured."""
+        if cost is None:
+            self.unknown.append(name)
+        else:
+            self.total += count * cost
+
+
+def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
+    """Simulations, variants, core-hours and bytes of (variant, number of simulations)."""
+    seconds, size, stretched = Estimate(), Estimate(), []
+    for variant, count in variants:
+        cost = costs.simulation(variant.spec) or {"seconds": None, "bytes": None}
+        seconds.add(variant.name, count, cost["seconds"])
+        size.add(variant.name, count, cost["bytes"])
+        if cost.get("extrapolated"):
+            stretched.append(variant.name)
+    return {
+        "simulations": sum(count for _, count in variants),
+        "variants": len(variants),
+        "core_hours": seconds.total / 3600,
+        "bytes": round(size.total),
+        "not_measured": seconds.unknown,
+        "extrapolated": stretched,
+    }
+
+
+def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
+    dataset = config["datasets"][name]
+    variants = jobs.list_variants(config, dataset["scenarios"])
+    split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
+    cost_of_shard = {
+        variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
+    }
+    known = [cost for cost in cost_of_shard.values() if cost is not None]
+    # A variant that could not be measured at full length is taken for the mean of the others; it is named.
+    typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
+    seconds, size = Estimate(), Estimate()
+    for variant in variants:
+        cost = cost_of_shard[variant.name] or typical
+        seconds.add(variant.name, variant.simulations, cost["seconds"])
+        size.add(variant.name, variant.simulations, cost["bytes"])
+    items = jobs.items_per_simulation(config, name)
+    return {
+        "variants": len(variants),
+        "train_simulations": split["train"],
+        "test_simulations": split["test"],
+        "train_items": split["train"] * items,
+        "test_items": split["test"] * items,
+        "bytes": round(size.total) if known else None,
+        "core_hours": seconds.total / 3600 if known else None,
+        "not_measured": [variant for variant, cost in cost_of_shard.items() if cost is None],
+    }
+
+
+def _model_part(config: dict, name: str, costs: Costs) -> dict:
+    training, network, adapter = training_config(config, name), network_config(config, name), adapter_config(config, name)
+    dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
+    world = max(1, devices)
+    items = jobs.items(config, dataset, "train")
+    try:
+        steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    except BadRequest as error:
+        raise BadRequest(f"models.{name}: {error}") from None
+    batches = items // world // training.batch_size * world
+    held_out = jobs.items(config, dataset, "test")
+    checked = min(training.validation_items or held_out, held_out)  # after each epoch, forward only
+    each_epoch = batches * training.batch_size * training_flops(network, adapter)
+    flops = training.epochs * (each_epoch + checked * sum(forward_flops(network).values()))
+    seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
+    return {
+        "devices": devices,
+        "steps": training.epochs * steps,
+        "effective_batch": training.batch_size * training.grad_accum * world,
+        "flops": flops,
+        "gpu_hours": seconds / 3600 if devices else 0.0,
+        "core_hours": 0.0 if devices else seconds / 3600,
+        "hours": seconds / 3600 / (devices or training.threads),
+    }
+
+
+def _evaluation_part(config: dict, costs: Costs) -> dict:
+    """Evaluation simulations (each counted once, though several models may use it) and decoding."""
+    batches = {}
+    flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
+    for name in config["models"]:
+        own = lineages.evaluation_batches(config, name)
+        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
+        count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
+        network = network_config(config, name)
+        device = "gpu" if jobs.devices(config, name) else "cpu"
+        flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
+        pairs += count
+    counts: dict[str, int] = {}
+    for (variant, _), count in batches.items():
+        counts[variant] = counts.get(variant, 0) + count
+    part = _simulation_part([(jobs.find_variant(config, variant), count) for variant, count in counts.items()], costs)
+    decoding = {
+        kind: total / costs.flops_per_second("decoding", gpu=kind == "gpu") / 3600 if total else 0.0
+        for kind, total in flops.items()
+    }
+    return part | {"pairs": pairs, "gpu_hours": decoding["gpu"], "core_hours": part["core_hours"] + decoding["cpu"]}
+
+
+def estimate_costs(config: dict, costs: Costs) -> dict:
+    """What *config* (checked) asks for: an object of simulations, datasets, models and evaluation.
+
+    Returns
+    -------
+    dict
+        ``simulations`` counts those that datasets use; ``simulate`` and ``evaluation`` hold their core-hours and bytes;
+        ``datasets[name]`` has train and test simulations and items, bytes and core-hours (None if not measured);
+        ``models[name]`` has steps, effective batch, FLOPs, and GPU- or core-hours.
+
+    Raises
+    ------
+    BadRequest
+        If a model has less than one batch on its devices.
+    """
+    names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
+    used = [(variant, variant.simulations) for variant in jobs.list_variants(config, names)]
+    simulate = _simulation_part(used, costs)
+    return {
+        "simulations": simulate["simulations"],
+        "simulate": simulate,
+        "datasets": {name: _dataset_part(config, name, costs) for name in config["datasets"]},
+        "models": {name: _model_part(config, name, costs) for name in config["models"]},
+        "evaluation": _evaluation_part(config, costs),
+        "measured_on": costs.machines,
+    }
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:.1f} h"
+
+
+def _longest_batch(config: dict, variant: Variant) -> int:
+    """Simulations in the largest batch of a variant, those for evaluation included."""
+    evaluation = max(count for _, count in jobs.evaluation_starts(config, variant))
+    return max(min(variant.batch, variant.simulations), evaluation)
+
+
+def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: bool = False) -> str:
+    """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
+    rows = []
+    for name in config["scenarios"]:
+        variants = jobs.list_variants(config, [name])
+        for group in [[variant] for variant in variants] if all_variants else [variants]:
+            costed = [(variant, costs.simulation(variant.spec)) for variant in group]
+            known = [(variant, cost["seconds"]) for variant, cost in costed if cost]
+            about = "≈" if any(cost and cost["extrapolated"] for _, cost in costed) else ""
+            number = sum(variant.simulations for variant in group)
+            row = [group[0].name if all_variants else name, len(group), number, group[0].batch]
+            if len(known) < len(group):
+                rows.append([*row, "not measured", ""])
+                continue
+            hours = sum(variant.simulations * seconds for variant, seconds in known) / 3600
+            longest = max(_longest_batch(config, variant) * seconds for variant, seconds in known) / 60
+            rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
+    out = format_columns([["scenario", "variants", "simulations", "batch", "longest job", "core time"], *rows])
+    simulate, evaluation = planned["simulate"], planned["evaluation"]
+    out += [
+        "",
+        f"{simulate['simulations']} simulations of {simulate['variants']} variants for datasets: "
+        f"{_hours(simulate['core_hours'])} on one core, {_size(simulate['bytes'])}",
+        f"{evaluation['simulations']} simulations of {evaluation['variants']} variants for evaluation, "
+        f"{evaluation['pairs']} pairs decoded: {_hours(evaluation['core_hours'])} on one core"
+        + (f", {_hours(evaluation['gpu_hours'])} on one GPU" if evaluation["gpu_hours"] else ""),
+        "",
+    ]
+    rows = [
+        [name, p["variants"], p["train_simulations"], p["test_simulations"],
+         f"{p['train_items']:,}", f"{p['test_items']:,}",
+         *(("not measured", "") if p["bytes"] is None else (_size(p["bytes"]), _hours(p["core_hours"])))]
+        for name, p in planned["datasets"].items()
+    ]  # fmt: skip
+    out += format_columns(
+        [["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], *rows]
+    )
+    out.append("")
+    rows = [
+        [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
+         _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
+        for name, p in planned["models"].items()
+    ]  # fmt: skip
+    out += format_columns([["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], *rows])
+    gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
+    core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
+    disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())
+    out += ["", f"In all: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
+    missing = [*simulate["not_measured"], *evaluation["not_measured"]]
+    missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
+    partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
+    shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
+    stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
+    if missing:
+        out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
+    if shards:
+        out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
+    if stretched:
+        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
+    every = [
+        variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
+    ]
+    out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
+    out.append(f"Measured on: {'; '.join(dict.fromkeys(planned['measured_on']))}.")
+    return "\n".join(out)
