@@ -15,7 +15,9 @@ from cxt.model.transformer import CoalescenceModel
 logger = get_logger(__name__)
 
 
-def load_model(name_or_path, *, device="cpu", best: bool = False) -> CoalescenceModel:
+def load_model(
+    name_or_path: str | os.PathLike[str], *, device: str | torch.device = "cpu", best: bool = False
+) -> CoalescenceModel:
     """A trained model, in eval mode.
 
     Parameters
@@ -48,7 +50,7 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
         raise BadRequest(f"device {device}: {first_line(error)}") from None
 
 
-def _parse_device(device) -> torch.device:
+def _parse_device(device: str | torch.device) -> torch.device:
     """A torch device by its name; BadRequest if there is none, or no such GPU."""
     try:
         parsed = torch.device(device)

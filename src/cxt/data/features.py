@@ -7,8 +7,10 @@ and look to the right. All scales are differences of one cumulative sum, and XNO
 
 import numbers
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cxt.data.kernels import count_pairs, pack_haplotype_words
 
@@ -278,7 +280,17 @@ def check_pairs(pairs, samples: int):
     return pairs.astype(np.int64)
 
 
-def pair_features(genotypes, positions, pairs, *, window_size, sequence_length, start=0, mask=None, scales=SCALES):
+def pair_features(
+    genotypes: ArrayLike,
+    positions: ArrayLike,
+    pairs: ArrayLike,
+    *,
+    window_size: int,
+    sequence_length: int,
+    start: float = 0,
+    mask: np.ndarray | None = None,
+    scales: Sequence[int] = SCALES,
+) -> np.ndarray:
     """Raw windowed joint counts of pairs of haplotypes.
 
     Parameters

@@ -15,6 +15,7 @@ import operator
 import os
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -150,7 +151,15 @@ class PairDataset(ExampleDataset):
         If the directory, a split or the manifest is missing, or a shard is damaged or not the one that the manifest lists.
     """
 
-    def __init__(self, path, split: str, *, grid: Grid | None = None, storage: str = "auto", progress=None):
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        split: str,
+        *,
+        grid: Grid | None = None,
+        storage: Storage = "auto",
+        progress: Callable[[str], None] | None = None,
+    ):
         if split not in SPLITS:
             raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
         if storage not in get_args(Storage):
@@ -300,7 +309,7 @@ class PairDataset(ExampleDataset):
     def _locate(self, i: int) -> tuple[int, int]:
         return divmod(self._from_start(i), self.pairs_per_simulation)
 
-    def batch(self, examples, *, out: Batch | None = None) -> Batch:
+    def batch(self, examples: Sequence[int], *, out: Batch | None = None) -> Batch:
         """Several examples at once, as small integers; in the first places of *out* if that is given."""
         rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
         batch = self._room_for(len(rows), out)
@@ -316,7 +325,9 @@ class PairDataset(ExampleDataset):
         return batch
 
 
-def open_dataset(path, split: str, *, grid: Grid, storage: str, progress) -> PairDataset:
+def open_dataset(
+    path: str | os.PathLike[str], split: str, *, grid: Grid, storage: Storage, progress: Callable[[str], None]
+) -> PairDataset:
     """A split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
     key = f"CXT_SHARED_{split.upper()}"
     if os.environ.get("LOCAL_RANK", "0") != "0" and key in os.environ:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import tskit
+from numpy.typing import ArrayLike
 
 from cxt.data.features import check_pairs, count_windows
 from cxt.data.kernels import compiled, count_bits, find_lowest_bit
@@ -154,7 +155,7 @@ def check_times(ts: tskit.TreeSequence) -> None:
         )
 
 
-def pair_log_tmrca(ts: tskit.TreeSequence, pairs, *, window_size, sequence_length):
+def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int, sequence_length: float) -> np.ndarray:
     """Natural log of the span-weighted mean TMRCA, in generations, of pairs of samples in windows.
 
     The value in window k is ln((1/s)·Σ overlap(tree, window k)·tmrca(tree)), which is half the branch-mode divergence of

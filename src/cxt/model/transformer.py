@@ -8,7 +8,9 @@ R replicates.
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -252,7 +254,7 @@ class CoalescenceModel(nn.Module):
 
     def generate(
         self,
-        x,
+        x: torch.Tensor | np.ndarray,
         *,
         window_size: int,
         mutation_rate: float | None = None,
@@ -261,7 +263,7 @@ class CoalescenceModel(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
-        example_ids=None,
+        example_ids: Sequence[int] | torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
         slots: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
