@@ -52,9 +52,7 @@ def _read_variant(args) -> dict:
     from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
 
     config = load(args.configfile)
-    unswept = {
-        variant.name: variant for name, completed in config["scenarios"].items() for variant in variants(name, completed)
-    }
+    unswept = {variant.name: variant for name, scenario in config["scenarios"].items() for variant in variants(name, scenario)}
     if args.scenario in config["scenarios"] and args.scenario not in unswept:
         swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
         raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
