@@ -72,10 +72,10 @@ def variant_and_start(wildcards):
     return jobs.find_variant(config, wildcards.variant), int(wildcards.start)
 
 
-def find_map_of_batch(wildcards):
+def find_batch_map(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return paths.find_map_of_batch(*variant_and_start(wildcards))
+        return paths.find_batch_map(*variant_and_start(wildcards))
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, resolve
-from cxt.config.variants import check_variants, scenario_of, variants
+from cxt.config.variants import check_variants, get_scenario_name, variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_tree_sequence
@@ -70,7 +70,7 @@ def test_combinations_are_taken_together():
     assert found[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
     rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in found}
     assert rates == {(1e-8, 1e-8), (1e-8, 5e-8), (5e-8, 1e-8)}
-    assert all("combinations" not in variant.spec and scenario_of(variant.name) == "llm" for variant in found)
+    assert all("combinations" not in variant.spec and get_scenario_name(variant.name) == "llm" for variant in found)
 
 
 def test_the_same_number_written_differently_is_the_same_variant():

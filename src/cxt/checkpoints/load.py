@@ -69,7 +69,7 @@ def checkpoint_directories() -> list[Path]:
     return directories
 
 
-def _find_checkpoint_of_run(path: Path, *, best: bool) -> Path:
+def _find_run_checkpoint(path: Path, *, best: bool) -> Path:
     """The best, else the last weights of a run directory."""
     run = RunDirectory(path)
     if best and run.best.is_file():
@@ -113,7 +113,7 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     """
     path = _check_path(name_or_path)
     if (path / "run.json").is_file():
-        return _find_checkpoint_of_run(path, best=best)
+        return _find_run_checkpoint(path, best=best)
     directory = path.parent if path.name == WEIGHTS else path
     if is_export(directory):
         return directory / CONFIG

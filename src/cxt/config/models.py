@@ -5,7 +5,7 @@ from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 
 
-def parent_of(model: dict) -> str | None:
+def get_parent(model: dict) -> str | None:
     """Name of the parent model, or None."""
     return model.get("checkpoint", model.get("resume_adapter"))
 
@@ -13,7 +13,7 @@ def parent_of(model: dict) -> str | None:
 def trace_parents(config: dict, name: str) -> list[str]:
     """*name*, its parent, and so on to a model trained from scratch; BadRequest on unknown parents and cycles."""
     chain = [name]
-    while (parent := parent_of(config["models"][chain[-1]])) is not None:
+    while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
             raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{suggest_nearest(parent, config['models'])}")
         if parent in chain:

@@ -47,7 +47,7 @@ def variants(name: str, entry: dict) -> list[Variant]:
     return result
 
 
-def scenario_of(variant: str) -> str:
+def get_scenario_name(variant: str) -> str:
     """Name of the scenario that the variant called *variant* belongs to; names of scenarios hold no hyphen."""
     return variant.split("-", maxsplit=1)[0]
 

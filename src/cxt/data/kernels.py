@@ -213,15 +213,15 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
     last = -1
     for i in range(len(rows)):
         row, column = rows[i], columns[i]
-        of_row = derived[site_at[row] : site_at[row + 1]]
+        derived_counts = derived[site_at[row] : site_at[row + 1]]
         if row != last:
             last = row
             if total_fits[row]:
                 _copy(totals[row], total)
             else:
                 total[:] = 0
-                count_all_sites(of_row, first_site[row], samples, total)
+                count_all_sites(derived_counts, first_site[row], samples, total)
         haplotypes = words[word_at[row] : word_at[row + 1]].reshape((samples, (word_at[row + 1] - word_at[row]) // samples))
         a, b = pairs[row, column, 0], pairs[row, column, 1]
-        count_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
+        count_pair(haplotypes, derived_counts, first_site[row], total, a, b, scales, differ, agree, counts[i])
         unpack_bins(packed_bins[row, column], width, bins[i])

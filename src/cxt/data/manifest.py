@@ -229,10 +229,10 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
         missing = np.bitwise_count(arrays["mask"]).sum(axis=1, dtype=np.int64) / length
     derived = np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.float64)
     differing = derived * (samples - derived) / (samples * (samples - 1) / 2)  # share of pairs that differ
-    row_of = np.repeat(np.arange(rows), np.diff(arrays["site_offsets"]))
+    site_rows = np.repeat(np.arange(rows), np.diff(arrays["site_offsets"]))
     accessible = length * (1 - missing)
     with np.errstate(invalid="ignore", divide="ignore"):
-        diversity = np.bincount(row_of, weights=differing, minlength=rows) / accessible
+        diversity = np.bincount(site_rows, weights=differing, minlength=rows) / accessible
     values = {
         "diversity": diversity[accessible > 0],
         "mutation_rate": arrays["mutation_rate"],

@@ -179,9 +179,9 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     """True where an interval of *contig* is."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
     for name, left, right, label in _read_intervals(path):
-        of_contig = intervals.setdefault(name, [])
+        contig_intervals = intervals.setdefault(name, [])
         if contig is None or name == contig:
-            of_contig.append((left, right, label))
+            contig_intervals.append((left, right, label))
     if not intervals:
         raise BadRequest(f"{path} has no intervals")
     if contig is None:

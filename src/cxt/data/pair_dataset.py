@@ -207,7 +207,7 @@ class PairDataset(ExampleDataset):
     def _attach(self) -> None:
         for name, (offset, dtype, shape) in self._layout()[0].items():
             setattr(self, f"_{name}", self._arena.array(offset, dtype, shape))
-        self._scenario_of = np.repeat(
+        self._shard_indices = np.repeat(
             np.arange(len(self._shards)), [row["items"] // self.pairs_per_simulation for row in self._shards]
         )
 
@@ -291,7 +291,7 @@ class PairDataset(ExampleDataset):
         """Scenario, simulation index and pair of example *i*."""
         row, pair = self._locate(i)
         a, b = map(int, self._pairs[row, pair])
-        return Example(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
+        return Example(self._shards[self._shard_indices[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
         """Where in its simulation example *i* begins, in base pairs; not 0 only with several regions per simulation."""

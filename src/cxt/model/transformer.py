@@ -235,14 +235,14 @@ class CoalescenceModel(nn.Module):
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
-            return sum(checkpoint(self._part_of_loss, *part, use_reentrant=False) for part in parts) / len(labels)
+            return sum(checkpoint(self._compute_partial_loss, *part, use_reentrant=False) for part in parts) / len(labels)
         if path == "full":
             logits = self.backbone.head(self.backbone.states(x, y, all_positions=True))[:, -self.config.windows :]
         else:
             logits = self.backbone(x, y)  # (B, W, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels)
 
-    def _part_of_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
+    def _compute_partial_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
         return F.cross_entropy(self.backbone.head(states).float(), labels, reduction="sum")
 
     def use_flex_attention(self) -> None:

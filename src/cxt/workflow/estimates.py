@@ -58,15 +58,15 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
     variants = jobs.list_variants(config, dataset["scenarios"])
     split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
-    cost_of_shard = {
+    shard_costs = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
     }
-    known = [cost for cost in cost_of_shard.values() if cost is not None]
+    known = [cost for cost in shard_costs.values() if cost is not None]
     # A variant that could not be measured at full length is taken for the mean of the others; it is named.
     typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
     seconds, size = Estimate(), Estimate()
     for variant in variants:
-        cost = cost_of_shard[variant.name] or typical
+        cost = shard_costs[variant.name] or typical
         seconds.add(variant.name, variant.simulations, cost["seconds"])
         size.add(variant.name, variant.simulations, cost["bytes"])
     items = jobs.items_per_simulation(config, name)
@@ -78,7 +78,7 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
         "test_items": split["test"] * items,
         "bytes": round(size.total) if known else None,
         "core_hours": seconds.total / 3600 if known else None,
-        "not_measured": [variant for variant, cost in cost_of_shard.items() if cost is None],
+        "not_measured": [variant for variant, cost in shard_costs.items() if cost is None],
     }
 
 

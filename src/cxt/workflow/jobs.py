@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cxt.config.models import training_config
 from cxt.config.training import steps_per_epoch
-from cxt.config.variants import Variant, scenario_of, variants
+from cxt.config.variants import Variant, get_scenario_name, variants
 from cxt.console import ON_STDERR, get_logger
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
@@ -30,7 +30,7 @@ def list_variants(config: dict, scenarios: list[str]) -> list[Variant]:
 
 def find_variant(config: dict, name: str) -> Variant:
     """The variant called *name*."""
-    return next(variant for variant in list_variants(config, [scenario_of(name)]) if variant.name == name)
+    return next(variant for variant in list_variants(config, [get_scenario_name(name)]) if variant.name == name)
 
 
 def check_plan(config: dict) -> None:
@@ -117,7 +117,7 @@ def all_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
 def evaluation_starts(config: dict, variant: Variant) -> list[tuple[int, int]]:
     """(first index, count) of the evaluation batches of a variant."""
     evaluation = config["evaluation"]
-    simulations = evaluation["simulations_of"].get(scenario_of(variant.name), evaluation["simulations"])
+    simulations = evaluation["simulations_of"].get(get_scenario_name(variant.name), evaluation["simulations"])
     return simulation_batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 
-from cxt.config.models import parent_of, training_settings
+from cxt.config.models import get_parent, training_settings
 from cxt.config.training import change_no_result
 from cxt.config.variants import Variant, variants
 from cxt.data.manifest import combine_shard_lineages
@@ -80,7 +80,7 @@ def dataset_lineage(config: dict, name: str) -> str:
 def model_lineage(config: dict, name: str) -> str:
     """Digest of everything that checkpoint *name* depends on, its ancestors included."""
     model = config["models"][name]
-    parent = parent_of(model)
+    parent = get_parent(model)
     inherited = (
         None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
     )

@@ -24,7 +24,7 @@ def variant_with_map(config: dict, path: str) -> Variant:
     return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
-def find_map_of_batch(variant: Variant, start: int) -> list[str]:
+def find_batch_map(variant: Variant, start: int) -> list[str]:
     """The genetic map that a batch needs, as a list of inputs: one file or none.
 
     Raises

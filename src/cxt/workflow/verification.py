@@ -37,7 +37,7 @@ def verify(path, *, configfiles) -> str:
         If a weight is not finite, or it is not what the configuration would make today.
     """
     from cxt.config.file import load
-    from cxt.config.models import parent_of
+    from cxt.config.models import get_parent
     from cxt.workflow.jobs import devices
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
@@ -61,7 +61,7 @@ def verify(path, *, configfiles) -> str:
             f"'{name}' is {now}; {make_again}"
         )
     entry = config["models"][name]
-    parent_name = parent_of(entry)
+    parent_name = get_parent(entry)
     record = checkpoint.record
     recorded = {
         "dataset": record["dataset"].get("lineage"),
