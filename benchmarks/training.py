@@ -67,28 +67,28 @@ def bench(what: str, flags: list[str], *, seconds: float) -> dict | None:
         return json.loads(out.read_text(encoding="utf-8")) if done.returncode == 0 else None
 
 
-def training_row(name: str, found: dict | None) -> list[str]:
-    if found is None:
+def training_row(name: str, result: dict | None) -> list[str]:
+    if result is None:
         return [name, "failed", *[""] * 10]
     dense = ["", ""]
-    if "ratio" in found:
-        low, high = min(found["ratios"]), max(found["ratios"])
-        dense = [f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{found['dense_memory_bytes'] / 1e9:.2f}"]
+    if "ratio" in result:
+        low, high = min(result["ratios"]), max(result["ratios"])
+        dense = [f"{result['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{result['dense_memory_bytes'] / 1e9:.2f}"]
     return [
-        name, str(found["batch"]), found["precision"], found["compile"], f"{found['items_per_second']:,.3g}",
-        f"{found['windows_per_second']:,.0f}", f"{found['flops_per_second'] / 1e12:.3g}",
-        f"{found['flops_per_second'] / found['peak_flops_per_second']:.0%}", f"{found['memory_bytes'] / 1e9:.2f}",
-        f"{found['waiting']:.1%}", *dense,
+        name, str(result["batch"]), result["precision"], result["compile"], f"{result['items_per_second']:,.3g}",
+        f"{result['windows_per_second']:,.0f}", f"{result['flops_per_second'] / 1e12:.3g}",
+        f"{result['flops_per_second'] / result['peak_flops_per_second']:.0%}", f"{result['memory_bytes'] / 1e9:.2f}",
+        f"{result['waiting']:.1%}", *dense,
     ]  # fmt: skip
 
 
-def decoding_row(name: str, found: dict | None) -> list[str]:
-    if found is None:
+def decoding_row(name: str, result: dict | None) -> list[str]:
+    if result is None:
         return [name, "failed", *[""] * 7]
     return [
-        name, str(found["pairs"]), str(found["replicates"]), str(found["batch"]), f"{found['seconds']:.1f}",
-        f"{found['pairs_per_second']:.3g}", f"{found['windows_per_second']:,.0f}", f"{found['memory_bytes'] / 1e9:.2f}",
-        f"{found['ratio']:.1f}" if "ratio" in found else "",
+        name, str(result["pairs"]), str(result["replicates"]), str(result["batch"]), f"{result['seconds']:.1f}",
+        f"{result['pairs_per_second']:.3g}", f"{result['windows_per_second']:,.0f}", f"{result['memory_bytes'] / 1e9:.2f}",
+        f"{result['ratio']:.1f}" if "ratio" in result else "",
     ]  # fmt: skip
 
 

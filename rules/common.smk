@@ -39,16 +39,16 @@ def check_targets(config):
             (r"results/evaluation/([^/]+)\.json", "models"),
             (r"results/datasets/([^/]+)/.*", "datasets"),
         ):
-            found = re.fullmatch(pattern, target)
-            if found and found[1] not in config[section]:
+            match = re.fullmatch(pattern, target)
+            if match and match[1] not in config[section]:
                 raise BadRequest(
-                    f"unknown {section[:-1]} '{found[1]}'{suggest_nearest(found[1], config[section])}"
+                    f"unknown {section[:-1]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
-        if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
+        if match := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
             variants = [variant.name for variant in jobs.list_variants(config, list(config["scenarios"]))]
-            if found[1] not in variants:
-                raise BadRequest(f"unknown variant '{found[1]}'{suggest_nearest(found[1], variants)}")
-            jobs.batch_count(config, jobs.find_variant(config, found[1]), int(found[2]))
+            if match[1] not in variants:
+                raise BadRequest(f"unknown variant '{match[1]}'{suggest_nearest(match[1], variants)}")
+            jobs.batch_count(config, jobs.find_variant(config, match[1]), int(match[2]))
 
 
 jobs.put_package_on_path()

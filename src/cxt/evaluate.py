@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         results = [read_result(path) for path in args.table]
         lineage = combine_evaluation_lineages([result.get("lineage") for result in results])
-        check_lineage("an evaluation of this table", found=lineage, planned=args.lineage, target=args.out or args.table[0])
+        check_lineage("an evaluation of this table", actual=lineage, planned=args.lineage, target=args.out or args.table[0])
         text = format_accuracy_table(results)
         print(text, end="")
         if args.out:

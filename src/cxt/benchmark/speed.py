@@ -171,12 +171,12 @@ def list_attention_kernels(network: ModelConfig, precision: str, device: str) ->
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
     q = torch.empty((1, network.heads, 128, network.width // network.heads), dtype=dtype, device=device, requires_grad=True)
     asked = backends.SDPAParams(q, q, q, None, 0.0, True, False)
-    found = {
+    usable = {
         "flash": backends.can_use_flash_attention(asked),
         "memory-efficient": backends.can_use_efficient_attention(asked),
         "cuDNN": backends.can_use_cudnn_attention(asked),
     }
-    return ", ".join(name for name, usable in found.items() if usable) or "none: torch would write out all scores"
+    return ", ".join(name for name, is_usable in usable.items() if is_usable) or "none: torch would write out all scores"
 
 
 def bench_training(
@@ -257,19 +257,21 @@ def bench_training(
     return result
 
 
-def compare_losses(model, ours, dense, batch: Batch, *, precision: str, device: str) -> dict:
+def compare_losses(model, fused, dense, batch: Batch, *, precision: str, device: str) -> dict:
     """How far apart loss and gradients of two formulations are on one batch, without dropout."""
     model.eval()
-    found = []
-    for loss in (ours, dense):
+    losses_and_gradients = []
+    for loss in (fused, dense):
         model.zero_grad()
         with use_precision(precision, device):
             value = loss(*batch)
         value.backward()
-        found.append((float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]))
+        losses_and_gradients.append(
+            (float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None])
+        )
     model.zero_grad()
     model.train()
-    (first, gradients), (second, others) = found
+    (first, gradients), (second, others) = losses_and_gradients
     largest = max(float(g.abs().max()) for g in others)
     worst = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
     return {"loss_difference": abs(first - second), "gradient_difference": worst / largest}

@@ -107,7 +107,7 @@ def read_checkpoint(path) -> Checkpoint:
 
 
 def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
-    """BadRequest naming the tensors of *weights* that a network with the state dict *own* cannot take."""
+    """BadRequest naming the tensors of *weights* that a network with the state dict *expected* cannot take."""
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is not in this model" for key in weights if key not in expected]
     problems += [
@@ -150,8 +150,8 @@ def import_published(path, out, *, name: str | None = None) -> None:
     """
     content = _read_torch_file(path)
     if not is_published(content):
-        own = isinstance(content, dict) and "cxt" in content
-        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
+        is_checkpoint = isinstance(content, dict) and "cxt" in content
+        what = "a checkpoint of cxt already, use it as it is" if is_checkpoint else "not a file of the original package"
         raise BadRequest(f"{path} is {what}")
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")

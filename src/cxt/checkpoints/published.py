@@ -67,9 +67,9 @@ ADAPTER = {"excite.": "se.", "residual.": "proj.", "norm.": "ln.", "gated.": "fc
 
 
 def _replace_prefix(key: str, names: dict[str, str]) -> str:
-    for own, theirs in names.items():
-        if key.startswith(own):
-            return theirs + key.removeprefix(own)
+    for prefix, published_prefix in names.items():
+        if key.startswith(prefix):
+            return published_prefix + key.removeprefix(prefix)
     return key
 
 

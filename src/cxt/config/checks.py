@@ -210,13 +210,13 @@ def _check_models(config: dict) -> None:
             _check_evaluation(config, name)
         with problems.collect(), _named(f"models.{name}.architecture"):
             network_config(config, name)
-        own = config["models"][name].get("training", {})
-        if own or not shared_training_is_wrong:
-            with problems.collect(), _named(f"models.{name}.training" if own else f"training, of models.{name}"):
+        own_training = config["models"][name].get("training", {})
+        if own_training or not shared_training_is_wrong:
+            with problems.collect(), _named(f"models.{name}.training" if own_training else f"training, of models.{name}"):
                 training_config(config, name)
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
-            if "backbone_lr_factor" in own and not is_adapter(config, name):
+            if "backbone_lr_factor" in own_training and not is_adapter(config, name):
                 raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
         with problems.collect(), _named(f"models.{name}.adapter"):
             adapter_config(config, name)

@@ -35,9 +35,9 @@ def cores() -> int:
 
 def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
     """Say on stderr that *processes* with so many threads and workers each have fewer cores than that."""
-    asked, there = processes * max(threads, workers), cores()
-    if asked > there:
+    requested, available = processes * max(threads, workers), cores()
+    if requested > available:
         what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""
-        print(f"note: {what}{each}, but this process may use {there} core{'' if there == 1 else 's'}; "
+        print(f"note: {what}{each}, but this process may use {available} core{'' if available == 1 else 's'}; "
               "more threads than cores are slower", file=sys.stderr, flush=True)  # fmt: skip

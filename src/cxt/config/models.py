@@ -38,7 +38,7 @@ def network_config(config: dict, name: str) -> ModelConfig:
         if ancestor == chain[-1]:
             sizes = {key: getattr(PRESETS[config["models"][ancestor]["preset"]], key) for key in SIZES}
         sizes |= {key: value for key, value in architecture.items() if key in SIZES}
-    own = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
+    own_settings = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
     dataset = config["datasets"][model["dataset"]]
     # The backbone of an adapter model keeps the samples of the model that it was first trained as.
     backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
@@ -48,7 +48,7 @@ def network_config(config: dict, name: str) -> ModelConfig:
         "scales": len(dataset["scales"]),
         "samples": config["datasets"][config["models"][backbone]["dataset"]]["samples"],
     }
-    return PRESETS[model["preset"]].replace(**(sizes | own | shape))
+    return PRESETS[model["preset"]].replace(**(sizes | own_settings | shape))
 
 
 def adapter_config(config: dict, name: str) -> AdapterConfig | None:

@@ -190,9 +190,11 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' {parent.scales}"
         )
     for key in ("layers", "heads", "width", "samples", "bins"):
-        here, there = getattr(child.network, key), getattr(parent.network, key)
-        if here != there:
-            raise BadRequest(f"{child.name}: {key} is {here}, but its parent '{parent.name}' has {there}; they must be equal")
+        child_value, parent_value = getattr(child.network, key), getattr(parent.network, key)
+        if child_value != parent_value:
+            raise BadRequest(
+                f"{child.name}: {key} is {child_value}, but its parent '{parent.name}' has {parent_value}; they must be equal"
+            )
     if child.network.windows != parent.network.windows:
         raise BadRequest(
             f"{child.name}: dataset '{child.dataset}' has {child.network.windows} windows, but its parent '{parent.name}' was "

@@ -74,11 +74,11 @@ def check_variants(name: str, entry: dict) -> None:
         for key in row:
             if isinstance(entry.get(key), list):
                 raise BadRequest(f"{at}: `{key}` is a list and also set by `combinations`; keep one of them")
-    found = set()
+    seen_names = set()
     for variant in variants(name, entry):
-        if variant.name in found:
+        if variant.name in seen_names:
             raise BadRequest(f"{at}: two variants are called '{variant.name}'; take one of the two away")
-        found.add(variant.name)
+        seen_names.add(variant.name)
         if len(variant.name) > LONGEST_NAME:
             raise BadRequest(
                 f"{at}: the variant '{variant.name[:100]}…' has a name of {len(variant.name)} characters, which names files; "

@@ -61,9 +61,9 @@ def count_bits(word):
 def accumulate(cumulative, samples):
     """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 comes in as the counts of window k."""
     for end in range(2 * samples, len(cumulative) + 1, samples):
-        before, here = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
+        previous_row, row = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
         for v in range(samples):
-            here[v] += before[v]
+            row[v] += previous_row[v]
 
 
 @compiled

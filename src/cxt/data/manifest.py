@@ -86,8 +86,10 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
             "shards": rows,
         }
     for variant, planned in (lineages or {}).items():
-        found = combine_shard_lineages(shard_lineages.get(variant, []))
-        check_lineage(f"{directory}: a shard of '{variant}'", found=found, planned=planned, target=directory / MANIFEST)
+        actual_lineage = combine_shard_lineages(shard_lineages.get(variant, []))
+        check_lineage(
+            f"{directory}: a shard of '{variant}'", actual=actual_lineage, planned=planned, target=directory / MANIFEST
+        )
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
     lineage = combine_shard_lineages([lineage for variant_lineages in shard_lineages.values() for lineage in variant_lineages])

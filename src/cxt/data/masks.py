@@ -245,7 +245,7 @@ def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -
     except UNREADABLE as error:
         remedy = "put it back" if lineage is None else how_to_remake(path, delete=str(path))
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
-    check_lineage(f"mask {path}", found=stored_lineage, planned=lineage, target=path)
+    check_lineage(f"mask {path}", actual=stored_lineage, planned=lineage, target=path)
     if file_digest != sha256:
         raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
 

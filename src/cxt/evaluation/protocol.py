@@ -137,7 +137,7 @@ def evaluate(
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)
     stored = read_checkpoint(path)
-    check_lineage(f"checkpoint {path}", found=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
+    check_lineage(f"checkpoint {path}", actual=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
     windows = spec["sequence_length"] // spec["window_size"]
     expected = {
         "windows": stored.model.windows,

@@ -163,9 +163,9 @@ class Decoder:
         caches = self._prefill(self.model.source(x))
         shape = (batch, windows, tokens is None)
         if shape == self._shape:
-            for mine, new in zip(self.caches, caches, strict=True):
-                mine.prefix_k.copy_(new[0])
-                mine.prefix_v.copy_(new[1])
+            for cache, (new_keys, new_values) in zip(self.caches, caches, strict=True):
+                cache.prefix_k.copy_(new_keys)
+                cache.prefix_v.copy_(new_values)
             self.uniform.copy_(uniform)
             if tokens is not None:
                 self.tokens.copy_(tokens)

@@ -99,9 +99,9 @@ def resolve_network(
     if parent is not None:
         source = options.source
         for key in ("layers", "heads", "width"):  # given with a flag, or else the parent's
-            own, inherited = getattr(network, key), getattr(parent.model, key)
-            if own != inherited:
-                raise BadRequest(f"--{key} {own}, but checkpoint {source} has {inherited}; leave the flag out to take that")
+            given, inherited = getattr(network, key), getattr(parent.model, key)
+            if given != inherited:
+                raise BadRequest(f"--{key} {given}, but checkpoint {source} has {inherited}; leave the flag out to take that")
         check_inheritance(model, _describe_parent(parent, name=source))
         if network.window_size != parent.model.window_size:
             logger.info(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp")

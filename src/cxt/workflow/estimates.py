@@ -113,9 +113,9 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
     for name in config["models"]:
-        own = lineages.evaluation_batches(config, name)
-        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
-        count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
+        model_batches = lineages.evaluation_batches(config, name)
+        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in model_batches}
+        count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]
         network = network_config(config, name)
         device = "gpu" if jobs.devices(config, name) else "cpu"
         flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
