@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_items
+from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_examples
 from cxt.config.network import PRESETS, AdapterConfig
 from cxt.config.training import TrainingConfig
 from cxt.io import atomic_write
@@ -105,7 +105,7 @@ def adapter_in_turns(device: str, *, turns: int) -> list[float]:
         loss, optimizer = loss_function(model, training), new_optimizer(model, training, fused=device == "cuda")
         if (backend := compile_backend(training, device)) is not None:
             loss = torch.compile(loss, backend=backend, dynamic=False)
-        with simulate_items(network, adapter, batch_size=batch) as dataset:
+        with simulate_examples(network, adapter, batch_size=batch) as dataset:
             loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         both.append(Steps(model, training, loss, optimizer, loader, precision=precision))
         both[-1](2)

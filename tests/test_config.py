@@ -66,8 +66,8 @@ def test_paper_has_the_published_recipe():
 )  # fmt: skip
 def test_published_step_counts(simulations, pairs, epochs, steps):
     for world, expected in enumerate(steps, 1):
-        items = simulations * pairs
-        assert epochs * steps_per_epoch(items=items, batch_size=128, grad_accum=6, world=world) == expected
+        examples = simulations * pairs
+        assert epochs * steps_per_epoch(examples=examples, batch_size=128, grad_accum=6, world=world) == expected
 
 
 def test_sections_have_the_published_defaults():

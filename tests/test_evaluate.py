@@ -35,7 +35,7 @@ from cxt.model.adapter import build_model
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.trainer.validation import DecodedItems
+from cxt.trainer.validation import DecodedExamples
 
 SPEC = variants("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
@@ -129,16 +129,16 @@ def test_what_is_not_known_is_null(tmp_path):
 
 
 def test_training_and_evaluation_mean_the_same_by_r():
-    items = DecodedItems.__new__(DecodedItems)
+    examples = DecodedExamples.__new__(DecodedExamples)
     rng = np.random.default_rng(1)
-    items.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
-    mean = items.truth + rng.normal(size=(6, 20))
-    scores = items.scores(Posterior(mean, mean, mean))
-    by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(items.truth, mean, strict=True)]
-    assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(items.truth, mean))
-    assert abs(scores["val_r"] - np.corrcoef(items.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
-    items.truth = np.ones((6, 20))
-    assert scores.keys() - items.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
+    examples.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
+    mean = examples.truth + rng.normal(size=(6, 20))
+    scores = examples.scores(Posterior(mean, mean, mean))
+    by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(examples.truth, mean, strict=True)]
+    assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(examples.truth, mean))
+    assert abs(scores["val_r"] - np.corrcoef(examples.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
+    examples.truth = np.ones((6, 20))
+    assert scores.keys() - examples.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
 
 
 def test_metrics():

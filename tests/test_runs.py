@@ -376,14 +376,14 @@ def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta
     rows = []
     log = SimpleNamespace(validated=lambda trainer, values: rows.append(values))
     validation = Validation(
-        run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+        run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
     )
     stopped = None
     for step, loss in enumerate(losses, 1):
         trainer = Recorder(loss, step)
         state = validation.state_dict()
         validation = Validation(
-            run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+            run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
         )
         validation.load_state_dict(state)  # as if it had been interrupted before each
         validation.on_validation_end(trainer, module)
@@ -640,7 +640,7 @@ def test_rows_are_dropped_and_cut_lines_too(tmp_path):
 def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
     """With a gradient scaler single gradients may overflow; a loss may not."""
     log = TrainingLog(
-        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, items_per_batch=4, every=1, validates=lambda step: False,
+        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, examples_per_batch=4, every=1, validates=lambda step: False,
         checks_gradient=False,
     )  # fmt: skip
     log._first_bad = torch.tensor(-1)

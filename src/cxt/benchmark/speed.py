@@ -48,7 +48,7 @@ def synchronize(device: str) -> None:
 
 
 @contextlib.contextmanager
-def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
+def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
     from cxt.config.variants import variants
     from cxt.data.features import SCALES
@@ -59,7 +59,7 @@ def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch
 
     samples = network.samples if adapter is None else adapter.samples
     length = network.windows * network.window_size
-    entry = {
+    scenario = {
         "kind": "constant", "simulations": SIMULATIONS, "batch": SIMULATIONS, "individuals": -(-samples // 2),
         "sequence_length": length, "mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8, "population_size": 20_000,
     }  # fmt: skip
@@ -69,7 +69,7 @@ def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch
     }  # fmt: skip
     mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
     with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
-        variant = variants("constant", entry)[0]
+        variant = variants("constant", scenario)[0]
         batch = Path(directory) / "batch"
         write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
         shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
@@ -216,7 +216,7 @@ def bench_training(
         "compile": backend or "none",
         "adapter": adapter is not None,
     }
-    with simulate_items(network, adapter, batch_size=training.batch_size) as dataset:
+    with simulate_examples(network, adapter, batch_size=training.batch_size) as dataset:
         loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
         contenders = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
         if compare == "dense":
@@ -314,7 +314,7 @@ def bench_decoding(
     torch.manual_seed(1)
     model = build_model(network).to(device).eval()
     result = {"batch": batch, "replicates": replicates, "precision": precision, "adapter": False}
-    with simulate_items(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
+    with simulate_examples(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
         loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         first = next(loader)
         x = compute_model_input(first.counts, first.missing)
@@ -348,8 +348,8 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print
     device = detect_device()
     result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
     for name, (network, adapter, training) in networks.items():
-        items = limit_batch(training.batch_size, training_flops(network, adapter), device)
-        chosen = training.replace(batch_size=items)
+        batch_size = limit_batch(training.batch_size, training_flops(network, adapter), device)
+        chosen = training.replace(batch_size=batch_size)
         rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
         progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:

@@ -43,9 +43,9 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
     removed : scenarios that an overlay has removed, and that leave all sets
     """
     problems = _Problems()
-    for name, entry in config["scenarios"].items():
+    for name, scenario in config["scenarios"].items():
         with problems.collect():
-            _check_scenario(name, entry)
+            _check_scenario(name, scenario)
     with problems.collect():
         _check_names(config)
     problems.refuse()
@@ -77,15 +77,15 @@ def check_consistency(config: dict) -> None:
     _check_models(config)
 
 
-def _check_scenario(name: str, entry: dict) -> None:
+def _check_scenario(name: str, scenario: dict) -> None:
     """Check a scenario's sweep, and put the content of a Demes file in the place of its path."""
     at = f"scenarios.{name}"
-    base = {key: value for key, value in entry.items() if key not in NOT_PARAMETERS}
-    for row in entry.get("combinations", []):
-        complete_parameters(entry["kind"], base | row, at=f"{at}.combinations")
-    if entry["kind"] == "demes":
-        entry["demography"] = read_demes(entry["demography"], at=at)
-    check_variants(name, entry)
+    base = {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}
+    for row in scenario.get("combinations", []):
+        complete_parameters(scenario["kind"], base | row, at=f"{at}.combinations")
+    if scenario["kind"] == "demes":
+        scenario["demography"] = read_demes(scenario["demography"], at=at)
+    check_variants(name, scenario)
 
 
 def _check_names(config: dict) -> None:
@@ -129,13 +129,15 @@ def _fill_sets(config: dict, removed: set[str]) -> None:
 def _check_dataset(config: dict, name: str, dataset: dict) -> None:
     at = f"datasets.{name}"
     length, window = dataset["sequence_length"], dataset["window_size"]
-    for scenario in dataset["scenarios"]:
-        entry = config["scenarios"][scenario]
-        if not entry["simulations"]:
-            raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
-        _check_scenario_fits(scenario, entry, at, dataset)
+    for scenario_name in dataset["scenarios"]:
+        scenario = config["scenarios"][scenario_name]
+        if not scenario["simulations"]:
+            raise BadRequest(
+                f"{at}.scenarios: '{scenario_name}' has `simulations: 0`, which is for evaluation only; give it some"
+            )
+        _check_scenario_fits(scenario_name, scenario, at, dataset)
         regions = dataset["regions_per_simulation"]
-        for variant in variants(scenario, entry):
+        for variant in variants(scenario_name, scenario):
             if regions * length > variant.spec["sequence_length"]:
                 raise BadRequest(
                     f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
@@ -153,14 +155,14 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
         raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
 
 
-def count_individuals(entry: dict) -> int:
+def count_individuals(scenario: dict) -> int:
     """Diploid individuals that a scenario samples."""
-    return sum(entry["samples"].values()) if entry["kind"] == "demes" else entry["individuals"]
+    return sum(scenario["samples"].values()) if scenario["kind"] == "demes" else scenario["individuals"]
 
 
-def _check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
-    """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
-    for variant in variants(scenario, entry):
+def _check_scenario_fits(name: str, scenario: dict, at: str, dataset: dict) -> None:
+    """BadRequest if simulations of *scenario* are too short or have too few samples for *dataset*."""
+    for variant in variants(name, scenario):
         if variant.spec["sequence_length"] < dataset["sequence_length"]:
             raise BadRequest(
                 f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "

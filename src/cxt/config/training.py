@@ -158,7 +158,7 @@ def change_no_result(settings: dict) -> tuple[str, ...]:
     return CHANGE_NO_RESULT + without if decides else CHANGE_NO_RESULT + without + VALIDATION
 
 
-def steps_per_epoch(*, items: int, batch_size: int, grad_accum: int, world: int) -> int:
+def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int) -> int:
     """Optimizer steps of one epoch: full batches of each rank, and a last short accumulation that steps too.
 
     Raises
@@ -166,11 +166,11 @@ def steps_per_epoch(*, items: int, batch_size: int, grad_accum: int, world: int)
     BadRequest
         If a rank has less than one batch.
     """
-    batches = items // world // batch_size
+    batches = examples // world // batch_size
     if batches < 1:
         devices = "device" if world == 1 else "devices"
         raise BadRequest(
-            f"the dataset has {items} training items, fewer than one batch of {batch_size} on {world} {devices}; "
+            f"the dataset has {examples} training items, fewer than one batch of {batch_size} on {world} {devices}; "
             "lower the batch size or simulate more"
         )
     return -(-batches // grad_accum)

@@ -51,8 +51,8 @@ def check_variant(spec: dict) -> None:
 
 def check_scenarios(config: dict) -> None:
     """`check_variant` for every variant of *config*."""
-    for name, entry in config["scenarios"].items():
-        for variant in variants(name, entry):
+    for name, scenario in config["scenarios"].items():
+        for variant in variants(name, scenario):
             check_variant(variant.spec)
 
 

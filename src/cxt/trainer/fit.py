@@ -29,7 +29,7 @@ from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
-from cxt.trainer.validation import DecodedItems, Validation, build_tracks
+from cxt.trainer.validation import DecodedExamples, Validation, build_tracks
 
 logger = get_logger(__name__)
 
@@ -180,14 +180,14 @@ def fit(
     module = TrainingModule(model, training, record=record, total_steps=request.total_steps)
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
-        items_per_batch=training.batch_size * request.world, every=training.log_every,
+        examples_per_batch=training.batch_size * request.world, every=training.log_every,
         validates=request.validates_after, checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
-    items = None
+    examples = None
     if training.decode_items and len(data.test_set):
-        items = DecodedItems(data.test_set, items=training.decode_items, grid=request.grid)
+        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid)
     validation = Validation(
-        run, request.name, log, record=record, items=items, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
+        run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
     state_saver = StateSaver(
@@ -220,13 +220,13 @@ def fit(
             "(grad_clip: 1.0)"
         )
     if trainer.is_global_zero:
-        finish(request, run, module.model, validation, step=trainer.global_step, items=items)
+        finish(request, run, module.model, validation, step=trainer.global_step, examples=examples)
 
 
-def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, save) -> None:
+def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, training_state) -> None:
     """Lightning's fit; what it raises becomes a message, and ends the processes of this machine's other devices."""
     try:
-        trainer.fit(module, data, ckpt_path=save, weights_only=True)
+        trainer.fit(module, data, ckpt_path=training_state, weights_only=True)
     except BaseException as error:
         launcher = trainer.strategy.launcher
         if launcher is not None and trainer.local_rank == 0 and not getattr(error, "agreed", False):
@@ -267,23 +267,23 @@ def out_of_memory(request: RunRequest, error: Exception) -> str:
 
 
 def finish(
-    request: RunRequest, run: RunDirectory, model: CoalescenceModel, validation: Validation, *, step: int, items
+    request: RunRequest, run: RunDirectory, model: CoalescenceModel, validation: Validation, *, step: int, examples
 ) -> None:
     """Write the finished checkpoint, record which one is published, and draw the figures."""
     epoch = (step - 1) // request.steps_per_epoch
     finished = run.checkpoints / f"{request.name}_epoch={epoch}-step={step}.ckpt"
     write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
     run.finish(validation.best_checkpoint() if request.training.export == "best" else finished)
-    lost = try_drawing(lambda: draw(request, run, model, items))
+    lost = try_drawing(lambda: draw(request, run, model, examples))
     if lost:  # the checkpoint is what was asked for
         logger.warning(f"{request.name}: trained, but not all figures could be drawn ({lost})")
 
 
-def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, items) -> None:
+def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, examples) -> None:
     """losses.png, and tracks.png of the items that are decoded."""
     from cxt.evaluation.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")
-    if items is not None:
-        tracks = build_tracks(items, model, seed=request.training.seed)
+    if examples is not None:
+        tracks = build_tracks(examples, model, seed=request.training.seed)
         draw_tracks(tracks, run.path / "tracks.png", title=request.name, window_size=request.manifest["window_size"])

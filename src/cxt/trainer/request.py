@@ -125,7 +125,7 @@ class RunRequest:
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return steps_per_epoch(
-            items=self.manifest["splits"]["train"]["items"],
+            examples=self.manifest["splits"]["train"]["items"],
             batch_size=self.training.batch_size,
             grad_accum=self.training.grad_accum,
             world=self.world,
@@ -190,9 +190,9 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
-    items = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
-    steps_per_epoch(items=items["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
-    if not items["test"] and (training.patience or training.export == "best"):
+    examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
+    steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    if not examples["test"] and (training.patience or training.export == "best"):
         asks = "patience" if training.patience else "export: best"
         raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
     settings = list_settings(options)
@@ -284,11 +284,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(
             f"--max-steps {request.max_steps} only shortens a run, and {epochs} are {request.all_steps} steps; raise --epochs"
         )
-    items = request.manifest["splits"]["test"]["items"]
+    examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)
-        if number > items and number != getattr(TrainingConfig(), name):
-            notes.append(f"{name} {number}, but there are {items} test items: all are taken")
+        if number > examples and number != getattr(TrainingConfig(), name):
+            notes.append(f"{name} {number}, but there are {examples} test items: all are taken")
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no meaning without patience")
     for note in notes:

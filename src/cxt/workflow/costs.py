@@ -191,11 +191,11 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     chosen = simulations[:most]
     preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles, for the first time
     began = time.process_time()
-    entries = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
+    preprocessed = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "shard"
         shape = {key: dataset[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
-        write_shard(path, entries, shape | {"missing": mask is not None, "scenario": "x", "split": "train", "seed": 1})
+        write_shard(path, preprocessed, shape | {"missing": mask is not None, "scenario": "x", "split": "train", "seed": 1})
         size = path.stat().st_size
     return {"seconds": (time.process_time() - began) / len(chosen), "bytes": size / len(chosen)}
 
@@ -304,6 +304,6 @@ def scenario_table(config: dict, costs: Costs) -> str:
             )
         for length in shown:
             cost = lengths[length]
-            figures = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
-            rows.append(f"| {variant.name} | {int(length):,} | {figures} |")
+            cells = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
+            rows.append(f"| {variant.name} | {int(length):,} | {cells} |")
     return "\n".join(rows) + "\n"

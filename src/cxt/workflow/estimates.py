@@ -69,13 +69,13 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
         cost = shard_costs[variant.name] or typical
         seconds.add(variant.name, variant.simulations, cost["seconds"])
         size.add(variant.name, variant.simulations, cost["bytes"])
-    items = jobs.items_per_simulation(config, name)
+    examples = jobs.count_examples_per_simulation(config, name)
     return {
         "variants": len(variants),
         "train_simulations": split["train"],
         "test_simulations": split["test"],
-        "train_items": split["train"] * items,
-        "test_items": split["test"] * items,
+        "train_items": split["train"] * examples,
+        "test_items": split["test"] * examples,
         "bytes": round(size.total) if known else None,
         "core_hours": seconds.total / 3600 if known else None,
         "not_measured": [variant for variant, cost in shard_costs.items() if cost is None],
@@ -86,13 +86,13 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     training, network, adapter = training_config(config, name), network_config(config, name), adapter_config(config, name)
     dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
     world = max(1, devices)
-    items = jobs.items(config, dataset, "train")
+    examples = jobs.count_examples(config, dataset, "train")
     try:
-        steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+        steps = steps_per_epoch(examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     except BadRequest as error:
         raise BadRequest(f"models.{name}: {error}") from None
-    batches = items // world // training.batch_size * world
-    held_out = jobs.items(config, dataset, "test")
+    batches = examples // world // training.batch_size * world
+    held_out = jobs.count_examples(config, dataset, "test")
     checked = min(training.validation_items or held_out, held_out)  # after each epoch, forward only
     each_epoch = batches * training.batch_size * training_flops(network, adapter)
     flops = training.epochs * (each_epoch + checked * sum(forward_flops(network).values()))

@@ -66,7 +66,7 @@ def check_plan(config: dict) -> None:
         training = training_config(config, name)
         try:
             steps_per_epoch(
-                items=items(config, model["dataset"], "train"),
+                examples=count_examples(config, model["dataset"], "train"),
                 batch_size=training.batch_size,
                 grad_accum=training.grad_accum,
                 world=max(1, devices(config, name)),
@@ -75,17 +75,17 @@ def check_plan(config: dict) -> None:
             raise BadRequest(f"models.{name}: {error}") from None
 
 
-def items(config: dict, dataset: str, split: str) -> int:
+def count_examples(config: dict, name: str, split: str) -> int:
     """Training examples in one split of a dataset."""
-    entry = config["datasets"][dataset]
-    simulations = sum(count_in_split(0, variant.simulations, split) for variant in list_variants(config, entry["scenarios"]))
-    return items_per_simulation(config, dataset) * simulations
+    dataset = config["datasets"][name]
+    simulations = sum(count_in_split(0, variant.simulations, split) for variant in list_variants(config, dataset["scenarios"]))
+    return count_examples_per_simulation(config, name) * simulations
 
 
-def items_per_simulation(config: dict, dataset: str) -> int:
+def count_examples_per_simulation(config: dict, name: str) -> int:
     """Training examples that a dataset takes from one simulation: pairs of each region."""
-    entry = config["datasets"][dataset]
-    return entry["pairs"] * entry["regions_per_simulation"]
+    dataset = config["datasets"][name]
+    return dataset["pairs"] * dataset["regions_per_simulation"]
 
 
 def put_package_on_path() -> None:
@@ -155,10 +155,10 @@ def devices(config: dict, model: str) -> int:
 # Stage 4
 
 
-def evaluation_scenarios(config: dict, model: str) -> list[str]:
+def evaluation_scenarios(config: dict, name: str) -> list[str]:
     """Names of the scenarios that a model is evaluated on: its own, or its dataset's."""
-    entry = config["models"][model]
-    return entry.get("evaluation", config["datasets"][entry["dataset"]]["scenarios"])
+    model = config["models"][name]
+    return model.get("evaluation", config["datasets"][model["dataset"]]["scenarios"])
 
 
 def evaluation_spec(config: dict, model: str) -> dict:

@@ -60,8 +60,8 @@ def verify(path, *, configfiles) -> str:
             f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
             f"'{name}' is {now}; {make_again}"
         )
-    entry = config["models"][name]
-    parent_name = get_parent(entry)
+    model = config["models"][name]
+    parent_name = get_parent(model)
     record = checkpoint.record
     recorded = {
         "dataset": record["dataset"].get("lineage"),
@@ -70,7 +70,7 @@ def verify(path, *, configfiles) -> str:
     }
     wanted = devices(config, name)
     expected = {
-        "dataset": dataset_lineage(config, entry["dataset"]),
+        "dataset": dataset_lineage(config, model["dataset"]),
         "parent": parent_name and model_lineage(config, parent_name),
         "devices": f"{max(1, wanted)} {'gpu' if wanted else 'cpu'}, effective batch {_effective_batch(config, name)}",
     }
