@@ -18,7 +18,7 @@ from cxt.config.section import Settings
 from cxt.config.training import TrainingConfig, TrainingOverrides, TrainingSection, steps_per_epoch
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
-from cxt.scenarios.registry import KINDS
+from cxt.scenarios.registry import SIMULATORS
 from cxt.workflow.lineages import model_lineage
 
 
@@ -76,7 +76,7 @@ def test_sections_have_the_published_defaults():
     adapter = AdapterConfig().model_dump()
     assert Adapter().resolved() == {key: value for key, value in adapter.items() if key != "samples"}
     assert Architecture().resolved() == TrainingOverrides().resolved() == {}
-    assert scenarios.KINDS.keys() == KINDS.keys()
+    assert scenarios.KIND_SECTIONS.keys() == SIMULATORS.keys()
 
 
 def test_every_key_is_described_and_documented():

@@ -16,7 +16,7 @@ from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.indices import simulation_batches as batches_of
-from cxt.scenarios.registry import KINDS, simulate_tree_sequence
+from cxt.scenarios.registry import SIMULATORS, simulate_tree_sequence
 from cxt.workflow import costs as costs_module
 from cxt.workflow.costs import (
     Costs,
@@ -107,7 +107,7 @@ def test_published_variants(paper):
     assert {f"stdpopsim_{name}" for name in species} == set(load([PAPER])["scenario_sets"]["new_species"])
     assert all(scenarios[f"stdpopsim_{name}"]["simulations"] == 0 for name in species)
     assert len(paper["scenario_sets"]["high_ne"]) == 13
-    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(KINDS)
+    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(SIMULATORS)
 
 
 def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
@@ -223,7 +223,7 @@ def SCENARIO(tmp_path):
 
 def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
     """Its cost is a power of the length, from two shorter ones; a sweep's position moves along."""
-    monkeypatch.setattr(costs_module, "SHORT", (5_000, 10_000))
+    monkeypatch.setattr(costs_module, "EXTRAPOLATION_LENGTHS", (5_000, 10_000))
     overlay = tmp_path / "x.yaml"
     overlay.write_text(
         "scenarios: {sweep: {kind: hard_sweep, simulations: 10, sequence_length: 20000, position: 15000,"

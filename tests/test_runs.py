@@ -33,7 +33,7 @@ from cxt.data.loaders import EpochBatchSampler
 from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
 from cxt.io import acquire_lock
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log

@@ -14,10 +14,10 @@ from cxt.config.words import get_limits
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest
+from cxt.random_seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, engine_seeds
-from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
 
 BITS = 2**64 - 1
 

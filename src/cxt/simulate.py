@@ -23,10 +23,10 @@ from cxt.config.variants import variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
+from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import how_to_reproduce, write_batch
-from cxt.scenarios.registry import KINDS, check_variant
+from cxt.scenarios.registry import SIMULATORS, check_variant
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
-from cxt.seeds import check_seed
 from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
 
 logger = get_logger(__name__)
@@ -39,8 +39,8 @@ def _read_variant(args) -> dict:
         except json.JSONDecodeError as error:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
         texts = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or spec["kind"] not in KINDS:
-            raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(KINDS)}")
+        if not all(isinstance(text, str) for text in texts) or spec["kind"] not in SIMULATORS:
+            raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(SIMULATORS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
         completed = complete_parameters(spec["kind"], parameters, at="--spec")
         if completed["kind"] == "demes":

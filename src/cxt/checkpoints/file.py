@@ -106,7 +106,7 @@ def read_checkpoint(path) -> Checkpoint:
     return Checkpoint(weights, network, adapter, record)
 
 
-def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
+def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, name) -> None:
     """BadRequest naming the tensors of *weights* that a network with the state dict *expected* cannot take."""
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is not in this model" for key in weights if key not in expected]
@@ -117,20 +117,20 @@ def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Te
     ]
     if problems:
         listed = "\n  ".join(problems[:8]) + (f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise BadRequest(f"the weights of {source} do not fit this model:\n  {listed}")
+        raise BadRequest(f"the weights of {name} do not fit this model:\n  {listed}")
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, name) -> None:
     """Load *weights* into *model*, all of them and nothing else; BadRequest names the tensors that do not fit."""
-    check_weights(model.state_dict(), weights, source=source)
+    check_weights(model.state_dict(), weights, name=name)
     model.load_state_dict(weights)
 
 
-def build_checkpoint_model(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
+def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
     """Build the network of a checkpoint with its weights; BadRequest if they do not fit, before memory is allocated for it."""
     with torch.device("meta"):
         described = build_model(checkpoint.model, checkpoint.adapter).state_dict()
-    check_weights(described, checkpoint.state_dict, source=source)
+    check_weights(described, checkpoint.state_dict, name=name)
     model = build_model(checkpoint.model, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
     data = checkpoint.record["dataset"]

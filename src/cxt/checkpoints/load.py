@@ -39,7 +39,7 @@ def load_model(name_or_path, *, device="cpu", best: bool = False) -> Coalescence
     """
     device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
-    model = build_checkpoint_model(read_checkpoint(path), source=path).eval()
+    model = build_checkpoint_model(read_checkpoint(path), name=path).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
@@ -75,7 +75,7 @@ def _find_run_checkpoint(path: Path, *, best: bool) -> Path:
     if best and run.best.is_file():
         return run.best
     finished = run.finished_checkpoint()
-    if finished is None and (run.state() or {}).get("finished"):
+    if finished is None and (run.read_record() or {}).get("finished"):
         logger.warning(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state")
     for file in (finished, run.last):
         if file is not None and file.is_file():

@@ -12,7 +12,7 @@ from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
 from cxt.errors import BadRequest, suggest_nearest
 
 
-class _Problems:
+class _ProblemCollector:
     """Bad requests of checks that do not depend on each other, to be raised together."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
     config : the configuration, which is changed
     removed : scenarios that an overlay has removed, and that leave all sets
     """
-    problems = _Problems()
+    problems = _ProblemCollector()
     for name, scenario in config["scenarios"].items():
         with problems.collect():
             _check_scenario(name, scenario)
@@ -59,7 +59,7 @@ def check_consistency(config: dict) -> None:
 
     Models are checked only where their datasets are right.
     """
-    problems = _Problems()
+    problems = _ProblemCollector()
     for name, dataset in config["datasets"].items():
         with problems.collect():
             _check_dataset(config, name, dataset)
@@ -200,7 +200,7 @@ def _check_models(config: dict) -> None:
 
     A model whose parent is wrong is not looked at: it has the same sizes.
     """
-    problems = _Problems()
+    problems = _ProblemCollector()
     wrong: set[str] = set()
     shared_training_is_wrong = False
     for name in sorted(config["models"], key=lambda name: len(trace_parents(config, name))):

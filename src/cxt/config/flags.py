@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from cxt.config.problems import explain_value, refuse
 
 
-def problems(values: dict, accepted: dict[str, Any]) -> list[str]:
+def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:
     """What is wrong with *values*, by the types *accepted* of each name; what is None or not there is not asked for."""
     lines = []
     for name, annotation in accepted.items():
@@ -24,8 +24,8 @@ def problems(values: dict, accepted: dict[str, Any]) -> list[str]:
 def check_flags(args, **accepted) -> None:
     """BadRequest that names every number of a command's arguments that its type does not accept."""
     flags = {f"--{name.replace('_', '-')}": name for name in accepted}
-    refuse(problems({flag: getattr(args, name, None) for flag, name in flags.items()},
-                    {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
+    refuse(find_problems({flag: getattr(args, name, None) for flag, name in flags.items()},
+                         {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
 
 
 def cores() -> int:

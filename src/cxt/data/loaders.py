@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cxt.data.pair_dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 from cxt.signals import end_with_parent, held_back, ignore
 
 

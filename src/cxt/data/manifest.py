@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.data.shard_checks import LONGEST
+from cxt.data.shard_checks import MAX_SHARD_BASES
 from cxt.data.shards import (
     LARGEST_COUNT,
     MANIFEST,
@@ -149,8 +149,11 @@ def _find_fault(manifest) -> str | None:
     """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
     try:
         numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
-        if not all(type(n) is int and 0 < n <= LONGEST for n in [*numbers, *manifest["scales"]]) or not manifest["scales"]:
-            return f"a size is not a whole number of 1 to {LONGEST}"
+        if (
+            not all(type(n) is int and 0 < n <= MAX_SHARD_BASES for n in [*numbers, *manifest["scales"]])
+            or not manifest["scales"]
+        ):
+            return f"a size is not a whole number of 1 to {MAX_SHARD_BASES}"
         if not 2 <= manifest["samples"] <= 65_535 or manifest["pairs"] > math.comb(manifest["samples"], 2):
             return f"{manifest['pairs']} pairs cannot be taken from {manifest['samples']} samples"
         if not _are_ranges(manifest["ranges"]):

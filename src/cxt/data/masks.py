@@ -31,7 +31,7 @@ ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 MARKS = ("accessible", "inaccessible")
 """What the intervals of a BED file, or the True of an array, can mean."""
 
-LONGEST = 2**33
+MAX_MASK_BASES = 2**33
 """Base pairs; no chromosome is longer."""
 
 UNREADABLE = (
@@ -149,8 +149,10 @@ def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
             left, right = int(fields[1][:20]), int(fields[2][:20])
             if left > right:
                 raise BadRequest(f"{path}, line {number}: expected 0 <= start <= end, found {left} and {right}")
-            if right > LONGEST:
-                raise BadRequest(f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {LONGEST}")
+            if right > MAX_MASK_BASES:
+                raise BadRequest(
+                    f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {MAX_MASK_BASES}"
+                )
             yield fields[0], left, right, fields[3] if len(fields) > 3 else None
 
 

@@ -186,9 +186,9 @@ class PairDataset(ExampleDataset):
         bin_words = -(-self.windows * self._width // 64)
         fields = {
             "words": (np.uint64, ((sites // 64 + rows) * self.samples,)),  # 64 sites of a haplotype each
-            "word_at": (np.int64, (rows + 1,)),
+            "word_offsets": (np.int64, (rows + 1,)),
             "derived": (np.uint8 if self.samples <= 256 else np.uint16, (sites,)),
-            "site_at": (np.int64, (rows + 1,)),
+            "site_offsets": (np.int64, (rows + 1,)),
             "first_site": (np.int32, (rows, self.windows + 1)),
             "totals": (np.uint8, (rows, self.windows * self.samples)),
             "total_fits": (np.bool_, (rows,)),
@@ -235,7 +235,7 @@ class PairDataset(ExampleDataset):
         return PairDataset.shared, (self.handle(),)
 
     def _read(self, progress) -> None:
-        self._word_at[0] = self._site_at[0] = 0
+        self._word_offsets[0] = self._site_offsets[0] = 0
         row = widest = 0
         last_report = time.monotonic()
         for number, shard in enumerate(self._shards):
@@ -257,12 +257,12 @@ class PairDataset(ExampleDataset):
         for i in range(len(arrays["index"])):
             sites = slice(arrays["site_offsets"][i], arrays["site_offsets"][i + 1])
             packed, count = arrays["genotypes"][sites], int(sites.stop - sites.start)
-            first, words = int(self._site_at[row]), -(-count // 64) * self.samples
-            begin = int(self._word_at[row])
+            first, words = int(self._site_offsets[row]), -(-count // 64) * self.samples
+            begin = int(self._word_offsets[row])
             pack_haplotype_words(packed, self._words[begin : begin + words].reshape(self.samples, -1))
             derived = np.bitwise_count(packed).sum(axis=1, dtype=self._derived.dtype)
             self._derived[first : first + count] = derived
-            self._site_at[row + 1], self._word_at[row + 1] = first + count, begin + words
+            self._site_offsets[row + 1], self._word_offsets[row + 1] = first + count, begin + words
             self._first_site[row] = find_first_sites(
                 arrays["positions"][sites], window_size=self.manifest["window_size"], windows=self.windows
             )
@@ -306,8 +306,8 @@ class PairDataset(ExampleDataset):
         batch = self._room_for(len(rows), out)
         bins = batch.tokens.numpy()[:, 1:]
         data = (
-            self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_fits,
-            self._pairs, self._bins,
+            self._words, self._word_offsets, self._derived, self._site_offsets, self._first_site, self._totals,
+            self._total_fits, self._pairs, self._bins,
         )  # fmt: skip
         fill_batch(rows, columns, data, self.scales, self._width, batch.counts.numpy(), bins)
         bins += SPECIAL_TOKENS

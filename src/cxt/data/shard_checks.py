@@ -14,7 +14,7 @@ from zarr.codecs import BytesCodec, ZstdCodec
 
 from cxt.scenarios.indices import SPLITS
 
-LONGEST = 2**40
+MAX_SHARD_BASES = 2**40
 """Base pairs; no chromosome is longer, and sums of positions stay exact."""
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -39,8 +39,8 @@ def check_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
 def check_attributes(attributes: Mapping) -> None:
     """Fault unless the attributes of a shard have the types and ranges that its arrays are read by."""
     for key, highest in (
-        ("window_size", LONGEST), ("sequence_length", LONGEST), ("samples", 65_535), ("pairs", 2**32),
-        ("regions_per_simulation", LONGEST),
+        ("window_size", MAX_SHARD_BASES), ("sequence_length", MAX_SHARD_BASES), ("samples", 65_535), ("pairs", 2**32),
+        ("regions_per_simulation", MAX_SHARD_BASES),
     ):  # fmt: skip
         value = attributes.get(key)
         if type(value) is not int or not 1 <= value <= highest:
@@ -179,8 +179,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> None:
     if not np.isfinite(arrays["log_tmrca"]).all():
         raise Fault("it holds targets that are not finite")
     for name in ("index", "start", "mask_offset"):
-        if name in arrays and (wrong := (arrays[name] < 0) | (arrays[name] > LONGEST)).any():
-            raise Fault(f"its {name} holds {arrays[name][_first_index(wrong)]}, expected 0 to {LONGEST}")
+        if name in arrays and (wrong := (arrays[name] < 0) | (arrays[name] > MAX_SHARD_BASES)).any():
+            raise Fault(f"its {name} holds {arrays[name][_first_index(wrong)]}, expected 0 to {MAX_SHARD_BASES}")
     index = arrays["index"]
     if (wrong := (index % 10 == 0) != (attributes["split"] == "test")).any():
         raise Fault(f"it holds simulation {index[_first_index(wrong)]}, which does not belong to {attributes['split']}")

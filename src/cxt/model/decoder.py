@@ -19,7 +19,7 @@ from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
 from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
-from cxt.seeds import check_seed
+from cxt.random_seeds import check_seed
 
 GRAPH_SLOTS = 64
 """One CUDA graph is recorded for this many decoded windows; it reads as many slots of the cache as the last of them needs."""
@@ -160,7 +160,7 @@ class Decoder:
         """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
         uniform = torch.from_numpy(draw_uniforms(self.seed, example_ids, replicates=self.replicates, windows=windows))
-        caches = self._prefill(self.model.source(x))
+        caches = self._prefill(self.model.adapt_input(x))
         shape = (batch, windows, tokens is None)
         if shape == self._shape:
             for cache, (new_keys, new_values) in zip(self.caches, caches, strict=True):

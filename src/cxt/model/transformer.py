@@ -193,7 +193,7 @@ class CoalescenceModel(nn.Module):
             self.backbone.eval()
         return self
 
-    def source(self, x: torch.Tensor) -> torch.Tensor:
+    def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
         """Check the shape of X, and pass it through the adapter if there is one."""
         check_shape(self, x)
         x = x.to(self.backbone.head.weight.dtype)  # counts come as float32; the network may be in bfloat16
@@ -219,7 +219,7 @@ class CoalescenceModel(nn.Module):
         BadRequest
             If X or y is no tensor of that shape.
         """
-        source = self.source(x)
+        source = self.adapt_input(x)
         check_tokens(self, y, examples=len(source))
         return self.backbone(source, y)
 
@@ -229,7 +229,7 @@ class CoalescenceModel(nn.Module):
         The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
         `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
         """
-        x = self.source(x)
+        x = self.adapt_input(x)
         check_tokens(self, y, examples=len(x))
         labels = y[:, 1:].flatten()
         if path == "chunked":

@@ -7,12 +7,12 @@ import tskit
 
 from cxt.config.variants import variants
 from cxt.errors import BadRequest
+from cxt.random_seeds import check_seed
 from cxt.scenarios import msprime_models
 from cxt.scenarios.genetic_maps import get_genetic_map
 from cxt.scenarios.seeds import engine_seeds, random_generator
 from cxt.scenarios.stdpopsim_catalogue import list_autosomes, select_models
 from cxt.scenarios.stdpopsim_models import simulate_segment
-from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()
 
@@ -32,7 +32,7 @@ def _check_catalogue(spec: dict) -> None:
         get_genetic_map(spec)
 
 
-KINDS = {
+SIMULATORS = {
     "constant": ScenarioKind(msprime_models.simulate_constant),
     "sawtooth": ScenarioKind(msprime_models.simulate_sawtooth),
     "island": ScenarioKind(msprime_models.simulate_island),
@@ -46,7 +46,7 @@ KINDS = {
 
 def check_variant(spec: dict) -> None:
     """BadRequest if a variant cannot be simulated, as far as can be told without simulating."""
-    KINDS[spec["kind"]].check(spec)
+    SIMULATORS[spec["kind"]].check(spec)
 
 
 def check_scenarios(config: dict) -> None:
@@ -67,7 +67,7 @@ def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollecti
         random = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
     else:
         random = {}
-    tables, properties = KINDS[spec["kind"]].simulate(spec, seeds, **random)
+    tables, properties = SIMULATORS[spec["kind"]].simulate(spec, seeds, **random)
     if tables.sequence_length != spec["sequence_length"]:
         raise BadRequest(
             f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"

@@ -7,7 +7,7 @@ import numpy as np
 
 from cxt.errors import BadRequest
 from cxt.io import canonical_json
-from cxt.seeds import hash_key, msprime_seeds
+from cxt.random_seeds import hash_key, msprime_seeds
 
 LAST_INDEX = 2**32 - 2
 """Largest index of a simulation: msprime has no more seeds."""

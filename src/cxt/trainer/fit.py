@@ -22,7 +22,7 @@ from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
 from cxt.model.transformer import CoalescenceModel
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 from cxt.trainer.log import TrainingLog, read_log
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
@@ -71,9 +71,9 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
         weights = request.parent.state_dict
         if request.adapter is not None and not request.resumes_adapter:
             backbone = {key.removeprefix("backbone."): value for key, value in weights.items()}
-            load_weights(model.backbone, backbone, source=request.parent_file)
+            load_weights(model.backbone, backbone, name=request.parent_file)
         else:
-            load_weights(model, weights, source=request.parent_file)
+            load_weights(model, weights, name=request.parent_file)
     return model
 
 
@@ -200,7 +200,7 @@ def fit(
     if trainer.is_global_zero:
         summary = build_summary(request, model)
         announce(request, summary)
-        if run.state() is None:
+        if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:

@@ -152,7 +152,7 @@ def _fit(
 
 def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     """The run directory that is asked for, and a training state in it to continue from (None: the newest)."""
-    if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).state() is None:
+    if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).read_record() is None:
         raise BadRequest(f"nothing to resume: there is no run in {options.run_dir}; leave --resume out to start one")
     if options.resume == "auto" and options.run_dir is None:
         return (newest_version if has_versions(options.log_dir) else next_version)(options.log_dir), None
@@ -190,9 +190,9 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
     if options.out is not None:
         _wait_for_lock(target_lock(options.out), until=until)
         run.lock_target(options.out)
-    state = run.state()
-    if state is not None and (options.restart or state["identity"] != identity):
-        before = state["identity"]
+    record = run.read_record()
+    if record is not None and (options.restart or record["identity"] != identity):
+        before = record["identity"]
         reason = "--restart" if options.restart else describe_differences(before, identity)
         if options.resume:
             raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
@@ -204,7 +204,7 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
                 f"`rm -r {run.path}`"
             )
         return reason
-    if state is None and options.resume:
+    if record is None and options.resume:
         logger.warning(f"nothing to resume in {run.path}: starting from step 0")
     return None
 

@@ -13,7 +13,7 @@ from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 
 STABLE = 0.4
 """Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""

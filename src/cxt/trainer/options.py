@@ -70,7 +70,7 @@ class TrainingOptions:
     training: TrainingConfig
 
     @property
-    def source(self) -> str | None:
+    def parent(self) -> str | None:
         """The checkpoint to start from, as it was named."""
         return self.checkpoint or self.resume_adapter
 

@@ -15,10 +15,10 @@ from cxt.data.shards import MANIFEST
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import file_sha256
 from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
+from cxt.trainer.data_source import check_source, plan_simulations
 from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
-from cxt.trainer.source import check_source, plan_simulations
 
 if TYPE_CHECKING:  # it takes torch's seconds
     from cxt.checkpoints.file import Checkpoint
@@ -263,14 +263,14 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     if options.parent_lineage is not None:
         if parent is None:
             raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
-        checked.append((f"parent {options.source}", parent.record.get("lineage"), options.parent_lineage))
+        checked.append((f"parent {options.parent}", parent.record.get("lineage"), options.parent_lineage))
     problems = [
         f"{what}: {describe_difference(lineage, planned)}"
         for what, lineage, planned in checked
         if planned not in (None, lineage)
     ]
     if problems:
-        target = options.out or options.dataset_path or options.source
+        target = options.out or options.dataset_path or options.parent
         raise BadRequest(f"not what was planned to train on: {'; '.join(problems)}; {how_to_replan(target)}")
 
 

@@ -25,10 +25,10 @@ SHIPPED_COSTS = Path(__file__).with_name("costs.json")
 LOCAL_COSTS = Path("results/costs.json")
 """Where `--calibrate` leaves its figures, and the plan looks for them."""
 
-LONGEST = 120
-"""Seconds that one simulation may take; beyond, SHORT base pairs are measured instead."""
+MAX_SIMULATION_SECONDS = 120
+"""Seconds that one simulation may take; beyond, `EXTRAPOLATION_LENGTHS` base pairs are measured instead."""
 
-SHORT = (50_000, 100_000)
+EXTRAPOLATION_LENGTHS = (50_000, 100_000)
 """Lengths from which the cost of a simulation that takes too long is extrapolated, as a power of the length."""
 
 
@@ -207,7 +207,9 @@ def list_used_variants(config: dict) -> list[Variant]:
     return list_variants(config, [name for name in config["scenarios"] if name in names])
 
 
-def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = LONGEST, progress=print) -> None:
+def measure_costs(
+    config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = MAX_SIMULATION_SECONDS, progress=print
+) -> None:
     """Measure the costs of everything that *config* asks for on this machine; *save* is handed them after each scenario.
 
     Each measurement is repeated until it has taken *seconds*. A variant whose simulation takes more than *longest* seconds is
@@ -236,7 +238,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
             progress(f"left out: {error}")
             continue
         except TooLong:
-            for length in (length for length in SHORT if length < asked):
+            for length in (length for length in EXTRAPOLATION_LENGTHS if length < asked):
                 short, _ = measure_simulation(shorten_spec(variant.spec, length), budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
@@ -288,7 +290,8 @@ def scenario_table(config: dict, costs: Costs) -> str:
         "# What one simulation takes",
         "",
         f"Means over the first simulations of each variant. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
-        f"What would take more than {LONGEST} s is measured at {SHORT[-1]:,} bp; what follows a genetic map needs the map.",
+        f"What would take more than {MAX_SIMULATION_SECONDS} s is measured at {EXTRAPOLATION_LENGTHS[-1]:,} bp; "
+        "what follows a genetic map needs the map.",
         "Written by `cxt plan --calibrate --table FILE.md`.",
         "",
         "| variant | length | seconds | trees | sites | MB |",
