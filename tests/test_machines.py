@@ -348,7 +348,7 @@ def test_a_process_that_waits_for_a_machine_that_is_gone_is_ended(environment):
     code = """if True:
         import subprocess, time
         from cxt.trainer import machines
-        machines.SECONDS_TO_END = 0.2
+        machines.SHUTDOWN_TIMEOUT = 0.2
         with machines.Machines(2):
             subprocess.Popen(["sleep", "60"])  # in the place of another device's process
             time.sleep(60)  # and of a collective

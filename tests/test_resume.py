@@ -56,10 +56,10 @@ def _forked(arguments: list[str], out: str) -> None:
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)  # for its loaders, as where it is started as a command
     from cxt.console import exit_on_bad_request
-    from cxt.signals import end_at_once, ignore
+    from cxt.signals import ignore, install_exit_handler
     from cxt.train import main
 
-    end_at_once()
+    install_exit_handler()
     exit_on_bad_request(main)
     ignore()
 

@@ -28,7 +28,7 @@ from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
 from cxt.config.file import load
 from cxt.config.models import training_settings
-from cxt.config.training import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
+from cxt.config.training import PRECISIONS, RESULT_NEUTRAL_SETTINGS, TrainingConfig, list_result_neutral_settings
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
@@ -482,7 +482,7 @@ def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatc
     for model, (layers, epochs, lr) in RECIPES.items():
         settings = training_settings(config, model)
         assert (settings["layers"], settings["epochs"], settings["lr"], settings["min_lr"]) == (layers, epochs, lr, 3e-5)
-        decides = OPTIONAL.keys() - set(CHANGE_NO_RESULT)
+        decides = OPTIONAL.keys() - set(RESULT_NEUTRAL_SETTINGS)
         assert {key: settings[key] for key in decides} == {key: OPTIONAL[key] for key in decides}
     arguments = [*SMALL, "--dropout", 0.1, "--epochs", 3, "--dataset-path", dataset, "--max-steps", 10]
     explicit = [word for key, value in OPTIONAL.items() for word in ("--" + key.replace("_", "-"), value)]
@@ -598,9 +598,9 @@ def test_no_compiler(dataset, tmp_path):
 
 
 def test_what_changes_no_result():
-    assert "validate_every" in change_no_result({"patience": 0, "export": "last"})
-    assert "validate_every" not in change_no_result({"patience": 2, "export": "last"})
-    assert "validation_items" not in change_no_result({"patience": 0, "export": "best"})
+    assert "validate_every" in list_result_neutral_settings({"patience": 0, "export": "last"})
+    assert "validate_every" not in list_result_neutral_settings({"patience": 2, "export": "last"})
+    assert "validation_items" not in list_result_neutral_settings({"patience": 0, "export": "best"})
 
 
 def test_bfloat16_network(dataset):

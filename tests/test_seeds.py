@@ -9,8 +9,8 @@ from conftest import constant_scenario
 
 from cxt.config.configuration import Configuration
 from cxt.config.training import TrainingConfig, TrainingSection
+from cxt.config.type_descriptions import get_limits
 from cxt.config.variants import variants
-from cxt.config.words import get_limits
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest

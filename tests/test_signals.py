@@ -92,8 +92,8 @@ def test_nohup(arguments):
 
 CODE = """if True:
     import os, signal, sys
-    from cxt.signals import end_at_once, ignore
-    end_at_once()
+    from cxt.signals import install_exit_handler, ignore
+    install_exit_handler()
     import cxt.{module} as module
     from cxt.console import exit_on_bad_request
     from cxt.train import main

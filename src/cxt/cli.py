@@ -42,9 +42,9 @@ def main() -> None:
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{suggest_nearest(name, COMMANDS)}")
         if name == "train":  # its imports take a second, in which a signal must not end in a traceback
-            from cxt.signals import end_at_once
+            from cxt.signals import install_exit_handler
 
-            end_at_once()
+            install_exit_handler()
         importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
 
     exit_on_bad_request(run)

@@ -27,7 +27,7 @@ from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import how_to_reproduce, write_batch
 from cxt.scenarios.registry import SIMULATORS, check_variant
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
-from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
+from cxt.signals import STATUS, block_signals, end_with_parent, ignore, listen
 
 logger = get_logger(__name__)
 
@@ -125,7 +125,7 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
 
     listen(stop)
     gc.freeze()  # or the child's first collection would copy every page of memory that the two share
-    with held_back():  # the child ignores them from its start
+    with block_signals():  # the child ignores them from its start
         child.start()
     sender.close()
     started = last_report = time.monotonic()

@@ -90,9 +90,9 @@ class Loader:
         self.batch_size = batch_size
         self.sampler = EpochBatchSampler(examples=len(dataset), batch_size=batch_size, seed=1)
         self.loader = PrefetchLoader(dataset, self.sampler, batch_size=batch_size, threads=workers, pin=device == "cuda")
-        self._batches = self._all()
+        self._batches = self._iterate_batches()
 
-    def _all(self):
+    def _iterate_batches(self):
         while True:
             for batch in self.loader:
                 moved = Batch(*(None if part is None else part.to(self.device, non_blocking=True) for part in batch))
@@ -218,21 +218,21 @@ def bench_training(
     }
     with simulate_examples(network, adapter, batch_size=training.batch_size) as dataset:
         loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
-        contenders = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
+        formulations = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
         if compare == "dense":
             dense = build_dense_loss(model)
-            contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
+            formulations["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
             result |= compare_losses(model, plain, dense, next(loader), precision=autocast, device=device)
-        for name, steps in contenders.items():
+        for name, steps in formulations.items():
             steps(2)  # compiles, and fills the caches
             result[f"{name}memory_bytes"] = measure_peak_memory(lambda steps=steps: steps(1), device)
-        each = {name: steps.timed(1) for name, steps in contenders.items()}
+        each = {name: steps.timed(1) for name, steps in formulations.items()}
         count = max(1, int(1.0 / each[""]))  # steps of a turn: a second or so
         turns = max(3, int(seconds / (count * sum(each.values()))))
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        times: dict[str, list[float]] = {name: [] for name in formulations}
         waited, spent = loader.waited, 0.0
         for _ in range(turns):
-            for name, steps in contenders.items():
+            for name, steps in formulations.items():
                 before = loader.waited
                 times[name].append(steps.timed(count))
                 if name:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wra
 
 from cxt.random_seeds import LARGEST_SEED
 
-MOST = 10**9
+MAX_COUNT = 10**9
 """The largest count of anything, where nothing else sets a limit: it only keeps products of counts from overflowing."""
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -57,8 +57,8 @@ integer_validator, float_validator = BeforeValidator(_parse_integer), WrapValida
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True), BeforeValidator(_parse_flag)]
 
-PositiveInteger = Annotated[int, Field(strict=True, ge=1, le=MOST), integer_validator]
-NonNegativeInteger = Annotated[int, Field(strict=True, ge=0, le=MOST), integer_validator]
+PositiveInteger = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT), integer_validator]
+NonNegativeInteger = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT), integer_validator]
 Index = Annotated[int, Field(strict=True, ge=0, le=2 * 10**9), integer_validator]
 Seed = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED), integer_validator]
 Samples = Annotated[int, Field(strict=True, ge=2, le=60_000), integer_validator]

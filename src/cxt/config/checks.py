@@ -210,17 +210,18 @@ def _check_models(config: dict) -> None:
         before = len(problems.messages)
         with problems.collect():
             _check_evaluation(config, name)
-        with problems.collect(), _named(f"models.{name}.architecture"):
+        with problems.collect(), _prefix_errors(f"models.{name}.architecture"):
             network_config(config, name)
         own_training = config["models"][name].get("training", {})
         if own_training or not shared_training_is_wrong:
-            with problems.collect(), _named(f"models.{name}.training" if own_training else f"training, of models.{name}"):
+            at = f"models.{name}.training" if own_training else f"training, of models.{name}"
+            with problems.collect(), _prefix_errors(at):
                 training_config(config, name)
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
             if "backbone_lr_factor" in own_training and not is_adapter(config, name):
                 raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
-        with problems.collect(), _named(f"models.{name}.adapter"):
+        with problems.collect(), _prefix_errors(f"models.{name}.adapter"):
             adapter_config(config, name)
         if len(problems.messages) == before:
             with problems.collect():
@@ -262,7 +263,7 @@ def _trained_model(config: dict, name: str, *, name_in_messages: str | None = No
 
 
 @contextlib.contextmanager
-def _named(at: str) -> Iterator[None]:
+def _prefix_errors(at: str) -> Iterator[None]:
     """Let a BadRequest say of which section of the configuration it speaks."""
     try:
         yield

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cxt.config.bounds import BasePairs, NonEmpty, Positive, PositiveInteger, Text, integer_validator
 from cxt.config.section import Section
-from cxt.config.words import Expected
+from cxt.config.type_descriptions import Expected
 
 ScenarioNames = Annotated[Text | NonEmpty[Text], Expected("the name of a scenario or of a scenario set, or a list of them")]
 

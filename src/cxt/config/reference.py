@@ -13,7 +13,7 @@ from cxt.config.network import Adapter, Architecture
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
-from cxt.config.words import describe_type
+from cxt.config.type_descriptions import describe_type
 
 INTRODUCTION = """\
 # The configuration

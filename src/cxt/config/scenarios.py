@@ -19,8 +19,8 @@ from cxt.config.bounds import (
 )
 from cxt.config.problems import refuse
 from cxt.config.section import Section
+from cxt.config.type_descriptions import Expected
 from cxt.config.variants import NOT_PARAMETERS
-from cxt.config.words import Expected
 
 PositiveRateOrSweep = PositiveRate | NonEmpty[PositiveRate]
 RateOrSweep = Rate | NonEmpty[Rate]

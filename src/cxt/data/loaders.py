@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cxt.data.pair_dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.random_seeds import torch_seed
-from cxt.signals import end_with_parent, held_back, ignore
+from cxt.signals import block_signals, end_with_parent, ignore
 
 
 class EpochBatchSampler(Sampler):
@@ -196,7 +196,7 @@ class ProcessLoader(_TimedLoader, DataLoader):
         )
 
     def _get_iterator(self):
-        with held_back():
+        with block_signals():
             iterator = super()._get_iterator()
         for process in getattr(iterator, "_workers", ()):
             # torch's way to end one that is busy is a signal that they ignore

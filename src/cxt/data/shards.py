@@ -34,7 +34,7 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.data.shard_checks import Fault, check_arrays, check_layout, check_zip_entries
+from cxt.data.shard_checks import ShardError, check_arrays, check_layout, check_zip_entries
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write
@@ -155,7 +155,7 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
         if type(version) is not int:
-            raise Fault(f"its schema version is {version!r}")
+            raise ShardError(f"its schema version is {version!r}")
         if version == SCHEMA_VERSION:
             check_layout(group, content, memory=free_memory())
     except UNREADABLE as error:

@@ -130,7 +130,7 @@ class Decoder:
         )
         # Streams and graphs are of torch's current GPU, which need not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, self._check_ids(example_ids, len(x)), self._fed(tokens, len(x)))
+            self._start(x, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -147,7 +147,7 @@ class Decoder:
             raise BadRequest(f"example_ids: expected {count} whole numbers, one for each example of X")
         return ids
 
-    def _fed(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
         """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None

@@ -10,7 +10,7 @@ from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_ver
 from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed
 from cxt.io import check_writable, is_locked
-from cxt.signals import follow, is_led, last_words
+from cxt.signals import call_before_exit, end_with_trainer, is_started_by_trainer
 from cxt.trainer.machines import Machines
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.request import RunRequest, build_request
@@ -65,7 +65,7 @@ def train(options: TrainingOptions, *, began: float) -> Path:
         )
     deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
     with restored_environment():
-        if is_led():
+        if is_started_by_trainer():
             return _train_other_device(options, deadline=deadline)
         with Machines(options.nodes, directory=_choose_meeting_place(options)) as machines:
             return _train_on_machine(options, machines, deadline=deadline)
@@ -79,7 +79,7 @@ def _choose_meeting_place(options: TrainingOptions) -> Path:
 
 def _train_other_device(options: TrainingOptions, *, deadline: float | None) -> Path:
     """Train in a process that another one of this machine has started for one of its devices."""
-    follow()
+    end_with_trainer()
     from cxt.trainer.fit import build_data, fit
 
     request = build_request(options)
@@ -237,7 +237,7 @@ def _wait_for_lock(path: Path, *, until: float) -> None:
 def _released_at_the_end(run: RunDirectory) -> Iterator[None]:
     """Release *run* at the end of a `with` block, also if a signal is the end of it."""
     try:
-        with last_words(lambda text, status: run.abandon()):
+        with call_before_exit(lambda text, status: run.abandon()):
             yield
     finally:
         run.release()

@@ -26,7 +26,7 @@ time spent waiting for data. `seconds` is the time spent training, over all trie
 TIMING = ("items_per_s", "data_wait", "seconds")
 """Columns that no two runs have in common."""
 
-WAITS_TOO_LONG = 0.2
+MAX_WAIT_FRACTION = 0.2
 
 
 class TrainingLog(Callback):
@@ -218,7 +218,7 @@ class TrainingLog(Callback):
             f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, {waiting:.0%} of it waiting "
             f"for data, {left / 60:.1f} min left"
         )
-        if waiting > WAITS_TOO_LONG and step - self._first_step >= 50 and not self._advised:
+        if waiting > MAX_WAIT_FRACTION and step - self._first_step >= 50 and not self._advised:
             self._advised = True
             logger.warning(f"{self.name}: waits for data; more threads that make batches may help (workers: 2)")
 

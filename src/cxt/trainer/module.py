@@ -15,7 +15,7 @@ from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 
-STABLE = 0.4
+WSD_PLATEAU_FRACTION = 0.4
 """Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""
 
 
@@ -37,7 +37,7 @@ def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: in
     if training.schedule == "linear":
         return floor + (1 - floor) * (1 - progress)
     if training.schedule == "wsd":
-        progress = max(0.0, (progress - STABLE) / (1 - STABLE))
+        progress = max(0.0, (progress - WSD_PLATEAU_FRACTION) / (1 - WSD_PLATEAU_FRACTION))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

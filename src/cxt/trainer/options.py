@@ -14,7 +14,7 @@ from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativ
 from cxt.config.flags import check_flags
 from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
 from cxt.config.training import TrainingConfig
-from cxt.config.words import list_choices
+from cxt.config.type_descriptions import list_choices
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
-from cxt.config.training import TrainingConfig, change_no_result, steps_per_epoch
+from cxt.config.training import TrainingConfig, list_result_neutral_settings, steps_per_epoch
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -25,13 +25,15 @@ if TYPE_CHECKING:  # it takes torch's seconds
 
 logger = get_logger(__name__)
 
-NO_SETTINGS = (
+RUN_CONTROL_OPTIONS = (
     "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
     "parent_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are no settings of a run: where it goes, how it starts and ends, and what the workflow says it planned."""
 
-NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
+OPTIONS_IDENTIFIED_OTHERWISE = (
+    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
+)  # fmt: skip
 """Settings that a run's identity holds in another form: files by digest, devices by number."""
 
 
@@ -197,7 +199,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
     settings = list_settings(options)
     parent_digest = None if parent_file is None else file_sha256(parent_file)
-    leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
+    leave_out = {*OPTIONS_IDENTIFIED_OTHERWISE, *list_result_neutral_settings(settings)}
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in leave_out},
         # On several machines a GPU's sums may be made in another order. "nodes" is what earlier runs have recorded.
@@ -242,7 +244,7 @@ def resolve_settings(options: TrainingOptions) -> dict[str, Any]:
 
 def list_settings(options: TrainingOptions) -> dict[str, Any]:
     """The settings that decide the result, as they can be read back with --config."""
-    leave_out = set(NO_SETTINGS) if options.has_adapter else {*NO_SETTINGS, *ADAPTER_FLAGS}
+    leave_out = set(RUN_CONTROL_OPTIONS) if options.has_adapter else {*RUN_CONTROL_OPTIONS, *ADAPTER_FLAGS}
     return {key: value for key, value in options.flatten().items() if key not in leave_out and value is not None}
 
 

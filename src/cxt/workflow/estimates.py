@@ -37,20 +37,20 @@ class Estimate:
 
 def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
     """Simulations, variants, core-hours and bytes of (variant, number of simulations)."""
-    seconds, size, stretched = Estimate(), Estimate(), []
+    seconds, size, extrapolated = Estimate(), Estimate(), []
     for variant, count in variants:
         cost = costs.simulation(variant.spec) or {"seconds": None, "bytes": None}
         seconds.add(variant.name, count, cost["seconds"])
         size.add(variant.name, count, cost["bytes"])
         if cost.get("extrapolated"):
-            stretched.append(variant.name)
+            extrapolated.append(variant.name)
     return {
         "simulations": sum(count for _, count in variants),
         "variants": len(variants),
         "core_hours": seconds.total / 3600,
         "bytes": round(size.total),
         "not_measured": seconds.unknown,
-        "extrapolated": stretched,
+        "extrapolated": extrapolated,
     }
 
 
@@ -229,13 +229,13 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
     partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
     shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
-    stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
+    extrapolated = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
     if shards:
         out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
-    if stretched:
-        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
+    if extrapolated:
+        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(extrapolated)}.")
     every = [
         variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
     ]

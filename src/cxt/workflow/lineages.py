@@ -3,7 +3,7 @@
 import functools
 
 from cxt.config.models import get_parent, training_settings
-from cxt.config.training import change_no_result
+from cxt.config.training import list_result_neutral_settings
 from cxt.config.variants import Variant, variants
 from cxt.data.manifest import combine_shard_lineages
 from cxt.io import file_sha256
@@ -85,7 +85,7 @@ def model_lineage(config: dict, name: str) -> str:
         None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
     )
     settings = training_settings(config, name)
-    settings = {key: value for key, value in settings.items() if key not in change_no_result(settings)}
+    settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
     return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
 
 
