@@ -21,7 +21,7 @@ from cxt.config.training import TrainingConfig
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops
-from cxt.trainer.module import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
 DENSE = ["--compare", "dense"]
@@ -102,7 +102,7 @@ def adapter_in_turns(device: str, *, turns: int) -> list[float]:
     for adapter in (AdapterConfig(), None):
         torch.manual_seed(1)
         model = build_model(network, adapter).to(device).train()
-        loss, optimizer = loss_function(model, training), new_optimizer(model, training, fused=device == "cuda")
+        loss, optimizer = build_loss_function(model, training), build_optimizer(model, training, fused=device == "cuda")
         if (backend := compile_backend(training, device)) is not None:
             loss = torch.compile(loss, backend=backend, dynamic=False)
         with simulate_examples(network, adapter, batch_size=batch) as dataset:

@@ -48,12 +48,12 @@ for name, model in config["models"].items():
         resources:
             mem_mb=training_memory_mb(config, name),
             runtime=1440,
-            gpu=jobs.devices(config, name),
+            gpu=jobs.get_device_count(config, name),
         params:
             dataset=lambda wildcards, input: os.path.dirname(input.manifest),
             parent=arguments.parent_flag(config, name),
             # As configured: the resource `gpu` is clipped to what Snakemake was told there is, which would change the batch.
-            devices=jobs.devices(config, name),
+            devices=jobs.get_device_count(config, name),
             lineages=arguments.lineages_to_train_on(config, name),
             # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
             run=lineages.run_directory(config, name),

@@ -18,7 +18,7 @@ from cxt.errors import BadRequest
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.genetic_maps import check_map_available, fetch_genetic_map, get_genetic_map, read_genetic_map
 from cxt.scenarios.registry import check_variant, simulate_tree_sequence
-from cxt.scenarios.seeds import EngineSeeds, engine_seeds
+from cxt.scenarios.seeds import EngineSeeds, derive_engine_seeds
 from cxt.scenarios.stdpopsim_models import simulate_contig
 from cxt.workflow.costs import Costs
 from cxt.workflow.estimates import estimate_costs, format_estimate
@@ -410,7 +410,7 @@ def test_sizes_and_rates_are_the_catalogues():
     seeds = EngineSeeds(*np.random.default_rng(7).integers(1, 2**31 - 1, size=2))
     direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=7)
     assert direct.tables.equals(simulate_contig(model, contig, about["samples"], seeds).tables, ignore_provenance=True)
-    seeds = engine_seeds(seed=1, spec=spec, index=1)
+    seeds = derive_engine_seeds(seed=1, spec=spec, index=1)
     again = simulate_contig(model, contig, about["samples"], seeds).trim()
     assert again.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
     assert sum(about["samples"].values()) == 4

@@ -16,7 +16,7 @@ from cxt.checkpoints.archive import Damaged, check_bytes, open_verified, pack
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
 from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
 from cxt.checkpoints.load import find_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.commands import checkpoint as checkpoint_stage
@@ -35,7 +35,7 @@ NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=6, samples=6, scales=
 
 def record_of(**changes) -> dict:
     dataset = {"scales": [2, 4], "missing": False, "window_size": 1000, "sequence_length": 6000, "samples": 6}
-    return model_record(NETWORK, None, name="x", preset="broad", lineage="abc", dataset=dataset) | changes
+    return build_checkpoint_record(NETWORK, None, name="x", preset="broad", lineage="abc", dataset=dataset) | changes
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import torch
 from conftest import constant_scenario
 
 from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
@@ -37,7 +37,7 @@ from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.trainer.validation import DecodedExamples
 
-SPEC = variants("constant", constant_scenario())[0].spec
+SPEC = list_variants("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
 
 
@@ -201,7 +201,7 @@ def test_decoding_averages_replicates_distributions():
 def checkpoint(tmp_path):
     path = tmp_path / "x.ckpt"
     model = tiny_model(window_size=1000)
-    record = model_record(
+    record = build_checkpoint_record(
         model.config, None, name="x", preset="broad", lineage="abc", dataset={"scales": [2, 4], "missing": False}
     )
     write_checkpoint(path, model.state_dict(), record)

@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.errors import BadRequest
 from cxt.io import acquire_lock, atomic_file, atomic_link, atomic_write, is_locked
 from cxt.scenarios.batches import write_batch
@@ -168,7 +168,7 @@ def test_a_batch_and_one_of_it(tmp_path):
     """Their writers have temporary names of their own, too."""
     for name in ("b", "one.trees"):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
-    (variant,) = variants("constant", constant_scenario(simulations=1))
+    (variant,) = list_variants("constant", constant_scenario(simulations=1))
     write_batch(tmp_path / "b", variant.spec, start=0, count=1, seed=1)
     run_python("-m", "cxt.commands.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
     assert not (tmp_path / "precious").exists()

@@ -12,7 +12,7 @@ from conftest import simulate
 
 from cxt import load_model, pair_features
 from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
@@ -55,7 +55,9 @@ def loaded(path, config, *, adapter=None, **ranges):
     """A model whose checkpoint says that it was trained on data in *ranges*."""
     torch.manual_seed(1)
     dataset = {"scales": list(SCALES), "missing": not config.mask_singletons, "ranges": ranges or None}
-    write_checkpoint(path, build_model(config, adapter).state_dict(), model_record(config, adapter, name="x", dataset=dataset))
+    write_checkpoint(
+        path, build_model(config, adapter).state_dict(), build_checkpoint_record(config, adapter, name="x", dataset=dataset)
+    )
     return load_model(path)
 
 

@@ -10,7 +10,7 @@ from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt.config.file import load, merge, resolve
 from cxt.config.network import PRESETS, AdapterConfig
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
@@ -29,7 +29,7 @@ from cxt.workflow.costs import (
     variant_key,
 )
 from cxt.workflow.estimates import estimate_costs, use_devices
-from cxt.workflow.jobs import dataset_spec, find_variant, list_variants
+from cxt.workflow.jobs import collect_variants, dataset_spec, find_variant
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -89,7 +89,7 @@ def test_published_variants(paper):
         "llm_hard_sweeps": (27, 50),
     }
     for name, (number, simulations) in expected.items():
-        found = variants(name, scenarios[name])
+        found = list_variants(name, scenarios[name])
         assert (len(found), {variant.simulations for variant in found}) == (number, {simulations})
         assert not any(variant.spec["mutation_rate"] == variant.spec["recombination_rate"] == 5e-8 for variant in found)
     # The published positions: one generator seeded 42, a draw for each combination in loop order, the skipped ones included.
@@ -100,7 +100,7 @@ def test_published_variants(paper):
             for recombination in (1e-8, 5e-8):
                 for s in (0.01, 0.1, 1):
                     drawn[size, mutation, recombination, s] = int(rng.choice([250_000, 500_000, 750_000]))
-    for variant in variants("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
+    for variant in list_variants("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
         keys = ("population_size", "mutation_rate", "recombination_rate", "selection_coefficient")
         assert variant.spec["position"] == drawn[tuple(variant.spec[key] for key in keys)]
     species = {"musmus", "ratnor", "gorgor", "orysat", "susscr", "phosin"}
@@ -129,7 +129,7 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     monkeypatch.setattr(catalogue, "read_chromosome_map", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     result = {}
-    for variant in list_variants(config, sorted(names)):
+    for variant in collect_variants(config, sorted(names)):
         for index in range(variant.simulations):
             caught.clear()
             with pytest.raises(Stop):

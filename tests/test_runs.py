@@ -27,7 +27,7 @@ from cxt.commands import checkpoint as checkpoint_stage
 from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
 from cxt.config.file import load
-from cxt.config.models import training_settings
+from cxt.config.models import build_training_settings
 from cxt.config.training import PRECISIONS, RESULT_NEUTRAL_SETTINGS, TrainingConfig, list_result_neutral_settings
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.pair_dataset import PairDataset, compute_model_input
@@ -480,7 +480,7 @@ def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatc
     """The six recipes as they are published, and the first ten losses of a run those of a plain loop in torch."""
     config = load([REPOSITORY / "config" / "paper.yaml"])
     for model, (layers, epochs, lr) in RECIPES.items():
-        settings = training_settings(config, model)
+        settings = build_training_settings(config, model)
         assert (settings["layers"], settings["epochs"], settings["lr"], settings["min_lr"]) == (layers, epochs, lr, 3e-5)
         decides = OPTIONAL.keys() - set(RESULT_NEUTRAL_SETTINGS)
         assert {key: settings[key] for key in decides} == {key: OPTIONAL[key] for key in decides}

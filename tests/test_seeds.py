@@ -10,14 +10,14 @@ from conftest import constant_scenario
 from cxt.config.configuration import Configuration
 from cxt.config.training import TrainingConfig, TrainingSection
 from cxt.config.type_descriptions import get_limits
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest
 from cxt.random_seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, engine_seeds
+from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, derive_engine_seeds
 
 BITS = 2**64 - 1
 
@@ -39,7 +39,7 @@ def inverse(word: int, key: int) -> int:
 
 
 def spec_of(**changes) -> dict:
-    return variants(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
+    return list_variants(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
 
 
 def test_hash():
@@ -91,7 +91,7 @@ def test_engine_seeds():
             seeds = found[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
             assert np.unique(seeds).size == seeds.size
         for i in (0, 4_999, 5_000, 10_000, -1):
-            pair = engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
+            pair = derive_engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
             assert (pair.ancestry, pair.mutations) == (found[seed, name, "ancestry"][i], found[seed, name, "mutations"][i])
     rows = list(found.values())
     for i in range(len(rows)):
@@ -100,7 +100,7 @@ def test_engine_seeds():
             assert (rows[i] == rows[j]).sum() == 0
     for index in (-1, LAST_INDEX + 1):
         with pytest.raises(BadRequest, match=f"index {index}: expected 0 to 4294967294"):
-            engine_seeds(seed=1, spec=spec, index=index)
+            derive_engine_seeds(seed=1, spec=spec, index=index)
 
 
 def test_the_same_ancestry_under_two_names():

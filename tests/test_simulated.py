@@ -9,7 +9,7 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.loaders import ProcessLoader
 from cxt.data.simulated import ON_THE_FLY_START, SimulatedDataset, build_simulated_manifest
@@ -18,7 +18,7 @@ from cxt.scenarios.registry import simulate_tree_sequence
 
 LEAVES = [
     variant.spec
-    for variant in variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
+    for variant in list_variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
 ]
 MANIFEST = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, examples=40)
 

@@ -273,7 +273,7 @@ def plan(directory: Path) -> dict:
 def configuration(directory: Path) -> dict:
     """Resolved configurations, and the lineages that decide what is current."""
     from cxt.config.file import load
-    from cxt.workflow.jobs import variants_of
+    from cxt.workflow.jobs import collect_variants
     from cxt.workflow.lineages import dataset_lineage, model_lineage
 
     files = {name: REPOSITORY / "config" / f"{name}.yaml" for name in ("paper", "paper_script")}
@@ -287,7 +287,7 @@ def configuration(directory: Path) -> dict:
         config = load(overlays)
         result[name] = {
             "sections": {key: digest(json.dumps(value, sort_keys=True).encode()) for key, value in config.items()},
-            "variants": digest(json.dumps([v.name for v in variants_of(config, list(config["scenarios"]))]).encode()),
+            "variants": digest(json.dumps([v.name for v in collect_variants(config, list(config["scenarios"]))]).encode()),
             "datasets": {dataset: dataset_lineage(config, dataset) for dataset in config["datasets"]},
             "models": {model: model_lineage(config, model) for model in config["models"]},
         }

@@ -148,7 +148,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
 
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr("cxt.trainer.module.new_optimizer", on_a_gpu)
+    monkeypatch.setattr("cxt.trainer.module.build_optimizer", on_a_gpu)
     monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, resolve
-from cxt.config.variants import check_variants, get_scenario_name, variants
+from cxt.config.variants import check_variants, get_scenario_name, list_variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_tree_sequence
@@ -64,7 +64,7 @@ def test_combinations_are_taken_together():
         ],
     )
     check_variants("llm", entry)
-    found = variants("llm", entry)
+    found = list_variants("llm", entry)
     assert len(found) == 6
     assert found[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
     assert found[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
@@ -74,11 +74,14 @@ def test_combinations_are_taken_together():
 
 
 def test_the_same_number_written_differently_is_the_same_variant():
-    a, b = (variants("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
+    a, b = (list_variants("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
     assert json.dumps(a.spec) == json.dumps(b.spec)
-    assert variants("x", constant_scenario(ancestry_model="hudson"))[0].spec == variants("x", constant_scenario())[0].spec
+    assert (
+        list_variants("x", constant_scenario(ancestry_model="hudson"))[0].spec
+        == list_variants("x", constant_scenario())[0].spec
+    )
     old, new = (HISTORY | {"batch": 10, "history": [{"time": 0, "population_size": size}]} for size in (10, 10.0))
-    assert json.dumps(variants("x", old)[0].spec) == json.dumps(variants("x", new)[0].spec)
+    assert json.dumps(list_variants("x", old)[0].spec) == json.dumps(list_variants("x", new)[0].spec)
     assert load([TINY])["scenarios"]["constant"]["simulations"] == 20
     base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
     assert type(resolve(merge(base, {"seed": 2.0, "scenarios": {"constant": {"simulations": 2.0e1}}}))["seed"]) is int
@@ -90,7 +93,7 @@ def test_sweeping_a_required_parameter_by_combinations():
                "combinations": [{"position": 5000, "selection_coefficient": 0.1},
                                 {"position": 9000, "selection_coefficient": 1}]}
     )  # fmt: skip
-    names = [variant.name for variant in variants("sweep", config["scenarios"]["sweep"])]
+    names = [variant.name for variant in list_variants("sweep", config["scenarios"]["sweep"])]
     assert names == ["sweep-position=5000-selection_coefficient=0.1", "sweep-position=9000-selection_coefficient=1"]
 
 
@@ -372,7 +375,7 @@ def test_examples_are_sound():
         config = load([path])
         check_plan(config)
         name = next(iter(read_yaml(path)["models"]))
-        for variant in variants(name, config["scenarios"][name]):
+        for variant in list_variants(name, config["scenarios"][name]):
             ts = simulate_tree_sequence(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
             check_genealogies(ts)
             assert ts.num_samples == 50

@@ -25,7 +25,7 @@ COMMANDS = {
 """{name: (module with the command's `main(argv)`, what it does)}."""
 
 
-def usage() -> str:
+def format_usage() -> str:
     """The text of `cxt --help`."""
     lines = [f"  {name:12s}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: cxt COMMAND [options]", "", *lines, "", "`cxt COMMAND --help` lists the options of a command."])
@@ -37,7 +37,7 @@ def main() -> None:
 
     def run() -> None:
         if name in ("-h", "--help"):
-            print(usage())
+            print(format_usage())
             return
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{suggest_nearest(name, COMMANDS)}")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from cxt.config.demes import read_demes
 from cxt.config.scenarios import complete_parameters
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
@@ -45,16 +45,18 @@ def _read_variant(args) -> dict:
         completed = complete_parameters(spec["kind"], parameters, at="--spec")
         if completed["kind"] == "demes":
             completed["demography"] = read_demes(completed["demography"], at="--spec")
-        (variant, *others) = variants(spec["name"], completed | {"simulations": 1, "batch": 10})
+        (variant, *others) = list_variants(spec["name"], completed | {"simulations": 1, "batch": 10})
         if others or variant.name != spec["name"]:
             raise BadRequest("--spec has a list of values: it must be one variant, not a sweep")
         return variant.spec
     from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
 
     config = load(args.configfile)
-    unswept = {variant.name: variant for name, scenario in config["scenarios"].items() for variant in variants(name, scenario)}
+    unswept = {
+        variant.name: variant for name, scenario in config["scenarios"].items() for variant in list_variants(name, scenario)
+    }
     if args.scenario in config["scenarios"] and args.scenario not in unswept:
-        swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
+        swept = [variant.name for variant in list_variants(args.scenario, config["scenarios"][args.scenario])]
         raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
     if args.scenario not in unswept:
         raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, unswept)}")

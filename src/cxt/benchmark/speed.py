@@ -24,7 +24,7 @@ from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.model.flops import decoding_flops, training_flops
-from cxt.trainer.module import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
 
 SIMULATIONS, PAIRS = 20, 200
 
@@ -50,7 +50,7 @@ def synchronize(device: str) -> None:
 @contextlib.contextmanager
 def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
-    from cxt.config.variants import variants
+    from cxt.config.variants import list_variants
     from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
     from cxt.data.preprocessing import preprocess_batch
@@ -69,7 +69,7 @@ def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, ba
     }  # fmt: skip
     mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
     with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
-        variant = variants("constant", scenario)[0]
+        variant = list_variants("constant", scenario)[0]
         batch = Path(directory) / "batch"
         write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
         shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
@@ -205,8 +205,8 @@ def bench_training(
     if precision == "bf16-true":
         model.to(torch.bfloat16)
         autocast = "32-true"  # none: the network itself is in 16 bits
-    loss = plain = loss_function(model, training)
-    optimizer = new_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
+    loss = plain = build_loss_function(model, training)
+    optimizer = build_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
     backend = compile_backend(training, device)
     if backend is not None:
         loss = torch.compile(loss, backend=backend, dynamic=False)

@@ -19,7 +19,7 @@ import torch
 
 from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
-from cxt.checkpoints.record import check_record, check_tensors, model_record
+from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
@@ -88,7 +88,7 @@ def read_checkpoint(path) -> Checkpoint:
         content = _read_torch_file(path)
         if is_published(content):
             weights, network, adapter, more = read_published(content, path)
-            return Checkpoint(weights, network, adapter, model_record(network, adapter, **more))
+            return Checkpoint(weights, network, adapter, build_checkpoint_record(network, adapter, **more))
         if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
             raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
         weights, record = content["state_dict"], content["cxt"]
@@ -157,4 +157,4 @@ def import_published(path, out, *, name: str | None = None) -> None:
         raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
     weights, network, adapter, more = read_published(content, path)
     check_writable(out)
-    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
+    write_checkpoint(out, weights, build_checkpoint_record(network, adapter, **more | ({} if name is None else {"name": name})))

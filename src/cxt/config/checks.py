@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cxt.config.demes import read_demes
-from cxt.config.models import adapter_config, is_adapter, network_config, trace_parents, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config, is_adapter, trace_parents
 from cxt.config.network import TrainedModel, check_adapter_samples, check_inheritance, check_missingness, count_pairs
 from cxt.config.scenarios import complete_parameters
-from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
+from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
 
 
@@ -137,7 +137,7 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
             )
         _check_scenario_fits(scenario_name, scenario, at, dataset)
         regions = dataset["regions_per_simulation"]
-        for variant in variants(scenario_name, scenario):
+        for variant in list_variants(scenario_name, scenario):
             if regions * length > variant.spec["sequence_length"]:
                 raise BadRequest(
                     f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
@@ -162,7 +162,7 @@ def count_individuals(scenario: dict) -> int:
 
 def _check_scenario_fits(name: str, scenario: dict, at: str, dataset: dict) -> None:
     """BadRequest if simulations of *scenario* are too short or have too few samples for *dataset*."""
-    for variant in variants(name, scenario):
+    for variant in list_variants(name, scenario):
         if variant.spec["sequence_length"] < dataset["sequence_length"]:
             raise BadRequest(
                 f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "
@@ -211,18 +211,18 @@ def _check_models(config: dict) -> None:
         with problems.collect():
             _check_evaluation(config, name)
         with problems.collect(), _prefix_errors(f"models.{name}.architecture"):
-            network_config(config, name)
+            build_network_config(config, name)
         own_training = config["models"][name].get("training", {})
         if own_training or not shared_training_is_wrong:
             at = f"models.{name}.training" if own_training else f"training, of models.{name}"
             with problems.collect(), _prefix_errors(at):
-                training_config(config, name)
+                build_training_config(config, name)
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
             if "backbone_lr_factor" in own_training and not is_adapter(config, name):
                 raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
         with problems.collect(), _prefix_errors(f"models.{name}.adapter"):
-            adapter_config(config, name)
+            build_adapter_config(config, name)
         if len(problems.messages) == before:
             with problems.collect():
                 model = _trained_model(config, name)
@@ -253,7 +253,7 @@ def _trained_model(config: dict, name: str, *, name_in_messages: str | None = No
     dataset = config["datasets"][dataset_name]
     return TrainedModel(
         name=name_in_messages or f"models.{name}",
-        network=network_config(config, name),
+        network=build_network_config(config, name),
         dataset=dataset_name,
         scales=dataset["scales"],
         samples=dataset["samples"],

@@ -28,14 +28,14 @@ def check_flags(args, **accepted) -> None:
                          {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
 
 
-def cores() -> int:
+def count_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
     """Say on stderr that *processes* with so many threads and workers each have fewer cores than that."""
-    requested, available = processes * max(threads, workers), cores()
+    requested, available = processes * max(threads, workers), count_cores()
     if requested > available:
         what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""

@@ -28,7 +28,7 @@ def is_adapter(config: dict, name: str) -> bool:
     return "adapter" in model or "resume_adapter" in model
 
 
-def network_config(config: dict, name: str) -> ModelConfig:
+def build_network_config(config: dict, name: str) -> ModelConfig:
     """The network of model *name*: preset, sizes inherited from the parents, own sizes, shape of the dataset."""
     chain = trace_parents(config, name)
     model = config["models"][name]
@@ -51,7 +51,7 @@ def network_config(config: dict, name: str) -> ModelConfig:
     return PRESETS[model["preset"]].replace(**(sizes | own_settings | shape))
 
 
-def adapter_config(config: dict, name: str) -> AdapterConfig | None:
+def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
     """The adapter of model *name*, settings inherited from the adapter it resumes; None for a plain model."""
     if not is_adapter(config, name):
         return None
@@ -63,21 +63,21 @@ def adapter_config(config: dict, name: str) -> AdapterConfig | None:
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
 
 
-def training_config(config: dict, name: str) -> TrainingConfig:
+def build_training_config(config: dict, name: str) -> TrainingConfig:
     """The training settings of model *name*; `devices` is the rule's resource, not a setting of the trainer."""
     settings = config["training"] | config["models"][name].get("training", {})
     settings = {key: value for key, value in settings.items() if key != "devices"}
     return TrainingConfig(**settings)
 
 
-def training_settings(config: dict, name: str) -> dict:
+def build_training_settings(config: dict, name: str) -> dict:
     """Model *name*'s settings as `python -m cxt.train --config` reads them: flat, one key per flag."""
-    network = network_config(config, name)
+    network = build_network_config(config, name)
     settings = {"model": config["models"][name]["preset"], "name": name}
     for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
         settings[key] = getattr(network, key)
-    settings |= training_config(config, name).model_dump()
-    adapter = adapter_config(config, name)
+    settings |= build_training_config(config, name).model_dump()
+    adapter = build_adapter_config(config, name)
     if adapter is not None:
         settings |= {
             "adapter": True,

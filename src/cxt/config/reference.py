@@ -69,7 +69,7 @@ def tabulate(section: type[Section]) -> str:
     return "\n".join(rows)
 
 
-def document() -> str:
+def render_reference() -> str:
     """config/README.md: every key with its type, default and meaning."""
     parts = [INTRODUCTION]
     for title, section in TITLES.items():

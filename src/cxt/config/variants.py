@@ -27,7 +27,7 @@ class Variant:
     batch: int
 
 
-def variants(name: str, scenario: dict) -> list[Variant]:
+def list_variants(name: str, scenario: dict) -> list[Variant]:
     """The variants of *scenario* (a checked scenario of the config).
 
     One for each combination of listed parameters and each row of `combinations`. A scenario without either is its own
@@ -75,7 +75,7 @@ def check_variants(name: str, scenario: dict) -> None:
             if isinstance(scenario.get(key), list):
                 raise BadRequest(f"{at}: `{key}` is a list and also set by `combinations`; keep one of them")
     seen_names = set()
-    for variant in variants(name, scenario):
+    for variant in list_variants(name, scenario):
         if variant.name in seen_names:
             raise BadRequest(f"{at}: two variants are called '{variant.name}'; take one of the two away")
         seen_names.add(variant.name)

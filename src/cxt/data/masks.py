@@ -20,7 +20,7 @@ from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, file_sha256
 from cxt.lineage import check_lineage, how_to_remake
-from cxt.scenarios.seeds import random_generator
+from cxt.scenarios.seeds import build_random_generator
 
 logger = get_logger(__name__)
 
@@ -210,7 +210,7 @@ def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
     (500 and 200) about 29% of the bases are inaccessible.
     """
-    rng = random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
+    rng = build_random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
     mean = spec["accessible_run"] + spec["inaccessible_run"]
     mask = np.zeros(spec["length"], dtype=bool)
     at = 0

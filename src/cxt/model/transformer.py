@@ -2,6 +2,7 @@
 
 The source embedding turns the counts of each window into one vector. These are the prefix, and see each other freely.
 After them come the start token and the bins predicted so far; each sees the whole prefix and what stands before it.
+The loss that training minimises is `CoalescenceModel.loss`.
 
 Shapes: B examples, W windows, P = W sources, T = 2W positions, H heads, D width, S scales, n samples, V vocabulary,
 R replicates.

@@ -234,7 +234,7 @@ def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule
             launcher.procs.clear()  # seeing them gone, Lightning would kill this one before it says why
         # "can't allocate memory" is what torch says on a CPU.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise Failed(out_of_memory(request, error)) from error
+            raise Failed(describe_out_of_memory(request, error)) from error
         if is_compiler_error(error):
             raise Failed(
                 f"{request.name}: the network could not be compiled ({first_line(error)}); `compile: none` trains without, and "
@@ -253,7 +253,7 @@ def is_compiler_error(error: BaseException) -> bool:
     return isinstance(error, TorchDynamoException | InductorError)
 
 
-def out_of_memory(request: RunRequest, error: Exception) -> str:
+def describe_out_of_memory(request: RunRequest, error: Exception) -> str:
     """What to do about it, in words."""
     training = request.training
     half = max(1, training.batch_size // 2)

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
 from cxt.data.preprocessing import preprocess_simulation
@@ -18,7 +18,7 @@ from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, list_variants
+from cxt.workflow.jobs import collect_variants, dataset_spec, evaluation_scenarios, get_device_count
 from cxt.workflow.resources import training_threads
 
 SHIPPED_COSTS = Path(__file__).with_name("costs.json")
@@ -204,7 +204,7 @@ def list_used_variants(config: dict) -> list[Variant]:
     """Every variant that a dataset or an evaluation of *config* uses."""
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
-    return list_variants(config, [name for name in config["scenarios"] if name in names])
+    return collect_variants(config, [name for name in config["scenarios"] if name in names])
 
 
 def measure_costs(
@@ -227,7 +227,9 @@ def measure_costs(
                 if "path" in m
                 else draw_synthetic_mask(m, seed=1)
             )
-    used = {name: {variant.name for variant in list_variants(config, d["scenarios"])} for name, d in config["datasets"].items()}
+    used = {
+        name: {variant.name for variant in collect_variants(config, d["scenarios"])} for name, d in config["datasets"].items()
+    }
     for variant in list_used_variants(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
         lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})
@@ -255,11 +257,11 @@ def measure_costs(
     kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
     for name in config["models"]:  # one of each size, of those that train on such a device
-        if (devices(config, name) > 0) != (kind == "gpu"):
+        if (get_device_count(config, name) > 0) != (kind == "gpu"):
             continue
-        network, adapter = network_config(config, name), adapter_config(config, name)
+        network, adapter = build_network_config(config, name), build_adapter_config(config, name)
         size = (network.layers, network.width, network.windows, adapter is not None)
-        networks.setdefault(size, (name, (network, adapter, training_config(config, name))))
+        networks.setdefault(size, (name, (network, adapter, build_training_config(config, name))))
     if networks:
         if device == "cpu":
             import torch
@@ -284,7 +286,7 @@ def merge_costs(old: dict, new: dict) -> dict:
     }
 
 
-def scenario_table(config: dict, costs: Costs) -> str:
+def format_scenario_table(config: dict, costs: Costs) -> str:
     """A Markdown page of what one simulation of each variant takes."""
     rows = [
         "# What one simulation takes",

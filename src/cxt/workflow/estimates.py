@@ -1,6 +1,6 @@
 """What a configuration asks for and will cost: simulations, steps, bytes and hours, as an object and as tables."""
 
-from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
@@ -56,7 +56,7 @@ def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
 
 def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
-    variants = jobs.list_variants(config, dataset["scenarios"])
+    variants = jobs.collect_variants(config, dataset["scenarios"])
     split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
     shard_costs = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
@@ -83,8 +83,12 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 
 
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
-    training, network, adapter = training_config(config, name), network_config(config, name), adapter_config(config, name)
-    dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
+    training, network, adapter = (
+        build_training_config(config, name),
+        build_network_config(config, name),
+        build_adapter_config(config, name),
+    )
+    dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
     world = max(1, devices)
     examples = jobs.count_examples(config, dataset, "train")
     try:
@@ -116,8 +120,8 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
         model_batches = lineages.evaluation_batches(config, name)
         batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in model_batches}
         count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]
-        network = network_config(config, name)
-        device = "gpu" if jobs.devices(config, name) else "cpu"
+        network = build_network_config(config, name)
+        device = "gpu" if jobs.get_device_count(config, name) else "cpu"
         flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
         pairs += count
     counts: dict[str, int] = {}
@@ -147,7 +151,7 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
         If a model has less than one batch on its devices.
     """
     names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
-    used = [(variant, variant.simulations) for variant in jobs.list_variants(config, names)]
+    used = [(variant, variant.simulations) for variant in jobs.collect_variants(config, names)]
     simulate = _simulation_part(used, costs)
     return {
         "simulations": simulate["simulations"],
@@ -173,7 +177,7 @@ def _hours(hours: float) -> str:
 
 def _longest_batch(config: dict, variant: Variant) -> int:
     """Simulations in the largest batch of a variant, those for evaluation included."""
-    evaluation = max(count for _, count in jobs.evaluation_starts(config, variant))
+    evaluation = max(count for _, count in jobs.list_evaluation_batches(config, variant))
     return max(min(variant.batch, variant.simulations), evaluation)
 
 
@@ -181,7 +185,7 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
     rows = []
     for name in config["scenarios"]:
-        variants = jobs.list_variants(config, [name])
+        variants = jobs.collect_variants(config, [name])
         for group in [[variant] for variant in variants] if all_variants else [variants]:
             costed = [(variant, costs.simulation(variant.spec)) for variant in group]
             known = [(variant, cost["seconds"]) for variant, cost in costed if cost]
@@ -237,7 +241,9 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     if extrapolated:
         out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(extrapolated)}.")
     every = [
-        variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
+        variant.spec
+        for variant in jobs.collect_variants(config, list(config["scenarios"]))
+        if variant.spec["kind"] == "stdpopsim"
     ]
     out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(planned['measured_on']))}.")

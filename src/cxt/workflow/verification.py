@@ -17,11 +17,11 @@ def _devices(record: dict) -> str:
 
 def _effective_batch(config: dict, name: str) -> int:
     """Items of an optimizer step, as the configuration asks for."""
-    from cxt.config.models import training_config
-    from cxt.workflow.jobs import devices
+    from cxt.config.models import build_training_config
+    from cxt.workflow.jobs import get_device_count
 
-    training = training_config(config, name)
-    return training.batch_size * training.grad_accum * max(1, devices(config, name))
+    training = build_training_config(config, name)
+    return training.batch_size * training.grad_accum * max(1, get_device_count(config, name))
 
 
 def verify(path, *, configfiles) -> str:
@@ -38,7 +38,7 @@ def verify(path, *, configfiles) -> str:
     """
     from cxt.config.file import load
     from cxt.config.models import get_parent
-    from cxt.workflow.jobs import devices
+    from cxt.workflow.jobs import get_device_count
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
 
@@ -68,7 +68,7 @@ def verify(path, *, configfiles) -> str:
         "parent": record["parent"] and record["parent"].get("lineage"),
         "devices": _devices(record),
     }
-    wanted = devices(config, name)
+    wanted = get_device_count(config, name)
     expected = {
         "dataset": dataset_lineage(config, model["dataset"]),
         "parent": parent_name and model_lineage(config, parent_name),
