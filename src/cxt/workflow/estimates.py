@@ -83,11 +83,8 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 
 
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
-    training, network, adapter = (
-        build_training_config(config, name),
-        build_network_config(config, name),
-        build_adapter_config(config, name),
-    )
+    training, network = build_training_config(config, name), build_network_config(config, name)
+    adapter = build_adapter_config(config, name)
     dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
     world = max(1, devices)
     examples = jobs.count_examples(config, dataset, "train")
