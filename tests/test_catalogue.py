@@ -15,10 +15,12 @@ from conftest import REPOSITORY, TINY, check_genealogies, run_python
 from cxt import simulate
 from cxt.config.file import load
 from cxt.errors import BadRequest
+from cxt.scenarios import genetic_maps
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.genetic_maps import check_map_available, fetch_genetic_map, get_genetic_map, read_genetic_map
 from cxt.scenarios.registry import check_variant, simulate_tree_sequence
 from cxt.scenarios.seeds import EngineSeeds, derive_engine_seeds
+from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.scenarios.stdpopsim_models import simulate_contig
 from cxt.workflow.costs import Costs
 from cxt.workflow.estimates import estimate_costs, format_estimate
@@ -42,11 +44,11 @@ def cache(tmp_path, monkeypatch):
     stdpopsim.set_cache_dir(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     catalogue.read_chromosome_map.cache_clear()
-    catalogue._answer.cache_clear()
+    genetic_maps._check_url.cache_clear()
     yield tmp_path / "cache"
     stdpopsim.set_cache_dir()
     catalogue.read_chromosome_map.cache_clear()
-    catalogue._answer.cache_clear()
+    genetic_maps._check_url.cache_clear()
 
 
 def cached_file() -> Path:
@@ -172,9 +174,9 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
         "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation); "
         "these of its models were inferred with others: Jersey_1B16 4.58e-09"
     )
-    assert catalogue.other_recombination(spec) == said
-    assert catalogue.other_recombination(spec | {"models": []}) == ""
-    assert catalogue.other_recombination(spec | {"species": "HomSap", "models": ["OutOfAfrica_3G09"]}) == ""
+    assert describe_other_recombination(spec) == said
+    assert describe_other_recombination(spec | {"models": []}) == ""
+    assert describe_other_recombination(spec | {"species": "HomSap", "models": ["OutOfAfrica_3G09"]}) == ""
     words = ["cxt.simulate", "--spec", json.dumps(spec), "--count", "1", "--out", str(tmp_path / "x.trees.batch")]
     monkeypatch.setattr("sys.argv", words)
     simulate.main()
@@ -239,7 +241,7 @@ def test_map_that_cannot_be_fetched(cache, monkeypatch):
     for url in ("file:///no/such/map.tar.gz", "http://127.0.0.1:9/map.tar.gz"):
         monkeypatch.setattr(found, "url", url)
         monkeypatch.setattr(found._cache, "url", url)
-        catalogue._answer.cache_clear()
+        genetic_maps._check_url.cache_clear()
         for attempt in (check_map_available, fetch_genetic_map):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)

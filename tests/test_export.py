@@ -352,7 +352,7 @@ def test_golden_on_the_fly(monkeypatch):
     ts = tables.tree_sequence()
     variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
     manifest = build_simulated_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, examples=3)
-    monkeypatch.setattr("cxt.data.simulated.simulate_one", lambda *args, **kwargs: ts)
+    monkeypatch.setattr("cxt.data.simulated.simulate_tree_sequence", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
         counts = SimulatedDataset([variant], manifest, "train", seed=1).batch([i]).counts.numpy()

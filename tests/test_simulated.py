@@ -157,7 +157,7 @@ def test_a_bad_request_in_a_simulating_process(monkeypatch):
     def refuse(*args, **kwargs):
         raise BadRequest("no")
 
-    monkeypatch.setattr("cxt.data.simulated.simulate_one", refuse)
+    monkeypatch.setattr("cxt.data.simulated.simulate_tree_sequence", refuse)
     for processes in (0, 1):
         with pytest.raises(BadRequest, match="^no$"):
             list(ProcessLoader(live(), [[0, 1]], processes=processes, pin=False))
