@@ -156,8 +156,14 @@ def maps_taken_as_present(cache: Path) -> Path:
     config = load([REPOSITORY / "config" / "paper.yaml"])
     for variant in collect_variants(config, list(config["scenarios"])):
         if "genetic_map" in variant.spec:
-            found = get_genetic_map(variant.spec)
-            file = cache / "genetic_maps" / variant.spec["species"] / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
+            genetic_map = get_genetic_map(variant.spec)
+            file = (
+                cache
+                / "genetic_maps"
+                / variant.spec["species"]
+                / genetic_map.id
+                / f"{genetic_map.url.rsplit('/', 1)[1]}.sha256"
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(found.sha256 + "\n")
+            file.write_text(genetic_map.sha256 + "\n")
     return cache

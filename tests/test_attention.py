@@ -50,11 +50,11 @@ def test_values_and_gradients(prefix, length, width, targets_only, way, monkeypa
         assert attention.has_cpu_flash_kernels()
     parts = tensors(length, width)
     expected = dense_attention(*parts, prefix)[:, :, prefix if targets_only else 0 :]
-    found = split_attention(*parts, prefix, targets_only=targets_only)
-    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    actual = split_attention(*parts, prefix, targets_only=targets_only)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     wanted = torch.autograd.grad(expected, parts, gradient.double())
-    for one, other in zip(torch.autograd.grad(found, parts, gradient), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(actual, parts, gradient), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
@@ -72,18 +72,18 @@ def test_private_kernels_that_torch_has_changed(missing, monkeypatch):
     attention.has_cpu_flash_kernels.cache_clear()
     try:
         assert not attention.has_cpu_flash_kernels()
-        found = split_attention(*parts, 13, targets_only=False)
+        actual = split_attention(*parts, 13, targets_only=False)
     finally:
         monkeypatch.undo()
         attention.has_cpu_flash_kernels.cache_clear()
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_half_precision():
     parts = [part.detach().bfloat16() for part in tensors(30, 20)]
-    found = split_attention(*parts, 13, targets_only=False)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
+    actual = split_attention(*parts, 13, targets_only=False)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
 
 
 @needs_compiler
@@ -169,11 +169,11 @@ def test_the_loss_of_a_network_in_half_precision_is_exact(path):
     model = model_of().to(torch.bfloat16)
     counts, missing, y = batch()
     with torch.no_grad():
-        found = build_loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
+        actual = build_loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
         logits = model(compute_model_input(counts, missing), y).flatten(0, 1).double()
         exact = torch.nn.functional.cross_entropy(logits, y[:, 1:].flatten())
-    assert found.dtype == torch.float32
-    assert abs(float(found) - float(exact)) < 1e-3
+    assert actual.dtype == torch.float32
+    assert abs(float(actual) - float(exact)) < 1e-3
 
 
 def test_a_loss_in_chunks_takes_less_memory():
@@ -188,13 +188,13 @@ def test_a_loss_in_chunks_takes_less_memory():
 
 def test_gradient_checkpointing_changes_no_bit():
     model = model_of().train()
-    found = []
+    results = []
     for checkpointing in (False, True):
         torch.manual_seed(4)  # dropout
         loss = build_loss_function(model, TrainingConfig(gradient_checkpointing=checkpointing))
-        found.append(loss_and_gradients(model, loss, *batch()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+        results.append(loss_and_gradients(model, loss, *batch()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
@@ -237,9 +237,9 @@ def test_compiled_with_missingness():
 def test_compiled_dropout_is_repeatable():
     model = model_of().train()
     compiled = torch.compile(build_loss_function(model, TrainingConfig()), backend="aot_eager", dynamic=False)
-    found = []
+    results = []
     for _ in range(2):
         torch.manual_seed(4)
-        found.append(loss_and_gradients(model, compiled, *batch()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+        results.append(loss_and_gradients(model, compiled, *batch()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

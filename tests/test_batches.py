@@ -75,7 +75,7 @@ def test_worker_that_dies_is_named(tmp_path, number):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for the child process")
-def test_terminated_stage_variants_no_child(tmp_path):
+def test_terminated_stage_leaves_no_child(tmp_path):
     out = tmp_path / "slow.trees.batch"
     process = start_simulating(SLOW, out)
     child = children_of(process.pid)[0]

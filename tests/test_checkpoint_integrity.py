@@ -163,10 +163,10 @@ def test_compressed_entries_are_not_unpacked(run, tmp_path):
 
 
 def test_weights_that_are_not_finite(checkpoint):
-    found = read_checkpoint(checkpoint)
-    key = next(iter(found.state_dict))
-    found.state_dict[key].fill_(float("nan"))
-    write_checkpoint(checkpoint, found.state_dict, found.record)
+    content = read_checkpoint(checkpoint)
+    key = next(iter(content.state_dict))
+    content.state_dict[key].fill_(float("nan"))
+    write_checkpoint(checkpoint, content.state_dict, content.record)
     with pytest.raises(BadRequest, match=rf"x\.ckpt has weights that are not finite: {key}"):
         load_model(checkpoint)
 
@@ -407,7 +407,7 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
         path.write_bytes(flipped(data, 8 * (len(data) // 2)))
     capsys.readouterr()
     train(monkeypatch, *arguments)
-    said = capsys.readouterr().out
-    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in said
-    assert "going on from the one before" in said
+    output = capsys.readouterr().out
+    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in output
+    assert "going on from the one before" in output
     assert run.finished_checkpoint().read_bytes() == whole

@@ -118,9 +118,9 @@ def test_merge_is_snakemakes():
 
     base = read_yaml(REPOSITORY / "config" / "config.yaml")
     for overlay in (read_yaml(TINY), read_yaml(REPOSITORY / "config" / "paper.yaml")):
-        theirs = deepcopy(base)
-        update_config(theirs, deepcopy(overlay))
-        assert merge(base, overlay) == theirs
+        expected = deepcopy(base)
+        update_config(expected, deepcopy(overlay))
+        assert merge(base, overlay) == expected
 
 
 def test_null_removes_keys_and_entries():
@@ -211,12 +211,12 @@ def test_bad_configurations(change, message):
 
 def test_text_that_is_a_number_is_one():
     """So `1e-8`, which YAML reads as text, and everything in `--config 'training={devices: 2}'`, are what they say."""
-    said = {
+    changes = {
         "training": {"devices": "2", "lr": "2e-3", "deterministic": "False"},
         "scenarios": {"constant": {"mutation_rate": ["1e-8", "2.5e-8"], "population_size": "1e4"}},
         "models": {"w200_wmissing_adapter": {"adapter": {"last_n": "2"}}},
     }
-    config = with_changes(**said)
+    config = with_changes(**changes)
     assert config["training"] | {"devices": 2, "lr": 2e-3, "deterministic": False} == config["training"]
     assert config["scenarios"]["constant"]["mutation_rate"] == [1e-8, 2.5e-8]
     assert config["scenarios"]["constant"]["population_size"] == 1e4

@@ -53,7 +53,7 @@ def test_baseline_against_loops(mask, masked):
     few = ts.simplify(ts.samples()[:10])
     crop = np.zeros(20_000, bool) if entry.mask is None else entry.mask
     haplotypes = few.genotype_matrix()
-    found = count_differences(entry, window_size=1000, windows=20)
+    differences = count_differences(entry, window_size=1000, windows=20)
     bases = count_accessible_bases(entry, window_size=1000, windows=20)
     estimate = estimate_from_heterozygosity(entry, 5, window_size=1000, windows=20, constant=10.0)
     for p, (a, b) in enumerate(entry.pairs):
@@ -63,7 +63,7 @@ def test_baseline_against_loops(mask, masked):
             if row[a] != row[b] and not crop[int(position)]
         ]
         for k in range(20):
-            assert found[p, k] == sites.count(k)
+            assert differences[p, k] == sites.count(k)
             near = range(max(0, k - 2), min(20, k + 3))
             d = sum(sites.count(w) for w in near)
             length = sum(int((~crop[w * 1000 : (w + 1) * 1000]).sum()) for w in near)

@@ -109,7 +109,7 @@ def test_permissions_are_kept(tmp_path, mode):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_an_exception_variants_nothing(tmp_path):
+def test_an_exception_leaves_nothing(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt), atomic_file(path):
@@ -278,9 +278,9 @@ def test_prune_and_who_has_the_lock(tmp_path, capsys):
     busy, old = started(tmp_path, "busy"), started(tmp_path, "old")
     holder = locking_process(busy.path)
     prune([busy, old], yes=True)
-    said = capsys.readouterr().out
-    assert f"not removed: {busy.path} is in use by process {holder.pid}" in said
-    assert "1 removed" in said
+    output = capsys.readouterr().out
+    assert f"not removed: {busy.path} is in use by process {holder.pid}" in output
+    assert "1 removed" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "busy.lock"]
     assert is_locked(RunDirectory(busy.path).lock_path)
     holder.communicate("\n")

@@ -65,10 +65,10 @@ def finished(dataset, tmp_path_factory):
 # What is in a run directory
 
 
-def test_everything_a_run_variants(finished):
+def test_everything_a_run_leaves(finished):
     run = RunDirectory(finished / "run")
-    there = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
-    assert there >= {
+    run_files = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
+    assert run_files >= {
         "run.json",
         "config.yaml",
         "grid.json",
@@ -154,9 +154,9 @@ def interrupted(dataset, run, *more) -> list:
     while len(list_training_states(RunDirectory(run))) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate()[0]
+    output = process.communicate()[0]
     assert process.returncode == 143
-    assert "stopped by SIGUSR1" in said
+    assert "stopped by SIGUSR1" in output
     return arguments
 
 
@@ -548,9 +548,9 @@ def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
     default, other = RunDirectory(tmp_path / "default"), RunDirectory(tmp_path / "other")
     for key in ("train_loss", "val_loss", "grad_norm"):
         expected = [row[key] for row in read_log(default.log)]
-        found = [row[key] for row in read_log(other.log)]
-        assert len(found) > 8
-        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(found, expected, strict=True)), key
+        actual = [row[key] for row in read_log(other.log)]
+        assert len(actual) > 8
+        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(actual, expected, strict=True)), key
     one, two = (read_checkpoint(run.finished_checkpoint()) for run in (default, other))
     assert one.state_dict.keys() == two.state_dict.keys()
     summary = json.loads((tmp_path / "other" / "model_summary.json").read_text())
@@ -662,10 +662,10 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
 def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
     path = finished / "broad.ckpt"
     call(checkpoint_stage, monkeypatch, "show", path)
-    said = capsys.readouterr().out
-    assert "broad (preset broad), step 21, epoch 2" in said
-    assert "324 bins" in said
-    assert "parent    none" in said
+    output = capsys.readouterr().out
+    assert "broad (preset broad), step 21, epoch 2" in output
+    assert "324 bins" in output
+    assert "parent    none" in output
     call(checkpoint_stage, monkeypatch, "show", finished / "run/checkpoints/last.ckpt")
     assert "step 21" in capsys.readouterr().out
     call(checkpoint_stage, monkeypatch, "diff", path, finished / "run")
@@ -677,9 +677,9 @@ def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "other.ckpt", other, content.record | {"step": 22})
     with pytest.raises(Failed):
         call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt")
-    said = capsys.readouterr().out
-    assert "step: 21 and 22" in said
-    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in said
+    output = capsys.readouterr().out
+    assert "step: 21 and 22" in output
+    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in output
     call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
     assert "weights are close" in capsys.readouterr().out
     with pytest.raises(
@@ -713,9 +713,9 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     (directory / "mine").mkdir()  # no run, whatever it is
     busy = shutil.copytree(old, directory / "narrow-ba9876543210")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
-    said = capsys.readouterr().out
-    assert said.count("current: ") == 6
-    assert said.count("not what the configuration asks for") == 2
+    output = capsys.readouterr().out
+    assert output.count("current: ") == 6
+    assert output.count("not what the configuration asks for") == 2
     held = locking_process(busy)
     with pytest.raises(BadRequest, match="there is no terminal to answer on: add --yes"):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
@@ -730,8 +730,8 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
 def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--num-steps", 60, "--highest", 0.5]
     call(find_lr_stage, monkeypatch, *arguments, "--plot", tmp_path / "lr.png")
-    said = capsys.readouterr().out
-    assert 1e-6 < float(said.split("suggested learning rate: ")[1].split()[0]) < 0.5
+    output = capsys.readouterr().out
+    assert 1e-6 < float(output.split("suggested learning rate: ")[1].split()[0]) < 0.5
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadRequest, match="expected 0 < lowest < highest"):
         call(find_lr_stage, monkeypatch, *arguments, "--lowest", 1)
@@ -744,9 +744,9 @@ def test_find_lr_steps_by_hand(dataset):
     for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
         arguments = ["--dataset-path", str(dataset), *map(str, SMALL), "--batch-size", "12", "--grad-accum", str(accumulate)]
         request = request_for(*arguments, "--dropout", "0")
-        found = learning_rate_search.find_lr(request, lowest=1e-12, highest=1e-11, num_steps=20)
-        np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
-        assert len(found.losses) == 20
+        search = learning_rate_search.find_lr(request, lowest=1e-12, highest=1e-11, num_steps=20)
+        np.testing.assert_allclose(search.rates, np.geomspace(1e-12, 1e-11, 20))
+        assert len(search.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
         model, items = build_starting_model(request).eval(), PairDataset(dataset, "train")
         sampler = EpochBatchSampler(examples=len(items), batch_size=12, seed=request.training.seed)
@@ -761,8 +761,8 @@ def test_find_lr_steps_by_hand(dataset):
             if len(expected) >= 20:
                 break
         average = 0.0
-        for step, (loss, mine) in enumerate(zip(found.losses, expected[:20], strict=True), start=1):
-            average = 0.98 * average + 0.02 * mine
+        for step, (loss, step_loss) in enumerate(zip(search.losses, expected[:20], strict=True), start=1):
+            average = 0.98 * average + 0.02 * step_loss
             assert loss == pytest.approx(average / (1 - 0.98**step), rel=1e-5)
 
 

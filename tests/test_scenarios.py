@@ -75,15 +75,15 @@ def test_sawtooth_history():
 
 def test_sweeps():
     entry = constant_scenario(population_size=[10_000, 20_000], mutation_rate=[1e-8, 5e-8])
-    found = list_variants("grid", entry)
-    assert [variant.name for variant in found] == [
+    variants = list_variants("grid", entry)
+    assert [variant.name for variant in variants] == [
         "grid-mutation_rate=1e-08-population_size=10000", "grid-mutation_rate=1e-08-population_size=20000",
         "grid-mutation_rate=5e-08-population_size=10000", "grid-mutation_rate=5e-08-population_size=20000",
     ]  # fmt: skip
-    assert found[1].spec["population_size"] == 20_000
+    assert variants[1].spec["population_size"] == 20_000
     close = list_variants("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
     assert close[0].name != close[1].name
-    assert "simulations" not in found[1].spec
+    assert "simulations" not in variants[1].spec
     assert list_variants("one", constant_scenario())[0] == Variant(
         "one", {"name": "one"} | {k: v for k, v in constant_scenario().items() if k not in ("simulations", "batch")}, 20, 20
     )

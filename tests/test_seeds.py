@@ -84,16 +84,19 @@ def test_engine_seeds():
     spec = spec_of()
     ranges = [np.arange(start, start + 5_000) for start in (0, EVALUATION_START, ON_THE_FLY_START, LAST_INDEX - 4_999)]
     indices = np.concatenate(ranges)
-    found = {}
+    seeds_by_use = {}
     for seed, name in ((1, "one"), (1, "two"), (2, "one"), (2**32 + 1, "one")):
         variant = spec | {"name": name}
         for use in ("ancestry", "mutations"):
-            seeds = found[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
+            seeds = seeds_by_use[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
             assert np.unique(seeds).size == seeds.size
         for i in (0, 4_999, 5_000, 10_000, -1):
             pair = derive_engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
-            assert (pair.ancestry, pair.mutations) == (found[seed, name, "ancestry"][i], found[seed, name, "mutations"][i])
-    rows = list(found.values())
+            assert (pair.ancestry, pair.mutations) == (
+                seeds_by_use[seed, name, "ancestry"][i],
+                seeds_by_use[seed, name, "mutations"][i],
+            )
+    rows = list(seeds_by_use.values())
     for i in range(len(rows)):
         for j in range(i):
             assert np.intersect1d(rows[i], rows[j]).size < 6  # 0.1 are expected

@@ -64,13 +64,13 @@ def test_combinations_are_taken_together():
         ],
     )
     check_variants("llm", entry)
-    found = list_variants("llm", entry)
-    assert len(found) == 6
-    assert found[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
-    assert found[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
-    rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in found}
+    variants = list_variants("llm", entry)
+    assert len(variants) == 6
+    assert variants[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
+    assert variants[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
+    rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in variants}
     assert rates == {(1e-8, 1e-8), (1e-8, 5e-8), (5e-8, 1e-8)}
-    assert all("combinations" not in variant.spec and get_scenario_name(variant.name) == "llm" for variant in found)
+    assert all("combinations" not in variant.spec and get_scenario_name(variant.name) == "llm" for variant in variants)
 
 
 def test_the_same_number_written_differently_is_the_same_variant():
@@ -319,8 +319,8 @@ def test_demes_is_what_msprime_reads(tmp_path):
     names = [population.metadata["name"] for population in ts.populations()]
     assert [names[ts.nodes_population[u]] for u in ts.samples()] == ["south"] * 6 + ["north"] * 4
     reference = msprime.Demography.from_demes(demes.Graph.fromdict(DEMES).in_generations())
-    ours = msprime.Demography.from_demes(demes.Graph.fromdict(spec["demography"]))
-    ours.assert_equivalent(reference)
+    demography = msprime.Demography.from_demes(demes.Graph.fromdict(spec["demography"]))
+    demography.assert_equivalent(reference)
     many = [{"name": f"deme{i}", "epochs": [{"start_size": 1000}]} for i in range(2000)]
     with pytest.raises(BadRequest, match="more than the 50000 that fit"):
         spec_of(**MINE | {"demography": {"time_units": "generations", "demes": many}})
