@@ -200,12 +200,12 @@ def preprocessing(simulations: dict, *, repeats: int, scratch: Path) -> None:
 
 def dataset_of(directory: Path, simulations: list[tskit.TreeSequence], spec: dict) -> Path:
     """A dataset of one training shard and none for testing."""
-    entries = []
+    preprocessed = []
     for index, ts in enumerate(simulations, 1):
         tables = ts.dump_tables()
         tables.metadata = {"cxt": ts.metadata["cxt"] | {"index": index}}
-        entries.append(preprocess_simulation(tables.tree_sequence(), spec))
-    write_shard(directory / "train/bench-0.zarr.zip", entries, attributes_of(spec))
+        preprocessed.append(preprocess_simulation(tables.tree_sequence(), spec))
+    write_shard(directory / "train/bench-0.zarr.zip", preprocessed, attributes_of(spec))
     (directory / "test").mkdir()
     write_manifest(directory, {"train": ["train/bench-0.zarr.zip"], "test": []})
     return directory
@@ -216,11 +216,11 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
     rows = []
     for (name, ts), shape, samples in itertools.product(simulations.items(), SHAPES, (50, 10)):
         spec = spec_of(shape, samples)
-        items = PairDataset(dataset_of(scratch / f"{name}-{shape}-{samples}", [ts] * 20, spec), "train")
+        dataset = PairDataset(dataset_of(scratch / f"{name}-{shape}-{samples}", [ts] * 20, spec), "train")
         batch = 128 if samples == 50 else 20 * 6
 
-        def order(epoch, items=items, batch=batch):
-            sampler = EpochBatchSampler(examples=len(items), batch_size=batch, seed=1)
+        def order(epoch, dataset=dataset, batch=batch):
+            sampler = EpochBatchSampler(examples=len(dataset), batch_size=batch, seed=1)
             sampler.set_epoch(epoch)
             return sampler
 
@@ -237,11 +237,11 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
                     break
             return done / spent
 
-        def threads(count, items=items, batch=batch):
-            return lambda sampler: PrefetchLoader(items, sampler, batch_size=batch, threads=count, pin=False)
+        def threads(count, dataset=dataset, batch=batch):
+            return lambda sampler: PrefetchLoader(dataset, sampler, batch_size=batch, threads=count, pin=False)
 
-        def processes(sampler, items=items):
-            return ProcessLoader(items, sampler, processes=2, pin=False)
+        def processes(sampler, dataset=dataset):
+            return ProcessLoader(dataset, sampler, processes=2, pin=False)
 
         # Side by side, five times, so that a slow minute of the machine hits them all.
         loaders = {"0": threads(0), "1": threads(1), "2": threads(2), "processes": processes}
@@ -252,7 +252,7 @@ def loading(simulations: dict, *, seconds: float, scratch: Path) -> None:
         rates = {key: float(np.median(values)) for key, values in measured.items()}
         rows.append(
             [
-                f"{name} {shape} n{samples}", str(items._dtype), f"{rates['0']:,.0f}", f"{rates['1']:,.0f}",
+                f"{name} {shape} n{samples}", str(dataset._dtype), f"{rates['0']:,.0f}", f"{rates['1']:,.0f}",
                 f"{rates['2']:,.0f}", f"{rates['2'] / rates['0']:.2f}×", f"{rates['processes']:,.0f}",
             ]
         )  # fmt: skip

@@ -29,7 +29,7 @@ IMPORT_SECONDS = time.process_time() - import_began
 from cxt.config.file import load  # noqa: E402
 from cxt.scenarios.indices import simulation_batches  # noqa: E402
 from cxt.scenarios.registry import simulate_tree_sequence  # noqa: E402
-from cxt.workflow.jobs import find_variant, list_variants  # noqa: E402
+from cxt.workflow.jobs import collect_variants, find_variant  # noqa: E402
 from cxt.workflow.lineages import evaluation_batches  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def jobs_of(config: dict) -> list[tuple[dict, int, int]]:
     used = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     planned = {
         (variant.name, start): (variant.spec, start, count)
-        for variant in list_variants(config, sorted(used))
+        for variant in collect_variants(config, sorted(used))
         for start, count in simulation_batches(simulations=variant.simulations, batch=variant.batch)
     }
     for model in config["models"]:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
-from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_items
+from cxt.benchmark.speed import Loader, Steps, describe_device, detect_device, limit_batch, simulate_examples
 from cxt.config.network import PRESETS, AdapterConfig
 from cxt.config.training import TrainingConfig
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops
-from cxt.trainer.module import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
 DENSE = ["--compare", "dense"]
@@ -67,28 +67,28 @@ def bench(what: str, flags: list[str], *, seconds: float) -> dict | None:
         return json.loads(out.read_text(encoding="utf-8")) if done.returncode == 0 else None
 
 
-def training_row(name: str, found: dict | None) -> list[str]:
-    if found is None:
+def training_row(name: str, result: dict | None) -> list[str]:
+    if result is None:
         return [name, "failed", *[""] * 10]
     dense = ["", ""]
-    if "ratio" in found:
-        low, high = min(found["ratios"]), max(found["ratios"])
-        dense = [f"{found['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{found['dense_memory_bytes'] / 1e9:.2f}"]
+    if "ratio" in result:
+        low, high = min(result["ratios"]), max(result["ratios"])
+        dense = [f"{result['ratio']:.2f} ({low:.2f}–{high:.2f})", f"{result['dense_memory_bytes'] / 1e9:.2f}"]
     return [
-        name, str(found["batch"]), found["precision"], found["compile"], f"{found['items_per_second']:,.3g}",
-        f"{found['windows_per_second']:,.0f}", f"{found['flops_per_second'] / 1e12:.3g}",
-        f"{found['flops_per_second'] / found['peak_flops_per_second']:.0%}", f"{found['memory_bytes'] / 1e9:.2f}",
-        f"{found['waiting']:.1%}", *dense,
+        name, str(result["batch"]), result["precision"], result["compile"], f"{result['items_per_second']:,.3g}",
+        f"{result['windows_per_second']:,.0f}", f"{result['flops_per_second'] / 1e12:.3g}",
+        f"{result['flops_per_second'] / result['peak_flops_per_second']:.0%}", f"{result['memory_bytes'] / 1e9:.2f}",
+        f"{result['waiting']:.1%}", *dense,
     ]  # fmt: skip
 
 
-def decoding_row(name: str, found: dict | None) -> list[str]:
-    if found is None:
+def decoding_row(name: str, result: dict | None) -> list[str]:
+    if result is None:
         return [name, "failed", *[""] * 7]
     return [
-        name, str(found["pairs"]), str(found["replicates"]), str(found["batch"]), f"{found['seconds']:.1f}",
-        f"{found['pairs_per_second']:.3g}", f"{found['windows_per_second']:,.0f}", f"{found['memory_bytes'] / 1e9:.2f}",
-        f"{found['ratio']:.1f}" if "ratio" in found else "",
+        name, str(result["pairs"]), str(result["replicates"]), str(result["batch"]), f"{result['seconds']:.1f}",
+        f"{result['pairs_per_second']:.3g}", f"{result['windows_per_second']:,.0f}", f"{result['memory_bytes'] / 1e9:.2f}",
+        f"{result['ratio']:.1f}" if "ratio" in result else "",
     ]  # fmt: skip
 
 
@@ -102,10 +102,10 @@ def adapter_in_turns(device: str, *, turns: int) -> list[float]:
     for adapter in (AdapterConfig(), None):
         torch.manual_seed(1)
         model = build_model(network, adapter).to(device).train()
-        loss, optimizer = loss_function(model, training), new_optimizer(model, training, fused=device == "cuda")
+        loss, optimizer = build_loss_function(model, training), build_optimizer(model, training, fused=device == "cuda")
         if (backend := compile_backend(training, device)) is not None:
             loss = torch.compile(loss, backend=backend, dynamic=False)
-        with simulate_items(network, adapter, batch_size=batch) as dataset:
+        with simulate_examples(network, adapter, batch_size=batch) as dataset:
             loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         both.append(Steps(model, training, loss, optimizer, loader, precision=precision))
         both[-1](2)

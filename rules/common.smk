@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "src"))
 from cxt.workflow import arguments, jobs, lineages, paths
 from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb, training_memory_mb, training_threads
 from cxt.config.file import resolve
-from cxt.config.models import training_config
+from cxt.config.models import build_training_config
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
@@ -39,16 +39,16 @@ def check_targets(config):
             (r"results/evaluation/([^/]+)\.json", "models"),
             (r"results/datasets/([^/]+)/.*", "datasets"),
         ):
-            found = re.fullmatch(pattern, target)
-            if found and found[1] not in config[section]:
+            match = re.fullmatch(pattern, target)
+            if match and match[1] not in config[section]:
                 raise BadRequest(
-                    f"unknown {section[:-1]} '{found[1]}'{suggest_nearest(found[1], config[section])}"
+                    f"unknown {section[:-1]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
-        if found := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
-            variants = [variant.name for variant in jobs.list_variants(config, list(config["scenarios"]))]
-            if found[1] not in variants:
-                raise BadRequest(f"unknown variant '{found[1]}'{suggest_nearest(found[1], variants)}")
-            jobs.batch_count(config, jobs.find_variant(config, found[1]), int(found[2]))
+        if match := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
+            variants = [variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))]
+            if match[1] not in variants:
+                raise BadRequest(f"unknown variant '{match[1]}'{suggest_nearest(match[1], variants)}")
+            jobs.batch_count(config, jobs.find_variant(config, match[1]), int(match[2]))
 
 
 jobs.put_package_on_path()
@@ -61,7 +61,7 @@ def one_of(names):
 
 
 wildcard_constraints:
-    variant=one_of([variant.name for variant in jobs.list_variants(config, list(config["scenarios"]))]),
+    variant=one_of([variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))]),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     split="train|test",
@@ -72,10 +72,10 @@ def variant_and_start(wildcards):
     return jobs.find_variant(config, wildcards.variant), int(wildcards.start)
 
 
-def find_map_of_batch(wildcards):
+def find_batch_map(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return paths.find_map_of_batch(*variant_and_start(wildcards))
+        return paths.find_batch_map(*variant_and_start(wildcards))
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)

@@ -31,17 +31,17 @@ rule evaluate:
         "results/logs/evaluate/{model}.log",
     conda:
         "../envs/evaluate.yaml"
-    threads: lambda wildcards: training_config(config, wildcards.model).threads
+    threads: lambda wildcards: build_training_config(config, wildcards.model).threads
     resources:
         mem_mb=lambda wildcards: evaluation_memory_mb(config, wildcards.model),
         runtime=240,
         # Clipped to 0, it decodes on the CPU: the same but for rounding, unlike training.
-        gpu=lambda wildcards: min(1, jobs.devices(config, wildcards.model)),
+        gpu=lambda wildcards: min(1, jobs.get_device_count(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical_json(jobs.evaluation_spec(config, wildcards.model)),
         batches=lambda wildcards: canonical_json(lineages.evaluation_batches(config, wildcards.model)),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
-        threads=lambda wildcards: training_config(config, wildcards.model).threads,
+        threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
         lineage=lambda wildcards: lineages.evaluation_lineage(config, wildcards.model),

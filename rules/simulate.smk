@@ -27,7 +27,7 @@ rule genetic_map:
 
 rule simulate:
     input:
-        genetic_map=find_map_of_batch,
+        genetic_map=find_batch_map,
     output:
         "results/simulations/{variant}/{start}.trees.batch",
     log:

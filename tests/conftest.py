@@ -12,13 +12,13 @@ import pytest
 from filelock import FileLock
 
 from cxt.config.file import load
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.manifest import write_manifest
 from cxt.data.preprocessing import preprocess_batch
 from cxt.data.targets import pair_log_tmrca
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.genetic_maps import get_genetic_map
-from cxt.workflow.jobs import list_variants
+from cxt.workflow.jobs import collect_variants
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GOLDEN = REPOSITORY / "tests" / "golden"
@@ -76,7 +76,7 @@ def build_dataset(directory, *, scenario="constant", seed=1, mask=None, entry=No
     """A dataset of one scenario in *directory*, made by the functions that the stages call."""
     entry = entry or constant_scenario()
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]} | spec
-    variant = variants(scenario, entry)[0]
+    variant = list_variants(scenario, entry)[0]
     batch = Path(directory) / "batch"
     write_batch(batch, variant.spec, start=0, count=entry["simulations"], seed=seed)
     shards = {split: [f"{split}/{scenario}-0.zarr.zip"] for split in ("train", "test")}
@@ -159,10 +159,16 @@ def workflow(tmp_path_factory) -> Path:
 def maps_taken_as_present(cache: Path) -> Path:
     """A stdpopsim cache that says of every genetic map of config/paper.yaml that it is there."""
     config = load([REPOSITORY / "config" / "paper.yaml"])
-    for variant in list_variants(config, list(config["scenarios"])):
+    for variant in collect_variants(config, list(config["scenarios"])):
         if "genetic_map" in variant.spec:
-            found = get_genetic_map(variant.spec)
-            file = cache / "genetic_maps" / variant.spec["species"] / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
+            genetic_map = get_genetic_map(variant.spec)
+            file = (
+                cache
+                / "genetic_maps"
+                / variant.spec["species"]
+                / genetic_map.id
+                / f"{genetic_map.url.rsplit('/', 1)[1]}.sha256"
+            )
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(found.sha256 + "\n")
+            file.write_text(genetic_map.sha256 + "\n")
     return cache

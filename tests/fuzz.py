@@ -58,9 +58,9 @@ def _work(kind, numbers, *, seed: int, directory: Path, seconds: float, memory: 
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    said = os.open(directory / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open(directory / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
     stack = open(directory / "stack.txt", "w")  # noqa: SIM115
     faulthandler.enable(stack)
@@ -105,16 +105,16 @@ def _process(kind, numbers, *, directory: Path, **settings) -> int:
 
 
 def fuzz(
-    kind, numbers, *, seed: int, directory: Path, seconds: float = SECONDS, memory: int = MEMORY, said=None
+    kind, numbers, *, seed: int, directory: Path, seconds: float = SECONDS, memory: int = MEMORY, report=None
 ) -> tuple[list, dict]:
     """Mutations *numbers* of a kind that was made; the faults, and how many were refused and used.
 
-    *said* is called with each fault, of a process that has ended.
+    *report* is called with each fault, of a process that has ended.
 
     What takes too long or dies is tried a second time on its own: a machine may be busy.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    said = said or (lambda fault: None)
+    report = report or (lambda fault: None)
     results = directory / "results.jsonl"
     left, faults, counts = list(numbers), [], {"refused": 0, "used": 0}
     tried = set()
@@ -127,7 +127,7 @@ def fuzz(
             if row["outcome"] == "fault":
                 files = directory / f"{kind.name}-{seed}-{number}"
                 faults.append(Fault(kind.name, seed, number, row["what"], row["how"], files))
-                said(faults[-1])
+                report(faults[-1])
             else:
                 counts[row["outcome"]] += 1
         left = [number for number in left if number not in ended]
@@ -143,7 +143,7 @@ def fuzz(
         how = f"more than {seconds:g} s" if number == signal.SIGALRM else f"killed by signal {number}"
         what = next((row["what"] for row in rows if row["number"] == left[0]), "while it was made")
         faults.append(Fault(kind.name, seed, left.pop(0), what, f"{how}\n{stack}", files))
-        said(faults[-1])
+        report(faults[-1])
     return faults, counts
 
 
@@ -176,7 +176,7 @@ def main() -> None:
         numbers = args.only or range(args.first, args.first + args.mutations)
         faults, counts = fuzz(
             kind, numbers, seed=args.seed, directory=directory / name / "cases", seconds=args.seconds,
-            said=lambda fault: print(fault, end="\n\n", flush=True),
+            report=lambda fault: print(fault, end="\n\n", flush=True),
         )  # fmt: skip
         print(f"{name}: {len(numbers)} mutations, {counts['refused']} refused, {counts['used']} used, {len(faults)} faults")
         failed += len(faults)

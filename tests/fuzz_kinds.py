@@ -105,11 +105,11 @@ class Shards:
     @staticmethod
     def _items(path) -> list:
         """All items of a dataset, as batches of both splits."""
-        found = []
+        batches = []
         for split in SPLITS:
             items = PairDataset(path, split)
-            found.append([None if part is None else part.clone() for part in items.batch(range(len(items)))])
-        return found
+            batches.append([None if part is None else part.clone() for part in items.batch(range(len(items)))])
+        return batches
 
     def mutate(self, rng: random.Random, directory: Path) -> dict:
         which = rng.choice(("plain", "plain", "masked"))
@@ -215,10 +215,10 @@ def compare_item(items: PairDataset, i: int) -> None:
     """One item against a plain count of what its shard holds."""
     at = i // items.pairs_per_simulation
     for row in items.manifest["splits"][items.split]["shards"]:
-        here = row["items"] // items.pairs_per_simulation
-        if at < here:
+        rows_in_shard = row["items"] // items.pairs_per_simulation
+        if at < rows_in_shard:
             break
-        at -= here
+        at -= rows_in_shard
     arrays, attributes = read_shard(items.path / row["path"])
     size, length, n = attributes["window_size"], attributes["sequence_length"], attributes["samples"]
     sites = slice(*arrays["site_offsets"][at : at + 2])
@@ -478,10 +478,10 @@ class Checkpoints:
         """Continue the run whose newest save is damaged: from it, if it is what it was, or from the one before."""
         run = RunDirectory(directory / "run")
         for wanted in (None, run.checkpoints / self.saves[1]):
-            found = refusals.attempt(find_state_to_continue, run, "broad", wanted=wanted)
-            if found is not None and did["way"] == "bytes":
-                content = torch.load(found, weights_only=True)
-                assert same_tree(content, self.content[found.name]), "a damaged save would be continued"
+            state = refusals.attempt(find_state_to_continue, run, "broad", wanted=wanted)
+            if state is not None and did["way"] == "bytes":
+                content = torch.load(state, weights_only=True)
+                assert same_tree(content, self.content[state.name]), "a damaged save would be continued"
         out, refusals.names = directory / "out.ckpt", ()  # training names what it was doing
         if refusals.attempt(train_model, run.path / "config.yaml", run_dir=run.path, out=out) is not None:
             if did["way"] == "bytes":
@@ -536,10 +536,10 @@ class Configurations:
     @staticmethod
     def _plan(config: dict) -> dict:
         costs = Costs([])
-        found = estimate_costs(config, costs)
-        format_estimate(config, found, costs, all_variants=True)
+        plan = estimate_costs(config, costs)
+        format_estimate(config, plan, costs, all_variants=True)
         lineages.table_lineage(config)
-        return found
+        return plan
 
     def mutate(self, rng: random.Random, directory: Path) -> dict:
         file = directory / "overlay.yaml"
@@ -579,8 +579,8 @@ class Configurations:
         refusals.attempt(jobs.check_plan, config)
         if refusals.messages:
             return refusals.messages
-        found = self._plan(config)
-        bad = [number for number in re.findall(r"[^\s:,{\[]+", json.dumps(found)) if number in ("NaN", "Infinity", "-Infinity")]
+        plan = self._plan(config)
+        bad = [number for number in re.findall(r"[^\s:,{\[]+", json.dumps(plan)) if number in ("NaN", "Infinity", "-Infinity")]
         assert not bad, "the plan holds numbers that are none"
         return []
 

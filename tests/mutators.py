@@ -90,13 +90,13 @@ def changed_text(text: str, rng: random.Random) -> str:
     return rng.choice(("\n", "\n", "\n", "\r\n")).join(lines)
 
 
-def _places(value, found: list) -> list:
+def _places(value, places: list) -> list:
     """(container, key) of everything in a tree of mappings and lists."""
     for key, child in list(value.items() if isinstance(value, dict) else enumerate(value)):
-        found.append((value, key))
+        places.append((value, key))
         if isinstance(child, dict | list):
-            _places(child, found)
-    return found
+            _places(child, places)
+    return places
 
 
 def changed_value(value, rng: random.Random, *, odd=ODD):

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from cxt.benchmark.memory import measure_peak_memory
-from cxt.benchmark.published_formulation import compute_dense_loss, dense_mask
+from cxt.benchmark.published_formulation import build_dense_mask, compute_dense_loss
 from cxt.config.training import TrainingConfig
 from cxt.data.pair_dataset import compute_model_input
 from cxt.model import attention
 from cxt.model.attention import build_rotary_table, flexible_attention, rotate, split_attention
-from cxt.trainer.module import loss_function
+from cxt.trainer.module import build_loss_function
 
 from test_model import SMALL, dense_logits, inputs, model_of, slow_rotate  # isort: skip
 
@@ -50,11 +50,11 @@ def test_values_and_gradients(prefix, length, width, targets_only, way, monkeypa
         assert attention.has_cpu_flash_kernels()
     parts = tensors(length, width)
     expected = dense_attention(*parts, prefix)[:, :, prefix if targets_only else 0 :]
-    found = split_attention(*parts, prefix, targets_only=targets_only)
-    torch.testing.assert_close(found.double(), expected, atol=2e-6, rtol=1e-5)
+    actual = split_attention(*parts, prefix, targets_only=targets_only)
+    torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=1e-5)
     gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     wanted = torch.autograd.grad(expected, parts, gradient.double())
-    for one, other in zip(torch.autograd.grad(found, parts, gradient), wanted, strict=True):
+    for one, other in zip(torch.autograd.grad(actual, parts, gradient), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
 
 
@@ -72,18 +72,18 @@ def test_private_kernels_that_torch_has_changed(missing, monkeypatch):
     attention.has_cpu_flash_kernels.cache_clear()
     try:
         assert not attention.has_cpu_flash_kernels()
-        found = split_attention(*parts, 13, targets_only=False)
+        actual = split_attention(*parts, 13, targets_only=False)
     finally:
         monkeypatch.undo()
         attention.has_cpu_flash_kernels.cache_clear()
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=2e-6, rtol=1e-5)
 
 
 def test_half_precision():
     parts = [part.detach().bfloat16() for part in tensors(30, 20)]
-    found = split_attention(*parts, 13, targets_only=False)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
+    actual = split_attention(*parts, 13, targets_only=False)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.double(), dense_attention(*parts, 13), atol=0.05, rtol=0.02)
 
 
 @needs_compiler
@@ -151,7 +151,7 @@ def test_loss_and_gradients_are_those_of_the_dense_network(start_token_in_prefix
 
 
 def test_dense_mask_of_the_published_model():
-    mask = dense_mask(500, 501, "cpu")
+    mask = build_dense_mask(500, 501, "cpu")
     assert mask.shape == (1001, 1001)
     assert float(mask.float().mean()) == pytest.approx(0.625, abs=0.001)
 
@@ -159,8 +159,8 @@ def test_dense_mask_of_the_published_model():
 @pytest.mark.parametrize("path", ["full", "chunked"])
 def test_paths_to_the_loss(path):
     model = model_of()
-    default = loss_and_gradients(model, loss_function(model, TrainingConfig()), *batch())
-    assert_same(loss_and_gradients(model, loss_function(model, TrainingConfig(loss_path=path)), *batch()), default)
+    default = loss_and_gradients(model, build_loss_function(model, TrainingConfig()), *batch())
+    assert_same(loss_and_gradients(model, build_loss_function(model, TrainingConfig(loss_path=path)), *batch()), default)
 
 
 @pytest.mark.parametrize("path", ["target", "full", "chunked"])
@@ -169,11 +169,11 @@ def test_the_loss_of_a_network_in_half_precision_is_exact(path):
     model = model_of().to(torch.bfloat16)
     counts, missing, y = batch()
     with torch.no_grad():
-        found = loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
+        actual = build_loss_function(model, TrainingConfig(loss_path=path))(counts, missing, y)
         logits = model(compute_model_input(counts, missing), y).flatten(0, 1).double()
         exact = torch.nn.functional.cross_entropy(logits, y[:, 1:].flatten())
-    assert found.dtype == torch.float32
-    assert abs(float(found) - float(exact)) < 1e-3
+    assert actual.dtype == torch.float32
+    assert abs(float(actual) - float(exact)) < 1e-3
 
 
 def test_a_loss_in_chunks_takes_less_memory():
@@ -188,20 +188,20 @@ def test_a_loss_in_chunks_takes_less_memory():
 
 def test_gradient_checkpointing_changes_no_bit():
     model = model_of().train()
-    found = []
+    results = []
     for checkpointing in (False, True):
         torch.manual_seed(4)  # dropout
-        loss = loss_function(model, TrainingConfig(gradient_checkpointing=checkpointing))
-        found.append(loss_and_gradients(model, loss, *batch()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+        loss = build_loss_function(model, TrainingConfig(gradient_checkpointing=checkpointing))
+        results.append(loss_and_gradients(model, loss, *batch()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 @pytest.mark.parametrize("path", ["target", "full", "chunked"])
 def test_compiled(backend, path):
     model = model_of()
-    loss = loss_function(model, TrainingConfig(loss_path=path))
+    loss = build_loss_function(model, TrainingConfig(loss_path=path))
     compiled = torch.compile(loss, backend=backend, dynamic=False, fullgraph=True)  # fails where the graph would break
     assert_same(loss_and_gradients(model, compiled, *batch()), loss_and_gradients(model, loss, *batch()), loss=1e-4)
     assert not any("_orig_mod" in key for key in model.state_dict())
@@ -216,8 +216,8 @@ def test_compiled_flex_attention():
     """In one graph as well; values only, as above."""
     model = model_of()
     with torch.no_grad():
-        expected = float(loss_function(model, TrainingConfig())(*batch()))
-        loss = loss_function(model, TrainingConfig(attention="flex"))
+        expected = float(build_loss_function(model, TrainingConfig())(*batch()))
+        loss = build_loss_function(model, TrainingConfig(attention="flex"))
         assert abs(float(loss(*batch())) - expected) < 1e-5  # a validation's
         compiled = torch.compile(loss, backend="aot_eager", dynamic=False, fullgraph=True)
         assert abs(float(compiled(*batch())) - expected) < 1e-5
@@ -227,7 +227,7 @@ def test_compiled_with_missingness():
     model = model_of(SMALL.replace(mask_singletons=False))
     counts, _, y = batch()
     missing = torch.rand(len(y), SMALL.scales, SMALL.windows, generator=torch.Generator().manual_seed(1))
-    loss = loss_function(model, TrainingConfig())
+    loss = build_loss_function(model, TrainingConfig())
     compiled = torch.compile(loss, backend="aot_eager", dynamic=False, fullgraph=True)
     expected = loss_and_gradients(model, loss, counts, missing, y)
     assert_same(loss_and_gradients(model, compiled, counts, missing, y), expected, loss=1e-4)
@@ -236,10 +236,10 @@ def test_compiled_with_missingness():
 
 def test_compiled_dropout_is_repeatable():
     model = model_of().train()
-    compiled = torch.compile(loss_function(model, TrainingConfig()), backend="aot_eager", dynamic=False)
-    found = []
+    compiled = torch.compile(build_loss_function(model, TrainingConfig()), backend="aot_eager", dynamic=False)
+    results = []
     for _ in range(2):
         torch.manual_seed(4)
-        found.append(loss_and_gradients(model, compiled, *batch()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+        results.append(loss_and_gradients(model, compiled, *batch()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

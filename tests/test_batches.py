@@ -16,7 +16,7 @@ import tskit
 from conftest import REPOSITORY, build_dataset, constant_scenario, run_python
 
 import cxt
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
 from cxt.data.preprocessing import compute_region_start, preprocess_simulation
@@ -75,7 +75,7 @@ def test_worker_that_dies_is_named(tmp_path, number):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for the child process")
-def test_terminated_stage_variants_no_child(tmp_path):
+def test_terminated_stage_leaves_no_child(tmp_path):
     out = tmp_path / "slow.trees.batch"
     process = start_simulating(SLOW, out)
     child = children_of(process.pid)[0]
@@ -144,7 +144,7 @@ def test_exception_says_how_to_reproduce(tmp_path):
 
 
 def test_one_simulation_reproduced_alone(tmp_path):
-    spec = variants("constant", constant_scenario())[0].spec
+    spec = list_variants("constant", constant_scenario())[0].spec
     write_batch(tmp_path / "all", spec, start=10, count=5, seed=3)
     write_batch(tmp_path / "one", spec, start=13, count=1, seed=3)
     alone = next(read_batch(tmp_path / "one", start=13, count=1))
@@ -152,7 +152,7 @@ def test_one_simulation_reproduced_alone(tmp_path):
 
 
 def test_trees_takes_one_out(tmp_path):
-    spec = variants("constant", constant_scenario())[0].spec
+    spec = list_variants("constant", constant_scenario())[0].spec
     batch, out = tmp_path / "b.trees.batch", tmp_path / "x" / "one.trees"
     write_batch(batch, spec, start=10, count=3, seed=1)
     done = run_python("-m", "cxt.commands.trees", batch, "--index", 11, "--out", out)
@@ -198,7 +198,7 @@ def test_regions_by_hand(tmp_path):
     items, first = cxt.PairDataset(three, "train"), cxt.PairDataset(one, "train")
     assert len(items) == 3 * len(first)
     assert {items.start(i) for i in range(len(items))} == {0, 23_333, 46_666}
-    spec = variants("constant", entry)[0].spec
+    spec = list_variants("constant", entry)[0].spec
     chosen = {}
     for i in range(0, len(items), 7):
         _, index, pair = items.describe(i)
@@ -238,7 +238,7 @@ def test_regions_have_their_own_mask(tmp_path):
 
 def test_regions_that_do_not_fit():
     assert [compute_region_start(r, regions=4, length=100.0) for r in range(4)] == [0, 25, 50, 75]
-    ts = simulate_tree_sequence(variants("constant", constant_scenario())[0].spec, index=0, seed=1)
+    ts = simulate_tree_sequence(list_variants("constant", constant_scenario())[0].spec, index=0, seed=1)
     spec = {
         "window_size": 1000,
         "sequence_length": 15_000,

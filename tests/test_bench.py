@@ -22,19 +22,19 @@ def bench(*arguments, check=True):
 def test_training(tmp_path):
     out = tmp_path / "train.json"
     done = bench("train", *TINY, "--device", "cpu", "--batch-size", 6, "--dropout", 0, "--compare", "dense", "--out", out)
-    found = json.loads(out.read_text())
-    assert found["network"]["windows"] == 20
-    assert found["batch"] == 6
-    assert found["precision"] == "32-true"
-    assert found["windows_per_second"] == pytest.approx(20 * found["items_per_second"])
+    result = json.loads(out.read_text())
+    assert result["network"]["windows"] == 20
+    assert result["batch"] == 6
+    assert result["precision"] == "32-true"
+    assert result["windows_per_second"] == pytest.approx(20 * result["items_per_second"])
     flops = 3 * sum(forward_flops(ModelConfig(layers=2, heads=2, width=16, windows=20, samples=10)).values())
-    assert found["flops_per_second"] == pytest.approx(flops * found["items_per_second"])
-    assert found["peak_flops_per_second"] > found["flops_per_second"]
-    assert 0 <= found["waiting"] < 1
-    assert 0 < found["memory_bytes"] < found["dense_memory_bytes"]
-    assert found["loss_difference"] < 1e-5
-    assert found["gradient_difference"] < 1e-4
-    assert min(found["ratios"]) <= found["ratio"] <= max(found["ratios"])
+    assert result["flops_per_second"] == pytest.approx(flops * result["items_per_second"])
+    assert result["peak_flops_per_second"] > result["flops_per_second"]
+    assert 0 <= result["waiting"] < 1
+    assert 0 < result["memory_bytes"] < result["dense_memory_bytes"]
+    assert result["loss_difference"] < 1e-5
+    assert result["gradient_difference"] < 1e-4
+    assert min(result["ratios"]) <= result["ratio"] <= max(result["ratios"])
     for word in ("items/s", "windows/s", "of a matrix product here", "memory", "waiting for data", "times as fast"):
         assert word in done.stdout
 
@@ -49,20 +49,20 @@ def test_training(tmp_path):
 def test_training_otherwise(tmp_path, flags):
     out = tmp_path / "train.json"
     bench("train", *TINY, "--device", "cpu", "--batch-size", 4, *flags, "--out", out)
-    found = json.loads(out.read_text())
-    assert found["adapter"] == ("--adapter" in flags)
-    assert found["compile"] == ("aot_eager" if "--compile" in flags else "none")
-    assert "ratio" not in found
+    result = json.loads(out.read_text())
+    assert result["adapter"] == ("--adapter" in flags)
+    assert result["compile"] == ("aot_eager" if "--compile" in flags else "none")
+    assert "ratio" not in result
 
 
 def test_decoding(tmp_path):
     out = tmp_path / "decode.json"
     done = bench("decode", *TINY, "--device", "cpu", "--pairs", 10, "--batch-size", 4, "--replicates", 3, "--compare",
                  "uncached", "--out", out)  # fmt: skip
-    found = json.loads(out.read_text())
-    assert found["pairs"] == 12  # whole batches
-    assert found["windows_per_second"] == pytest.approx(found["pairs_per_second"] * 3 * 20)
-    assert found["ratio"] == pytest.approx(found["pairs_per_second"] / found["uncached_pairs_per_second"])
+    result = json.loads(out.read_text())
+    assert result["pairs"] == 12  # whole batches
+    assert result["windows_per_second"] == pytest.approx(result["pairs_per_second"] * 3 * 20)
+    assert result["ratio"] == pytest.approx(result["pairs_per_second"] / result["uncached_pairs_per_second"])
     assert "12 pairs in" in done.stdout
     assert "without a cache" in done.stdout
 

@@ -15,10 +15,12 @@ from conftest import REPOSITORY, TINY, check_genealogies, run_python
 from cxt import simulate
 from cxt.config.file import load
 from cxt.errors import BadRequest
+from cxt.scenarios import genetic_maps
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.genetic_maps import check_map_available, fetch_genetic_map, get_genetic_map, read_genetic_map
 from cxt.scenarios.registry import check_variant, simulate_tree_sequence
-from cxt.scenarios.seeds import EngineSeeds, engine_seeds
+from cxt.scenarios.seeds import EngineSeeds, derive_engine_seeds
+from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.scenarios.stdpopsim_models import simulate_contig
 from cxt.workflow.costs import Costs
 from cxt.workflow.estimates import estimate_costs, format_estimate
@@ -42,26 +44,28 @@ def cache(tmp_path, monkeypatch):
     stdpopsim.set_cache_dir(tmp_path / "cache")
     (tmp_path / "cache").mkdir()
     catalogue.read_chromosome_map.cache_clear()
-    catalogue._answer.cache_clear()
+    genetic_maps._check_url.cache_clear()
     yield tmp_path / "cache"
     stdpopsim.set_cache_dir()
     catalogue.read_chromosome_map.cache_clear()
-    catalogue._answer.cache_clear()
+    genetic_maps._check_url.cache_clear()
 
 
 def cached_file() -> Path:
     """The file by which stdpopsim knows that the map is in its cache."""
-    found = get_genetic_map(SPEC)
-    return stdpopsim.get_cache_dir() / "genetic_maps" / "AraTha" / found.id / f"{found.url.rsplit('/', 1)[1]}.sha256"
+    genetic_map = get_genetic_map(SPEC)
+    return (
+        stdpopsim.get_cache_dir() / "genetic_maps" / "AraTha" / genetic_map.id / f"{genetic_map.url.rsplit('/', 1)[1]}.sha256"
+    )
 
 
 def put_map_into(cache) -> None:
-    """What a finished download variants: the files, and the checksum that stdpopsim looks at."""
-    found = get_genetic_map(SPEC)
-    path = found.map_cache_dir / found.file_pattern.format(id="1")
+    """What a finished download leaves: the files, and the checksum that stdpopsim looks at."""
+    genetic_map = get_genetic_map(SPEC)
+    path = genetic_map.map_cache_dir / genetic_map.file_pattern.format(id="1")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HAPMAP)
-    cached_file().write_text(found.sha256 + "\n")
+    cached_file().write_text(genetic_map.sha256 + "\n")
     catalogue.read_chromosome_map.cache_clear()
 
 
@@ -96,8 +100,8 @@ def test_segments_by_hand(cache):
     rng = np.random.default_rng(1)
     rates = catalogue.read_chromosome_map("AraTha", SPEC["genetic_map"], "1")
     for _ in range(200):
-        _, left, found = catalogue.draw_segment(SPEC, rng)
-        assert found is rates
+        _, left, segment_rates = catalogue.draw_segment(SPEC, rng)
+        assert segment_rates is rates
         assert not np.isnan(rates.get_rate(np.linspace(left, left + 999_999, 50))).any()
 
 
@@ -106,13 +110,13 @@ def test_read_map(tmp_path):
     path = tmp_path / "map.txt"
     rows = [(100, 0), (200, 0.5), (400, 0), (600, 2), (900, 0), (950, 0)]
     path.write_text("\n".join(["Chromosome\tPosition\tRate\tMap", *(f"1\t{at}\t{rate}\t0" for at, rate in rows)]) + "\n")
-    theirs = msprime.RateMap.read_hapmap(path, rate_col=2)
+    msprime_map = msprime.RateMap.read_hapmap(path, rate_col=2)
     for length in (2000, 950, 900, 700):
-        ours = read_genetic_map(path, length=length)
-        assert ours.sequence_length == length
+        genetic_map = read_genetic_map(path, length=length)
+        assert genetic_map.sequence_length == length
         for at in np.arange(length) + 0.5:
-            expected = theirs.get_rate(at) if 200 <= at < 900 else np.nan
-            np.testing.assert_allclose(ours.get_rate(at), expected, rtol=1e-9)
+            expected = msprime_map.get_rate(at) if 200 <= at < 900 else np.nan
+            np.testing.assert_allclose(genetic_map.get_rate(at), expected, rtol=1e-9)
     path.write_text("header\n1 0 1.0 0\n1 500 0 0\n")
     assert read_genetic_map(path, length=500).rate.tolist() == [1e-8]
 
@@ -139,14 +143,14 @@ def test_read_map(tmp_path):
 )
 def test_damaged_maps(cache, content, reason):
     put_map_into(cache)
-    found = get_genetic_map(SPEC)
-    path = found.map_cache_dir / found.file_pattern.format(id="1")
+    genetic_map = get_genetic_map(SPEC)
+    path = genetic_map.map_cache_dir / genetic_map.file_pattern.format(id="1")
     path.write_bytes(content)
     catalogue.read_chromosome_map.cache_clear()
     with pytest.raises(BadRequest) as error:
         simulate_tree_sequence(SPEC, index=0, seed=1)
     assert f"genetic map {path}: {reason}" in str(error.value)
-    assert f"Delete {found.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
+    assert f"Delete {genetic_map.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
 
 
 def test_recombination_rate_of_a_segment(cache):
@@ -168,24 +172,24 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
             "sequence_length": 5000}  # fmt: skip
     about = simulate_tree_sequence(spec, index=0, seed=1).metadata["cxt"]
     assert (about["recombination_rate"], about["model_recombination_rate"]) == (pytest.approx(9.26e-9), 4.58e-9)
-    said = (
+    note = (
         "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation); "
         "these of its models were inferred with others: Jersey_1B16 4.58e-09"
     )
-    assert catalogue.other_recombination(spec) == said
-    assert catalogue.other_recombination(spec | {"models": []}) == ""
-    assert catalogue.other_recombination(spec | {"species": "HomSap", "models": ["OutOfAfrica_3G09"]}) == ""
+    assert describe_other_recombination(spec) == note
+    assert describe_other_recombination(spec | {"models": []}) == ""
+    assert describe_other_recombination(spec | {"species": "HomSap", "models": ["OutOfAfrica_3G09"]}) == ""
     words = ["cxt.simulate", "--spec", json.dumps(spec), "--count", "1", "--out", str(tmp_path / "x.trees.batch")]
     monkeypatch.setattr("sys.argv", words)
     simulate.main()
-    assert said in capsys.readouterr().err
+    assert note in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*words, "--seed", "1" + 29 * "0"])
     with pytest.raises(BadRequest, match="--seed is 10+, expected at least 0 and at most 9223372036854775807"):
         simulate.main()
     config = load([])
     config["scenarios"]["cattle"] = spec | {"simulations": 10, "batch": 10, "models": ["Jersey_1B16"]}
     costs = Costs([])
-    assert format_estimate(config, estimate_costs(config, costs), costs).count(f"Note: {said}.") == 1
+    assert format_estimate(config, estimate_costs(config, costs), costs).count(f"Note: {note}.") == 1
 
 
 def test_no_gene_conversion_that_would_be_left_out():
@@ -214,32 +218,32 @@ def test_map_that_is_not_cached(cache):
 
 def test_map_is_fetched(cache, tmp_path, monkeypatch):
     """From a tar file with the catalogue's layout, by a file: address in the place of the catalogue's."""
-    found = get_genetic_map(SPEC)
+    genetic_map = get_genetic_map(SPEC)
     source = tmp_path / "TAIR10_lifted_chr1.txt"
     source.write_text(HAPMAP)
     archive = tmp_path / "salome2012_liftover_maps.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(source, arcname=found.file_pattern.format(id="1"))
-    monkeypatch.setattr(found, "url", archive.as_uri())
-    monkeypatch.setattr(found._cache, "url", archive.as_uri())
-    monkeypatch.setattr(found._cache, "sha256", stdpopsim.utils.sha256(archive))
+        tar.add(source, arcname=genetic_map.file_pattern.format(id="1"))
+    monkeypatch.setattr(genetic_map, "url", archive.as_uri())
+    monkeypatch.setattr(genetic_map._cache, "url", archive.as_uri())
+    monkeypatch.setattr(genetic_map._cache, "sha256", stdpopsim.utils.sha256(archive))
     check_map_available(SPEC)
     assert not cached_file().exists()  # asking fetches nothing
     fetch_genetic_map(SPEC)
     assert cached_file().exists()
     assert simulate_tree_sequence(SPEC, index=0, seed=1).metadata["cxt"]["chromosome"] == "1"
 
-    monkeypatch.setattr(found._cache, "sha256", "0" * 64)  # a file that is not the catalogue's
+    monkeypatch.setattr(genetic_map._cache, "sha256", "0" * 64)  # a file that is not the catalogue's
     with pytest.raises(BadRequest, match="could not be fetched.*Expected SHA256"):
         fetch_genetic_map(SPEC)
 
 
 def test_map_that_cannot_be_fetched(cache, monkeypatch):
-    found = get_genetic_map(SPEC)
+    genetic_map = get_genetic_map(SPEC)
     for url in ("file:///no/such/map.tar.gz", "http://127.0.0.1:9/map.tar.gz"):
-        monkeypatch.setattr(found, "url", url)
-        monkeypatch.setattr(found._cache, "url", url)
-        catalogue._answer.cache_clear()
+        monkeypatch.setattr(genetic_map, "url", url)
+        monkeypatch.setattr(genetic_map._cache, "url", url)
+        genetic_maps._check_url.cache_clear()
         for attempt in (check_map_available, fetch_genetic_map):
             with pytest.raises(BadRequest) as error:
                 attempt(SPEC)
@@ -370,12 +374,12 @@ def test_workflow_with_a_map(cache, tmp_path):
 @pytest.mark.slow
 def test_workflow_fetches_a_map(cache, tmp_path):
     """A local rule fetches it, once, before the simulations that need it."""
-    found = get_genetic_map(SPEC)
+    genetic_map = get_genetic_map(SPEC)
     source = tmp_path / "map.txt"
     source.write_text(HAPMAP)
-    archive = tmp_path / found._cache._basename
+    archive = tmp_path / genetic_map._cache._basename
     with tarfile.open(archive, "w:gz") as tar:
-        tar.add(source, arcname=found.file_pattern.format(id="1"))
+        tar.add(source, arcname=genetic_map.file_pattern.format(id="1"))
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(
@@ -410,7 +414,7 @@ def test_sizes_and_rates_are_the_catalogues():
     seeds = EngineSeeds(*np.random.default_rng(7).integers(1, 2**31 - 1, size=2))
     direct = stdpopsim.get_engine("msprime").simulate(model, contig, about["samples"], seed=7)
     assert direct.tables.equals(simulate_contig(model, contig, about["samples"], seeds).tables, ignore_provenance=True)
-    seeds = engine_seeds(seed=1, spec=spec, index=1)
+    seeds = derive_engine_seeds(seed=1, spec=spec, index=1)
     again = simulate_contig(model, contig, about["samples"], seeds).trim()
     assert again.tables.equals(ts.tables, ignore_provenance=True, ignore_ts_metadata=True)
     assert sum(about["samples"].values()) == 4

@@ -16,7 +16,7 @@ from cxt.checkpoints.archive import Damaged, check_bytes, open_verified, pack
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
 from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
 from cxt.checkpoints.load import find_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.commands import checkpoint as checkpoint_stage
@@ -35,7 +35,7 @@ NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=6, samples=6, scales=
 
 def record_of(**changes) -> dict:
     dataset = {"scales": [2, 4], "missing": False, "window_size": 1000, "sequence_length": 6000, "samples": 6}
-    return model_record(NETWORK, None, name="x", preset="broad", lineage="abc", dataset=dataset) | changes
+    return build_checkpoint_record(NETWORK, None, name="x", preset="broad", lineage="abc", dataset=dataset) | changes
 
 
 @pytest.fixture
@@ -163,10 +163,10 @@ def test_compressed_entries_are_not_unpacked(run, tmp_path):
 
 
 def test_weights_that_are_not_finite(checkpoint):
-    found = read_checkpoint(checkpoint)
-    key = next(iter(found.state_dict))
-    found.state_dict[key].fill_(float("nan"))
-    write_checkpoint(checkpoint, found.state_dict, found.record)
+    content = read_checkpoint(checkpoint)
+    key = next(iter(content.state_dict))
+    content.state_dict[key].fill_(float("nan"))
+    write_checkpoint(checkpoint, content.state_dict, content.record)
     with pytest.raises(BadRequest, match=rf"x\.ckpt has weights that are not finite: {key}"):
         load_model(checkpoint)
 
@@ -407,7 +407,7 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
         path.write_bytes(flipped(data, 8 * (len(data) // 2)))
     capsys.readouterr()
     train(monkeypatch, *arguments)
-    said = capsys.readouterr().out
-    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in said
-    assert "going on from the one before" in said
+    output = capsys.readouterr().out
+    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in output
+    assert "going on from the one before" in output
     assert run.finished_checkpoint().read_bytes() == whole

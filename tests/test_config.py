@@ -11,14 +11,14 @@ from conftest import REPOSITORY, TINY
 
 from cxt.config import scenarios
 from cxt.config.file import load, merge, resolve, without_nulls
-from cxt.config.models import adapter_config, network_config, training_settings
+from cxt.config.models import build_adapter_config, build_network_config, build_training_settings
 from cxt.config.network import PRESETS, Adapter, AdapterConfig, Architecture, ModelConfig
-from cxt.config.reference import TITLES, document, json_schema
+from cxt.config.reference import TITLES, json_schema, render_reference
 from cxt.config.section import Settings
 from cxt.config.training import TrainingConfig, TrainingOverrides, TrainingSection, steps_per_epoch
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
-from cxt.scenarios.registry import KINDS
+from cxt.scenarios.registry import SIMULATORS
 from cxt.workflow.lineages import model_lineage
 
 
@@ -40,21 +40,21 @@ def test_paper_has_the_published_recipe():
     epochs = {"narrow": 6, "broad": 2, "broad_w200": 2, "broad_adapter": 3, "w200_wmissing": 2, "w200_wmissing_adapter": 10}
     fine_tuned = ("broad_w200", "w200_wmissing", "w200_wmissing_adapter")
     for name in config["models"]:
-        settings = training_settings(config, name)
+        settings = build_training_settings(config, name)
         published = TrainingConfig().model_dump() | {
             "epochs": epochs[name], "lr": 3e-5 if name in fine_tuned else 3e-4,
             "threads": 4, "save_every": 50,
         }  # fmt: skip
-        if adapter_config(config, name) is None:
+        if build_adapter_config(config, name) is None:
             del published["backbone_lr_factor"]  # of adapters only
         assert {key: settings.get(key) for key in published} == published
         assert ("backbone_lr_factor" in settings) == ("adapter" in name)
         preset = PRESETS[config["models"][name]["preset"]]
-        assert network_config(config, name) == preset
+        assert build_network_config(config, name) == preset
         assert settings["layers"] == (6 if name == "narrow" else 10)
         assert settings["width"] == 400
         assert config["training"]["devices"] == 3
-    assert adapter_config(config, "w200_wmissing_adapter") == AdapterConfig()
+    assert build_adapter_config(config, "w200_wmissing_adapter") == AdapterConfig()
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_paper_has_the_published_recipe():
 )  # fmt: skip
 def test_published_step_counts(simulations, pairs, epochs, steps):
     for world, expected in enumerate(steps, 1):
-        items = simulations * pairs
-        assert epochs * steps_per_epoch(items=items, batch_size=128, grad_accum=6, world=world) == expected
+        examples = simulations * pairs
+        assert epochs * steps_per_epoch(examples=examples, batch_size=128, grad_accum=6, world=world) == expected
 
 
 def test_sections_have_the_published_defaults():
@@ -76,12 +76,12 @@ def test_sections_have_the_published_defaults():
     adapter = AdapterConfig().model_dump()
     assert Adapter().resolved() == {key: value for key, value in adapter.items() if key != "samples"}
     assert Architecture().resolved() == TrainingOverrides().resolved() == {}
-    assert scenarios.KINDS.keys() == KINDS.keys()
+    assert scenarios.KIND_SECTIONS.keys() == SIMULATORS.keys()
 
 
 def test_every_key_is_described_and_documented():
     text = (REPOSITORY / "config" / "README.md").read_text()
-    assert text == document(), "run: cxt schema > config/README.md"
+    assert text == render_reference(), "run: cxt schema > config/README.md"
     for section in (*TITLES.values(), ModelConfig, AdapterConfig, TrainingConfig):
         assert section.__doc__
         for name, field in section.model_fields.items():
@@ -118,9 +118,9 @@ def test_merge_is_snakemakes():
 
     base = read_yaml(REPOSITORY / "config" / "config.yaml")
     for overlay in (read_yaml(TINY), read_yaml(REPOSITORY / "config" / "paper.yaml")):
-        theirs = deepcopy(base)
-        update_config(theirs, deepcopy(overlay))
-        assert merge(base, overlay) == theirs
+        expected = deepcopy(base)
+        update_config(expected, deepcopy(overlay))
+        assert merge(base, overlay) == expected
 
 
 def test_null_removes_keys_and_entries():
@@ -129,11 +129,11 @@ def test_null_removes_keys_and_entries():
 
 def test_children_inherit_sizes_but_not_masking():
     config = load()
-    assert network_config(config, "w200_wmissing_adapter") == ModelConfig(
+    assert build_network_config(config, "w200_wmissing_adapter") == ModelConfig(
         layers=4, width=128, dropout=0.0, windows=100, window_size=200, mask_singletons=False
     )
-    assert adapter_config(config, "w200_wmissing_adapter").samples == 10
-    assert adapter_config(config, "broad_w200") is None
+    assert build_adapter_config(config, "w200_wmissing_adapter").samples == 10
+    assert build_adapter_config(config, "broad_w200") is None
 
 
 SMALL = {"sequence_length": 20_000, "simulations": 20}
@@ -211,12 +211,12 @@ def test_bad_configurations(change, message):
 
 def test_text_that_is_a_number_is_one():
     """So `1e-8`, which YAML reads as text, and everything in `--config 'training={devices: 2}'`, are what they say."""
-    said = {
+    changes = {
         "training": {"devices": "2", "lr": "2e-3", "deterministic": "False"},
         "scenarios": {"constant": {"mutation_rate": ["1e-8", "2.5e-8"], "population_size": "1e4"}},
         "models": {"w200_wmissing_adapter": {"adapter": {"last_n": "2"}}},
     }
-    config = with_changes(**said)
+    config = with_changes(**changes)
     assert config["training"] | {"devices": 2, "lr": 2e-3, "deterministic": False} == config["training"]
     assert config["scenarios"]["constant"]["mutation_rate"] == [1e-8, 2.5e-8]
     assert config["scenarios"]["constant"]["population_size"] == 1e4
@@ -274,7 +274,7 @@ def test_what_means_nothing_makes_no_model_stale():
     base = read_yaml(REPOSITORY / "config" / "config.yaml")
     changed = merge(base, {"training": {"backbone_lr_factor": 0.7, "min_delta": 0.1}})
     assert model_lineage(resolve(base), "broad") == model_lineage(resolve(changed), "broad")
-    assert "backbone_lr_factor" not in training_settings(resolve(changed), "broad")
+    assert "backbone_lr_factor" not in build_training_settings(resolve(changed), "broad")
     frozen = [{"broad_adapter": {"adapter": {"unfreeze_strategy": "none", "last_n": n}}} for n in (3, 4)]
     first, second = (model_lineage(with_changes(models=change), "broad_adapter") for change in frozen)
     assert first == second != model_lineage(resolve(base), "broad_adapter")

@@ -9,7 +9,7 @@ import torch
 from conftest import build_dataset, constant_scenario, damage_shard, run_python
 
 from cxt import PairDataset, pair_features, pair_log_tmrca
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.manifest import plan_shards, read_manifest, write_manifest
 from cxt.data.pair_dataset import compute_model_input
@@ -18,7 +18,7 @@ from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_tree_sequence
 
-SPEC = variants("constant", constant_scenario())[0].spec
+SPEC = list_variants("constant", constant_scenario())[0].spec
 
 
 def expected_item(index, pair, *, samples=20, mask=None, **arguments):

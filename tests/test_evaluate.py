@@ -8,9 +8,9 @@ import torch
 from conftest import constant_scenario
 
 from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
@@ -35,9 +35,9 @@ from cxt.model.adapter import build_model
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.trainer.validation import DecodedItems
+from cxt.trainer.validation import DecodedExamples
 
-SPEC = variants("constant", constant_scenario())[0].spec
+SPEC = list_variants("constant", constant_scenario())[0].spec
 SHAPE = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 5, "scales": [2, 4]}
 
 
@@ -53,7 +53,7 @@ def test_baseline_against_loops(mask, masked):
     few = ts.simplify(ts.samples()[:10])
     crop = np.zeros(20_000, bool) if entry.mask is None else entry.mask
     haplotypes = few.genotype_matrix()
-    found = count_differences(entry, window_size=1000, windows=20)
+    differences = count_differences(entry, window_size=1000, windows=20)
     bases = count_accessible_bases(entry, window_size=1000, windows=20)
     estimate = estimate_from_heterozygosity(entry, 5, window_size=1000, windows=20, constant=10.0)
     for p, (a, b) in enumerate(entry.pairs):
@@ -63,7 +63,7 @@ def test_baseline_against_loops(mask, masked):
             if row[a] != row[b] and not crop[int(position)]
         ]
         for k in range(20):
-            assert found[p, k] == sites.count(k)
+            assert differences[p, k] == sites.count(k)
             near = range(max(0, k - 2), min(20, k + 3))
             d = sum(sites.count(w) for w in near)
             length = sum(int((~crop[w * 1000 : (w + 1) * 1000]).sum()) for w in near)
@@ -129,16 +129,16 @@ def test_what_is_not_known_is_null(tmp_path):
 
 
 def test_training_and_evaluation_mean_the_same_by_r():
-    items = DecodedItems.__new__(DecodedItems)
+    examples = DecodedExamples.__new__(DecodedExamples)
     rng = np.random.default_rng(1)
-    items.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
-    mean = items.truth + rng.normal(size=(6, 20))
-    scores = items.scores(Posterior(mean, mean, mean))
-    by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(items.truth, mean, strict=True)]
-    assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(items.truth, mean))
-    assert abs(scores["val_r"] - np.corrcoef(items.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
-    items.truth = np.ones((6, 20))
-    assert scores.keys() - items.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
+    examples.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
+    mean = examples.truth + rng.normal(size=(6, 20))
+    scores = examples.scores(Posterior(mean, mean, mean))
+    by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(examples.truth, mean, strict=True)]
+    assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(examples.truth, mean))
+    assert abs(scores["val_r"] - np.corrcoef(examples.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
+    examples.truth = np.ones((6, 20))
+    assert scores.keys() - examples.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
 
 
 def test_metrics():
@@ -201,7 +201,7 @@ def test_decoding_averages_replicates_distributions():
 def checkpoint(tmp_path):
     path = tmp_path / "x.ckpt"
     model = tiny_model(window_size=1000)
-    record = model_record(
+    record = build_checkpoint_record(
         model.config, None, name="x", preset="broad", lineage="abc", dataset={"scales": [2, 4], "missing": False}
     )
     write_checkpoint(path, model.state_dict(), record)

@@ -26,14 +26,14 @@ def test_the_snippet_in_the_documentation(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "results/datasets/processed")
     code = snippet + "\nnp.savez('out.npz', genotypes=genotypes, positions=positions, pairs=pairs, log_tmrca=log_tmrca)"
     run_python("-c", code, cwd=tmp_path)
-    found = np.load(tmp_path / "out.npz")
+    arrays = np.load(tmp_path / "out.npz")
     items = PairDataset(dataset, "train")
-    assert [tuple(pair) for pair in found["pairs"].tolist()] == [items.describe(i).pair for i in range(6)]
+    assert [tuple(pair) for pair in arrays["pairs"].tolist()] == [items.describe(i).pair for i in range(6)]
     expected = pair_features(
-        found["genotypes"], found["positions"], found["pairs"], window_size=1000, sequence_length=20_000, scales=(2, 4)
+        arrays["genotypes"], arrays["positions"], arrays["pairs"], window_size=1000, sequence_length=20_000, scales=(2, 4)
     )
     assert np.array_equal(items.batch(range(6)).counts.numpy(), expected)
-    assert np.array_equal(items.grid.tokens(found["log_tmrca"]), items.batch(range(6)).tokens.numpy())
+    assert np.array_equal(items.grid.tokens(arrays["log_tmrca"]), items.batch(range(6)).tokens.numpy())
 
 
 def test_arrays_and_attributes_are_those_of_the_documentation(dataset, masked_dataset):
@@ -352,7 +352,7 @@ def test_golden_on_the_fly(monkeypatch):
     ts = tables.tree_sequence()
     variant = {"name": "golden", "sequence_length": 1_000_000, "individuals": 25}
     manifest = build_simulated_manifest([variant], window_size=2000, samples=50, scales=(2, 8, 32, 64), held_out=1, examples=3)
-    monkeypatch.setattr("cxt.data.simulated.simulate_one", lambda *args, **kwargs: ts)
+    monkeypatch.setattr("cxt.data.simulated.simulate_tree_sequence", lambda *args, **kwargs: ts)
     for i in range(3):
         monkeypatch.setattr("cxt.data.preprocessing.choose_pairs", lambda rng, i=i, **shape: pairs[i : i + 1])
         counts = SimulatedDataset([variant], manifest, "train", seed=1).batch([i]).counts.numpy()

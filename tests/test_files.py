@@ -12,7 +12,7 @@ import pytest
 from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.errors import BadRequest
 from cxt.io import acquire_lock, atomic_file, atomic_link, atomic_write, is_locked
 from cxt.scenarios.batches import write_batch
@@ -109,7 +109,7 @@ def test_permissions_are_kept(tmp_path, mode):
     assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
-def test_an_exception_variants_nothing(tmp_path):
+def test_an_exception_leaves_nothing(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"before")
     with pytest.raises(KeyboardInterrupt), atomic_file(path):
@@ -168,7 +168,7 @@ def test_a_batch_and_one_of_it(tmp_path):
     """Their writers have temporary names of their own, too."""
     for name in ("b", "one.trees"):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "precious")
-    (variant,) = variants("constant", constant_scenario(simulations=1))
+    (variant,) = list_variants("constant", constant_scenario(simulations=1))
     write_batch(tmp_path / "b", variant.spec, start=0, count=1, seed=1)
     run_python("-m", "cxt.commands.trees", tmp_path / "b", "--index", 0, "--out", tmp_path / "one.trees")
     assert not (tmp_path / "precious").exists()
@@ -278,9 +278,9 @@ def test_prune_and_who_has_the_lock(tmp_path, capsys):
     busy, old = started(tmp_path, "busy"), started(tmp_path, "old")
     holder = locking_process(busy.path)
     prune([busy, old], yes=True)
-    said = capsys.readouterr().out
-    assert f"not removed: {busy.path} is in use by process {holder.pid}" in said
-    assert "1 removed" in said
+    output = capsys.readouterr().out
+    assert f"not removed: {busy.path} is in use by process {holder.pid}" in output
+    assert "1 removed" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "busy.lock"]
     assert is_locked(RunDirectory(busy.path).lock_path)
     holder.communicate("\n")

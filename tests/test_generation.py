@@ -43,8 +43,8 @@ def test_a_wider_view_of_the_cache_changes_nothing():
     x, _ = inputs(items=4)
     tokens, probabilities = model.generate(x, window_size=2000, replicates=3, seed=4)
     for slots in (5, 12, 100):
-        found, distribution = model.generate(x, window_size=2000, replicates=3, seed=4, slots=slots)
-        assert torch.equal(found, tokens)
+        same_tokens, distribution = model.generate(x, window_size=2000, replicates=3, seed=4, slots=slots)
+        assert torch.equal(same_tokens, tokens)
         torch.testing.assert_close(distribution, probabilities, atol=1e-6, rtol=1e-5)
 
 
@@ -177,8 +177,8 @@ def test_drawing():
     probabilities[:, ::3] = 0  # bins that must not be drawn
     uniform = rng.random(200)
     uniform[:3] = 0.0, 1 - 2**-53, 0.5
-    found = sample_bins(torch.from_numpy(probabilities), torch.from_numpy(uniform)).numpy()
-    for row, u, bin_ in zip(probabilities, uniform, found, strict=True):
+    bins = sample_bins(torch.from_numpy(probabilities), torch.from_numpy(uniform)).numpy()
+    for row, u, bin_ in zip(probabilities, uniform, bins, strict=True):
         cumulative = np.cumsum(row)
         assert bin_ == np.searchsorted(cumulative, u * cumulative[-1], side="right")
         assert row[bin_] > 0
@@ -191,8 +191,8 @@ def test_most_probable_bins():
     for k in (1, 4, 30, 99):
         kept = torch.isfinite(top_k_filter(logits, k))
         assert kept.sum(-1).tolist() == [min(k, 30)] * 5
-        for row, mine in zip(logits, kept, strict=True):
-            assert set(mine.nonzero()[:, 0].tolist()) == set(row.argsort()[-min(k, 30) :].tolist())
+        for row, kept_bins in zip(logits, kept, strict=True):
+            assert set(kept_bins.nonzero()[:, 0].tolist()) == set(row.argsort()[-min(k, 30) :].tolist())
     assert top_k_filter(logits, None) is logits
     ties = torch.zeros(1, 6)
     assert int(torch.isfinite(top_k_filter(ties, 2)).sum()) == 2

@@ -12,7 +12,7 @@ from conftest import simulate
 
 from cxt import load_model, pair_features
 from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
@@ -55,7 +55,9 @@ def loaded(path, config, *, adapter=None, **ranges):
     """A model whose checkpoint says that it was trained on data in *ranges*."""
     torch.manual_seed(1)
     dataset = {"scales": list(SCALES), "missing": not config.mask_singletons, "ranges": ranges or None}
-    write_checkpoint(path, build_model(config, adapter).state_dict(), model_record(config, adapter, name="x", dataset=dataset))
+    write_checkpoint(
+        path, build_model(config, adapter).state_dict(), build_checkpoint_record(config, adapter, name="x", dataset=dataset)
+    )
     return load_model(path)
 
 
@@ -80,11 +82,11 @@ def test_diversity_is_that_of_the_haplotypes(ts, mask, tmp_path):
             (true * 1.6, true * 3, f"diversity .* in 2 of 2 items, trained on {true * 1.6:.3g} to {true * 3:.3g}"),
             (true / 4, true / 1.6, f"trained on {true / 4:.3g} to {true / 1.6:.3g}"),
         ):
-            found = warned(loaded(tmp_path / "x.ckpt", config, diversity=[low, high], missingness=missing), x)
-            assert len(found) == (message is not None)
+            messages = warned(loaded(tmp_path / "x.ckpt", config, diversity=[low, high], missingness=missing), x)
+            assert len(messages) == (message is not None)
             if message:
-                assert torch.tensor(float(found[0].split("diversity ")[1].split()[0])) == pytest.approx(true, rel=0.02)
-                assert re.search(message, found[0])
+                assert torch.tensor(float(messages[0].split("diversity ")[1].split()[0])) == pytest.approx(true, rel=0.02)
+                assert re.search(message, messages[0])
 
 
 def test_ten_times_the_mutation_rate(ts, tmp_path):

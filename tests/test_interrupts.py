@@ -81,8 +81,8 @@ def start(directory: Path, target: str, configfile: Path, **environment) -> subp
 
 def run_of(directory: Path, model: str) -> Path | None:
     """The run directory of a model that is not finished."""
-    found = [path.with_suffix("") for path in (directory / "results/runs").glob(f"{model}-*.lock") if path.read_text()]
-    return found[0] if found and found[0].is_dir() else None
+    locked_runs = [path.with_suffix("") for path in (directory / "results/runs").glob(f"{model}-*.lock") if path.read_text()]
+    return locked_runs[0] if locked_runs and locked_runs[0].is_dir() else None
 
 
 def trainer_of(directory: Path, process: subprocess.Popen, *, beyond: str | None = "") -> int:
@@ -118,8 +118,8 @@ def ended(number: int) -> None:
 def assert_ends_the_same(directory: Path, whole: Path, model: str, configfile: Path) -> None:
     """The next run of the same command ends with the checkpoint of an undisturbed one."""
     process = start(directory, f"results/{model}.ckpt", configfile)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
     assert (directory / f"results/{model}.ckpt").read_bytes() == (whole / f"results/{model}.ckpt").read_bytes()
     assert not list((directory / "results").glob("*.tmp"))
 
@@ -140,8 +140,8 @@ def test_trainer_killed(copy, whole, long, model):
             trainer = trainer_of(copy, process, beyond=None)
             time.sleep(rng.uniform(0, 6))
             os.kill(trainer, signal.SIGKILL)
-        said = process.communicate()[0]
-        continued += "continuing from" in said
+        output = process.communicate()[0]
+        continued += "continuing from" in output
         if process.returncode == 0:  # it was through before; another run, then
             assert_ends_the_same(copy, whole, model, long)
             forget(copy, model)
@@ -165,12 +165,12 @@ def test_interrupted_again_and_again(copy, whole, long):
             os.killpg(process.pid, number)  # as a terminal does
         else:
             os.kill(trainer, number)
-        said = process.communicate()[0]
+        output = process.communicate()[0]
         assert process.returncode != 0
-        assert ("continuing from" in said) == bool(saves)
+        assert ("continuing from" in output) == bool(saves)
         ended(trainer)
         if number == signal.SIGTERM:
-            assert re.search(r"narrow: stopped by SIGTERM at step (\d+); the same command continues from step \1", said)
+            assert re.search(r"narrow: stopped by SIGTERM at step (\d+); the same command continues from step \1", output)
         assert not (copy / "results/narrow.ckpt").exists()
     assert_ends_the_same(copy, whole, "narrow", long)
 
@@ -206,8 +206,10 @@ def test_snakemake_killed_while_the_trainer_lives_on(copy, whole, long, tmp_path
     for configfile, what in ((long, r"results/runs/narrow-\w+"), (tmp_path / "other.yaml", "results/narrow.ckpt")):
         refused = snakemake("--show-failed-logs", "results/narrow.ckpt", cwd=copy, configfile=configfile, check=False)
         assert refused.returncode == 1
-        said = refused.stdout + refused.stderr
-        assert re.search(rf"cxt: {what} is in use by process {trainer} on \S+; wait for it or stop it \(to stop it: kill", said)
+        output = refused.stdout + refused.stderr
+        assert re.search(
+            rf"cxt: {what} is in use by process {trainer} on \S+; wait for it or stop it \(to stop it: kill", output
+        )
     os.kill(trainer, signal.SIGTERM)
     os.kill(trainer, signal.SIGCONT)
     ended(trainer)
@@ -239,16 +241,16 @@ def test_not_finite_ends_the_run_and_what_would_follow(copy, long, tmp_path):
         "    d.model_input = model_input\n"
     )
     process = start(copy, "results/broad_adapter.ckpt", long, **injected(tmp_path / "nan", code))
-    said = process.communicate()[0]
+    output = process.communicate()[0]
     assert process.returncode == 1
-    assert "cxt: broad: loss or gradient are not finite at step 7. Epoch 0, batches 6 to 6: " in said
-    assert "Try a lower learning rate" in said
+    assert "cxt: broad: loss or gradient are not finite at step 7. Epoch 0, batches 6 to 6: " in output
+    assert "Try a lower learning rate" in output
     assert not (copy / "results/broad.ckpt").exists()
     assert not list((copy / "results/runs").glob("broad_adapter-*"))
 
 
 @pytest.mark.parametrize("stage", ["simulate", "preprocess", "train"])
-def test_failed_upstream_never_variants_a_current_checkpoint(copy, long, tmp_path, stage):
+def test_failed_upstream_never_leaves_a_current_checkpoint(copy, long, tmp_path, stage):
     """A stage fails after a change of the configuration: the old checkpoint must not look up to date."""
     config = yaml.safe_load(long.read_text())
     config["scenarios"]["constant"]["population_size"] = 12345
@@ -256,7 +258,7 @@ def test_failed_upstream_never_variants_a_current_checkpoint(copy, long, tmp_pat
     changed.write_text(yaml.safe_dump(config))
     code = f"import sys\nif 'cxt.{stage}' in sys.orig_argv: sys.exit(1)\n"
     process = start(copy, "results/narrow.ckpt", changed, **injected(tmp_path / "broken", code))
-    said = process.communicate()[0]
-    assert process.returncode == 1, said
+    output = process.communicate()[0]
+    assert process.returncode == 1, output
     done = snakemake("-n", "results/narrow.ckpt", cwd=copy, configfile=changed)
     assert "train_narrow" in done.stdout + done.stderr

@@ -129,20 +129,20 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def there(made, tmp_path, monkeypatch):
+def workspace(made, tmp_path, monkeypatch):
     """A copy of it to work in."""
     directory = shutil.copytree(made, tmp_path / "there")
     monkeypatch.chdir(directory)
     return directory
 
 
-def test_outputs_carry_their_lineage(there):
-    config = configuration(there / "a.yaml")
+def test_outputs_carry_their_lineage(workspace):
+    config = configuration(workspace / "a.yaml")
     variant = jobs.find_variant(config, "constant")
     path = paths.batch_path("constant", 10)
     planned = lineages.batch_lineage(config, variant, 10, 2)
-    found = [ts.metadata["cxt"]["lineage"] for ts in read_batch(path, start=10, count=2, lineage=planned)]
-    assert found == [planned] * 2
+    stored = [ts.metadata["cxt"]["lineage"] for ts in read_batch(path, start=10, count=2, lineage=planned)]
+    assert stored == [planned] * 2
     with np.load("results/masks/processed_narrow.npz") as arrays:
         assert str(arrays["lineage"]) == lineages.mask_lineage(config, "processed_narrow")
     for split, start in (("train", 0), ("test", 10)):
@@ -155,12 +155,12 @@ def test_outputs_carry_their_lineage(there):
     assert read_manifest("results/datasets/processed_narrow") == manifest
 
 
-def test_a_configuration_edited_while_jobs_are_queued(there):
+def test_a_configuration_edited_while_jobs_are_queued(workspace):
     """Each job of the edited configuration refuses what a job of the one before has made, and leaves no output."""
-    before = configuration(there / "a.yaml")
-    edited = configuration(there / "b.yaml", population_size=5000)
+    before = configuration(workspace / "a.yaml")
+    edited = configuration(workspace / "b.yaml", population_size=5000)
     simulate_batch(edited, 10)
-    shard = there / "results/datasets/processed_narrow/train/constant-0.zarr.zip"
+    shard = workspace / "results/datasets/processed_narrow/train/constant-0.zarr.zip"
     shard.unlink()
     with pytest.raises(BadRequest, match=r"batch results/simulations/constant/0.trees.batch is not the one .*its lineage is"):
         preprocess_shard(edited, "train", 0)
@@ -173,17 +173,17 @@ def test_a_configuration_edited_while_jobs_are_queued(there):
             list_shards(config)
 
 
-def test_growth_keeps_full_batches(there):
+def test_growth_keeps_full_batches(workspace):
     """A batch and a shard do not depend on how many others there are."""
-    more = configuration(there / "b.yaml", simulations=20)
+    more = configuration(workspace / "b.yaml", simulations=20)
     preprocess_shard(more, "train", 0)
     with pytest.raises(BadRequest, match="holds|truncated|is not the one"):
         preprocess_shard(more, "train", 10)
 
 
-def test_made_by_hand(there):
+def test_made_by_hand(workspace):
     """Files without a lineage are refused where one is planned, and are good for whoever plans none."""
-    config = configuration(there / "a.yaml")
+    config = configuration(workspace / "a.yaml")
     variant = jobs.find_variant(config, "constant")
     path = paths.batch_path("constant", 0)
     call(simulate_stage, "--spec", canonical_json(variant.spec), "--count", 10, "--seed", 1, "--out", path)
@@ -205,8 +205,8 @@ def test_made_by_hand(there):
     assert "lineage" not in read_manifest("data")
 
 
-def test_masks(there):
-    config = configuration(there / "a.yaml")
+def test_masks(workspace):
+    config = configuration(workspace / "a.yaml")
     path = "results/masks/processed_narrow.npz"
     mask = read_mask(path)
     write_mask(path, ~mask, lineage="0123456789ab")
@@ -218,14 +218,14 @@ def test_masks(there):
     write_mask("mine.npz", ~mask)
     with pytest.raises(BadRequest, match="mask mine.npz was changed since this job was planned"):
         preprocess_shard(config, "train", 0, mask=words)
-    (there / "mine.npz").rename("other.npz")
+    (workspace / "mine.npz").rename("other.npz")
     with pytest.raises(BadRequest, match="mask mine.npz cannot be read"):
         preprocess_shard(config, "train", 0, mask=words)
-    (there / "other.npz").rename("mine.npz")
-    own = yaml.safe_load((there / "a.yaml").read_text())
-    own["datasets"]["processed_narrow"]["mask"] = {"path": "mine.npz"}
-    (there / "c.yaml").write_text(yaml.safe_dump(own))
-    assert file_sha256("mine.npz") in arguments.mask_arguments(load([TINY, there / "c.yaml"]), "processed_narrow")
+    (workspace / "other.npz").rename("mine.npz")
+    overlay = yaml.safe_load((workspace / "a.yaml").read_text())
+    overlay["datasets"]["processed_narrow"]["mask"] = {"path": "mine.npz"}
+    (workspace / "c.yaml").write_text(yaml.safe_dump(overlay))
+    assert file_sha256("mine.npz") in arguments.mask_arguments(load([TINY, workspace / "c.yaml"]), "processed_narrow")
 
 
 NARROW = [
@@ -234,19 +234,19 @@ NARROW = [
 ]  # fmt: skip
 
 
-def test_the_trainer(there, monkeypatch):
-    config = configuration(there / "a.yaml")
+def test_the_trainer(workspace, monkeypatch):
+    config = configuration(workspace / "a.yaml")
     planned = lineages.dataset_lineage(config, "processed_narrow")
     with pytest.raises(BadRequest, match=rf"not what was planned to train on: dataset .* its lineage is {planned}, expected 1"):
         train(monkeypatch, *NARROW, "--dataset-lineage", "1", "--run-dir", "run", "--out", "results/x.ckpt")
-    (there / "settings.yaml").write_text("settings_lineage: '2'\n")
+    (workspace / "settings.yaml").write_text("settings_lineage: '2'\n")
     settings = ["--config", "settings.yaml", "--lineage", "3", "--dataset-lineage", planned]
     with pytest.raises(
         BadRequest, match=r"the settings of .*: its lineage is 2, expected 3; run `snakemake --cores 2 results/x"
     ):
         train(monkeypatch, *settings, *NARROW, "--run-dir", "run", "--out", "results/x.ckpt")
-    assert not (there / "run").exists()
-    (there / "settings.yaml").write_text("settings_lineage: '3'\n")
+    assert not (workspace / "run").exists()
+    (workspace / "settings.yaml").write_text("settings_lineage: '3'\n")
     train(monkeypatch, *settings, *NARROW, "--run-dir", "run", "--out", "results/x.ckpt")
     record = read_checkpoint("results/x.ckpt").record
     assert (record["lineage"], record["dataset"]["lineage"], record["parent"]) == ("3", planned, None)
@@ -256,17 +256,17 @@ def test_the_trainer(there, monkeypatch):
     train(monkeypatch, *child, "--parent-lineage", "3")
     assert read_checkpoint("results/y.ckpt").record["parent"]["lineage"] == "3"
     # None of this is a setting of the run.
-    written = yaml.safe_load((there / "child/config.yaml").read_text())
+    written = yaml.safe_load((workspace / "child/config.yaml").read_text())
     assert not [key for key in written if "lineage" in key or "lock" in key]
 
 
-def test_verify_and_evaluation(there, monkeypatch):
+def test_verify_and_evaluation(workspace, monkeypatch):
     """`verify` compares what a checkpoint was really trained on; evaluation and its table what they are given."""
-    config = configuration(there / "a.yaml")
+    config = configuration(workspace / "a.yaml")
     lineage = lineages.model_lineage(config, "narrow")
-    files = [TINY, there / "a.yaml"]
+    files = [TINY, workspace / "a.yaml"]
     settings = arguments.settings_file(config, "narrow")
-    (there / "narrow.yaml").write_text(yaml.safe_dump(settings))
+    (workspace / "narrow.yaml").write_text(yaml.safe_dump(settings))
     train(
         monkeypatch, "--config", "narrow.yaml", "--dataset-path", "results/datasets/processed_narrow", "--devices", 0,
         "--lineage", lineage, *arguments.lineages_to_train_on(config, "narrow"), "--run-dir", "run",
@@ -301,7 +301,7 @@ def test_verify_and_evaluation(there, monkeypatch):
     with pytest.raises(BadRequest, match=f"batch results/simulations/constant/{start}.* expected 9"):
         call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", stale)
     call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical_json(batches))
-    result = json.loads((there / "results/evaluation/narrow.json").read_text())
+    result = json.loads((workspace / "results/evaluation/narrow.json").read_text())
     assert (result["lineage"], result["checkpoint_lineage"]) == (lineages.evaluation_lineage(config, "narrow"), lineage)
     assert result["device"] == "cpu"
     table = ["--table", "results/evaluation/narrow.json", "--out", "results/evaluation/table.md"]
@@ -320,9 +320,9 @@ def test_a_finished_run_on_other_devices_is_another_run(dataset, tmp_path, monke
     path.write_text(json.dumps(state))
     capsys.readouterr()
     train(monkeypatch, *arguments)
-    said = capsys.readouterr().out
-    assert "starting afresh (another devices (3 gpu instead of 1 cpu)" in said
-    assert "is finished: publishing" not in said
+    output = capsys.readouterr().out
+    assert "starting afresh (another devices (3 gpu instead of 1 cpu)" in output
+    assert "is finished: publishing" not in output
 
 
 def test_more_devices_than_there_are(monkeypatch, dataset):
@@ -362,13 +362,13 @@ def test_srun_is_not_spoken_of(tmp_path, monkeypatch):
     (tmp_path / "srun").write_text("#!/bin/sh\n")
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         SLURMEnvironment.detect()
-        assert len(said) == 1
+        assert len(caught) == 1
         quieten()
         SLURMEnvironment.detect()
-        assert len(said) == 1
+        assert len(caught) == 1
 
 
 def test_planned_shards_take_lineages():

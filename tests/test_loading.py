@@ -38,8 +38,8 @@ def test_threads_make_the_same_batches(masked_dataset, threads):
     loader = PrefetchLoader(items, sampler_of(items), batch_size=7, threads=threads, pin=False)
     assert len(loader) == len(expected) == 15
     count = 0
-    for found, wanted in zip(loader, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    for batch, wanted in zip(loader, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
         count += 1
     assert count == 15
 
@@ -94,10 +94,10 @@ def test_items_are_whole_numbers(dataset, i):
 
 
 def _sums(dataset, queue=None):
-    found = [dataset.batch([i, 50]).counts.sum().item() for i in range(5)]
+    sums = [dataset.batch([i, 50]).counts.sum().item() for i in range(5)]
     if queue is None:
-        return found
-    return queue.put((found, dataset._words.flags.writeable))
+        return sums
+    return queue.put((sums, dataset._words.flags.writeable))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -108,9 +108,9 @@ def test_other_processes_read_the_same_memory(dataset, method, storage):
     queue = context.Queue()
     process = context.Process(target=_sums, args=(items, queue))
     process.start()
-    found, writeable = queue.get(timeout=120)
+    sums, writeable = queue.get(timeout=120)
     process.join()
-    assert found == _sums(items)
+    assert sums == _sums(items)
     assert writeable == (method == "fork")
 
 
@@ -195,13 +195,13 @@ def test_nothing_is_left_behind(dataset, tmp_path, storage):
 
 
 def test_storage_is_chosen_by_what_is_free(dataset, monkeypatch, tmp_path):
-    said = []
+    lines = []
     monkeypatch.setattr("cxt.data.pair_dataset.free_memory", lambda: 1000)
-    few = PairDataset(dataset, "test", progress=said.append)
-    assert re.search(r"in a temporary file in /\S+ \(0.0 GB of memory free\)", said[0])
+    few = PairDataset(dataset, "test", progress=lines.append)
+    assert re.search(r"in a temporary file in /\S+ \(0.0 GB of memory free\)", lines[0])
     monkeypatch.undo()
-    assert torch.equal(few[3][0], PairDataset(dataset, "test", progress=said.append)[3][0])
-    assert "MB in memory" in said[1]
+    assert torch.equal(few[3][0], PairDataset(dataset, "test", progress=lines.append)[3][0])
+    assert "MB in memory" in lines[1]
     with pytest.raises(BadRequest, match="storage 'ram': expected one of auto, memory, disk"):
         PairDataset(dataset, "test", storage="ram")
     monkeypatch.setattr(arena.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))

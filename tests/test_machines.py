@@ -249,9 +249,9 @@ def first_of_two(seconds: float = 20) -> tuple[threading.Thread, list]:
 
 def hello(number: str, secret: str, **changes) -> dict:
     """What a machine says that knows *secret*, with *changes* that it has signed."""
-    said = {"number": "1", "machine": 1, "machines": 2} | changes
-    numbers = (number, said["number"], str(said["machine"]), str(said["machines"]))
-    return {"proof": connection.make_proof(secret, "machine", *numbers)} | said
+    message = {"number": "1", "machine": 1, "machines": 2} | changes
+    numbers = (number, message["number"], str(message["machine"]), str(message["machines"]))
+    return {"proof": connection.make_proof(secret, "machine", *numbers)} | message
 
 
 def test_who_does_not_know_the_secret_is_sent_away(environment):
@@ -311,7 +311,7 @@ def test_only_the_first_machine_is_believed(environment):
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "problem"),
     [
         (b"x" * (2**20 + 2), "machine 1 sent a message of more than 1048576 bytes"),
         (b"[1]\n", "machine 1 sent a message that is no mapping"),
@@ -320,14 +320,14 @@ def test_only_the_first_machine_is_believed(environment):
         (b"[" * 100_000 + b"\n", "machine 1 sent a message of lists in lists"),
     ],
 )
-def test_messages_are_looked_at(environment, message, said):
+def test_messages_are_looked_at(environment, message, problem):
     port = int(environment["MASTER_PORT"]) + 1
     thread, result = first_of_two()
     peer = rendezvous.connect_to_first("127.0.0.1", port, 1, 2, 10, rendezvous.secret_path("."))
     with contextlib.suppress(ConnectionError):
         peer._socket.sendall(message)
     thread.join()
-    assert said in str(result[0])
+    assert problem in str(result[0])
     assert isinstance(result[0], Failed)
     peer.close()
 
@@ -348,7 +348,7 @@ def test_a_process_that_waits_for_a_machine_that_is_gone_is_ended(environment):
     code = """if True:
         import subprocess, time
         from cxt.trainer import machines
-        machines.SECONDS_TO_END = 0.2
+        machines.SHUTDOWN_TIMEOUT = 0.2
         with machines.Machines(2):
             subprocess.Popen(["sleep", "60"])  # in the place of another device's process
             time.sleep(60)  # and of a collective
@@ -400,8 +400,8 @@ def start(arguments, directory: Path, *, count: int = 2, last=None) -> list[Mach
 
 
 def ends(machines: list[Machine]) -> tuple[list[int], list[str]]:
-    statuses, said = zip(*(machine.end() for machine in machines), strict=True)
-    return list(statuses), list(said)
+    statuses, outputs = zip(*(machine.end() for machine in machines), strict=True)
+    return list(statuses), list(outputs)
 
 
 def newest_step(run: RunDirectory) -> int:
@@ -434,9 +434,9 @@ def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
     words = [*arguments, "--run-dir", tmp_path / "run", "--out", out, "--devices", 1]
     run = RunDirectory(tmp_path / "run")
 
-    statuses, said = ends(start([*words, "--max-minutes", "0.001"], tmp_path))
+    statuses, outputs = ends(start([*words, "--max-minutes", "0.001"], tmp_path))
     assert statuses == [75, 75]
-    assert all("its time is up at step 1; the same command continues from step 1" in text for text in said)
+    assert all("its time is up at step 1; the same command continues from step 1" in text for text in outputs)
 
     for number, of, expected in (
         (signal.SIGTERM, 1, [143, 143]),
@@ -447,25 +447,25 @@ def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
         both = start(words, tmp_path)
         wait_for_a_save_after(run, step, both)
         os.kill(both[of].process.pid, number)
-        statuses, said = ends(both)
-        assert statuses == expected, said
+        statuses, outputs = ends(both)
+        assert statuses == expected, outputs
         if number == signal.SIGTERM:
-            assert all("stopped by SIGTERM at step" in text for text in said)
+            assert all("stopped by SIGTERM at step" in text for text in outputs)
         else:
-            assert f"cxt: machine {of} is gone, without a word; the same command" in said[1 - of]
+            assert f"cxt: machine {of} is gone, without a word; the same command" in outputs[1 - of]
         assert not out.exists()
 
-    statuses, said = ends(start(words, tmp_path))
+    statuses, outputs = ends(start(words, tmp_path))
     assert statuses == [0, 0]
-    assert "continuing from" in said[0]
-    assert "on 2 cpu on 2 machines" in said[0]
+    assert "continuing from" in outputs[0]
+    assert "on 2 cpu on 2 machines" in outputs[0]
     assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
     assert_equal_runs(whole / "run", run.path)
 
     out.unlink()
-    statuses, said = ends(start(words, tmp_path))
+    statuses, outputs = ends(start(words, tmp_path))
     assert statuses == [0, 0]
-    assert "is finished: publishing its checkpoint again" in said[0]
+    assert "is finished: publishing its checkpoint again" in outputs[0]
     assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
 
 
@@ -476,32 +476,32 @@ def test_three_machines_continue_exactly(dataset, tmp_path):
         words = [*arguments, "--run-dir", tmp_path / name, "--out", tmp_path / f"{name}.ckpt", "--devices", 1]
         if name == "cut":
             assert ends(start([*words, "--max-minutes", "0.001"], tmp_path, count=3))[0] == [75, 75, 75]
-        statuses, said = ends(start(words, tmp_path, count=3))
-        assert statuses == [0, 0, 0], said
-    assert "continuing from" in said[0]
+        statuses, outputs = ends(start(words, tmp_path, count=3))
+        assert statuses == [0, 0, 0], outputs
+    assert "continuing from" in outputs[0]
     assert (tmp_path / "whole.ckpt").read_bytes() == (tmp_path / "cut.ckpt").read_bytes()
 
 
 def test_machines_that_were_started_differently(arguments, tmp_path):
     words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
-    statuses, said = ends(start(words, tmp_path, last=[*words, "--lr", "2e-3"]))
+    statuses, outputs = ends(start(words, tmp_path, last=[*words, "--lr", "2e-3"]))
     assert statuses == [2, 2]
-    assert all("machine 1 was started with lr 0.002 instead of 0.001" in text for text in said)
+    assert all("machine 1 was started with lr 0.002 instead of 0.001" in text for text in outputs)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_one_machine_cannot_do_ends_all(arguments, tmp_path):
     words = [*arguments, "--run-dir", tmp_path / "run", "--devices", 1]
-    statuses, said = ends(start(words, tmp_path, last=[*words, "--dataset-path", tmp_path / "nowhere"]))
+    statuses, outputs = ends(start(words, tmp_path, last=[*words, "--dataset-path", tmp_path / "nowhere"]))
     assert statuses == [2, 2]
-    assert "cxt: machine 1: " in said[0]
-    assert "nowhere" in said[0]
+    assert "cxt: machine 1: " in outputs[0]
+    assert "nowhere" in outputs[0]
     held = RunDirectory(tmp_path / "held")
     held.lock()
     words = [*arguments, "--run-dir", tmp_path / "held", "--devices", 1]
-    statuses, said = ends(start(words, tmp_path))
+    statuses, outputs = ends(start(words, tmp_path))
     assert statuses == [2, 2]
-    assert f"cxt: machine 0: {held.path} is in use by process {os.getpid()}" in said[1]
+    assert f"cxt: machine 0: {held.path} is in use by process {os.getpid()}" in outputs[1]
     held.release()
 
 

@@ -190,11 +190,11 @@ def test_missing_fraction_is_that_of_a_sum_for_every_base():
     for length in (10_000, 9_950):
         covered = np.concatenate([[0], np.cumsum(mask[:length])])
         left = np.arange(-(-length // 100)) * 100
-        for scale, found in zip(
+        for scale, fraction in zip(
             (2, 7), compute_missing_fraction(mask, window_size=100, sequence_length=length, scales=(2, 7)), strict=True
         ):
             right = np.minimum(left + scale * 100, length)
-            assert np.array_equal(found, (covered[right] - covered[left]) / (right - left))
+            assert np.array_equal(fraction, (covered[right] - covered[left]) / (right - left))
 
 
 def test_a_header_that_is_none(tmp_path):

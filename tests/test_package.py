@@ -34,7 +34,7 @@ def test_missing_extra_is_one_line(command, tmp_path):
 
 
 def test_extras_are_those_of_the_project():
-    names = {name: set(map(str.lower, found)) for name, found in packages_distributions().items()}
+    names = {name: set(map(str.lower, distributions)) for name, distributions in packages_distributions().items()}
     for package, extra in EXTRAS.items():
         listed = {re.match(r"[\w-]+", entry)[0] for entry in PROJECT["optional-dependencies"][extra]}
         # Lightning's parts come with it.

@@ -23,7 +23,7 @@ def command(*words, **environment):
 
 def test_text_files_have_an_encoding():
     """Every file that is opened as text says which encoding: the locale's may be ASCII."""
-    found = []
+    places = []
     for path in sorted((REPOSITORY / "src").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
@@ -37,8 +37,8 @@ def test_text_files_have_an_encoding():
                 and not binary
                 and "encoding" not in [k.arg for k in node.keywords]
             ):
-                found.append(f"{path.name}:{node.lineno}")
-    assert not found
+                places.append(f"{path.name}:{node.lineno}")
+    assert not places
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}

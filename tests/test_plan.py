@@ -10,13 +10,13 @@ from conftest import REPOSITORY, TINY, maps_taken_as_present, run_python
 
 from cxt.config.file import load, merge, resolve
 from cxt.config.network import PRESETS, AdapterConfig
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.model.flops import decoding_flops, forward_flops, training_flops
 from cxt.scenarios import stdpopsim_models as catalogue
 from cxt.scenarios.indices import simulation_batches as batches_of
-from cxt.scenarios.registry import KINDS, simulate_tree_sequence
+from cxt.scenarios.registry import SIMULATORS, simulate_tree_sequence
 from cxt.workflow import costs as costs_module
 from cxt.workflow.costs import (
     Costs,
@@ -29,7 +29,7 @@ from cxt.workflow.costs import (
     variant_key,
 )
 from cxt.workflow.estimates import estimate_costs, use_devices
-from cxt.workflow.jobs import dataset_spec, find_variant, list_variants
+from cxt.workflow.jobs import collect_variants, dataset_spec, find_variant
 
 PAPER = REPOSITORY / "config" / "paper.yaml"
 SCRIPT = REPOSITORY / "config" / "paper_script.yaml"
@@ -47,9 +47,9 @@ def paper() -> dict:
 
 def test_published_counts(tmp_path):
     """spec: 33 790 simulations, 30 409 of them for training, 6 040 in the small-window base; steps on three GPUs."""
-    found = json.loads(run_plan("--configfile", PAPER, "--devices", 3, "--json", cwd=tmp_path).stdout)
-    assert found["simulations"] == 33_790
-    datasets = found["datasets"]
+    plan = json.loads(run_plan("--configfile", PAPER, "--devices", 3, "--json", cwd=tmp_path).stdout)
+    assert plan["simulations"] == 33_790
+    datasets = plan["datasets"]
     assert datasets["processed"]["train_simulations"] == datasets["processed_n10"]["train_simulations"] == 30_409
     assert datasets["processed_narrow"]["train_simulations"] == 9_000
     small = [datasets[f"processed_small_window{rest}"] for rest in ("", "_missing_data", "_missing_data_n10")]
@@ -57,26 +57,26 @@ def test_published_counts(tmp_path):
     assert [d["train_simulations"] for d in small] == [5_434] * 3
     assert datasets["processed"]["train_items"] == 6_081_800
     assert small[2]["train_items"] == 5_434 * 20
-    assert [found["models"][name]["steps"] for name in MODELS] == [4692, 5280, 944, 944, 792, 480]
-    assert {model["effective_batch"] for model in found["models"].values()} == {2304}
+    assert [plan["models"][name]["steps"] for name in MODELS] == [4692, 5280, 944, 944, 792, 480]
+    assert {model["effective_batch"] for model in plan["models"].values()} == {2304}
     assert all(d["bytes"] > 0 for d in datasets.values())
-    assert all(m["gpu_hours"] > 0 for m in found["models"].values())
+    assert all(m["gpu_hours"] > 0 for m in plan["models"].values())
 
 
 @pytest.mark.parametrize(
     ("devices", "steps"), [(1, [14064, 15838, 2830, 2830, 2376, 1420]), (2, [7032, 7920, 1416, 1416, 1188, 710])]
 )
 def test_published_steps_on_fewer_gpus(paper, devices, steps):
-    found = estimate_costs(use_devices(paper, devices), Costs())
-    assert [found["models"][name]["steps"] for name in MODELS] == steps
+    plan = estimate_costs(use_devices(paper, devices), Costs())
+    assert [plan["models"][name]["steps"] for name in MODELS] == steps
 
 
 def test_script_list():
     """37 170 simulations; on 2 GPUs broad would end at step 8 708 and broad_adapter at 436 an epoch."""
-    found = estimate_costs(use_devices(load([PAPER, SCRIPT]), 2), Costs())
-    assert found["simulations"] == 37_170
-    assert found["datasets"]["processed"]["train_simulations"] == 33_437
-    assert found["models"]["broad"]["steps"] == 8_708
+    plan = estimate_costs(use_devices(load([PAPER, SCRIPT]), 2), Costs())
+    assert plan["simulations"] == 37_170
+    assert plan["datasets"]["processed"]["train_simulations"] == 33_437
+    assert plan["models"]["broad"]["steps"] == 8_708
 
 
 def test_published_variants(paper):
@@ -89,9 +89,9 @@ def test_published_variants(paper):
         "llm_hard_sweeps": (27, 50),
     }
     for name, (number, simulations) in expected.items():
-        found = variants(name, scenarios[name])
-        assert (len(found), {variant.simulations for variant in found}) == (number, {simulations})
-        assert not any(variant.spec["mutation_rate"] == variant.spec["recombination_rate"] == 5e-8 for variant in found)
+        variants = list_variants(name, scenarios[name])
+        assert (len(variants), {variant.simulations for variant in variants}) == (number, {simulations})
+        assert not any(variant.spec["mutation_rate"] == variant.spec["recombination_rate"] == 5e-8 for variant in variants)
     # The published positions: one generator seeded 42, a draw for each combination in loop order, the skipped ones included.
     rng = np.random.RandomState(42)  # the published generator
     drawn = {}
@@ -100,14 +100,14 @@ def test_published_variants(paper):
             for recombination in (1e-8, 5e-8):
                 for s in (0.01, 0.1, 1):
                     drawn[size, mutation, recombination, s] = int(rng.choice([250_000, 500_000, 750_000]))
-    for variant in variants("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
+    for variant in list_variants("llm_hard_sweeps", scenarios["llm_hard_sweeps"]):
         keys = ("population_size", "mutation_rate", "recombination_rate", "selection_coefficient")
         assert variant.spec["position"] == drawn[tuple(variant.spec[key] for key in keys)]
     species = {"musmus", "ratnor", "gorgor", "orysat", "susscr", "phosin"}
     assert {f"stdpopsim_{name}" for name in species} == set(load([PAPER])["scenario_sets"]["new_species"])
     assert all(scenarios[f"stdpopsim_{name}"]["simulations"] == 0 for name in species)
     assert len(paper["scenario_sets"]["high_ne"]) == 13
-    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(KINDS)
+    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(SIMULATORS)
 
 
 def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
@@ -129,7 +129,7 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     monkeypatch.setattr(catalogue, "read_chromosome_map", lambda *a: msprime.RateMap.uniform(1e10, 1e-8))
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     result = {}
-    for variant in list_variants(config, sorted(names)):
+    for variant in collect_variants(config, sorted(names)):
         for index in range(variant.simulations):
             caught.clear()
             with pytest.raises(Stop):
@@ -201,13 +201,13 @@ def test_costs_are_measured(tmp_path, paper):
     table = (tmp_path / "table.md").read_text()
     assert "| constant | 20,000 |" in table
     costs = Costs([tmp_path / "results/costs.json"])
-    found = estimate_costs(config, costs)
-    assert found["simulate"]["core_hours"] > 0
-    assert found["simulate"]["not_measured"] == []
-    assert not found["simulate"]["extrapolated"]
+    plan = estimate_costs(config, costs)
+    assert plan["simulate"]["core_hours"] > 0
+    assert plan["simulate"]["not_measured"] == []
+    assert not plan["simulate"]["extrapolated"]
     stretched = costs.simulation(spec | {"sequence_length": 40_000})
     assert stretched["extrapolated"]
-    assert "a test" in " ".join(found["measured_on"])
+    assert "a test" in " ".join(plan["measured_on"])
     unknown = estimate_costs(load([TINY, SCENARIO(tmp_path)]), costs)
     assert unknown["simulate"]["not_measured"] == ["unknown"]
 
@@ -223,7 +223,7 @@ def SCENARIO(tmp_path):
 
 def test_a_variant_that_takes_too_long_is_measured_shorter(tmp_path, monkeypatch):
     """Its cost is a power of the length, from two shorter ones; a sweep's position moves along."""
-    monkeypatch.setattr(costs_module, "SHORT", (5_000, 10_000))
+    monkeypatch.setattr(costs_module, "EXTRAPOLATION_LENGTHS", (5_000, 10_000))
     overlay = tmp_path / "x.yaml"
     overlay.write_text(
         "scenarios: {sweep: {kind: hard_sweep, simulations: 10, sequence_length: 20000, position: 15000,"

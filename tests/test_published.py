@@ -316,9 +316,9 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     import_published(PLAIN, parent)
     arguments = ["--dataset-path", data / "n10", "--checkpoint", parent]
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "run", "--out", out)
-    said = capsys.readouterr()
-    assert "note: sources see the start token, as in" in said.err
-    assert "the window size moves from 2000 to 100 bp" in said.out
+    captured = capsys.readouterr()
+    assert "note: sources see the start token, as in" in captured.err
+    assert "the window size moves from 2000 to 100 bp" in captured.out
     child, before = read_checkpoint(out), read_checkpoint(PLAIN)
     assert child.model.start_token_in_prefix
     assert child.record["parent"]["name"] == "published_style"
@@ -367,9 +367,9 @@ def test_export(file, suffix, tmp_path):
     assert "exported to" in done.stdout
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["config.json", "model.safetensors"]
     before = read_checkpoint(file)
-    there = load_file(tmp_path / "exported" / "model.safetensors")
-    assert there.keys() == before.state_dict.keys()
-    assert all(torch.equal(there[key], value) for key, value in before.state_dict.items())
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert exported.keys() == before.state_dict.keys()
+    assert all(torch.equal(exported[key], value) for key, value in before.state_dict.items())
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert (config["model"]["layers"], config["model"]["grid_high"]) == (2, 17.0)
     after = read_checkpoint(find_checkpoint(tmp_path / "exported"))

@@ -57,10 +57,10 @@ def _forked(arguments: list[str], out: str) -> None:
     if sys.platform == "linux":
         multiprocessing.set_start_method("fork", force=True)  # for its loaders, as where it is started as a command
     from cxt.console import exit_on_bad_request
-    from cxt.signals import end_at_once, ignore
+    from cxt.signals import ignore, install_exit_handler
     from cxt.train import main
 
-    end_at_once()
+    install_exit_handler()
     exit_on_bad_request(main)
     ignore()
 
@@ -110,12 +110,12 @@ def listens(pid: int) -> bool:
 
 def in_group_of(pid: int) -> list[psutil.Process]:
     """The processes of a group that have not ended."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == pid and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes
 
 
 def signal_at_a_random_moment(trainer: Trainer, run: Path, rng, number: int) -> str:
@@ -266,14 +266,14 @@ def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation
     kills = continued = runs = 0
     while kills < (KILLS or 2) or not runs:
         trainer = Trainer(cut, tmp_path / "said", forks=ranks == 1)
-        said = kill_at_a_random_moment(trainer, directory, rng)
-        continued += "continuing from" in said
+        output = kill_at_a_random_moment(trainer, directory, rng)
+        continued += "continuing from" in output
         if not out.exists():
             kills += 1
             if kills < (KILLS or 2):
                 continue
-            said = finish(cut)
-            continued += "continuing from" in said
+            output = finish(cut)
+            continued += "continuing from" in output
         runs += 1
         compare_and_forget(tmp_path)
     print(
@@ -308,16 +308,16 @@ def test_signals_to_all_processes(parents, tmp_path, kind, workers, accumulation
         number = (signal.SIGKILL, *HEARD)[sent % (1 + len(HEARD))]
         if sent < count:
             trainer = Trainer(cut, tmp_path / "said", forks=ranks == 1)
-            said = signal_at_a_random_moment(trainer, directory, rng, number)
-            assert "Traceback" not in said, said
+            output = signal_at_a_random_moment(trainer, directory, rng, number)
+            assert "Traceback" not in output, output
             if trainer.status():
                 sent += 1
-                assert trainer.status() == STATUS.get(number, -number), said
-                assert number == signal.SIGKILL or f"stopped by {signal.Signals(number).name}" in said, said
+                assert trainer.status() == STATUS.get(number, -number), output
+                assert number == signal.SIGKILL or f"stopped by {signal.Signals(number).name}" in output, output
         else:
-            said = finish(cut)
-        continued += "continuing from" in said
-        saved += "; the same command continues from step" in said
+            output = finish(cut)
+        continued += "continuing from" in output
+        saved += "; the same command continues from step" in output
         if out.exists():
             runs += 1
             compare_and_forget(tmp_path)

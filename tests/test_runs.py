@@ -27,13 +27,13 @@ from cxt.commands import checkpoint as checkpoint_stage
 from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
 from cxt.config.file import load
-from cxt.config.models import training_settings
-from cxt.config.training import CHANGE_NO_RESULT, PRECISIONS, TrainingConfig, change_no_result
+from cxt.config.models import build_training_settings
+from cxt.config.training import PRECISIONS, RESULT_NEUTRAL_SETTINGS, TrainingConfig, list_result_neutral_settings
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.pair_dataset import PairDataset, compute_model_input
 from cxt.errors import BadRequest, Failed
 from cxt.io import acquire_lock
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
 from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
@@ -65,10 +65,10 @@ def finished(dataset, tmp_path_factory):
 # What is in a run directory
 
 
-def test_everything_a_run_variants(finished):
+def test_everything_a_run_leaves(finished):
     run = RunDirectory(finished / "run")
-    there = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
-    assert there >= {
+    run_files = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
+    assert run_files >= {
         "run.json",
         "config.yaml",
         "grid.json",
@@ -154,9 +154,9 @@ def interrupted(dataset, run, *more) -> list:
     while len(list_training_states(RunDirectory(run))) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate()[0]
+    output = process.communicate()[0]
     assert process.returncode == 143
-    assert "stopped by SIGUSR1" in said
+    assert "stopped by SIGUSR1" in output
     return arguments
 
 
@@ -376,14 +376,14 @@ def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta
     rows = []
     log = SimpleNamespace(validated=lambda trainer, values: rows.append(values))
     validation = Validation(
-        run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+        run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
     )
     stopped = None
     for step, loss in enumerate(losses, 1):
         trainer = Recorder(loss, step)
         state = validation.state_dict()
         validation = Validation(
-            run, "x", log, record=about, items=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
+            run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
         )
         validation.load_state_dict(state)  # as if it had been interrupted before each
         validation.on_validation_end(trainer, module)
@@ -480,9 +480,9 @@ def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatc
     """The six recipes as they are published, and the first ten losses of a run those of a plain loop in torch."""
     config = load([REPOSITORY / "config" / "paper.yaml"])
     for model, (layers, epochs, lr) in RECIPES.items():
-        settings = training_settings(config, model)
+        settings = build_training_settings(config, model)
         assert (settings["layers"], settings["epochs"], settings["lr"], settings["min_lr"]) == (layers, epochs, lr, 3e-5)
-        decides = OPTIONAL.keys() - set(CHANGE_NO_RESULT)
+        decides = OPTIONAL.keys() - set(RESULT_NEUTRAL_SETTINGS)
         assert {key: settings[key] for key in decides} == {key: OPTIONAL[key] for key in decides}
     arguments = [*SMALL, "--dropout", 0.1, "--epochs", 3, "--dataset-path", dataset, "--max-steps", 10]
     explicit = [word for key, value in OPTIONAL.items() for word in ("--" + key.replace("_", "-"), value)]
@@ -548,9 +548,9 @@ def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
     default, other = RunDirectory(tmp_path / "default"), RunDirectory(tmp_path / "other")
     for key in ("train_loss", "val_loss", "grad_norm"):
         expected = [row[key] for row in read_log(default.log)]
-        found = [row[key] for row in read_log(other.log)]
-        assert len(found) > 8
-        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(found, expected, strict=True)), key
+        actual = [row[key] for row in read_log(other.log)]
+        assert len(actual) > 8
+        assert all(a is b is None or a == pytest.approx(b, rel=1e-4) for a, b in zip(actual, expected, strict=True)), key
     one, two = (read_checkpoint(run.finished_checkpoint()) for run in (default, other))
     assert one.state_dict.keys() == two.state_dict.keys()
     summary = json.loads((tmp_path / "other" / "model_summary.json").read_text())
@@ -598,9 +598,9 @@ def test_no_compiler(dataset, tmp_path):
 
 
 def test_what_changes_no_result():
-    assert "validate_every" in change_no_result({"patience": 0, "export": "last"})
-    assert "validate_every" not in change_no_result({"patience": 2, "export": "last"})
-    assert "validation_items" not in change_no_result({"patience": 0, "export": "best"})
+    assert "validate_every" in list_result_neutral_settings({"patience": 0, "export": "last"})
+    assert "validate_every" not in list_result_neutral_settings({"patience": 2, "export": "last"})
+    assert "validation_items" not in list_result_neutral_settings({"patience": 0, "export": "best"})
 
 
 def test_bfloat16_network(dataset):
@@ -640,7 +640,7 @@ def test_rows_are_dropped_and_cut_lines_too(tmp_path):
 def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
     """With a gradient scaler single gradients may overflow; a loss may not."""
     log = TrainingLog(
-        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, items_per_batch=4, every=1, validates=lambda step: False,
+        tmp_path / "l.csv", "x", total_steps=9, steps_per_epoch=3, examples_per_batch=4, every=1, validates=lambda step: False,
         checks_gradient=False,
     )  # fmt: skip
     log._first_bad = torch.tensor(-1)
@@ -662,10 +662,10 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
 def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
     path = finished / "broad.ckpt"
     call(checkpoint_stage, monkeypatch, "show", path)
-    said = capsys.readouterr().out
-    assert "broad (preset broad), step 21, epoch 2" in said
-    assert "324 bins" in said
-    assert "parent    none" in said
+    output = capsys.readouterr().out
+    assert "broad (preset broad), step 21, epoch 2" in output
+    assert "324 bins" in output
+    assert "parent    none" in output
     call(checkpoint_stage, monkeypatch, "show", finished / "run/checkpoints/last.ckpt")
     assert "step 21" in capsys.readouterr().out
     call(checkpoint_stage, monkeypatch, "diff", path, finished / "run")
@@ -677,9 +677,9 @@ def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
     write_checkpoint(tmp_path / "other.ckpt", other, content.record | {"step": 22})
     with pytest.raises(Failed):
         call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt")
-    said = capsys.readouterr().out
-    assert "step: 21 and 22" in said
-    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in said
+    output = capsys.readouterr().out
+    assert "step: 21 and 22" in output
+    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in output
     call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
     assert "weights are close" in capsys.readouterr().out
     with pytest.raises(
@@ -713,9 +713,9 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     (directory / "mine").mkdir()  # no run, whatever it is
     busy = shutil.copytree(old, directory / "narrow-ba9876543210")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
-    said = capsys.readouterr().out
-    assert said.count("current: ") == 6
-    assert said.count("not what the configuration asks for") == 2
+    output = capsys.readouterr().out
+    assert output.count("current: ") == 6
+    assert output.count("not what the configuration asks for") == 2
     held = locking_process(busy)
     with pytest.raises(BadRequest, match="there is no terminal to answer on: add --yes"):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
@@ -730,8 +730,8 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
 def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--num-steps", 60, "--highest", 0.5]
     call(find_lr_stage, monkeypatch, *arguments, "--plot", tmp_path / "lr.png")
-    said = capsys.readouterr().out
-    assert 1e-6 < float(said.split("suggested learning rate: ")[1].split()[0]) < 0.5
+    output = capsys.readouterr().out
+    assert 1e-6 < float(output.split("suggested learning rate: ")[1].split()[0]) < 0.5
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(BadRequest, match="expected 0 < lowest < highest"):
         call(find_lr_stage, monkeypatch, *arguments, "--lowest", 1)
@@ -744,9 +744,9 @@ def test_find_lr_steps_by_hand(dataset):
     for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):
         arguments = ["--dataset-path", str(dataset), *map(str, SMALL), "--batch-size", "12", "--grad-accum", str(accumulate)]
         request = request_for(*arguments, "--dropout", "0")
-        found = learning_rate_search.find_lr(request, lowest=1e-12, highest=1e-11, num_steps=20)
-        np.testing.assert_allclose(found.rates, np.geomspace(1e-12, 1e-11, 20))
-        assert len(found.losses) == 20
+        search = learning_rate_search.find_lr(request, lowest=1e-12, highest=1e-11, num_steps=20)
+        np.testing.assert_allclose(search.rates, np.geomspace(1e-12, 1e-11, 20))
+        assert len(search.losses) == 20
         # At such rates the weights stay, so that each step's loss is the mean over its batches of the first network's.
         model, items = build_starting_model(request).eval(), PairDataset(dataset, "train")
         sampler = EpochBatchSampler(examples=len(items), batch_size=12, seed=request.training.seed)
@@ -761,8 +761,8 @@ def test_find_lr_steps_by_hand(dataset):
             if len(expected) >= 20:
                 break
         average = 0.0
-        for step, (loss, mine) in enumerate(zip(found.losses, expected[:20], strict=True), start=1):
-            average = 0.98 * average + 0.02 * mine
+        for step, (loss, step_loss) in enumerate(zip(search.losses, expected[:20], strict=True), start=1):
+            average = 0.98 * average + 0.02 * step_loss
             assert loss == pytest.approx(average / (1 - 0.98**step), rel=1e-5)
 
 

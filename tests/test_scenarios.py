@@ -8,13 +8,13 @@ import stdpopsim
 import tskit
 from conftest import check_genealogies, constant_scenario, run_python, simulate
 
-from cxt.config.variants import Variant, variants
+from cxt.config.variants import Variant, list_variants
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch, write_batch
 from cxt.scenarios.indices import EVALUATION_START, assign_split, count_in_split, simulation_batches
 from cxt.scenarios.msprime_models import build_zigzag, split_island_samples
 from cxt.scenarios.registry import check_scenarios, simulate_tree_sequence
-from cxt.scenarios.seeds import random_generator
+from cxt.scenarios.seeds import build_random_generator
 from cxt.scenarios.stdpopsim_catalogue import list_autosomes, list_sampled_populations, select_models
 
 RATES = {"mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8}
@@ -75,16 +75,16 @@ def test_sawtooth_history():
 
 def test_sweeps():
     entry = constant_scenario(population_size=[10_000, 20_000], mutation_rate=[1e-8, 5e-8])
-    found = variants("grid", entry)
-    assert [variant.name for variant in found] == [
+    variants = list_variants("grid", entry)
+    assert [variant.name for variant in variants] == [
         "grid-mutation_rate=1e-08-population_size=10000", "grid-mutation_rate=1e-08-population_size=20000",
         "grid-mutation_rate=5e-08-population_size=10000", "grid-mutation_rate=5e-08-population_size=20000",
     ]  # fmt: skip
-    assert found[1].spec["population_size"] == 20_000
-    close = variants("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
+    assert variants[1].spec["population_size"] == 20_000
+    close = list_variants("close", constant_scenario(population_size=[1_234_567, 1_234_568]))
     assert close[0].name != close[1].name
-    assert "simulations" not in found[1].spec
-    assert variants("one", constant_scenario())[0] == Variant(
+    assert "simulations" not in variants[1].spec
+    assert list_variants("one", constant_scenario())[0] == Variant(
         "one", {"name": "one"} | {k: v for k, v in constant_scenario().items() if k not in ("simulations", "batch")}, 20, 20
     )
 
@@ -104,7 +104,7 @@ def test_seeds_depend_on_everything_but_order():
 
     def draw(**changes):
         arguments = {"seed": 1, "spec": spec, "index": 0, "purpose": "simulate"} | changes
-        return random_generator(**arguments).integers(2**62)
+        return build_random_generator(**arguments).integers(2**62)
 
     assert draw() == draw(spec=reordered)
     changed = [
@@ -142,7 +142,7 @@ def test_stdpopsim_errors(entry, message):
 
 
 def test_batch_file(tmp_path):
-    spec = variants("constant", constant_scenario())[0].spec
+    spec = list_variants("constant", constant_scenario())[0].spec
     path = tmp_path / "a.trees.batch"
     write_batch(path, spec, start=10, count=3, seed=1)
     assert [p.name for p in tmp_path.iterdir()] == ["a.trees.batch"]
@@ -152,7 +152,7 @@ def test_batch_file(tmp_path):
 
 
 def test_damaged_batches(tmp_path):
-    spec = variants("constant", constant_scenario())[0].spec
+    spec = list_variants("constant", constant_scenario())[0].spec
     path = tmp_path / "a.trees.batch"
     write_batch(path, spec, start=0, count=3, seed=1)
     whole = path.read_bytes()

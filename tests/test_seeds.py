@@ -9,15 +9,15 @@ from conftest import constant_scenario
 
 from cxt.config.configuration import Configuration
 from cxt.config.training import TrainingConfig, TrainingSection
-from cxt.config.variants import variants
-from cxt.config.words import get_limits
+from cxt.config.type_descriptions import get_limits
+from cxt.config.variants import list_variants
 from cxt.data.loaders import EpochBatchSampler
 from cxt.data.simulated import ON_THE_FLY_START
 from cxt.errors import BadRequest
+from cxt.random_seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, engine_seeds
-from cxt.seeds import GOLDEN, LARGEST_SEED, check_seed, hash_key, mix_bits, msprime_seeds, permute_words, torch_seed
+from cxt.scenarios.seeds import LAST_INDEX, check_shared_ancestry, derive_engine_seeds
 
 BITS = 2**64 - 1
 
@@ -39,7 +39,7 @@ def inverse(word: int, key: int) -> int:
 
 
 def spec_of(**changes) -> dict:
-    return variants(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
+    return list_variants(changes.pop("name", "one"), constant_scenario(**changes))[0].spec
 
 
 def test_hash():
@@ -84,23 +84,26 @@ def test_engine_seeds():
     spec = spec_of()
     ranges = [np.arange(start, start + 5_000) for start in (0, EVALUATION_START, ON_THE_FLY_START, LAST_INDEX - 4_999)]
     indices = np.concatenate(ranges)
-    found = {}
+    seeds_by_use = {}
     for seed, name in ((1, "one"), (1, "two"), (2, "one"), (2**32 + 1, "one")):
         variant = spec | {"name": name}
         for use in ("ancestry", "mutations"):
-            seeds = found[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
+            seeds = seeds_by_use[seed, name, use] = msprime_seeds(indices, key=hash_key(seed, variant, use))
             assert np.unique(seeds).size == seeds.size
         for i in (0, 4_999, 5_000, 10_000, -1):
-            pair = engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
-            assert (pair.ancestry, pair.mutations) == (found[seed, name, "ancestry"][i], found[seed, name, "mutations"][i])
-    rows = list(found.values())
+            pair = derive_engine_seeds(seed=seed, spec=variant, index=int(indices[i]))
+            assert (pair.ancestry, pair.mutations) == (
+                seeds_by_use[seed, name, "ancestry"][i],
+                seeds_by_use[seed, name, "mutations"][i],
+            )
+    rows = list(seeds_by_use.values())
     for i in range(len(rows)):
         for j in range(i):
             assert np.intersect1d(rows[i], rows[j]).size < 6  # 0.1 are expected
             assert (rows[i] == rows[j]).sum() == 0
     for index in (-1, LAST_INDEX + 1):
         with pytest.raises(BadRequest, match=f"index {index}: expected 0 to 4294967294"):
-            engine_seeds(seed=1, spec=spec, index=index)
+            derive_engine_seeds(seed=1, spec=spec, index=index)
 
 
 def test_the_same_ancestry_under_two_names():

@@ -381,10 +381,10 @@ def test_ranges_of_training_data(dataset, masked_dataset, masked):
         expected["mutation_rate"].append(about["mutation_rate"])
         expected["recombination_rate"].append(about["recombination_rate"])
         expected["missingness"].append(float(hidden.mean()))
-    found = read_manifest(directory)["ranges"]
-    assert found.keys() == expected.keys()
+    ranges = read_manifest(directory)["ranges"]
+    assert ranges.keys() == expected.keys()
     for name, values in expected.items():
         assert len(values) == 18
-        np.testing.assert_allclose(found[name], [min(values), max(values)], rtol=1e-12)
+        np.testing.assert_allclose(ranges[name], [min(values), max(values)], rtol=1e-12)
     assert expected["diversity"][0] > 0
-    assert found["missingness"] == [0, 0] if not masked else found["missingness"][0] > 0.2
+    assert ranges["missingness"] == [0, 0] if not masked else ranges["missingness"][0] > 0.2

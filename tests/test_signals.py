@@ -37,12 +37,12 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 def ends(process: subprocess.Popen, status: int) -> str:
     """What it says, once it has ended with *status* and left nobody behind."""
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == status, said
-    assert "Traceback" not in said, said
-    assert "Exception ignored" not in said, said
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == status, output
+    assert "Traceback" not in output, output
+    assert "Exception ignored" not in output, output
     assert not in_group_of(process.pid)
-    return said
+    return output
 
 
 # Training
@@ -76,8 +76,8 @@ def test_while_it_starts(arguments, tmp_path, number, seconds):
         if process.poll() is None:
             os.killpg(process.pid, number)
             time.sleep(0.01)
-    said = ends(process, STATUS[number])
-    assert said.count(f"stopped by {number.name}") == 1
+    output = ends(process, STATUS[number])
+    assert output.count(f"stopped by {number.name}") == 1
     assert not (tmp_path / "x.ckpt").exists()
 
 
@@ -86,14 +86,14 @@ def test_nohup(arguments):
     process = start("-m", "cxt.train", *arguments, through=["nohup"])
     wait_for(lambda: listens(process.pid), process)
     os.killpg(process.pid, signal.SIGHUP)
-    said = ends(process, 0)
-    assert "published" in said
+    output = ends(process, 0)
+    assert "published" in output
 
 
 CODE = """if True:
     import os, signal, sys
-    from cxt.signals import end_at_once, ignore
-    end_at_once()
+    from cxt.signals import install_exit_handler, ignore
+    install_exit_handler()
     import cxt.{module} as module
     from cxt.console import exit_on_bad_request
     from cxt.train import main
@@ -122,13 +122,13 @@ def test_where_nothing_is_to_be_saved(arguments, tmp_path, module, name, number)
     if number not in [each.name for each in HEARD]:
         pytest.skip("under nohup")
     code = CODE.format(module=module, name=name, number=number)
-    said = ends(start("-c", code, *arguments), STATUS[signal.Signals[number]])
-    assert said.count(f"stopped by {number}") == 1
-    assert "the same command goes on from what is saved" in said
+    output = ends(start("-c", code, *arguments), STATUS[signal.Signals[number]])
+    assert output.count(f"stopped by {number}") == 1
+    assert "the same command goes on from what is saved" in output
     assert not (tmp_path / "x.ckpt").exists()
     assert name != "build_data" or not (tmp_path / "run").exists()
-    said = ends(start("-m", "cxt.train", *arguments), 0)
-    assert "which is gone" not in said  # it has let go of its locks
+    output = ends(start("-m", "cxt.train", *arguments), 0)
+    assert "which is gone" not in output  # it has let go of its locks
     assert (tmp_path / "x.ckpt").exists()
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -136,9 +136,9 @@ def test_where_nothing_is_to_be_saved(arguments, tmp_path, module, name, number)
 def test_while_it_saves(arguments, tmp_path):
     """Three Ctrl-C: saved, and ended once."""
     code = CODE.format(module="trainer.training_state", name="atomic_write", number="SIGINT")
-    said = ends(start("-c", code, *arguments), 130)
-    assert said.count("stopped by SIGINT") == 1
-    assert "stopped by SIGINT at step 8; the same command continues from step 8" in said  # that after the one it was saving
+    output = ends(start("-c", code, *arguments), 130)
+    assert output.count("stopped by SIGINT") == 1
+    assert "stopped by SIGINT at step 8; the same command continues from step 8" in output  # that after the one it was saving
     assert [path.name for path in list_training_states(RunDirectory(tmp_path / "run"))] == ["step=8.ckpt", "step=7.ckpt"]
 
 
@@ -177,6 +177,6 @@ def test_simulation_stopped(tmp_path, number):
     wait_for(lambda: list(tmp_path.glob("*.tmp")), process)
     time.sleep(0.2)
     os.killpg(process.pid, number)
-    said = ends(process, STATUS[number])
-    assert said.splitlines()[-1] == f"cxt: constant: stopped by {number.name}, nothing was written"
+    output = ends(process, STATUS[number])
+    assert output.splitlines()[-1] == f"cxt: constant: stopped by {number.name}, nothing was written"
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import yaml
 from conftest import constant_scenario, run_python
 
 from cxt import pair_features, pair_log_tmrca
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.loaders import ProcessLoader
 from cxt.data.simulated import ON_THE_FLY_START, SimulatedDataset, build_simulated_manifest
@@ -18,7 +18,7 @@ from cxt.scenarios.registry import simulate_tree_sequence
 
 LEAVES = [
     variant.spec
-    for variant in variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
+    for variant in list_variants("constant", constant_scenario(population_size=[10_000, 20_000], sequence_length=20_000))
 ]
 MANIFEST = build_simulated_manifest(LEAVES, window_size=1000, samples=None, scales=(2, 4), held_out=5, examples=40)
 
@@ -157,7 +157,7 @@ def test_a_bad_request_in_a_simulating_process(monkeypatch):
     def refuse(*args, **kwargs):
         raise BadRequest("no")
 
-    monkeypatch.setattr("cxt.data.simulated.simulate_one", refuse)
+    monkeypatch.setattr("cxt.data.simulated.simulate_tree_sequence", refuse)
     for processes in (0, 1):
         with pytest.raises(BadRequest, match="^no$"):
             list(ProcessLoader(live(), [[0, 1]], processes=processes, pin=False))

@@ -122,11 +122,11 @@ def simulate(directory: Path) -> dict:
                     for column, values in sorted(getattr(tables, table).asdict().items()):
                         if isinstance(values, np.ndarray):
                             columns += [f"{table}.{column}".encode(), values.tobytes()]
-                said = json.dumps(metadata, sort_keys=True).replace(str(REPOSITORY), "")
+                metadata_text = json.dumps(metadata, sort_keys=True).replace(str(REPOSITORY), "")
                 result.setdefault(name, []).append(
                     {
                         "tables": digest(*columns),
-                        "metadata": digest(said.encode()),
+                        "metadata": digest(metadata_text.encode()),
                         "trees": tables.edges.num_rows,
                         "sites": tables.sites.num_rows,
                     }
@@ -273,7 +273,7 @@ def plan(directory: Path) -> dict:
 def configuration(directory: Path) -> dict:
     """Resolved configurations, and the lineages that decide what is current."""
     from cxt.config.file import load
-    from cxt.workflow.jobs import variants_of
+    from cxt.workflow.jobs import collect_variants
     from cxt.workflow.lineages import dataset_lineage, model_lineage
 
     files = {name: REPOSITORY / "config" / f"{name}.yaml" for name in ("paper", "paper_script")}
@@ -287,7 +287,7 @@ def configuration(directory: Path) -> dict:
         config = load(overlays)
         result[name] = {
             "sections": {key: digest(json.dumps(value, sort_keys=True).encode()) for key, value in config.items()},
-            "variants": digest(json.dumps([v.name for v in variants_of(config, list(config["scenarios"]))]).encode()),
+            "variants": digest(json.dumps([v.name for v in collect_variants(config, list(config["scenarios"]))]).encode()),
             "datasets": {dataset: dataset_lineage(config, dataset) for dataset in config["datasets"]},
             "models": {model: model_lineage(config, model) for model in config["models"]},
         }
@@ -304,28 +304,28 @@ def compute(directory: Path) -> dict:
     return {"versions": versions} | {part.__name__: part(directory) for part in PARTS}
 
 
-def differences(found, recorded, at: str = "", *, smallest: float = 0.0) -> list[str]:
-    """Where what was *found* is not what is *recorded*, in words.
+def differences(actual, recorded, at: str = "", *, smallest: float = 0.0) -> list[str]:
+    """Where what was *actual* is not what is *recorded*, in words.
 
     Numbers with a fraction are equal within TOLERANCE of the recorded one, or within *smallest*.
     """
-    if isinstance(recorded, dict) and isinstance(found, dict):
-        if recorded.keys() != found.keys():
-            return [f"{at}: has {sorted(found)}, recorded are {sorted(recorded)}"]
+    if isinstance(recorded, dict) and isinstance(actual, dict):
+        if recorded.keys() != actual.keys():
+            return [f"{at}: has {sorted(actual)}, recorded are {sorted(recorded)}"]
         if recorded.keys() == {"shape", "norm", "sum", "nan"}:
             equal = TOLERANCE * recorded["norm"] + smallest
-            wrong = [key for key in ("shape", "nan") if found[key] != recorded[key]]
-            wrong += [key for key in ("norm", "sum") if abs(found[key] - recorded[key]) > equal]
-            return [f"{at}.{key}: {found[key]}, recorded is {recorded[key]}" for key in wrong]
-        pairs = [(found[key], recorded[key], f"{at}.{key}") for key in recorded]
-    elif isinstance(recorded, list) and isinstance(found, list) and len(recorded) == len(found):
-        pairs = [(*pair, f"{at}[{n}]") for n, pair in enumerate(zip(found, recorded, strict=True))]
+            wrong = [key for key in ("shape", "nan") if actual[key] != recorded[key]]
+            wrong += [key for key in ("norm", "sum") if abs(actual[key] - recorded[key]) > equal]
+            return [f"{at}.{key}: {actual[key]}, recorded is {recorded[key]}" for key in wrong]
+        pairs = [(actual[key], recorded[key], f"{at}.{key}") for key in recorded]
+    elif isinstance(recorded, list) and isinstance(actual, list) and len(recorded) == len(actual):
+        pairs = [(*pair, f"{at}[{n}]") for n, pair in enumerate(zip(actual, recorded, strict=True))]
     else:
-        if isinstance(recorded, float) and isinstance(found, float):
-            same = abs(found - recorded) <= TOLERANCE * abs(recorded) + smallest
+        if isinstance(recorded, float) and isinstance(actual, float):
+            same = abs(actual - recorded) <= TOLERANCE * abs(recorded) + smallest
         else:
-            same = found == recorded and type(found) is type(recorded)
-        return [] if same else [f"{at}: {found}, recorded is {recorded}"]
+            same = actual == recorded and type(actual) is type(recorded)
+        return [] if same else [f"{at}: {actual}, recorded is {recorded}"]
     return [text for pair in pairs for text in differences(*pair, smallest=smallest)]
 
 

@@ -20,9 +20,9 @@ def moments(values) -> tuple[float, float, float, float]:
     return mean, np.sqrt(variance / n), variance, np.sqrt(max(fourth - variance**2, 0) / n)
 
 
-def agree(ours, theirs) -> None:
+def agree(simulated_values, direct_values) -> None:
     """Means and variances within 4 standard errors."""
-    a, b = moments(ours), moments(theirs)
+    a, b = moments(simulated_values), moments(direct_values)
     for name, i in (("mean", 0), ("variance", 2)):
         error = np.hypot(a[i + 1], b[i + 1])
         assert abs(a[i] - b[i]) < 4 * error, f"{name}: {a[i]:.4g} against {b[i]:.4g}, standard error {error:.3g}"
@@ -99,16 +99,16 @@ def aratha(seed):
     ids=["constant", "sawtooth", "island", "stdpopsim"],
 )
 def test_moments_against_direct_calls(spec, make):
-    ours, theirs = simulated({"name": make.__name__, "individuals": 10} | spec), direct(make)
-    for a, b in zip(ours, theirs, strict=True):
+    simulated_rows, direct_rows = simulated({"name": make.__name__, "individuals": 10} | spec), direct(make)
+    for a, b in zip(simulated_rows, direct_rows, strict=True):
         agree(a, b)
 
 
 def test_constant_against_theory():
     """A pair's TMRCA at a site is exponential with mean 2N; Watterson's expectation of the number of sites."""
     spec = {"name": "theory", "kind": "constant", "population_size": N, "individuals": 10, "sequence_length": 50_000, **RATES}
-    here, _, sites = simulated(spec)
-    mean, error, variance, error_of_variance = moments(here)
+    tmrca, _, sites = simulated(spec)
+    mean, error, variance, error_of_variance = moments(tmrca)
     assert abs(mean - 2 * N) < 4 * error
     assert abs(variance - (2 * N) ** 2) < 4 * error_of_variance
     mean, error, *_ = moments(sites)
@@ -153,7 +153,7 @@ def test_hard_sweep_is_the_published_call():
     def rows(trees):
         return np.array([(ts.at(100_000).tmrca(0, 19), ts.at(199_999).tmrca(0, 19), ts.num_sites) for ts in trees]).T
 
-    ours = rows(simulate_tree_sequence(spec, index=i, seed=3) for i in range(REPLICATES))
+    simulated_rows = rows(simulate_tree_sequence(spec, index=i, seed=3) for i in range(REPLICATES))
     direct = []
     for i in range(REPLICATES):
         sweep = msprime.SweepGenicSelection(position=100_000, start_frequency=1e-4, end_frequency=1 - 1e-4, s=0.1, dt=1e-6)
@@ -162,9 +162,9 @@ def test_hard_sweep_is_the_published_call():
             model=[sweep, msprime.StandardCoalescent()],
         )  # fmt: skip
         direct.append(msprime.sim_mutations(ts, rate=1e-8, random_seed=i + 1, discrete_genome=False))
-    theirs = rows(direct)
-    for a, b in zip(ours, theirs, strict=True):
+    direct_rows = rows(direct)
+    for a, b in zip(simulated_rows, direct_rows, strict=True):
         agree(a, b)
-    assert np.median(ours[0]) < 0.1 * np.median(ours[1])  # a sweep it is
+    assert np.median(simulated_rows[0]) < 0.1 * np.median(simulated_rows[1])  # a sweep it is
     again = [simulate_tree_sequence(spec, index=0, seed=3).tables for _ in range(2)]
     assert again[0].equals(again[1], ignore_provenance=True)

@@ -6,7 +6,7 @@ import pytest
 from conftest import constant_scenario, simulate
 
 from cxt import pair_log_tmrca
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.errors import BadRequest
@@ -84,7 +84,7 @@ def test_other_units_of_time_are_refused(units, remedy):
     ts = tables.tree_sequence()
     with pytest.raises(BadRequest, match=f"times in '{units}', expected 'generations': .*{remedy}"):
         pair_log_tmrca(ts, [(0, 1)], window_size=1000, sequence_length=100_000)
-    identified = simulate_tree_sequence(variants("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
+    identified = simulate_tree_sequence(list_variants("constant", constant_scenario())[0].spec, index=1, seed=1).dump_tables()
     identified.time_units = units
     with pytest.raises(BadRequest, match=f"times in '{units}'"):
         preprocess_simulation(

@@ -148,7 +148,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in parameters])))
 
     clip = torch.nn.utils.clip_grad_norm_
-    monkeypatch.setattr("cxt.trainer.module.new_optimizer", on_a_gpu)
+    monkeypatch.setattr("cxt.trainer.module.build_optimizer", on_a_gpu)
     monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"
@@ -299,9 +299,9 @@ def test_terminated(dataset, tmp_path):
     while not RunDirectory(run).last.exists() and process.poll() is None:
         time.sleep(0.02)
     process.terminate()
-    said = process.communicate()[0]
+    output = process.communicate()[0]
     assert process.returncode == 143
-    assert "stopped by SIGTERM at step" in said
+    assert "stopped by SIGTERM at step" in output
     assert not (tmp_path / "x.ckpt").exists()
 
 
@@ -419,31 +419,31 @@ def test_words_of_resume(dataset, tmp_path, monkeypatch, capsys):
 
 
 def test_a_child_takes_the_sizes_of_its_parent(parent, adapter_parent, dataset, dataset_n10, monkeypatch, capsys):
-    theirs = read_checkpoint(parent).model
+    parent_config = read_checkpoint(parent).model
     plain = ["--model", "broad", "--print-config"]
     train(monkeypatch, *plain, "--checkpoint", parent)
-    said = capsys.readouterr()
-    printed = yaml.safe_load(said.out)
+    captured = capsys.readouterr()
+    printed = yaml.safe_load(captured.out)
     assert [printed[key] for key in ("layers", "heads", "width", "dropout")] == [
-        theirs.layers, theirs.heads, theirs.width, theirs.dropout,
+        parent_config.layers, parent_config.heads, parent_config.width, parent_config.dropout,
     ]  # fmt: skip
-    assert f"note: layers {theirs.layers}, heads {theirs.heads}, width {theirs.width}" in said.err
+    assert f"note: layers {parent_config.layers}, heads {parent_config.heads}, width {parent_config.width}" in captured.err
     assert not ADAPTER_FLAGS.keys() & printed.keys()
     train(monkeypatch, *plain, "--resume-adapter", adapter_parent)
     printed = yaml.safe_load(capsys.readouterr().out)
-    theirs = read_checkpoint(adapter_parent).adapter
-    assert printed["adapter_bottleneck"] == theirs.bottleneck == 4
-    assert (printed["unfreeze_strategy"], printed["last_n"]) == (theirs.unfreeze_strategy, theirs.last_n)
+    parent_config = read_checkpoint(adapter_parent).adapter
+    assert printed["adapter_bottleneck"] == parent_config.bottleneck == 4
+    assert (printed["unfreeze_strategy"], printed["last_n"]) == (parent_config.unfreeze_strategy, parent_config.last_n)
 
 
 def test_a_plain_run_knows_nothing_of_adapters(dataset, tmp_path, monkeypatch, capsys):
     """Neither its identity nor its settings; those of runs that still had the defaults there can be used again."""
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--max-steps", 500, "--validation-items", 5000]
     train(monkeypatch, *arguments, "--workers", 1, "--min-delta", 0.1, "--run-dir", tmp_path / "run")
-    said = capsys.readouterr().err
-    assert "--max-steps 500 only shortens a run, and 1 epoch are 7 steps; raise --epochs" in said
-    assert "validation_items 5000, but there are 12 test items: all are taken" in said
-    assert "min_delta 0.1 has no meaning without patience" in said
+    notes = capsys.readouterr().err
+    assert "--max-steps 500 only shortens a run, and 1 epoch are 7 steps; raise --epochs" in notes
+    assert "validation_items 5000, but there are 12 test items: all are taken" in notes
+    assert "min_delta 0.1 has no meaning without patience" in notes
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
     assert not ADAPTER_FLAGS.keys() & (settings.keys() | identity["settings"].keys())

@@ -14,7 +14,7 @@ from conftest import REPOSITORY, TINY, check_genealogies, constant_scenario, run
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, resolve
-from cxt.config.variants import check_variants, scenario_of, variants
+from cxt.config.variants import check_variants, get_scenario_name, list_variants
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest
 from cxt.scenarios.registry import simulate_tree_sequence
@@ -64,21 +64,24 @@ def test_combinations_are_taken_together():
         ],
     )
     check_variants("llm", entry)
-    found = variants("llm", entry)
-    assert len(found) == 6
-    assert found[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
-    assert found[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
-    rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in found}
+    variants = list_variants("llm", entry)
+    assert len(variants) == 6
+    assert variants[0].name == "llm-mutation_rate=1e-08-population_size=10000-recombination_rate=1e-08"
+    assert variants[5].name == "llm-mutation_rate=5e-08-population_size=20000-recombination_rate=1e-08"
+    rates = {(variant.spec["mutation_rate"], variant.spec["recombination_rate"]) for variant in variants}
     assert rates == {(1e-8, 1e-8), (1e-8, 5e-8), (5e-8, 1e-8)}
-    assert all("combinations" not in variant.spec and scenario_of(variant.name) == "llm" for variant in found)
+    assert all("combinations" not in variant.spec and get_scenario_name(variant.name) == "llm" for variant in variants)
 
 
 def test_the_same_number_written_differently_is_the_same_variant():
-    a, b = (variants("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
+    a, b = (list_variants("x", constant_scenario(population_size=size))[0] for size in (20_000, 2.0e4))
     assert json.dumps(a.spec) == json.dumps(b.spec)
-    assert variants("x", constant_scenario(ancestry_model="hudson"))[0].spec == variants("x", constant_scenario())[0].spec
+    assert (
+        list_variants("x", constant_scenario(ancestry_model="hudson"))[0].spec
+        == list_variants("x", constant_scenario())[0].spec
+    )
     old, new = (HISTORY | {"batch": 10, "history": [{"time": 0, "population_size": size}]} for size in (10, 10.0))
-    assert json.dumps(variants("x", old)[0].spec) == json.dumps(variants("x", new)[0].spec)
+    assert json.dumps(list_variants("x", old)[0].spec) == json.dumps(list_variants("x", new)[0].spec)
     assert load([TINY])["scenarios"]["constant"]["simulations"] == 20
     base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
     assert type(resolve(merge(base, {"seed": 2.0, "scenarios": {"constant": {"simulations": 2.0e1}}}))["seed"]) is int
@@ -90,7 +93,7 @@ def test_sweeping_a_required_parameter_by_combinations():
                "combinations": [{"position": 5000, "selection_coefficient": 0.1},
                                 {"position": 9000, "selection_coefficient": 1}]}
     )  # fmt: skip
-    names = [variant.name for variant in variants("sweep", config["scenarios"]["sweep"])]
+    names = [variant.name for variant in list_variants("sweep", config["scenarios"]["sweep"])]
     assert names == ["sweep-position=5000-selection_coefficient=0.1", "sweep-position=9000-selection_coefficient=1"]
 
 
@@ -316,8 +319,8 @@ def test_demes_is_what_msprime_reads(tmp_path):
     names = [population.metadata["name"] for population in ts.populations()]
     assert [names[ts.nodes_population[u]] for u in ts.samples()] == ["south"] * 6 + ["north"] * 4
     reference = msprime.Demography.from_demes(demes.Graph.fromdict(DEMES).in_generations())
-    ours = msprime.Demography.from_demes(demes.Graph.fromdict(spec["demography"]))
-    ours.assert_equivalent(reference)
+    demography = msprime.Demography.from_demes(demes.Graph.fromdict(spec["demography"]))
+    demography.assert_equivalent(reference)
     many = [{"name": f"deme{i}", "epochs": [{"start_size": 1000}]} for i in range(2000)]
     with pytest.raises(BadRequest, match="more than the 50000 that fit"):
         spec_of(**MINE | {"demography": {"time_units": "generations", "demes": many}})
@@ -372,7 +375,7 @@ def test_examples_are_sound():
         config = load([path])
         check_plan(config)
         name = next(iter(read_yaml(path)["models"]))
-        for variant in variants(name, config["scenarios"][name]):
+        for variant in list_variants(name, config["scenarios"][name]):
             ts = simulate_tree_sequence(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
             check_genealogies(ts)
             assert ts.num_samples == 50

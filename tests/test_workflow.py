@@ -318,8 +318,8 @@ def test_no_two_jobs_share_a_file(tmp_path):
     done = snakemake("-n", cwd=tmp_path, configfile=path)
     written = []
     for line in (done.stdout + done.stderr).splitlines():
-        if found := re.fullmatch(r"    (?:output|log): (.+?)(?: \(check .*\))?", line):
-            written += found[1].split(", ")
+        if match := re.fullmatch(r"    (?:output|log): (.+?)(?: \(check .*\))?", line):
+            written += match[1].split(", ")
     assert "results/table.ckpt" in written
     assert "results/evaluation/table.md" in written
     assert len(written) == len(set(written))

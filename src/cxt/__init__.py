@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_MODULE_OF = {
+_MODULES = {
     "PairDataset": "cxt.data.pair_dataset",
     "load_model": "cxt.checkpoints.load",
     "pair_features": "cxt.data.features",
@@ -39,10 +39,10 @@ def _version() -> str:
 def __getattr__(name: str):
     if name == "__version__":
         return _version()
-    if name not in _MODULE_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module 'cxt' has no attribute '{name}'")
     try:
-        return getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return getattr(importlib.import_module(_MODULES[name]), name)
     except ModuleNotFoundError as error:
         from cxt.errors import advise_extra
 

@@ -25,7 +25,7 @@ COMMANDS = {
 """{name: (module with the command's `main(argv)`, what it does)}."""
 
 
-def usage() -> str:
+def format_usage() -> str:
     """The text of `cxt --help`."""
     lines = [f"  {name:12s}{text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: cxt COMMAND [options]", "", *lines, "", "`cxt COMMAND --help` lists the options of a command."])
@@ -37,14 +37,14 @@ def main() -> None:
 
     def run() -> None:
         if name in ("-h", "--help"):
-            print(usage())
+            print(format_usage())
             return
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{suggest_nearest(name, COMMANDS)}")
         if name == "train":  # its imports take a second, in which a signal must not end in a traceback
-            from cxt.signals import end_at_once
+            from cxt.signals import install_exit_handler
 
-            end_at_once()
+            install_exit_handler()
         importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
 
     exit_on_bad_request(run)

@@ -52,7 +52,7 @@ def set_verbosity(args: argparse.Namespace) -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if args.verbose else None))
 
 
-class Watched:
+class LossTolerantStream:
     """A stream whose loss ends no work: after the first failure, which it remembers, what is written to it is dropped."""
 
     def __init__(self, stream):
@@ -116,18 +116,18 @@ def console():
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = watched = [stream and Watched(stream) for stream in streams]
+    sys.stdout, sys.stderr = tolerant_streams = [stream and LossTolerantStream(stream) for stream in streams]
     try:
         try:
             yield
         except SystemExit:
             if out is not None:
-                watched[0].check()
+                tolerant_streams[0].check()
             raise
         if out is not None:
-            watched[0].check()
+            tolerant_streams[0].check()
     finally:
-        for stream in watched:
+        for stream in tolerant_streams:
             if stream is not None:
                 stream.flush()  # or Python would complain at its end
         sys.stdout, sys.stderr = out, err
@@ -137,7 +137,7 @@ def console():
 def progress_only():
     """What a command prints meanwhile is progress, and the result a file: its loss is said once, and ends nothing."""
     out = sys.stdout
-    if not isinstance(out, Watched):
+    if not isinstance(out, LossTolerantStream):
         yield
         return
     out.is_progress = True
@@ -151,7 +151,7 @@ def progress_only():
 def print_error(message: str) -> None:
     """A line on standard error, if that is possible."""
     if sys.stderr is not None:
-        print(f"cxt: {message}", file=Watched(sys.stderr), flush=True)
+        print(f"cxt: {message}", file=LossTolerantStream(sys.stderr), flush=True)
 
 
 def exit_on_bad_request(main: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from cxt.config.bounds import Threads
-from cxt.config.flags import check_flags, problems
+from cxt.config.flags import check_flags, find_problems
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.table:
         results = [read_result(path) for path in args.table]
         lineage = combine_evaluation_lineages([result.get("lineage") for result in results])
-        check_lineage("an evaluation of this table", found=lineage, planned=args.lineage, target=args.out or args.table[0])
+        check_lineage("an evaluation of this table", actual=lineage, planned=args.lineage, target=args.out or args.table[0])
         text = format_accuracy_table(results)
         print(text, end="")
         if args.out:
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     missing_keys = sorted(SPEC_KEYS - spec.keys()) if isinstance(spec, dict) else ["a mapping"]
     if missing_keys:
         raise BadRequest(f"--spec lacks {', '.join(missing_keys)}")
-    if out_of_range := problems(spec, SPEC_RANGES):
+    if out_of_range := find_problems(spec, SPEC_RANGES):
         raise BadRequest(f"--spec: {'; '.join(out_of_range)}")
     if args.devices:
         import torch

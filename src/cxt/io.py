@@ -69,9 +69,9 @@ def atomic_link(path, target: str) -> None:
 def remove_abandoned_files(path) -> None:
     """Remove the temporary files that killed writers of *path* have left beside it."""
     path = Path(path)
-    ours = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}\.tmp")
+    temporary_pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}\.tmp")
     try:
-        names = [name for name in os.listdir(path.parent) if ours.fullmatch(name)]
+        names = [name for name in os.listdir(path.parent) if temporary_pattern.fullmatch(name)]
     except OSError:  # no such directory, or one that may be written to but not be read
         return
     for name in names:
@@ -272,8 +272,8 @@ def acquire_lock(path, what) -> Lock:
                 time.sleep(0.05)
                 continue
             words = holder.split()
-            here = len(words) == 4 and words[3] == socket.gethostname()
-            stop = f" (to stop it: kill {words[1]}; it saves first)" if here else ""
+            is_on_this_host = len(words) == 4 and words[3] == socket.gethostname()
+            stop = f" (to stop it: kill {words[1]}; it saves first)" if is_on_this_host else ""
             raise BadRequest(
                 f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
             ) from None

@@ -22,20 +22,20 @@ def stage_lineage(stage: str, *parts) -> str:
     return digest([stage, STAGE_VERSION[stage], *parts])
 
 
-def check_lineage(what: str, *, found: str | None, planned: str | None, target) -> None:
+def check_lineage(what: str, *, actual: str | None, planned: str | None, target) -> None:
     """BadRequest if *what* is of another lineage than *planned*; None, as when a stage is run by hand, plans nothing.
 
     *target* is the file to make again.
     """
-    if planned is not None and found != planned:
+    if planned is not None and actual != planned:
         raise BadRequest(
-            f"{what} is not the one that was planned: {describe_difference(found, planned)}; {how_to_replan(target)}"
+            f"{what} is not the one that was planned: {describe_difference(actual, planned)}; {how_to_replan(target)}"
         )
 
 
-def describe_difference(found: str | None, planned: str) -> str:
-    """Describe, for a message, the lineage *found* where *planned* was expected."""
-    return f"its lineage is {found}, expected {planned}" if found else f"it has no lineage, expected {planned}"
+def describe_difference(actual: str | None, planned: str) -> str:
+    """Describe, for a message, the lineage *actual* where *planned* was expected."""
+    return f"its lineage is {actual}, expected {planned}" if actual else f"it has no lineage, expected {planned}"
 
 
 RESULTS = "results"

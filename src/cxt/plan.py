@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             raise BadRequest(f"--{flag} has no meaning without --calibrate")
 
     from cxt.config.file import load  # imported late so that --help is quick
-    from cxt.workflow.costs import LOCAL_COSTS, Costs, measure_costs, merge_costs, read_costs, scenario_table
+    from cxt.workflow.costs import LOCAL_COSTS, Costs, format_scenario_table, measure_costs, merge_costs, read_costs
     from cxt.workflow.estimates import estimate_costs, format_estimate, use_devices
     from cxt.workflow.jobs import check_plan
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     costs = Costs([path] if path.exists() else [])
     planned = estimate_costs(config, costs)
     if args.table is not None:
-        atomic_write(args.table, scenario_table(config, costs).encode())
+        atomic_write(args.table, format_scenario_table(config, costs).encode())
     print(json_text(planned).rstrip() if args.json else format_estimate(config, planned, costs, all_variants=args.variants))
 
 

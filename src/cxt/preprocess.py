@@ -15,8 +15,8 @@ from cxt.config.flags import check_flags
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
 from cxt.errors import BadRequest
+from cxt.random_seeds import check_seed
 from cxt.scenarios.indices import SPLITS
-from cxt.seeds import check_seed
 
 logger = get_logger(__name__)
 

@@ -18,10 +18,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 """Exit statuses. SIGUSR1 is what schedulers warn with before they send SIGTERM."""
 
+OUT_OF_TIME = 75
+"""Exit status when the wall-clock budget is spent: try again, and it goes on."""
+
 TRAINER = "CXT_TRAINER"
 """Environment: number of the process that has started this one for another device of its machine."""
 
-_last_words: list[Callable[[str, int], None]] = []
+_exit_callbacks: list[Callable[[str, int], None]] = []
 
 
 def listen(handler) -> dict:
@@ -38,7 +41,7 @@ def ignore() -> None:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def block_signals() -> Iterator[None]:
     """Signals wait while this lasts, for a process that is forked meanwhile until it has said what it does about them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -47,39 +50,39 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_at_once() -> None:
+def install_exit_handler() -> None:
     """From here on a signal ends this process with one line and its status; if another has started it, with that one."""
-    if is_led():
-        follow()
+    if is_started_by_trainer():
+        end_with_trainer()
         return
     os.environ[TRAINER] = str(os.getpid())
-    listen(end)
+    listen(exit_on_signal)
 
 
-def ends_at_once() -> bool:
-    """Whether this is a command that `end_at_once` has prepared, and no one else's process, such as a notebook's."""
+def has_exit_handler() -> bool:
+    """Whether this is a command that `install_exit_handler` has prepared, and no one else's process, such as a notebook's."""
     return os.environ.get(TRAINER) == str(os.getpid())
 
 
 @contextlib.contextmanager
-def last_words(say: Callable[[str, int], None]) -> Iterator[None]:
-    """Call *say* with message and status before `end` ends this process, while this lasts."""
-    _last_words.append(say)
+def call_before_exit(callback: Callable[[str, int], None]) -> Iterator[None]:
+    """Call *callback* with message and status before `exit_on_signal` ends this process, while this lasts."""
+    _exit_callbacks.append(callback)
     try:
         yield
     finally:
-        _last_words.remove(say)
+        _exit_callbacks.remove(callback)
 
 
-def end(number: int, frame=None) -> None:
+def exit_on_signal(number: int, frame=None) -> None:
     """End this process because of a signal: a handler for it."""
     ignore()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would tell of the loaders that end here
     text = f"stopped by {signal.Signals(number).name}; nothing is lost: the same command goes on from what is saved"
     kill_children()
-    for say in reversed(_last_words):
+    for callback in reversed(_exit_callbacks):
         with contextlib.suppress(Exception):
-            say(text, STATUS[number])
+            callback(text, STATUS[number])
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     with contextlib.suppress(OSError):
@@ -99,12 +102,12 @@ def kill_children() -> None:
                 process.kill()
 
 
-def is_led() -> bool:
+def is_started_by_trainer() -> bool:
     """Whether another process of this machine has started this one, for another device."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
-def follow() -> None:
+def end_with_trainer() -> None:
     """Leave signals to the process that has started this one for a device of its own, and end when it ends."""
     ignore()
     end_with_parent(int(os.environ[TRAINER]) if TRAINER in os.environ else os.getppid())

@@ -19,15 +19,15 @@ from pathlib import Path
 
 from cxt.config.demes import read_demes
 from cxt.config.scenarios import complete_parameters
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
+from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import how_to_reproduce, write_batch
-from cxt.scenarios.registry import KINDS, check_variant
+from cxt.scenarios.registry import SIMULATORS, check_variant
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
-from cxt.seeds import check_seed
-from cxt.signals import STATUS, end_with_parent, held_back, ignore, listen
+from cxt.signals import STATUS, block_signals, end_with_parent, ignore, listen
 
 logger = get_logger(__name__)
 
@@ -39,13 +39,13 @@ def _read_variant(args) -> dict:
         except json.JSONDecodeError as error:
             raise BadRequest(f"--spec is not valid JSON: {error}") from None
         texts = [spec.get(key) for key in ("name", "kind")] if isinstance(spec, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or spec["kind"] not in KINDS:
-            raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(KINDS)}")
+        if not all(isinstance(text, str) for text in texts) or spec["kind"] not in SIMULATORS:
+            raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(SIMULATORS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
         completed = complete_parameters(spec["kind"], parameters, at="--spec")
         if completed["kind"] == "demes":
             completed["demography"] = read_demes(completed["demography"], at="--spec")
-        (variant, *others) = variants(spec["name"], completed | {"simulations": 1, "batch": 10})
+        (variant, *others) = list_variants(spec["name"], completed | {"simulations": 1, "batch": 10})
         if others or variant.name != spec["name"]:
             raise BadRequest("--spec has a list of values: it must be one variant, not a sweep")
         return variant.spec
@@ -53,10 +53,10 @@ def _read_variant(args) -> dict:
 
     config = load(args.configfile)
     unswept = {
-        variant.name: variant for name, completed in config["scenarios"].items() for variant in variants(name, completed)
+        variant.name: variant for name, scenario in config["scenarios"].items() for variant in list_variants(name, scenario)
     }
     if args.scenario in config["scenarios"] and args.scenario not in unswept:
-        swept = [variant.name for variant in variants(args.scenario, config["scenarios"][args.scenario])]
+        swept = [variant.name for variant in list_variants(args.scenario, config["scenarios"][args.scenario])]
         raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
     if args.scenario not in unswept:
         raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, unswept)}")
@@ -127,7 +127,7 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
 
     listen(stop)
     gc.freeze()  # or the child's first collection would copy every page of memory that the two share
-    with held_back():  # the child ignores them from its start
+    with block_signals():  # the child ignores them from its start
         child.start()
     sender.close()
     started = last_report = time.monotonic()

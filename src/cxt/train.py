@@ -6,10 +6,10 @@ Three verbs: `--checkpoint X` starts a new run from X's weights, `--resume-adapt
 weights, `--resume` continues this very run. Without one, training starts from random weights.
 """
 
-from cxt.signals import end_at_once, ends_at_once, ignore
+from cxt.signals import has_exit_handler, ignore, install_exit_handler
 
 if __name__ == "__main__":  # before the other imports, which take a second
-    end_at_once()
+    install_exit_handler()
 
 import sys
 import time
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         with progress_only():
             train(options, began=BEGAN)
-    if ends_at_once():
+    if has_exit_handler():
         ignore()  # it is done, whatever comes now
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cxt.model.transformer import CoalescenceModel
 
 
-def dense_mask(windows: int, prefix: int, device) -> torch.Tensor:
+def build_dense_mask(windows: int, prefix: int, device) -> torch.Tensor:
     """True where a position may attend: (2W + 1, 2W + 1), causal but for the first *prefix*, which see each other."""
     length = 2 * windows + 1
     mask = torch.ones((length, length), dtype=torch.bool, device=device).tril()
@@ -28,9 +28,9 @@ def compute_dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor
     """`model.loss(x, y)` as it was published."""
     backbone = model.backbone
     windows = x.shape[3]
-    source = backbone.source_embedding(model.source(x))  # (B, W, D)
+    source = backbone.source_embedding(model.adapt_input(x))  # (B, W, D)
     h = backbone.dropout(torch.cat([source, backbone.token_embedding(y)], dim=1))  # (B, 2W + 1, D)
-    mask = dense_mask(windows, windows + int(model.config.start_token_in_prefix), x.device)
+    mask = build_dense_mask(windows, windows + int(model.config.start_token_in_prefix), x.device)
     mask = mask.expand(len(x), 1, -1, -1).contiguous()  # (B, 1, 2W + 1, 2W + 1)
     for block in backbone.blocks:
         attention = block.attention

@@ -24,7 +24,7 @@ from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.model.flops import decoding_flops, training_flops
-from cxt.trainer.module import compile_backend, loss_function, new_optimizer
+from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
 
 SIMULATIONS, PAIRS = 20, 200
 
@@ -48,9 +48,9 @@ def synchronize(device: str) -> None:
 
 
 @contextlib.contextmanager
-def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
+def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
-    from cxt.config.variants import variants
+    from cxt.config.variants import list_variants
     from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
     from cxt.data.preprocessing import preprocess_batch
@@ -59,7 +59,7 @@ def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch
 
     samples = network.samples if adapter is None else adapter.samples
     length = network.windows * network.window_size
-    entry = {
+    scenario = {
         "kind": "constant", "simulations": SIMULATIONS, "batch": SIMULATIONS, "individuals": -(-samples // 2),
         "sequence_length": length, "mutation_rate": 1.29e-8, "recombination_rate": 1.28e-8, "population_size": 20_000,
     }  # fmt: skip
@@ -69,7 +69,7 @@ def simulate_items(network: ModelConfig, adapter: AdapterConfig | None, *, batch
     }  # fmt: skip
     mask = None if network.mask_singletons else torch.rand(2 * length, generator=torch.Generator().manual_seed(1)).numpy() < 0.3
     with tempfile.TemporaryDirectory(prefix="cxt-bench-") as directory:
-        variant = variants("constant", entry)[0]
+        variant = list_variants("constant", scenario)[0]
         batch = Path(directory) / "batch"
         write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
         shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
@@ -90,9 +90,9 @@ class Loader:
         self.batch_size = batch_size
         self.sampler = EpochBatchSampler(examples=len(dataset), batch_size=batch_size, seed=1)
         self.loader = PrefetchLoader(dataset, self.sampler, batch_size=batch_size, threads=workers, pin=device == "cuda")
-        self._batches = self._all()
+        self._batches = self._iterate_batches()
 
-    def _all(self):
+    def _iterate_batches(self):
         while True:
             for batch in self.loader:
                 moved = Batch(*(None if part is None else part.to(self.device, non_blocking=True) for part in batch))
@@ -171,12 +171,12 @@ def list_attention_kernels(network: ModelConfig, precision: str, device: str) ->
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
     q = torch.empty((1, network.heads, 128, network.width // network.heads), dtype=dtype, device=device, requires_grad=True)
     asked = backends.SDPAParams(q, q, q, None, 0.0, True, False)
-    found = {
+    usable = {
         "flash": backends.can_use_flash_attention(asked),
         "memory-efficient": backends.can_use_efficient_attention(asked),
         "cuDNN": backends.can_use_cudnn_attention(asked),
     }
-    return ", ".join(name for name, usable in found.items() if usable) or "none: torch would write out all scores"
+    return ", ".join(name for name, is_usable in usable.items() if is_usable) or "none: torch would write out all scores"
 
 
 def bench_training(
@@ -205,8 +205,8 @@ def bench_training(
     if precision == "bf16-true":
         model.to(torch.bfloat16)
         autocast = "32-true"  # none: the network itself is in 16 bits
-    loss = plain = loss_function(model, training)
-    optimizer = new_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
+    loss = plain = build_loss_function(model, training)
+    optimizer = build_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
     backend = compile_backend(training, device)
     if backend is not None:
         loss = torch.compile(loss, backend=backend, dynamic=False)
@@ -216,23 +216,23 @@ def bench_training(
         "compile": backend or "none",
         "adapter": adapter is not None,
     }
-    with simulate_items(network, adapter, batch_size=training.batch_size) as dataset:
+    with simulate_examples(network, adapter, batch_size=training.batch_size) as dataset:
         loader = Loader(dataset, batch_size=training.batch_size, workers=training.workers, device=device)
-        contenders = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
+        formulations = {"": Steps(model, training, loss, optimizer, loader, precision=autocast)}
         if compare == "dense":
             dense = build_dense_loss(model)
-            contenders["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
+            formulations["dense_"] = Steps(model, training, dense, optimizer, loader, precision=autocast)
             result |= compare_losses(model, plain, dense, next(loader), precision=autocast, device=device)
-        for name, steps in contenders.items():
+        for name, steps in formulations.items():
             steps(2)  # compiles, and fills the caches
             result[f"{name}memory_bytes"] = measure_peak_memory(lambda steps=steps: steps(1), device)
-        each = {name: steps.timed(1) for name, steps in contenders.items()}
+        each = {name: steps.timed(1) for name, steps in formulations.items()}
         count = max(1, int(1.0 / each[""]))  # steps of a turn: a second or so
         turns = max(3, int(seconds / (count * sum(each.values()))))
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        times: dict[str, list[float]] = {name: [] for name in formulations}
         waited, spent = loader.waited, 0.0
         for _ in range(turns):
-            for name, steps in contenders.items():
+            for name, steps in formulations.items():
                 before = loader.waited
                 times[name].append(steps.timed(count))
                 if name:
@@ -257,19 +257,21 @@ def bench_training(
     return result
 
 
-def compare_losses(model, ours, dense, batch: Batch, *, precision: str, device: str) -> dict:
+def compare_losses(model, fused, dense, batch: Batch, *, precision: str, device: str) -> dict:
     """How far apart loss and gradients of two formulations are on one batch, without dropout."""
     model.eval()
-    found = []
-    for loss in (ours, dense):
+    losses_and_gradients = []
+    for loss in (fused, dense):
         model.zero_grad()
         with use_precision(precision, device):
             value = loss(*batch)
         value.backward()
-        found.append((float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]))
+        losses_and_gradients.append(
+            (float(value.detach()), [p.grad.detach().clone() for p in model.parameters() if p.grad is not None])
+        )
     model.zero_grad()
     model.train()
-    (first, gradients), (second, others) = found
+    (first, gradients), (second, others) = losses_and_gradients
     largest = max(float(g.abs().max()) for g in others)
     worst = max(float((a - b).abs().max()) for a, b in zip(gradients, others, strict=True))
     return {"loss_difference": abs(first - second), "gradient_difference": worst / largest}
@@ -312,7 +314,7 @@ def bench_decoding(
     torch.manual_seed(1)
     model = build_model(network).to(device).eval()
     result = {"batch": batch, "replicates": replicates, "precision": precision, "adapter": False}
-    with simulate_items(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
+    with simulate_examples(network, None, batch_size=batch) as dataset, use_precision(precision, device), torch.no_grad():
         loader = Loader(dataset, batch_size=batch, workers=0, device=device)
         first = next(loader)
         x = compute_model_input(first.counts, first.missing)
@@ -346,8 +348,8 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print
     device = detect_device()
     result: dict = {"device": describe_device(device), "threads": torch.get_num_threads(), "training": {}, "decoding": {}}
     for name, (network, adapter, training) in networks.items():
-        items = limit_batch(training.batch_size, training_flops(network, adapter), device)
-        chosen = training.replace(batch_size=items)
+        batch_size = limit_batch(training.batch_size, training_flops(network, adapter), device)
+        chosen = training.replace(batch_size=batch_size)
         rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
         progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:

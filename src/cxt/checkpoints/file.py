@@ -19,7 +19,7 @@ import torch
 
 from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
-from cxt.checkpoints.record import check_record, check_tensors, model_record
+from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
@@ -88,7 +88,7 @@ def read_checkpoint(path) -> Checkpoint:
         content = _read_torch_file(path)
         if is_published(content):
             weights, network, adapter, more = read_published(content, path)
-            return Checkpoint(weights, network, adapter, model_record(network, adapter, **more))
+            return Checkpoint(weights, network, adapter, build_checkpoint_record(network, adapter, **more))
         if not isinstance(content, dict) or "cxt" not in content or "state_dict" not in content:
             raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
         weights, record = content["state_dict"], content["cxt"]
@@ -106,8 +106,8 @@ def read_checkpoint(path) -> Checkpoint:
     return Checkpoint(weights, network, adapter, record)
 
 
-def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, source) -> None:
-    """BadRequest naming the tensors of *weights* that a network with the state dict *own* cannot take."""
+def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, name) -> None:
+    """BadRequest naming the tensors of *weights* that a network with the state dict *expected* cannot take."""
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is not in this model" for key in weights if key not in expected]
     problems += [
@@ -117,20 +117,20 @@ def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Te
     ]
     if problems:
         listed = "\n  ".join(problems[:8]) + (f"\n  … and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise BadRequest(f"the weights of {source} do not fit this model:\n  {listed}")
+        raise BadRequest(f"the weights of {name} do not fit this model:\n  {listed}")
 
 
-def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, source) -> None:
+def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, name) -> None:
     """Load *weights* into *model*, all of them and nothing else; BadRequest names the tensors that do not fit."""
-    check_weights(model.state_dict(), weights, source=source)
+    check_weights(model.state_dict(), weights, name=name)
     model.load_state_dict(weights)
 
 
-def build_checkpoint_model(checkpoint: Checkpoint, *, source) -> CoalescenceModel:
+def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
     """Build the network of a checkpoint with its weights; BadRequest if they do not fit, before memory is allocated for it."""
     with torch.device("meta"):
         described = build_model(checkpoint.model, checkpoint.adapter).state_dict()
-    check_weights(described, checkpoint.state_dict, source=source)
+    check_weights(described, checkpoint.state_dict, name=name)
     model = build_model(checkpoint.model, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
     data = checkpoint.record["dataset"]
@@ -150,11 +150,11 @@ def import_published(path, out, *, name: str | None = None) -> None:
     """
     content = _read_torch_file(path)
     if not is_published(content):
-        own = isinstance(content, dict) and "cxt" in content
-        what = "a checkpoint of cxt already, use it as it is" if own else "not a file of the original package"
+        is_checkpoint = isinstance(content, dict) and "cxt" in content
+        what = "a checkpoint of cxt already, use it as it is" if is_checkpoint else "not a file of the original package"
         raise BadRequest(f"{path} is {what}")
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
     weights, network, adapter, more = read_published(content, path)
     check_writable(out)
-    write_checkpoint(out, weights, model_record(network, adapter, **more | ({} if name is None else {"name": name})))
+    write_checkpoint(out, weights, build_checkpoint_record(network, adapter, **more | ({} if name is None else {"name": name})))

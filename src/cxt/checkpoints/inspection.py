@@ -69,7 +69,7 @@ def read_verified_checkpoint(path) -> Checkpoint:
         If a weight is not finite.
     """
     checkpoint = read_checkpoint(path)
-    build_checkpoint_model(checkpoint, source=path)
+    build_checkpoint_model(checkpoint, name=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
         raise Failed(f"{path}: {', '.join(bad)} not finite")

@@ -41,7 +41,7 @@ def load_model(
     """
     device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
-    model = build_checkpoint_model(read_checkpoint(path), source=path).eval()
+    model = build_checkpoint_model(read_checkpoint(path), name=path).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
@@ -71,13 +71,13 @@ def checkpoint_directories() -> list[Path]:
     return directories
 
 
-def _find_checkpoint_of_run(path: Path, *, best: bool) -> Path:
+def _find_run_checkpoint(path: Path, *, best: bool) -> Path:
     """The best, else the last weights of a run directory."""
     run = RunDirectory(path)
     if best and run.best.is_file():
         return run.best
     finished = run.finished_checkpoint()
-    if finished is None and (run.state() or {}).get("finished"):
+    if finished is None and (run.read_record() or {}).get("finished"):
         logger.warning(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state")
     for file in (finished, run.last):
         if file is not None and file.is_file():
@@ -115,7 +115,7 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     """
     path = _check_path(name_or_path)
     if (path / "run.json").is_file():
-        return _find_checkpoint_of_run(path, best=best)
+        return _find_run_checkpoint(path, best=best)
     directory = path.parent if path.name == WEIGHTS else path
     if is_export(directory):
         return directory / CONFIG

@@ -28,7 +28,7 @@ SCALES = (2, 8, 32, 64)
 """Window widths that every published network was trained with."""
 
 
-class Settings:
+class PublishedSettings:
     """Stands for a dataclass of the original package: its fields, in a dict, and no code."""
 
     def __setstate__(self, state):
@@ -45,7 +45,7 @@ CLASSES = ("ModelConfig", "TrainingConfig", "AdapterConfig")
 def allow_published_classes():
     """Context in which torch reads `CLASSES`, although none of their code is here (module and names are like ours)."""
     # Torch goes by what a class says its name is; older ones cannot be told another.
-    return torch.serialization.safe_globals([type(name, (Settings,), {"__module__": MODULE}) for name in CLASSES])
+    return torch.serialization.safe_globals([type(name, (PublishedSettings,), {"__module__": MODULE}) for name in CLASSES])
 
 
 def is_published(content) -> bool:
@@ -67,9 +67,9 @@ ADAPTER = {"excite.": "se.", "residual.": "proj.", "norm.": "ln.", "gated.": "fc
 
 
 def _replace_prefix(key: str, names: dict[str, str]) -> str:
-    for own, theirs in names.items():
-        if key.startswith(own):
-            return theirs + key.removeprefix(own)
+    for prefix, published_prefix in names.items():
+        if key.startswith(prefix):
+            return published_prefix + key.removeprefix(prefix)
     return key
 
 
@@ -98,7 +98,7 @@ FIXED = {"bias": False, "sample_scale_embd": len(CHANNEL_WEIGHTS)}
 
 def _get_fields(value) -> dict | None:
     """The fields of a configuration that is a dataclass of the original, or a mapping; None for anything else."""
-    value = getattr(value, "fields", None) if isinstance(value, Settings) else value
+    value = getattr(value, "fields", None) if isinstance(value, PublishedSettings) else value
     return value if isinstance(value, dict) else None
 
 
@@ -228,7 +228,7 @@ def to_plain(value, *, depth: int = 0, budget: list[int] | None = None):
     budget[0] -= 1
     if budget[0] < 0 or depth > 50 or (isinstance(value, int) and value.bit_length() > 4096):
         raise BadRequest("its hyper-parameters hold more than any that the original package writes")
-    value = value.__dict__.get("fields", {}) if isinstance(value, Settings) else value
+    value = value.__dict__.get("fields", {}) if isinstance(value, PublishedSettings) else value
     nested = {"depth": depth + 1, "budget": budget}
     if isinstance(value, dict):
         return {str(key): to_plain(child, **nested) for key, child in value.items()}

@@ -49,7 +49,7 @@ MAX_VALUES = 100_000
 """Largest number of values in a record, with those in its tables and lists; one that contains itself would have no end."""
 
 
-def model_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
+def build_checkpoint_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
     """The `cxt` entry of a checkpoint: the network's configuration, and *more* of its history."""
     return {
         "format": FORMAT,

@@ -88,7 +88,7 @@ class RunDirectory:
         # Beside the directory, so that superseding (renaming) it does not move the lock away.
         return self.path.with_name(self.path.name + ".lock")
 
-    def state(self) -> dict | None:
+    def read_record(self) -> dict | None:
         """What run.json says, or None for a directory in which nothing was started."""
         path = self.path / "run.json"
         if not path.exists():
@@ -118,24 +118,24 @@ class RunDirectory:
         atomic_write(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True).encode())
         for name, content in (("grid.json", grid), ("model_summary.json", summary)):
             atomic_write(self.path / name, json_text(content).encode())
-        self._write_state({"identity": identity, "finished": None})
+        self._write_record({"identity": identity, "finished": None})
 
     def finish(self, checkpoint: Path) -> None:
         """Record that training is complete and which file in `checkpoints/` is its result."""
-        state = self.state()
-        state["finished"] = {"checkpoint": checkpoint.name, "sha256": file_sha256(checkpoint)}
-        self._write_state(state)
+        record = self.read_record()
+        record["finished"] = {"checkpoint": checkpoint.name, "sha256": file_sha256(checkpoint)}
+        self._write_record(record)
 
-    def _write_state(self, state: dict) -> None:
-        atomic_write(self.path / "run.json", json_text(state, sort_keys=True).encode())
+    def _write_record(self, record: dict) -> None:
+        atomic_write(self.path / "run.json", json_text(record, sort_keys=True).encode())
 
     def finished_checkpoint(self) -> Path | None:
         """The finished checkpoint, if the run is complete and the file is whole."""
-        state = self.state()
-        if not state or not state["finished"]:
+        record = self.read_record()
+        if not record or not record["finished"]:
             return None
-        path = self.checkpoints / state["finished"]["checkpoint"]
-        if path.exists() and file_sha256(path) == state["finished"]["sha256"]:
+        path = self.checkpoints / record["finished"]["checkpoint"]
+        if path.exists() and file_sha256(path) == record["finished"]["sha256"]:
             return path
         return None
 

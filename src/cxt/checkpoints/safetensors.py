@@ -57,8 +57,8 @@ def read_export(directory) -> tuple[dict[str, torch.Tensor], dict]:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
     if not isinstance(record, dict) or not {"format", "model", "adapter", "weights"} <= record.keys():
         raise BadRequest(f"{directory / CONFIG} was not written by `cxt checkpoint export`")
-    expected, own = record.pop("weights"), record.pop("digest", None)
-    if own is not None and own != digest(record):  # exports of earlier versions have none
+    expected, recorded_digest = record.pop("weights"), record.pop("digest", None)
+    if recorded_digest is not None and recorded_digest != digest(record):  # exports of earlier versions have none
         raise BadRequest(f"{directory / CONFIG} is damaged, or was changed after it was exported; export it again")
     if expected != {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}:
         raise BadRequest(f"{directory / WEIGHTS} is damaged, or not the weights that {CONFIG} belongs to; export them again")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
-from cxt.config.bounds import MOST
+from cxt.config.bounds import MAX_COUNT
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import check_writable
@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
     if not 0 < args.lowest < args.highest < math.inf:
         raise BadRequest(f"--lowest {args.lowest:g} --highest {args.highest:g}: expected 0 < lowest < highest, and finite")
-    if args.num_steps > MOST:
-        raise BadRequest(f"--num-steps {args.num_steps}: expected at most {MOST}")
+    if args.num_steps > MAX_COUNT:
+        raise BadRequest(f"--num-steps {args.num_steps}: expected at most {MAX_COUNT}")
     if args.num_steps < 20:
         raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
     if args.plot is not None:

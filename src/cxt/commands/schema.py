@@ -2,7 +2,7 @@
 
 import argparse
 
-from cxt.config.reference import document, json_schema
+from cxt.config.reference import json_schema, render_reference
 from cxt.console import exit_on_bad_request
 
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="cxt schema", description="Print config/README.md, the reference of all keys.")
     parser.add_argument("--json", action="store_true", help="print config/config.schema.json, for editors, instead")
     args = parser.parse_args(argv)
-    print(json_schema() if args.json else document(), end="")
+    print(json_schema() if args.json else render_reference(), end="")
 
 
 if __name__ == "__main__":

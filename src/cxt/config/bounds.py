@@ -8,9 +8,9 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WrapValidator
 
-from cxt.seeds import LARGEST_SEED
+from cxt.random_seeds import LARGEST_SEED
 
-MOST = 10**9
+MAX_COUNT = 10**9
 """The largest count of anything, where nothing else sets a limit: it only keeps products of counts from overflowing."""
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -52,28 +52,28 @@ def _check_different(values: list) -> list:
     return values
 
 
-_integer, _float = BeforeValidator(_parse_integer), WrapValidator(_check_float)
+integer_validator, float_validator = BeforeValidator(_parse_integer), WrapValidator(_check_float)
 
 Text = Annotated[str, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True), BeforeValidator(_parse_flag)]
 
-PositiveInteger = Annotated[int, Field(strict=True, ge=1, le=MOST), _integer]
-NonNegativeInteger = Annotated[int, Field(strict=True, ge=0, le=MOST), _integer]
-Index = Annotated[int, Field(strict=True, ge=0, le=2 * 10**9), _integer]
-Seed = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED), _integer]
-Samples = Annotated[int, Field(strict=True, ge=2, le=60_000), _integer]
-BasePairs = Annotated[int, Field(strict=True, ge=1, le=10**10), _integer]
-Threads = Annotated[int, Field(strict=True, ge=1, le=1024), _integer]  # OpenMP ends the process long before 100 000
-Workers = Annotated[int, Field(strict=True, ge=0, le=256), _integer]
-Devices = Annotated[int, Field(strict=True, ge=0, le=1024), _integer]
-Machines = Annotated[int, Field(strict=True, ge=1, le=10_000), _integer]
+PositiveInteger = Annotated[int, Field(strict=True, ge=1, le=MAX_COUNT), integer_validator]
+NonNegativeInteger = Annotated[int, Field(strict=True, ge=0, le=MAX_COUNT), integer_validator]
+Index = Annotated[int, Field(strict=True, ge=0, le=2 * 10**9), integer_validator]
+Seed = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED), integer_validator]
+Samples = Annotated[int, Field(strict=True, ge=2, le=60_000), integer_validator]
+BasePairs = Annotated[int, Field(strict=True, ge=1, le=10**10), integer_validator]
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024), integer_validator]  # OpenMP ends the process long before 100 000
+Workers = Annotated[int, Field(strict=True, ge=0, le=256), integer_validator]
+Devices = Annotated[int, Field(strict=True, ge=0, le=1024), integer_validator]
+Machines = Annotated[int, Field(strict=True, ge=1, le=10_000), integer_validator]
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False), _float]
-Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), _float]
-NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), _float]
-Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1), _float]
-PositiveRate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5), _float]
-Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=0.5), _float]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False), float_validator]
+Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), float_validator]
+NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), float_validator]
+Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1), float_validator]
+PositiveRate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5), float_validator]
+Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=0.5), float_validator]
 
 T = TypeVar("T")
 Different = Annotated[list[T], Field(strict=True, json_schema_extra={"uniqueItems": True}), AfterValidator(_check_different)]

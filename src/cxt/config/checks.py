@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cxt.config.demes import read_demes
-from cxt.config.models import adapter_config, is_adapter, network_config, trace_parents, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config, is_adapter, trace_parents
 from cxt.config.network import TrainedModel, check_adapter_samples, check_inheritance, check_missingness, count_pairs
 from cxt.config.scenarios import complete_parameters
-from cxt.config.variants import NOT_PARAMETERS, check_variants, variants
+from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
 
 
-class _Problems:
+class _ProblemCollector:
     """Bad requests of checks that do not depend on each other, to be raised together."""
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
     config : the configuration, which is changed
     removed : scenarios that an overlay has removed, and that leave all sets
     """
-    problems = _Problems()
-    for name, entry in config["scenarios"].items():
+    problems = _ProblemCollector()
+    for name, scenario in config["scenarios"].items():
         with problems.collect():
-            _check_scenario(name, entry)
+            _check_scenario(name, scenario)
     with problems.collect():
         _check_names(config)
     problems.refuse()
@@ -59,7 +59,7 @@ def check_consistency(config: dict) -> None:
 
     Models are checked only where their datasets are right.
     """
-    problems = _Problems()
+    problems = _ProblemCollector()
     for name, dataset in config["datasets"].items():
         with problems.collect():
             _check_dataset(config, name, dataset)
@@ -77,15 +77,15 @@ def check_consistency(config: dict) -> None:
     _check_models(config)
 
 
-def _check_scenario(name: str, entry: dict) -> None:
+def _check_scenario(name: str, scenario: dict) -> None:
     """Check a scenario's sweep, and put the content of a Demes file in the place of its path."""
     at = f"scenarios.{name}"
-    base = {key: value for key, value in entry.items() if key not in NOT_PARAMETERS}
-    for row in entry.get("combinations", []):
-        complete_parameters(entry["kind"], base | row, at=f"{at}.combinations")
-    if entry["kind"] == "demes":
-        entry["demography"] = read_demes(entry["demography"], at=at)
-    check_variants(name, entry)
+    base = {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}
+    for row in scenario.get("combinations", []):
+        complete_parameters(scenario["kind"], base | row, at=f"{at}.combinations")
+    if scenario["kind"] == "demes":
+        scenario["demography"] = read_demes(scenario["demography"], at=at)
+    check_variants(name, scenario)
 
 
 def _check_names(config: dict) -> None:
@@ -129,13 +129,15 @@ def _fill_sets(config: dict, removed: set[str]) -> None:
 def _check_dataset(config: dict, name: str, dataset: dict) -> None:
     at = f"datasets.{name}"
     length, window = dataset["sequence_length"], dataset["window_size"]
-    for scenario in dataset["scenarios"]:
-        entry = config["scenarios"][scenario]
-        if not entry["simulations"]:
-            raise BadRequest(f"{at}.scenarios: '{scenario}' has `simulations: 0`, which is for evaluation only; give it some")
-        _check_scenario_fits(scenario, entry, at, dataset)
+    for scenario_name in dataset["scenarios"]:
+        scenario = config["scenarios"][scenario_name]
+        if not scenario["simulations"]:
+            raise BadRequest(
+                f"{at}.scenarios: '{scenario_name}' has `simulations: 0`, which is for evaluation only; give it some"
+            )
+        _check_scenario_fits(scenario_name, scenario, at, dataset)
         regions = dataset["regions_per_simulation"]
-        for variant in variants(scenario, entry):
+        for variant in list_variants(scenario_name, scenario):
             if regions * length > variant.spec["sequence_length"]:
                 raise BadRequest(
                     f"{at}.regions_per_simulation: {regions} regions of {length} bp do not fit into the "
@@ -153,14 +155,14 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
         raise BadRequest(f"{at}.mask.length: {mask['length']} bp is shorter than sequence_length {length}")
 
 
-def count_individuals(entry: dict) -> int:
+def count_individuals(scenario: dict) -> int:
     """Diploid individuals that a scenario samples."""
-    return sum(entry["samples"].values()) if entry["kind"] == "demes" else entry["individuals"]
+    return sum(scenario["samples"].values()) if scenario["kind"] == "demes" else scenario["individuals"]
 
 
-def _check_scenario_fits(scenario: str, entry: dict, at: str, dataset: dict) -> None:
-    """BadRequest if simulations of *entry* are too short or have too few samples for *dataset*."""
-    for variant in variants(scenario, entry):
+def _check_scenario_fits(name: str, scenario: dict, at: str, dataset: dict) -> None:
+    """BadRequest if simulations of *scenario* are too short or have too few samples for *dataset*."""
+    for variant in list_variants(name, scenario):
         if variant.spec["sequence_length"] < dataset["sequence_length"]:
             raise BadRequest(
                 f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "
@@ -198,7 +200,7 @@ def _check_models(config: dict) -> None:
 
     A model whose parent is wrong is not looked at: it has the same sizes.
     """
-    problems = _Problems()
+    problems = _ProblemCollector()
     wrong: set[str] = set()
     shared_training_is_wrong = False
     for name in sorted(config["models"], key=lambda name: len(trace_parents(config, name))):
@@ -208,18 +210,19 @@ def _check_models(config: dict) -> None:
         before = len(problems.messages)
         with problems.collect():
             _check_evaluation(config, name)
-        with problems.collect(), _named(f"models.{name}.architecture"):
-            network_config(config, name)
-        own = config["models"][name].get("training", {})
-        if own or not shared_training_is_wrong:
-            with problems.collect(), _named(f"models.{name}.training" if own else f"training, of models.{name}"):
-                training_config(config, name)
+        with problems.collect(), _prefix_errors(f"models.{name}.architecture"):
+            build_network_config(config, name)
+        own_training = config["models"][name].get("training", {})
+        if own_training or not shared_training_is_wrong:
+            at = f"models.{name}.training" if own_training else f"training, of models.{name}"
+            with problems.collect(), _prefix_errors(at):
+                build_training_config(config, name)
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
-            if "backbone_lr_factor" in own and not is_adapter(config, name):
+            if "backbone_lr_factor" in own_training and not is_adapter(config, name):
                 raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
-        with problems.collect(), _named(f"models.{name}.adapter"):
-            adapter_config(config, name)
+        with problems.collect(), _prefix_errors(f"models.{name}.adapter"):
+            build_adapter_config(config, name)
         if len(problems.messages) == before:
             with problems.collect():
                 model = _trained_model(config, name)
@@ -250,7 +253,7 @@ def _trained_model(config: dict, name: str, *, name_in_messages: str | None = No
     dataset = config["datasets"][dataset_name]
     return TrainedModel(
         name=name_in_messages or f"models.{name}",
-        network=network_config(config, name),
+        network=build_network_config(config, name),
         dataset=dataset_name,
         scales=dataset["scales"],
         samples=dataset["samples"],
@@ -260,7 +263,7 @@ def _trained_model(config: dict, name: str, *, name_in_messages: str | None = No
 
 
 @contextlib.contextmanager
-def _named(at: str) -> Iterator[None]:
+def _prefix_errors(at: str) -> Iterator[None]:
     """Let a BadRequest say of which section of the configuration it speaks."""
     try:
         yield

@@ -4,18 +4,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cxt.config.bounds import PositiveInteger, Seed, Text, _integer
+from cxt.config.bounds import PositiveInteger, Seed, Text, integer_validator
 from cxt.config.datasets import Dataset, ScenarioNames
 from cxt.config.network import Adapter, Architecture, Preset
 from cxt.config.scenarios import AnyScenario
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
-from cxt.config.words import Expected
+from cxt.config.type_descriptions import Expected
 
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$")]
 """Of a scenario, dataset or model: it is part of the names of files, and a hyphen ends a scenario's in a variant's."""
 
-EvaluationSimulations = Annotated[int, Field(strict=True, ge=1, le=1_000_000), _integer]
+EvaluationSimulations = Annotated[int, Field(strict=True, ge=1, le=1_000_000), integer_validator]
 
 
 class Model(Section):

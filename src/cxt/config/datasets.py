@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cxt.config.bounds import BasePairs, NonEmpty, Positive, PositiveInteger, Text, _integer
+from cxt.config.bounds import BasePairs, NonEmpty, Positive, PositiveInteger, Text, integer_validator
 from cxt.config.section import Section
-from cxt.config.words import Expected
+from cxt.config.type_descriptions import Expected
 
 ScenarioNames = Annotated[Text | NonEmpty[Text], Expected("the name of a scenario or of a scenario set, or a list of them")]
 
-DatasetSamples = Annotated[int, Field(strict=True, ge=3, le=60_000), _integer]
+DatasetSamples = Annotated[int, Field(strict=True, ge=3, le=60_000), integer_validator]
 
 
 class Mask(Section):

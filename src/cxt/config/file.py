@@ -42,7 +42,7 @@ def resolve(config: dict) -> dict:
     numbers are as they were written: lineages are digests of it.
     """
     scenarios = config.get("scenarios")
-    removed = {name for name, entry in scenarios.items() if entry is None} if isinstance(scenarios, dict) else set()
+    removed = {name for name, scenario in scenarios.items() if scenario is None} if isinstance(scenarios, dict) else set()
     read = Configuration.read(without_nulls(config), problem="the configuration is not valid:")
     resolved = read.resolved()
     fill_scenarios(resolved, removed)

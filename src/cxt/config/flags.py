@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from cxt.config.problems import explain_value, refuse
 
 
-def problems(values: dict, accepted: dict[str, Any]) -> list[str]:
+def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:
     """What is wrong with *values*, by the types *accepted* of each name; what is None or not there is not asked for."""
     lines = []
     for name, annotation in accepted.items():
@@ -24,20 +24,20 @@ def problems(values: dict, accepted: dict[str, Any]) -> list[str]:
 def check_flags(args, **accepted) -> None:
     """BadRequest that names every number of a command's arguments that its type does not accept."""
     flags = {f"--{name.replace('_', '-')}": name for name in accepted}
-    refuse(problems({flag: getattr(args, name, None) for flag, name in flags.items()},
-                    {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
+    refuse(find_problems({flag: getattr(args, name, None) for flag, name in flags.items()},
+                         {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
 
 
-def cores() -> int:
+def count_cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
     """Say on stderr that *processes* with so many threads and workers each have fewer cores than that."""
-    asked, there = processes * max(threads, workers), cores()
-    if asked > there:
+    requested, available = processes * max(threads, workers), count_cores()
+    if requested > available:
         what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""
-        print(f"note: {what}{each}, but this process may use {there} core{'' if there == 1 else 's'}; "
+        print(f"note: {what}{each}, but this process may use {available} core{'' if available == 1 else 's'}; "
               "more threads than cores are slower", file=sys.stderr, flush=True)  # fmt: skip

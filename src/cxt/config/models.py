@@ -5,7 +5,7 @@ from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 
 
-def parent_of(model: dict) -> str | None:
+def get_parent(model: dict) -> str | None:
     """Name of the parent model, or None."""
     return model.get("checkpoint", model.get("resume_adapter"))
 
@@ -13,7 +13,7 @@ def parent_of(model: dict) -> str | None:
 def trace_parents(config: dict, name: str) -> list[str]:
     """*name*, its parent, and so on to a model trained from scratch; BadRequest on unknown parents and cycles."""
     chain = [name]
-    while (parent := parent_of(config["models"][chain[-1]])) is not None:
+    while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
             raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{suggest_nearest(parent, config['models'])}")
         if parent in chain:
@@ -28,7 +28,7 @@ def is_adapter(config: dict, name: str) -> bool:
     return "adapter" in model or "resume_adapter" in model
 
 
-def network_config(config: dict, name: str) -> ModelConfig:
+def build_network_config(config: dict, name: str) -> ModelConfig:
     """The network of model *name*: preset, sizes inherited from the parents, own sizes, shape of the dataset."""
     chain = trace_parents(config, name)
     model = config["models"][name]
@@ -38,7 +38,7 @@ def network_config(config: dict, name: str) -> ModelConfig:
         if ancestor == chain[-1]:
             sizes = {key: getattr(PRESETS[config["models"][ancestor]["preset"]], key) for key in SIZES}
         sizes |= {key: value for key, value in architecture.items() if key in SIZES}
-    own = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
+    own_settings = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
     dataset = config["datasets"][model["dataset"]]
     # The backbone of an adapter model keeps the samples of the model that it was first trained as.
     backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
@@ -48,10 +48,10 @@ def network_config(config: dict, name: str) -> ModelConfig:
         "scales": len(dataset["scales"]),
         "samples": config["datasets"][config["models"][backbone]["dataset"]]["samples"],
     }
-    return PRESETS[model["preset"]].replace(**(sizes | own | shape))
+    return PRESETS[model["preset"]].replace(**(sizes | own_settings | shape))
 
 
-def adapter_config(config: dict, name: str) -> AdapterConfig | None:
+def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
     """The adapter of model *name*, settings inherited from the adapter it resumes; None for a plain model."""
     if not is_adapter(config, name):
         return None
@@ -63,21 +63,21 @@ def adapter_config(config: dict, name: str) -> AdapterConfig | None:
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
 
 
-def training_config(config: dict, name: str) -> TrainingConfig:
+def build_training_config(config: dict, name: str) -> TrainingConfig:
     """The training settings of model *name*; `devices` is the rule's resource, not a setting of the trainer."""
     settings = config["training"] | config["models"][name].get("training", {})
     settings = {key: value for key, value in settings.items() if key != "devices"}
     return TrainingConfig(**settings)
 
 
-def training_settings(config: dict, name: str) -> dict:
+def build_training_settings(config: dict, name: str) -> dict:
     """Model *name*'s settings as `python -m cxt.train --config` reads them: flat, one key per flag."""
-    network = network_config(config, name)
+    network = build_network_config(config, name)
     settings = {"model": config["models"][name]["preset"], "name": name}
     for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
         settings[key] = getattr(network, key)
-    settings |= training_config(config, name).model_dump()
-    adapter = adapter_config(config, name)
+    settings |= build_training_config(config, name).model_dump()
+    adapter = build_adapter_config(config, name)
     if adapter is not None:
         settings |= {
             "adapter": True,

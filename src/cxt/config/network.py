@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from cxt.config.bounds import BasePairs, Flag, Fraction, Number, Samples, _integer
+from cxt.config.bounds import BasePairs, Flag, Fraction, Number, Samples, integer_validator
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -25,11 +25,11 @@ class Architecture(Section):
 
     only_given: ClassVar[bool] = True
 
-    layers: Annotated[int, Field(strict=True, ge=1, le=1000), _integer] = 10
+    layers: Annotated[int, Field(strict=True, ge=1, le=1000), integer_validator] = 10
     """Transformer blocks."""
-    heads: Annotated[int, Field(strict=True, ge=1, le=1024), _integer] = 4
+    heads: Annotated[int, Field(strict=True, ge=1, le=1024), integer_validator] = 4
     """Attention heads; `width` must be a multiple of twice their number."""
-    width: Annotated[int, Field(strict=True, ge=2, le=65536), _integer] = 400
+    width: Annotated[int, Field(strict=True, ge=2, le=65536), integer_validator] = 400
     """Width of the residual stream; a multiple of the number of scales."""
     dropout: Fraction = 0.1
     """Dropout on embeddings and residual branches."""
@@ -50,11 +50,11 @@ class ModelConfig(Settings, Architecture):
 
     only_given: ClassVar[bool] = False
 
-    windows: Annotated[int, Field(strict=True, ge=1, le=10**7), _integer] = 500
+    windows: Annotated[int, Field(strict=True, ge=1, le=10**7), integer_validator] = 500
     """Windows of a sequence."""
-    samples: Annotated[int, Field(strict=True, ge=1, le=60_000), _integer] = 50
+    samples: Annotated[int, Field(strict=True, ge=1, le=60_000), integer_validator] = 50
     """Haplotypes that the features are counted in."""
-    scales: Annotated[int, Field(strict=True, ge=1, le=1000), _integer] = 4
+    scales: Annotated[int, Field(strict=True, ge=1, le=1000), integer_validator] = 4
     """Number of window widths."""
     window_size: BasePairs = 2000
     """Base pairs of a window. Weights may be used with another one."""
@@ -62,7 +62,7 @@ class ModelConfig(Settings, Architecture):
     """Lower end of the grid, in ln generations."""
     grid_high: Annotated[Number, Field(ge=-1000, le=1000)] = 17.0
     """Upper end of the grid, in ln generations."""
-    bins: Annotated[int, Field(strict=True, ge=1, le=10**6), _integer] = 324
+    bins: Annotated[int, Field(strict=True, ge=1, le=10**6), integer_validator] = 324
     """Bins of the grid."""
 
     @model_validator(mode="after")
@@ -83,8 +83,8 @@ class ModelConfig(Settings, Architecture):
         return self.bins + SPECIAL_TOKENS
 
 
-Bottleneck = Annotated[int, Field(strict=True, ge=1, le=65536), _integer]
-LastBlocks = Annotated[int, Field(strict=True, ge=0, le=1000), _integer]
+Bottleneck = Annotated[int, Field(strict=True, ge=1, le=65536), integer_validator]
+LastBlocks = Annotated[int, Field(strict=True, ge=0, le=1000), integer_validator]
 
 
 class Adapter(Section):
@@ -190,9 +190,11 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' {parent.scales}"
         )
     for key in ("layers", "heads", "width", "samples", "bins"):
-        here, there = getattr(child.network, key), getattr(parent.network, key)
-        if here != there:
-            raise BadRequest(f"{child.name}: {key} is {here}, but its parent '{parent.name}' has {there}; they must be equal")
+        child_value, parent_value = getattr(child.network, key), getattr(parent.network, key)
+        if child_value != parent_value:
+            raise BadRequest(
+                f"{child.name}: {key} is {child_value}, but its parent '{parent.name}' has {parent_value}; they must be equal"
+            )
     if child.network.windows != parent.network.windows:
         raise BadRequest(
             f"{child.name}: dataset '{child.dataset}' has {child.network.windows} windows, but its parent '{parent.name}' was "

@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from cxt.config.bounds import MOST, NUMBER
-from cxt.config.words import describe_type, holds_text, members, split_type
+from cxt.config.bounds import MAX_COUNT, NUMBER
+from cxt.config.type_descriptions import describe_type, holds_text, list_union_members, split_type
 from cxt.errors import BadRequest, suggest_nearest
 
 
@@ -17,13 +17,13 @@ def refuse(problems: list[str]) -> None:
         raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
 
 
-def _shown(value: Any) -> str:
+def _shorten_repr(value: Any) -> str:
     """*value* as a message shows it: what is long is cut."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _quotes(value: Any) -> str:
+def _advise_quotes(value: Any) -> str:
     """Advice for a name that YAML took for something else."""
     if isinstance(value, list):
         value = next((item for item in value if not isinstance(item, str)), "")
@@ -40,9 +40,9 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _taken(annotation: Any, value: Any) -> Any:
+def _parse_number_text(annotation: Any, value: Any) -> Any:
     """*value* as it was taken: the number where the text of a file says one and a number is accepted."""
-    kinds = {split_type(member)[0] for member in members(annotation)}
+    kinds = {split_type(member)[0] for member in list_union_members(annotation)}
     if isinstance(value, str) and kinds & {int, float} and NUMBER.fullmatch(value):
         return int(value) if value.lstrip("+-").isdigit() else float(value)
     return value
@@ -72,9 +72,9 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
     path = at
     parts = list(loc)
     while parts:
-        inside = [member for member in members(annotation) if isinstance(split_type(member)[0], type)]
+        inside = [member for member in list_union_members(annotation) if isinstance(split_type(member)[0], type)]
         sections = [split_type(member)[0] for member in inside if issubclass(split_type(member)[0], BaseModel)]
-        bare = split_type(members(annotation)[0])[0]
+        bare = split_type(list_union_members(annotation)[0])[0]
         part = _find_key(value, parts[0])
         if len(sections) > 1:  # a union of kinds, whose part is the kind
             by_kind = {get_args(split_type(kind.model_fields["kind"])[0])[0]: kind for kind in sections}
@@ -97,7 +97,7 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
             parts.pop(0)
         else:
             break
-    owner = split_type(members(annotation)[0])[0]
+    owner = split_type(list_union_members(annotation)[0])[0]
     return _Place(path, value, annotation, False, owner if isinstance(owner, type) and issubclass(owner, BaseModel) else None)
 
 
@@ -116,31 +116,32 @@ def explain(section: type[BaseModel], error: ValidationError, values: Any, at: s
             lines[f"{path}: `{loc[-1]}` is missing ({place.section.model_fields[str(loc[-1])].description})"] = None
         elif kind in ("extra_forbidden", "invalid_key"):
             assert place.section is not None
-            lines[
-                f"{place.path}: unknown key{_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)}"
-            ] = None
+            advice = _advise_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)
+            lines[f"{place.path}: unknown key{advice}"] = None
         elif place.is_name and not isinstance(place.value, str):
-            lines[f"{path}.{place.value}: found {place.value!r} as a name, expected text{_quotes(place.value)}"] = None
+            lines[f"{path}.{place.value}: found {place.value!r} as a name, expected text{_advise_quotes(place.value)}"] = None
         elif place.is_name:
-            lines[f"{path}: {_shown(place.value)}: {NAME_ADVICE}"] = None
+            lines[f"{path}: {_shorten_repr(place.value)}: {NAME_ADVICE}"] = None
         elif kind == "union_tag_invalid" and isinstance(place.value["kind"], str):
             kinds = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
             lines[f"{path}.kind: unknown kind '{place.value['kind']}'{suggest_nearest(place.value['kind'], kinds)}"] = None
         elif kind in ("union_tag_not_found", "union_tag_invalid"):
-            kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in members(place.annotation)]
+            kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in list_union_members(place.annotation)]
             lines[f"{path}: has no `kind`, expected one of {', '.join(sorted(kinds))}"] = None
         else:
-            lines[f"{path}: found {_shown(_taken(place.annotation, place.value))}, expected {_expected(place)}"] = None
+            lines[
+                f"{path}: found {_shorten_repr(_parse_number_text(place.annotation, place.value))}, expected {_expected(place)}"
+            ] = None
     return list(lines)
 
 
 def _expected(place: _Place) -> str:
-    value = _taken(place.annotation, place.value)
-    is_large = isinstance(value, int | float) and value > MOST
-    words = describe_type(place.annotation, show_most=is_large)
+    value = _parse_number_text(place.annotation, place.value)
+    is_large = isinstance(value, int | float) and value > MAX_COUNT
+    words = describe_type(place.annotation, show_max_count=is_large)
     if not _is_finite(value):
         words = words.replace("a ", "a finite ", 1)
-    return words + (_quotes(value) if holds_text(place.annotation) else "")
+    return words + (_advise_quotes(value) if holds_text(place.annotation) else "")
 
 
 def explain_settings(section: type[BaseModel], error: ValidationError, values: dict) -> list[str]:
@@ -164,4 +165,4 @@ def explain_value(name: str, annotation: Any, value: Any) -> str:
     if get_origin(bare) is Literal and isinstance(value, str):
         return f"unknown {name} '{value}'{suggest_nearest(value, get_args(bare))}"
     place = _Place(name, value, annotation, False, None)
-    return f"{name} must be {_expected(place)}, got {_shown(value)}"
+    return f"{name} must be {_expected(place)}, got {_shorten_repr(value)}"

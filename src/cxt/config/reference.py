@@ -10,10 +10,10 @@ from pydantic.json_schema import GenerateJsonSchema
 from cxt.config.configuration import Configuration, Evaluation, Model
 from cxt.config.datasets import Dataset, Mask
 from cxt.config.network import Adapter, Architecture
-from cxt.config.scenarios import KINDS
+from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
-from cxt.config.words import describe_type
+from cxt.config.type_descriptions import describe_type
 
 INTRODUCTION = """\
 # The configuration
@@ -31,7 +31,7 @@ This page is made by `cxt schema > config/README.md`, and `config.schema.json` b
 
 TITLES: dict[str, type[Section]] = {
     "Top level": Configuration,
-    **{f"`scenarios.<name>` with `kind: {kind}`": section for kind, section in KINDS.items()},
+    **{f"`scenarios.<name>` with `kind: {kind}`": section for kind, section in KIND_SECTIONS.items()},
     "`datasets.<name>`": Dataset,
     "`datasets.<name>.mask`": Mask,
     "`models.<name>`": Model,
@@ -69,7 +69,7 @@ def tabulate(section: type[Section]) -> str:
     return "\n".join(rows)
 
 
-def document() -> str:
+def render_reference() -> str:
     """config/README.md: every key with its type, default and meaning."""
     parts = [INTRODUCTION]
     for title, section in TITLES.items():

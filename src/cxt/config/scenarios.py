@@ -15,28 +15,28 @@ from cxt.config.bounds import (
     PositiveRate,
     Rate,
     Text,
-    _integer,
+    integer_validator,
 )
 from cxt.config.problems import refuse
 from cxt.config.section import Section
+from cxt.config.type_descriptions import Expected
 from cxt.config.variants import NOT_PARAMETERS
-from cxt.config.words import Expected
 
 PositiveRateOrSweep = PositiveRate | NonEmpty[PositiveRate]
 RateOrSweep = Rate | NonEmpty[Rate]
 PositiveOrSweep = Positive | NonEmpty[Positive]
 
 Combination = Annotated[dict[Text, Number], Field(min_length=1)]
-Individuals = Annotated[int, Field(strict=True, ge=1, le=30_000), _integer]
+Individuals = Annotated[int, Field(strict=True, ge=1, le=30_000), integer_validator]
 
 
 class Scenario(Section):
     """A demographic model to simulate from."""
 
-    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), _integer]
+    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), integer_validator]
     """Number of simulations of each variant that datasets use. Raising it simulates only what is new. 0 = for evaluation
     only."""
-    batch: Annotated[int, Field(strict=True, ge=10, multiple_of=10), _integer] = 100
+    batch: Annotated[int, Field(strict=True, ge=10, multiple_of=10), integer_validator] = 100
     """Simulations per file, and so per job; `cxt plan` says how long such a job takes."""
     sequence_length: BasePairs = 1_000_000
     """Length of a simulation in base pairs."""
@@ -198,7 +198,7 @@ class Msprime(Sampled, Combined, Coalescent, Scenario):
 
 AnyScenario = Annotated[Constant | Sawtooth | Island | HardSweep | Stdpopsim | Demes | Msprime, Field(discriminator="kind")]
 
-KINDS: dict[str, type[Scenario]] = {
+KIND_SECTIONS: dict[str, type[Scenario]] = {
     "constant": Constant, "sawtooth": Sawtooth, "island": Island, "hard_sweep": HardSweep, "stdpopsim": Stdpopsim,
     "demes": Demes, "msprime": Msprime,
 }  # fmt: skip
@@ -216,5 +216,5 @@ def complete_parameters(kind: str, parameters: dict, *, at: str) -> dict:
         Names every unknown parameter, missing one and wrong value at once.
     """
     refuse([f"{at}.{key}: this is no parameter of a variant; leave it out" for key in NOT_PARAMETERS if key in parameters])
-    scenario = KINDS[kind].read(parameters | {"simulations": 0}, at=at).resolved()
+    scenario = KIND_SECTIONS[kind].read(parameters | {"simulations": 0}, at=at).resolved()
     return {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}

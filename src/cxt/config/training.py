@@ -147,18 +147,18 @@ class TrainingOverrides(TrainingSection):
     only_given: ClassVar[bool] = True
 
 
-CHANGE_NO_RESULT = ("workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage")
+RESULT_NEUTRAL_SETTINGS = ("workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage")
 VALIDATION = ("validation_items", "validate_every")
 
 
-def change_no_result(settings: dict) -> tuple[str, ...]:
+def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:
     """Training settings that do not change what is published; those of validation do where it decides something."""
     decides = settings.get("patience") or settings.get("export", "last") != "last"
     without = () if settings.get("patience") else ("min_delta",)
-    return CHANGE_NO_RESULT + without if decides else CHANGE_NO_RESULT + without + VALIDATION
+    return RESULT_NEUTRAL_SETTINGS + without if decides else RESULT_NEUTRAL_SETTINGS + without + VALIDATION
 
 
-def steps_per_epoch(*, items: int, batch_size: int, grad_accum: int, world: int) -> int:
+def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int) -> int:
     """Optimizer steps of one epoch: full batches of each rank, and a last short accumulation that steps too.
 
     Raises
@@ -166,11 +166,11 @@ def steps_per_epoch(*, items: int, batch_size: int, grad_accum: int, world: int)
     BadRequest
         If a rank has less than one batch.
     """
-    batches = items // world // batch_size
+    batches = examples // world // batch_size
     if batches < 1:
         devices = "device" if world == 1 else "devices"
         raise BadRequest(
-            f"the dataset has {items} training items, fewer than one batch of {batch_size} on {world} {devices}; "
+            f"the dataset has {examples} training items, fewer than one batch of {batch_size} on {world} {devices}; "
             "lower the batch size or simulate more"
         )
     return -(-batches // grad_accum)

@@ -27,27 +27,27 @@ class Variant:
     batch: int
 
 
-def variants(name: str, entry: dict) -> list[Variant]:
-    """The variants of *entry* (a checked scenario of the config).
+def list_variants(name: str, scenario: dict) -> list[Variant]:
+    """The variants of *scenario* (a checked scenario of the config).
 
     One for each combination of listed parameters and each row of `combinations`. A scenario without either is its own
     variant. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
     """
-    parameters = {key: _plain(value) for key, value in entry.items() if key not in NOT_PARAMETERS}
+    parameters = {key: _plain(value) for key, value in scenario.items() if key not in NOT_PARAMETERS}
     if parameters.get("ancestry_model") == "hudson":
         del parameters["ancestry_model"]  # the default, written out
     swept = sorted(key for key, value in parameters.items() if isinstance(value, list) and key not in NEVER_SWEPT)
-    rows = _plain(entry.get("combinations", [{}]))
+    rows = _plain(scenario.get("combinations", [{}]))
     result = []
     for *values, row in itertools.product(*(parameters[key] for key in swept), rows):
         chosen = dict(zip(swept, values, strict=True)) | row
         variant = "-".join([name, *(f"{key}={chosen[key]}" for key in sorted(chosen))])
         spec = {"name": variant, **parameters, **chosen}
-        result.append(Variant(variant, spec, entry["simulations"], entry["batch"]))
+        result.append(Variant(variant, spec, scenario["simulations"], scenario["batch"]))
     return result
 
 
-def scenario_of(variant: str) -> str:
+def get_scenario_name(variant: str) -> str:
     """Name of the scenario that the variant called *variant* belongs to; names of scenarios hold no hyphen."""
     return variant.split("-", maxsplit=1)[0]
 
@@ -61,10 +61,10 @@ def _plain(value):
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def check_variants(name: str, entry: dict) -> None:
+def check_variants(name: str, scenario: dict) -> None:
     """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two variants have one name."""
     at = f"scenarios.{name}"
-    rows = entry.get("combinations", [])
+    rows = scenario.get("combinations", [])
     for row in rows:
         if set(row) != set(rows[0]):
             raise BadRequest(
@@ -72,13 +72,13 @@ def check_variants(name: str, entry: dict) -> None:
                 "every row must set the same parameters"
             )
         for key in row:
-            if isinstance(entry.get(key), list):
+            if isinstance(scenario.get(key), list):
                 raise BadRequest(f"{at}: `{key}` is a list and also set by `combinations`; keep one of them")
-    found = set()
-    for variant in variants(name, entry):
-        if variant.name in found:
+    seen_names = set()
+    for variant in list_variants(name, scenario):
+        if variant.name in seen_names:
             raise BadRequest(f"{at}: two variants are called '{variant.name}'; take one of the two away")
-        found.add(variant.name)
+        seen_names.add(variant.name)
         if len(variant.name) > LONGEST_NAME:
             raise BadRequest(
                 f"{at}: the variant '{variant.name[:100]}…' has a name of {len(variant.name)} characters, which names files; "

@@ -6,7 +6,7 @@ import yaml
 
 from cxt.errors import BadRequest
 
-MOST_VALUES = 200_000
+MAX_YAML_VALUES = 200_000
 """In a YAML file, those behind anchors counted each time they are used: a few nested anchors make billions of few lines."""
 
 
@@ -42,8 +42,8 @@ def _parse_yaml(text: str):
         node = loader.get_single_node()
         if node is None:
             return None
-        if _values_in(node, {}) > MOST_VALUES:
-            raise BadRequest(f"its anchors stand for more than {MOST_VALUES} values; write out what is meant")
+        if _values_in(node, {}) > MAX_YAML_VALUES:
+            raise BadRequest(f"its anchors stand for more than {MAX_YAML_VALUES} values; write out what is meant")
         return loader.construct_document(node)
     finally:
         loader.dispose()

@@ -3,6 +3,7 @@
 A site with derived allele count c, in a pair whose two haplotypes differ there (XOR) or agree (XNOR), adds one to
 bin c of that channel in every window that covers it. Windows of several widths ("scales") start at each base window
 and look to the right. All scales are differences of one cumulative sum, and XNOR is what XOR leaves of all sites.
+Training on a stored dataset counts through `cxt.data.kernels.fill_batch`, by the same compiled loops.
 """
 
 import numbers

@@ -61,9 +61,9 @@ def count_bits(word):
 def accumulate(cumulative, samples):
     """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 comes in as the counts of window k."""
     for end in range(2 * samples, len(cumulative) + 1, samples):
-        before, here = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
+        previous_row, row = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
         for v in range(samples):
-            here[v] += before[v]
+            row[v] += previous_row[v]
 
 
 @compiled
@@ -206,22 +206,24 @@ def fill_batch(rows, columns, data, scales, width, counts, bins):
 
     Example i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.data.pair_dataset.PairDataset`.
     """
-    words, word_at, derived, site_at, first_site, totals, total_fits, pairs, packed_bins = data
+    words, word_offsets, derived, site_offsets, first_site, totals, total_fits, pairs, packed_bins = data
     windows, samples = counts.shape[3], counts.shape[4]
     total = np.empty(windows * samples, counts.dtype)
     differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
     last = -1
     for i in range(len(rows)):
         row, column = rows[i], columns[i]
-        of_row = derived[site_at[row] : site_at[row + 1]]
+        derived_counts = derived[site_offsets[row] : site_offsets[row + 1]]
         if row != last:
             last = row
             if total_fits[row]:
                 _copy(totals[row], total)
             else:
                 total[:] = 0
-                count_all_sites(of_row, first_site[row], samples, total)
-        haplotypes = words[word_at[row] : word_at[row + 1]].reshape((samples, (word_at[row + 1] - word_at[row]) // samples))
+                count_all_sites(derived_counts, first_site[row], samples, total)
+        haplotypes = words[word_offsets[row] : word_offsets[row + 1]].reshape(
+            (samples, (word_offsets[row + 1] - word_offsets[row]) // samples)
+        )
         a, b = pairs[row, column, 0], pairs[row, column, 1]
-        count_pair(haplotypes, of_row, first_site[row], total, a, b, scales, differ, agree, counts[i])
+        count_pair(haplotypes, derived_counts, first_site[row], total, a, b, scales, differ, agree, counts[i])
         unpack_bins(packed_bins[row, column], width, bins[i])

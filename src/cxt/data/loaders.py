@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cxt.data.pair_dataset import Batch
 from cxt.errors import BadRequest, Failed, first_line
-from cxt.seeds import torch_seed
-from cxt.signals import end_with_parent, held_back, ignore
+from cxt.random_seeds import torch_seed
+from cxt.signals import block_signals, end_with_parent, ignore
 
 
 class EpochBatchSampler(Sampler):
@@ -41,21 +41,21 @@ class EpochBatchSampler(Sampler):
         generator = torch.Generator().manual_seed(torch_seed(self.seed, "order", number=epoch))
         return torch.randperm(self.examples, generator=generator)
 
-    def _mine(self, epoch: int):
+    def _select_rank_examples(self, epoch: int):
         return self._order(epoch)[: self.examples // self.world * self.world][self.rank :: self.world]
 
     def _part(self, examples, batch: int) -> list[int]:
         return [int(example) for example in examples[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def __iter__(self):
-        mine = self._mine(self.epoch)
+        rank_examples = self._select_rank_examples(self.epoch)
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
-            yield self._part(mine, batch)
+            yield self._part(rank_examples, batch)
 
     def batch(self, epoch: int, number: int) -> list[int]:
         """The examples of one batch, whatever has been drawn so far."""
-        return self._part(self._mine(epoch), number)
+        return self._part(self._select_rank_examples(epoch), number)
 
     def __len__(self) -> int:
         return self.examples // self.world // self.batch_size
@@ -196,7 +196,7 @@ class ProcessLoader(_TimedLoader, DataLoader):
         )
 
     def _get_iterator(self):
-        with held_back():
+        with block_signals():
             iterator = super()._get_iterator()
         for process in getattr(iterator, "_workers", ()):
             # torch's way to end one that is busy is a signal that they ignore
@@ -259,8 +259,10 @@ class DataModule(pl.LightningDataModule):
         examples = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
         # As many for each rank: they wait for each other when the losses are averaged, with equal weights.
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        mine = examples[: chosen // world * world][rank::world] if chosen >= world else examples
-        return self._loader(False, self.test_set, [batch.tolist() for batch in mine.split(self.batch_size) if len(batch)])
+        rank_examples = examples[: chosen // world * world][rank::world] if chosen >= world else examples
+        return self._loader(
+            False, self.test_set, [batch.tolist() for batch in rank_examples.split(self.batch_size) if len(batch)]
+        )
 
     def _loader(self, training: bool, dataset, sampler) -> PrefetchLoader | ProcessLoader:
         pin = self.trainer.strategy.root_device.type == "cuda"

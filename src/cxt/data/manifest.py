@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.data.shard_checks import LONGEST
+from cxt.data.shard_checks import MAX_SHARD_BASES
 from cxt.data.shards import (
     LARGEST_COUNT,
     MANIFEST,
@@ -86,8 +86,10 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
             "shards": rows,
         }
     for variant, planned in (lineages or {}).items():
-        found = combine_shard_lineages(shard_lineages.get(variant, []))
-        check_lineage(f"{directory}: a shard of '{variant}'", found=found, planned=planned, target=directory / MANIFEST)
+        actual_lineage = combine_shard_lineages(shard_lineages.get(variant, []))
+        check_lineage(
+            f"{directory}: a shard of '{variant}'", actual=actual_lineage, planned=planned, target=directory / MANIFEST
+        )
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
     lineage = combine_shard_lineages([lineage for variant_lineages in shard_lineages.values() for lineage in variant_lineages])
@@ -147,8 +149,11 @@ def _find_fault(manifest) -> str | None:
     """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
     try:
         numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
-        if not all(type(n) is int and 0 < n <= LONGEST for n in [*numbers, *manifest["scales"]]) or not manifest["scales"]:
-            return f"a size is not a whole number of 1 to {LONGEST}"
+        if (
+            not all(type(n) is int and 0 < n <= MAX_SHARD_BASES for n in [*numbers, *manifest["scales"]])
+            or not manifest["scales"]
+        ):
+            return f"a size is not a whole number of 1 to {MAX_SHARD_BASES}"
         if not 2 <= manifest["samples"] <= 65_535 or manifest["pairs"] > math.comb(manifest["samples"], 2):
             return f"{manifest['pairs']} pairs cannot be taken from {manifest['samples']} samples"
         if not _are_ranges(manifest["ranges"]):
@@ -229,10 +234,10 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
         missing = np.bitwise_count(arrays["mask"]).sum(axis=1, dtype=np.int64) / length
     derived = np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.float64)
     differing = derived * (samples - derived) / (samples * (samples - 1) / 2)  # share of pairs that differ
-    row_of = np.repeat(np.arange(rows), np.diff(arrays["site_offsets"]))
+    site_rows = np.repeat(np.arange(rows), np.diff(arrays["site_offsets"]))
     accessible = length * (1 - missing)
     with np.errstate(invalid="ignore", divide="ignore"):
-        diversity = np.bincount(row_of, weights=differing, minlength=rows) / accessible
+        diversity = np.bincount(site_rows, weights=differing, minlength=rows) / accessible
     values = {
         "diversity": diversity[accessible > 0],
         "mutation_rate": arrays["mutation_rate"],

@@ -20,7 +20,7 @@ from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, file_sha256
 from cxt.lineage import check_lineage, how_to_remake
-from cxt.scenarios.seeds import random_generator
+from cxt.scenarios.seeds import build_random_generator
 
 logger = get_logger(__name__)
 
@@ -31,7 +31,7 @@ ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
 MARKS = ("accessible", "inaccessible")
 """What the intervals of a BED file, or the True of an array, can mean."""
 
-LONGEST = 2**33
+MAX_MASK_BASES = 2**33
 """Base pairs; no chromosome is longer."""
 
 UNREADABLE = (
@@ -149,8 +149,10 @@ def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
             left, right = int(fields[1][:20]), int(fields[2][:20])
             if left > right:
                 raise BadRequest(f"{path}, line {number}: expected 0 <= start <= end, found {left} and {right}")
-            if right > LONGEST:
-                raise BadRequest(f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {LONGEST}")
+            if right > MAX_MASK_BASES:
+                raise BadRequest(
+                    f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {MAX_MASK_BASES}"
+                )
             yield fields[0], left, right, fields[3] if len(fields) > 3 else None
 
 
@@ -179,9 +181,9 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     """True where an interval of *contig* is."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
     for name, left, right, label in _read_intervals(path):
-        of_contig = intervals.setdefault(name, [])
+        contig_intervals = intervals.setdefault(name, [])
         if contig is None or name == contig:
-            of_contig.append((left, right, label))
+            contig_intervals.append((left, right, label))
     if not intervals:
         raise BadRequest(f"{path} has no intervals")
     if contig is None:
@@ -208,7 +210,7 @@ def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
     (500 and 200) about 29% of the bases are inaccessible.
     """
-    rng = random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
+    rng = build_random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
     mean = spec["accessible_run"] + spec["inaccessible_run"]
     mask = np.zeros(spec["length"], dtype=bool)
     at = 0
@@ -245,7 +247,7 @@ def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -
     except UNREADABLE as error:
         remedy = "put it back" if lineage is None else how_to_remake(path, delete=str(path))
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
-    check_lineage(f"mask {path}", found=stored_lineage, planned=lineage, target=path)
+    check_lineage(f"mask {path}", actual=stored_lineage, planned=lineage, target=path)
     if file_digest != sha256:
         raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
 

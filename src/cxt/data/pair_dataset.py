@@ -195,9 +195,9 @@ class PairDataset(ExampleDataset):
         bin_words = -(-self.windows * self._width // 64)
         fields = {
             "words": (np.uint64, ((sites // 64 + rows) * self.samples,)),  # 64 sites of a haplotype each
-            "word_at": (np.int64, (rows + 1,)),
+            "word_offsets": (np.int64, (rows + 1,)),
             "derived": (np.uint8 if self.samples <= 256 else np.uint16, (sites,)),
-            "site_at": (np.int64, (rows + 1,)),
+            "site_offsets": (np.int64, (rows + 1,)),
             "first_site": (np.int32, (rows, self.windows + 1)),
             "totals": (np.uint8, (rows, self.windows * self.samples)),
             "total_fits": (np.bool_, (rows,)),
@@ -216,7 +216,7 @@ class PairDataset(ExampleDataset):
     def _attach(self) -> None:
         for name, (offset, dtype, shape) in self._layout()[0].items():
             setattr(self, f"_{name}", self._arena.array(offset, dtype, shape))
-        self._scenario_of = np.repeat(
+        self._shard_indices = np.repeat(
             np.arange(len(self._shards)), [row["items"] // self.pairs_per_simulation for row in self._shards]
         )
 
@@ -244,7 +244,7 @@ class PairDataset(ExampleDataset):
         return PairDataset.shared, (self.handle(),)
 
     def _read(self, progress) -> None:
-        self._word_at[0] = self._site_at[0] = 0
+        self._word_offsets[0] = self._site_offsets[0] = 0
         row = widest = 0
         last_report = time.monotonic()
         for number, shard in enumerate(self._shards):
@@ -266,12 +266,12 @@ class PairDataset(ExampleDataset):
         for i in range(len(arrays["index"])):
             sites = slice(arrays["site_offsets"][i], arrays["site_offsets"][i + 1])
             packed, count = arrays["genotypes"][sites], int(sites.stop - sites.start)
-            first, words = int(self._site_at[row]), -(-count // 64) * self.samples
-            begin = int(self._word_at[row])
+            first, words = int(self._site_offsets[row]), -(-count // 64) * self.samples
+            begin = int(self._word_offsets[row])
             pack_haplotype_words(packed, self._words[begin : begin + words].reshape(self.samples, -1))
             derived = np.bitwise_count(packed).sum(axis=1, dtype=self._derived.dtype)
             self._derived[first : first + count] = derived
-            self._site_at[row + 1], self._word_at[row + 1] = first + count, begin + words
+            self._site_offsets[row + 1], self._word_offsets[row + 1] = first + count, begin + words
             self._first_site[row] = find_first_sites(
                 arrays["positions"][sites], window_size=self.manifest["window_size"], windows=self.windows
             )
@@ -300,7 +300,7 @@ class PairDataset(ExampleDataset):
         """Scenario, simulation index and pair of example *i*."""
         row, pair = self._locate(i)
         a, b = map(int, self._pairs[row, pair])
-        return Example(self._shards[self._scenario_of[row]]["scenario"], int(self._index[row]), (a, b))
+        return Example(self._shards[self._shard_indices[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
         """Where in its simulation example *i* begins, in base pairs; not 0 only with several regions per simulation."""
@@ -315,8 +315,8 @@ class PairDataset(ExampleDataset):
         batch = self._room_for(len(rows), out)
         bins = batch.tokens.numpy()[:, 1:]
         data = (
-            self._words, self._word_at, self._derived, self._site_at, self._first_site, self._totals, self._total_fits,
-            self._pairs, self._bins,
+            self._words, self._word_offsets, self._derived, self._site_offsets, self._first_site, self._totals,
+            self._total_fits, self._pairs, self._bins,
         )  # fmt: skip
         fill_batch(rows, columns, data, self.scales, self._width, batch.counts.numpy(), bins)
         bins += SPECIAL_TOKENS

@@ -10,7 +10,7 @@ from cxt.data.targets import pair_log_tmrca
 from cxt.errors import BadRequest
 from cxt.scenarios.batches import read_batch
 from cxt.scenarios.indices import assign_split
-from cxt.scenarios.seeds import random_generator
+from cxt.scenarios.seeds import build_random_generator
 
 
 def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:
@@ -66,7 +66,7 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
 
     def rng(purpose: str) -> np.random.Generator:
         purpose = f"{purpose}-{region}" if region else purpose
-        return random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
+        return build_random_generator(seed=identity["seed"], spec=identity["spec"], index=identity["index"], purpose=purpose)
 
     length = spec["sequence_length"]
     start = compute_region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)

@@ -14,52 +14,54 @@ from zarr.codecs import BytesCodec, ZstdCodec
 
 from cxt.scenarios.indices import SPLITS
 
-LONGEST = 2**40
+MAX_SHARD_BASES = 2**40
 """Base pairs; no chromosome is longer, and sums of positions stay exact."""
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-class Fault(ValueError):
+class ShardError(ValueError):
     """What is wrong with a shard."""
 
 
 def check_zip_entries(archive: zipfile.ZipFile, size: int) -> None:
-    """Fault if reading the entries of a shard of *size* bytes could take more memory than that; nothing is read."""
+    """ShardError if reading the entries of a shard of *size* bytes could take more memory than that; nothing is read."""
     entries = archive.infolist()
     if len({entry.filename for entry in entries}) < len(entries):
-        raise Fault("an entry is there twice")
+        raise ShardError("an entry is there twice")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise Fault(f"its entry {entry.filename[-100:]} is compressed, where only its arrays may be; nothing was unpacked")
+            raise ShardError(
+                f"its entry {entry.filename[-100:]} is compressed, where only its arrays may be; nothing was unpacked"
+            )
     if sum(entry.file_size for entry in entries) > size:
-        raise Fault("its entries claim to be larger than the file")
+        raise ShardError("its entries claim to be larger than the file")
 
 
 def check_attributes(attributes: Mapping) -> None:
-    """Fault unless the attributes of a shard have the types and ranges that its arrays are read by."""
+    """ShardError unless the attributes of a shard have the types and ranges that its arrays are read by."""
     for key, highest in (
-        ("window_size", LONGEST), ("sequence_length", LONGEST), ("samples", 65_535), ("pairs", 2**32),
-        ("regions_per_simulation", LONGEST),
+        ("window_size", MAX_SHARD_BASES), ("sequence_length", MAX_SHARD_BASES), ("samples", 65_535), ("pairs", 2**32),
+        ("regions_per_simulation", MAX_SHARD_BASES),
     ):  # fmt: skip
         value = attributes.get(key)
         if type(value) is not int or not 1 <= value <= highest:
-            raise Fault(f"its {key} is {value!r}, expected a whole number of 1 to {highest}")
+            raise ShardError(f"its {key} is {value!r}, expected a whole number of 1 to {highest}")
     if attributes["samples"] < 2 or attributes["pairs"] > math.comb(attributes["samples"], 2):
-        raise Fault(f"{attributes['pairs']} pairs cannot be taken from {attributes['samples']} samples")
+        raise ShardError(f"{attributes['pairs']} pairs cannot be taken from {attributes['samples']} samples")
     if attributes["sequence_length"] % attributes["window_size"]:
-        raise Fault(f"its sequence_length {attributes['sequence_length']} is not a multiple of its window_size")
+        raise ShardError(f"its sequence_length {attributes['sequence_length']} is not a multiple of its window_size")
     scales = attributes.get("scales")
     if not isinstance(scales, list) or not scales or not all(type(s) is int and 1 <= s <= 2**31 for s in scales):
-        raise Fault(f"its scales are {scales!r}, expected a list of positive whole numbers")
+        raise ShardError(f"its scales are {scales!r}, expected a list of positive whole numbers")
     if type(attributes.get("missing")) is not bool:
-        raise Fault(f"its `missing` is {attributes.get('missing')!r}, expected true or false")
+        raise ShardError(f"its `missing` is {attributes.get('missing')!r}, expected true or false")
     if not isinstance(attributes.get("scenario"), str) or attributes.get("split") not in SPLITS:
-        raise Fault(f"it is of scenario {attributes.get('scenario')!r}, split {attributes.get('split')!r}")
+        raise ShardError(f"it is of scenario {attributes.get('scenario')!r}, split {attributes.get('split')!r}")
     if type(attributes.get("seed")) is not int:
-        raise Fault(f"its seed is {attributes.get('seed')!r}, expected a whole number")
+        raise ShardError(f"its seed is {attributes.get('seed')!r}, expected a whole number")
     if not isinstance(attributes.get("lineage"), str | None):
-        raise Fault("its lineage is no text")
+        raise ShardError("its lineage is no text")
 
 
 def build_layout(attributes: Mapping, *, rows: int, sites: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -83,67 +85,69 @@ def build_layout(attributes: Mapping, *, rows: int, sites: int) -> dict[str, tup
 
 
 def check_layout(group: zarr.Group, content: Mapping, *, memory: int) -> None:
-    """Fault unless a shard has the arrays of the format, and all of them unpacked fit into *memory* bytes; unpacks nothing.
+    """ShardError unless a shard has the arrays of the format, and all of them unpacked fit into *memory* bytes.
 
-    *content* are the entries of the archive, by name.
+    Unpacks nothing. *content* are the entries of the archive, by name.
     """
     attributes = dict(group.attrs)
     check_attributes(attributes)
     arrays = dict(group.arrays())
     for name in ("log_tmrca", "positions"):
         if name not in arrays:
-            raise Fault(f"it has no array {name}")
+            raise ShardError(f"it has no array {name}")
         if not arrays[name].ndim:
-            raise Fault(f"its array {name} has no dimension")
+            raise ShardError(f"its array {name} has no dimension")
     rows, sites = arrays["log_tmrca"].shape[0], arrays["positions"].shape[0]
     expected = build_layout(attributes, rows=rows, sites=sites)
     if differing := sorted(expected.keys() ^ arrays.keys()):
-        raise Fault(f"its arrays are {', '.join(sorted(arrays))}; {', '.join(differing)} should not be there, or is missing")
+        raise ShardError(
+            f"its arrays are {', '.join(sorted(arrays))}; {', '.join(differing)} should not be there, or is missing"
+        )
     if not rows:
-        raise Fault("it holds no simulation")
+        raise ShardError("it holds no simulation")
     for name, (dtype, shape) in expected.items():
         if arrays[name].dtype != dtype or arrays[name].shape != shape:
-            raise Fault(f"its array {name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
+            raise ShardError(f"its array {name} is {arrays[name].dtype} {arrays[name].shape}, expected {dtype} {shape}")
         if any(chunk > max(1, size) for chunk, size in zip(arrays[name].chunks, shape, strict=True)):
-            raise Fault(f"its array {name} has chunks of {arrays[name].chunks}, larger than itself")
+            raise ShardError(f"its array {name} has chunks of {arrays[name].chunks}, larger than itself")
         _check_codecs(name, arrays[name])
     needed = sum(math.prod(shape) * dtype.itemsize for dtype, shape in expected.values())
     if needed > memory:
-        raise Fault(f"it claims to unpack into {needed / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB are free")
+        raise ShardError(f"it claims to unpack into {needed / 1e9:,.1f} GB, and {memory / 1e9:,.1f} GB are free")
     _check_chunks(arrays, content, most=len(content) + -(-sites // 65536))
     for key, buffer in content.items():
         name, *rest = key.split("/")
         if name in expected and rest != ["zarr.json"]:
             chunk = math.prod(arrays[name].chunks) * expected[name][0].itemsize
             if (claimed := _zstd_size(buffer.to_bytes())) != chunk:
-                raise Fault(f"its entry {key} claims to unpack into {claimed} bytes, expected {chunk}")
+                raise ShardError(f"its entry {key} claims to unpack into {claimed} bytes, expected {chunk}")
 
 
 def _check_chunks(arrays: Mapping[str, zarr.Array], content: Mapping, *, most: int) -> None:
-    """Fault if an array has more than *most* chunks, or some of the targets' are not there.
+    """ShardError if an array has more than *most* chunks, or some of the targets' are not there.
 
     A chunk of zeros need not be stored, but reading it takes its time: a few bytes could ask for days. Targets are never 0.
     """
     for name, array in sorted(arrays.items()):
         chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
         if chunks > most:
-            raise Fault(f"its array {name} is cut into {chunks} chunks, expected at most {most}")
+            raise ShardError(f"its array {name} is cut into {chunks} chunks, expected at most {most}")
         stored = sum(key.startswith(f"{name}/c/") for key in content)
         if name == "log_tmrca" and stored < chunks:
-            raise Fault(f"{chunks - stored} of {chunks} chunks of its targets are not in it")
+            raise ShardError(f"{chunks - stored} of {chunks} chunks of its targets are not in it")
 
 
 def _check_codecs(name: str, array: zarr.Array) -> None:
-    """Fault unless chunks are single Zstandard frames, whose size is known before they are unpacked."""
+    """ShardError unless chunks are single Zstandard frames, whose size is known before they are unpacked."""
     chain = [*array.filters, array.serializer, *array.compressors]
     if array.shards is not None or [type(codec) for codec in chain] != [BytesCodec, ZstdCodec]:
-        raise Fault(f"its array {name} is not stored as chunks of bytes, compressed once by zstd")
+        raise ShardError(f"its array {name} is not stored as chunks of bytes, compressed once by zstd")
 
 
 def _zstd_size(data: bytes) -> int:
     """The size that a Zstandard frame says it unpacks into (RFC 8878, section 3.1.1.1); -1 if it does not say."""
     if data[:4] != ZSTD_MAGIC or len(data) < 5:
-        raise Fault("a chunk is no frame of zstd")
+        raise ShardError("a chunk is no frame of zstd")
     flags = data[4]
     single = flags >> 5 & 1
     size = (1 if single else 0, 2, 4, 8)[flags >> 6]
@@ -158,45 +162,45 @@ def _first_index(wrong: np.ndarray) -> int:
 
 
 def check_arrays(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> None:
-    """Fault unless the content of the arrays, of the right types and shapes, can be computed with."""
+    """ShardError unless the content of the arrays, of the right types and shapes, can be computed with."""
     samples, length = attributes["samples"], attributes["sequence_length"]
     offsets, positions = arrays["site_offsets"], arrays["positions"]
     if offsets[0] != 0 or offsets[-1] != len(positions) or (np.diff(offsets) < 0).any():
-        raise Fault(f"its site_offsets do not rise from 0 to its {len(positions)} sites")
+        raise ShardError(f"its site_offsets do not rise from 0 to its {len(positions)} sites")
     if (wrong := ~((positions >= 0) & (positions < length))).any():
-        raise Fault(f"it has a site at {positions[_first_index(wrong)]}, outside its {length} bp")
+        raise ShardError(f"it has a site at {positions[_first_index(wrong)]}, outside its {length} bp")
     falls = np.diff(positions) < 0
     falls[offsets[(offsets > 0) & (offsets < len(positions))] - 1] = False  # from one simulation to the next
     if falls.any():
-        raise Fault(
+        raise ShardError(
             f"its positions do not rise: {positions[_first_index(falls)]:g} comes before {positions[_first_index(falls) + 1]:g}"
         )
     _check_genotypes(arrays["genotypes"], samples)
     pairs = arrays["pairs"]
     if (wrong := (pairs >= samples).any(axis=2) | (pairs[:, :, 0] == pairs[:, :, 1])).any():
         a, b = pairs[wrong][0]
-        raise Fault(f"it has the pair ({a}, {b}), expected two different haplotypes of 0 to {samples - 1}")
+        raise ShardError(f"it has the pair ({a}, {b}), expected two different haplotypes of 0 to {samples - 1}")
     if not np.isfinite(arrays["log_tmrca"]).all():
-        raise Fault("it holds targets that are not finite")
+        raise ShardError("it holds targets that are not finite")
     for name in ("index", "start", "mask_offset"):
-        if name in arrays and (wrong := (arrays[name] < 0) | (arrays[name] > LONGEST)).any():
-            raise Fault(f"its {name} holds {arrays[name][_first_index(wrong)]}, expected 0 to {LONGEST}")
+        if name in arrays and (wrong := (arrays[name] < 0) | (arrays[name] > MAX_SHARD_BASES)).any():
+            raise ShardError(f"its {name} holds {arrays[name][_first_index(wrong)]}, expected 0 to {MAX_SHARD_BASES}")
     index = arrays["index"]
     if (wrong := (index % 10 == 0) != (attributes["split"] == "test")).any():
-        raise Fault(f"it holds simulation {index[_first_index(wrong)]}, which does not belong to {attributes['split']}")
+        raise ShardError(f"it holds simulation {index[_first_index(wrong)]}, which does not belong to {attributes['split']}")
     indices, regions = np.unique(index, return_counts=True)
     if (wrong := regions != attributes["regions_per_simulation"]).any():
-        raise Fault(f"it holds {regions[_first_index(wrong)]} regions of simulation {indices[_first_index(wrong)]}")
+        raise ShardError(f"it holds {regions[_first_index(wrong)]} regions of simulation {indices[_first_index(wrong)]}")
     for name in ("mutation_rate", "recombination_rate"):
         if not (np.isfinite(arrays[name]) & (arrays[name] >= 0)).all():
-            raise Fault(f"its {name} holds a number that is no rate")
+            raise ShardError(f"its {name} holds a number that is no rate")
     if attributes["missing"] and length % 8 and (arrays["mask"][:, -1] >> length % 8).any():
-        raise Fault("its mask has bits beyond its end")
+        raise ShardError("its mask has bits beyond its end")
 
 
 def _check_genotypes(genotypes: np.ndarray, samples: int) -> None:
     if samples % 8 and (genotypes[:, -1] >> samples % 8).any():
-        raise Fault(f"its genotypes have bits beyond the {samples} samples")
+        raise ShardError(f"its genotypes have bits beyond the {samples} samples")
     derived = np.bitwise_count(genotypes).sum(axis=1, dtype=np.int32)
     if ((derived < 1) | (derived >= samples)).any():
-        raise Fault("it has sites at which the samples do not differ")
+        raise ShardError("it has sites at which the samples do not differ")

@@ -34,7 +34,7 @@ from zarr.codecs import ZstdCodec
 from zarr.core.buffer.cpu import Buffer
 from zarr.storage import MemoryStore
 
-from cxt.data.shard_checks import Fault, check_arrays, check_layout, check_zip_entries
+from cxt.data.shard_checks import ShardError, check_arrays, check_layout, check_zip_entries
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write
@@ -155,7 +155,7 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         group = zarr.open_group(MemoryStore(content), mode="r")
         version = group.attrs["schema_version"]
         if type(version) is not int:
-            raise Fault(f"its schema version is {version!r}")
+            raise ShardError(f"its schema version is {version!r}")
         if version == SCHEMA_VERSION:
             check_layout(group, content, memory=free_memory())
     except UNREADABLE as error:
@@ -173,25 +173,25 @@ def _damaged_error(path, error: Exception) -> BadRequest:
 
 def check_shape(path, attributes: dict, shape: dict) -> None:
     """BadRequest if a shard's attributes are not those of its dataset."""
-    found = {key: attributes.get(key) for key in SHAPE_KEYS}
+    actual = {key: attributes.get(key) for key in SHAPE_KEYS}
     expected = {key: shape[key] for key in SHAPE_KEYS}
-    if found != expected:
-        differences = [f"{key} {found[key]} instead of {expected[key]}" for key in SHAPE_KEYS if found[key] != expected[key]]
+    if actual != expected:
+        differences = [f"{key} {actual[key]} instead of {expected[key]}" for key in SHAPE_KEYS if actual[key] != expected[key]]
         raise BadRequest(f"shard {path} belongs to another dataset: {', '.join(differences)}")
 
 
 def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dict) -> None:
     """BadRequest if a shard is of another dataset, is not what its *row* of the manifest says, or holds targets like NaN."""
     check_shape(path, attributes, shape)
-    found = {
+    actual = {
         "items": len(arrays["index"]) * attributes["pairs"],
         "sites": len(arrays["positions"]),
         "simulations": len(np.unique(arrays["index"])),
         "scenario": attributes["scenario"],
         "split": attributes["split"],
     }
-    expected = {key: row[key] for key in found if key in row} | {"split": Path(row["path"]).parts[0]}
-    if differences := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
+    expected = {key: row[key] for key in actual if key in row} | {"split": Path(row["path"]).parts[0]}
+    if differences := [f"{key} {actual[key]} instead of {expected[key]}" for key in actual if actual[key] != expected[key]]:
         raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(differences)}; {how_to_rebuild(path)}")
 
 

@@ -26,7 +26,7 @@ def build_simulated_manifest(
 
     Parameters
     ----------
-    variants : parameters of the variants, as `cxt.config.variants.variants` gives them
+    variants : parameters of the variants, as `cxt.config.variants.list_variants` gives them
     samples : haplotypes; None takes all of the scenario with the fewest
     held_out, examples : examples for validation and for training
 

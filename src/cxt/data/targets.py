@@ -47,7 +47,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     right, parent and child of each; *pairs* index *samples*. Returns the left end of the first tree with several roots,
     or -1.
     """
-    lefts, rights, parent_of, child_of = edges
+    lefts, rights, edge_parents, edge_children = edges
     words = (len(samples) + 63) // 64
     parent = np.full(len(times), -1, dtype=np.int32)
     below = np.zeros((len(times), words), dtype=np.uint64)
@@ -63,7 +63,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     left, at_in, at_out, tree = 0.0, 0, 0, 0
     while left < sequence_length:
         while at_out < len(removal) and rights[removal[at_out]] == left:
-            child = child_of[removal[at_out]]
+            child = edge_children[removal[at_out]]
             node = parent[child]
             parent[child] = -1
             while node != -1:
@@ -73,7 +73,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
             at_out += 1
         inserted = at_in
         while at_in < len(insertion) and lefts[insertion[at_in]] == left:
-            child, node = child_of[insertion[at_in]], parent_of[insertion[at_in]]
+            child, node = edge_children[insertion[at_in]], edge_parents[insertion[at_in]]
             parent[child] = node
             while node != -1:
                 for w in range(words):
@@ -87,7 +87,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
             if below[root, w] != everyone[w]:
                 return left
         for e in range(inserted, at_in):
-            child = child_of[insertion[e]]
+            child = edge_children[insertion[e]]
             few = 0
             for w in range(words):
                 few += count_bits(below[child, w])

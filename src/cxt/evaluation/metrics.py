@@ -8,7 +8,7 @@ import numpy as np
 from cxt.data.features import find_first_sites
 from cxt.data.shards import PreprocessedSimulation
 
-FLAT = 1e-9
+MIN_VARIATION = 1e-9
 """A range of ln TMRCA that is rounding: a pair with one tree has the same value in all windows but for that."""
 
 
@@ -27,7 +27,7 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
     """
     t = truth - truth.mean(axis=-1, keepdims=True)
     e = estimate - estimate.mean(axis=-1, keepdims=True)
-    varies = (np.ptp(truth, axis=-1) > FLAT) & (np.ptp(estimate, axis=-1) > FLAT)
+    varies = (np.ptp(truth, axis=-1) > MIN_VARIATION) & (np.ptp(estimate, axis=-1) > MIN_VARIATION)
     with np.errstate(invalid="ignore", divide="ignore"):
         r = (t * e).sum(-1) / np.sqrt((t**2).sum(-1) * (e**2).sum(-1))
     r = r[varies]

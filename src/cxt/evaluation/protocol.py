@@ -15,8 +15,8 @@ from cxt.evaluation.metrics import average_scenarios, score_variant
 from cxt.evaluation.table import format_or_dash
 from cxt.io import digest
 from cxt.lineage import check_lineage
+from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import read_batch
-from cxt.seeds import check_seed
 
 SPEC_KEYS = {
     "window_size", "sequence_length", "samples", "scales", "pairs", "replicates", "batch_size", "seed",
@@ -137,7 +137,7 @@ def evaluate(
         torch.set_num_threads(threads)
     path = find_checkpoint(checkpoint)
     stored = read_checkpoint(path)
-    check_lineage(f"checkpoint {path}", found=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
+    check_lineage(f"checkpoint {path}", actual=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
     windows = spec["sequence_length"] // spec["window_size"]
     expected = {
         "windows": stored.model.windows,

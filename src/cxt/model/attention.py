@@ -139,11 +139,11 @@ class MergedAttention(torch.autograd.Function):
         out, normalizer = flash(queries, k[:, :, :prefix], v[:, :, :prefix])  # (B, H, L', hd), (B, H, L')
         targets = q.shape[2] - prefix
         if targets:
-            own, own_normalizer = flash(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], is_causal=True)
+            causal, causal_normalizer = flash(q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:], is_causal=True)
             merged, merged_normalizer = out[:, :, -targets:], normalizer[:, :, -targets:]  # over the prefix, so far
-            weight = torch.sigmoid(own_normalizer - merged_normalizer).unsqueeze(-1).type_as(out)
-            merged.lerp_(own, weight)
-            merged_normalizer.copy_(torch.logaddexp(own_normalizer, merged_normalizer))
+            weight = torch.sigmoid(causal_normalizer - merged_normalizer).unsqueeze(-1).type_as(out)
+            merged.lerp_(causal, weight)
+            merged_normalizer.copy_(torch.logaddexp(causal_normalizer, merged_normalizer))
         ctx.save_for_backward(q, k, v, out, normalizer)
         ctx.prefix, ctx.targets_only = prefix, targets_only
         return out
@@ -159,12 +159,12 @@ class MergedAttention(torch.autograd.Function):
         dq, dk, dv = flash(gradient, queries, k[:, :, :prefix], v[:, :, :prefix], out, normalizer, 0.0, False)
         if targets:
             last = slice(-targets, None)
-            own = flash(
+            causal_gradients = flash(
                 gradient[:, :, last], q[:, :, prefix:], k[:, :, prefix:], v[:, :, prefix:],
                 out[:, :, last], normalizer[:, :, last], 0.0, True,
             )  # fmt: skip
-            dq[:, :, last] += own[0]
-            dk, dv = torch.cat([dk, own[1]], dim=2), torch.cat([dv, own[2]], dim=2)
+            dq[:, :, last] += causal_gradients[0]
+            dk, dv = torch.cat([dk, causal_gradients[1]], dim=2), torch.cat([dv, causal_gradients[2]], dim=2)
         if ctx.targets_only:
             dq = F.pad(dq, (0, 0, prefix, 0))
         return dq, dk, dv, None, None

@@ -19,7 +19,7 @@ from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
 from cxt.errors import BadRequest
 from cxt.model.inputs import check_tokens
 from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
-from cxt.seeds import check_seed
+from cxt.random_seeds import check_seed
 
 GRAPH_SLOTS = 64
 """One CUDA graph is recorded for this many decoded windows; it reads as many slots of the cache as the last of them needs."""
@@ -130,7 +130,7 @@ class Decoder:
         )
         # Streams and graphs are of torch's current GPU, which need not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, self._check_ids(example_ids, len(x)), self._fed(tokens, len(x)))
+            self._start(x, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -147,7 +147,7 @@ class Decoder:
             raise BadRequest(f"example_ids: expected {count} whole numbers, one for each example of X")
         return ids
 
-    def _fed(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
         """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None
@@ -160,12 +160,12 @@ class Decoder:
         """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
         uniform = torch.from_numpy(draw_uniforms(self.seed, example_ids, replicates=self.replicates, windows=windows))
-        caches = self._prefill(self.model.source(x))
+        caches = self._prefill(self.model.adapt_input(x))
         shape = (batch, windows, tokens is None)
         if shape == self._shape:
-            for mine, new in zip(self.caches, caches, strict=True):
-                mine.prefix_k.copy_(new[0])
-                mine.prefix_v.copy_(new[1])
+            for cache, (new_keys, new_values) in zip(self.caches, caches, strict=True):
+                cache.prefix_k.copy_(new_keys)
+                cache.prefix_v.copy_(new_values)
             self.uniform.copy_(uniform)
             if tokens is not None:
                 self.tokens.copy_(tokens)

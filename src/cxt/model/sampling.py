@@ -7,7 +7,7 @@ on any device. The hash is SplitMix64's finalizer, applied to the seed and again
 import numpy as np
 import torch
 
-from cxt.seeds import GOLDEN, check_seed, mix_bits
+from cxt.random_seeds import GOLDEN, check_seed, mix_bits
 
 
 def draw_uniforms(seed: int, examples, *, replicates: int, windows: int) -> np.ndarray:

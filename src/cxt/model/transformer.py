@@ -2,6 +2,7 @@
 
 The source embedding turns the counts of each window into one vector. These are the prefix, and see each other freely.
 After them come the start token and the bins predicted so far; each sees the whole prefix and what stands before it.
+The loss that training minimises is `CoalescenceModel.loss`.
 
 Shapes: B examples, W windows, P = W sources, T = 2W positions, H heads, D width, S scales, n samples, V vocabulary,
 R replicates.
@@ -195,7 +196,7 @@ class CoalescenceModel(nn.Module):
             self.backbone.eval()
         return self
 
-    def source(self, x: torch.Tensor) -> torch.Tensor:
+    def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
         """Check the shape of X, and pass it through the adapter if there is one."""
         check_shape(self, x)
         x = x.to(self.backbone.head.weight.dtype)  # counts come as float32; the network may be in bfloat16
@@ -221,7 +222,7 @@ class CoalescenceModel(nn.Module):
         BadRequest
             If X or y is no tensor of that shape.
         """
-        source = self.source(x)
+        source = self.adapt_input(x)
         check_tokens(self, y, examples=len(source))
         return self.backbone(source, y)
 
@@ -231,20 +232,20 @@ class CoalescenceModel(nn.Module):
         The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
         `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
         """
-        x = self.source(x)
+        x = self.adapt_input(x)
         check_tokens(self, y, examples=len(x))
         labels = y[:, 1:].flatten()
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
-            return sum(checkpoint(self._part_of_loss, *part, use_reentrant=False) for part in parts) / len(labels)
+            return sum(checkpoint(self._compute_partial_loss, *part, use_reentrant=False) for part in parts) / len(labels)
         if path == "full":
             logits = self.backbone.head(self.backbone.states(x, y, all_positions=True))[:, -self.config.windows :]
         else:
             logits = self.backbone(x, y)  # (B, W, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels)
 
-    def _part_of_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
+    def _compute_partial_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
         return F.cross_entropy(self.backbone.head(states).float(), labels, reduction="sum")
 
     def use_flex_attention(self) -> None:

@@ -130,7 +130,7 @@ def read_batch(
                 )
             if seed is not None and identity["seed"] != seed:
                 raise BadRequest(f"{path} was simulated with seed {identity['seed']}, expected {seed}; {remedy}")
-            check_lineage(f"batch {path}", found=identity.get("lineage"), planned=lineage, target=path)
+            check_lineage(f"batch {path}", actual=identity.get("lineage"), planned=lineage, target=path)
             yield ts
         if file.read(1):
             raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import msprime
 import numpy as np
 
-from cxt.config.variants import scenario_of
+from cxt.config.variants import get_scenario_name
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, json_text
 from cxt.scenarios.stdpopsim_catalogue import get_species, import_stdpopsim, list_autosomes
@@ -41,7 +41,7 @@ def advise_on_missing_map(spec: dict) -> str:
     )
     if "kind" not in spec:  # asked for by hand, not by a scenario
         return fetch
-    scenario = scenario_of(spec["name"])
+    scenario = get_scenario_name(spec["name"])
     return (
         f"{fetch}; or go on with the chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an "
         f"overlay) or without the scenario (`scenarios: {{{scenario}: null}}`)"

@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import tskit
 
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.errors import BadRequest
+from cxt.random_seeds import check_seed
 from cxt.scenarios import msprime_models
 from cxt.scenarios.genetic_maps import get_genetic_map
-from cxt.scenarios.seeds import engine_seeds, random_generator
+from cxt.scenarios.seeds import build_random_generator, derive_engine_seeds
 from cxt.scenarios.stdpopsim_catalogue import list_autosomes, select_models
 from cxt.scenarios.stdpopsim_models import simulate_segment
-from cxt.seeds import check_seed
 
 METADATA = tskit.MetadataSchema.permissive_json()
 
@@ -32,7 +32,7 @@ def _check_catalogue(spec: dict) -> None:
         get_genetic_map(spec)
 
 
-KINDS = {
+SIMULATORS = {
     "constant": ScenarioKind(msprime_models.simulate_constant),
     "sawtooth": ScenarioKind(msprime_models.simulate_sawtooth),
     "island": ScenarioKind(msprime_models.simulate_island),
@@ -46,13 +46,13 @@ KINDS = {
 
 def check_variant(spec: dict) -> None:
     """BadRequest if a variant cannot be simulated, as far as can be told without simulating."""
-    KINDS[spec["kind"]].check(spec)
+    SIMULATORS[spec["kind"]].check(spec)
 
 
 def check_scenarios(config: dict) -> None:
     """`check_variant` for every variant of *config*."""
-    for name, entry in config["scenarios"].items():
-        for variant in variants(name, entry):
+    for name, scenario in config["scenarios"].items():
+        for variant in list_variants(name, scenario):
             check_variant(variant.spec)
 
 
@@ -62,12 +62,12 @@ def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollecti
     Parameters, metadata and errors as in `simulate_tree_sequence`.
     """
     seed = check_seed(seed)
-    seeds = engine_seeds(seed=seed, spec=spec, index=index)
+    seeds = derive_engine_seeds(seed=seed, spec=spec, index=index)
     if spec["kind"] == "stdpopsim":  # draws a model, a segment and samples
-        random = {"rng": random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
+        random = {"rng": build_random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
     else:
         random = {}
-    tables, properties = KINDS[spec["kind"]].simulate(spec, seeds, **random)
+    tables, properties = SIMULATORS[spec["kind"]].simulate(spec, seeds, **random)
     if tables.sequence_length != spec["sequence_length"]:
         raise BadRequest(
             f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"
@@ -84,7 +84,7 @@ def simulate_tree_sequence(spec: dict, *, index: int, seed: int) -> tskit.TreeSe
     Parameters
     ----------
     spec : dict
-        Parameters of a variant, as `cxt.config.variants.variants` gives them.
+        Parameters of a variant, as `cxt.config.variants.list_variants` gives them.
     index : int
         Index of the simulation.
     seed : int

@@ -7,13 +7,13 @@ import numpy as np
 
 from cxt.errors import BadRequest
 from cxt.io import canonical_json
-from cxt.seeds import hash_key, msprime_seeds
+from cxt.random_seeds import hash_key, msprime_seeds
 
 LAST_INDEX = 2**32 - 2
 """Largest index of a simulation: msprime has no more seeds."""
 
 
-def random_generator(*, seed: int, spec: dict, index: int, purpose: str) -> np.random.Generator:
+def build_random_generator(*, seed: int, spec: dict, index: int, purpose: str) -> np.random.Generator:
     """The random generator of simulation *index* of a variant for one *purpose*.
 
     It is keyed on the workflow seed, the variant's name and parameters, the index and the purpose, never on order or counts.
@@ -46,7 +46,7 @@ class EngineSeeds:
     mutations: int
 
 
-def engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
+def derive_engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
     """Seeds for msprime; no two indices of a variant share an ancestry seed or a mutation seed.
 
     Each is a permutation of the 2^32 - 1 possible seeds, applied to the index (0 to 2^32 - 2; datasets, evaluation and

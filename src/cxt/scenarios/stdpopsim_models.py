@@ -19,8 +19,6 @@ from cxt.scenarios.stdpopsim_catalogue import (
     select_models,
 )
 
-# Genetic maps
-
 
 def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprime.RateMap | None]:
     """Draw the segment to simulate: a chromosome, and a uniform position on it.

@@ -22,14 +22,14 @@ from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
 from cxt.model.transformer import CoalescenceModel
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 from cxt.trainer.log import TrainingLog, read_log
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
-from cxt.trainer.validation import DecodedItems, Validation, build_tracks
+from cxt.trainer.validation import DecodedExamples, Validation, build_tracks
 
 logger = get_logger(__name__)
 
@@ -71,9 +71,9 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
         weights = request.parent.state_dict
         if request.adapter is not None and not request.resumes_adapter:
             backbone = {key.removeprefix("backbone."): value for key, value in weights.items()}
-            load_weights(model.backbone, backbone, source=request.parent_file)
+            load_weights(model.backbone, backbone, name=request.parent_file)
         else:
-            load_weights(model, weights, source=request.parent_file)
+            load_weights(model, weights, name=request.parent_file)
     return model
 
 
@@ -180,14 +180,14 @@ def fit(
     module = TrainingModule(model, training, record=record, total_steps=request.total_steps)
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
-        items_per_batch=training.batch_size * request.world, every=training.log_every,
+        examples_per_batch=training.batch_size * request.world, every=training.log_every,
         validates=request.validates_after, checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
-    items = None
+    examples = None
     if training.decode_items and len(data.test_set):
-        items = DecodedItems(data.test_set, items=training.decode_items, grid=request.grid)
+        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid)
     validation = Validation(
-        run, request.name, log, record=record, items=items, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
+        run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
     state_saver = StateSaver(
@@ -200,7 +200,7 @@ def fit(
     if trainer.is_global_zero:
         summary = build_summary(request, model)
         announce(request, summary)
-        if run.state() is None:
+        if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
@@ -220,13 +220,13 @@ def fit(
             "(grad_clip: 1.0)"
         )
     if trainer.is_global_zero:
-        finish(request, run, module.model, validation, step=trainer.global_step, items=items)
+        finish(request, run, module.model, validation, step=trainer.global_step, examples=examples)
 
 
-def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, save) -> None:
+def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, training_state) -> None:
     """Lightning's fit; what it raises becomes a message, and ends the processes of this machine's other devices."""
     try:
-        trainer.fit(module, data, ckpt_path=save, weights_only=True)
+        trainer.fit(module, data, ckpt_path=training_state, weights_only=True)
     except BaseException as error:
         launcher = trainer.strategy.launcher
         if launcher is not None and trainer.local_rank == 0 and not getattr(error, "agreed", False):
@@ -234,7 +234,7 @@ def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule
             launcher.procs.clear()  # seeing them gone, Lightning would kill this one before it says why
         # "can't allocate memory" is what torch says on a CPU.
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-            raise Failed(out_of_memory(request, error)) from error
+            raise Failed(describe_out_of_memory(request, error)) from error
         if is_compiler_error(error):
             raise Failed(
                 f"{request.name}: the network could not be compiled ({first_line(error)}); `compile: none` trains without, and "
@@ -253,7 +253,7 @@ def is_compiler_error(error: BaseException) -> bool:
     return isinstance(error, TorchDynamoException | InductorError)
 
 
-def out_of_memory(request: RunRequest, error: Exception) -> str:
+def describe_out_of_memory(request: RunRequest, error: Exception) -> str:
     """What to do about it, in words."""
     training = request.training
     half = max(1, training.batch_size // 2)
@@ -267,23 +267,23 @@ def out_of_memory(request: RunRequest, error: Exception) -> str:
 
 
 def finish(
-    request: RunRequest, run: RunDirectory, model: CoalescenceModel, validation: Validation, *, step: int, items
+    request: RunRequest, run: RunDirectory, model: CoalescenceModel, validation: Validation, *, step: int, examples
 ) -> None:
     """Write the finished checkpoint, record which one is published, and draw the figures."""
     epoch = (step - 1) // request.steps_per_epoch
     finished = run.checkpoints / f"{request.name}_epoch={epoch}-step={step}.ckpt"
     write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
     run.finish(validation.best_checkpoint() if request.training.export == "best" else finished)
-    lost = try_drawing(lambda: draw(request, run, model, items))
+    lost = try_drawing(lambda: draw(request, run, model, examples))
     if lost:  # the checkpoint is what was asked for
         logger.warning(f"{request.name}: trained, but not all figures could be drawn ({lost})")
 
 
-def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, items) -> None:
+def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, examples) -> None:
     """losses.png, and tracks.png of the items that are decoded."""
     from cxt.evaluation.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")
-    if items is not None:
-        tracks = build_tracks(items, model, seed=request.training.seed)
+    if examples is not None:
+        tracks = build_tracks(examples, model, seed=request.training.seed)
         draw_tracks(tracks, run.path / "tracks.png", title=request.name, window_size=request.manifest["window_size"])

@@ -10,7 +10,7 @@ from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_ver
 from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed
 from cxt.io import check_writable, is_locked
-from cxt.signals import follow, is_led, last_words
+from cxt.signals import call_before_exit, end_with_trainer, is_started_by_trainer
 from cxt.trainer.machines import Machines
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.request import RunRequest, build_request
@@ -65,7 +65,7 @@ def train(options: TrainingOptions, *, began: float) -> Path:
         )
     deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
     with restored_environment():
-        if is_led():
+        if is_started_by_trainer():
             return _train_other_device(options, deadline=deadline)
         with Machines(options.nodes, directory=_choose_meeting_place(options)) as machines:
             return _train_on_machine(options, machines, deadline=deadline)
@@ -79,7 +79,7 @@ def _choose_meeting_place(options: TrainingOptions) -> Path:
 
 def _train_other_device(options: TrainingOptions, *, deadline: float | None) -> Path:
     """Train in a process that another one of this machine has started for one of its devices."""
-    follow()
+    end_with_trainer()
     from cxt.trainer.fit import build_data, fit
 
     request = build_request(options)
@@ -152,7 +152,7 @@ def _fit(
 
 def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     """The run directory that is asked for, and a training state in it to continue from (None: the newest)."""
-    if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).state() is None:
+    if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).read_record() is None:
         raise BadRequest(f"nothing to resume: there is no run in {options.run_dir}; leave --resume out to start one")
     if options.resume == "auto" and options.run_dir is None:
         return (newest_version if has_versions(options.log_dir) else next_version)(options.log_dir), None
@@ -190,9 +190,9 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
     if options.out is not None:
         _wait_for_lock(target_lock(options.out), until=until)
         run.lock_target(options.out)
-    state = run.state()
-    if state is not None and (options.restart or state["identity"] != identity):
-        before = state["identity"]
+    record = run.read_record()
+    if record is not None and (options.restart or record["identity"] != identity):
+        before = record["identity"]
         reason = "--restart" if options.restart else describe_differences(before, identity)
         if options.resume:
             raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
@@ -204,7 +204,7 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
                 f"`rm -r {run.path}`"
             )
         return reason
-    if state is None and options.resume:
+    if record is None and options.resume:
         logger.warning(f"nothing to resume in {run.path}: starting from step 0")
     return None
 
@@ -237,7 +237,7 @@ def _wait_for_lock(path: Path, *, until: float) -> None:
 def _released_at_the_end(run: RunDirectory) -> Iterator[None]:
     """Release *run* at the end of a `with` block, also if a signal is the end of it."""
     try:
-        with last_words(lambda text, status: run.abandon()):
+        with call_before_exit(lambda text, status: run.abandon()):
             yield
     finally:
         run.release()

@@ -19,7 +19,7 @@ SMOOTHING = 0.98
 DIVERGED = 4.0
 """The search ends where the average loss is so many times the lowest before."""
 
-LEFT_OUT = (10, 1)
+SKIPPED_STEPS = (10, 1)
 """Steps at the beginning and at the end at which no learning rate is suggested: the average has seen little, or too much."""
 
 
@@ -41,7 +41,7 @@ class Search:
 
     def suggestion(self) -> float | None:
         """The learning rate at which the loss falls most steeply; None if too few steps were made to tell."""
-        first, last = LEFT_OUT
+        first, last = SKIPPED_STEPS
         rates, losses = np.array(self.rates[first:-last]), np.array(self.losses[first:-last])
         known = np.isfinite(losses)
         if known.sum() < 2:
@@ -76,7 +76,7 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
     def compute_rate(step: int) -> float:
         return lowest * (highest / lowest) ** (step / (num_steps - 1))
 
-    class Raise(pl.Callback):
+    class LearningRateRamp(pl.Callback):
         """Sets the learning rate of a step, and takes its loss: the mean of its batches'."""
 
         def __init__(self):
@@ -108,7 +108,7 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
             gradient_clip_val=request.training.grad_clip or None,
             use_distributed_sampler=False,
             logger=False,
-            callbacks=[Reseed(request.training.seed), Raise()],
+            callbacks=[Reseed(request.training.seed), LearningRateRamp()],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -26,7 +26,7 @@ time spent waiting for data. `seconds` is the time spent training, over all trie
 TIMING = ("items_per_s", "data_wait", "seconds")
 """Columns that no two runs have in common."""
 
-WAITS_TOO_LONG = 0.2
+MAX_WAIT_FRACTION = 0.2
 
 
 class TrainingLog(Callback):
@@ -39,7 +39,7 @@ class TrainingLog(Callback):
     ----------
     path : of training_log.csv
     total_steps, steps_per_epoch : optimizer steps of the run and of each epoch
-    items_per_batch : on all devices
+    examples_per_batch : on all devices
     every : optimizer steps between rows
     validates : whether there is a validation after a step
     checks_gradient : False with a gradient scaler, which skips what is not finite by itself
@@ -53,14 +53,14 @@ class TrainingLog(Callback):
         *,
         total_steps,
         steps_per_epoch,
-        items_per_batch,
+        examples_per_batch,
         every,
         validates,
         checks_gradient=True,
         line_every=15.0,
     ):
         self.path, self.name, self.validates = Path(path), name, validates
-        self.total_steps, self.steps_per_epoch, self.items_per_batch = total_steps, steps_per_epoch, items_per_batch
+        self.total_steps, self.steps_per_epoch, self.examples_per_batch = total_steps, steps_per_epoch, examples_per_batch
         self.every, self.checks_gradient, self.line_every = every, checks_gradient, line_every
         self._step, self._row, self._seconds = 0, None, 0.0
         self._loss, self._batches, self._norm, self._first_bad = None, 0, None, None
@@ -109,26 +109,27 @@ class TrainingLog(Callback):
             return
         if not trainer.is_global_zero:
             raise Failed("", status=0, agreed=True)  # what is looked at is the same on all ranks; the first one says so
+        examples = self._describe_examples(trainer, step)
         raise Failed(
-            f"{self.name}: loss or gradient are not finite at step {step}. {self._describe_items(trainer, step)}. Nothing of "
+            f"{self.name}: loss or gradient are not finite at step {step}. {examples}. Nothing of "
             "this step was saved: the same command continues from the last training state, and would end here again. Try a "
             "lower learning rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
             agreed=True,
         )
 
-    def _describe_items(self, trainer, step: int) -> str:
+    def _describe_examples(self, trainer, step: int) -> str:
         """The items of an optimizer step on rank 0, in words."""
         epoch, window = divmod(step - 1, self.steps_per_epoch)
         sampler = trainer.train_dataloader.sampler
         accumulation = trainer.accumulate_grad_batches
         first = window * accumulation
         numbers = range(first, min(first + accumulation, len(sampler)))
-        items = [item for number in numbers for item in sampler.batch(epoch, number)]
+        examples = [example for number in numbers for example in sampler.batch(epoch, number)]
         described = []
-        for item in items[:3]:
-            about = trainer.datamodule.train_set.describe(item)
+        for example in examples[:3]:
+            about = trainer.datamodule.train_set.describe(example)
             described.append(f"{about.scenario} {about.index} pair {about.pair[0]}-{about.pair[1]}")
-        more = f", … {len(items)} in all" if len(items) > 3 else ""
+        more = f", … {len(examples)} in all" if len(examples) > 3 else ""
         where = " of the first device" if trainer.world_size > 1 else ""
         return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}{where}: {'; '.join(described)}{more}"
 
@@ -175,7 +176,7 @@ class TrainingLog(Callback):
             "train_loss": float(loss),
             "lr": self._lr,
             "grad_norm": float(self._norm),
-            "items_per_s": round((self._batches_done - self._row_batches) * self.items_per_batch / spent, 2),
+            "items_per_s": round((self._batches_done - self._row_batches) * self.examples_per_batch / spent, 2),
             "data_wait": round(min(1.0, (waited - self._waited) / spent), 4),
             "seconds": round(self._seconds_now(), 2),
         }
@@ -210,14 +211,14 @@ class TrainingLog(Callback):
         now = time.monotonic()
         self._line_at = now
         spent = max(1e-9, now - self._began)
-        rate = self._batches_done * self.items_per_batch / spent
+        rate = self._batches_done * self.examples_per_batch / spent
         left = (self.total_steps - step) * spent / max(1, step - self._first_step)
         waiting = trainer.train_dataloader.waited / spent
         logger.info(
             f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, {waiting:.0%} of it waiting "
             f"for data, {left / 60:.1f} min left"
         )
-        if waiting > WAITS_TOO_LONG and step - self._first_step >= 50 and not self._advised:
+        if waiting > MAX_WAIT_FRACTION and step - self._first_step >= 50 and not self._advised:
             self._advised = True
             logger.warning(f"{self.name}: waits for data; more threads that make batches may help (workers: 2)")
 

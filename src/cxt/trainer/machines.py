@@ -12,14 +12,14 @@ import threading
 import psutil  # noqa: F401 (`kill_children` takes it only where it is loaded)
 
 from cxt.errors import BadRequest, Failed, first_line
-from cxt.signals import kill_children, last_words
+from cxt.signals import call_before_exit, kill_children
 from cxt.trainer.connection import Connection
 from cxt.trainer.rendezvous import accept_machines, connect_to_first, read_machine_rank, secret_path
 
-SECONDS_TO_COME = 600.0
+JOIN_TIMEOUT = 600.0
 """Seconds in which all machines must have started."""
 
-SECONDS_TO_END = 10.0
+SHUTDOWN_TIMEOUT = 10.0
 """Seconds that a process has to end by itself after another machine has failed; it may be waiting for that one for ever."""
 
 
@@ -27,7 +27,7 @@ class Machines:
     """The machines of a run, as the first process of each sees them; use it as a context.
 
     The block that ends with an exception ends on all machines, with the same status; a process that does not end by itself
-    within `SECONDS_TO_END` is ended.
+    within `SHUTDOWN_TIMEOUT` is ended.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Machines:
         If the environment does not say which machine this is, its port is taken, or the others do not come in time.
     """
 
-    def __init__(self, count: int, *, directory=".", seconds: float = SECONDS_TO_COME):
+    def __init__(self, count: int, *, directory=".", seconds: float = JOIN_TIMEOUT):
         self.rank, self.count = read_machine_rank(count), count
         self._connections: list[Connection] = []
         self._failure: tuple[str, int] | None = None
@@ -85,10 +85,10 @@ class Machines:
         return value
 
     def __enter__(self):
-        self._last_words = last_words(
+        self._exit_callback = call_before_exit(
             lambda text, status: self._send_all({"failed": f"machine {self.rank}: {text}", "status": status})
         )
-        self._last_words.__enter__()
+        self._exit_callback.__enter__()
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -96,7 +96,7 @@ class Machines:
             if error is not None and self._connections:
                 self._end_all(error)
         finally:
-            self._last_words.__exit__(None, None, None)
+            self._exit_callback.__exit__(None, None, None)
             self._closed.set()
             self._send_all({"end": "no more to say"})
             for connection in self._connections:
@@ -107,7 +107,7 @@ class Machines:
         agreed = getattr(error, "agreed", False)
         if not agreed or not self.is_first:
             # What torch says when another process is gone comes before, or with, that process's own word.
-            self._failed.wait(SECONDS_TO_END if agreed else 0 if isinstance(error, BadRequest | Failed) else 2)
+            self._failed.wait(SHUTDOWN_TIMEOUT if agreed else 0 if isinstance(error, BadRequest | Failed) else 2)
         failure = self._failure
         if failure is None:
             status = 2 if isinstance(error, BadRequest) else getattr(error, "status", 1)
@@ -156,7 +156,7 @@ class Machines:
             self._failed.set()
         for other in self._connections:
             other.inbox.put(None)
-        if is_first_failure and not self._closed.wait(SECONDS_TO_END):
+        if is_first_failure and not self._closed.wait(SHUTDOWN_TIMEOUT):
             print(f"cxt: {message['failed']}", file=sys.stderr, flush=True)
             kill_children()
             os._exit(message["status"])

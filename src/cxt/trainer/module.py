@@ -1,4 +1,7 @@
-"""The one LightningModule, its learning-rate schedule, and what makes its dropout repeatable."""
+"""The one LightningModule, its learning-rate schedule, and what makes its dropout repeatable.
+
+The loss is `cxt.model.transformer.CoalescenceModel.loss`; `build_loss_function` takes it from a batch on.
+"""
 
 import math
 import os
@@ -13,9 +16,9 @@ from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
-from cxt.seeds import torch_seed
+from cxt.random_seeds import torch_seed
 
-STABLE = 0.4
+WSD_PLATEAU_FRACTION = 0.4
 """Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""
 
 
@@ -37,7 +40,7 @@ def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: in
     if training.schedule == "linear":
         return floor + (1 - floor) * (1 - progress)
     if training.schedule == "wsd":
-        progress = max(0.0, (progress - STABLE) / (1 - STABLE))
+        progress = max(0.0, (progress - WSD_PLATEAU_FRACTION) / (1 - WSD_PLATEAU_FRACTION))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -63,7 +66,7 @@ def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[
     return [group for group in groups if group["params"]]
 
 
-def new_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.AdamW:
+def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW over what trains; an adapter's backbone is frozen first, but for what its strategy names."""
     if model.adapter is not None:
         freeze_backbone(model)
@@ -91,7 +94,7 @@ def check_compiler_cache() -> None:
         ) from None
 
 
-def loss_function(model: CoalescenceModel, training: TrainingConfig):
+def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
     """(counts, missing, tokens) to the loss, by the path and the attention that *training* names.
 
     From the small integers of a batch on, so that the logarithm and the cast are done, and compiled, on the device.
@@ -114,7 +117,7 @@ class TrainingModule(pl.LightningModule):
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
-        self._loss = self._step_loss = loss_function(model, training)
+        self._loss = self._step_loss = build_loss_function(model, training)
 
     def setup(self, stage: str) -> None:
         """Compile the training step if the settings ask for it; BadRequest if the compiler's cache cannot be written."""
@@ -137,7 +140,7 @@ class TrainingModule(pl.LightningModule):
         training = self.training_config
         # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        optimizer = new_optimizer(self.model, training, fused=fused)
+        optimizer = build_optimizer(self.model, training, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, training, total_steps=self.total_steps)
         )

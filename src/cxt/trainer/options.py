@@ -14,7 +14,7 @@ from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativ
 from cxt.config.flags import check_flags
 from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
 from cxt.config.training import TrainingConfig
-from cxt.config.words import list_choices
+from cxt.config.type_descriptions import list_choices
 from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
 
@@ -70,7 +70,7 @@ class TrainingOptions:
     training: TrainingConfig
 
     @property
-    def source(self) -> str | None:
+    def parent(self) -> str | None:
         """The checkpoint to start from, as it was named."""
         return self.checkpoint or self.resume_adapter
 
@@ -86,8 +86,8 @@ class TrainingOptions:
 
     def flatten(self) -> dict[str, Any]:
         """All options by the names of their flags, those of *training* among the others, as YAML and JSON hold them."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "training"}
-        values = own | self.training.model_dump()
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "training"}
+        values = options | self.training.model_dump()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -272,8 +272,8 @@ def build_options(values: Mapping[str, Any]) -> TrainingOptions:
     BadRequest
         If a setting of `TrainingConfig` is out of its range.
     """
-    own = {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in OPTIONS}
-    return TrainingOptions(**own, training=TrainingConfig(**{name: values[name] for name in TRAINING_SETTINGS}))
+    options = {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in OPTIONS}
+    return TrainingOptions(**options, training=TrainingConfig(**{name: values[name] for name in TRAINING_SETTINGS}))
 
 
 def read_options(argv: list[str]) -> TrainingOptions:

@@ -97,12 +97,12 @@ def resolve_network(
     )
     check_missingness(model)
     if parent is not None:
-        source = options.source
+        name = options.parent
         for key in ("layers", "heads", "width"):  # given with a flag, or else the parent's
-            own, inherited = getattr(network, key), getattr(parent.model, key)
-            if own != inherited:
-                raise BadRequest(f"--{key} {own}, but checkpoint {source} has {inherited}; leave the flag out to take that")
-        check_inheritance(model, _describe_parent(parent, name=source))
+            given, inherited = getattr(network, key), getattr(parent.model, key)
+            if given != inherited:
+                raise BadRequest(f"--{key} {given}, but checkpoint {name} has {inherited}; leave the flag out to take that")
+        check_inheritance(model, _describe_parent(parent, name=name))
         if network.window_size != parent.model.window_size:
             logger.info(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp")
     if not options.has_adapter:
@@ -151,15 +151,15 @@ def read_parent(options: TrainingOptions) -> "tuple[Path, Checkpoint] | tuple[No
         raise BadRequest("--resume and --restart exclude each other")
     if options.adapter and options.checkpoint is None and options.resume_adapter is None:
         raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
-    source = options.checkpoint or options.resume_adapter
-    if source is None:
+    name = options.checkpoint or options.resume_adapter
+    if name is None:
         return None, None
-    path = find_checkpoint(source)
+    path = find_checkpoint(name)
     parent = read_checkpoint(path)
     if options.checkpoint is not None and parent.adapter is not None:
-        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {source}")
+        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {name}")
     if options.resume_adapter is not None and parent.adapter is None:
-        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {source} --adapter")
+        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {name} --adapter")
     return path, parent
 
 
@@ -192,14 +192,14 @@ def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOp
             take("last_n", adapter.last_n, ADAPTER_FLAGS["last_n"])
     if inherited:
         words = ", ".join(f"{name} {value}" for name, value in inherited.items())
-        logger.warning(f"note: {words}, as in {options.source}")
+        logger.warning(f"note: {words}, as in {options.parent}")
     if options.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
         inherited["start_token_in_prefix"] = True
-        logger.warning(f"note: sources see the start token, as in {options.source}; --start-token-in-prefix false ends that")
+        logger.warning(f"note: sources see the start token, as in {options.parent}; --start-token-in-prefix false ends that")
     if options.has_adapter:
         if options.overwrite_bin0 is None and options.resume_adapter is not None and parent.adapter.overwrite_bin0:
             inherited["overwrite_bin0"] = True
-            logger.warning(f"note: the adapter overwrites bin 0, as in {options.source}; --overwrite-bin0 false ends that")
+            logger.warning(f"note: the adapter overwrites bin 0, as in {options.parent}; --overwrite-bin0 false ends that")
         values = options.flatten() | inherited
         inherited |= {name: default for name, default in ADAPTER_FLAGS.items() if values[name] is None}
     return dataclasses.replace(options, **inherited)

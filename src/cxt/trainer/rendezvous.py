@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 PORT = 29500
 """Torch's, where MASTER_PORT is not set; the machines themselves talk at the next one."""
 
-MOST_STRANGERS = 64
+MAX_PENDING_HANDSHAKES = 64
 """Connections that may be in their handshake at the same time."""
 
 
@@ -169,7 +169,7 @@ def accept_machines(address: str, port: int, machines: int, seconds: float, path
     until = time.monotonic() + seconds
     connections: dict[int, Connection] = {}
     arrivals: queue.Queue[tuple[Connection, int]] = queue.Queue()
-    places = threading.Semaphore(MOST_STRANGERS)
+    places = threading.Semaphore(MAX_PENDING_HANDSHAKES)
 
     def shake_hands(accepted: socket.socket) -> None:
         """In a thread of its own, so that the machines of the run do not wait for a stranger."""
@@ -197,7 +197,7 @@ def accept_machines(address: str, port: int, machines: int, seconds: float, path
             threading.Thread(target=accept, daemon=True, name="accept machines").start()
             while len(connections) < machines - 1:
                 try:
-                    connection, number_it_knows = arrivals.get(timeout=max(0.01, until - time.monotonic()))
+                    connection, announced_machines = arrivals.get(timeout=max(0.01, until - time.monotonic()))
                 except queue.Empty:
                     missing = ", ".join(str(machine) for machine in range(1, machines) if machine not in connections)
                     raise BadRequest(
@@ -205,10 +205,10 @@ def accept_machines(address: str, port: int, machines: int, seconds: float, path
                         f"command on every machine, and let them reach port {port} of {socket.gethostname()} and read {path}"
                     ) from None
                 problem = None
-                if number_it_knows != machines:
+                if announced_machines != machines:
                     problem = (
                         f"machine 0 was started with --nodes {machines}, machine {connection.machine} with "
-                        f"--nodes {number_it_knows}"
+                        f"--nodes {announced_machines}"
                     )
                 elif connection.machine in connections:
                     problem = (

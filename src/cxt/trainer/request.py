@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
-from cxt.config.training import TrainingConfig, change_no_result, steps_per_epoch
+from cxt.config.training import TrainingConfig, list_result_neutral_settings, steps_per_epoch
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -15,23 +15,25 @@ from cxt.data.shards import MANIFEST
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import file_sha256
 from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
+from cxt.trainer.data_source import check_source, plan_simulations
 from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
-from cxt.trainer.source import check_source, plan_simulations
 
 if TYPE_CHECKING:  # it takes torch's seconds
     from cxt.checkpoints.file import Checkpoint
 
 logger = get_logger(__name__)
 
-NO_SETTINGS = (
+RUN_CONTROL_OPTIONS = (
     "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
     "parent_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are no settings of a run: where it goes, how it starts and ends, and what the workflow says it planned."""
 
-NOT_IN_IDENTITY = ("dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator")
+OPTIONS_IDENTIFIED_OTHERWISE = (
+    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
+)  # fmt: skip
 """Settings that a run's identity holds in another form: files by digest, devices by number."""
 
 
@@ -125,7 +127,7 @@ class RunRequest:
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return steps_per_epoch(
-            items=self.manifest["splits"]["train"]["items"],
+            examples=self.manifest["splits"]["train"]["items"],
             batch_size=self.training.batch_size,
             grad_accum=self.training.grad_accum,
             world=self.world,
@@ -190,14 +192,14 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
-    items = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
-    steps_per_epoch(items=items["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
-    if not items["test"] and (training.patience or training.export == "best"):
+    examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
+    steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    if not examples["test"] and (training.patience or training.export == "best"):
         asks = "patience" if training.patience else "export: best"
         raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
     settings = list_settings(options)
     parent_digest = None if parent_file is None else file_sha256(parent_file)
-    leave_out = {*NOT_IN_IDENTITY, *change_no_result(settings)}
+    leave_out = {*OPTIONS_IDENTIFIED_OTHERWISE, *list_result_neutral_settings(settings)}
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in leave_out},
         # On several machines a GPU's sums may be made in another order. "nodes" is what earlier runs have recorded.
@@ -242,7 +244,7 @@ def resolve_settings(options: TrainingOptions) -> dict[str, Any]:
 
 def list_settings(options: TrainingOptions) -> dict[str, Any]:
     """The settings that decide the result, as they can be read back with --config."""
-    leave_out = set(NO_SETTINGS) if options.has_adapter else {*NO_SETTINGS, *ADAPTER_FLAGS}
+    leave_out = set(RUN_CONTROL_OPTIONS) if options.has_adapter else {*RUN_CONTROL_OPTIONS, *ADAPTER_FLAGS}
     return {key: value for key, value in options.flatten().items() if key not in leave_out and value is not None}
 
 
@@ -263,14 +265,14 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     if options.parent_lineage is not None:
         if parent is None:
             raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
-        checked.append((f"parent {options.source}", parent.record.get("lineage"), options.parent_lineage))
+        checked.append((f"parent {options.parent}", parent.record.get("lineage"), options.parent_lineage))
     problems = [
         f"{what}: {describe_difference(lineage, planned)}"
         for what, lineage, planned in checked
         if planned not in (None, lineage)
     ]
     if problems:
-        target = options.out or options.dataset_path or options.source
+        target = options.out or options.dataset_path or options.parent
         raise BadRequest(f"not what was planned to train on: {'; '.join(problems)}; {how_to_replan(target)}")
 
 
@@ -284,11 +286,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(
             f"--max-steps {request.max_steps} only shortens a run, and {epochs} are {request.all_steps} steps; raise --epochs"
         )
-    items = request.manifest["splits"]["test"]["items"]
+    examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)
-        if number > items and number != getattr(TrainingConfig(), name):
-            notes.append(f"{name} {number}, but there are {items} test items: all are taken")
+        if number > examples and number != getattr(TrainingConfig(), name):
+            notes.append(f"{name} {number}, but there are {examples} test items: all are taken")
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no meaning without patience")
     for note in notes:

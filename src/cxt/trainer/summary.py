@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 
-from cxt.checkpoints.record import model_record
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.console import get_logger
 from cxt.model.flops import training_flops
 from cxt.model.transformer import CoalescenceModel
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "ms
 def build_record(request: RunRequest) -> dict:
     """What the checkpoint will say of itself: plain dicts, lists, numbers and strings."""
     shape = ("window_size", "sequence_length", "samples", "missing", "scales")
-    return model_record(
+    return build_checkpoint_record(
         request.network,
         request.adapter,
         name=request.name,

@@ -23,12 +23,9 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.io import atomic_link, atomic_write
-from cxt.signals import STATUS, end, ends_at_once, ignore, is_led, listen
+from cxt.signals import OUT_OF_TIME, STATUS, exit_on_signal, has_exit_handler, ignore, is_started_by_trainer, listen
 
 logger = get_logger(__name__)
-
-OUT_OF_TIME = 75
-"""Exit status when the wall-clock budget is spent: try again, and it goes on."""
 
 NOTHING, SAVE, STOP = 0, 1, 2
 """What is due; from STOP on, the number of the signal is added."""
@@ -134,8 +131,8 @@ class StateSaver(Callback):
             progress["ready"] = progress["started"] = progress["processed"] + 1
 
     def _take_note(self, number: int, frame) -> None:
-        if ends_at_once() and not self._stepped:  # it may be compiling for minutes
-            end(number)
+        if has_exit_handler() and not self._stepped:  # it may be compiling for minutes
+            exit_on_signal(number)
         self._signal = number
 
     @contextlib.contextmanager
@@ -147,11 +144,11 @@ class StateSaver(Callback):
         if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
             yield
             return
-        before = listen(signal.SIG_IGN if is_led() else self._take_note)
+        before = listen(signal.SIG_IGN if is_started_by_trainer() else self._take_note)
         try:
             yield
         except BaseException:
-            if ends_at_once():
+            if has_exit_handler():
                 ignore()
                 before.clear()
             raise

@@ -27,17 +27,17 @@ REPLICATES = 4
 """Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""
 
 
-class DecodedItems:
+class DecodedExamples:
     """A few test items, spread evenly: *truth* (items, windows) ln TMRCA at the centres of its bins, and names for figures."""
 
-    def __init__(self, dataset, *, items: int, grid: Grid):
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(items, len(dataset))).astype(int))
-        batch = dataset.batch([int(item) for item in chosen])
+    def __init__(self, dataset, *, examples: int, grid: Grid):
+        chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
+        batch = dataset.batch([int(example) for example in chosen])
         self.counts, self.missing, self.grid = batch.counts, batch.missing, grid
         self.truth = grid.centres[batch.tokens[:, 1:].numpy() - SPECIAL_TOKENS]
         self.names = []
-        for item in chosen:
-            about = dataset.describe(int(item))
+        for example in chosen:
+            about = dataset.describe(int(example))
             self.names.append(f"{about.scenario} {about.index}, pair {about.pair[0]}-{about.pair[1]}")
 
     def decode(self, model, *, seed: int, device) -> Posterior:
@@ -61,13 +61,15 @@ class Validation(Callback):
 
     Parameters
     ----------
-    items : to decode; None for none
+    examples : to decode; None for none
     patience, min_delta : stop after so many validations in a row that are not below the lowest loss by more than *min_delta*;
         0 = never. The best weights are those of the lowest loss, whatever *min_delta* says.
     """
 
-    def __init__(self, run: RunDirectory, name, log: TrainingLog, *, record, items, seed, steps_per_epoch, patience, min_delta):
-        self.run, self.name, self.training_log, self.record, self.items, self.seed = run, name, log, record, items, seed
+    def __init__(
+        self, run: RunDirectory, name, log: TrainingLog, *, record, examples, seed, steps_per_epoch, patience, min_delta
+    ):
+        self.run, self.name, self.training_log, self.record, self.examples, self.seed = run, name, log, record, examples, seed
         self.steps_per_epoch, self.patience, self.min_delta = steps_per_epoch, patience, min_delta
         self.best = {"loss": math.inf, "step": 0, "sha256": "", "reference": math.inf, "rounds": 0}
         self.stopped = False
@@ -85,9 +87,9 @@ class Validation(Callback):
         loss = float(trainer.callback_metrics["val_loss"])
         step = trainer.global_step
         values = {"val_loss": loss}
-        if self.items is not None and trainer.is_global_zero:
+        if self.examples is not None and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
-                values |= self.items.scores(self.items.decode(module.model, seed=self.seed, device=module.device))
+                values |= self.examples.scores(self.examples.decode(module.model, seed=self.seed, device=module.device))
         self.training_log.validated(trainer, values)
         if trainer.is_global_zero:
             decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
@@ -121,13 +123,13 @@ class Validation(Callback):
         return self.run.best
 
 
-def build_tracks(items: DecodedItems, model, *, seed: int) -> dict:
+def build_tracks(examples: DecodedExamples, model, *, seed: int) -> dict:
     """What `cxt.evaluation.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        posterior = items.decode(model, seed=seed, device=device)
-    arrays = (items.truth, posterior.mean, posterior.low, posterior.high)
+        posterior = examples.decode(model, seed=seed, device=device)
+    arrays = (examples.truth, posterior.mean, posterior.low, posterior.high)
     rows = {}
-    for first in range(0, len(items.names), 2):
-        rows[tuple(items.names[first : first + 2])] = tuple(array[None, first : first + 2] for array in arrays)
+    for first in range(0, len(examples.names), 2):
+        rows[tuple(examples.names[first : first + 2])] = tuple(array[None, first : first + 2] for array in arrays)
     return rows

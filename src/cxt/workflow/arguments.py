@@ -1,6 +1,6 @@
 """What the workflow's rules hand to the stages: command-line words and settings files."""
 
-from cxt.config.models import parent_of, training_settings
+from cxt.config.models import build_training_settings, get_parent
 from cxt.workflow.lineages import dataset_lineage, file_digest, mask_lineage, model_lineage
 from cxt.workflow.paths import checkpoint_path
 
@@ -23,13 +23,13 @@ def mask_arguments(config: dict, name: str) -> list[str]:
 
 def settings_file(config: dict, name: str) -> dict:
     """What the file `settings_path` holds: a model's settings, and the lineage of the checkpoint they are for."""
-    return training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
+    return build_training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
 
 
 def lineages_to_train_on(config: dict, name: str) -> list[str]:
     """The lineages that a model's dataset and parent must have, as command-line words."""
     words = ["--dataset-lineage", dataset_lineage(config, config["models"][name]["dataset"])]
-    parent = parent_of(config["models"][name])
+    parent = get_parent(config["models"][name])
     return words if parent is None else [*words, "--parent-lineage", model_lineage(config, parent)]
 
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
 from cxt.data.preprocessing import preprocess_simulation
@@ -18,17 +18,17 @@ from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_tree_sequence
-from cxt.workflow.jobs import dataset_spec, devices, evaluation_scenarios, list_variants
+from cxt.workflow.jobs import collect_variants, dataset_spec, evaluation_scenarios, get_device_count
 from cxt.workflow.resources import training_threads
 
 SHIPPED_COSTS = Path(__file__).with_name("costs.json")
 LOCAL_COSTS = Path("results/costs.json")
 """Where `--calibrate` leaves its figures, and the plan looks for them."""
 
-LONGEST = 120
-"""Seconds that one simulation may take; beyond, SHORT base pairs are measured instead."""
+MAX_SIMULATION_SECONDS = 120
+"""Seconds that one simulation may take; beyond, `EXTRAPOLATION_LENGTHS` base pairs are measured instead."""
 
-SHORT = (50_000, 100_000)
+EXTRAPOLATION_LENGTHS = (50_000, 100_000)
 """Lengths from which the cost of a simulation that takes too long is extrapolated, as a power of the length."""
 
 
@@ -191,11 +191,11 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     chosen = simulations[:most]
     preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles, for the first time
     began = time.process_time()
-    entries = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
+    preprocessed = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "shard"
         shape = {key: dataset[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
-        write_shard(path, entries, shape | {"missing": mask is not None, "scenario": "x", "split": "train", "seed": 1})
+        write_shard(path, preprocessed, shape | {"missing": mask is not None, "scenario": "x", "split": "train", "seed": 1})
         size = path.stat().st_size
     return {"seconds": (time.process_time() - began) / len(chosen), "bytes": size / len(chosen)}
 
@@ -204,10 +204,12 @@ def list_used_variants(config: dict) -> list[Variant]:
     """Every variant that a dataset or an evaluation of *config* uses."""
     names = {name for dataset in config["datasets"].values() for name in dataset["scenarios"]}
     names |= {name for model in config["models"] for name in evaluation_scenarios(config, model)}
-    return list_variants(config, [name for name in config["scenarios"] if name in names])
+    return collect_variants(config, [name for name in config["scenarios"] if name in names])
 
 
-def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = LONGEST, progress=print) -> None:
+def measure_costs(
+    config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = MAX_SIMULATION_SECONDS, progress=print
+) -> None:
     """Measure the costs of everything that *config* asks for on this machine; *save* is handed them after each scenario.
 
     Each measurement is repeated until it has taken *seconds*. A variant whose simulation takes more than *longest* seconds is
@@ -225,7 +227,9 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
                 if "path" in m
                 else draw_synthetic_mask(m, seed=1)
             )
-    used = {name: {variant.name for variant in list_variants(config, d["scenarios"])} for name, d in config["datasets"].items()}
+    used = {
+        name: {variant.name for variant in collect_variants(config, d["scenarios"])} for name, d in config["datasets"].items()
+    }
     for variant in list_used_variants(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
         lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})
@@ -236,7 +240,7 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
             progress(f"left out: {error}")
             continue
         except TooLong:
-            for length in (length for length in SHORT if length < asked):
+            for length in (length for length in EXTRAPOLATION_LENGTHS if length < asked):
                 short, _ = measure_simulation(shorten_spec(variant.spec, length), budget=seconds, longest=math.inf)
                 lengths[str(length)] = short
         for length, cost in lengths.items():
@@ -253,11 +257,11 @@ def measure_costs(config: dict, *, machine: str, save, seconds: float = 5.0, lon
     kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
     for name in config["models"]:  # one of each size, of those that train on such a device
-        if (devices(config, name) > 0) != (kind == "gpu"):
+        if (get_device_count(config, name) > 0) != (kind == "gpu"):
             continue
-        network, adapter = network_config(config, name), adapter_config(config, name)
+        network, adapter = build_network_config(config, name), build_adapter_config(config, name)
         size = (network.layers, network.width, network.windows, adapter is not None)
-        networks.setdefault(size, (name, (network, adapter, training_config(config, name))))
+        networks.setdefault(size, (name, (network, adapter, build_training_config(config, name))))
     if networks:
         if device == "cpu":
             import torch
@@ -282,13 +286,14 @@ def merge_costs(old: dict, new: dict) -> dict:
     }
 
 
-def scenario_table(config: dict, costs: Costs) -> str:
+def format_scenario_table(config: dict, costs: Costs) -> str:
     """A Markdown page of what one simulation of each variant takes."""
     rows = [
         "# What one simulation takes",
         "",
         f"Means over the first simulations of each variant. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
-        f"What would take more than {LONGEST} s is measured at {SHORT[-1]:,} bp; what follows a genetic map needs the map.",
+        f"What would take more than {MAX_SIMULATION_SECONDS} s is measured at {EXTRAPOLATION_LENGTHS[-1]:,} bp; "
+        "what follows a genetic map needs the map.",
         "Written by `cxt plan --calibrate --table FILE.md`.",
         "",
         "| variant | length | seconds | trees | sites | MB |",
@@ -304,6 +309,6 @@ def scenario_table(config: dict, costs: Costs) -> str:
             )
         for length in shown:
             cost = lengths[length]
-            figures = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
-            rows.append(f"| {variant.name} | {int(length):,} | {figures} |")
+            cells = f"{cost['seconds']:.3g} | {cost['trees']:,.0f} | {cost['sites']:,.0f} | {cost['bytes'] / 1e6:.2f}"
+            rows.append(f"| {variant.name} | {int(length):,} | {cells} |")
     return "\n".join(rows) + "\n"

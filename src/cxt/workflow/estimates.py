@@ -1,6 +1,6 @@
 """What a configuration asks for and will cost: simulations, steps, bytes and hours, as an object and as tables."""
 
-from cxt.config.models import adapter_config, network_config, training_config
+from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
@@ -37,62 +37,63 @@ class Estimate:
 
 def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
     """Simulations, variants, core-hours and bytes of (variant, number of simulations)."""
-    seconds, size, stretched = Estimate(), Estimate(), []
+    seconds, size, extrapolated = Estimate(), Estimate(), []
     for variant, count in variants:
         cost = costs.simulation(variant.spec) or {"seconds": None, "bytes": None}
         seconds.add(variant.name, count, cost["seconds"])
         size.add(variant.name, count, cost["bytes"])
         if cost.get("extrapolated"):
-            stretched.append(variant.name)
+            extrapolated.append(variant.name)
     return {
         "simulations": sum(count for _, count in variants),
         "variants": len(variants),
         "core_hours": seconds.total / 3600,
         "bytes": round(size.total),
         "not_measured": seconds.unknown,
-        "extrapolated": stretched,
+        "extrapolated": extrapolated,
     }
 
 
 def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
     dataset = config["datasets"][name]
-    variants = jobs.list_variants(config, dataset["scenarios"])
+    variants = jobs.collect_variants(config, dataset["scenarios"])
     split = {s: sum(count_in_split(0, variant.simulations, s) for variant in variants) for s in ("train", "test")}
-    cost_of_shard = {
+    shard_costs = {
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
     }
-    known = [cost for cost in cost_of_shard.values() if cost is not None]
+    known = [cost for cost in shard_costs.values() if cost is not None]
     # A variant that could not be measured at full length is taken for the mean of the others; it is named.
     typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
     seconds, size = Estimate(), Estimate()
     for variant in variants:
-        cost = cost_of_shard[variant.name] or typical
+        cost = shard_costs[variant.name] or typical
         seconds.add(variant.name, variant.simulations, cost["seconds"])
         size.add(variant.name, variant.simulations, cost["bytes"])
-    items = jobs.items_per_simulation(config, name)
+    examples = jobs.count_examples_per_simulation(config, name)
     return {
         "variants": len(variants),
         "train_simulations": split["train"],
         "test_simulations": split["test"],
-        "train_items": split["train"] * items,
-        "test_items": split["test"] * items,
+        "train_items": split["train"] * examples,
+        "test_items": split["test"] * examples,
         "bytes": round(size.total) if known else None,
         "core_hours": seconds.total / 3600 if known else None,
-        "not_measured": [variant for variant, cost in cost_of_shard.items() if cost is None],
+        "not_measured": [variant for variant, cost in shard_costs.items() if cost is None],
     }
 
 
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
-    training, network, adapter = training_config(config, name), network_config(config, name), adapter_config(config, name)
-    dataset, devices = config["models"][name]["dataset"], jobs.devices(config, name)
+    training, network = build_training_config(config, name), build_network_config(config, name)
+    adapter = build_adapter_config(config, name)
+    dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
     world = max(1, devices)
-    items = jobs.items(config, dataset, "train")
+    examples = jobs.count_examples(config, dataset, "train")
     try:
-        steps = steps_per_epoch(items=items, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+        steps = steps_per_epoch(examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     except BadRequest as error:
         raise BadRequest(f"models.{name}: {error}") from None
-    batches = items // world // training.batch_size * world
-    held_out = jobs.items(config, dataset, "test")
+    batches = examples // world // training.batch_size * world
+    held_out = jobs.count_examples(config, dataset, "test")
     checked = min(training.validation_items or held_out, held_out)  # after each epoch, forward only
     each_epoch = batches * training.batch_size * training_flops(network, adapter)
     flops = training.epochs * (each_epoch + checked * sum(forward_flops(network).values()))
@@ -113,11 +114,11 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
     for name in config["models"]:
-        own = lineages.evaluation_batches(config, name)
-        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in own}
-        count = sum(batch["count"] for batch in own) * config["evaluation"]["pairs"]
-        network = network_config(config, name)
-        device = "gpu" if jobs.devices(config, name) else "cpu"
+        model_batches = lineages.evaluation_batches(config, name)
+        batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in model_batches}
+        count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]
+        network = build_network_config(config, name)
+        device = "gpu" if jobs.get_device_count(config, name) else "cpu"
         flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
         pairs += count
     counts: dict[str, int] = {}
@@ -147,7 +148,7 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
         If a model has less than one batch on its devices.
     """
     names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
-    used = [(variant, variant.simulations) for variant in jobs.list_variants(config, names)]
+    used = [(variant, variant.simulations) for variant in jobs.collect_variants(config, names)]
     simulate = _simulation_part(used, costs)
     return {
         "simulations": simulate["simulations"],
@@ -173,7 +174,7 @@ def _hours(hours: float) -> str:
 
 def _longest_batch(config: dict, variant: Variant) -> int:
     """Simulations in the largest batch of a variant, those for evaluation included."""
-    evaluation = max(count for _, count in jobs.evaluation_starts(config, variant))
+    evaluation = max(count for _, count in jobs.list_evaluation_batches(config, variant))
     return max(min(variant.batch, variant.simulations), evaluation)
 
 
@@ -181,7 +182,7 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
     rows = []
     for name in config["scenarios"]:
-        variants = jobs.list_variants(config, [name])
+        variants = jobs.collect_variants(config, [name])
         for group in [[variant] for variant in variants] if all_variants else [variants]:
             costed = [(variant, costs.simulation(variant.spec)) for variant in group]
             known = [(variant, cost["seconds"]) for variant, cost in costed if cost]
@@ -229,15 +230,17 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
     partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
     shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
-    stretched = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
+    extrapolated = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
     if shards:
         out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
-    if stretched:
-        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(stretched)}.")
+    if extrapolated:
+        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(extrapolated)}.")
     every = [
-        variant.spec for variant in jobs.list_variants(config, list(config["scenarios"])) if variant.spec["kind"] == "stdpopsim"
+        variant.spec
+        for variant in jobs.collect_variants(config, list(config["scenarios"]))
+        if variant.spec["kind"] == "stdpopsim"
     ]
     out += [f"Note: {difference}." for spec in every if (difference := describe_other_recombination(spec))]
     out.append(f"Measured on: {'; '.join(dict.fromkeys(planned['measured_on']))}.")

@@ -8,9 +8,9 @@ import os
 import sys
 from pathlib import Path
 
-from cxt.config.models import training_config
+from cxt.config.models import build_training_config
 from cxt.config.training import steps_per_epoch
-from cxt.config.variants import Variant, scenario_of, variants
+from cxt.config.variants import Variant, get_scenario_name, list_variants
 from cxt.console import ON_STDERR, get_logger
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
@@ -23,14 +23,14 @@ logger = get_logger(__name__)
 SHAPE = ("window_size", "sequence_length", "samples", "scales")
 
 
-def list_variants(config: dict, scenarios: list[str]) -> list[Variant]:
+def collect_variants(config: dict, scenarios: list[str]) -> list[Variant]:
     """The variants of several scenarios."""
-    return [variant for name in scenarios for variant in variants(name, config["scenarios"][name])]
+    return [variant for name in scenarios for variant in list_variants(name, config["scenarios"][name])]
 
 
 def find_variant(config: dict, name: str) -> Variant:
     """The variant called *name*."""
-    return next(variant for variant in list_variants(config, [scenario_of(name)]) if variant.name == name)
+    return next(variant for variant in collect_variants(config, [get_scenario_name(name)]) if variant.name == name)
 
 
 def check_plan(config: dict) -> None:
@@ -43,10 +43,10 @@ def check_plan(config: dict) -> None:
         ancestry, or a model has less than one batch.
     """
     check_scenarios(config)
-    counted = [(variant.spec, all_batches(config, variant)) for variant in list_variants(config, list(config["scenarios"]))]
+    counted = [(variant.spec, list_batches(config, variant)) for variant in collect_variants(config, list(config["scenarios"]))]
     check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
-        for variant in list_variants(config, dataset["scenarios"]):
+        for variant in collect_variants(config, dataset["scenarios"]):
             if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
@@ -63,29 +63,31 @@ def check_plan(config: dict) -> None:
                     f"{dataset['sequence_length']}"
                 )
     for name, model in config["models"].items():
-        training = training_config(config, name)
+        training = build_training_config(config, name)
         try:
             steps_per_epoch(
-                items=items(config, model["dataset"], "train"),
+                examples=count_examples(config, model["dataset"], "train"),
                 batch_size=training.batch_size,
                 grad_accum=training.grad_accum,
-                world=max(1, devices(config, name)),
+                world=max(1, get_device_count(config, name)),
             )
         except BadRequest as error:
             raise BadRequest(f"models.{name}: {error}") from None
 
 
-def items(config: dict, dataset: str, split: str) -> int:
+def count_examples(config: dict, name: str, split: str) -> int:
     """Training examples in one split of a dataset."""
-    entry = config["datasets"][dataset]
-    simulations = sum(count_in_split(0, variant.simulations, split) for variant in list_variants(config, entry["scenarios"]))
-    return items_per_simulation(config, dataset) * simulations
+    dataset = config["datasets"][name]
+    simulations = sum(
+        count_in_split(0, variant.simulations, split) for variant in collect_variants(config, dataset["scenarios"])
+    )
+    return count_examples_per_simulation(config, name) * simulations
 
 
-def items_per_simulation(config: dict, dataset: str) -> int:
+def count_examples_per_simulation(config: dict, name: str) -> int:
     """Training examples that a dataset takes from one simulation: pairs of each region."""
-    entry = config["datasets"][dataset]
-    return entry["pairs"] * entry["regions_per_simulation"]
+    dataset = config["datasets"][name]
+    return dataset["pairs"] * dataset["regions_per_simulation"]
 
 
 def put_package_on_path() -> None:
@@ -103,21 +105,21 @@ def put_package_on_path() -> None:
 
 def batch_count(config: dict, variant: Variant, start: int) -> int:
     """Simulations in the batch of *variant* that begins at *start*; BadRequest if no batch begins there."""
-    counts = dict(all_batches(config, variant))
+    counts = dict(list_batches(config, variant))
     if start not in counts:
         raise BadRequest(f"no batch of '{variant.name}' begins at {start}; there are {', '.join(map(str, counts))}")
     return counts[start]
 
 
-def all_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
+def list_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
     """(first index, count) of the batches of a variant, those for evaluation last."""
-    return simulation_batches(simulations=variant.simulations, batch=variant.batch) + evaluation_starts(config, variant)
+    return simulation_batches(simulations=variant.simulations, batch=variant.batch) + list_evaluation_batches(config, variant)
 
 
-def evaluation_starts(config: dict, variant: Variant) -> list[tuple[int, int]]:
+def list_evaluation_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
     """(first index, count) of the evaluation batches of a variant."""
     evaluation = config["evaluation"]
-    simulations = evaluation["simulations_of"].get(scenario_of(variant.name), evaluation["simulations"])
+    simulations = evaluation["simulations_of"].get(get_scenario_name(variant.name), evaluation["simulations"])
     return simulation_batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
 
 
@@ -140,14 +142,14 @@ def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
     """{variant: (simulations, batch)} of a dataset."""
     return {
         variant.name: (variant.simulations, variant.batch)
-        for variant in list_variants(config, config["datasets"][dataset]["scenarios"])
+        for variant in collect_variants(config, config["datasets"][dataset]["scenarios"])
     }
 
 
 # Stage 3
 
 
-def devices(config: dict, model: str) -> int:
+def get_device_count(config: dict, model: str) -> int:
     """GPUs that a model's train rule asks for; 0 = CPU."""
     return config["models"][model].get("training", {}).get("devices", config["training"]["devices"])
 
@@ -155,10 +157,10 @@ def devices(config: dict, model: str) -> int:
 # Stage 4
 
 
-def evaluation_scenarios(config: dict, model: str) -> list[str]:
+def evaluation_scenarios(config: dict, name: str) -> list[str]:
     """Names of the scenarios that a model is evaluated on: its own, or its dataset's."""
-    entry = config["models"][model]
-    return entry.get("evaluation", config["datasets"][entry["dataset"]]["scenarios"])
+    model = config["models"][name]
+    return model.get("evaluation", config["datasets"][model["dataset"]]["scenarios"])
 
 
 def evaluation_spec(config: dict, model: str) -> dict:

@@ -2,9 +2,9 @@
 
 import functools
 
-from cxt.config.models import parent_of, training_settings
-from cxt.config.training import change_no_result
-from cxt.config.variants import Variant, variants
+from cxt.config.models import build_training_settings, get_parent
+from cxt.config.training import list_result_neutral_settings
+from cxt.config.variants import Variant, list_variants
 from cxt.data.manifest import combine_shard_lineages
 from cxt.io import file_sha256
 from cxt.lineage import stage_lineage
@@ -12,12 +12,12 @@ from cxt.scenarios.genetic_maps import catalogue_versions
 from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 from cxt.workflow.jobs import (
     batch_count,
+    collect_variants,
     dataset_spec,
-    devices,
     evaluation_scenarios,
     evaluation_spec,
-    evaluation_starts,
-    list_variants,
+    get_device_count,
+    list_evaluation_batches,
     mask_spec,
 )
 from cxt.workflow.paths import batch_path
@@ -54,7 +54,7 @@ def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, spli
 
 def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
     """{variant: (simulations, batch, lineage of its shards)} of a dataset."""
-    variants = list_variants(config, config["datasets"][dataset]["scenarios"])
+    variants = collect_variants(config, config["datasets"][dataset]["scenarios"])
     return {
         variant.name: (variant.simulations, variant.batch, combine_shard_lineages(shard_lineages(config, dataset, variant)))
         for variant in variants
@@ -73,20 +73,22 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
 
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, in no particular order of scenarios."""
-    variants = list_variants(config, config["datasets"][name]["scenarios"])
+    variants = collect_variants(config, config["datasets"][name]["scenarios"])
     return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 
 def model_lineage(config: dict, name: str) -> str:
     """Digest of everything that checkpoint *name* depends on, its ancestors included."""
     model = config["models"][name]
-    parent = parent_of(model)
+    parent = get_parent(model)
     inherited = (
         None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
     )
-    settings = training_settings(config, name)
-    settings = {key: value for key, value in settings.items() if key not in change_no_result(settings)}
-    return stage_lineage("train", settings, devices(config, name), dataset_lineage(config, model["dataset"]), inherited)
+    settings = build_training_settings(config, name)
+    settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
+    return stage_lineage(
+        "train", settings, get_device_count(config, name), dataset_lineage(config, model["dataset"]), inherited
+    )
 
 
 def evaluation_batches(config: dict, model: str) -> list[dict]:
@@ -100,8 +102,8 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
             "lineage": batch_lineage(config, variant, start, count),
         }
         for scenario in evaluation_scenarios(config, model)
-        for variant in variants(scenario, config["scenarios"][scenario])
-        for start, count in evaluation_starts(config, variant)
+        for variant in list_variants(scenario, config["scenarios"][scenario])
+        for start, count in list_evaluation_batches(config, variant)
     ]
 
 

@@ -5,7 +5,7 @@ import os
 from cxt.config.variants import Variant
 from cxt.data.manifest import plan_shards
 from cxt.scenarios.genetic_maps import check_map_available
-from cxt.workflow.jobs import list_variants, variant_table
+from cxt.workflow.jobs import collect_variants, variant_table
 
 
 def batch_path(variant: str, start: int) -> str:
@@ -20,11 +20,11 @@ def map_path(spec: dict) -> str:
 
 def variant_with_map(config: dict, path: str) -> Variant:
     """A variant that needs the genetic map of `map_path` *path*."""
-    mapped = [variant for variant in list_variants(config, list(config["scenarios"])) if "genetic_map" in variant.spec]
+    mapped = [variant for variant in collect_variants(config, list(config["scenarios"])) if "genetic_map" in variant.spec]
     return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
-def find_map_of_batch(variant: Variant, start: int) -> list[str]:
+def find_batch_map(variant: Variant, start: int) -> list[str]:
     """The genetic map that a batch needs, as a list of inputs: one file or none.
 
     Raises

@@ -1,17 +1,17 @@
 """Memory and threads that the workflow's jobs ask the scheduler for."""
 
-from cxt.config.models import network_config, training_config
-from cxt.workflow.jobs import devices, list_variants
+from cxt.config.models import build_network_config, build_training_config
+from cxt.workflow.jobs import collect_variants, get_device_count
 
 
-def preprocessing_memory_mb(config: dict, dataset: str, simulations: int, tree_bytes: float) -> int:
+def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_bytes: float) -> int:
     """Memory that a shard asks the scheduler for: what is kept of all its simulations, and one tree sequence at work.
 
     A target takes 4 bytes in the simulation and as many in each of two copies while the shard is written; sites take 16.
     """
-    entry = config["datasets"][dataset]
-    windows = entry["sequence_length"] // entry["window_size"]
-    kept = simulations * entry["regions_per_simulation"] * (16 * entry["pairs"] * windows + 16 * 20_000)
+    dataset = config["datasets"][name]
+    windows = dataset["sequence_length"] // dataset["window_size"]
+    kept = simulations * dataset["regions_per_simulation"] * (16 * dataset["pairs"] * windows + 16 * 20_000)
     return 2000 + int((1.5 * kept + 20 * tree_bytes) / 1e6)
 
 
@@ -21,23 +21,25 @@ def training_memory_mb(config: dict, name: str) -> int:
     Per region, as `PairDataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
-    simulations = sum(variant.simulations for variant in list_variants(config, dataset["scenarios"]))
+    simulations = sum(variant.simulations for variant in collect_variants(config, dataset["scenarios"]))
     windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
     per_region = 1.2 * dataset["pairs"] * windows + 20_000 * (samples / 8 + 1) + 2 * windows * samples
-    return 4000 * max(1, devices(config, name)) + int(1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6)
+    return 4000 * max(1, get_device_count(config, name)) + int(
+        1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6
+    )
 
 
 def training_threads(config: dict, name: str) -> int:
     """CPU threads of all processes of a model's training, those that make batches among them."""
-    training = training_config(config, name)
-    return (training.threads + training.workers) * max(1, devices(config, name))
+    training = build_training_config(config, name)
+    return (training.threads + training.workers) * max(1, get_device_count(config, name))
 
 
-def evaluation_memory_mb(config: dict, model: str) -> int:
+def evaluation_memory_mb(config: dict, name: str) -> int:
     """Memory that evaluation asks for: torch and the network, the counts of one variant's pairs, and a batch's decoding."""
-    entry, evaluation = config["models"][model], config["evaluation"]
-    dataset = config["datasets"][entry["dataset"]]
-    network = network_config(config, model)
+    model, evaluation = config["models"][name], config["evaluation"]
+    dataset = config["datasets"][model["dataset"]]
+    network = build_network_config(config, name)
     simulations = max([evaluation["simulations"], *evaluation["simulations_of"].values()])
     counts = 2 * len(dataset["scales"]) * network.windows * dataset["samples"] * 4
     decoding = evaluation["batch_size"] * evaluation["replicates"] * network.windows

@@ -20,19 +20,19 @@ class Run(NamedTuple):
     """A run directory: its state in words, its size, and the model that asks for it (None: none does)."""
 
     path: Path
-    state: str
+    progress: str
     bytes: int
     model: str | None
     in_use: bool
 
 
-def describe_state(run: RunDirectory, *, in_use: bool) -> str:
+def describe_progress(run: RunDirectory, *, in_use: bool) -> str:
     """How far a run has come, in words."""
     try:
-        state = run.state()
+        record = run.read_record()
     except BadRequest:
         return "damaged"
-    if state["finished"]:
+    if record["finished"]:
         return "finished" if run.finished_checkpoint() else "finished, its checkpoint is gone"
     states = list_training_states(run)
     saved = f"saved at {states[0].stem.replace('=', ' ')}" if states else "nothing saved"
@@ -47,7 +47,7 @@ def list_runs(directory: Path, config: dict) -> list[Run]:
         if (path / "run.json").is_file():  # whatever else is there is nobody's to remove
             run = RunDirectory(path)
             in_use = is_locked(run.lock_path)
-            runs.append(Run(path, describe_state(run, in_use=in_use), _size(path), wanted.get(path.name), in_use))
+            runs.append(Run(path, describe_progress(run, in_use=in_use), _size(path), wanted.get(path.name), in_use))
     return runs
 
 
@@ -63,9 +63,9 @@ def _size(directory: Path) -> int:
 def format_runs(runs: list[Run]) -> str:
     """The runs as text, one a line."""
     width = max((len(run.path.name) for run in runs), default=0)
-    state = max((len(run.state) for run in runs), default=0)
+    progress_width = max((len(run.progress) for run in runs), default=0)
     return "\n".join(
-        f"{run.path.name:{width}}  {run.state:{state}}  {run.bytes / 1e6:9.1f} MB  "
+        f"{run.path.name:{width}}  {run.progress:{progress_width}}  {run.bytes / 1e6:9.1f} MB  "
         + (f"current: {run.model}" if run.model else "not what the configuration asks for")
         for run in runs
     )

@@ -17,11 +17,11 @@ def _devices(record: dict) -> str:
 
 def _effective_batch(config: dict, name: str) -> int:
     """Items of an optimizer step, as the configuration asks for."""
-    from cxt.config.models import training_config
-    from cxt.workflow.jobs import devices
+    from cxt.config.models import build_training_config
+    from cxt.workflow.jobs import get_device_count
 
-    training = training_config(config, name)
-    return training.batch_size * training.grad_accum * max(1, devices(config, name))
+    training = build_training_config(config, name)
+    return training.batch_size * training.grad_accum * max(1, get_device_count(config, name))
 
 
 def verify(path, *, configfiles) -> str:
@@ -37,8 +37,8 @@ def verify(path, *, configfiles) -> str:
         If a weight is not finite, or it is not what the configuration would make today.
     """
     from cxt.config.file import load
-    from cxt.config.models import parent_of
-    from cxt.workflow.jobs import devices
+    from cxt.config.models import get_parent
+    from cxt.workflow.jobs import get_device_count
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
 
@@ -60,17 +60,17 @@ def verify(path, *, configfiles) -> str:
             f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
             f"'{name}' is {now}; {make_again}"
         )
-    entry = config["models"][name]
-    parent_name = parent_of(entry)
+    model = config["models"][name]
+    parent_name = get_parent(model)
     record = checkpoint.record
     recorded = {
         "dataset": record["dataset"].get("lineage"),
         "parent": record["parent"] and record["parent"].get("lineage"),
         "devices": _devices(record),
     }
-    wanted = devices(config, name)
+    wanted = get_device_count(config, name)
     expected = {
-        "dataset": dataset_lineage(config, entry["dataset"]),
+        "dataset": dataset_lineage(config, model["dataset"]),
         "parent": parent_name and model_lineage(config, parent_name),
         "devices": f"{max(1, wanted)} {'gpu' if wanted else 'cpu'}, effective batch {_effective_batch(config, name)}",
     }

@@ -3,7 +3,7 @@
 from cxt.config.file import load
 from cxt.config.network import PRESETS
 from cxt.config.training import TrainingConfig
-from cxt.config.variants import variants
+from cxt.config.variants import list_variants
 from cxt.data.features import SCALES
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.trainer.options import TrainingOptions
@@ -61,7 +61,7 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
     for name in options.simulate:
         if name not in config["scenarios"]:
             raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
-        specs += [variant.spec for variant in variants(name, config["scenarios"][name])]
+        specs += [variant.spec for variant in list_variants(name, config["scenarios"][name])]
     for spec in specs:
         check_variant(spec)
         if "genetic_map" in spec:

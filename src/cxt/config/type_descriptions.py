@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from cxt.config.bounds import MOST
+from cxt.config.bounds import MAX_COUNT
 
 
 class Expected(str):
@@ -28,7 +28,7 @@ def split_type(annotation: Any) -> tuple[Any, list]:
     return annotation, []
 
 
-def members(annotation: Any) -> list:
+def list_union_members(annotation: Any) -> list:
     """The types of a union without None, or the type alone."""
     bare, _ = split_type(annotation)
     if get_origin(bare) in (Union, types.UnionType):
@@ -38,7 +38,7 @@ def members(annotation: Any) -> list:
 
 def list_choices(annotation: Any) -> tuple[str, ...]:
     """The values that a type has to choose from; none if it is of another sort."""
-    bare, _ = split_type(members(annotation)[0])
+    bare, _ = split_type(list_union_members(annotation)[0])
     return get_args(bare) if get_origin(bare) is Literal else ()
 
 
@@ -64,10 +64,10 @@ def get_limits(annotation: Any) -> Limits:
     })  # fmt: skip
 
 
-def _number_in_words(noun: str, limits: Limits, *, show_most: bool) -> str:
+def _number_in_words(noun: str, limits: Limits, *, show_max_count: bool) -> str:
     low = limits.ge if limits.gt is None else limits.gt
     high = limits.le if limits.lt is None else limits.lt
-    if high is not None and high >= MOST and not show_most:
+    if high is not None and high >= MAX_COUNT and not show_max_count:
         high = None
     article = "an" if noun[0] in "aeiou" else "a"
     if limits.multiple_of is not None:
@@ -83,24 +83,24 @@ def _number_in_words(noun: str, limits: Limits, *, show_most: bool) -> str:
     return f"a number in {'[' if limits.gt is None else '('}{low}, {high}{']' if limits.lt is None else ')'}"
 
 
-def describe_type(annotation: Any, *, show_most: bool = False) -> str:
-    """What a type accepts, in words; *show_most* tells of the limit of 10^9 that counts have at least."""
+def describe_type(annotation: Any, *, show_max_count: bool = False) -> str:
+    """What a type accepts, in words; *show_max_count* tells of the limit of 10^9 that counts have at least."""
     bare, metadata = split_type(annotation)
     for item in metadata:
         if isinstance(item, Expected):
             return str(item)
-    first, *others = members(annotation)
+    first, *others = list_union_members(annotation)
     if others:
         word = "a list of different ones" if get_origin(split_type(others[0])[0]) is list else describe_type(others[0])
-        return f"{describe_type(first, show_most=show_most)}, or {word}"
+        return f"{describe_type(first, show_max_count=show_max_count)}, or {word}"
     if first is not annotation:  # it is optional
-        return describe_type(first, show_most=show_most)
+        return describe_type(first, show_max_count=show_max_count)
     bare, _ = split_type(first)
     if get_origin(bare) is Literal:
         choices = get_args(bare)
         return f"'{choices[0]}'" if len(choices) == 1 else f"one of {', '.join(choices)}"
     if bare in (int, float):
-        return _number_in_words("integer" if bare is int else "number", get_limits(first), show_most=show_most)
+        return _number_in_words("integer" if bare is int else "number", get_limits(first), show_max_count=show_max_count)
     if get_origin(bare) is list:
         return "a list"
     return {str: "text", bool: "true or false"}.get(bare, "a mapping")
@@ -111,5 +111,5 @@ def holds_text(annotation: Any) -> bool:
     bare, _ = split_type(annotation)
     if get_origin(bare) is list:
         return holds_text(get_args(bare)[0])
-    inside = members(annotation)
+    inside = list_union_members(annotation)
     return any(map(holds_text, inside)) if len(inside) > 1 else bare is str or get_origin(bare) is Literal
