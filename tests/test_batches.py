@@ -69,7 +69,7 @@ def test_worker_that_dies_is_named(tmp_path, number):
     os.kill(children_of(process.pid)[0], number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"died of {number.name}" in message
+    assert f"killed by {number.name}" in message
     reproduces(message, name="slow", index=20, seed=7)
     assert not out.exists()
 
@@ -107,7 +107,7 @@ def test_child_of_a_killed_stage_publishes_nothing(tmp_path):
 def test_specs_that_are_refused(tmp_path):
     good = {"name": "x", "kind": "constant", "population_size": 100, "sequence_length": 1000, "individuals": 1}
     for spec, message in (
-        (good | {"population_size": [100, 200]}, "it must be one variant, not a sweep"),
+        (good | {"population_size": [100, 200]}, "must be one variant, not a sweep"),
         (good | {"kind": []}, "must be a variant with a name and a kind"),
         (good | {"name": 5}, "must be a variant with a name and a kind"),
         ({"name": "x", "kind": "demes", "demography": "no.yaml", "samples": {"a": 1}, "mutation_rate": 0.1,

@@ -180,7 +180,7 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
     simulate.main()
     assert said in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*words, "--seed", "1" + 29 * "0"])
-    with pytest.raises(BadRequest, match="--seed is 10+, expected at least 0 and at most 9223372036854775807"):
+    with pytest.raises(BadRequest, match="--seed must be a whole number from 0 to 9223372036854775807, got 10+"):
         simulate.main()
     config = load([])
     config["scenarios"]["cattle"] = spec | {"simulations": 10, "batch": 10, "models": ["Jersey_1B16"]}

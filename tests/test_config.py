@@ -262,11 +262,11 @@ def test_no_setting_takes_what_is_no_number(settings):
 def test_suggestions_are_near():
     assert suggest_nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
     assert suggest_nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
-    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; there are: lr, start-token-in-prefix"
+    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; choose from lr, start-token-in-prefix"
     many = suggest_nearest("banana", [f"scenario_{i}" for i in range(500)])
-    assert many.startswith("; there are 500, the most similar are scenario_")
+    assert many.startswith("; the most similar of 500 are scenario_")
     assert many.count(",") == 5
-    assert suggest_nearest("x", []) == "; there are none"
+    assert suggest_nearest("x", []) == "; none are available"
 
 
 def test_what_means_nothing_makes_no_model_stale():

@@ -100,7 +100,7 @@ def test_a_finished_run_stays_where_it_is_if_the_new_data_are_bad(copy, tmp_path
     for more, message in (
         (["--out", tmp_path / "x.ckpt/y"], "cannot be written"),
         (["--run-dir", tmp_path / "x.ckpt/y"], "cannot be written"),
-        (["--seed", -1], "seed is -1, expected at least 0"),
+        (["--seed", -1], "seed must be a non-negative integer, got -1"),
     ):
         done = run_python(*command, *more, check=False)
         assert done.returncode == 2

@@ -271,7 +271,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
     path = tmp_path / "run.lock"
     path.write_text("process 4000000 on elsewhere")
     held = acquire_lock(path, "the run")
-    assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
+    assert "note: taking over the run: process 4000000 on elsewhere ended without releasing it" in capsys.readouterr().out
     code = f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
     done = run_python("-c", code, check=False)
     assert f"the run is in use by process {os.getpid()}" in done.stderr
@@ -436,7 +436,7 @@ def test_precision_names():
             assert TrainingConfig(precision=word).precision == name
     assert TrainingConfig(precision=False).precision == "32-true"  # how YAML reads `no`
     assert TrainingConfig(precision=16).precision == "16-mixed"
-    with pytest.raises(BadRequest, match="unknown precision 'banana'; there are: 16-mixed, 32-true, bf16-mixed, bf16-true"):
+    with pytest.raises(BadRequest, match="unknown precision 'banana'; choose from 16-mixed, 32-true, bf16-mixed, bf16-true"):
         TrainingConfig(precision="banana")
 
 

@@ -387,7 +387,7 @@ def test_times_only_and_touch(copy, tmp_path, monkeypatch):
     done = follow(str(error.value), cwd=copy, configfile=changed)
     assert done.returncode == 1
     log = (copy / "results/logs/train/narrow.log").read_text()
-    assert "not what was planned to train on: dataset results/datasets/processed_narrow: its lineage is" in log
+    assert "not what was planned to train on: dataset results/datasets/processed_narrow: its lineage must be" in log
     assert follow(log, "--forceall", cwd=copy, configfile=changed).returncode == 0
     assert "lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=files)
     # Settings alone: what `verify` says is enough, after --touch, too.
