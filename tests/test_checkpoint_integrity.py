@@ -409,5 +409,5 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
     train(monkeypatch, *arguments)
     said = capsys.readouterr().out
     assert f"the training state {newest} cannot be read (its bytes are not those that were written" in said
-    assert "going on from the one before" in said
+    assert "continuing from the one before" in said
     assert run.finished_checkpoint().read_bytes() == whole

@@ -161,7 +161,7 @@ BAD = [
     ({"models": {"broad": {"checkpoint": "broad"}}}, "a cycle of parents: broad <- broad"),
     ({"models": {"w200_wmissing": {"checkpoint": "broad_adapter"}}}, "is an adapter model; use `resume_adapter: broad_adapter`"),  # noqa: E501
     ({"models": {"w200_wmissing_adapter": {"resume_adapter": "broad"}}}, "has no adapter; use `checkpoint: broad`"),
-    ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "exclude each other"),
+    ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "cannot be used together"),
     ({"models": {"narrow": {"adapter": {}}}}, "an adapter needs a trained backbone"),
     ({"models": {"broad_w200": {"architecture": {"layers": 3}}}}, "layers is 3, but its parent 'broad' has 4"),
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "width 130 is not a multiple of the number of scales"),

@@ -239,7 +239,9 @@ NARROW = [
 def test_the_trainer(there, monkeypatch):
     config = configuration(there / "a.yaml")
     planned = lineages.dataset_lineage(config, "processed_narrow")
-    with pytest.raises(BadRequest, match=rf"not what was planned to train on: dataset .* its lineage must be 1, got {planned}"):
+    with pytest.raises(
+        BadRequest, match=rf"the inputs of training are not the planned ones: dataset .* its lineage must be 1, got {planned}"
+    ):
         train(monkeypatch, *NARROW, "--dataset-lineage", "1", "--run-dir", "run", "--out", "results/x.ckpt")
     (there / "settings.yaml").write_text("settings_lineage: '2'\n")
     settings = ["--config", "settings.yaml", "--lineage", "3", "--dataset-lineage", planned]
@@ -323,7 +325,7 @@ def test_a_finished_run_on_other_devices_is_another_run(dataset, tmp_path, monke
     capsys.readouterr()
     train(monkeypatch, *arguments)
     said = capsys.readouterr().out
-    assert "starting afresh (another devices (3 gpu instead of 1 cpu)" in said
+    assert "starting afresh (devices 3 gpu instead of 1 cpu)" in said
     assert "is finished: publishing" not in said
 
 
@@ -352,7 +354,7 @@ def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]
     with pytest.raises(BadRequest, match="is in use by process"):
         train(monkeypatch, *arguments)
-    with pytest.raises(BadRequest, match="--wait-for-lock -1: expected at least 0"):
+    with pytest.raises(BadRequest, match="--wait-for-lock must not be negative, got -1"):
         train(monkeypatch, *arguments, "--wait-for-lock", -1)
     monkeypatch.setattr(train_stage.time, "sleep", lambda _: held.communicate("\n"))
     train(monkeypatch, *arguments, "--wait-for-lock", 10)

@@ -317,8 +317,8 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     arguments = ["--dataset-path", data / "n10", "--checkpoint", parent]
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "run", "--out", out)
     said = capsys.readouterr()
-    assert "note: sources see the start token, as in" in said.err
-    assert "the window size moves from 2000 to 100 bp" in said.out
+    assert "sources attend to the start token" in said.err
+    assert "the window size changes from 2000 to 100 bp" in said.out
     child, before = read_checkpoint(out), read_checkpoint(PLAIN)
     assert child.model.start_token_in_prefix
     assert child.record["parent"]["name"] == "published_style"
@@ -330,7 +330,7 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "own", "--out", out, "--start-token-in-prefix", "false")
     assert not read_checkpoint(out).model.start_token_in_prefix
     assert "start token" not in capsys.readouterr().err
-    with pytest.raises(BadRequest, match="--layers 6, but checkpoint .* has 2; leave the flag out"):
+    with pytest.raises(BadRequest, match="--layers 6, but checkpoint .* has 2; omit the flag"):
         train(monkeypatch, *arguments, "--layers", 6, "--run-dir", tmp_path / "other")
 
 
@@ -351,7 +351,7 @@ def test_an_adapter_of_it(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "child.ckpt"
     arguments = ["--dataset-path", data / "n5", "--resume-adapter", ADAPTER, "--adapter-bottleneck", 8, "--out", out]
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "run")
-    assert "note: the adapter overwrites bin 0, as in" in capsys.readouterr().err
+    assert "the adapter overwrites bin 0" in capsys.readouterr().err
     child, before = read_checkpoint(out), read_checkpoint(ADAPTER)
     assert child.adapter.overwrite_bin0
     assert child.model.start_token_in_prefix

@@ -173,7 +173,7 @@ def test_damaged_saves(dataset, tmp_path):
     assert done.returncode == 75
     assert f"the training state {saves[0]} cannot be read" in done.stdout
     assert f"continuing from {saves[1]}" in done.stdout
-    assert "its time is up at step" in done.stderr
+    assert "reached --max-minutes at step" in done.stderr
     assert not list(run.checkpoints.glob("*.tmp"))
     for path in list_training_states(run):
         path.write_bytes(b"")
@@ -200,7 +200,7 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
     assert done.returncode == 75
     for path, message in (
         (tmp_path / "nowhere", "there is no such run or training state"),
-        (run.log, "expected a run directory, or a training state in the checkpoints"),
+        (run.log, "must be a run directory, or a training state in its checkpoints"),
     ):
         with pytest.raises(BadRequest, match=message):
             train(monkeypatch, *bare, "--resume", path)
@@ -249,21 +249,21 @@ def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):
     arguments = interrupted(dataset, run.path)
     before = list_training_states(run)
     shutil.copy(before[0], run.checkpoints / "keep.ckpt")
-    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the training states of .*; there are: step="):
+    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the training states of .*; choose from step="):
         train(monkeypatch, *arguments, "--resume", run.checkpoints / "keep.ckpt")
     assert list_training_states(run) == before
 
 
 def test_no_earlier_save_of_a_finished_run(finished, dataset, monkeypatch):
     save = finished / "run/checkpoints/step=20.ckpt"
-    with pytest.raises(BadRequest, match="is finished; leave the training state out"):
+    with pytest.raises(BadRequest, match="is finished; omit the training state"):
         train(monkeypatch, "--config", finished / "run/config.yaml", "--resume", save)
 
 
 def test_other_devices(dataset, tmp_path, monkeypatch):
     arguments = interrupted(dataset, tmp_path / "run")
     two = ["--accelerator", "cpu", "--devices", 2]
-    with pytest.raises(BadRequest, match=r"was begun on 1 cpu and cannot go on with 2 cpu.* --restart.*rm -r"):
+    with pytest.raises(BadRequest, match=r"was started on 1 cpu and cannot continue on 2 cpu.* --restart.*rm -r"):
         train(monkeypatch, *arguments, *two)
 
 
@@ -294,7 +294,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
         done = run_python("-m", "cxt.train", *arguments, check=False)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "could not be saved" in done.stderr
-        assert "Make room and run the same command again" in done.stderr
+        assert "Free disk space and run the same command again" in done.stderr
         assert not (tmp_path / "x.ckpt").exists()
         run = RunDirectory(small / "run")
         for path in list_training_states(run):
@@ -412,7 +412,7 @@ def test_export_best(dataset, tmp_path, monkeypatch):
     other = read_checkpoint(tmp_path / "x.ckpt")
     write_checkpoint(tmp_path / "run/checkpoints/best.ckpt", other.state_dict, other.record | {"note": "by hand"})
     again = [*arguments, "--export", "best", "--run-dir", tmp_path / "run"]
-    with pytest.raises(Failed, match="is gone or has been changed, and cannot be published"):
+    with pytest.raises(Failed, match="is missing or was changed, and cannot be published"):
         train(monkeypatch, *again)
 
 
