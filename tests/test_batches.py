@@ -183,7 +183,7 @@ def test_trees_takes_one_out(tmp_path):
     for over in (batch, plain):  # a batch is never written over
         refused = run_python("-m", "cxt.commands.trees", over, "--index", 11, "--out", over, check=False)
         assert refused.returncode == 2
-        assert "is a batch of tree sequences; give another name" in refused.stderr
+        assert "is a simulation batch; choose another name" in refused.stderr
     assert batch.read_bytes() == plain.read_bytes() == before
 
 

@@ -49,8 +49,8 @@ def test_every_command_is_listed():
           '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, '
           '"batch_size": 1.5, "seed": 1}'], "--spec: pairs must .*, got -1; replicates .*, got 0; batch_size .*1.5"),
         (["bench", "decode", "--seconds", "inf"], "--seconds must be a finite positive number, got inf"),
-        (["find_lr", "--highest", ".inf"], "and finite"),
-        (["find_lr", "--num-steps", str(10**30)], "expected at most"),
+        (["find_lr", "--highest", ".inf"], "must be finite"),
+        (["find_lr", "--num-steps", str(10**30)], "must be a whole number from 20 to 1000000000, got 1000"),
     ],
 )  # fmt: skip
 def test_numbers_that_mean_nothing(words, message):

@@ -87,7 +87,7 @@ def test_import(file, suffix, tmp_path):
     assert (about.record["step"], about.record["dataset"]["samples"]) == (1, 5 if suffix else 10)
     agrees(load_model(out), suffix)
     agrees(load_model(file), suffix)
-    assert "whole and finite; imported from published_style" in verify(out, configfiles=[])
+    assert "intact and finite; imported from published_style" in verify(out, configfiles=[])
     assert compare_checkpoints(out, file, rtol=0, atol=0)[0]
     assert str(file) in describe_checkpoint(file)
     left = run_python("-m", "cxt.commands.checkpoint", "import", out, "--out", tmp_path / "again.ckpt", check=False)

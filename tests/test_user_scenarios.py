@@ -297,7 +297,10 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
 def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
     for target, message in (
         ("results/simulations/constnat/0.trees.batch", "unknown variant 'constnat'; did you mean 'constant'"),
-        ("results/simulations/constant/5.trees.batch", "no batch of 'constant' begins at 5; there are 0, 10, 1000000000"),
+        (
+            "results/simulations/constant/5.trees.batch",
+            "no simulation batch of 'constant' begins at 5; choose from 0, 10, 1000000000",
+        ),
     ):
         done = snakemake("-n", target, cwd=tmp_path, check=False)
         assert done.returncode == 2

@@ -1,7 +1,7 @@
-"""What a configuration asks for: variants, batches, datasets, networks and evaluations, and whether all of it can be made.
+"""The jobs of a configuration: its variants, batches, datasets and evaluations, and checks that all can be made.
 
-The workflow's rules ask this module, `paths`, `lineages`, `arguments` and `resources` for their inputs and params; nothing
-else decides what is made, and what is stale.
+The workflow's rules get their inputs and params from this module, `paths`, `lineages`, `arguments` and `resources`; nothing
+else decides what is made and what is stale.
 """
 
 import os
@@ -34,13 +34,13 @@ def find_variant(config: dict, name: str) -> Variant:
 
 
 def check_plan(config: dict) -> None:
-    """Checks that need more than the configuration's text: stdpopsim's catalogue, masks, enough items for each model.
+    """Run the checks that need more than the configuration's text: stdpopsim's catalogue, masks, examples for each model.
 
     Raises
     ------
     BadRequest
         If a scenario cannot be simulated or has no training simulation for a dataset, two simulations would have the same
-        ancestry, or a model has less than one batch.
+        ancestry, or a model has fewer examples than one batch.
     """
     check_scenarios(config)
     counted = [(variant.spec, all_batches(config, variant)) for variant in list_variants(config, list(config["scenarios"]))]
@@ -50,8 +50,8 @@ def check_plan(config: dict) -> None:
             if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
-                    f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held "
-                    "out; give it 2 or more"
+                    f"`simulations: {variant.simulations}` is only index 0, and every index that is a multiple of 10 is held "
+                    "out; set simulations to 2 or more"
                 )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
@@ -76,22 +76,22 @@ def check_plan(config: dict) -> None:
 
 
 def items(config: dict, dataset: str, split: str) -> int:
-    """Training examples in one split of a dataset."""
+    """Examples in one split of a dataset."""
     entry = config["datasets"][dataset]
     simulations = sum(count_in_split(0, variant.simulations, split) for variant in list_variants(config, entry["scenarios"]))
     return items_per_simulation(config, dataset) * simulations
 
 
 def items_per_simulation(config: dict, dataset: str) -> int:
-    """Training examples that a dataset takes from one simulation: pairs of each region."""
+    """Examples that a dataset takes from one simulation: the pairs of each region."""
     entry = config["datasets"][dataset]
     return entry["pairs"] * entry["regions_per_simulation"]
 
 
 def put_package_on_path() -> None:
-    """Let the jobs of this process find this package, whatever environment they run in, and this python.
+    """Let the jobs of this process find this package, in any environment they run in, and this python.
 
-    A conda environment, where one is used, comes before it and needs the dependencies only.
+    A conda environment, if one is used, comes first on the path and needs the dependencies only.
     """
     before = filter(None, [os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *before])
@@ -105,12 +105,14 @@ def batch_count(config: dict, variant: Variant, start: int) -> int:
     """Simulations in the batch of *variant* that begins at *start*; BadRequest if no batch begins there."""
     counts = dict(all_batches(config, variant))
     if start not in counts:
-        raise BadRequest(f"no batch of '{variant.name}' begins at {start}; there are {', '.join(map(str, counts))}")
+        raise BadRequest(
+            f"no simulation batch of '{variant.name}' begins at {start}; choose from {', '.join(map(str, counts))}"
+        )
     return counts[start]
 
 
 def all_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
-    """(first index, count) of the batches of a variant, those for evaluation last."""
+    """(first index, count) of all batches of a variant, those for evaluation last."""
     return simulation_batches(simulations=variant.simulations, batch=variant.batch) + evaluation_starts(config, variant)
 
 
@@ -125,7 +127,7 @@ def evaluation_starts(config: dict, variant: Variant) -> list[tuple[int, int]]:
 
 
 def dataset_spec(config: dict, name: str) -> dict:
-    """What decides the content of a shard, beside its batch and mask: shape and pairs."""
+    """The settings that determine the content of a shard, besides its batch and mask: shape and pairs."""
     dataset = config["datasets"][name]
     return {key: value for key, value in dataset.items() if key not in ("scenarios", "mask")}
 
@@ -148,7 +150,7 @@ def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
 
 
 def devices(config: dict, model: str) -> int:
-    """GPUs that a model's train rule asks for; 0 = CPU."""
+    """GPUs that a model's train rule requests; 0 = CPU."""
     return config["models"][model].get("training", {}).get("devices", config["training"]["devices"])
 
 
@@ -156,13 +158,13 @@ def devices(config: dict, model: str) -> int:
 
 
 def evaluation_scenarios(config: dict, model: str) -> list[str]:
-    """Names of the scenarios that a model is evaluated on: its own, or its dataset's."""
+    """Names of the scenarios that a model is evaluated on: its own list, or its dataset's."""
     entry = config["models"][model]
     return entry.get("evaluation", config["datasets"][entry["dataset"]]["scenarios"])
 
 
 def evaluation_spec(config: dict, model: str) -> dict:
-    """What decides an evaluation, beside its checkpoint, batches and mask."""
+    """The settings that determine an evaluation, besides its checkpoint, batches and mask."""
     dataset = config["datasets"][config["models"][model]["dataset"]]
     evaluation = config["evaluation"]
     return {key: dataset[key] for key in SHAPE} | {
