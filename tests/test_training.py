@@ -584,7 +584,7 @@ def test_damaged_checkpoints(parent, tmp_path):
     with pytest.raises(BadRequest, match=r"backbone.blocks.0.norm_attention.weight is missing"):
         load_model(path)
     write_checkpoint(path, about.state_dict, about.record | {"format": 99})
-    with pytest.raises(BadRequest, match="format 99, this cxt reads up to 1"):
+    with pytest.raises(BadRequest, match="format 99, but this cxt reads formats up to 1"):
         load_model(path)
 
 
