@@ -60,10 +60,13 @@ def test_seeds_and_splits():
     ("change", "message"),
     [
         ({"window_size": 3000}, "not a multiple of --window-size 3000"),
-        ({"samples": 21}, "--samples 21: expected 2 to 20"),
-        ({"window_size": 0}, "--window-size must be an integer from 1 to .*, got 0"),
-        ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
-        ({"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
+        ({"samples": 21}, "--samples must be from 2 to 20, .*, got 21"),
+        ({"window_size": 0}, "--window-size must be positive, got 0"),
+        ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 repeated"),
+        (
+            {"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]},
+            r"same length, got \[5000, 20000\] bp",
+        ),
     ],
 )
 def test_bad_shapes(change, message):
