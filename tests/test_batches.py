@@ -167,9 +167,9 @@ def test_trees_takes_one_out(tmp_path):
     tables.metadata = b""
     tables.dump(plain)
     for arguments, message in (
-        ([batch, "--index", 13], "does not hold simulation 13; indices in it: 10 to 12"),
-        ([damaged, "--index", 12], "damaged after 2 of them"),
-        ([foreign, "--index", 0], "is no batch of tree sequences"),
+        ([batch, "--index", 13], "does not contain simulation 13; its indices: 10 to 12"),
+        ([damaged, "--index", 12], "damaged after 2 tree sequences"),
+        ([foreign, "--index", 0], "is not a simulation batch"),
         ([plain, "--index", 0], "has no cxt identity"),
         ([tmp_path / "none", "--index", 0], "cannot be read: No such file"),
     ):

@@ -173,7 +173,9 @@ def test_a_batch_of_an_older_version(tmp_path, key):
     tables.metadata = {"cxt": {name: value for name, value in tables.metadata["cxt"].items() if name != key}}
     tables.dump(tmp_path / "batch")
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
-    with pytest.raises(BadRequest, match=f"tree sequence 0 has no {key}, as of an older cxt; delete "):
+    with pytest.raises(
+        BadRequest, match=f"tree sequence 0 has no {key} in its metadata, perhaps written by an older cxt; delete "
+    ):
         preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
 
 
@@ -215,8 +217,8 @@ def test_commands(tmp_path, dataset):
     assert done.returncode == 2
     assert "damaged or truncated at tree sequence 19 of 20" in done.stderr
     for change, message in (
-        (["--scenario", "other"], "expected 0 of 'other'"),
-        (["--seed", 7], "was simulated with seed 1, expected 7"),
+        (["--scenario", "other"], "must be simulation 0 of 'other'"),
+        (["--seed", 7], "must be 7, got 1"),
         (["--spec", '{"windowsize": 10}'], "--spec.windowsize: unknown key; did you mean 'window_size'"),
     ):
         done = run_python(

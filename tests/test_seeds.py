@@ -99,7 +99,7 @@ def test_engine_seeds():
             assert np.intersect1d(rows[i], rows[j]).size < 6  # 0.1 are expected
             assert (rows[i] == rows[j]).sum() == 0
     for index in (-1, LAST_INDEX + 1):
-        with pytest.raises(BadRequest, match=f"index {index}: expected 0 to 4294967294"):
+        with pytest.raises(BadRequest, match=f"the index must be from 0 to 4294967294, got {index}"):
             engine_seeds(seed=1, spec=spec, index=index)
 
 

@@ -161,18 +161,18 @@ def test_sweeping_a_required_parameter_by_combinations():
         (MINE | {"demography": {"time_units": "generations"}}, "is not a valid Demes model: "),
         ({"kind": "konstant"}, "unknown kind 'konstant'; did you mean 'constant'"),
         (HISTORY | {"history": []}, "history must be a list of {time: generations ago"),
-        (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history begins at time 5, expected 0"),
+        (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history must begin at time 0 (today), got 5"),
         (HISTORY | {"history": [{"time": 0, "population_size": 10}] * 2}, "time 0 follows 0; times must rise"),
         (HISTORY | {"history": [{"time": 0, "size": 10}]}, "must be a list of {time: generations ago"),
         ({key: value for key, value in HISTORY.items() if key != "mutation_rate"}, "`mutation_rate` is missing (Mutations per"),
         ({key: value for key, value in MINE.items() if key != "recombination_rate"}, "`recombination_rate` is missing"),
         (MINE | {"samples": {"nrth": 1}}, "there is no deme 'nrth'; did you mean 'north'"),
-        (MINE | {"samples": {"lost": 5}}, "deme 'lost' ended 4 generations ago, and samples are taken at time 0"),
+        (MINE | {"samples": {"lost": 5}}, "deme 'lost' ended 4 generations ago, but samples are taken at time 0"),
         (
             MINE | {"samples": {"north": {"individuals": 5, "time": 100}}},
             "samples.north must be a positive integer, got {'individuals': 5, 'time': 100}",
         ),
-        (MINE | {"samples": {}}, "samples names no deme; there are: north, south"),
+        (MINE | {"samples": {}}, "samples names no deme; choose from north, south"),
         (MINE | {"demography": "no/such.yaml"}, "there is no file"),
         (MINE | {"demography": {"time_units": "generations", "demes": [{"name": "a"}]}}, "is not a valid Demes model"),
         (
@@ -257,7 +257,7 @@ def test_demes_that_never_meet(rest, meet):
     if meet:
         check_genealogies(simulate_tree_sequence(spec_of(**scenario), index=0, seed=1))
     else:
-        with pytest.raises(BadRequest, match="lineages of A and [BC] need never meet"):
+        with pytest.raises(BadRequest, match="lineages from A and [BC] may never coalesce"):
             spec_of(**scenario)
     assert spec_of(**scenario | {"samples": {"A": 2}} | ({} if meet else {"demography": {
         "time_units": "generations", "demes": ROOTS}}))  # fmt: skip
