@@ -30,7 +30,7 @@ class Model(Section):
     resume_adapter: Text | None = None
     """Parent adapter model to start from: its backbone and adapter weights. Cannot be combined with `checkpoint`."""
     adapter: Adapter | None = None
-    """Sample-size adapter in front of a mostly frozen backbone; its presence makes this an adapter model."""
+    """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
     architecture: Architecture | None = None
     """Sizes of the network that differ from the preset's."""
     training: TrainingOverrides | None = None
