@@ -689,7 +689,7 @@ def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
         call(checkpoint_stage, monkeypatch, "verify", path)
     other["backbone.head.weight"][0, 0] = float("nan")
     write_checkpoint(tmp_path / "nan.ckpt", other, content.record)
-    with pytest.raises(Failed, match="backbone.head.weight not finite"):
+    with pytest.raises(Failed, match="nan.ckpt has weights that are not finite: backbone.head.weight"):
         call(checkpoint_stage, monkeypatch, "verify", tmp_path / "nan.ckpt")
 
 

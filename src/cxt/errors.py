@@ -90,7 +90,7 @@ def advise_extra(error: ModuleNotFoundError) -> str | None:
     Parameters
     ----------
     error : ModuleNotFoundError
-        As Python raised it.
+        The import error.
 
     Returns
     -------

@@ -27,7 +27,7 @@ UNREADABLE = (
     pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, TypeError,
     ValueError, AttributeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-"""Exceptions that torch and `open_verified` raise for files that are damaged or malformed."""
+"""Exceptions that torch and `open_verified` raise for damaged or malformed files."""
 
 
 class Damaged(BadRequest):

@@ -72,7 +72,7 @@ def read_verified_checkpoint(path) -> Checkpoint:
     build_checkpoint_model(checkpoint, source=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
-        raise Failed(f"{path}: {', '.join(bad)} not finite")
+        raise Failed(f"{path} has weights that are not finite: {', '.join(bad)}")
     return checkpoint
 
 

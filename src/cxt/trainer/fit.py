@@ -243,7 +243,7 @@ def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule
                 "compiling, in a new run"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise Failed(f"{request.name}: {error}; make room and run the same command again") from error
+            raise Failed(f"{request.name}: {error}; free disk space and run the same command again") from error
         raise
 
 

@@ -103,7 +103,7 @@ class TrainingLog(Callback):
             self.stop_if_bad(trainer)
 
     def stop_if_bad(self, trainer) -> None:
-        """Failed if a loss or gradient was not finite; called before a training state is saved."""
+        """Raise Failed if a loss or gradient was not finite; called before a training state is saved."""
         step = int(self._first_bad)
         if step < 0:
             return
