@@ -69,7 +69,7 @@ def test_worker_that_dies_is_named(tmp_path, number):
     os.kill(children_of(process.pid)[0], number)
     _, message = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"died of {number.name}" in message
+    assert f"killed by {number.name}" in message
     reproduces(message, name="slow", index=20, seed=7)
     assert not out.exists()
 
@@ -107,7 +107,7 @@ def test_child_of_a_killed_stage_publishes_nothing(tmp_path):
 def test_specs_that_are_refused(tmp_path):
     good = {"name": "x", "kind": "constant", "population_size": 100, "sequence_length": 1000, "individuals": 1}
     for spec, message in (
-        (good | {"population_size": [100, 200]}, "it must be one variant, not a sweep"),
+        (good | {"population_size": [100, 200]}, "must be one variant, not a sweep"),
         (good | {"kind": []}, "must be a variant with a name and a kind"),
         (good | {"name": 5}, "must be a variant with a name and a kind"),
         ({"name": "x", "kind": "demes", "demography": "no.yaml", "samples": {"a": 1}, "mutation_rate": 0.1,
@@ -167,9 +167,9 @@ def test_trees_takes_one_out(tmp_path):
     tables.metadata = b""
     tables.dump(plain)
     for arguments, message in (
-        ([batch, "--index", 13], "does not hold simulation 13; indices in it: 10 to 12"),
-        ([damaged, "--index", 12], "damaged after 2 of them"),
-        ([foreign, "--index", 0], "is no batch of tree sequences"),
+        ([batch, "--index", 13], "does not contain simulation 13; its indices: 10 to 12"),
+        ([damaged, "--index", 12], "damaged after 2 tree sequences"),
+        ([foreign, "--index", 0], "is not a simulation batch"),
         ([plain, "--index", 0], "has no cxt identity"),
         ([tmp_path / "none", "--index", 0], "cannot be read: No such file"),
     ):
@@ -183,7 +183,7 @@ def test_trees_takes_one_out(tmp_path):
     for over in (batch, plain):  # a batch is never written over
         refused = run_python("-m", "cxt.commands.trees", over, "--index", 11, "--out", over, check=False)
         assert refused.returncode == 2
-        assert "is a batch of tree sequences; give another name" in refused.stderr
+        assert "is a simulation batch; choose another name" in refused.stderr
     assert batch.read_bytes() == plain.read_bytes() == before
 
 

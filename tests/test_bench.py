@@ -35,7 +35,7 @@ def test_training(tmp_path):
     assert result["loss_difference"] < 1e-5
     assert result["gradient_difference"] < 1e-4
     assert min(result["ratios"]) <= result["ratio"] <= max(result["ratios"])
-    for word in ("items/s", "windows/s", "of a matrix product here", "memory", "waiting for data", "times as fast"):
+    for word in ("examples/s", "windows/s", "of a matrix product here", "memory", "waiting for data", "times as fast"):
         assert word in done.stdout
 
 
@@ -77,7 +77,7 @@ def test_decoding(tmp_path):
         (["train", "--precision", "bf61"], "unknown precision 'bf61'"),
         (["train", "--width", "30"], "width 30 is not a multiple"),
         (["decode", "--replicates", "-1"], "--replicates must be a positive integer, got -1"),
-        (["train", *map(str, TINY), "--batch-size", "5000"], "there are only 810 items"),
+        (["train", *map(str, TINY), "--batch-size", "5000"], "--batch-size must be at most 810, the number of examples"),
     ],
 )
 def test_bad_requests(arguments, message):
@@ -97,7 +97,7 @@ def test_out_of_memory(monkeypatch):
     monkeypatch.setattr(
         "sys.argv", ["bench", "train", "--device", "cpu", "--threads", str(torch.get_num_threads()), "--compare", "dense"]
     )
-    with pytest.raises(Failed, match=r"20.00 GiB.*smaller --batch-size, or leave --compare out"):
+    with pytest.raises(Failed, match=r"20.00 GiB.*smaller --batch-size, or omit --compare"):
         main()
 
 

@@ -124,19 +124,22 @@ def test_read_map(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "has 0 lines with a position, expected at least 2"),
-        (b"header\n", "has 0 lines"),
-        (b"header\nchr1 5 0.0 0.0\n", "has 1 lines"),
+        (b"", "must have at least 2 lines with a position, got 0"),
+        (b"header\n", "must have at least 2 lines with a position, got 0"),
+        (b"header\nchr1 5 0.0 0.0\n", "must have at least 2 lines with a position, got 1"),
         (b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n", "is not a table of numbers"),
         (b"header\n1 5\n1 6\n", "is not a table of numbers"),
         (b"header\nchr1 5 NA 0.0\nchr1 9 0 0\n", "is not a table of numbers"),
         (b"header\n\xff\xfe 5 1.0 0\n", "is not a table of numbers"),
         (b"header\nchr1 5 nan 0.0\nchr1 9 0 0\n", "holds NaN or infinite numbers"),
-        (b"header\nchr1 5 1.0 0\nchr1 4 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
-        (b"header\nchr1 5 1.0 0\nchr1 5 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
-        (b"header\nchr1 -5 1.0 0\nchr1 9 0 0\n", "its positions are negative, or not in rising order"),
+        (b"header\nchr1 5 1.0 0\nchr1 4 1.0 0\nchr1 9 0 0\n", "has positions that are negative or not in rising order"),
+        (b"header\nchr1 5 1.0 0\nchr1 5 1.0 0\nchr1 9 0 0\n", "has positions that are negative or not in rising order"),
+        (b"header\nchr1 -5 1.0 0\nchr1 9 0 0\n", "has positions that are negative or not in rising order"),
         (b"header\nchr1 5 -1.0 0\nchr1 9 0 0\n", "holds a negative rate, -1 cM/Mb"),
-        (b"header\nchr1 5 1.0 0\nchr1 9 2.5 0\n", "its last line has the rate 2.5 cM/Mb, which has no end; it may be cut"),
+        (
+            b"header\nchr1 5 1.0 0\nchr1 9 2.5 0\n",
+            "has a rate of 2.5 cM/Mb in its last line, which has no end; it may be truncated",
+        ),
         (b"header\nchr1 5 0 0\nchr1 9 0 0\n", "has no rate above 0 within the 30427671 bp of the chromosome"),
         (b"header\nchr1 40000000 1.0 0\nchr1 50000000 0 0\n", "has no rate above 0 within the 30427671 bp of the chromosome"),
     ],
@@ -149,8 +152,8 @@ def test_damaged_maps(cache, content, reason):
     catalogue.read_chromosome_map.cache_clear()
     with pytest.raises(BadRequest) as error:
         simulate_tree_sequence(SPEC, index=0, seed=1)
-    assert f"genetic map {path}: {reason}" in str(error.value)
-    assert f"Delete {genetic_map.map_cache_dir}, and the workflow fetches the map again" in str(error.value)
+    assert f"genetic map {path} {reason}" in str(error.value)
+    assert f"Delete {genetic_map.map_cache_dir}, so that the workflow fetches the map again" in str(error.value)
 
 
 def test_recombination_rate_of_a_segment(cache):
@@ -173,8 +176,8 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
     about = simulate_tree_sequence(spec, index=0, seed=1).metadata["cxt"]
     assert (about["recombination_rate"], about["model_recombination_rate"]) == (pytest.approx(9.26e-9), 4.58e-9)
     note = (
-        "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation); "
-        "these of its models were inferred with others: Jersey_1B16 4.58e-09"
+        "scenario 'cattle' recombines at the rates of the chromosomes (9.26e-09 per bp and generation), but "
+        "these catalogue models were inferred with different rates: Jersey_1B16 4.58e-09"
     )
     assert describe_other_recombination(spec) == note
     assert describe_other_recombination(spec | {"models": []}) == ""
@@ -184,7 +187,7 @@ def test_other_recombination_rate_than_the_models(tmp_path, monkeypatch, capsys)
     simulate.main()
     assert note in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", [*words, "--seed", "1" + 29 * "0"])
-    with pytest.raises(BadRequest, match="--seed is 10+, expected at least 0 and at most 9223372036854775807"):
+    with pytest.raises(BadRequest, match="--seed must be a whole number from 0 to 9223372036854775807, got 10+"):
         simulate.main()
     config = load([])
     config["scenarios"]["cattle"] = spec | {"simulations": 10, "batch": 10, "models": ["Jersey_1B16"]}
@@ -207,7 +210,7 @@ def test_map_without_a_segment(cache):
     put_map_into(cache)
     longest = SPEC | {"sequence_length": 20_000_000}
     assert catalogue.draw_segment(longest, np.random.default_rng(1))[:2] == ("1", 5_000_000)
-    with pytest.raises(BadRequest, match="covers no stretch of 20000001 bp; the longest, on chromosome 1, has 20000000 bp"):
+    with pytest.raises(BadRequest, match="covers no interval of 20000001 bp; the longest, on chromosome 1, has 20000000 bp"):
         simulate_tree_sequence(SPEC | {"sequence_length": 20_000_001}, index=0, seed=1)
 
 
@@ -278,7 +281,7 @@ def test_no_sex_chromosomes():
         assert names
         assert sex not in names
         assert sex in [c.id for c in stdpopsim.get_species(species).genome.chromosomes]
-    with pytest.raises(BadRequest, match="EscCol has no chromosome of two copies"):
+    with pytest.raises(BadRequest, match="EscCol has no diploid chromosome"):
         catalogue.list_autosomes({"name": "x", "species": "EscCol", "sequence_length": 1000})
 
 

@@ -227,26 +227,26 @@ def within(part, **changes):
 BAD_RECORDS = [
     (lambda record: record.clear(), "its record lacks format"),
     (within("model", layers=10**7), "layers must be an integer from 1 to 1000, got 10000000"),
-    (within("model", windows=10**9), "windows is 1000000000"),
-    (within("model", width="16"), "model.width is '16', expected a whole number"),
-    (within("model", dropout=float("nan")), "model.dropout is nan"),
+    (within("model", windows=10**9), "windows must be .*, got 1000000000"),
+    (within("model", width="16"), "model.width must be a whole number, got '16'"),
+    (within("model", dropout=float("nan")), "model.dropout must be a finite number, got nan"),
     (within("model", rope_base=1e6), "its model has 'rope_base', which this cxt does not know: a newer cxt wrote it"),
     (lambda record: record["model"].pop("bins"), "its model lacks bins"),
-    (lambda record: record.update(format="1"), "its format is '1', expected a whole number"),
-    (lambda record: record.update(format=2), "it has format 2, this cxt reads up to 1; update cxt"),
+    (lambda record: record.update(format="1"), "its format must be a whole number, got '1'"),
+    (lambda record: record.update(format=2), "it has format 2, but this cxt reads formats up to 1; update cxt"),
     (lambda record: record.update(quantised=True), "its record has 'quantised', which this cxt does not know"),
     (without("model"), "its record lacks model"),
     (without("dataset"), "its record lacks dataset"),
-    (within("dataset", scales="2 4"), "dataset.scales is '2 4', expected a list"),
-    (within("dataset", scales=[2]), r"dataset.scales is \[2\], expected 2 positive whole numbers"),
-    (within("dataset", ranges={"diversity": [2.0, 1.0]}), r"dataset.ranges.diversity is \[2.0, 1.0\], expected two numbers"),
+    (within("dataset", scales="2 4"), "dataset.scales must be a list, got '2 4'"),
+    (within("dataset", scales=[2]), r"dataset.scales must be 2 positive whole numbers, got \[2\]"),
+    (within("dataset", ranges={"diversity": [2.0, 1.0]}), r"ranges.diversity must be two numbers, .*, got \[2.0, 1.0\]"),
     (lambda record: record.update(training={"lr": 1e-3}), "its training lacks batch_size"),
-    (lambda record: record.update(training="long"), "its training is 'long', expected a table or null"),
+    (lambda record: record.update(training="long"), "its training must be a table or null, got 'long'"),
     (lambda record: record.update(parent={"name": "y"}), "its parent lacks sha256"),
-    (lambda record: record.update(versions={"torch": 2}), "versions.torch is 2, expected text"),
-    (lambda record: record.update(name=torch.ones(3)), "holds a Tensor, where only numbers, text"),
+    (lambda record: record.update(versions={"torch": 2}), "versions.torch must be text, got 2"),
+    (lambda record: record.update(name=torch.ones(3)), "must hold only numbers, text, lists and tables, got a Tensor"),
     (lambda record: record.update(adapter={"samples": 3}), "its adapter lacks bottleneck"),
-    (lambda record: record.update(step="3"), "its step is '3', expected a whole number or null"),
+    (lambda record: record.update(step="3"), "its step must be a whole number or null, got '3'"),
 ]  # fmt: skip
 
 
@@ -275,10 +275,10 @@ def test_records_of_other_types(checkpoint):
     for _ in range(40):
         many = [many, many]
     for record, message in (
-        ("broad", "record is 'broad', expected a table"),
-        (3, "record is 3, expected a table"),
-        (record_of() | {"training": endless}, "more values than any that cxt writes"),
-        (record_of() | {"training": {"a": many}}, "more values than any that cxt writes"),
+        ("broad", "record must be a table, got 'broad'"),
+        (3, "record must be a table, got 3"),
+        (record_of() | {"training": endless}, "more values than cxt ever writes"),
+        (record_of() | {"training": {"a": many}}, "more values than cxt ever writes"),
         (record_of() | {1: 2}, "holds a key that is not text"),
     ):
         checkpoint.write_bytes(pack({"cxt": record, "state_dict": weights}))
@@ -290,17 +290,17 @@ def test_weights_of_other_types(checkpoint):
     about = read_checkpoint(checkpoint)
     name = "backbone.head.weight"
     for value, message in (
-        ("text", f"its {name} is 'text', expected a tensor"),
-        (torch.ones(1).expand(10**6, 10**6), "more numbers than the file holds"),
-        (torch.ones(22, 16, dtype=torch.int64), "tensor of torch.int64 .*expected dense floats"),
-        (torch.empty(10**6, 10**6, device="meta"), "expected dense floats"),
+        ("text", f"its {name} must be a tensor, got 'text'"),
+        (torch.ones(1).expand(10**6, 10**6), "more numbers than the file contains"),
+        (torch.ones(22, 16, dtype=torch.int64), "must be a dense tensor of floats, got one of torch.int64"),
+        (torch.empty(10**6, 10**6, device="meta"), "must be a dense tensor of floats"),
     ):
         checkpoint.write_bytes(pack({"cxt": about.record, "state_dict": about.state_dict | {name: value}}))
         for read in (load_model, describe_checkpoint):
             with pytest.raises(BadRequest, match=message):
                 read(checkpoint)
     checkpoint.write_bytes(pack({"cxt": about.record, "state_dict": [1]}))
-    with pytest.raises(BadRequest, match="`state_dict` is .*, expected tensors by name"):
+    with pytest.raises(BadRequest, match="`state_dict` must be tensors by name, got "):
         describe_checkpoint(checkpoint)
 
 
@@ -338,7 +338,7 @@ def test_exports(checkpoint, tmp_path):
     for changed, message in (
         (config.replace(b"17.0", b"15.0"), "is damaged, or was changed after it was exported"),
         (b"[" * 100_000, "cannot be read"),
-        (config.rstrip() + b" " * 10_000_001, "cannot be read: it has more than 10000000 bytes"),
+        (config.rstrip() + b" " * 10_000_001, "cannot be read: it is larger than 10000000 bytes"),
     ):
         (tmp_path / "x" / CONFIG).write_bytes(changed)
         with pytest.raises(BadRequest, match=message):
@@ -351,10 +351,10 @@ def test_exports(checkpoint, tmp_path):
 def test_names_that_are_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, message in (
-        (None, "called None: expected the name or the path of one"),
-        ("", "called '': expected the name"),
-        (3, "called 3: expected"),
-        ("a" * 5000, "called 'aaa.*…': .*too long"),
+        (None, "must be given by its name or path, got None"),
+        ("", "must be given by its name or path, got ''"),
+        (3, "must be given by its name or path, got 3"),
+        ("a" * 5000, "there is no checkpoint 'aaa.*…': .*too long"),
         ("a\0b", "null byte"),
     ):
         with pytest.raises(BadRequest, match=message) as caught:
@@ -369,7 +369,7 @@ def test_devices(checkpoint):
         with pytest.raises(BadRequest, match=message):
             load_model(checkpoint, device=device)
     if not torch.cuda.is_available():
-        with pytest.raises(BadRequest, match="device cuda, but torch sees 0 GPUs; leave device out to use the CPU"):
+        with pytest.raises(BadRequest, match="device cuda, but torch sees 0 GPUs; omit device to use the CPU"):
             load_model(checkpoint, device="cuda")
 
 
@@ -408,6 +408,6 @@ def test_a_run_goes_on_from_the_save_before(dataset, tmp_path, monkeypatch, caps
     capsys.readouterr()
     train(monkeypatch, *arguments)
     output = capsys.readouterr().out
-    assert f"the training state {newest} cannot be read (its bytes are not those that were written" in output
-    assert "going on from the one before" in output
+    assert f"the training state {newest} cannot be read (its content does not match the digest at its end" in output
+    assert "continuing from the one before" in output
     assert run.finished_checkpoint().read_bytes() == whole

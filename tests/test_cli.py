@@ -39,18 +39,18 @@ def test_every_command_is_listed():
         (["plan", "--devices", "-1"], "--devices must be an integer from 0 to 1024, got -1"),
         (["plan", "--calibrate", "--seconds", "nan"], "--seconds must be a finite positive number, got nan"),
         (["trees", "x", "--out", "o", "--index", "-1"], "--index must be a non-negative integer, got -1"),
-        (["simulate", "--spec", "{}", "--out", "o", "--count", "0"], "--count 0: expected"),
+        (["simulate", "--spec", "{}", "--out", "o", "--count", "0"], "--count must be positive, got 0"),
         (["preprocess", "shard", "--batch", "b", "--split", "test", "--out", "o", "--start", "-1", "--count", "0"],
          "--start must be .*, got -1.*--count must be a positive integer, got 0"),
         (["checkpoint", "diff", "a", "b", "--rtol", "nan"], "--rtol must be a finite non-negative number, got nan"),
         (["bench", "train", "--threads", "100000", "--workers", "999"], "--threads .*, got 100000.*--workers .*, got 999"),
-        (["plan", "--machine", "mine"], "--machine has no meaning without --calibrate"),
+        (["plan", "--machine", "mine"], "--machine cannot be used without --calibrate"),
         (["evaluate", "--checkpoint", "c", "--batches", "[]", "--out", "o", "--figures", "f", "--spec",
           '{"window_size": 1, "sequence_length": 1, "samples": 3, "scales": [1], "pairs": -1, "replicates": 0, '
           '"batch_size": 1.5, "seed": 1}'], "--spec: pairs must .*, got -1; replicates .*, got 0; batch_size .*1.5"),
         (["bench", "decode", "--seconds", "inf"], "--seconds must be a finite positive number, got inf"),
-        (["find_lr", "--highest", ".inf"], "and finite"),
-        (["find_lr", "--num-steps", str(10**30)], "expected at most"),
+        (["find_lr", "--highest", ".inf"], "must be finite"),
+        (["find_lr", "--num-steps", str(10**30)], "must be a whole number from 20 to 1000000000, got 1000"),
     ],
 )  # fmt: skip
 def test_numbers_that_mean_nothing(words, message):

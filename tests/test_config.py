@@ -142,31 +142,31 @@ BAD = [
     ({"scenarios": {"constant": {"simulation": 3}}}, "scenarios.constant.simulation: unknown key; did you mean 'simulations'"),
     ({"scenarios": {"constant": {"kind": "constnat"}}}, "unknown kind 'constnat'; did you mean 'constant'"),
     ({"scenarios": {"x": {"kind": "constant"}}}, "scenarios.x: `simulations` is missing"),
-    ({"scenarios": {"x": {"simulations": 3}}}, "scenarios.x: has no `kind`"),
-    ({"scenarios": {"a-b": {"kind": "constant", "simulations": 3}}}, "a name may hold"),
-    ({"scenarios": {"constant": {"mutation_rate": "fast"}}}, r"found .fast., expected a number in \(0, 0.5\], or a list"),
-    ({"scenarios": {"constant": {"batch": 15}}}, "found 15, expected a multiple of 10, at least 10"),
+    ({"scenarios": {"x": {"simulations": 3}}}, "scenarios.x: `kind` must be one of constant, demes"),
+    ({"scenarios": {"a-b": {"kind": "constant", "simulations": 3}}}, "a name must start with"),
+    ({"scenarios": {"constant": {"mutation_rate": "fast"}}}, r"must be a number in \(0, 0.5\], or a list .*, got 'fast'"),
+    ({"scenarios": {"constant": {"batch": 15}}}, r"batch must be a multiple of 10 \(at least 10\), got 15"),
     ({"datasets": {"processed": {"scenarios": ["constnat"]}}}, "unknown scenario 'constnat'; did you mean 'constant'"),
     ({"datasets": {"processed": {"window_size": 3000}}}, "200000 is not a multiple of window_size 3000"),
-    ({"datasets": {"processed": {"sequence_length": 400000}}}, "'constant' simulates 200000 bp"),
-    ({"datasets": {"processed_n10": {"pairs": 46}}}, "46 asked, but 10 samples have 45 pairs"),
+    ({"datasets": {"processed": {"sequence_length": 400000}}}, "'constant' simulates only 200000 bp"),
+    ({"datasets": {"processed_n10": {"pairs": 46}}}, "46 pairs requested, but 10 samples have only 45"),
     ({"datasets": {"processed": {"samples": 60}}}, "samples 25 individuals .50 haplotypes."),
     ({"datasets": {"processed_small_window_missing_data": {"mask": {"path": "no.bed"}}}}, "there is no file no.bed"),
     ({"datasets": {"processed_small_window_missing_data": {"mask": {"length": 100}}}}, "100 bp is shorter than"),
-    ({"evaluation": {"pairs": 46}}, "46 asked, but the 10 samples of models.broad_adapter have 45 pairs"),
-    ({"models": {"broad": {"preset": "brood"}}}, "found 'brood', expected one of narrow, broad"),
+    ({"evaluation": {"pairs": 46}}, "46 pairs requested, but the 10 samples of models.broad_adapter have only 45"),
+    ({"models": {"broad": {"preset": "brood"}}}, "preset must be one of narrow, broad, .*, got 'brood'"),
     ({"models": {"broad": {"dataset": "procesed"}}}, "unknown dataset 'procesed'; did you mean 'processed'"),
     ({"models": {"broad_w200": {"checkpoint": "brod"}}}, "unknown parent 'brod'; did you mean 'broad'"),
     ({"models": {"broad": {"checkpoint": "broad_w200"}}}, "a cycle of parents: broad <- broad_w200 <- broad"),
     ({"models": {"broad": {"checkpoint": "broad"}}}, "a cycle of parents: broad <- broad"),
     ({"models": {"w200_wmissing": {"checkpoint": "broad_adapter"}}}, "is an adapter model; use `resume_adapter: broad_adapter`"),  # noqa: E501
     ({"models": {"w200_wmissing_adapter": {"resume_adapter": "broad"}}}, "has no adapter; use `checkpoint: broad`"),
-    ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "exclude each other"),
+    ({"models": {"broad_w200": {"resume_adapter": "broad_adapter"}}}, "cannot be used together"),
     ({"models": {"narrow": {"adapter": {}}}}, "an adapter needs a trained backbone"),
     ({"models": {"broad_w200": {"architecture": {"layers": 3}}}}, "layers is 3, but its parent 'broad' has 4"),
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "width 130 is not a multiple of the number of scales"),
     ({"models": {"broad": {"architecture": {"width": 132}}}}, "width 132 is not a multiple of 8"),
-    ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent 'broad' takes 50; an adapter can"),  # noqa: E501
+    ({"models": {"broad_w200": {"dataset": "processed_n10"}}}, "has 10 samples, but its parent 'broad' takes 50; use an adapter"),  # noqa: E501
     ({"datasets": {"processed_small_window": {"scales": [1, 4, 16, 32]}}}, r"scales \[1, 4, 16, 32\], but its parent 'broad' \[2, 8"),  # noqa: E501
     ({"datasets": {"processed_n10": {"samples": 50}}}, "fewer samples than its backbone's 50"),
     ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),  # noqa: E501
@@ -176,25 +176,25 @@ BAD = [
     ({"training": {"epoch": 3}}, "training.epoch: unknown key; did you mean 'epochs'"),
     ({"evaluation": {"simulations_of": {"constnat": 3}}}, "unknown scenario 'constnat'"),
     ({"models": {"broad": {"evaluation": ["sawtoth"]}}}, "unknown scenario 'sawtoth'; did you mean 'sawtooth'"),
-    ({"training": {"threads": 100000}}, "found 100000, expected an integer from 1 to 1024"),
-    ({"training": {"workers": 257}}, "found 257, expected an integer from 0 to 256"),
-    ({"training": {"devices": 1025}}, "found 1025, expected an integer from 0 to 1024"),
-    ({"training": {"lr": float("nan")}}, "found nan, expected a finite positive number"),
-    ({"training": {"epochs": 10**30}}, "training.epochs: found 1000.*, expected an integer from 1 to 1000000000"),
+    ({"training": {"threads": 100000}}, "threads must be an integer from 1 to 1024, got 100000"),
+    ({"training": {"workers": 257}}, "workers must be an integer from 0 to 256, got 257"),
+    ({"training": {"devices": 1025}}, "devices must be an integer from 0 to 1024, got 1025"),
+    ({"training": {"lr": float("nan")}}, "lr must be a finite positive number, got nan"),
+    ({"training": {"epochs": 10**30}}, "training.epochs must be an integer from 1 to 1000000000, got 1000"),
     ({"training": {"min_lr": 1.0}}, "^training, of models.narrow: lr 0.0015 is below"),
     ({"models": {"broad_w200": {"training": {"lr": 1e-9}}}}, "^models.broad_w200.training: lr 1e-09 is below min_lr"),
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "^models.broad.architecture: width 130 is not a multiple"),
-    ({"models": {"broad": {"training": {"backbone_lr_factor": 0.1}}}}, "^models.broad.training: backbone_lr_factor has no"),
-    ({"scenarios": {False: {"kind": "constant", "simulations": 3}}}, "found False as a name.*put the name in quotes"),
-    ({"scenarios": {2024: {"kind": "constant", "simulations": 3}}}, "found 2024 as a name.*put the name in quotes"),
-    ({"scenarios": {"": {"kind": "constant", "simulations": 3}}}, "scenarios: '': a name may hold"),
-    ({"scenarios": {"x\n": {"kind": "constant", "simulations": 3}}}, r"scenarios: 'x\\n': a name may hold"),
-    ({"models": {"x" * 101: {"preset": "broad", "dataset": "processed"}}}, "models: 'x.*a name may hold .*100 in all"),
-    ({"datasets": {"processed": {"scenarios": [False]}}}, "found .False., expected the name.*put the name in quotes"),
-    ({"models": {"broad": {"dataset": 2024}}}, "found 2024, expected text .*put the name in quotes"),
-    ({"evaluation": {"simulations_of": {False: 3}}}, "found False as a name.*put the name in quotes"),
+    ({"models": {"broad": {"training": {"backbone_lr_factor": 0.1}}}}, "^models.broad.training: backbone_lr_factor cannot"),
+    ({"scenarios": {False: {"kind": "constant", "simulations": 3}}}, "the name False must be text.*put the name in quotes"),
+    ({"scenarios": {2024: {"kind": "constant", "simulations": 3}}}, "the name 2024 must be text.*put the name in quotes"),
+    ({"scenarios": {"": {"kind": "constant", "simulations": 3}}}, "scenarios: '': a name must start with"),
+    ({"scenarios": {"x\n": {"kind": "constant", "simulations": 3}}}, r"scenarios: 'x\\n': a name must start with"),
+    ({"models": {"x" * 101: {"preset": "broad", "dataset": "processed"}}}, "models: 'x.*a name must start with .*at most 100"),
+    ({"datasets": {"processed": {"scenarios": [False]}}}, "scenarios must be the name .*, got .False. .*in quotes"),
+    ({"models": {"broad": {"dataset": 2024}}}, "dataset must be text, got 2024 .*put the name in quotes"),
+    ({"evaluation": {"simulations_of": {False: 3}}}, "the name False must be text.*put the name in quotes"),
     ({"training": {True: 3}}, "training.True: unknown key .*put the name in quotes"),
-    ({"training": {"lr": "1_0"}}, "found '1_0', expected a positive number"),
+    ({"training": {"lr": "1_0"}}, "lr must be a positive number, got '1_0'"),
     ({"scenarios": {"y" * 100: {"kind": "constant", "simulations": 3, "mutation_rate": [1.2345678901234567e-8, 2e-8],
                                 "population_size": [12345.678901234567, 2], "individuals": 20,
                                 "recombination_rate": [1.2345678901234567e-8, 2e-8]}}}, "a name of 2[0-9]{2} characters"),
@@ -238,7 +238,7 @@ def nested_anchors(first: str, level: str) -> str:
 )
 def test_nested_anchors_are_refused_before_they_grow(first, level, tmp_path):
     for text, message in (
-        (nested_anchors(first, level), "anchors stand for more than 200000 values"),
+        (nested_anchors(first, level), "anchors expand to more than 200000 values"),
         ("a: &a [*a]\n", "an anchor that contains itself"),
         ("[" * 5000, "not valid YAML"),
     ):
@@ -262,11 +262,11 @@ def test_no_setting_takes_what_is_no_number(settings):
 def test_suggestions_are_near():
     assert suggest_nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
     assert suggest_nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
-    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; there are: lr, start-token-in-prefix"
+    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; choose from lr, start-token-in-prefix"
     many = suggest_nearest("banana", [f"scenario_{i}" for i in range(500)])
-    assert many.startswith("; there are 500, the most similar are scenario_")
+    assert many.startswith("; the most similar of 500 are scenario_")
     assert many.count(",") == 5
-    assert suggest_nearest("x", []) == "; there are none"
+    assert suggest_nearest("x", []) == "; none are available"
 
 
 def test_what_means_nothing_makes_no_model_stale():

@@ -152,7 +152,7 @@ def test_damaged_shards_are_named(copy, damage, masked_dataset):
 def test_bad_directories(copy, tmp_path):
     with pytest.raises(BadRequest, match="no dataset directory"):
         PairDataset(tmp_path / "nowhere", "train")
-    with pytest.raises(BadRequest, match="split 'val': expected one of train, test"):
+    with pytest.raises(BadRequest, match="split must be one of train, test, got 'val'"):
         PairDataset(copy, "val")
     shutil.move(copy / "test", tmp_path / "elsewhere")
     with pytest.raises(BadRequest, match=r"has no test/ \(found: batch, dataset.json, train\)"):
@@ -160,7 +160,7 @@ def test_bad_directories(copy, tmp_path):
     shutil.move(tmp_path / "elsewhere", copy / "test")
     manifest = json.loads((copy / "dataset.json").read_text())
     (copy / "dataset.json").write_text(json.dumps(manifest | {"schema_version": 99}))
-    with pytest.raises(BadRequest, match="schema version 99, this cxt reads"):
+    with pytest.raises(BadRequest, match="schema version 99, but this cxt reads"):
         PairDataset(copy, "train")
     (copy / "dataset.json").unlink()
     with pytest.raises(BadRequest, match=r"has no dataset.json"):
@@ -173,16 +173,18 @@ def test_a_batch_of_an_older_version(tmp_path, key):
     tables.metadata = {"cxt": {name: value for name, value in tables.metadata["cxt"].items() if name != key}}
     tables.dump(tmp_path / "batch")
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
-    with pytest.raises(BadRequest, match=f"tree sequence 0 has no {key}, as of an older cxt; delete "):
+    with pytest.raises(
+        BadRequest, match=f"tree sequence 0 has no {key} in its metadata, perhaps written by an older cxt; delete "
+    ):
         preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
 
 
 def test_too_many_pairs_and_too_few_samples():
     ts = simulate_tree_sequence(SPEC, index=1, seed=1)
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 10, "pairs": 46}
-    with pytest.raises(BadRequest, match="46 pairs asked, but 10 samples have 45"):
+    with pytest.raises(BadRequest, match="46 pairs requested, but 10 samples have only 45"):
         preprocess_simulation(ts, spec)
-    with pytest.raises(BadRequest, match="60 samples asked, the tree sequence has 20"):
+    with pytest.raises(BadRequest, match="60 samples requested, but the tree sequence has only 20"):
         preprocess_simulation(ts, spec | {"samples": 60})
     with pytest.raises(BadRequest, match="mask is 15000 bp long, shorter than the sequence of 20000 bp"):
         preprocess_simulation(ts, spec | {"pairs": 3}, mask=np.zeros(15_000, bool))
@@ -215,8 +217,8 @@ def test_commands(tmp_path, dataset):
     assert done.returncode == 2
     assert "damaged or truncated at tree sequence 19 of 20" in done.stderr
     for change, message in (
-        (["--scenario", "other"], "expected 0 of 'other'"),
-        (["--seed", 7], "was simulated with seed 1, expected 7"),
+        (["--scenario", "other"], "must be simulation 0 of 'other'"),
+        (["--seed", 7], "must be 7, got 1"),
         (["--spec", '{"windowsize": 10}'], "--spec.windowsize: unknown key; did you mean 'window_size'"),
     ):
         done = run_python(

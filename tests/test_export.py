@@ -59,10 +59,10 @@ def test_info(dataset):
 
 
 DAMAGE = {
-    "flip": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists \(its checksum differs\): damaged",
+    "flip": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists \(its checksum differs\): it is damaged",
     "missing": r"copy/test/constant-0\.zarr\.zip cannot be read: No such file or directory; delete it and the",
     "another dataset": r"copy/test/constant-0\.zarr\.zip is not the one that dataset\.json lists",
-    "newer": "copy/dataset.json has schema version 5, this cxt reads 4; update cxt",
+    "newer": "copy/dataset.json has schema version 5, but this cxt reads version 4; update cxt",
 }
 
 
@@ -100,7 +100,7 @@ def test_a_finished_run_stays_where_it_is_if_the_new_data_are_bad(copy, tmp_path
     for more, message in (
         (["--out", tmp_path / "x.ckpt/y"], "cannot be written"),
         (["--run-dir", tmp_path / "x.ckpt/y"], "cannot be written"),
-        (["--seed", -1], "seed is -1, expected at least 0"),
+        (["--seed", -1], "seed must be a non-negative integer, got -1"),
     ):
         done = run_python(*command, *more, check=False)
         assert done.returncode == 2
@@ -142,11 +142,11 @@ def test_damaged_headers_of_the_archive(copy):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"", "damaged"), (b"\xff", "damaged"), (b"[]", "a value is of another type"), (b"{}", "it has no 'window_size'"),
-        (b'{"schema_version": 4}', "it has no 'window_size'"), ("splits", "a value is of another type"),
-        ("items", "it has no 'items'"), ("windows", "windows is 7, which"), ("twice", "a shard of train is listed twice"),
-        ("outside", "the entry of train/constant-0"), ("away", "../x is no shard of train"), ("sum", "the items of train"),
-        ("scales", "a size is not a whole number of 1 to"), ("missing", "`missing` or `schema_version`"),
+        (b"", "damaged"), (b"\xff", "damaged"), (b"[]", "a value is of the wrong type"), (b"{}", "it has no 'window_size'"),
+        (b'{"schema_version": 4}', "it has no 'window_size'"), ("splits", "a value is of the wrong type"),
+        ("items", "it has no 'items'"), ("windows", "windows 7 is not"), ("twice", "a shard of train is listed twice"),
+        ("outside", "the entry of train/constant-0"), ("away", "../x is not a shard of train"), ("sum", "the items of train"),
+        ("scales", "a size is not a whole number from 1 to"), ("missing", "`missing` or `schema_version`"),
     ],
 )  # fmt: skip
 def test_damaged_manifests(copy, text, message):
@@ -179,14 +179,14 @@ def test_a_manifest_that_counts_wrong(copy, key):
     (copy / "dataset.json").write_text(json.dumps(manifest))
     for read in (verify_dataset, lambda directory: PairDataset(directory, "train")):
         with pytest.raises(
-            BadRequest, match=rf"train/constant-0\.zarr\.zip is not what dataset\.json says: {key} \d+ instead of"
+            BadRequest, match=rf"train/constant-0\.zarr\.zip does not match dataset\.json: {key} \d+ instead of"
         ):
             read(copy)
 
 
 def test_a_training_shard_among_the_held_out(copy):
     shutil.copy(copy / "train/constant-0.zarr.zip", copy / "test/constant-0.zarr.zip")
-    with pytest.raises(BadRequest, match=r"test/constant-0\.zarr\.zip is of train, not of test"):
+    with pytest.raises(BadRequest, match=r"test/constant-0\.zarr\.zip belongs to train, not to test"):
         write_manifest(copy, {split: [f"{split}/constant-0.zarr.zip"] for split in ("train", "test")})
 
 
@@ -229,7 +229,7 @@ def test_export(masked_dataset, tmp_path, dtype):
         assert np.abs(items.grid.tokens(y)[:, 1:] - batch.tokens.numpy()[:, 1:]).max() <= 1
         meta = json.loads((directory / "meta.json").read_text())
         assert (meta["dtype"], meta["split"], meta["file_index"], meta["window_size"]) == (dtype, "train", index, 1000)
-    with pytest.raises(BadRequest, match="exists; name a directory that does not"):
+    with pytest.raises(BadRequest, match="already exists; choose a new directory"):
         export_dataset(masked_dataset, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

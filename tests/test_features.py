@@ -178,29 +178,29 @@ def with_value(value, dtype):
         ({"mask": np.zeros(99, bool)}, "shorter than the sequence"),
         ({"genotypes": np.full((2, 10), -1)}, "missing data"),
         ({"positions": np.array([5.0, 1.0])}, "ascend"),
-        ({"positions": np.array([5.0])}, "disagree"),
-        ({"positions": np.array([np.nan, 1.0])}, "the position of site 0 is nan, expected a number"),
-        ({"positions": np.array([1.0, np.inf])}, "the position of site 1 is inf"),
-        ({"positions": np.array([1.0, 100.0])}, "the last site is at 100, the very end .* subtract 1"),
+        ({"positions": np.array([5.0])}, "must have shapes"),
+        ({"positions": np.array([np.nan, 1.0])}, "the position of site 0 must be a finite number, got nan"),
+        ({"positions": np.array([1.0, np.inf])}, "the position of site 1 must be a finite number, got inf"),
+        ({"positions": np.array([1.0, 100.0])}, "the last site is at 100, .* outside the region .* subtract 1"),
         ({"positions": np.array([5e6, 5e6 + 3])}, r"2 of 2 sites are outside .* from 0 to 100 bp: .* start="),
         ({"positions": np.array([5.0, 7.0]), "start": 50}, r"2 of 2 sites are outside .* from 50 to 150 bp"),
         ({"genotypes": with_value(255, np.uint8)}, "hold 255 at site 1, haplotype 3, which stands for missing data"),
         ({"genotypes": with_value(-1, np.int8)}, "hold -1 at site 1, haplotype 3, which stands for missing data"),
-        ({"genotypes": with_value(np.nan, float)}, "hold nan at site 1, haplotype 3; expected whole numbers"),
-        ({"genotypes": with_value(0.5, float)}, "hold 0.5 at site 1, haplotype 3; expected whole numbers"),
-        ({"genotypes": with_value(1, float)}, "of type float64; expected whole numbers: .* Convert them"),
-        ({"genotypes": with_value("1", object)}, "of type object; expected whole numbers"),
-        ({"genotypes": np.zeros(3, int)}, r"shape \(3,\), expected \(sites, haplotypes\)"),
-        ({"genotypes": np.ma.masked_equal(np.eye(2, 10, dtype=int), 1)}, "masked at site 0, haplotype 0; leave sites"),
+        ({"genotypes": with_value(np.nan, float)}, "genotypes must be whole numbers, .*, got nan at site 1, haplotype 3"),
+        ({"genotypes": with_value(0.5, float)}, "genotypes must be whole numbers, .*, got 0.5 at site 1, haplotype 3"),
+        ({"genotypes": with_value(1, float)}, "genotypes must be whole numbers, .*, got type float64. Convert them"),
+        ({"genotypes": with_value("1", object)}, "genotypes must be whole numbers, .*, got type object"),
+        ({"genotypes": np.zeros(3, int)}, r"must have shape \(sites, haplotypes\), got \(3,\)"),
+        ({"genotypes": np.ma.masked_equal(np.eye(2, 10, dtype=int), 1)}, "masked at site 0, haplotype 0; remove sites"),
         ({"positions": np.ma.masked_equal([1.0, 2.0], 2.0)}, "some positions are masked"),
-        ({"mask": np.full(100, np.nan)}, "mask is of type float64"),
-        ({"mask": np.full(100, 2)}, "mask is of type int64, expected True"),
-        ({"mask": np.zeros(200, bool), "start": 1}, r"mask has 200 values, expected 100: .* mask\[1:101\]"),
-        ({"window_size": 0}, "window_size is 0"),
-        ({"window_size": np.inf}, "window_size is inf"),
-        ({"window_size": 2.5}, "window_size is 2.5"),
-        ({"sequence_length": 0}, "sequence_length is 0"),
-        ({"scales": (0, 2)}, "scales are"),
+        ({"mask": np.full(100, np.nan)}, "mask must hold .* got values of type float64"),
+        ({"mask": np.full(100, 2)}, "mask must hold True .* got values of type int64"),
+        ({"mask": np.zeros(200, bool), "start": 1}, r"mask must have 100 values, got 200: .* mask\[1:101\]"),
+        ({"window_size": 0}, "window_size must be a positive whole number of base pairs, got 0"),
+        ({"window_size": np.inf}, "window_size must be .*, got inf"),
+        ({"window_size": 2.5}, "window_size must be .*, got 2.5"),
+        ({"sequence_length": 0}, "sequence_length must be a positive number of base pairs, got 0"),
+        ({"scales": (0, 2)}, "scales must be positive whole numbers of windows, got"),
     ],
 )
 def test_bad_input(change, message):
@@ -215,11 +215,11 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"window_size": 0}, "window_size is 0"),
-        ({"window_size": "2000"}, "window_size is '2000', expected a number"),
-        ({"window_size": None}, "window_size is None, expected a number"),
-        ({"sequence_length": "1e5"}, "sequence_length is '1e5', expected a number"),
-        ({"sequence_length": float("nan")}, "sequence_length is nan"),
+        ({"window_size": 0}, "window_size must be .*, got 0"),
+        ({"window_size": "2000"}, "window_size must be a number of base pairs, got '2000'"),
+        ({"window_size": None}, "window_size must be a number of base pairs, got None"),
+        ({"sequence_length": "1e5"}, "sequence_length must be a number of base pairs, got '1e5'"),
+        ({"sequence_length": float("nan")}, "sequence_length must be .*, got nan"),
     ],
 )
 def test_sizes_that_are_none(sizes, message):
@@ -262,11 +262,11 @@ def test_dosages_of_diploids_are_refused():
     ts = simulate(seed=8, individuals=20, discrete=False)
     haplotypes = ts.genotype_matrix()
     dosages = haplotypes[:, ::2] + haplotypes[:, 1::2]
-    with pytest.raises(ValueError, match=r"a 2 at \d+% of the sites, as dosages of diploid individuals do"):
+    with pytest.raises(ValueError, match=r"a 2 at \d+% of the sites, like dosages of diploid individuals"):
         pair_features(dosages, ts.sites_position, PAIRS, window_size=1000, sequence_length=100_000)
 
 
 def test_many_alleles_are_said():
     ts = simulate(seed=3, rate=5e-6, length=20_000)
-    with pytest.warns(UserWarning, match=r"793 of 5802 sites have more than two alleles .*phased haplotypes"):
+    with pytest.warns(UserWarning, match=r"793 of 5802 sites, which have more than two alleles .*phased haplotypes"):
         pair_features(ts.genotype_matrix(), ts.sites_position, PAIRS, window_size=1000, sequence_length=20_000)

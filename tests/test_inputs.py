@@ -102,7 +102,7 @@ def test_ten_times_the_mutation_rate(ts, tmp_path):
     assert not warned(loaded(tmp_path / "x.ckpt", network()), np.log1p(counts(more)), mutation_rate=1)  # an older checkpoint
     assert not warned(build_model(network()), np.log1p(counts(more)))
     for rate in (-1e-8, float("nan"), "1e-8", True):
-        with pytest.raises(BadRequest, match="mutation_rate is .*expected a number per bp"):
+        with pytest.raises(BadRequest, match="mutation_rate must be a number per bp and generation, got"):
             model.generate(np.log1p(counts(ts)), window_size=WINDOW, mutation_rate=rate)
 
 
@@ -130,15 +130,15 @@ def test_scales(ts, tmp_path):
     (message,) = warned(model, np.log1p(counts(ts, scales=(4, 8))))  # every site twice
     assert "diversity" in message
     (message,) = warned(model, np.log1p(counts(ts, scales=(2, 8))))
-    assert "do not hold the same sites at each of the scales 2, 4" in message
+    assert "do not contain the same sites at each of the scales 2, 4" in message
 
 
 def test_window_size(ts):
     model, x = build_model(network()), np.log1p(counts(ts))
-    with pytest.raises(BadRequest, match="this model reads windows of 2000 bp, these counts were made with 1000"):
+    with pytest.raises(BadRequest, match="this model reads windows of 2000 bp, but the counts were computed with 1000 bp"):
         model.generate(x, window_size=1000)
     for size in (None, "2000", True):
-        with pytest.raises(BadRequest, match="expected the base pairs of a window of X"):
+        with pytest.raises(BadRequest, match="window_size must be the base pairs per window of X, got"):
             model.generate(x, window_size=size)
     with pytest.raises(TypeError, match="window_size"):
         model.generate(x)
@@ -150,14 +150,14 @@ def test_what_is_not_log1p_of_counts(ts):
     model, raw = build_model(network()), counts(ts)
     x = torch.log1p(torch.from_numpy(raw))
     for wrong in (raw, np.log2(1 + raw), np.log1p(np.log1p(raw)), raw / 2, -np.log1p(raw), np.log10(1 + raw)):
-        with pytest.raises(BadRequest, match="which is log1p of no count.*pass the natural logarithm of 1 [+] count"):
+        with pytest.raises(BadRequest, match="and not of a count: pass the natural logarithm of 1 [+] count"):
             model.generate(wrong, window_size=WINDOW)
     for wrong, message in (
-        (raw.astype(np.int32), "X holds int32, expected floating-point log1p of counts"),
-        (np.full_like(raw, np.nan), "not finite"),
-        (np.full_like(raw, np.inf), "not finite"),
-        ("text", "no array of numbers|expected"),
-        (None, "no array of numbers"),
+        (raw.astype(np.int32), "X must be floating-point log1p of counts, got int32"),
+        (np.full_like(raw, np.nan), "X must be finite"),
+        (np.full_like(raw, np.inf), "X must be finite"),
+        ("text", "X must be an array of numbers|X must"),
+        (None, "X must be an array of numbers"),
     ):
         with pytest.raises(BadRequest, match=message):
             model.generate(wrong, window_size=WINDOW)
@@ -178,7 +178,7 @@ def test_shapes_in_words(ts):
         ),
         (x[:, :, :, :40], "this model reads 50 windows of 10 haplotypes at 2 scales; X has 40 windows$"),
         (x[:, :, :1], "X has 1 scales$"),
-        (x[0], r"for one item, pass X\[None\]"),
+        (x[0], r"for one example, pass X\[None\]"),
         (x[:, :1], "cxt.pair_features makes such counts"),
     ):
         for use in (lambda x: model(x, y), lambda x: model.loss(x, y), lambda x: model.generate(x, window_size=WINDOW)):
@@ -187,27 +187,27 @@ def test_shapes_in_words(ts):
     adapted = build_model(network(), AdapterConfig(samples=6, bottleneck=4))
     with pytest.raises(BadRequest, match="reads 50 windows of 6 haplotypes at 2 scales; X has 10 haplotypes"):
         adapted.generate(x, window_size=WINDOW)
-    with pytest.raises(BadRequest, match="X is a ndarray, expected a tensor"):
+    with pytest.raises(BadRequest, match="X must be a tensor, .*, got ndarray"):
         model(x.numpy(), y)
     for wrong in (y[:, :50], y[:1], y.numpy()):
-        with pytest.raises(BadRequest, match=r"the tokens are \(2, 51\) for X and this model"):
+        with pytest.raises(BadRequest, match=r"the tokens must have shape \(2, 51\)"):
             model(x, wrong)
 
 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"replicates": 1.5}, "replicates 1.5: expected a whole number"),
-        ({"replicates": None}, "replicates None: expected a whole number"),
-        ({"seed": 0.5}, "seed 0.5: expected a whole number"),
-        ({"top_k": "3"}, "top_k '3': expected a whole number"),
-        ({"temperature": float("nan")}, "temperature nan: expected"),
-        ({"temperature": float("inf")}, "temperature inf: expected a finite number"),
-        ({"temperature": "1"}, "temperature '1': expected a finite number"),
-        ({"example_ids": [0]}, "example_ids: expected 2 whole numbers"),
-        ({"example_ids": [0, 0.5]}, "example_ids: expected 2 whole numbers"),
-        ({"tokens": torch.ones(2, 51, dtype=torch.long)}, r"the tokens are \(2, 1, 51\)"),
-        ({"tokens": torch.full((2, 1, 51), 22)}, "tokens: expected whole numbers from 0 to 21"),
+        ({"replicates": 1.5}, "replicates must be a whole number, got 1.5"),
+        ({"replicates": None}, "replicates must be a whole number, got None"),
+        ({"seed": 0.5}, "seed must be a whole number, got 0.5"),
+        ({"top_k": "3"}, "top_k must be a whole number, got '3'"),
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
+        ({"temperature": float("inf")}, "temperature must be a finite number, got inf"),
+        ({"temperature": "1"}, "temperature must be a finite number, got '1'"),
+        ({"example_ids": [0]}, "example_ids must be 2 whole numbers"),
+        ({"example_ids": [0, 0.5]}, "example_ids must be 2 whole numbers"),
+        ({"tokens": torch.ones(2, 51, dtype=torch.long)}, r"the tokens must have shape \(2, 1, 51\)"),
+        ({"tokens": torch.full((2, 1, 51), 22)}, "tokens must be whole numbers from 0 to 21"),
     ],
 )
 def test_settings(ts, setting, message):

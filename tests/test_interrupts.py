@@ -243,8 +243,8 @@ def test_not_finite_ends_the_run_and_what_would_follow(copy, long, tmp_path):
     process = start(copy, "results/broad_adapter.ckpt", long, **injected(tmp_path / "nan", code))
     output = process.communicate()[0]
     assert process.returncode == 1
-    assert "cxt: broad: loss or gradient are not finite at step 7. Epoch 0, batches 6 to 6: " in output
-    assert "Try a lower learning rate" in output
+    assert "cxt: broad: loss or gradient is not finite at step 7. Epoch 0, batches 6 to 6: " in output
+    assert "Try half the learning rate" in output
     assert not (copy / "results/broad.ckpt").exists()
     assert not list((copy / "results/runs").glob("broad_adapter-*"))
 

@@ -162,7 +162,9 @@ def test_a_configuration_edited_while_jobs_are_queued(workspace):
     simulate_batch(edited, 10)
     shard = workspace / "results/datasets/processed_narrow/train/constant-0.zarr.zip"
     shard.unlink()
-    with pytest.raises(BadRequest, match=r"batch results/simulations/constant/0.trees.batch is not the one .*its lineage is"):
+    with pytest.raises(
+        BadRequest, match=r"batch results/simulations/constant/0.trees.batch is not the planned one.*its lineage must"
+    ):
         preprocess_shard(edited, "train", 0)
     assert not shard.exists()
     preprocess_shard(before, "train", 0)
@@ -187,7 +189,7 @@ def test_made_by_hand(workspace):
     variant = jobs.find_variant(config, "constant")
     path = paths.batch_path("constant", 0)
     call(simulate_stage, "--spec", canonical_json(variant.spec), "--count", 10, "--seed", 1, "--out", path)
-    with pytest.raises(BadRequest, match="it has no lineage, expected"):
+    with pytest.raises(BadRequest, match="its lineage must be .*, but it has none"):
         preprocess_shard(config, "test", 0)
     words = [
         "--batch",
@@ -210,7 +212,7 @@ def test_masks(workspace):
     path = "results/masks/processed_narrow.npz"
     mask = read_mask(path)
     write_mask(path, ~mask, lineage="0123456789ab")
-    with pytest.raises(BadRequest, match="mask .* its lineage is 0123456789ab, expected"):
+    with pytest.raises(BadRequest, match="mask .* its lineage must be .*, got 0123456789ab"):
         preprocess_shard(config, "train", 0)
     write_mask("mine.npz", mask)
     words = ["--mask", "mine.npz", "--mask-sha256", file_sha256("mine.npz")]
@@ -237,12 +239,14 @@ NARROW = [
 def test_the_trainer(workspace, monkeypatch):
     config = configuration(workspace / "a.yaml")
     planned = lineages.dataset_lineage(config, "processed_narrow")
-    with pytest.raises(BadRequest, match=rf"not what was planned to train on: dataset .* its lineage is {planned}, expected 1"):
+    with pytest.raises(
+        BadRequest, match=rf"the inputs of training are not the planned ones: dataset .* its lineage must be 1, got {planned}"
+    ):
         train(monkeypatch, *NARROW, "--dataset-lineage", "1", "--run-dir", "run", "--out", "results/x.ckpt")
     (workspace / "settings.yaml").write_text("settings_lineage: '2'\n")
     settings = ["--config", "settings.yaml", "--lineage", "3", "--dataset-lineage", planned]
     with pytest.raises(
-        BadRequest, match=r"the settings of .*: its lineage is 2, expected 3; run `snakemake --cores 2 results/x"
+        BadRequest, match=r"the settings of .*: its lineage must be 3, got 2; run `snakemake --cores 2 results/x"
     ):
         train(monkeypatch, *settings, *NARROW, "--run-dir", "run", "--out", "results/x.ckpt")
     assert not (workspace / "run").exists()
@@ -251,7 +255,7 @@ def test_the_trainer(workspace, monkeypatch):
     record = read_checkpoint("results/x.ckpt").record
     assert (record["lineage"], record["dataset"]["lineage"], record["parent"]) == ("3", planned, None)
     child = [*NARROW, "--checkpoint", "results/x.ckpt", "--run-dir", "child", "--out", "results/y.ckpt"]
-    with pytest.raises(BadRequest, match=r"parent results/x.ckpt: its lineage is 3, expected 4"):
+    with pytest.raises(BadRequest, match=r"parent results/x.ckpt: its lineage must be 4, got 3"):
         train(monkeypatch, *child, "--parent-lineage", "4")
     train(monkeypatch, *child, "--parent-lineage", "3")
     assert read_checkpoint("results/y.ckpt").record["parent"]["lineage"] == "3"
@@ -295,10 +299,10 @@ def test_verify_and_evaluation(workspace, monkeypatch):
         "--mask", "results/masks/processed_narrow.npz", *arguments.mask_arguments(config, "processed_narrow"),
         "--lineage", lineages.evaluation_lineage(config, "narrow"), "--checkpoint-lineage", lineage,
     ]  # fmt: skip
-    with pytest.raises(BadRequest, match="checkpoint other.ckpt is not the one that was planned"):
+    with pytest.raises(BadRequest, match="checkpoint other.ckpt is not the planned one"):
         call(evaluate_stage, *words, "--checkpoint", "other.ckpt", "--batches", canonical_json(batches))
     stale = canonical_json([batch | {"lineage": "9"} for batch in batches])
-    with pytest.raises(BadRequest, match=f"batch results/simulations/constant/{start}.* expected 9"):
+    with pytest.raises(BadRequest, match=f"batch results/simulations/constant/{start}.* must be 9, got"):
         call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", stale)
     call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical_json(batches))
     result = json.loads((workspace / "results/evaluation/narrow.json").read_text())
@@ -321,7 +325,7 @@ def test_a_finished_run_on_other_devices_is_another_run(dataset, tmp_path, monke
     capsys.readouterr()
     train(monkeypatch, *arguments)
     output = capsys.readouterr().out
-    assert "starting afresh (another devices (3 gpu instead of 1 cpu)" in output
+    assert "starting afresh (devices 3 gpu instead of 1 cpu)" in output
     assert "is finished: publishing" not in output
 
 
@@ -350,7 +354,7 @@ def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]
     with pytest.raises(BadRequest, match="is in use by process"):
         train(monkeypatch, *arguments)
-    with pytest.raises(BadRequest, match="--wait-for-lock -1: expected at least 0"):
+    with pytest.raises(BadRequest, match="--wait-for-lock must not be negative, got -1"):
         train(monkeypatch, *arguments, "--wait-for-lock", -1)
     monkeypatch.setattr(train_stage.time, "sleep", lambda _: held.communicate("\n"))
     train(monkeypatch, *arguments, "--wait-for-lock", 10)

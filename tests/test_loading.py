@@ -89,7 +89,7 @@ def test_order_is_a_function_of_seed_epoch_and_rank(dataset):
 
 @pytest.mark.parametrize("i", [1.5, "a", slice(2), None])
 def test_items_are_whole_numbers(dataset, i):
-    with pytest.raises(TypeError, match="expected a whole number, of 0 to 107"):
+    with pytest.raises(TypeError, match="must be a whole number from 0 to 107, got"):
         PairDataset(dataset, "train")[i]
 
 
@@ -202,7 +202,7 @@ def test_storage_is_chosen_by_what_is_free(dataset, monkeypatch, tmp_path):
     monkeypatch.undo()
     assert torch.equal(few[3][0], PairDataset(dataset, "test", progress=lines.append)[3][0])
     assert "MB in memory" in lines[1]
-    with pytest.raises(BadRequest, match="storage 'ram': expected one of auto, memory, disk"):
+    with pytest.raises(BadRequest, match="storage must be one of auto, memory, disk, got 'ram'"):
         PairDataset(dataset, "test", storage="ram")
     monkeypatch.setattr(arena.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
     with pytest.raises(BadRequest, match=r"do not fit into .* \(0.0 MB left\); set TMPDIR"):

@@ -200,7 +200,7 @@ def test_sizes_come_from_the_config():
     config = ModelConfig(layers=1, heads=3, width=36, windows=7, samples=5, scales=3, bins=11)
     x, y = inputs(config, items=2)
     assert build_model(config)(x, y).shape == (2, 7, 13)
-    with pytest.raises(ValueError, match=r"X has shape .* expected"):
+    with pytest.raises(ValueError, match=r"X must have shape .* got"):
         build_model(config)(x[:, :, :2], y)
 
 
@@ -209,7 +209,7 @@ def test_bad_sizes():
         ModelConfig(width=30)
     with pytest.raises(BadRequest, match="even width"):
         ModelConfig(width=36, heads=4)
-    with pytest.raises(BadRequest, match="expected fewer than the backbone's 10"):
+    with pytest.raises(BadRequest, match="fewer samples than the backbone's 10, got 10"):
         build_model(SMALL, AdapterConfig(samples=10))
 
 

@@ -98,7 +98,7 @@ exit_on_bad_request(main)
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 0
     assert (tmp_path / "result").exists()
-    assert done.stderr.decode() == "cxt: standard output cannot be written (No space left on device); going on without it\n"
+    assert done.stderr.decode() == "cxt: standard output cannot be written (No space left on device); continuing without it\n"
 
 
 @pytest.mark.parametrize("backend", ["module://no_such.backend", "nonsense"])
@@ -128,7 +128,7 @@ assert count_bits(np.uint64(7)) == 3
 """
     status, _, err = command("-c", code)
     assert status == 0, err
-    assert err.count("set NUMBA_CACHE_DIR to a directory that can be written") == 1
+    assert err.count("set NUMBA_CACHE_DIR to a writable directory") == 1
 
 
 @pytest.mark.slow

@@ -279,7 +279,7 @@ def test_plan_refuses(tmp_path):
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(BadRequest, match="broken.json holds no costs"):
+    with pytest.raises(BadRequest, match="broken.json is not a file of costs"):
         Costs([tmp_path / "broken.json"])
 
 

@@ -87,12 +87,12 @@ def test_import(file, suffix, tmp_path):
     assert (about.record["step"], about.record["dataset"]["samples"]) == (1, 5 if suffix else 10)
     agrees(load_model(out), suffix)
     agrees(load_model(file), suffix)
-    assert "whole and finite; imported from published_style" in verify(out, configfiles=[])
+    assert "intact and finite; imported from published_style" in verify(out, configfiles=[])
     assert compare_checkpoints(out, file, rtol=0, atol=0)[0]
     assert str(file) in describe_checkpoint(file)
     left = run_python("-m", "cxt.commands.checkpoint", "import", out, "--out", tmp_path / "again.ckpt", check=False)
     assert left.returncode == 2
-    assert "is a checkpoint of cxt already, use it as it is" in left.stderr
+    assert "is already a checkpoint of cxt; use it as it is" in left.stderr
 
 
 def test_names(tmp_path):
@@ -106,7 +106,7 @@ def test_names(tmp_path):
     for name, network in PRESETS.items():
         assert find_nearest_preset(network) == name
     shutil.copy(PLAIN, tmp_path / "residual_epoch=1-step=5280.ckpt")
-    with pytest.raises(BadRequest, match="legacy `residual` model predicts another quantity"):
+    with pytest.raises(BadRequest, match="legacy `residual` model does not predict ln TMRCA"):
         read_checkpoint(tmp_path / "residual_epoch=1-step=5280.ckpt")
 
 
@@ -135,7 +135,7 @@ def test_nothing_in_a_file_is_run(function, named, tmp_path, monkeypatch):
     assert marker.exists()  # it does harm where it can
     marker.unlink()
     for read in (load_model, read_checkpoint, lambda path: import_published(path, tmp_path / "x.ckpt")):
-        with pytest.raises(BadRequest, match=rf"is refused, nothing in it was run: it holds pickled {named}, where"):
+        with pytest.raises(BadRequest, match=rf"is refused, and no code in it was executed: it contains pickled {named}, but"):
             read(file)
     done = run_python("-m", "cxt.commands.checkpoint", "import", file, "--out", tmp_path / "x.ckpt", check=False)
     assert done.returncode == 2
@@ -152,7 +152,7 @@ def test_other_pickle_protocols_run_nothing(tmp_path):
     with zipfile.ZipFile(PLAIN) as source, zipfile.ZipFile(tmp_path / "x.ckpt", "w") as out:
         for name in source.namelist():
             out.writestr(name, data if name.endswith("data.pkl") else source.read(name))
-    with pytest.raises(BadRequest, match="cannot be read, it is damaged or not one of cxt's: Unsupported op"):
+    with pytest.raises(BadRequest, match="cannot be read, it is damaged or not a checkpoint of cxt: Unsupported op"):
         load_model(tmp_path / "x.ckpt")
     assert not marker.exists()
 
@@ -160,7 +160,7 @@ def test_other_pickle_protocols_run_nothing(tmp_path):
 def test_other_classes_are_refused_by_name(tmp_path):
     module, unknown = original_class("DecoderConfig")
     file = holding(unknown(), tmp_path / "x.ckpt", module=module)
-    with pytest.raises(BadRequest, match=r"it holds pickled cxt\.config\.DecoderConfig, where only"):
+    with pytest.raises(BadRequest, match=r"it contains pickled cxt\.config\.DecoderConfig, but may"):
         load_model(file)
     module, known = original_class("TrainingConfig")
     settings = known()
@@ -169,7 +169,7 @@ def test_other_classes_are_refused_by_name(tmp_path):
     kept = read_checkpoint(file).record["published"]["hyper_parameters"]["extra"]
     assert kept == {"a": {"max_lr": 3e-4}, "b": [1, 2]}
     file = holding(np.arange(3), tmp_path / "x.ckpt")
-    with pytest.raises(BadRequest, match="it holds pickled .*numpy"):
+    with pytest.raises(BadRequest, match="it contains pickled .*numpy"):
         load_model(file)
 
 
@@ -186,7 +186,7 @@ class Calls:
 def test_an_allowed_class_takes_nothing_but_fields(tmp_path):
     module, known = original_class("ModelConfig")
     file = holding(Calls(known), tmp_path / "x.ckpt", module=module)
-    with pytest.raises(BadRequest, match="it is damaged or not one of cxt's"):
+    with pytest.raises(BadRequest, match="it is damaged or not a checkpoint of cxt"):
         load_model(file)
 
 
@@ -221,8 +221,8 @@ CHANNELS = "model.transformer.bt2ls.weights"
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (PLAIN, tensor(CHANNELS, torch.tensor([0.6, 0.4])), rf"{CHANNELS} is \[0.6.*fixed to \(0.7, 0.3\)"),
-        (PLAIN, tensor(CHANNELS, torch.tensor([0.7])), "fixed to"),
+        (PLAIN, tensor(CHANNELS, torch.tensor([0.6, 0.4])), rf"{CHANNELS} must be .*\(0.7, 0.3\), got \[0.6"),
+        (PLAIN, tensor(CHANNELS, torch.tensor([0.7])), "must be the fixed weights"),
         (PLAIN, lambda content: content["state_dict"].pop(CHANNELS), f"{CHANNELS} is missing"),
         (PLAIN, tensor("model.transformer.wpe.weight", torch.ones(3)), "model.transformer.wpe.weight is not known"),
         (PLAIN, tensor("model.mask_token", torch.ones(())), "model.mask_token is not known"),
@@ -230,47 +230,59 @@ CHANNELS = "model.transformer.bt2ls.weights"
         (
             PLAIN,
             tensor("model.lm_head.weight", torch.ones(326, 8)),
-            r"lm_head.weight has shape \(326, 8\).*ask for \(326, 80\)",
+            r"lm_head.weight must have shape \(326, 80\).*got \(326, 8\)",
         ),
         (PLAIN, tensor("model.lm_head.weight", 3), "model.lm_head.weight is not a tensor"),
-        (PLAIN, settings(num_samples=50), r"proj01.weight has shape \(20, 10\), its hyper-parameters ask for \(20, 50\)"),
-        (PLAIN, settings(n_embd=96), "has shape"),
+        (PLAIN, settings(num_samples=50), r"proj01.weight must have shape \(20, 50\) by its hyper-parameters, got \(20, 10\)"),
+        (PLAIN, settings(n_embd=96), "must have shape"),
         (PLAIN, settings(n_embd=81), "width 81 is not a multiple"),
         (PLAIN, settings(n_layer=10**9), "layers must be an integer from 1 to 1000, got 1000000000"),
         (PLAIN, settings(n_layer=900), "n_layer is 900, but it has weights of 2 blocks"),
-        (PLAIN, settings(n_layer="2"), "n_layer is '2', expected int"),
-        (PLAIN, settings(output_dim=100), "has shape"),
-        (PLAIN, settings(combined_dim=1000), "combined_dim is 1000, expected an odd number"),
-        (PLAIN, settings(bias=True), "bias is True, only False is known"),
-        (PLAIN, settings(residual=True), "residual is True, a setting whose meaning is not known"),
+        (PLAIN, settings(n_layer="2"), "n_layer must be int, got '2'"),
+        (PLAIN, settings(output_dim=100), "must have shape"),
+        (PLAIN, settings(combined_dim=1000), "combined_dim must be odd .*, got 1000"),
+        (PLAIN, settings(bias=True), "bias must be False, got True"),
+        (PLAIN, settings(residual=True), "residual True is an unknown setting"),
         (PLAIN, lambda content: content["hyper_parameters"]["gpt_config"].pop("n_head"), "n_head is missing"),
-        (PLAIN, lambda content: content["hyper_parameters"].pop("gpt_config"), "hold no `gpt_config`"),
+        (PLAIN, lambda content: content["hyper_parameters"].pop("gpt_config"), "have no `gpt_config`"),
         (PLAIN, lambda content: content.update(state_dict=[]), "no hyper-parameters or no weights"),
-        (PLAIN, lambda content: content.update(epoch="one"), "its epoch is 'one', expected a number"),
-        (ADAPTER, lambda content: content["hyper_parameters"].update(ie_new=10), "`ie_new` is 10, expected fewer samples than"),
+        (PLAIN, lambda content: content.update(epoch="one"), "its epoch must be a whole number, got 'one'"),
+        (
+            ADAPTER,
+            lambda content: content["hyper_parameters"].update(ie_new=10),
+            "`ie_new` must be fewer samples than .*, got 10",
+        ),
         (
             ADAPTER,
             lambda content: content["hyper_parameters"].update(ie_new=4),
-            r"model.adapter.se.0.weight has shape \(1, 5\)",
+            r"model.adapter.se.0.weight must have shape .* got \(1, 5\)",
         ),
-        (ADAPTER, lambda content: content["hyper_parameters"].update(adapter_bottleneck=0), "`adapter_bottleneck` is 0"),
-        (ADAPTER, lambda content: content["hyper_parameters"].update(adapter_dropout=2), "`adapter_dropout` is 2"),
+        (
+            ADAPTER,
+            lambda content: content["hyper_parameters"].update(adapter_bottleneck=0),
+            "`adapter_bottleneck` must be a positive whole number, got 0",
+        ),
+        (
+            ADAPTER,
+            lambda content: content["hyper_parameters"].update(adapter_dropout=2),
+            r"`adapter_dropout` must be a number in \[0, 1\), got 2",
+        ),
         (
             ADAPTER,
             lambda content: content["hyper_parameters"].update(new_mask_index=1),
-            "`new_mask_index` is 1, only 0 is known",
+            "`new_mask_index` must be 0, .*, got 1",
         ),
         (
             ADAPTER,
             lambda content: content["hyper_parameters"].pop("ie_new"),
-            "adapter weights and .*`ie_new`.* do not go together",
+            "adapter weights need .*`ie_new`",
         ),
         (ADAPTER, lambda content: content["state_dict"].pop("model.adapter.alpha"), "model.adapter.alpha is missing"),
     ],
 )
 def test_what_does_not_fit_is_named(file, change, message, tmp_path):
     changed(file, tmp_path / "x.ckpt", change)
-    with pytest.raises(BadRequest, match=rf"(?s)x.ckpt is not a checkpoint of the original package as this.*{message}"):
+    with pytest.raises(BadRequest, match=rf"(?s)x.ckpt is not a checkpoint of the original package that this.*{message}"):
         load_model(tmp_path / "x.ckpt")
 
 
@@ -317,8 +329,8 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     arguments = ["--dataset-path", data / "n10", "--checkpoint", parent]
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "run", "--out", out)
     captured = capsys.readouterr()
-    assert "note: sources see the start token, as in" in captured.err
-    assert "the window size moves from 2000 to 100 bp" in captured.out
+    assert "sources attend to the start token" in captured.err
+    assert "the window size changes from 2000 to 100 bp" in captured.out
     child, before = read_checkpoint(out), read_checkpoint(PLAIN)
     assert child.model.start_token_in_prefix
     assert child.record["parent"]["name"] == "published_style"
@@ -330,7 +342,7 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "own", "--out", out, "--start-token-in-prefix", "false")
     assert not read_checkpoint(out).model.start_token_in_prefix
     assert "start token" not in capsys.readouterr().err
-    with pytest.raises(BadRequest, match="--layers 6, but checkpoint .* has 2; leave the flag out"):
+    with pytest.raises(BadRequest, match="--layers 6, but checkpoint .* has 2; omit the flag"):
         train(monkeypatch, *arguments, "--layers", 6, "--run-dir", tmp_path / "other")
 
 
@@ -351,7 +363,7 @@ def test_an_adapter_of_it(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "child.ckpt"
     arguments = ["--dataset-path", data / "n5", "--resume-adapter", ADAPTER, "--adapter-bottleneck", 8, "--out", out]
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "run")
-    assert "note: the adapter overwrites bin 0, as in" in capsys.readouterr().err
+    assert "the adapter overwrites bin 0" in capsys.readouterr().err
     child, before = read_checkpoint(out), read_checkpoint(ADAPTER)
     assert child.adapter.overwrite_bin0
     assert child.model.start_token_in_prefix
@@ -405,7 +417,7 @@ def test_damaged_exports(tmp_path):
 
     refused("there is no checkpoint .*config.json")
     (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:-1] + b"x")
-    refused("is damaged, or not the weights that config.json belongs to")
+    refused("is damaged, or does not belong to config.json")
     (directory / "model.safetensors").unlink()
     refused("there is no exported checkpoint in")
     (directory / "config.json").write_text("{")
@@ -413,7 +425,7 @@ def test_damaged_exports(tmp_path):
     (directory / "config.json").write_text('{"architectures": ["BertModel"]}')
     refused("was not written by `cxt checkpoint export`")
     write_export(directory, about.state_dict, about.record | {"format": 99})
-    refused("has format 99, this cxt reads up to 1")
+    refused("has format 99, but this cxt reads formats up to 1")
     write_export(directory, about.state_dict | {"x": torch.ones(1)}, about.record)
     refused("x is not in this model")
     bad = {key: value * float("nan") for key, value in about.state_dict.items()}

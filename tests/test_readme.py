@@ -111,7 +111,7 @@ def test_plan_commands(tmp_path):
     assert len(found_commands) == 2
     for words in found_commands:
         out = run_python(*(REPOSITORY / word if word.endswith(".yaml") else word for word in words), cwd=tmp_path)
-        assert "In all:" in out.stdout
+        assert "Total:" in out.stdout
     (shown,) = blocks("text")  # what README shows is what the command prints
     assert shown.strip() in out.stdout
 

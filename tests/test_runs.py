@@ -173,7 +173,7 @@ def test_damaged_saves(dataset, tmp_path):
     assert done.returncode == 75
     assert f"the training state {saves[0]} cannot be read" in done.stdout
     assert f"continuing from {saves[1]}" in done.stdout
-    assert "its time is up at step" in done.stderr
+    assert "reached --max-minutes at step" in done.stderr
     assert not list(run.checkpoints.glob("*.tmp"))
     for path in list_training_states(run):
         path.write_bytes(b"")
@@ -200,7 +200,7 @@ def test_resume_by_path(dataset, tmp_path, monkeypatch):
     assert done.returncode == 75
     for path, message in (
         (tmp_path / "nowhere", "there is no such run or training state"),
-        (run.log, "expected a run directory, or a training state in the checkpoints"),
+        (run.log, "must be a run directory, or a training state in its checkpoints"),
     ):
         with pytest.raises(BadRequest, match=message):
             train(monkeypatch, *bare, "--resume", path)
@@ -249,21 +249,21 @@ def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):
     arguments = interrupted(dataset, run.path)
     before = list_training_states(run)
     shutil.copy(before[0], run.checkpoints / "keep.ckpt")
-    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the training states of .*; there are: step="):
+    with pytest.raises(BadRequest, match=r"keep.ckpt is not one of the training states of .*; choose from step="):
         train(monkeypatch, *arguments, "--resume", run.checkpoints / "keep.ckpt")
     assert list_training_states(run) == before
 
 
 def test_no_earlier_save_of_a_finished_run(finished, dataset, monkeypatch):
     save = finished / "run/checkpoints/step=20.ckpt"
-    with pytest.raises(BadRequest, match="is finished; leave the training state out"):
+    with pytest.raises(BadRequest, match="is finished; omit the training state"):
         train(monkeypatch, "--config", finished / "run/config.yaml", "--resume", save)
 
 
 def test_other_devices(dataset, tmp_path, monkeypatch):
     arguments = interrupted(dataset, tmp_path / "run")
     two = ["--accelerator", "cpu", "--devices", 2]
-    with pytest.raises(BadRequest, match=r"was begun on 1 cpu and cannot go on with 2 cpu.* --restart.*rm -r"):
+    with pytest.raises(BadRequest, match=r"was started on 1 cpu and cannot continue on 2 cpu.* --restart.*rm -r"):
         train(monkeypatch, *arguments, *two)
 
 
@@ -271,7 +271,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
     path = tmp_path / "run.lock"
     path.write_text("process 4000000 on elsewhere")
     held = acquire_lock(path, "the run")
-    assert "note: the run was left by process 4000000 on elsewhere, which is gone" in capsys.readouterr().out
+    assert "note: taking over the run: process 4000000 on elsewhere ended without releasing it" in capsys.readouterr().out
     code = f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
     done = run_python("-c", code, check=False)
     assert f"the run is in use by process {os.getpid()}" in done.stderr
@@ -294,7 +294,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
         done = run_python("-m", "cxt.train", *arguments, check=False)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "could not be saved" in done.stderr
-        assert "Make room and run the same command again" in done.stderr
+        assert "Free disk space and run the same command again" in done.stderr
         assert not (tmp_path / "x.ckpt").exists()
         run = RunDirectory(small / "run")
         for path in list_training_states(run):
@@ -412,7 +412,7 @@ def test_export_best(dataset, tmp_path, monkeypatch):
     other = read_checkpoint(tmp_path / "x.ckpt")
     write_checkpoint(tmp_path / "run/checkpoints/best.ckpt", other.state_dict, other.record | {"note": "by hand"})
     again = [*arguments, "--export", "best", "--run-dir", tmp_path / "run"]
-    with pytest.raises(Failed, match="is gone or has been changed, and cannot be published"):
+    with pytest.raises(Failed, match="is missing or was changed, and cannot be published"):
         train(monkeypatch, *again)
 
 
@@ -436,7 +436,7 @@ def test_precision_names():
             assert TrainingConfig(precision=word).precision == name
     assert TrainingConfig(precision=False).precision == "32-true"  # how YAML reads `no`
     assert TrainingConfig(precision=16).precision == "16-mixed"
-    with pytest.raises(BadRequest, match="unknown precision 'banana'; there are: 16-mixed, 32-true, bf16-mixed, bf16-true"):
+    with pytest.raises(BadRequest, match="unknown precision 'banana'; choose from 16-mixed, 32-true, bf16-mixed, bf16-true"):
         TrainingConfig(precision="banana")
 
 
@@ -652,7 +652,7 @@ def test_a_loss_of_16_bits_that_is_not_finite(tmp_path):
     )  # fmt: skip
     module = SimpleNamespace(device=torch.device("cpu"))
     log._look_at(torch.tensor(3.0), trainer, module, step=4)
-    with pytest.raises(Failed, match=r"not finite at step 5. Epoch 1, batches 2 to 3: constant 7 pair 1-2; .*8 in all"):
+    with pytest.raises(Failed, match=r"not finite at step 5. Epoch 1, batches 2 to 3: constant 7 pair 1-2; .*8 in total"):
         log._look_at(torch.tensor(float("nan")), trainer, module, step=5)
 
 
@@ -683,19 +683,20 @@ def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
     call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
     assert "weights are close" in capsys.readouterr().out
     with pytest.raises(
-        Failed, match="the weights are whole, but it is not what the configuration asks for: its lineage is None"
+        Failed,
+        match="the weights are intact, but it does not match the configuration: its lineage is None.*` makes it again",
     ):
         call(checkpoint_stage, monkeypatch, "verify", path)
     other["backbone.head.weight"][0, 0] = float("nan")
     write_checkpoint(tmp_path / "nan.ckpt", other, content.record)
-    with pytest.raises(Failed, match="backbone.head.weight not finite"):
+    with pytest.raises(Failed, match="nan.ckpt has weights that are not finite: backbone.head.weight"):
         call(checkpoint_stage, monkeypatch, "verify", tmp_path / "nan.ckpt")
 
 
 def test_verify_in_a_workflow(workflow, tmp_path, monkeypatch, capsys):
     for model in ("narrow", "w200_wmissing_adapter"):
         call(checkpoint_stage, monkeypatch, "verify", workflow / f"results/{model}.ckpt", "--configfile", TINY)
-    assert "trained from the" in capsys.readouterr().out
+    assert "its parent is" in capsys.readouterr().out
     results = tmp_path / "results"
     results.mkdir()
     shutil.copy(workflow / "results/broad_w200.ckpt", results)
@@ -715,9 +716,9 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
     output = capsys.readouterr().out
     assert output.count("current: ") == 6
-    assert output.count("not what the configuration asks for") == 2
+    assert output.count("not used by this configuration") == 2
     held = locking_process(busy)
-    with pytest.raises(BadRequest, match="there is no terminal to answer on: add --yes"):
+    with pytest.raises(BadRequest, match="there is no terminal; add --yes"):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune", "--yes")
     held.communicate("\n")
@@ -733,9 +734,9 @@ def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert 1e-6 < float(output.split("suggested learning rate: ")[1].split()[0]) < 0.5
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(BadRequest, match="expected 0 < lowest < highest"):
+    with pytest.raises(BadRequest, match="--lowest and --highest must be finite, positive and in rising order"):
         call(find_lr_stage, monkeypatch, *arguments, "--lowest", 1)
-    with pytest.raises(BadRequest, match="--num-steps 3: expected at least 20"):
+    with pytest.raises(BadRequest, match="--num-steps must be a whole number from 20 to .*, got 3"):
         call(find_lr_stage, monkeypatch, *SMALL, "--dataset-path", dataset, "--num-steps", 3)
 
 

@@ -166,17 +166,17 @@ def test_damaged_batches(tmp_path):
             list(read_batch(path, start=start, count=count, scenario=scenario))
 
     path.write_bytes(whole[:cut])
-    fails("truncated: it holds 2 tree sequences, expected 3")
+    fails("truncated: it holds only 2 of 3 tree sequences")
     path.write_bytes(whole[: cut + 1000])
     fails("damaged or truncated at tree sequence 2 of 3")
     path.write_bytes(b"")
-    fails("truncated: it holds 0 tree sequences")
+    fails("truncated: it holds only 0 of 3 tree sequences")
     path.write_bytes(whole)
-    fails("more than the expected 2", count=2)
-    fails("found simulation 0 of 'constant' at place 0, expected 5", start=5)
-    fails("expected 0 of 'island'", scenario="island")
+    fails("more than 2 tree sequences", count=2)
+    fails("tree sequence 0 must be simulation 5 of 'constant', got 0 of 'constant'", start=5)
+    fails("must be simulation 0 of 'island', got 0 of 'constant'", scenario="island")
     simulate(seed=1).dump(path)
-    fails("carries no cxt identity", count=1)
+    fails("has no cxt identity", count=1)
 
 
 def test_command(tmp_path):

@@ -124,11 +124,11 @@ def test_where_nothing_is_to_be_saved(arguments, tmp_path, module, name, number)
     code = CODE.format(module=module, name=name, number=number)
     output = ends(start("-c", code, *arguments), STATUS[signal.Signals[number]])
     assert output.count(f"stopped by {number}") == 1
-    assert "the same command goes on from what is saved" in output
+    assert "run the same command again to continue from the last training state" in output
     assert not (tmp_path / "x.ckpt").exists()
     assert name != "build_data" or not (tmp_path / "run").exists()
     output = ends(start("-m", "cxt.train", *arguments), 0)
-    assert "which is gone" not in output  # it has let go of its locks
+    assert "without releasing it" not in output  # it has let go of its locks
     assert (tmp_path / "x.ckpt").exists()
     assert not list(tmp_path.rglob("*.tmp"))
 
@@ -178,5 +178,5 @@ def test_simulation_stopped(tmp_path, number):
     time.sleep(0.2)
     os.killpg(process.pid, number)
     output = ends(process, STATUS[number])
-    assert output.splitlines()[-1] == f"cxt: constant: stopped by {number.name}, nothing was written"
+    assert output.splitlines()[-1] == f"cxt: constant: stopped by {number.name}; nothing was written"
     assert not list(tmp_path.iterdir())

@@ -60,10 +60,13 @@ def test_seeds_and_splits():
     ("change", "message"),
     [
         ({"window_size": 3000}, "not a multiple of --window-size 3000"),
-        ({"samples": 21}, "--samples 21: expected 2 to 20"),
-        ({"window_size": 0}, "--window-size must be an integer from 1 to .*, got 0"),
-        ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 named twice"),
-        ({"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]}, r"sequences of \[5000, 20000\] bp"),
+        ({"samples": 21}, "--samples must be from 2 to 20, .*, got 21"),
+        ({"window_size": 0}, "--window-size must be positive, got 0"),
+        ({"variants": [*LEAVES, LEAVES[1]]}, "population_size=20000 repeated"),
+        (
+            {"variants": [*LEAVES, LEAVES[0] | {"name": "short", "sequence_length": 5000}]},
+            r"same length, got \[5000, 20000\] bp",
+        ),
     ],
 )
 def test_bad_shapes(change, message):
@@ -133,13 +136,13 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--max-steps", 5], "set --eval-samples N, or --eval-max-batches N"),
-        (["--max-steps", 5, "--eval-samples", 0], "expected at least 1"),
-        (["--eval-samples", 5], "say with --max-steps how long"),
+        (["--max-steps", 5], "set either --eval-samples or --eval-max-batches"),
+        (["--max-steps", 5, "--eval-samples", 0], "must be positive, got 0"),
+        (["--eval-samples", 5], "--simulate needs --max-steps"),
         (["--max-steps", 0, "--eval-samples", 5], "--max-steps must be a positive integer, got 0"),
-        (["--max-steps", 5, "--eval-samples", 5, "--storage", "disk"], "--storage has no meaning with --simulate"),
-        (["--max-steps", 5, "--eval-samples", 5, "--epochs", 3], "--epochs has no meaning with --simulate"),
-        (["--max-steps", 5, "--eval-samples", 5, "--dataset-path", "x"], "and not both"),
+        (["--max-steps", 5, "--eval-samples", 5, "--storage", "disk"], "--storage cannot be used with --simulate"),
+        (["--max-steps", 5, "--eval-samples", 5, "--epochs", 3], "--epochs cannot be used with --simulate"),
+        (["--max-steps", 5, "--eval-samples", 5, "--dataset-path", "x"], "but not both"),
         (["--max-steps", 5, "--eval-samples", 5, "--simulate", "litle"], "unknown scenario 'litle'; did you mean 'little'"),
         (["--max-steps", 5, "--eval-samples", 5, "--model", "w200_wmissing"], "reads missingness from bin 0"),
     ],
@@ -169,7 +172,7 @@ def test_flags_of_simulation_need_it(dataset, tmp_path):
             "-m", "cxt.train", "--dataset-path", dataset, "--run-dir", tmp_path / "run", *flag, check=False
         )  # fmt: skip
         assert done.returncode == 2
-        assert f"{flag[0]} has no meaning without --simulate" in done.stderr
+        assert f"{flag[0]} cannot be used without --simulate" in done.stderr
 
 
 def test_max_steps_with_a_dataset(dataset, tmp_path):

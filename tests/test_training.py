@@ -177,7 +177,7 @@ def test_other_settings_or_data_supersede(dataset, masked_dataset, tmp_path, mon
     run, out = tmp_path / "run", tmp_path / "x.ckpt"
     arguments = (*SMALL, "--dataset-path", dataset, "--run-dir", run, "--out", out, "--epochs", 1)
     train(monkeypatch, *arguments)
-    with pytest.raises(BadRequest, match=r"was started with seed 1 instead of 5; leave --resume out"):
+    with pytest.raises(BadRequest, match=r"was started with seed 1 instead of 5; omit --resume"):
         train(monkeypatch, *arguments, "--resume", "--seed", 5)
     train(monkeypatch, *arguments, "--seed", 5)
     assert f"(seed 1 instead of 5); the old run is kept as {run}-superseded-1" in capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_other_settings_or_data_supersede(dataset, masked_dataset, tmp_path, mon
     assert (tmp_path / "run-superseded-2" / "checkpoints").exists()
     other = build_dataset(tmp_path / "other", seed=9)
     train(monkeypatch, *arguments, "--seed", 5, "--dataset-path", other)
-    assert re.search(r"another dataset \(\w{12} instead of \w{12}\)\)", capsys.readouterr().out)
+    assert re.search(r"\(dataset \w{12} instead of \w{12}\)", capsys.readouterr().out)
 
 
 def test_another_parent_supersedes(parent, dataset, tmp_path, monkeypatch, capsys):
@@ -197,7 +197,7 @@ def test_another_parent_supersedes(parent, dataset, tmp_path, monkeypatch, capsy
     about = read_checkpoint(parent)
     write_checkpoint(source, {key: value * 1.1 for key, value in about.state_dict.items()}, about.record)
     train(monkeypatch, *arguments, "--out", tmp_path / "b.ckpt")
-    assert re.search(r"another parent \(\w{12} instead of \w{12}\)\)", capsys.readouterr().out)
+    assert re.search(r"\(parent \w{12} instead of \w{12}\)", capsys.readouterr().out)
     assert not equal(weights(tmp_path / "a.ckpt"), weights(tmp_path / "b.ckpt"))
 
 
@@ -331,7 +331,7 @@ def test_not_finite_is_a_failure(dataset, tmp_path):
         "--run-dir", tmp_path / "run", "--out", tmp_path / "x.ckpt", check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "Try a lower learning rate" in done.stderr
+    assert "Try half the learning rate" in done.stderr
     assert not (tmp_path / "x.ckpt").exists()
 
 
@@ -339,30 +339,30 @@ ON_N10 = ["--adapter", "--checkpoint", "{parent}", "--dataset-path", "{n10}"]
 REFUSED = [
     (["--model", "brood"], "unknown model 'brood'; did you mean 'broad'"),
     (["--epoch", 3], "unknown flag --epoch; did you mean '--epochs'"),
-    (["--gpus", 0, "--devices", 1], "exclude each other"),
-    (["--checkpoint", "{parent}", "--resume-adapter", "{parent}"], "--checkpoint and --resume-adapter exclude each other"),
-    (["--checkpoint", "{adapter}"], "holds an adapter model: use --resume-adapter"),
-    (["--resume-adapter", "{parent}"], "has no adapter weights: use --checkpoint .* --adapter"),
+    (["--gpus", 0, "--devices", 1], "cannot be used together"),
+    (["--checkpoint", "{parent}", "--resume-adapter", "{parent}"], "--checkpoint and --resume-adapter cannot be used together"),
+    (["--checkpoint", "{adapter}"], "is an adapter model; use --resume-adapter"),
+    (["--resume-adapter", "{parent}"], "has no adapter weights; use --checkpoint .* --adapter"),
     (["--adapter"], "--adapter needs a trained backbone"),
-    (["--checkpoint", "{parent}", "--layers", 2], "--layers 2, but checkpoint .* has 3; leave the flag out"),
+    (["--checkpoint", "{parent}", "--layers", 2], "--layers 2, but checkpoint .* has 3; omit the flag"),
     (["--checkpoint", "nosuch"], "no checkpoint 'nosuch' in .*results"),
     (["--checkpoint", "/no/such.ckpt"], "there is no checkpoint /no/such.ckpt"),
     (["--dataset-path", "/no/such"], "there is no dataset directory /no/such"),
-    (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples, but its parent .* takes 20; an adapter can"),
+    (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples, but its parent .* takes 20; use an adapter"),
     (["--adapter", "--checkpoint", "{parent}"], "an adapter needs fewer samples than its backbone's 20"),
     (["--lr", 0, "--min-lr", 0], "lr must be a positive number, got 0.0"),
     (["--heads", 0], "heads must be an integer from 1 to 1024, got 0"),
     (["--devices", -1], "--devices must be an integer from 0 to 1024, got -1"),
     (["--precision", "banana"], "unknown precision 'banana'"),
-    (["--compile", "banana"], "unknown compile 'banana'; there are: aot_eager, auto"),
+    (["--compile", "banana"], "unknown compile 'banana'; choose from aot_eager, auto"),
     (["--attention", "flex"], "attention flex trains on GPUs only"),
     (["--loss-path", "targt"], "unknown loss_path 'targt'; did you mean 'target'"),
     (["--dataset-path", "{masked}"], "carries missingness in bin 0"),
     (["--model", "w200_wmissing"], "reads missingness from bin 0, but dataset"),
-    (["--batch-size", 200], "108 training items, fewer than one batch of 200 on 1 device"),
+    (["--batch-size", 200], "108 training examples, fewer than one batch of 200 on 1 device"),
     (["--lr", 1e-6], "lr 1e-06 is below min_lr 3e-05"),
     (["--width", 15], "not a multiple of the number of scales"),
-    (["--resume", "--restart"], "exclude each other"),
+    (["--resume", "--restart"], "cannot be used together"),
     (["--adapter", "--adapter-samples", 9, "--checkpoint", "{parent}", "--dataset-path", "{n10}"], "--adapter-samples 9, but"),
     (["--lr", ".nan"], "lr must be a finite positive number, got nan"),
     (["--lr", ".inf"], "lr must be a finite positive number, got inf"),
@@ -376,21 +376,21 @@ REFUSED = [
     (["--max-minutes", ".inf"], "--max-minutes must be a finite positive number, got inf"),
     (["--max-steps", 0], "--max-steps must be a positive integer, got 0"),
     (["--devices", 1025], "--devices must be an integer from 0 to 1024, got 1025"),
-    (["--name", ""], "--name '': it is used in names of files"),
-    (["--name", "a/b"], "--name 'a/b': it is used in names of files"),
-    (["--name", "x" * 300], "names of files"),
-    (["--learning-rate", 1], "unknown flag --learning-rate; there are .*, the most similar are"),
-    (["--backbone-lr-factor", 0.5], "--backbone-lr-factor has no meaning without --adapter or --resume-adapter"),
-    (["--last-n", 4, "--adapter-bottleneck", 8], "--adapter-bottleneck, --last-n have no meaning without --adapter"),
-    (["--adapter-samples", 10], "--adapter-samples has no meaning without --adapter"),
-    (["--adapter-dropout", 0.5], "--adapter-dropout has no meaning without"),
-    (["--unfreeze-strategy", "ln"], "--unfreeze-strategy has no meaning without"),
-    (["--overwrite-bin0", "true"], "--overwrite-bin0 has no meaning without"),
+    (["--name", ""], "--name must have 1 to 100 printable characters.*, got ''"),
+    (["--name", "a/b"], "--name must have .* because it is part of file names, got 'a/b'"),
+    (["--name", "x" * 300], "part of file names"),
+    (["--learning-rate", 1], "unknown flag --learning-rate; the most similar of .* are"),
+    (["--backbone-lr-factor", 0.5], "--backbone-lr-factor cannot be used without --adapter or --resume-adapter"),
+    (["--last-n", 4, "--adapter-bottleneck", 8], "--adapter-bottleneck, --last-n cannot be used without --adapter"),
+    (["--adapter-samples", 10], "--adapter-samples cannot be used without --adapter"),
+    (["--adapter-dropout", 0.5], "--adapter-dropout cannot be used without"),
+    (["--unfreeze-strategy", "ln"], "--unfreeze-strategy cannot be used without"),
+    (["--overwrite-bin0", "true"], "--overwrite-bin0 cannot be used without"),
     ([*ON_N10, "--backbone-lr-factor", -1], "backbone_lr_factor must be a non-negative number, got -1.0"),
     ([*ON_N10, "--adapter-bottleneck", 0], "--adapter-bottleneck must be an integer from 1 to 65536, got 0"),
     ([*ON_N10, "--adapter-dropout", 2], r"--adapter-dropout must be a number in \[0, 1\), got 2.0"),
     ([*ON_N10, "--last-n", -5], "--last-n must be an integer from 0 to 1000, got -5"),
-    ([*ON_N10, "--last-n", 1, "--unfreeze-strategy", "ln"], "--last-n 1 has no meaning with --unfreeze-strategy ln"),
+    ([*ON_N10, "--last-n", 1, "--unfreeze-strategy", "ln"], "--last-n 1 cannot be used with --unfreeze-strategy ln"),
     ([*ON_N10, "--unfreeze-strategy", "lastn"], "unknown unfreeze_strategy 'lastn'; did you mean 'lastN'"),
     (["--run-dir", "{n10}", "--resume", "latest"], "nothing to resume: there is no run in"),
     (["--resume-adapter", "{adapter}", "--adapter-bottleneck", 32, "--dataset-path", "{n10}"], "bottleneck 32, but .*4"),
@@ -427,7 +427,7 @@ def test_a_child_takes_the_sizes_of_its_parent(parent, adapter_parent, dataset, 
     assert [printed[key] for key in ("layers", "heads", "width", "dropout")] == [
         parent_config.layers, parent_config.heads, parent_config.width, parent_config.dropout,
     ]  # fmt: skip
-    assert f"note: layers {parent_config.layers}, heads {parent_config.heads}, width {parent_config.width}" in captured.err
+    assert f": layers {parent_config.layers}, heads {parent_config.heads}, width {parent_config.width}" in captured.err
     assert not ADAPTER_FLAGS.keys() & printed.keys()
     train(monkeypatch, *plain, "--resume-adapter", adapter_parent)
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -441,9 +441,9 @@ def test_a_plain_run_knows_nothing_of_adapters(dataset, tmp_path, monkeypatch, c
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--max-steps", 500, "--validation-items", 5000]
     train(monkeypatch, *arguments, "--workers", 1, "--min-delta", 0.1, "--run-dir", tmp_path / "run")
     notes = capsys.readouterr().err
-    assert "--max-steps 500 only shortens a run, and 1 epoch are 7 steps; raise --epochs" in notes
-    assert "validation_items 5000, but there are 12 test items: all are taken" in notes
-    assert "min_delta 0.1 has no meaning without patience" in notes
+    assert "--max-steps 500 has no effect, because --epochs 1 ends after 7 steps; raise --epochs" in notes
+    assert "validation_items is 5000, but the dataset has only 12 test examples: using all" in notes
+    assert "min_delta 0.1 has no effect without patience" in notes
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
     assert not ADAPTER_FLAGS.keys() & (settings.keys() | identity["settings"].keys())
@@ -465,7 +465,7 @@ def test_the_command_line_wins_over_files(tmp_path, monkeypatch, capsys):
         assert (printed["lr"], printed["patience"], printed["epochs"], printed["precision"]) == (1e-3, 0, 9, "32-true")
         assert printed["name"] == "no thing"
     (tmp_path / "c.yaml").write_text("lr: {a: 1}\n")
-    with pytest.raises(BadRequest, match="c.yaml: lr is a mapping or a list of lists"):
+    with pytest.raises(BadRequest, match="c.yaml: lr must be a value that its flag accepts, not a mapping or a list of lists"):
         train(monkeypatch, "--config", tmp_path / "c.yaml")
     with pytest.raises(BadRequest, match="unknown flag --print_config; did you mean '--print-config'"):
         train(monkeypatch, "--print_config")
@@ -584,7 +584,7 @@ def test_damaged_checkpoints(parent, tmp_path):
     with pytest.raises(BadRequest, match=r"backbone.blocks.0.norm_attention.weight is missing"):
         load_model(path)
     write_checkpoint(path, about.state_dict, about.record | {"format": 99})
-    with pytest.raises(BadRequest, match="format 99, this cxt reads up to 1"):
+    with pytest.raises(BadRequest, match="format 99, but this cxt reads formats up to 1"):
         load_model(path)
 
 

@@ -102,38 +102,44 @@ def test_sweeping_a_required_parameter_by_combinations():
     [
         (
             {"kind": "constant", "population_size": []},
-            "population_size: found [], expected a positive number, or a list of different ones",
+            "population_size must be a positive number, or a list of distinct values, got []",
         ),
         (
             {"kind": "constant", "mutation_rate": "1e-8 per bp"},
-            "mutation_rate: found '1e-8 per bp', expected a number in",
+            "mutation_rate must be a number in (0, 0.5], or a list of distinct values, got '1e-8 per bp'",
         ),
-        ({"kind": "constant", "mutation_rate": "1"}, "mutation_rate: found 1, expected a number in (0, 0.5]"),
-        ({"kind": "constant", "mutation_rate": -1e-8}, "mutation_rate: found -1e-08, expected a number in (0, 0.5]"),
-        ({"kind": "constant", "combinations": []}, "combinations: found [], expected a list of mappings"),
+        ({"kind": "constant", "mutation_rate": "1"}, "mutation_rate must be a number in (0, 0.5], or a list"),
+        ({"kind": "constant", "mutation_rate": -1e-8}, "or a list of distinct values, got -1e-08"),
+        (
+            {"kind": "constant", "combinations": []},
+            "combinations must be a list of mappings from parameters to numbers, got []",
+        ),
         (
             {"kind": "constant", "combinations": [{"mutation_rat": 1e-8}]},
             "combinations.mutation_rat: unknown key; did you mean",
         ),
-        ({"kind": "constant", "combinations": [{"mutation_rate": -1}]}, "combinations.mutation_rate: found -1"),
+        (
+            {"kind": "constant", "combinations": [{"mutation_rate": -1}]},
+            "combinations.mutation_rate must be a number in (0, 0.5]",
+        ),
         ({"kind": "constant", "combinations": [{"mutation_rate": 0.1}, {"population_size": 1}]}, "every row must set the same"),
         (
             {"kind": "constant", "mutation_rate": [1e-8], "combinations": [{"mutation_rate": 1e-8}]},
             "`mutation_rate` is a list and also set by `combinations`",
         ),
-        ({"kind": "constant", "ancestry_model": "smc"}, "ancestry_model: found 'smc', expected one of hudson, smc_prime"),
+        ({"kind": "constant", "ancestry_model": "smc"}, "ancestry_model must be one of hudson, smc_prime, got 'smc'"),
         ({"kind": "hard_sweep", "selection_coefficient": 0.1}, "`position` is missing"),
         ({"kind": "hard_sweep", "selection_coefficient": 0.1, "position": 20_000}, "outside the sequence of 20000 bp"),
-        ({"kind": ["constant"]}, "has no `kind`, expected one of constant, demes"),
+        ({"kind": ["constant"]}, "`kind` must be one of constant, demes"),
         (
             {"kind": "constant", "population_size": float("nan")},
-            "population_size: found nan, expected a finite positive",
+            "population_size must be a finite positive",
         ),
         (
             HISTORY | {"history": [{"time": 0, "population_size": 9}, {"time": float("inf"), "population_size": 9}]},
-            "and finite",
+            "with finite values, got",
         ),
-        ({"kind": "constant", "simulations": 12.5}, "simulations: found 12.5, expected an integer"),
+        ({"kind": "constant", "simulations": 12.5}, "simulations must be an integer from 0 to 100000000, got 12.5"),
         (
             MINE
             | {
@@ -153,25 +159,25 @@ def test_sweeping_a_required_parameter_by_combinations():
             },
             "msprime cannot simulate this Demes model",
         ),
-        ({"kind": "constant", "recombination_rate": 5}, "recombination_rate: found 5, expected a number in [0, 0.5]"),
-        ({"kind": "constant", "individuals": 10**12}, "individuals: found 1000000000000, expected an integer from 1 to 30000"),
-        (MINE | {"demography": {"time_units": "generations"}}, "is no valid Demes model: "),
+        ({"kind": "constant", "recombination_rate": 5}, "recombination_rate must be a number in [0, 0.5]"),
+        ({"kind": "constant", "individuals": 10**12}, "individuals must be an integer from 1 to 30000, got 1000000000000"),
+        (MINE | {"demography": {"time_units": "generations"}}, "is not a valid Demes model: "),
         ({"kind": "konstant"}, "unknown kind 'konstant'; did you mean 'constant'"),
-        (HISTORY | {"history": []}, "history: found [], expected a list of {time: generations ago"),
-        (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history begins at time 5, expected 0"),
+        (HISTORY | {"history": []}, "history must be a list of {time: generations ago"),
+        (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history must begin at time 0 (today), got 5"),
         (HISTORY | {"history": [{"time": 0, "population_size": 10}] * 2}, "time 0 follows 0; times must rise"),
-        (HISTORY | {"history": [{"time": 0, "size": 10}]}, "expected a list of {time: generations ago"),
+        (HISTORY | {"history": [{"time": 0, "size": 10}]}, "must be a list of {time: generations ago"),
         ({key: value for key, value in HISTORY.items() if key != "mutation_rate"}, "`mutation_rate` is missing (Mutations per"),
         ({key: value for key, value in MINE.items() if key != "recombination_rate"}, "`recombination_rate` is missing"),
         (MINE | {"samples": {"nrth": 1}}, "there is no deme 'nrth'; did you mean 'north'"),
-        (MINE | {"samples": {"lost": 5}}, "deme 'lost' ended 4 generations ago, and samples are taken at time 0"),
+        (MINE | {"samples": {"lost": 5}}, "deme 'lost' ended 4 generations ago, but samples are taken at time 0"),
         (
             MINE | {"samples": {"north": {"individuals": 5, "time": 100}}},
-            "samples.north: found {'individuals': 5, 'time': 100}",
+            "samples.north must be a positive integer, got {'individuals': 5, 'time': 100}",
         ),
-        (MINE | {"samples": {}}, "samples names no deme; there are: north, south"),
+        (MINE | {"samples": {}}, "samples names no deme; choose from north, south"),
         (MINE | {"demography": "no/such.yaml"}, "there is no file"),
-        (MINE | {"demography": {"time_units": "generations", "demes": [{"name": "a"}]}}, "is no valid Demes model"),
+        (MINE | {"demography": {"time_units": "generations", "demes": [{"name": "a"}]}}, "is not a valid Demes model"),
         (
             {"kind": "stdpopsim", "species": "HomSap", "models": ["Africa_1T1"]},
             "no model 'Africa_1T1'; did you mean 'Africa_1T12'",
@@ -196,13 +202,13 @@ def test_refused_before_anything_runs(scenario, message):
 def test_refused_by_the_workflow(tmp_path):
     """The same through Snakemake: one message on stderr, exit 2, nothing made."""
     for text, message in (
-        ("scenarios: {mine: {kind: constant, simulations: 10, population_size: []}}", "found [], expected a positive number"),
+        ("scenarios: {mine: {kind: constant, simulations: 10, population_size: []}}", "must be a positive number"),
         ("scenarios: {mine: {kind: constant, simulations: 10}, mine: {kind: constant}}", "'mine' is given twice"),
-        ("scenarios: {7: {kind: constant, simulations: 10}}", "scenarios.7: found 7 as a name, expected text"),
+        ("scenarios: {7: {kind: constant, simulations: 10}}", "scenarios: the name 7 must be text"),
         ("datasets: {Processed: {scenarios: all}}", "datasets 'processed' and 'Processed' differ in case only"),
         ("scenarios: {Constant: {kind: constant, simulations: 10}}", "'constant' and 'Constant' differ in case only"),
         (f"scenarios: {{mine: {{kind: demes, demography: {TINY}, simulations: 10, samples: {{a: 1}}, mutation_rate: 1.0e-8,"
-         " recombination_rate: 1.0e-8}}", "is no valid Demes model"),
+         " recombination_rate: 1.0e-8}}", "is not a valid Demes model"),
     ):  # fmt: skip
         overlay = tmp_path / "overlay.yaml"
         overlay.write_text(text)
@@ -254,7 +260,7 @@ def test_demes_that_never_meet(rest, meet):
     if meet:
         check_genealogies(simulate_tree_sequence(spec_of(**scenario), index=0, seed=1))
     else:
-        with pytest.raises(BadRequest, match="lineages of A and [BC] need never meet"):
+        with pytest.raises(BadRequest, match="lineages from A and [BC] may never coalesce"):
             spec_of(**scenario)
     assert spec_of(**scenario | {"samples": {"A": 2}} | ({} if meet else {"demography": {
         "time_units": "generations", "demes": ROOTS}}))  # fmt: skip
@@ -281,7 +287,7 @@ def test_every_variant_must_fit_its_dataset():
         (b"scenarios: &a {x: *a}", "is not valid YAML"),
         (b"seed: \xff\xfe", "is not valid YAML"),
         (b"seed: [", "is not valid YAML"),
-        (b"- a list", "holds no mapping"),
+        (b"- a list", "does not contain a mapping"),
         (b"seed: 1\nseed: 2", "'seed' is given twice in one mapping .line 2."),
     ],
 )
@@ -294,7 +300,10 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
 def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
     for target, message in (
         ("results/simulations/constnat/0.trees.batch", "unknown variant 'constnat'; did you mean 'constant'"),
-        ("results/simulations/constant/5.trees.batch", "no batch of 'constant' begins at 5; there are 0, 10, 1000000000"),
+        (
+            "results/simulations/constant/5.trees.batch",
+            "no simulation batch of 'constant' begins at 5; choose from 0, 10, 1000000000",
+        ),
     ):
         done = snakemake("-n", target, cwd=tmp_path, check=False)
         assert done.returncode == 2
@@ -304,7 +313,7 @@ def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
 
 def test_two_variants_with_one_name():
     entry = constant_scenario(combinations=[{"mutation_rate": 1e-8}, {"mutation_rate": 1e-08 * 1.0}])
-    with pytest.raises(BadRequest, match="two variants are called 'x-mutation_rate=1e-08'"):
+    with pytest.raises(BadRequest, match="two variants have the same name, 'x-mutation_rate=1e-08'"):
         check_variants("x", entry)
 
 
@@ -362,7 +371,7 @@ def test_scenario_sets():
             "datasets.processed.scenarios: unknown scenario 'al'; did you mean 'all'",
         ),
         ({"scenario_sets": {"constant": ["island"]}}, "'constant' names both a scenario and a scenario set"),
-        ({"scenario_sets": {"high_ne": []}}, "datasets.processed_small_window.scenarios: the sets named hold no scenario"),
+        ({"scenario_sets": {"high_ne": []}}, "datasets.processed_small_window.scenarios: no scenario is left in the sets"),
         ({"scenarios": {"sawtooth": {"simulations": 0}}}, "'sawtooth' has `simulations: 0`, which is for evaluation only"),
     ):
         with pytest.raises(BadRequest) as error:

@@ -1,6 +1,6 @@
 """cxt: train coalescence language models, and use them.
 
-Names are imported when first used, so that `import cxt` is quick, and that using a checkpoint needs neither Lightning nor a
+Names are imported when first used, so that `import cxt` is quick and using a checkpoint needs neither Lightning nor a
 simulator.
 """
 
@@ -27,7 +27,7 @@ __all__ = ["PairDataset", "__version__", "load_model", "pair_features", "pair_lo
 
 
 def _version() -> str:
-    """The version of the installed package; of a checkout on PYTHONPATH that was not installed, 0+unknown."""
+    """The version of the installed package; "0+unknown" for a checkout on PYTHONPATH that was not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

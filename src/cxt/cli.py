@@ -8,8 +8,8 @@ from cxt.errors import BadRequest, suggest_nearest
 
 COMMANDS = {
     "plan": ("cxt.plan", "what a configuration will cost: simulations, steps, bytes, hours"),
-    "simulate": ("cxt.simulate", "simulate one batch of tree sequences"),
-    "trees": ("cxt.commands.trees", "take one tree sequence out of a simulation batch"),
+    "simulate": ("cxt.simulate", "run one simulation batch: consecutive simulations of one variant"),
+    "trees": ("cxt.commands.trees", "extract one tree sequence from a simulation batch"),
     "preprocess": ("cxt.preprocess", "make the shards, the manifest and the synthetic mask of a dataset"),
     "dataset": ("cxt.commands.dataset", "show, verify and export a dataset"),
     "train": ("cxt.train", "train one checkpoint"),
@@ -22,7 +22,7 @@ COMMANDS = {
     "configfile": ("cxt.commands.configfile", "write one model's training settings as YAML, as the workflow does"),
     "schema": ("cxt.commands.schema", "print config/README.md, the reference of all configuration keys"),
 }
-"""{name: (module with the command's `main(argv)`, what it does)}."""
+"""{name: (module with the command's `main(argv)`, its description)}."""
 
 
 def format_usage() -> str:
@@ -41,7 +41,7 @@ def main() -> None:
             return
         if name not in COMMANDS:
             raise BadRequest(f"unknown command '{name}'{suggest_nearest(name, COMMANDS)}")
-        if name == "train":  # its imports take a second, in which a signal must not end in a traceback
+        if name == "train":  # a signal during its imports, which take a second, must not end in a traceback
             from cxt.signals import install_exit_handler
 
             install_exit_handler()

@@ -1,4 +1,4 @@
-"""What a command says, whatever its standard output and error are: an ASCII terminal, a full disk, a reader that has gone."""
+"""Console output that survives ASCII terminals, full disks and closed pipes."""
 
 import argparse
 import contextlib
@@ -11,11 +11,11 @@ from collections.abc import Callable
 from cxt.errors import BadRequest, Failed, advise_extra
 
 ON_STDERR = {"on_stderr": True}
-"""`extra` of a log record that goes to standard error whatever its level: the command has its result on standard output."""
+"""`extra` of a log record that goes to standard error at any level, for commands that print their result to standard output."""
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints what cxt has to say: on standard output, from warnings on (and with `ON_STDERR`) on standard error."""
+    """Prints log records: progress to standard output; warnings, errors and records with `ON_STDERR` to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         is_for_stderr = record.levelno >= logging.WARNING or getattr(record, "on_stderr", False)
@@ -23,10 +23,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger of a module of cxt, whose lines are shown unless someone decides otherwise.
+    """The logger of a module of cxt, which prints to the console by default.
 
-    Progress is INFO and what a user should know WARNING. To handle the lines in a program of one's own, take the handler of the
-    logger `cxt` away: ``logging.getLogger("cxt").handlers.clear()``, and set its `propagate`.
+    Progress is logged as INFO, notes to the user as WARNING. A program that handles the records itself removes the handler of
+    the logger `cxt` with ``logging.getLogger("cxt").handlers.clear()`` and sets its `propagate`.
     """
     package = logging.getLogger("cxt")
     if not getattr(package, "is_set_up", False):
@@ -39,13 +39,13 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:
-    """Add -v and -q to the flags of a command that has progress to tell."""
+    """Add -v and -q to the flags of a command that reports progress."""
     parser.add_argument("-v", "--verbose", action="store_true", help="begin lines of progress with the time and the module")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress: warnings and errors only")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
 
 
 def set_verbosity(args: argparse.Namespace) -> None:
-    """Do what the flags of `add_verbosity_flags` ask for."""
+    """Apply the flags of `add_verbosity_flags`."""
     package = get_logger("cxt")
     package.setLevel(logging.WARNING if args.quiet else logging.INFO)
     for handler in package.handlers:
@@ -53,7 +53,7 @@ def set_verbosity(args: argparse.Namespace) -> None:
 
 
 class LossTolerantStream:
-    """A stream whose loss ends no work: after the first failure, which it remembers, what is written to it is dropped."""
+    """A stream whose failure stops no work: it remembers the first failure, and drops everything written after it."""
 
     def __init__(self, stream):
         self._stream, self.lost, self.is_progress = stream, None, False
@@ -67,7 +67,7 @@ class LossTolerantStream:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream; `check` raises its failure later, unless the stream carries progress."""
+        """Flush the stream; `check` raises a failure later, unless the stream carries progress."""
         self._try(self._stream.flush)
 
     def _try(self, work) -> None:
@@ -76,22 +76,22 @@ class LossTolerantStream:
         except OSError as error:
             _drop(self._stream)
             if self.is_progress:
-                line = f"cxt: standard output cannot be written ({error.strerror}); going on without it"
+                line = f"cxt: standard output cannot be written ({error.strerror}); continuing without it"
                 print(line, file=sys.stderr, flush=True)
             elif self.lost is None:
                 self.lost = error
 
     def check(self) -> None:
-        """Flush; Failed if something was lost, a silent one if it was because the reader has gone."""
+        """Flush; raise Failed if output was lost, without a message if the reader closed the pipe."""
         self.flush()
         if isinstance(self.lost, BrokenPipeError):
-            raise Failed("", status=141)  # what a shell says of a command that SIGPIPE has ended
+            raise Failed("", status=141)  # a shell's status for a command that SIGPIPE has killed
         if self.lost is not None:
             raise Failed(f"standard output cannot be written: {self.lost.strerror}")
 
 
 def _drop(stream) -> None:
-    """Send what a stream still holds, and all that is written to it from now on, nowhere."""
+    """Discard a stream's buffer and everything that is written to it from now on."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -101,15 +101,16 @@ def _drop(stream) -> None:
 
 @contextlib.contextmanager
 def console():
-    """Prepare the process for a command, and see to it that what it printed has arrived.
+    """Prepare the process for a command, and check at the end that its output was written.
 
-    Text that the encoding of a stream lacks (an ASCII locale) is written as escapes. Notes on standard error are expendable.
-    A notebook's `MPLBACKEND` may name a module that is not installed here, and would fail every import of matplotlib.
+    Characters that the encoding of a stream lacks (in an ASCII locale) are written as escapes. Failures of standard error are
+    ignored. `MPLBACKEND` is set because a notebook's may name a module that is not installed here, so that every import of
+    matplotlib would fail.
 
     Raises
     ------
     Failed
-        If standard output could not be written; silent if its reader has gone, as in `cxt runs | head`.
+        If standard output could not be written; without a message if its reader closed the pipe, as in `cxt runs | head`.
     """
     os.environ["MPLBACKEND"] = "agg"
     streams = out, err = sys.stdout, sys.stderr  # None if closed
@@ -129,13 +130,13 @@ def console():
     finally:
         for stream in tolerant_streams:
             if stream is not None:
-                stream.flush()  # or Python would complain at its end
+                stream.flush()  # otherwise Python would complain at exit
         sys.stdout, sys.stderr = out, err
 
 
 @contextlib.contextmanager
 def progress_only():
-    """What a command prints meanwhile is progress, and the result a file: its loss is said once, and ends nothing."""
+    """Treat standard output within a `with` block as progress: losing it is reported once, and is no error."""
     out = sys.stdout
     if not isinstance(out, LossTolerantStream):
         yield
@@ -149,16 +150,16 @@ def progress_only():
 
 
 def print_error(message: str) -> None:
-    """A line on standard error, if that is possible."""
+    """Print a line to standard error, if that is possible."""
     if sys.stderr is not None:
         print(f"cxt: {message}", file=LossTolerantStream(sys.stderr), flush=True)
 
 
 def exit_on_bad_request(main: Callable[[], None]) -> None:
-    """Run a command's *main*: a bad request is one line on stderr and exit status 2, a failed run one and its status.
+    """Run a command's *main* and turn expected errors into one line on standard error and an exit status.
 
-    A package that is not installed because it belongs to one of cxt's extras is such a bad request. Ctrl-C is one line and
-    status 130. Anything else propagates: Python prints its traceback and exits 1.
+    The status is 2 for a bad request and for a missing package of one of cxt's extras, a failed run's own status, and 130 for
+    Ctrl-C. Any other exception propagates: Python prints its traceback and exits with status 1.
     """
     try:
         with console():
@@ -177,9 +178,9 @@ def exit_on_bad_request(main: Callable[[], None]) -> None:
             print_error(str(error))
         raise SystemExit(error.status) from None
     except (KeyboardInterrupt, SystemExit) as error:
-        # Lightning makes another exit of it.
+        # Lightning turns a KeyboardInterrupt into SystemExit.
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would find Python at its end
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would interrupt Python's exit
         print_error("interrupted")
         raise SystemExit(130) from None

@@ -1,15 +1,15 @@
-"""Exceptions for bad requests and failed runs, and what their messages have in common."""
+"""Exceptions for bad requests and failed runs, and helpers for their messages."""
 
 import difflib
 from collections.abc import Callable, Iterable
 
 
 class BadRequest(ValueError):
-    """A request that cannot be fulfilled: what was found, what was expected, and what to do. Commands exit 2."""
+    """A request that cannot be fulfilled. The message says what was found and expected, and what to do; commands exit 2."""
 
 
 class Failed(RuntimeError):
-    """A run that was started and could not be finished, for a reason that the message explains.
+    """A run that started but could not be finished. The message explains why.
 
     Parameters
     ----------
@@ -18,7 +18,7 @@ class Failed(RuntimeError):
     status : int
         Exit status of the command.
     agreed : bool
-        Whether all processes of the run end in this way, so that none has to be ended by another.
+        Whether all processes of the run end in this way by themselves, so that none has to be killed.
     """
 
     def __init__(self, message: str, *, status: int = 1, agreed: bool = False):
@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 
 def try_drawing(draw: Callable[[], object]) -> str:
-    """Call *draw*, and return why it failed, or "": what was computed must not be lost because a figure cannot be drawn."""
+    """Call *draw* and return why it failed, or "": a figure that cannot be drawn must not cost the results."""
     try:
         draw()
     except Exception as error:
@@ -41,7 +41,7 @@ def try_drawing(draw: Callable[[], object]) -> str:
 
 
 MAX_LISTED_NAMES = 12
-"""A message lists up to this many names; of more, it lists the five most similar ones."""
+"""A message lists at most this many names; if there are more, it lists the five most similar ones."""
 
 
 def _likeness(name: str, choice: str) -> float:
@@ -51,7 +51,7 @@ def _likeness(name: str, choice: str) -> float:
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
-    """Help with a misspelt name, to be added to a message.
+    """Suggest names for a misspelt one, as the end of a message.
 
     Parameters
     ----------
@@ -67,13 +67,13 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     """
     names = sorted(map(str, choices))
     if not names:
-        return "; there are none"
+        return "; none are available"
     by_likeness = sorted(names, key=lambda choice: -_likeness(str(name)[:200], choice))
     if _likeness(str(name)[:200], by_likeness[0]) >= 0.7:
         return f"; did you mean '{by_likeness[0]}'?"
     if len(names) <= MAX_LISTED_NAMES:
-        return f"; there are: {', '.join(names)}"
-    return f"; there are {len(names)}, the most similar are {', '.join(by_likeness[:5])}"
+        return f"; choose from {', '.join(names)}"
+    return f"; the most similar of {len(names)} are {', '.join(by_likeness[:5])}"
 
 
 EXTRAS = {
@@ -90,7 +90,7 @@ def advise_extra(error: ModuleNotFoundError) -> str | None:
     Parameters
     ----------
     error : ModuleNotFoundError
-        As Python raised it.
+        The import error.
 
     Returns
     -------

@@ -1,10 +1,10 @@
-"""Stage 4: the accuracy of a checkpoint on simulations that nothing was trained on.
+"""Stage 4: evaluate the accuracy of a checkpoint on held-out simulations.
 
     python -m cxt.evaluate --checkpoint results/broad.ckpt --spec JSON --batches JSON --out FILE.json --figures PREFIX
     python -m cxt.evaluate --table results/evaluation/*.json
 
-Every estimate is decoded autoregressively from the features alone, and compared with the true ln TMRCA of the same
-pairs and windows. Two baselines see the same: heterozygosity in the best fixed window, and the best constant.
+Every estimate is decoded autoregressively from the features alone and compared with the true ln TMRCA of the same
+pairs and windows. Two baselines use the same data: heterozygosity in the best fixed window, and the best constant.
 """
 
 import argparse
@@ -34,11 +34,9 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
-    parser.add_argument(
-        "--lineage", help="digest of everything that the result depends on, stored in it; of --table, what its files must make"
-    )
+    parser.add_argument("--lineage", help="lineage stored in the result; with --table, the lineage its inputs must combine to")
     parser.add_argument("--checkpoint", help="name or path of a checkpoint")
-    parser.add_argument("--checkpoint-lineage", help="lineage that the checkpoint must have")
+    parser.add_argument("--checkpoint-lineage", help="expected lineage of the checkpoint")
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
     parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count, lineage}, …]")
     add_mask_flags(parser)
@@ -65,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     missing = [f"--{name}" for name in ("checkpoint", "spec", "batches", "out", "figures") if getattr(args, name) is None]
     if missing:
-        raise BadRequest(f"{', '.join(missing)} must be given, or --table")
+        raise BadRequest(f"{', '.join(missing)} must be given, unless --table is")
     try:
         spec, batches = json.loads(args.spec), json.loads(args.batches)
     except json.JSONDecodeError as error:
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         print(format_accuracy_table([result]), end="", flush=True)
     problem = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
     if problem:
-        raise Failed(f"the accuracy is above and was written to {args.out}, but the figures could not be drawn ({problem})")
+        raise Failed(f"the accuracy was written to {args.out}, but the figures could not be drawn ({problem})")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from cxt.errors import BadRequest
 
 @contextlib.contextmanager
 def atomic_file(path) -> Iterator[BinaryIO]:
-    """A new binary file for a `with` block, which replaces *path* when the block has ended without an exception.
+    """Open a new binary file for a `with` block, which replaces *path* when the block ends without an exception.
 
-    Until then the data is in a temporary file beside *path*, so that writers do not disturb each other: the last one to finish
-    wins. An exception removes the temporary file. Permissions of an existing *path* are kept. A symbolic link at *path* is
-    replaced, not followed; links among its directories are followed.
+    Until then the data is in a temporary file beside *path*, so that concurrent writers do not disturb each other: the last one
+    to finish wins. An exception removes the temporary file. Permissions of an existing *path* are kept. A symbolic link at
+    *path* is replaced, not followed; links among its directories are followed.
 
-    Temporary files that killed writers of the same *path* have left are removed; a writer that lives holds a lock on its own.
+    Temporary files left by killed writers of the same *path* are removed; a running writer holds a lock on its own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,16 +67,16 @@ def atomic_link(path, target: str) -> None:
 
 
 def remove_abandoned_files(path) -> None:
-    """Remove the temporary files that killed writers of *path* have left beside it."""
+    """Remove temporary files beside *path* that were left by killed writers."""
     path = Path(path)
     temporary_pattern = re.compile(re.escape(_stem(path)) + r"\.[0-9a-f]{16}\.tmp")
     try:
         names = [name for name in os.listdir(path.parent) if temporary_pattern.fullmatch(name)]
-    except OSError:  # no such directory, or one that may be written to but not be read
+    except OSError:  # no such directory, or one that is writable but not readable
         return
     for name in names:
         temporary = path.with_name(name)
-        with contextlib.suppress(OSError):  # it is gone, another user's, or its file system has no locks: then it stays
+        with contextlib.suppress(OSError):  # already removed; or kept: another user's, or on a file system without locks
             file = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,15 +102,15 @@ def _temporary_name(path: Path) -> Path:
 
 
 def _create_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new, locked temporary file beside *path*, with the permissions that the umask leaves."""
+    """A new, locked temporary file beside *path*, with the permissions that the umask allows."""
     while True:
         temporary = _temporary_name(path)
         number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with contextlib.suppress(OSError):  # no locks here: then nobody removes it, either
+        with contextlib.suppress(OSError):  # a file system without locks, where no process removes it either
             fcntl.flock(number, fcntl.LOCK_EX)
         if is_same_file(number, temporary):
             return temporary, os.fdopen(number, "wb")
-        os.close(number)  # taken for abandoned before it was locked
+        os.close(number)  # removed as abandoned before it was locked
 
 
 def _sync_directory(path: Path) -> None:
@@ -124,7 +124,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def check_writable(path) -> None:
-    """Create the directory of *path*; BadRequest if that fails or nothing can be written there."""
+    """Create the directory of *path*; BadRequest if that fails or the directory is not writable."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def check_writable(path) -> None:
 
 
 def replace_nan(value):
-    """Replace each float that is NaN or infinite by None, at any depth of mappings, lists and tuples."""
+    """Replace NaN and infinite floats by None, at any depth of mappings, lists and tuples."""
     if isinstance(value, dict):
         return {key: replace_nan(child) for key, child in value.items()}
     if isinstance(value, list | tuple):
@@ -144,7 +144,7 @@ def replace_nan(value):
 
 
 def json_text(value, *, indent: int | None = 1, sort_keys: bool = False) -> str:
-    """*value* as strict JSON with a newline at its end; NaN and infinities become null."""
+    """Format *value* as strict JSON with a final newline; NaN and infinities become null."""
     return json.dumps(replace_nan(value), indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
 
 
@@ -154,16 +154,16 @@ def format_columns(rows: Iterable[Sequence[str]], *, left: int = 1, separator: s
     Parameters
     ----------
     rows : iterable of sequences of str
-        The rows, a header among them, each of the same number of cells.
+        The rows, including the header, all with the same number of cells.
     left : int
-        This many first columns are aligned to the left, the others to the right.
+        Number of leading columns that are aligned to the left; the others are aligned to the right.
     separator : str
-        What stands between two columns.
+        Text between two columns.
 
     Returns
     -------
     list of str
-        One line for each row. Lines keep the padding at their end.
+        One line per row, with trailing padding.
     """
     rows = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -193,11 +193,11 @@ def file_sha256(path) -> str:
 
 
 _held_locks: set[int] = set()
-"""Descriptors of the locks of this process."""
+"""File descriptors of the locks that this process holds."""
 
 
 def _release_after_fork() -> None:
-    """Release the locks in a forked process: a loader that outlived the trainer would otherwise lock its successor out."""
+    """Release the locks in a forked process: a loader that outlives the trainer would otherwise lock out the next one."""
     for number in _held_locks:
         with contextlib.suppress(OSError):
             os.close(number)
@@ -208,10 +208,10 @@ os.register_at_fork(after_in_child=_release_after_fork)
 
 
 class Lock:
-    """A lock file that this process holds until `close`, or until the process ends in whatever way.
+    """A lock file that this process holds until `close`, or until the process ends for any reason.
 
     The lock belongs to the open file (`flock`): the process may open and close the file elsewhere, and forked processes do not
-    hold it. A lock file that a dead process has left behind locks nothing.
+    hold it. A lock file left behind by a dead process locks nothing.
     """
 
     def __init__(self, path: Path, number: int):
@@ -219,8 +219,8 @@ class Lock:
         _held_locks.add(number)
 
     def close(self, *, remove: bool = False) -> None:
-        """Release the lock and empty the file, which shows an orderly end; with *remove*, delete the file first."""
-        if self._number not in _held_locks:  # released before, or a fork's
+        """Release the lock and empty the file, which marks a clean exit; with *remove*, delete the file first."""
+        if self._number not in _held_locks:  # released before, or in a forked process
             return
         if remove:
             self.path.unlink(missing_ok=True)
@@ -253,7 +253,7 @@ def acquire_lock(path, what) -> Lock:
     tries = 0
     while True:
         try:
-            # No link is followed: what it points to would be emptied.
+            # Links are not followed, because the file that they point to would be emptied.
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise BadRequest(f"{what}: the lock {path} cannot be opened: {error.strerror}; remove it") from None
@@ -264,11 +264,11 @@ def acquire_lock(path, what) -> Lock:
             os.close(number)
             if error.errno not in LOCK_TAKEN:
                 raise BadRequest(
-                    f"{what}: its file system cannot lock files ({error.strerror}), and two trainers might write there at "
-                    "once; put it on one that can"
+                    f"{what}: its file system cannot lock files ({error.strerror}), so that two trainers could write there at "
+                    "once; use a file system that supports locks"
                 ) from None
             tries += 1
-            if tries < 5:  # it may be `is_locked` that looks at it
+            if tries < 5:  # it may be `is_locked` probing the lock
                 time.sleep(0.05)
                 continue
             words = holder.split()
@@ -279,10 +279,10 @@ def acquire_lock(path, what) -> Lock:
             ) from None
         if is_same_file(number, path):
             break
-        os.close(number)  # its holder has removed it meanwhile, and another may hold the one that is there now
+        os.close(number)  # its holder removed it in the meantime, and another process may hold a new one
     holder = _holder(number)
     if holder:
-        print(f"note: {what} was left by {holder}, which is gone", flush=True)
+        print(f"note: taking over {what}: {holder} ended without releasing it", flush=True)
     os.ftruncate(number, 0)
     os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return Lock(path, number)

@@ -1,9 +1,9 @@
-"""Lineages: digests that decide whether a result is current, and how to make one again that is not.
+"""Lineages: digests that decide whether a result is current, and advice on recreating one that is not.
 
 A lineage is the digest of a stage's version, its settings, the lineages of its parents, and the digests of external inputs.
 
-A stage's version is raised when a change of code changes its output. tests/test_stage_outputs.py holds every stage's output
-on a small input, and fails after such a change.
+A stage's version is raised when a change of code changes its output. tests/test_stage_outputs.py compares every stage's output
+on a small input with a record, and fails after such a change.
 """
 
 import os
@@ -14,7 +14,7 @@ from cxt.errors import BadRequest
 from cxt.io import digest
 
 STAGE_VERSION = {"simulate": 3, "preprocess": 4, "train": 3, "evaluate": 3}
-"""Raise one of these and everything from that stage on is made again."""
+"""Raising one of these rebuilds everything from that stage on."""
 
 
 def stage_lineage(stage: str, *parts) -> str:
@@ -23,59 +23,57 @@ def stage_lineage(stage: str, *parts) -> str:
 
 
 def check_lineage(what: str, *, actual: str | None, planned: str | None, target) -> None:
-    """BadRequest if *what* is of another lineage than *planned*; None, as when a stage is run by hand, plans nothing.
+    """BadRequest if the lineage of *what* is not the one *planned*; None, as when a stage is run by hand, accepts any.
 
-    *target* is the file to make again.
+    *target* is the file to rebuild.
     """
     if planned is not None and actual != planned:
-        raise BadRequest(
-            f"{what} is not the one that was planned: {describe_difference(actual, planned)}; {how_to_replan(target)}"
-        )
+        raise BadRequest(f"{what} is not the planned one: {describe_difference(actual, planned)}; {how_to_replan(target)}")
 
 
 def describe_difference(actual: str | None, planned: str) -> str:
     """Describe, for a message, the lineage *actual* where *planned* was expected."""
-    return f"its lineage is {actual}, expected {planned}" if actual else f"it has no lineage, expected {planned}"
+    return f"its lineage must be {planned}, got {actual}" if actual else f"its lineage must be {planned}, but it has none"
 
 
 RESULTS = "results"
 
 
 def snakemake_command(target, *options: str) -> str:
-    """The command that makes *target*, a file of the workflow, from the directory where it is asked for.
+    """The command that makes *target*, a file of the workflow, when run from the current directory.
 
-    Snakemake knows targets by their path from its working directory, so that an absolute path, or one into another workflow's
-    results, becomes `--directory` and the path below it. *options* follow the target.
+    Snakemake knows targets by their path relative to its working directory, so an absolute path, or one into another
+    workflow's results, becomes `--directory` and the path below it. *options* follow the target.
     """
     path = Path(os.path.abspath(target))
     above = [parent for parent in path.parents if parent.name == RESULTS]
     root = above[-1].parent if above else Path.cwd()  # the outermost results/
     elsewhere = [] if root == Path(os.path.abspath(".")) else ["--directory", str(root)]
-    # The target first, so that options which take lists may follow, as well as a --configfile that a person adds.
+    # The target comes first, so that options that take lists may follow, including a --configfile that the user adds.
     return shlex.join(["snakemake", "--cores", "2", os.path.relpath(path, root), *elsewhere, *options])
 
 
 def is_workflow_file(path) -> bool:
-    """Whether *path* is below a results/ directory, where the workflow makes its files."""
+    """Whether *path* is below a results/ directory, where the workflow writes its files."""
     return any(parent.name == RESULTS for parent in Path(os.path.abspath(path)).parents)
 
 
 def how_to_remake(target, *, delete: str | None = None) -> str:
-    """Advice on making *target* again, after deleting what *delete* names: otherwise Snakemake would find nothing to do."""
+    """Advice on recreating *target*, after deleting the file *delete*: otherwise Snakemake would find nothing to do."""
     gone = f"delete {delete}, then " if delete else ""
     if not is_workflow_file(target):
-        return f"{gone}make {target} again as it was made"
+        return f"{gone}recreate {target} with the command that made it"
     return f"{gone}run `{snakemake_command(target)}` (with your --configfile, if any)"
 
 
 def how_to_replan(target) -> str:
-    """Advice on making *target* again where it, or one of its inputs, belongs to another configuration than the current one.
+    """Advice on recreating *target* if it, or one of its inputs, belongs to another configuration than the current one.
 
-    Snakemake notices that by itself, unless it was told to look at times only, or to take files as up to date.
+    Snakemake notices that by itself, unless it was told to look at file times only or to consider files up to date.
     """
     if not is_workflow_file(target):
-        return f"make {target} again as it was made, or leave the lineages out"
+        return f"recreate {target} with the command that made it, or omit the lineage flags"
     return (
-        f"run `{snakemake_command(target)}` with the current --configfile and without --rerun-triggers; where that finds "
+        f"run `{snakemake_command(target)}` with the current --configfile and without --rerun-triggers; if that finds "
         "nothing to do, as after --touch, add --forceall"
     )

@@ -1,10 +1,10 @@
-"""What a configuration asks for and will cost, before anything runs.
+"""Estimate what a configuration will simulate, train and cost, before anything runs.
 
-    cxt plan                                              the laptop's configuration
+    cxt plan                                              the default configuration, at laptop scale
     cxt plan --configfile config/paper.yaml --devices 3   the published one, on three GPUs
     cxt plan --configfile mine.yaml --calibrate           measure the costs of its scenarios on this machine first
 
-Costs are measured ones, from those shipped with the package or from `--calibrate`; where one is missing, the plan says so.
+Estimates are based on measured costs, shipped with the package or from `--calibrate`; the plan names those that are missing.
 """
 
 import argparse
@@ -21,32 +21,32 @@ from cxt.io import atomic_write, check_writable, json_text
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt plan`: print what a configuration asks for and what it will cost.
+    """Run `cxt plan`: print what a configuration will simulate and train, and what that will cost.
 
     Parameters
     ----------
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog="cxt plan", description="What a configuration asks for and will cost.")
-    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
+    parser = argparse.ArgumentParser(prog="cxt plan", description="Estimate the cost of a configuration.")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration")
     parser.add_argument("--devices", type=int, help="GPUs for every model (0 = CPU); default: the configuration's")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--variants", action="store_true", help="list every variant instead of every scenario")
     parser.add_argument(
-        "--calibrate", action="store_true", help="measure the costs on this machine first, into results/costs.json"
+        "--calibrate", action="store_true", help="first measure the costs on this machine and save them in results/costs.json"
     )
     parser.add_argument(
         "--costs", type=Path, help="costs to use, or to write with --calibrate (default: results/costs.json if there)"
     )
-    parser.add_argument("--seconds", type=float, help="with --calibrate: of each measurement (default 5)")
-    parser.add_argument("--machine", help="with --calibrate: words for this machine (default: its processor)")
-    parser.add_argument("--table", type=Path, help="also write a Markdown table of what one simulation of each variant costs")
+    parser.add_argument("--seconds", type=float, help="with --calibrate: seconds per measurement (default 5)")
+    parser.add_argument("--machine", help="with --calibrate: description of this machine (default: its processor)")
+    parser.add_argument("--table", type=Path, help="also write a Markdown table of the cost of one simulation of each variant")
     args = parser.parse_args(argv)
     check_flags(args, devices=Devices, seconds=Positive)
     for flag in ("seconds", "machine"):
         if getattr(args, flag) is not None and not args.calibrate:
-            raise BadRequest(f"--{flag} has no meaning without --calibrate")
+            raise BadRequest(f"--{flag} cannot be used without --calibrate")
 
     from cxt.config.file import load  # imported late so that --help is quick
     from cxt.workflow.costs import LOCAL_COSTS, Costs, format_scenario_table, measure_costs, merge_costs, read_costs
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     check_plan(config)
     path = args.costs or LOCAL_COSTS
     if args.costs is not None and not args.calibrate and not path.exists():
-        raise BadRequest(f"--costs: there is no file {path}; make it with --calibrate")
+        raise BadRequest(f"--costs: there is no file {path}; create it with --calibrate")
     for written in (*([path] if args.calibrate else []), *([args.table] if args.table else [])):
         check_writable(written)
     if args.calibrate:

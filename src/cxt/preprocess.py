@@ -1,4 +1,4 @@
-"""Stage 2: tree sequences to the shards of a dataset.
+"""Stage 2: turn tree sequences into the shards of a dataset.
 
 python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --split train --spec JSON --out X.zarr.zip
 python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
@@ -90,27 +90,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
     shard = commands.add_parser("shard", help="preprocess one split of a simulation batch into a shard")
-    shard.add_argument("--batch", type=Path, required=True, help="file made by cxt.simulate")
-    shard.add_argument("--scenario", help="variant that it must hold")
-    shard.add_argument("--seed", type=int, help="seed that it must have been simulated with")
-    shard.add_argument("--start", type=int, required=True, help="first index in the batch")
-    shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the batch")
+    shard.add_argument("--batch", type=Path, required=True, help="simulation batch, a file made by cxt.simulate")
+    shard.add_argument("--scenario", help="expected variant")
+    shard.add_argument("--seed", type=int, help="expected seed of the simulations")
+    shard.add_argument("--start", type=int, required=True, help="first index in the simulation batch")
+    shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the simulation batch")
     shard.add_argument("--split", choices=SPLITS, required=True)
-    shard.add_argument("--spec", default="{}", help="the dataset's keys as JSON, over the published defaults")
+    shard.add_argument("--spec", default="{}", help="the dataset's keys as JSON, which override the published defaults")
     add_mask_flags(shard)
-    shard.add_argument("--batch-lineage", help="lineage that the batch must have")
-    shard.add_argument("--lineage", help="digest of all that decides the shard, stored in it")
+    shard.add_argument("--batch-lineage", help="expected lineage of the simulation batch")
+    shard.add_argument("--lineage", help="digest of everything the shard depends on, stored in it")
     shard.add_argument("--out", type=Path, required=True, help="shard to write, FILE.zarr.zip")
     shard.set_defaults(run=_shard)
-    manifest = commands.add_parser("manifest", help="list and check the shards of a dataset in its dataset.json")
+    manifest = commands.add_parser("manifest", help="check the shards of a dataset and list them in its dataset.json")
     manifest.add_argument("--dataset", type=Path, required=True, help="directory with train/ and test/")
-    manifest.add_argument("--shards", help="{variant: [simulations, batch]} as JSON, or with the lineage that its shards must "
-                          "have as a third entry (default: the shards that are there, whatever they are)")  # fmt: skip
+    manifest.add_argument(
+        "--shards",
+        help="JSON {variant: [simulations, batch size, shard lineage (optional)]} of the expected shards "
+        "(default: all shards found)",
+    )
     manifest.set_defaults(run=_manifest)
-    mask = commands.add_parser("mask", help="a synthetic accessibility mask")
+    mask = commands.add_parser("mask", help="make a synthetic accessibility mask")
     mask.add_argument("--spec", required=True, help="length, accessible_run and inaccessible_run as JSON")
     mask.add_argument("--seed", type=int, required=True)
-    mask.add_argument("--lineage", help="digest of all that decides the mask, stored in it")
+    mask.add_argument("--lineage", help="digest of everything the mask depends on, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     for command in commands.choices.values():

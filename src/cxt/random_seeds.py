@@ -1,9 +1,9 @@
 """Seeds: their range, and how the seeds of msprime and torch are derived from them.
 
-msprime takes 32 bits of a seed, and so does torch's generator on a CPU, which ignores all others. Sums and products of seeds
-and counters collide (1_000_003 · 1 + 1_000_003 = 1_000_003 · 2), and 32 random bits collide among 100 000. Here seeds are
-hashed before anything is combined with them, and a counter goes through a permutation of the 32-bit words, so that two
-values of it cannot give the same.
+msprime uses 32 bits of a seed, and so does torch's CPU generator, which ignores the others. Sums and products of seeds and
+counters collide (1_000_003 · 1 + 1_000_003 = 1_000_003 · 2), and 32 random bits collide among 100 000. Here seeds are hashed
+before anything is combined with them, and a counter goes through a permutation of the 32-bit words, so that two different
+values of it never give the same seed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ def check_seed(seed, *, name: str = "seed") -> int:
     ----------
     seed : int or any integer type
     name : str
-        What the message calls it.
+        Name of the seed in the message.
 
     Returns
     -------
@@ -37,14 +37,14 @@ def check_seed(seed, *, name: str = "seed") -> int:
     Raises
     ------
     BadRequest
-        If it is no whole number, or out of range.
+        If it is not a whole number, or out of range.
     """
     try:
         value = operator.index(seed)
     except TypeError:
-        raise BadRequest(f"{name} is {seed!r}, expected a whole number from 0 to {LARGEST_SEED}") from None
+        raise BadRequest(f"{name} must be a whole number from 0 to {LARGEST_SEED}, got {seed!r}") from None
     if not 0 <= value <= LARGEST_SEED:
-        raise BadRequest(f"{name} is {value}, expected at least 0 and at most {LARGEST_SEED}")
+        raise BadRequest(f"{name} must be a whole number from 0 to {LARGEST_SEED}, got {value}")
     return value
 
 
@@ -66,18 +66,18 @@ def mix_bits(state):
 
 
 def hash_key(*parts) -> int:
-    """A key of 64 bits for *parts*, which can be written as JSON: the first 8 bytes of their sha256."""
+    """A 64-bit key for JSON-able *parts*: the first 8 bytes of their sha256."""
     return int.from_bytes(hashlib.sha256(canonical_json(parts).encode()).digest()[:8], "big")
 
 
 def permute_words(words, *, key: int) -> np.ndarray:
-    """A permutation of the 32-bit words that is unrelated to that of any other *key* (64 bits).
+    """Permute 32-bit words by a permutation that depends on *key* (64 bits) and is unrelated for different keys.
 
-    A Feistel network of four rounds on halves of 16 bits, which is a permutation whatever its round function is.
+    A Feistel network of four rounds on halves of 16 bits, which is a permutation for any round function.
 
     Parameters
     ----------
-    words : whole numbers below 2^32, an array or one
+    words : whole number below 2^32, or an array of them
 
     Returns
     -------
@@ -95,16 +95,17 @@ def permute_words(words, *, key: int) -> np.ndarray:
 def msprime_seeds(indices, *, key: int) -> np.ndarray:
     """Seeds for msprime (1 to 2^32 - 1), different for all *indices* (0 to 2^32 - 2) under one *key*.
 
-    `permute_words` on 1 to 2^32 - 1: where it gives 0, which is no seed, it is applied once more, which remains a permutation.
+    `permute_words` on 1 to 2^32 - 1. Where it gives 0, which is not a valid seed, it is applied once more; the result is still
+    a permutation.
     """
     seeds = permute_words(np.asarray(indices, dtype=np.uint64) + np.uint64(1), key=key)
     return np.where(seeds == 0, permute_words(0, key=key), seeds)
 
 
 def torch_seed(*parts, number: int = 0) -> int:
-    """A seed for torch, of its 64 bits: a hash of *parts* above, and below a permutation of *number* (below 2^32).
+    """A 64-bit seed for torch: a hash of *parts* in the upper half, and a permutation of *number* (below 2^32) in the lower.
 
-    Under the same *parts* two numbers differ in the 32 bits that the CPU's generator takes.
+    For the same *parts*, two numbers differ in the lower 32 bits, which are all that the CPU generator uses.
     """
     key = hash_key(*parts)
     return (key >> 32 << 32) | int(permute_words(number, key=key))

@@ -1,8 +1,8 @@
-"""Signals that end a run: what a command does about them between its steps, and how the processes that it has started end.
+"""Signals that end a run: how a command reacts to them, and how it ends the processes it has started.
 
-A trainer that is at its steps takes note of a signal and saves (`cxt.trainer.training_state`). At any other time there is
-nothing to save, and it ends at once, from within the handler: an exception there would come out of whatever is being
-imported or compiled.
+During its optimizer steps, a trainer notes a signal and saves (`cxt.trainer.training_state`). At any other time there is
+nothing to save, and it exits immediately, within the handler: an exception raised there would surface in the middle of an
+import or a compilation.
 """
 
 import contextlib
@@ -16,25 +16,25 @@ from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 STATUS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-"""Exit statuses. SIGUSR1 is what schedulers warn with before they send SIGTERM."""
+"""Exit statuses. Schedulers send SIGUSR1 as a warning before SIGTERM."""
 
 OUT_OF_TIME = 75
 """Exit status when the wall-clock budget is spent: try again, and it goes on."""
 
 TRAINER = "CXT_TRAINER"
-"""Environment: number of the process that has started this one for another device of its machine."""
+"""Environment variable: id of the trainer process that has started this one for another device of its machine."""
 
 _exit_callbacks: list[Callable[[str, int], None]] = []
 
 
 def listen(handler) -> dict:
-    """Call *handler* for the signals; the handlers before. One for a closed session that is ignored (`nohup`) stays so."""
+    """Install *handler* for the signals and return the previous handlers. SIGHUP stays ignored if it already is (`nohup`)."""
     heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
 
 
 def ignore() -> None:
-    """From here on the signals do nothing to this process, nor those that came while they were held back."""
+    """Ignore these signals from now on, pending ones included."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -42,7 +42,7 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Signals wait while this lasts, for a process that is forked meanwhile until it has said what it does about them."""
+    """Block signals, so that a process forked meanwhile can install its handlers first."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
@@ -51,7 +51,7 @@ def block_signals() -> Iterator[None]:
 
 
 def install_exit_handler() -> None:
-    """From here on a signal ends this process with one line and its status; if another has started it, with that one."""
+    """From now on, a signal ends this process with one line and its status; one for another device ends with its parent."""
     if is_started_by_trainer():
         end_with_trainer()
         return
@@ -60,13 +60,13 @@ def install_exit_handler() -> None:
 
 
 def has_exit_handler() -> bool:
-    """Whether this is a command that `install_exit_handler` has prepared, and no one else's process, such as a notebook's."""
+    """Whether this process is a command prepared by `install_exit_handler`, and not, for example, a notebook's."""
     return os.environ.get(TRAINER) == str(os.getpid())
 
 
 @contextlib.contextmanager
 def call_before_exit(callback: Callable[[str, int], None]) -> Iterator[None]:
-    """Call *callback* with message and status before `exit_on_signal` ends this process, while this lasts."""
+    """Call *callback* with message and status if `exit_on_signal` ends this process within the `with` block."""
     _exit_callbacks.append(callback)
     try:
         yield
@@ -75,10 +75,13 @@ def call_before_exit(callback: Callable[[str, int], None]) -> Iterator[None]:
 
 
 def exit_on_signal(number: int, frame=None) -> None:
-    """End this process because of a signal: a handler for it."""
+    """End this process because of a signal; a signal handler."""
     ignore()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would tell of the loaders that end here
-    text = f"stopped by {signal.Signals(number).name}; nothing is lost: the same command goes on from what is saved"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report the loaders that end here
+    text = (
+        f"stopped by {signal.Signals(number).name}; run the same command again to continue from the last training state, "
+        "if there is one"
+    )
     kill_children()
     for callback in reversed(_exit_callbacks):
         with contextlib.suppress(Exception):
@@ -91,33 +94,33 @@ def exit_on_signal(number: int, frame=None) -> None:
 
 
 def kill_children() -> None:
-    """`kill -9` of all processes that this one has started, and of theirs."""
-    # Not imported here: a signal may have come in the middle of any import. Whoever starts processes has imported it before.
+    """Kill (SIGKILL) all descendants of this process."""
+    # Not imported here: a signal may arrive in the middle of any import. Modules that start processes have imported it before.
     psutil = sys.modules.get("psutil")
     if psutil is None:
         return
-    with contextlib.suppress(Exception):  # half imported itself
+    with contextlib.suppress(Exception):  # psutil itself may be half imported
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(Exception):
                 process.kill()
 
 
 def is_started_by_trainer() -> bool:
-    """Whether another process of this machine has started this one, for another device."""
+    """Whether another process of this machine has started this one for another device."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def end_with_trainer() -> None:
-    """Leave signals to the process that has started this one for a device of its own, and end when it ends."""
+    """Leave signals to the parent, which has started this process for another device, and end when it ends."""
     ignore()
     end_with_parent(int(os.environ[TRAINER]) if TRAINER in os.environ else os.getppid())
 
 
 def end_with_parent(parent: int) -> None:
-    """End this process when its *parent* ends, whatever way that ends."""
+    """End this process when its *parent* ends, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it ended before that
+        if os.getppid() != parent:  # the parent ended before the call
             os._exit(1)
         return
 

@@ -1,10 +1,10 @@
-"""Stage 1: a batch of tree sequences, one after another in one file.
+"""Stage 1: run one simulation batch, which writes tree sequences one after another into one file.
 
     python -m cxt.simulate --spec JSON --start 0 --count 100 --seed 1 --out constant-0.trees.batch
     python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
 
 `tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing, and
-`cxt trees` takes one out.
+`cxt trees` extracts one.
 """
 
 import argparse
@@ -47,9 +47,9 @@ def _read_variant(args) -> dict:
             completed["demography"] = read_demes(completed["demography"], at="--spec")
         (variant, *others) = list_variants(spec["name"], completed | {"simulations": 1, "batch": 10})
         if others or variant.name != spec["name"]:
-            raise BadRequest("--spec has a list of values: it must be one variant, not a sweep")
+            raise BadRequest("--spec must be one variant, not a sweep: it has a list of values")
         return variant.spec
-    from cxt.config.file import load  # the workflow's jobs, which come with --spec, need not pay for it
+    from cxt.config.file import load  # not needed by the workflow's jobs, which pass --spec
 
     config = load(args.configfile)
     unswept = {
@@ -57,7 +57,7 @@ def _read_variant(args) -> dict:
     }
     if args.scenario in config["scenarios"] and args.scenario not in unswept:
         swept = [variant.name for variant in list_variants(args.scenario, config["scenarios"][args.scenario])]
-        raise BadRequest(f"scenario '{args.scenario}' is a sweep; name one of its variants: {', '.join(swept)}")
+        raise BadRequest(f"scenario '{args.scenario}' is a sweep; choose one of its variants: {', '.join(swept)}")
     if args.scenario not in unswept:
         raise BadRequest(f"unknown scenario '{args.scenario}'{suggest_nearest(args.scenario, unswept)}")
     if args.seed is None:
@@ -66,32 +66,34 @@ def _read_variant(args) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt simulate`: simulate one batch of tree sequences.
+    """Run `cxt simulate`: run one simulation batch.
 
     Parameters
     ----------
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Simulate one batch of tree sequences.")
+    parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Run one simulation batch.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--spec", help="variant as JSON")
     what.add_argument("--scenario", help="variant by name, looked up in the configuration")
-    parser.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration, for --scenario")
+    parser.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration, for --scenario")
     parser.add_argument("--start", type=int, default=0, help="first index (default 0)")
     parser.add_argument("--count", type=int, required=True, help="number of simulations")
     parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
-    parser.add_argument("--lineage", help="digest of all that decides the batch, stored in it")
+    parser.add_argument("--lineage", help="digest of everything the simulation batch depends on, stored in it")
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
     add_verbosity_flags(parser)
     args = parser.parse_args(argv)
     set_verbosity(args)
-    if args.count < 1 or args.start < 0:
-        raise BadRequest(f"--start {args.start} --count {args.count}: expected --start of at least 0 and --count of at least 1")
+    if args.start < 0:
+        raise BadRequest(f"--start must not be negative, got {args.start}")
+    if args.count < 1:
+        raise BadRequest(f"--count must be positive, got {args.count}")
     spec = _read_variant(args)
     seed = 1 if args.seed is None else args.seed
     if args.start + args.count > 2_000_000_000:
-        raise BadRequest(f"--start {args.start} --count {args.count}: indices beyond 2000000000 are not used")
+        raise BadRequest(f"--start {args.start} --count {args.count}: indices must be below 2000000000")
     check_seed(seed, name="--seed")
     check_variant(spec)
     if spec["kind"] == "stdpopsim" and (difference := describe_other_recombination(spec)):
@@ -101,17 +103,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None) -> None:
-    """`write_batch` in a child process, so that even its sudden death (no memory, a crash) can be told and reproduced."""
-    context = multiprocessing.get_context("fork")  # nothing runs in threads yet
+    """Run `write_batch` in a child process, so that even a sudden death (out of memory, a crash) can be reported."""
+    context = multiprocessing.get_context("fork")  # no threads are running yet
     receiver, sender = context.Pipe(duplex=False)
 
     parent = os.getpid()
 
     def work() -> None:
         receiver.close()
-        ignore()  # of a signal to both, only the parent must speak
+        ignore()  # only the parent reports a signal that is sent to both
         end_with_parent(parent)
-        # With its reader gone, the next send ends this process: no batch is written behind a dead parent's back.
+        # Without a reader, the next send ends this process: no batch is written after the parent has died.
         batch = {"start": start, "count": count, "seed": seed, "lineage": lineage}
         exit_on_bad_request(lambda: write_batch(out, spec, **batch, progress=sender.send))
 
@@ -123,11 +125,11 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
             child.kill()
             child.join()
         remove_abandoned_files(out)
-        raise Failed(f"{spec['name']}: stopped by {signal.Signals(number).name}, nothing was written", status=STATUS[number])
+        raise Failed(f"{spec['name']}: stopped by {signal.Signals(number).name}; nothing was written", status=STATUS[number])
 
     listen(stop)
-    gc.freeze()  # or the child's first collection would copy every page of memory that the two share
-    with block_signals():  # the child ignores them from its start
+    gc.freeze()  # otherwise the child's first garbage collection would copy every page of shared memory
+    with block_signals():  # the child ignores signals from its start
         child.start()
     sender.close()
     started = last_report = time.monotonic()
@@ -144,7 +146,9 @@ def _simulate_in_child(out: Path, spec: dict, *, start: int, count: int, seed: i
     if child.exitcode < 0:
         name = signal.Signals(-child.exitcode).name
         hint = "; the machine may have run out of memory" if name == "SIGKILL" else ""
-        logger.error(f"cxt: the simulating process died of {name}{hint}.\n{how_to_reproduce(spec, index=index, seed=seed)}")
+        logger.error(
+            f"cxt: the simulation process was killed by {name}{hint}.\n{how_to_reproduce(spec, index=index, seed=seed)}"
+        )
         sys.exit(1)
     if child.exitcode:
         sys.exit(child.exitcode)

@@ -2,8 +2,8 @@
 
     python -m cxt.train --model broad --dataset-path results/datasets/processed --epochs 2
 
-Three verbs: `--checkpoint X` starts a new run from X's weights, `--resume-adapter X` from X's backbone and adapter
-weights, `--resume` continues this very run. Without one, training starts from random weights.
+`--checkpoint X` starts a new run from the weights of X, `--resume-adapter X` from its backbone and adapter weights, and
+`--resume` continues an existing run. Without any of these, training starts from random weights.
 """
 
 from cxt.signals import has_exit_handler, ignore, install_exit_handler
@@ -18,11 +18,11 @@ from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only,
 from cxt.trainer.options import build_parser, parse_flags
 
 BEGAN = time.monotonic()
-"""When this process began, near enough."""
+"""Approximate time at which this process began."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt train`: train one checkpoint, or print the settings that it would be trained with.
+    """Run `cxt train`: train one checkpoint, or print the settings it would be trained with.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         with progress_only():
             train(options, began=BEGAN)
     if has_exit_handler():
-        ignore()  # it is done, whatever comes now
+        ignore()  # training is finished: a signal must no longer change the exit status
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""How fast this machine trains and decodes, and with how much memory."""
+"""Benchmarks of speed and memory of training and decoding."""

@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes at its peak."""
+"""Measuring peak memory."""
 
 import os
 from collections.abc import Callable
@@ -7,16 +7,16 @@ import torch
 
 
 def measure_peak_memory(work: Callable[[], object], device: str) -> int:
-    """Bytes of tensors at the peak of *work*: on a GPU of all that are held, on a CPU of those that *work* makes.
+    """Peak memory of tensors during *work*, in bytes: on a GPU of all tensors, on a CPU of those that *work* allocates.
 
-    The process's own memory tells little on a CPU: what is freed stays with the process for a while.
+    On a CPU, the memory of the process is not a good measure, because freed memory stays with the process for a while.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the profiler
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

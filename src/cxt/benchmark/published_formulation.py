@@ -1,6 +1,6 @@
-"""The published formulation of the network, to compare speed and memory with: never used for training or decoding.
+"""The published formulation of the network, as a reference for speed and memory; never used for training or decoding.
 
-One sequence of sources and tokens with a dense boolean mask, every layer and the head on all positions.
+It has one sequence of sources and tokens with a dense boolean mask, and applies every layer and the head to all positions.
 """
 
 import torch
@@ -10,7 +10,7 @@ from cxt.model.transformer import CoalescenceModel
 
 
 def build_dense_mask(windows: int, prefix: int, device) -> torch.Tensor:
-    """True where a position may attend: (2W + 1, 2W + 1), causal but for the first *prefix*, which see each other."""
+    """True where a position may attend: (2W + 1, 2W + 1), causal except that the first *prefix* positions see each other."""
     length = 2 * windows + 1
     mask = torch.ones((length, length), dtype=torch.bool, device=device).tril()
     mask[:prefix, :prefix] = True
@@ -18,14 +18,14 @@ def build_dense_mask(windows: int, prefix: int, device) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (B, H, L, hd) by the pairs' cos and sin (2, L, hd / 2), one operation after another."""
+    """Rotary embedding of x (B, H, L, hd) by cos and sin (2, L, hd / 2), without fusing operations."""
     cos, sin = table
     even, odd = x.float()[..., ::2], x.float()[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)
 
 
 def compute_dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """`model.loss(x, y)` as it was published."""
+    """Compute `model.loss(x, y)` by the published formulation."""
     backbone = model.backbone
     windows = x.shape[3]
     source = backbone.source_embedding(model.adapt_input(x))  # (B, W, D)

@@ -1,4 +1,4 @@
-"""The result of a benchmark as text."""
+"""Formatting the result of a benchmark."""
 
 from cxt.benchmark.speed import describe_device
 
@@ -12,13 +12,13 @@ def _memory(value: float) -> str:
 
 
 def format_result(name: str, what: str, result: dict, device: str) -> str:
-    """What was measured, in words."""
+    """Format the result of a benchmark of *what* (training or decoding) as text."""
     unit = "items" if what == "training" else "pairs"
     share = result["flops_per_second"] / result["peak_flops_per_second"]
     setting = f"batch {result['batch']}, {result['precision']}"
     setting += f", compiled: {result['compile']}" if what == "training" else f", {result['replicates']} replicates"
     rows = {
-        f"{unit}/s": f"{result[f'{unit}_per_second']:.4g}",
+        f"{'examples' if what == 'training' else 'pairs'}/s": f"{result[f'{unit}_per_second']:.4g}",
         "windows/s": f"{result['windows_per_second']:,.0f}",
         "model FLOP/s": f"{_flops(result['flops_per_second'])}, {share:.0%} of the {_flops(result['peak_flops_per_second'])} "
         "of a matrix product here",
@@ -28,19 +28,19 @@ def format_result(name: str, what: str, result: dict, device: str) -> str:
         rows["attention"] = result["attention_kernels"]
         rows["waiting for data"] = f"{result['waiting']:.1%} of the time"
     else:
-        rows["in all"] = f"{result['pairs']} pairs in {result['seconds']:.1f} s"
+        rows["total"] = f"{result['pairs']} pairs in {result['seconds']:.1f} s"
     if "dense_items_per_second" in result:
         low, high = min(result["ratios"]), max(result["ratios"])
         rows["published formulation"] = (
-            f"{result['dense_items_per_second']:.4g} items/s, memory {_memory(result['dense_memory_bytes'])}: this is "
+            f"{result['dense_items_per_second']:.4g} examples/s, memory {_memory(result['dense_memory_bytes'])}; cxt is "
             f"{result['ratio']:.2f} times as fast ({len(result['ratios'])} turns, {low:.2f} to {high:.2f})"
         )
-        rows["the same but for"] = (
+        rows["difference"] = (
             f"{result['loss_difference']:.1g} in the loss, {result['gradient_difference']:.1g} of the largest gradient"
         )
     if "uncached_pairs_per_second" in result:
         rows["without a cache"] = (
-            f"{result['uncached_pairs_per_second']:.3g} pairs/s: this is {result['ratio']:.1f} times as fast"
+            f"{result['uncached_pairs_per_second']:.3g} pairs/s; with it, decoding is {result['ratio']:.1f} times as fast"
         )
     head = f"{name}: {what}, {setting}, {describe_device(device)}"
     return "\n".join([head, *(f"  {key:24s}{value}" for key, value in rows.items())])

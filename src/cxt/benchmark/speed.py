@@ -1,6 +1,6 @@
-"""How fast this machine trains and decodes, on real items and by the code that training runs.
+"""Measuring how fast this machine trains and decodes, on real examples and with the code of training.
 
-The share of the peak is that of the largest rate of a matrix product that the device reaches in the same run.
+The peak rate is the largest rate of a matrix product that the device reaches in the same run.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ def detect_device() -> str:
 
 
 def describe_device(device: str) -> str:
-    """The device in words, with its number of threads or its name."""
+    """Describe the device, with its name or number of threads."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}, torch {torch.__version__}"
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was told to."""
+    """Wait until the device has finished all work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @contextlib.contextmanager
 def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
-    """Training items of the network's shape: pairs of constant-size simulations, in a directory that is gone afterwards."""
+    """Training examples of the network's shape: pairs of constant-size simulations, in a temporary directory."""
     from cxt.config.variants import list_variants
     from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
@@ -78,12 +78,12 @@ def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, ba
         write_manifest(directory, shards)
         dataset = PairDataset(directory, "train", grid=Grid(network.grid_low, network.grid_high, network.bins))
         if len(dataset) < batch_size:
-            raise BadRequest(f"--batch-size {batch_size}: there are only {len(dataset)} items; choose fewer")
+            raise BadRequest(f"--batch-size must be at most {len(dataset)}, the number of examples, got {batch_size}")
         yield dataset
 
 
 class Loader:
-    """Batches of a dataset without end, on the device, as training gets them."""
+    """An endless iterator over batches of a dataset, moved to the device as in training."""
 
     def __init__(self, dataset, *, batch_size: int, workers: int, device: str):
         self.device = device
@@ -106,17 +106,17 @@ class Loader:
 
     @property
     def waited(self) -> float:
-        """Seconds that batches were waited for."""
+        """Seconds spent waiting for batches."""
         return self.loader.waited
 
 
 def build_dense_loss(model):
-    """(counts, missing, tokens) to the loss, as it was published."""
+    """A function from (counts, missing, tokens) to the loss, by the published formulation."""
     return lambda counts, missing, tokens: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
 
 
 class Steps:
-    """Optimizer steps of one model, by *loss*, a function of a batch."""
+    """Runs optimizer steps of one model with *loss*, a function of a batch."""
 
     def __init__(self, model, training: TrainingConfig, loss, optimizer, loader: Loader, *, precision: str):
         self.model, self.loss, self.optimizer, self.loader, self.precision = model, loss, optimizer, loader, precision
@@ -131,7 +131,7 @@ class Steps:
             self.optimizer.zero_grad()
 
     def timed(self, count: int) -> float:
-        """Seconds of a step, over *count* of them."""
+        """Seconds per step, averaged over *count* steps."""
         synchronize(self.loader.device)
         began = time.perf_counter()
         self(count)
@@ -140,7 +140,7 @@ class Steps:
 
 
 def measure_matrix_rate(device: str, precision: str) -> float:
-    """FLOP/s of a large square matrix product, the best of several: what the device can do in this precision."""
+    """FLOP/s of a large square matrix product, the best of several: the peak rate of the device in this precision."""
     dtype = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}.get(precision, torch.float32)
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn((size, size), dtype=dtype, device=device) for _ in range(2))
@@ -159,12 +159,12 @@ def measure_matrix_rate(device: str, precision: str) -> float:
 
 
 def limit_batch(batch: int, flops: float, device: str) -> int:
-    """*batch*, or on a CPU as much of it as takes half a teraFLOP: some seconds."""
+    """*batch*, or on a CPU as much of it as takes half a teraFLOP (some seconds)."""
     return batch if device == "cuda" else max(1, min(batch, int(5e11 / flops)))
 
 
 def list_attention_kernels(network: ModelConfig, precision: str, device: str) -> str:
-    """Which of torch's attention kernels take heads of this width here."""
+    """Names of torch's attention kernels that support this network on this device."""
     if device == "cpu":
         return "flash (CPU)"
     backends = torch.backends.cuda
@@ -182,21 +182,21 @@ def list_attention_kernels(network: ModelConfig, precision: str, device: str) ->
 def bench_training(
     network: ModelConfig, adapter: AdapterConfig | None, training: TrainingConfig, *, device: str, seconds: float, compare=None
 ) -> dict:
-    """What optimizer steps of a network cost on this machine, loading included; no accumulation, no logging.
+    """Measure optimizer steps of a network on this machine, including loading, without accumulation or logging.
 
     Parameters
     ----------
     training : batch_size, precision, compile, attention, loss_path, gradient_checkpointing, workers and rates are used
-    seconds : of measuring, about
-    compare : "dense" also measures the published formulation, in turns, with the same weights and items
+    seconds : approximate measuring time
+    compare : "dense" also measures the published formulation, in turns, with the same weights and examples
 
     Returns
     -------
     dict
-        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (as
-        `measure_peak_memory` has it), waiting (fraction of time); with *compare*, ratio (of items per second, median
-        of the turns), ratios, dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference,
-        relative to the largest gradient.
+        items_per_second, windows_per_second, flops_per_second, peak_flops_per_second, memory_bytes (see
+        `measure_peak_memory`), waiting (fraction of time); with *compare*, ratio (of examples per second, median of the
+        turns), ratios, dense_items_per_second, dense_memory_bytes, loss_difference, and gradient_difference, relative to
+        the largest gradient.
     """
     precision = training.precision if device == "cuda" else "32-true"
     torch.manual_seed(1)
@@ -204,7 +204,7 @@ def bench_training(
     autocast = precision
     if precision == "bf16-true":
         model.to(torch.bfloat16)
-        autocast = "32-true"  # none: the network itself is in 16 bits
+        autocast = "32-true"  # no autocast, because the network itself is in 16 bits
     loss = plain = build_loss_function(model, training)
     optimizer = build_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
     backend = compile_backend(training, device)
@@ -227,7 +227,7 @@ def bench_training(
             steps(2)  # compiles, and fills the caches
             result[f"{name}memory_bytes"] = measure_peak_memory(lambda steps=steps: steps(1), device)
         each = {name: steps.timed(1) for name, steps in formulations.items()}
-        count = max(1, int(1.0 / each[""]))  # steps of a turn: a second or so
+        count = max(1, int(1.0 / each[""]))  # steps per turn, which takes about a second
         turns = max(3, int(seconds / (count * sum(each.values()))))
         times: dict[str, list[float]] = {name: [] for name in formulations}
         waited, spent = loader.waited, 0.0
@@ -236,7 +236,7 @@ def bench_training(
                 before = loader.waited
                 times[name].append(steps.timed(count))
                 if name:
-                    waited += loader.waited - before  # not ours
+                    waited += loader.waited - before  # not counted
                 else:
                     spent += times[name][-1] * count
         result["waiting"] = (loader.waited - waited) / spent
@@ -258,7 +258,7 @@ def bench_training(
 
 
 def compare_losses(model, fused, dense, batch: Batch, *, precision: str, device: str) -> dict:
-    """How far apart loss and gradients of two formulations are on one batch, without dropout."""
+    """Compare loss and gradients of two formulations on one batch, without dropout."""
     model.eval()
     losses_and_gradients = []
     for loss in (fused, dense):
@@ -279,7 +279,7 @@ def compare_losses(model, fused, dense, batch: Batch, *, precision: str, device:
 
 @torch.no_grad()
 def decode_uncached(model, x: torch.Tensor, *, replicates: int, every: int = 1) -> float:
-    """Seconds that decoding takes when all is computed again for each window; only one window of *every* is timed."""
+    """Seconds that decoding takes if everything is recomputed for each window; only every *every*-th window is timed."""
     x = x.repeat_interleave(replicates, dim=0)
     windows = x.shape[3]
     tokens = torch.full((len(x), windows + 1), START_TOKEN, device=x.device)
@@ -296,12 +296,12 @@ def bench_decoding(
     network: ModelConfig, *, device: str, precision: str, batch: int, pairs: int | None, replicates: int, seconds: float,
     compare=None,
 ) -> dict:  # fmt: skip
-    """What decoding costs on this machine, prefix included.
+    """Measure decoding on this machine, including the prefix.
 
     Parameters
     ----------
     batch : pairs decoded together
-    pairs : decoded in all, once; None repeats one batch for about *seconds*
+    pairs : pairs to decode once; None repeats one batch for about *seconds*
     compare : "uncached" also measures decoding without a cache, on one pair of each batch
 
     Returns
@@ -351,7 +351,7 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print
         batch_size = limit_batch(training.batch_size, training_flops(network, adapter), device)
         chosen = training.replace(batch_size=batch_size)
         rate = result["training"][name] = bench_training(network, adapter, chosen, device=device, seconds=seconds)
-        progress(f"{name}: training {rate['items_per_second']:.1f} items/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
+        progress(f"{name}: training {rate['items_per_second']:.1f} examples/s, {rate['flops_per_second'] / 1e12:.3g} TFLOP/s")
         if adapter is None:
             replicates = 15 if device == "cuda" else 12
             pairs = limit_batch(64 if device == "cuda" else 40, decoding_flops(network, replicates=replicates), device)
@@ -359,5 +359,5 @@ def measure(networks: dict[str, tuple], *, seconds: float = 10.0, progress=print
                 network, device=device, precision=training.precision, batch=pairs, pairs=None, replicates=replicates,
                 seconds=seconds,
             )  # fmt: skip
-            progress(f"{name}: decoding {rate['pairs_per_second']:.2f} pairs/s of {replicates} replicates")
+            progress(f"{name}: decoding {rate['pairs_per_second']:.2f} pairs/s with {replicates} replicates")
     return result

@@ -1,1 +1,1 @@
-"""Trained weights in files: writing, reading, finding, exchanging."""
+"""Checkpoints: writing, reading, finding and exchanging trained weights."""

@@ -1,9 +1,9 @@
-"""Torch files in which no bit changes unnoticed, and that are not unpacked into more than they are.
+"""Torch files with a digest: every changed bit is detected, and nothing is unpacked into more memory than the file's size.
 
-`torch.save` writes a zip archive of uncompressed entries, each with a checksum that `torch.load` does not look at. Every file
-that cxt writes ends, moreover, in the sha256 of all that stands before it, as the archive's comment, which torch passes over:
-the checksums do not cover what lies between the entries. Files without such an end, of earlier versions or of the original
-package, are read by their checksums alone.
+`torch.save` writes a zip archive of uncompressed entries, each with a checksum that `torch.load` does not verify. In addition,
+every file that cxt writes ends with the sha256 of everything before it, as the archive's comment, which torch ignores; the
+checksums do not cover the bytes between entries. Files without this digest, from earlier versions or the original package, are
+verified by their checksums alone.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ UNREADABLE = (
     pickle.UnpicklingError, struct.error, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError, TypeError,
     ValueError, AttributeError, AssertionError, ArithmeticError, MemoryError,
 )  # fmt: skip
-"""Exceptions that torch and `open_verified` raise for files that are damaged or malformed."""
+"""Exceptions that torch and `open_verified` raise for damaged or malformed files."""
 
 
 class Damaged(BadRequest):
-    """Why a file is not what was once written."""
+    """A file is damaged or was changed; the message says how."""
 
 
 def pack(content) -> memoryview:
-    """The bytes of a torch file of *content*, with a digest at its end; equal contents have equal bytes."""
+    """Serialise *content* as a torch file with a digest at its end; equal contents give equal bytes."""
     out = io.BytesIO()
     torch.save(content, out)
     with out.getbuffer() as view:
-        struct.pack_into("<H", view, len(view) - 2, len(LABEL) + HEX)  # how long the archive's comment is
+        struct.pack_into("<H", view, len(view) - 2, len(LABEL) + HEX)  # length of the archive's comment
     out.seek(0, io.SEEK_END)
     out.write(LABEL)
     with out.getbuffer() as view:
@@ -50,15 +50,15 @@ def pack(content) -> memoryview:
 
 @contextlib.contextmanager
 def open_verified(path, *, sealed: bool = False):
-    """A torch file, open for reading, after its bytes were found to be those that were written.
+    """Verify a torch file and open it for reading.
 
     *sealed* refuses files without a digest at their end.
 
     Raises
     ------
     Damaged
-        If it is no zip archive, has no digest though *sealed*, its digest or a checksum differs, or it holds entries that are
-        compressed, overlap, or claim to be larger than the file. Nothing has been unpacked by then.
+        If it is not a zip archive, has no digest although *sealed*, its digest or a checksum differs, or it has entries that
+        are compressed, overlap, or claim to be larger than the file. Nothing is unpacked before these checks.
     OSError
         If it cannot be read.
     """
@@ -69,7 +69,7 @@ def open_verified(path, *, sealed: bool = False):
 
 
 def check_bytes(file, *, sealed: bool = False) -> None:
-    """What `open_verified` does, of a file that is open."""
+    """Verify an open torch file, as `open_verified` does."""
     size = file.seek(0, io.SEEK_END)
     end, is_sealed = _find_end_record(file, size)
     if sealed and not is_sealed:
@@ -82,7 +82,7 @@ def check_bytes(file, *, sealed: bool = False) -> None:
             digest.update(part)
             left -= len(part)
         if left or file.read(HEX) != digest.hexdigest().encode():
-            raise Damaged("its bytes are not those that were written, the digest at its end says; it was damaged or changed")
+            raise Damaged("its content does not match the digest at its end: it is damaged or was changed")
     directory = _find_directory(file, end)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -95,7 +95,7 @@ def check_bytes(file, *, sealed: bool = False) -> None:
 
 
 def _read_at(file, position: int, layout: struct.Struct) -> tuple | None:
-    """What *layout* finds at *position* of *file*; None before its beginning."""
+    """Unpack *layout* at *position* of *file*; None if that is not inside the file."""
     if position < 0:
         return None
     file.seek(position)
@@ -104,7 +104,7 @@ def _read_at(file, position: int, layout: struct.Struct) -> tuple | None:
 
 
 def _find_end_record(file, size: int) -> tuple[int, bool]:
-    """Where the archive's end record is, and whether our digest follows; it may stand in these two places only."""
+    """Position of the archive's end record, and whether cxt's digest follows; there are only two possible positions."""
     for comment in (0, len(LABEL) + HEX):
         record = _read_at(file, size - comment - END.size, END)
         if record is not None and record[0] == b"PK\x05\x06" and record[-1] == comment:
@@ -117,7 +117,7 @@ def _find_end_record(file, size: int) -> tuple[int, bool]:
 
 
 def _find_directory(file, end: int) -> int:
-    """Where the list of entries begins; Damaged unless whoever reads the archive must find the same list."""
+    """Position of the list of entries; Damaged unless every reader of the archive would find the same list."""
     _, *disks, _, entries, size, offset, _ = _read_at(file, end, END)
     locator = _read_at(file, end - LOCATOR_64.size, LOCATOR_64)
     if locator is not None and locator[0] == b"PK\x06\x07":
@@ -138,9 +138,9 @@ def _check_entries(archive: zipfile.ZipFile, directory: int) -> None:
     """Damaged if reading the entries could take more memory than the file is large."""
     entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if archive.start_dir != directory or not entries or entries[0].header_offset != 0:
-        raise Damaged("it does not begin or end as an archive of torch's does")
+        raise Damaged("it does not begin or end like an archive written by torch")
     if len({entry.filename for entry in entries}) < len(entries):
-        raise Damaged("an entry is there twice")
+        raise Damaged("it has two entries with the same name")
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
             raise Damaged(f"its entry {entry.filename[-100:]} is compressed, which torch never does; nothing was unpacked")

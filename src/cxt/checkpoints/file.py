@@ -1,4 +1,4 @@
-"""Checkpoints: trained weights with what is needed to use them; writing and reading their files.
+"""Checkpoint files: trained weights together with everything needed to use them.
 
     cxt checkpoint show results/broad.ckpt
     cxt checkpoint verify results/broad.ckpt
@@ -6,9 +6,9 @@
     cxt checkpoint import published.ckpt --out broad.ckpt
     cxt checkpoint export broad --out exported
 
-A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), and
-loads under `weights_only=True`. Training states hold more, and are read as well. So are files of the original
-package, as `cxt.checkpoints.published` says, and exported directories.
+A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), which
+loads under `weights_only=True`. Training states, which hold more, files of the original package (see
+`cxt.checkpoints.published`) and exported directories can be read as well.
 """
 
 import sys
@@ -30,7 +30,7 @@ from cxt.model.transformer import CoalescenceModel
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's weights and what it says of itself."""
+    """A checkpoint's weights, network configuration and record."""
 
     state_dict: dict[str, torch.Tensor]
     model: ModelConfig
@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
 
 
 def _intern_strings(value):
-    """*value* with equal texts being one object: a pickle tells whether they are, and equal checkpoints have equal bytes."""
+    """*value* with equal strings as one object: pickle distinguishes these, and equal checkpoints must have equal bytes."""
     if isinstance(value, dict):
         return {_intern_strings(key): _intern_strings(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -48,13 +48,13 @@ def _intern_strings(value):
 
 
 def write_checkpoint(path, state_dict: dict, record: dict) -> None:
-    """Write a checkpoint under a temporary name and rename it."""
+    """Write a checkpoint atomically."""
     tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
     atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors}))
 
 
 def _read_torch_file(path):
-    """What is in a torch file, without running anything that is pickled in it; BadRequest if it cannot be read so."""
+    """Read a torch file without executing pickled code; BadRequest if that is not possible."""
     if not Path(path).is_file():
         raise BadRequest(f"there is no checkpoint {path}")
     try:
@@ -63,11 +63,13 @@ def _read_torch_file(path):
             file.seek(0)
             content = None if refused else torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        raise BadRequest(f"checkpoint {path} cannot be read, it is damaged or not one of cxt's: {first_line(error)}") from None
+        raise BadRequest(
+            f"checkpoint {path} cannot be read, it is damaged or not a checkpoint of cxt: {first_line(error)}"
+        ) from None
     if refused:
         raise BadRequest(
-            f"checkpoint {path} is refused, nothing in it was run: it holds pickled {', '.join(refused)}, where only "
-            f"tensors, plain values and {MODULE}'s {', '.join(CLASSES)} are expected; get the file again from its publisher"
+            f"checkpoint {path} is refused, and no code in it was executed: it contains pickled {', '.join(refused)}, but may "
+            f"contain only tensors, plain values and {MODULE}'s {', '.join(CLASSES)}; get the file again from its publisher"
         )
     return content
 
@@ -78,8 +80,8 @@ def read_checkpoint(path) -> Checkpoint:
     Raises
     ------
     BadRequest
-        If the file is missing, damaged, neither cxt's nor of the original package, of a newer format, or holds anything that
-        would have to be run to be read.
+        If the file is missing, damaged, of another program, of a newer format, or contains code that would have to be executed
+        to read it.
     """
     content = {}
     if Path(path).name == CONFIG:
@@ -107,11 +109,11 @@ def read_checkpoint(path) -> Checkpoint:
 
 
 def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, name) -> None:
-    """BadRequest naming the tensors of *weights* that a network with the state dict *expected* cannot take."""
+    """Raise BadRequest naming the tensors of *weights* that do not fit the state dict *expected*."""
     problems = [f"{key} is missing" for key in expected if key not in weights]
     problems += [f"{key} is not in this model" for key in weights if key not in expected]
     problems += [
-        f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(value.shape)}"
+        f"{key} must have shape {tuple(value.shape)}, got {tuple(weights[key].shape)}"
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
@@ -121,7 +123,7 @@ def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Te
 
 
 def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, name) -> None:
-    """Load *weights* into *model*, all of them and nothing else; BadRequest names the tensors that do not fit."""
+    """Load *weights* into *model*, strictly; BadRequest names the tensors that do not fit."""
     check_weights(model.state_dict(), weights, name=name)
     model.load_state_dict(weights)
 
@@ -141,20 +143,20 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
 def import_published(path, out, *, name: str | None = None) -> None:
     """Write the file *path* of the original package as a checkpoint of cxt, *out*.
 
-    *name* is what the checkpoint calls its model; by default what the file's name has before `_epoch=`.
+    *name* is the name of the model in the checkpoint; by default, the file name up to `_epoch=`.
 
     Raises
     ------
     BadRequest
-        If *path* is no such file, or *out* cannot be written.
+        If *path* is not such a file, or *out* cannot be written.
     """
     content = _read_torch_file(path)
     if not is_published(content):
         is_checkpoint = isinstance(content, dict) and "cxt" in content
-        what = "a checkpoint of cxt already, use it as it is" if is_checkpoint else "not a file of the original package"
+        what = "already a checkpoint of cxt; use it as it is" if is_checkpoint else "not a file of the original package"
         raise BadRequest(f"{path} is {what}")
     if Path(out).exists() and Path(out).samefile(path):
-        raise BadRequest(f"--out {out} is the file to import; give the checkpoint another name")
+        raise BadRequest(f"--out {out} is the file to import; choose another name for the checkpoint")
     weights, network, adapter, more = read_published(content, path)
     check_writable(out)
     write_checkpoint(out, weights, build_checkpoint_record(network, adapter, **more | ({} if name is None else {"name": name})))

@@ -72,14 +72,14 @@ def read_verified_checkpoint(path) -> Checkpoint:
     build_checkpoint_model(checkpoint, name=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
-        raise Failed(f"{path}: {', '.join(bad)} not finite")
+        raise Failed(f"{path} has weights that are not finite: {', '.join(bad)}")
     return checkpoint
 
 
 def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
     """Whether the weights of two checkpoints are close, and a description of how the two differ.
 
-    Close is what torch calls it: abs(a - b) <= atol + rtol · abs(b) everywhere.
+    They are close, as in `torch.allclose`, if abs(a - b) <= atol + rtol · abs(b) everywhere.
     """
     first, second = read_checkpoint(a), read_checkpoint(b)
     lines = []
@@ -103,7 +103,7 @@ def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
         x, y = left[key].double(), right[key].double()
         differing += not torch.equal(x, y)
         distance = float((x - y).abs().max()) if x.numel() else 0.0
-        # A NaN is as far as can be.
+        # NaN counts as an infinite difference.
         worst = max(worst, (distance if distance == distance else float("inf"), key))
         close &= torch.allclose(x, y, rtol=rtol, atol=atol)
     if differing:

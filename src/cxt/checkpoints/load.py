@@ -18,26 +18,26 @@ logger = get_logger(__name__)
 def load_model(
     name_or_path: str | os.PathLike[str], *, device: str | torch.device = "cpu", best: bool = False
 ) -> CoalescenceModel:
-    """A trained model, in eval mode.
+    """Load a trained model, in eval mode.
 
     Parameters
     ----------
-    name_or_path : name such as "broad", looked up as `find_checkpoint` says, or path of a `.ckpt` file (one of the original
-        package, too), a run directory, or an exported directory
+    name_or_path : name such as "broad" (see `find_checkpoint`), or path of a `.ckpt` file (also of the original package), a run
+        directory, or an exported directory
     device : torch device to put it on
-    best : of a run directory, the weights of the lowest validation loss instead of the last
+    best : for a run directory, load the weights of the lowest validation loss instead of the last ones
 
     Returns
     -------
     CoalescenceModel
         ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1) and returns
-        logits (B, windows, vocabulary); ``generate(X, window_size=…)`` decodes. Its ``trained_on`` holds the ranges of the
-        data that it was trained on, where its file has them; of a fine-tuned model, those of its own dataset.
+        logits (B, windows, vocabulary); ``generate(X, window_size=…)`` decodes. Its ``trained_on`` holds the ranges of its
+        training data, if the file has them; for a fine-tuned model, those of its own dataset.
 
     Raises
     ------
     BadRequest
-        If there is no such checkpoint, it is damaged or has weights that are not finite, or torch cannot use *device*.
+        If there is no such checkpoint, it is damaged or has non-finite weights, or torch cannot use *device*.
     """
     device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
@@ -46,12 +46,12 @@ def load_model(
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
         return model.to(device)
-    except (RuntimeError, AssertionError) as error:  # a torch without it
+    except (RuntimeError, AssertionError) as error:  # torch was built without it
         raise BadRequest(f"device {device}: {first_line(error)}") from None
 
 
 def _parse_device(device: str | torch.device) -> torch.device:
-    """A torch device by its name; BadRequest if there is none, or no such GPU."""
+    """A torch device by its name; BadRequest if there is no such device."""
     try:
         parsed = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -59,12 +59,12 @@ def _parse_device(device: str | torch.device) -> torch.device:
     gpus = torch.cuda.device_count()
     if parsed.type == "cuda" and (parsed.index or 0) >= gpus:
         seen = f"torch sees {gpus} GPU{'' if gpus == 1 else 's'}"
-        raise BadRequest(f"device {parsed}, but {seen}; leave device out to use the CPU")
+        raise BadRequest(f"device {parsed}, but {seen}; omit device to use the CPU")
     return parsed
 
 
 def checkpoint_directories() -> list[Path]:
-    """Where `load_model` looks for a name, in order."""
+    """Directories in which `load_model` looks for a name, in order."""
     directories = [Path("results"), Path.home() / ".cache" / "cxt" / "checkpoints"]
     if os.environ.get("CXT_CHECKPOINT_CACHE"):
         directories.insert(0, Path(os.environ["CXT_CHECKPOINT_CACHE"]))
@@ -72,46 +72,46 @@ def checkpoint_directories() -> list[Path]:
 
 
 def _find_run_checkpoint(path: Path, *, best: bool) -> Path:
-    """The best, else the last weights of a run directory."""
+    """The last weights of a run directory; with *best*, the best ones if there are any."""
     run = RunDirectory(path)
     if best and run.best.is_file():
         return run.best
     finished = run.finished_checkpoint()
     if finished is None and (run.read_record() or {}).get("finished"):
-        logger.warning(f"note: the finished checkpoint of {path} is gone or damaged, taking the last training state")
+        logger.warning(f"note: the finished checkpoint of {path} is missing or damaged, using the last training state")
     for file in (finished, run.last):
         if file is not None and file.is_file():
             if best:
-                logger.warning(f"note: {path} has no best weights yet, taking {file.name}")
+                logger.warning(f"note: {path} has no best weights yet, using {file.name}")
             return file
-    raise BadRequest(f"{path} has saved nothing yet")
+    raise BadRequest(f"{path} holds no checkpoint or training state yet")
 
 
 def _check_path(name_or_path) -> Path:
     """A name or path as a Path; BadRequest if it can be neither."""
     if not isinstance(name_or_path, str | os.PathLike) or not os.fspath(name_or_path):
-        raise BadRequest(f"no checkpoint is called {name_or_path!r}: expected the name or the path of one")
+        raise BadRequest(f"a checkpoint must be given by its name or path, got {name_or_path!r}")
     path = Path(name_or_path)
     try:
         os.stat(path)
-    except (OSError, ValueError) as error:  # it need not be there as a path, but must be able to
+    except (OSError, ValueError) as error:  # the path need not exist, but must be valid
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             shortened = str(path) if len(str(path)) <= 60 else f"{str(path)[:57]}…"
-            raise BadRequest(f"no checkpoint is called {shortened!r}: {getattr(error, 'strerror', None) or error}") from None
+            raise BadRequest(f"there is no checkpoint {shortened!r}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
 def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
-    """The file of a checkpoint given by name, by path, or by the run directory or the exported directory that it is in.
+    """The file of a checkpoint that is given by its name, path, run directory or exported directory.
 
-    Of a run directory, the finished weights or else those of the last training state; with *best*, those of the lowest
-    validation loss. Of an exported directory, its config.json, which knows its weights by digest. A name is looked up as
-    `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+    For a run directory, this is the finished checkpoint or else the last training state; with *best*, the weights of the lowest
+    validation loss. For an exported directory, it is config.json, which contains the digest of the weights. A name is looked up
+    as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
 
     Raises
     ------
     BadRequest
-        If there is none; it says where was looked and what is there.
+        If there is none; the message says where it was searched and what is available.
     """
     path = _check_path(name_or_path)
     if (path / "run.json").is_file():

@@ -1,7 +1,7 @@
-"""The record of a checkpoint, which describes its network and its training, and the checks of a record that is read.
+"""The record of a checkpoint, which describes its network and training, and checks of records that are read.
 
-Files come from other versions and other people: after `check_record` every key is there and of its type, sizes are bounded,
-and the two configurations can be built, so that readers need not look again.
+Files come from other versions and other people. After `check_record`, every key is present and of the right type, sizes are
+bounded, and the two configurations can be built, so that readers need no further checks.
 """
 
 import math
@@ -31,7 +31,7 @@ TABLE_KEYS = {
     "parent": {"name": (str, NONE), "sha256": (str, NONE)},
     "published": {"file": TEXT, "sha256": TEXT, "hyper_parameters": TABLE},
 }  # fmt: skip
-"""Keys that tables of a record must have, with the types of their values; they may have more."""
+"""Required keys of a record's tables, with the types of their values; tables may have more keys."""
 
 OPTIONAL_DATASET_KEYS = {
     "window_size": (int, NONE), "sequence_length": (int, float, NONE), "samples": (int, NONE), "sha256": (str, NONE),
@@ -43,14 +43,14 @@ LARGEST_SIZES = {
     "layers": 1000, "heads": 1000, "width": 100_000, "windows": 100_000, "samples": 100_000, "scales": 1000, "bins": 1_000_000,
     "window_size": 10**9, "bottleneck": 100_000,
 }  # fmt: skip
-"""Bounds far above any network that is trained: a damaged file must not make us reserve memory."""
+"""Bounds far above any real network, so that a damaged file cannot allocate unlimited memory."""
 
 MAX_VALUES = 100_000
-"""Largest number of values in a record, with those in its tables and lists; one that contains itself would have no end."""
+"""Largest number of values in a record, including those in tables and lists; one that contains itself would be endless."""
 
 
 def build_checkpoint_record(config: ModelConfig, adapter: AdapterConfig | None, **more) -> dict:
-    """The `cxt` entry of a checkpoint: the network's configuration, and *more* of its history."""
+    """The `cxt` entry of a checkpoint: the configuration of the network, and *more* entries about its history."""
     return {
         "format": FORMAT,
         "model": config.model_dump(),
@@ -60,13 +60,13 @@ def build_checkpoint_record(config: ModelConfig, adapter: AdapterConfig | None, 
 
 
 def check_plain(value, *, what: str) -> None:
-    """BadRequest unless *value* is tables by text, lists, numbers and text, and not too many of them."""
+    """BadRequest unless *value* consists of tables with text keys, lists, numbers and text, and not too many of them."""
     remaining, count = [(value, 0)], 0
     while remaining:
         value, depth = remaining.pop()
         count += 1
         if count > MAX_VALUES or depth > 50:
-            raise BadRequest(f"{what} holds more values than any that cxt writes")
+            raise BadRequest(f"{what} holds more values than cxt ever writes")
         if type(value) is dict:
             if not all(type(key) is str for key in value):
                 raise BadRequest(f"{what} holds a key that is not text")
@@ -76,7 +76,7 @@ def check_plain(value, *, what: str) -> None:
         elif type(value) is int and value.bit_length() > 4096:
             raise BadRequest(f"{what} holds a number of {value.bit_length()} bits")
         elif not (value is None or type(value) in (str, int, float, bool)):
-            raise BadRequest(f"{what} holds a {type(value).__name__}, where only numbers, text, lists and tables are expected")
+            raise BadRequest(f"{what} must hold only numbers, text, lists and tables, got a {type(value).__name__}")
 
 
 def _has_type(value, types: tuple) -> bool:
@@ -89,7 +89,7 @@ def _describe_types(types: tuple) -> str:
 
 
 def _format_value(value) -> str:
-    """A value as a message shows it: whole where it is short, and never longer to write than a line."""
+    """Format a value for a message, shortened if it is long."""
     if isinstance(value, list) and len(value) <= 20:
         return f"[{', '.join(_format_value(child) if isinstance(child, int | float | str) else '…' for child in value)}]"
     if value is not None and not isinstance(value, str | int | float):
@@ -102,7 +102,7 @@ def _format_value(value) -> str:
 def _check_types(table: dict, expected: dict, *, within: str) -> None:
     for key, types in expected.items():
         if key in table and not _has_type(table[key], types):
-            raise BadRequest(f"its {within}{key} is {_format_value(table[key])}, expected {_describe_types(types)}")
+            raise BadRequest(f"its {within}{key} must be {_describe_types(types)}, got {_format_value(table[key])}")
 
 
 def _check_known(table: dict, known_keys, *, within: str) -> None:
@@ -119,7 +119,7 @@ def _check_required(table: dict, expected, *, within: str) -> None:
 
 
 def _build_configuration(kind, table: dict, *, within: str):
-    """The ModelConfig or AdapterConfig that a table of a record describes."""
+    """Build the ModelConfig or AdapterConfig described by a table of a record."""
     accepted = {int: WHOLE, float: NUMBER, bool: (bool,)}
     fields = {name: accepted.get(field.annotation, TEXT) for name, field in kind.model_fields.items()}
     _check_known(table, fields, within=within)
@@ -127,47 +127,50 @@ def _build_configuration(kind, table: dict, *, within: str):
     _check_types(table, fields, within=within)
     for key, value in table.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise BadRequest(f"its {within}{key} is {value}, expected a finite number")
+            raise BadRequest(f"its {within}{key} must be a finite number, got {value}")
     configuration = kind(**table)
     check_sizes(configuration)
     return configuration
 
 
 def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
-    """BadRequest for sizes that no network has, before memory is reserved for one."""
+    """BadRequest for sizes that no real network has, before memory is allocated."""
     for name, value in configuration:
         largest = LARGEST_SIZES.get(name)
         if largest is not None and not 0 <= value <= largest:
-            raise BadRequest(f"its {name} is {_format_value(value)}, expected at most {largest}")
+            raise BadRequest(f"its {name} must be from 0 to {largest}, got {_format_value(value)}")
     if isinstance(configuration, ModelConfig) and not configuration.grid_low < configuration.grid_high:
-        raise BadRequest(f"its grid is from {configuration.grid_low} to {configuration.grid_high}")
+        raise BadRequest(f"its grid_low must be below grid_high ({configuration.grid_high}), got {configuration.grid_low}")
     if isinstance(configuration, AdapterConfig) and (configuration.bottleneck < 1 or not 0 <= configuration.dropout < 1):
-        raise BadRequest(f"its adapter has bottleneck {configuration.bottleneck} and dropout {configuration.dropout}")
+        raise BadRequest(
+            f"its adapter must have a positive bottleneck and a dropout in [0, 1), got {configuration.bottleneck} and "
+            f"{configuration.dropout}"
+        )
 
 
 def _check_ranges(ranges: dict) -> None:
     for name, pair in ranges.items():
         numbers = type(pair) is list and len(pair) == 2 and all(_has_type(value, NUMBER) for value in pair)
         if pair is not None and not (numbers and -math.inf < pair[0] <= pair[1] < math.inf):
-            raise BadRequest(f"its dataset.ranges.{name} is {_format_value(pair)}, expected two numbers, the smaller first")
+            raise BadRequest(f"its dataset.ranges.{name} must be two numbers, the smaller first, got {_format_value(pair)}")
 
 
 def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
-    """Network, adapter, and the record with None for what a file of an earlier version does not say.
+    """Check a record; return network, adapter, and the record with None for keys that a file of an earlier version lacks.
 
     Raises
     ------
     BadRequest
-        If it is of a newer format, holds a key that this version does not know, lacks one that it needs, or a value is of
-        another type or size. The message says which, not where: the caller knows the file.
+        If it is of a newer format, has an unknown key, lacks a required one, or a value is of the wrong type or size. The
+        message names the key but not the file, which the caller adds.
     """
     if type(record) is not dict:
-        raise BadRequest(f"its `cxt` record is {_format_value(record)}, expected a table")
+        raise BadRequest(f"its `cxt` record must be a table, got {_format_value(record)}")
     check_plain(record, what="its `cxt` record")
     _check_required(record, ("format",), within="")
     _check_types(record, {"format": WHOLE}, within="")
     if record["format"] > FORMAT:
-        raise BadRequest(f"it has format {record['format']}, this cxt reads up to {FORMAT}; update cxt")
+        raise BadRequest(f"it has format {record['format']}, but this cxt reads formats up to {FORMAT}; update cxt")
     _check_known(record, RECORD_KEYS, within="")
     _check_required(record, ("model", "adapter", "dataset"), within="")
     _check_types({"versions": {}} | record, RECORD_KEYS, within="")
@@ -188,25 +191,27 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
     record["dataset"] = dict.fromkeys(OPTIONAL_DATASET_KEYS) | record["dataset"]
     scales = record["dataset"]["scales"]
     if len(scales) != network.scales or not all(_has_type(scale, WHOLE) and 0 < scale <= 10**6 for scale in scales):
-        raise BadRequest(f"its dataset.scales is {_format_value(scales)}, expected {network.scales} positive whole numbers")
+        raise BadRequest(f"its dataset.scales must be {network.scales} positive whole numbers, got {_format_value(scales)}")
     if not all(_has_type(name, TEXT) for name in record["dataset"]["simulated"] or []):
-        raise BadRequest("its dataset.simulated holds something else than names")
+        raise BadRequest("its dataset.simulated must be a list of names")
     _check_ranges(record["dataset"]["ranges"] or {})
     return network, adapter, record
 
 
 def check_tensors(weights) -> None:
-    """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all in the file."""
+    """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all stored in the file."""
     if not isinstance(weights, dict):
-        raise BadRequest(f"its `state_dict` is {_format_value(weights)}, expected tensors by name")
+        raise BadRequest(f"its `state_dict` must be tensors by name, got {_format_value(weights)}")
     for key, value in weights.items():
         if type(key) is not str:
-            raise BadRequest(f"its `state_dict` has the key {_format_value(key)}, expected text")
+            raise BadRequest(f"its `state_dict` must have text as keys, got {_format_value(key)}")
         if not isinstance(value, torch.Tensor):
-            raise BadRequest(f"its {key} is {_format_value(value)}, expected a tensor")
+            raise BadRequest(f"its {key} must be a tensor, got {_format_value(value)}")
         is_dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not (is_dense and value.is_floating_point()):
-            raise BadRequest(f"its {key} is a tensor of {value.dtype} ({value.layout}, {value.device}), expected dense floats")
-        # One number can be called a tensor of any size.
+            raise BadRequest(
+                f"its {key} must be a dense tensor of floats, got one of {value.dtype} ({value.layout}, {value.device})"
+            )
+        # A tensor of any size can be a view of a single stored number.
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise BadRequest(f"its {key} claims shape {tuple(value.shape)}, more numbers than the file holds")
+            raise BadRequest(f"its {key} claims shape {tuple(value.shape)}, more numbers than the file contains")

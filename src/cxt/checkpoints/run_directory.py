@@ -1,15 +1,15 @@
-"""The run directory: what a training run leaves, who may write to it, and when it may be continued.
+"""The run directory: the files of a training run, and their locks.
 
-run.json             what the run was started with (settings, lineage, digests of dataset and parent), and how it ended
+run.json             identity of the run (settings, lineage, digests of dataset and parent), and its finished checkpoint
 config.yaml          the resolved settings; `python -m cxt.train --config` runs it again
 grid.json            the grid of ln generations
 model_summary.json   parameters, memory, effective batch, planned steps, FLOPs
 training_log.csv     loss, validation, learning rate, gradient norm, throughput
 checkpoints/         last.ckpt to continue from, best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
-losses.png, tracks.png   when it is finished
+losses.png, tracks.png   written when the run is finished
 events.…             TensorBoard
 
-Beside it, <name>.lock is held by the trainer that writes here.
+Beside it, <name>.lock is held by the trainer that writes to the directory.
 """
 
 import json
@@ -55,28 +55,28 @@ class RunDirectory:
         return self.path / "training_log.csv"
 
     def lock(self) -> None:
-        """Take the directory for this process, until `release`; BadRequest says who has it."""
+        """Lock the directory until `release`; BadRequest names a process that already holds the lock."""
         self._locks.append(acquire_lock(self.lock_path, self.path))
         check_writable(self.path / "run.json")
 
     def lock_target(self, out) -> None:
-        """Take the file that the run will publish, too: a trainer of another run may still be about to publish there."""
+        """Lock the file that the run will publish: a trainer of another run may be about to publish to the same file."""
         self._locks.append(acquire_lock(target_lock(out), Path(out)))
 
     def release(self) -> None:
-        """Let go of what was locked, and say in the lock files that this process has ended in good order."""
+        """Release all locks, and mark in the lock files that this process ended cleanly."""
         for lock in self._locks:
             lock.close()
         self._locks.clear()
 
     def abandon(self) -> None:
-        """Release the directory, if it was locked, and leave nothing of one in which nothing was started."""
+        """Release the directory if it was locked, and remove it if it is empty."""
         if self._locks and self.path.is_dir():
             self.discard_if_empty()
         self.release()
 
     def remove(self) -> None:
-        """Remove the directory, which must be locked, and then its lock."""
+        """Remove the directory, which must be locked, and then its lock file."""
         shutil.rmtree(self.path)
         for lock in self._locks:
             lock.close(remove=lock.path == self.lock_path)
@@ -85,11 +85,11 @@ class RunDirectory:
     @property
     def lock_path(self) -> Path:
         """The lock file, `<name>.lock` beside the directory."""
-        # Beside the directory, so that superseding (renaming) it does not move the lock away.
+        # Beside the directory, so that superseding (renaming) it does not move the lock.
         return self.path.with_name(self.path.name + ".lock")
 
     def read_record(self) -> dict | None:
-        """What run.json says, or None for a directory in which nothing was started."""
+        """The content of run.json, or None for a directory without a run."""
         path = self.path / "run.json"
         if not path.exists():
             return None
@@ -99,7 +99,7 @@ class RunDirectory:
             raise BadRequest(f"{path} is damaged: {error}; delete {self.path} to start afresh") from None
 
     def supersede(self) -> Path:
-        """Rename the directory to `…-superseded-N`, make an empty one, and return the new name of the old."""
+        """Rename the directory to `…-superseded-N`, create an empty one, and return the new name of the old one."""
         n = 1
         while (old := self.path.with_name(f"{self.path.name}-superseded-{n}")).exists():
             n += 1
@@ -108,12 +108,12 @@ class RunDirectory:
         return old
 
     def discard_if_empty(self) -> None:
-        """Remove the directory again if nothing was started in it."""
+        """Remove the directory if it is empty."""
         if not any(self.path.iterdir()):
             self.path.rmdir()
 
     def start(self, identity: dict, settings: dict, *, grid: dict, summary: dict) -> None:
-        """Record what the run is started with."""
+        """Record the start of the run: its identity, settings, grid and summary."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=True).encode())
         for name, content in (("grid.json", grid), ("model_summary.json", summary)):
@@ -130,7 +130,7 @@ class RunDirectory:
         atomic_write(self.path / "run.json", json_text(record, sort_keys=True).encode())
 
     def finished_checkpoint(self) -> Path | None:
-        """The finished checkpoint, if the run is complete and the file is whole."""
+        """The finished checkpoint, if the run is complete and the file is intact."""
         record = self.read_record()
         if not record or not record["finished"]:
             return None
@@ -140,13 +140,13 @@ class RunDirectory:
         return None
 
     def publish(self, out) -> None:
-        """Copy the finished checkpoint to *out*, byte for byte, under a temporary name first."""
+        """Copy the finished checkpoint to *out*, byte for byte and atomically."""
         with open(self.finished_checkpoint(), "rb") as finished, atomic_file(out) as file:
             shutil.copyfileobj(finished, file)
 
 
 def next_version(log_dir) -> Path:
-    """`<log_dir>/lightning_logs/version_N`, N one more than the largest there is."""
+    """`<log_dir>/lightning_logs/version_N`, with N one more than the largest existing one."""
     return _versions(log_dir) / f"version_{max(_numbers(log_dir), default=-1) + 1}"
 
 
@@ -159,7 +159,7 @@ def newest_version(log_dir) -> Path:
     """The newest `version_N` below *log_dir*; BadRequest if there is none to resume."""
     numbers = _numbers(log_dir)
     if not numbers:
-        raise BadRequest(f"nothing to resume: there is no run below {_versions(log_dir)}; leave --resume out to start one")
+        raise BadRequest(f"nothing to resume: there is no run below {_versions(log_dir)}; omit --resume to start one")
     return _versions(log_dir) / f"version_{max(numbers)}"
 
 

@@ -1,8 +1,7 @@
 """Exported checkpoints for other programs: a directory of `model.safetensors` and `config.json`.
 
-The weights are named and typed as in the checkpoint. The configuration is what the checkpoint says of itself (`model` is the
-network and its grid of ln generations, `adapter` the adapter or null), the digest of the weights that it belongs to, and one
-of what it says itself.
+The weights have the names and types of the checkpoint. The configuration is the checkpoint's record (`model` is the network and
+its grid of ln generations, `adapter` the adapter or null), with digests of the weights and of itself.
 """
 
 import json
@@ -23,11 +22,11 @@ def is_export(directory) -> bool:
 
 
 def write_export(directory, state_dict: dict[str, torch.Tensor], record: dict) -> None:
-    """Write both files, the configuration last, each under a temporary name first."""
+    """Write both files atomically, the configuration last."""
     from safetensors.torch import save
 
     directory = Path(directory)
-    # safetensors takes no views of one memory.
+    # safetensors does not accept tensors that share memory.
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
     atomic_write(directory / WEIGHTS, save(tensors))
     record = replace_nan(record)  # as it is read back
@@ -36,22 +35,22 @@ def write_export(directory, state_dict: dict[str, torch.Tensor], record: dict) -
 
 
 def read_export(directory) -> tuple[dict[str, torch.Tensor], dict]:
-    """(weights, record) of what `write_export` wrote.
+    """Read the weights and the record that `write_export` has written.
 
     Raises
     ------
     BadRequest
-        If a file is missing, damaged, not one of cxt's, or the two do not belong together.
+        If a file is missing, damaged or was not written by cxt, or the two do not belong together.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     directory = Path(directory)
     if not is_export(directory):
-        raise BadRequest(f"there is no exported checkpoint in {directory}: it has {WEIGHTS} and {CONFIG}")
+        raise BadRequest(f"there is no exported checkpoint in {directory}, which would consist of {WEIGHTS} and {CONFIG}")
     try:
         if (directory / CONFIG).stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
+            raise ValueError(f"it is larger than {LARGEST_CONFIG} bytes")
         record = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise BadRequest(f"{directory / CONFIG} cannot be read: {first_line(error)}") from None
@@ -61,7 +60,7 @@ def read_export(directory) -> tuple[dict[str, torch.Tensor], dict]:
     if recorded_digest is not None and recorded_digest != digest(record):  # exports of earlier versions have none
         raise BadRequest(f"{directory / CONFIG} is damaged, or was changed after it was exported; export it again")
     if expected != {"file": WEIGHTS, "sha256": file_sha256(directory / WEIGHTS)}:
-        raise BadRequest(f"{directory / WEIGHTS} is damaged, or not the weights that {CONFIG} belongs to; export them again")
+        raise BadRequest(f"{directory / WEIGHTS} is damaged, or does not belong to {CONFIG}; export both again")
     try:
         return load_file(directory / WEIGHTS), record
     except (SafetensorError, OSError) as error:

@@ -1,1 +1,1 @@
-"""Commands beside the stages: `cxt NAME` runs `cxt.commands.NAME`."""
+"""Commands besides the stages: `cxt NAME` runs `cxt.commands.NAME`."""

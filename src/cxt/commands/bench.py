@@ -1,8 +1,8 @@
-"""What this machine trains and decodes in a second, as a command.
+"""How fast this machine trains and decodes.
 
 cxt bench train                               a broad model of the published size
-cxt bench train --compare dense               beside the published formulation, in turns
-cxt bench decode --compare uncached           beside decoding without a cache
+cxt bench train --compare dense               compared with the published formulation, in turns
+cxt bench decode --compare uncached           compared with decoding without a cache
 """
 
 import argparse
@@ -24,14 +24,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     training = TrainingConfig()
     parser.add_argument("--model", default="broad", help=f"preset: {', '.join(PRESETS)} (default broad)")
     for name in ("layers", "heads", "width", "windows", "samples"):
-        parser.add_argument(f"--{name}", type=int, help="another size than the preset's")
-    parser.add_argument("--dropout", type=float, help="another dropout than the preset's")
-    parser.add_argument("--batch-size", type=int, help=f"default {training.batch_size}, fewer on a CPU")
+        parser.add_argument(f"--{name}", type=int, help="override the preset's size")
+    parser.add_argument("--dropout", type=float, help="override the preset's dropout")
+    parser.add_argument("--batch-size", type=int, help=f"default {training.batch_size}, smaller on a CPU")
     parser.add_argument("--precision", default=training.precision, help=f"on a GPU (default {training.precision})")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, default=training.threads, help=f"of a CPU (default {training.threads})")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, about (default 20)")
-    parser.add_argument("--out", type=Path, help="JSON file to write as well")
+    parser.add_argument("--threads", type=int, default=training.threads, help=f"CPU threads (default {training.threads})")
+    parser.add_argument("--seconds", type=float, default=20.0, help="approximate measuring time in seconds (default 20)")
+    parser.add_argument("--out", type=Path, help="also write the result to this JSON file")
 
 
 def read_network(args) -> ModelConfig:
@@ -43,7 +43,7 @@ def read_network(args) -> ModelConfig:
 
 
 def run_benchmark(args, network: ModelConfig, device: str) -> dict:
-    """What the command and the flags ask for."""
+    """Run the benchmark that the command and its flags select."""
     from cxt.benchmark.speed import bench_decoding, bench_training, limit_batch
     from cxt.model.flops import decoding_flops, training_flops
 
@@ -55,7 +55,7 @@ def run_benchmark(args, network: ModelConfig, device: str) -> dict:
             loss_path=args.loss_path, gradient_checkpointing=args.gradient_checkpointing,
         )  # fmt: skip
         if args.attention == "flex" and device == "cpu":
-            raise BadRequest("--attention flex trains on GPUs only; leave it at split")
+            raise BadRequest("--attention flex trains on GPUs only; use --attention split")
         return bench_training(network, adapter, settings, device=device, seconds=args.seconds, compare=args.compare)
     precision = TrainingConfig(precision=args.precision).precision
     batch = args.batch_size or limit_batch(64, decoding_flops(network, replicates=args.replicates), device)
@@ -75,20 +75,20 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="cxt bench", description="How fast this machine trains and decodes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="optimizer steps, loading included")
+    training = commands.add_parser("train", help="optimizer steps, including loading of data")
     add_flags(training)
     training.add_argument("--adapter", action="store_true", help="an adapter of 10 samples on a mostly frozen backbone")
     training.add_argument("--compile", default="auto", help=f"{', '.join(get_args(Compile))} (default auto)")
     training.add_argument("--attention", default="split", help=f"{', '.join(get_args(Attention))} (default split)")
     training.add_argument("--loss-path", default="target", help=f"{', '.join(get_args(LossPath))} (default target)")
-    training.add_argument("--gradient-checkpointing", action="store_true", help="compute blocks again in the backward pass")
-    training.add_argument("--workers", type=int, default=2, help="threads that make batches (default 2)")
-    training.add_argument("--compare", choices=["dense"], help="measure the published formulation in turns")
+    training.add_argument("--gradient-checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    training.add_argument("--workers", type=int, default=2, help="threads that prepare batches (default 2)")
+    training.add_argument("--compare", choices=["dense"], help="also measure the published formulation, in turns")
     decoding = commands.add_parser("decode", help="decoding with a key-value cache")
     add_flags(decoding)
     decoding.add_argument("--replicates", type=int, default=15, help="decoded sequences per pair (default 15)")
-    decoding.add_argument("--pairs", type=int, help="decode so many, once, instead of for some seconds")
-    decoding.add_argument("--compare", choices=["uncached"], help="measure decoding without a cache as well")
+    decoding.add_argument("--pairs", type=int, help="decode this many pairs once instead of measuring for --seconds")
+    decoding.add_argument("--compare", choices=["uncached"], help="also measure decoding without a cache")
     args = parser.parse_args(argv)
     check_flags(
         args,
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what the flags ask for, print it, and write it to ``--out``."""
+    """Run the benchmark, print its result, and write it to ``--out``."""
     import torch
 
     from cxt.benchmark.report import format_result
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         result = run_benchmark(args, network, device)
     except torch.OutOfMemoryError as error:
-        without = ", or leave --compare out" if args.compare else ""
+        without = ", or omit --compare" if args.compare else ""
         raise Failed(f"out of memory ({first_line(error)}); choose a smaller --batch-size{without}") from error
     what = "training" if args.command == "train" else "decoding"
     name = f"{args.model} with an adapter" if result["adapter"] else args.model

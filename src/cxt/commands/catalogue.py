@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="cxt catalogue", description="Fetch a genetic map into stdpopsim's cache.")
     parser.add_argument("--species", required=True, help="stdpopsim's identifier, such as HomSap")
     parser.add_argument("--genetic-map", required=True, help="the map's identifier, such as HapMapII_GRCh38")
-    parser.add_argument("--scenario", help="scenario that needs it, named in messages (default: the species)")
-    parser.add_argument("--out", type=Path, help="also write down here, as JSON, that it is in the cache")
+    parser.add_argument("--scenario", help="scenario to name in messages (default: the species)")
+    parser.add_argument("--out", type=Path, help="JSON file recording the fetch")
     args = parser.parse_args(argv)
     spec = {"name": args.species, "species": args.species, "genetic_map": args.genetic_map}
     if args.scenario is not None:

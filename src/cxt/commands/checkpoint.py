@@ -20,26 +20,26 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
-        description="Look at checkpoints, check them, compare them, import and export them.",
+        description="Show, verify, compare, import and export checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     accepted = "name, file, run directory or exported directory"
-    command = commands.add_parser("show", help="what a checkpoint is: network, training, dataset, parent, lineage")
+    command = commands.add_parser("show", help="describe a checkpoint: network, training, dataset, parent, lineage")
     command.add_argument("checkpoint", help=accepted)
-    command = commands.add_parser("verify", help="whether it is whole, and what the configuration asks for; exit 1 if not")
+    command = commands.add_parser("verify", help="check that it is intact and matches the configuration; exit 1 if not")
     command.add_argument("checkpoint", help=accepted)
-    command.add_argument("--configfile", nargs="+", default=[], help="overlays over the default configuration")
-    command = commands.add_parser("diff", help="the worst differing tensor of two, and what else differs; exit 1 if not close")
+    command.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration")
+    command = commands.add_parser("diff", help="compare two checkpoints; exit 1 if their weights are not close")
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("other", help=accepted)
     command.add_argument("--rtol", type=float, default=1e-5, help="relative tolerance (default 1e-5)")
     command.add_argument("--atol", type=float, default=1e-6, help="absolute tolerance (default 1e-6)")
-    command = commands.add_parser("import", help="make a checkpoint of a Lightning file of the original package")
-    command.add_argument("file", help="such a file; nothing in it is run")
+    command = commands.add_parser("import", help="convert a Lightning file of the original package to a checkpoint")
+    command.add_argument("file", help="the Lightning file; no code in it is executed")
     command.add_argument("--out", required=True, help="checkpoint to write")
-    command.add_argument("--name", help="name of the model in it (default: the file's, before _epoch=)")
+    command.add_argument("--name", help="name of the model in it (default: the file name up to _epoch=)")
     command = commands.add_parser(
-        "export", help="write the weights as safetensors and the rest as JSON, for other programs and cxt.load_model"
+        "export", help="write weights as safetensors and the rest as JSON, for other programs and cxt.load_model"
     )
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("--out", required=True, help="directory to write them to")
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what the flags ask for."""
+    """Run the subcommand."""
     from cxt.checkpoints.file import import_published
     from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
     from cxt.checkpoints.load import find_checkpoint

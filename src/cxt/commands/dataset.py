@@ -18,19 +18,19 @@ def main(argv: list[str] | None = None) -> None:
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog="cxt dataset", description="Look at a dataset, check it, export it.")
+    parser = argparse.ArgumentParser(prog="cxt dataset", description="Show, verify or export a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
-        ("info", "sizes, and a table of its scenarios"),
-        ("verify", "read every shard, and check it against the manifest"),
-        ("export", "dense X.npy and y.npy in the published layout, for other tools"),
+        ("info", "show its sizes and a table of its scenarios"),
+        ("verify", "read every shard and check it against the manifest"),
+        ("export", "write dense X.npy and y.npy in the published layout, for other tools"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("path", type=Path, help="dataset directory, with dataset.json, train/ and test/")
         if name == "export":
-            command.add_argument("--out", type=Path, required=True, help="directory to make")
+            command.add_argument("--out", type=Path, required=True, help="directory to create")
             command.add_argument("--split", choices=SPLITS, nargs="+", default=list(SPLITS), help="default: both")
-            command.add_argument("--limit", type=int, help="at most so many simulations of each scenario and split")
+            command.add_argument("--limit", type=int, help="at most this many simulations of each scenario and split")
             command.add_argument(
                 "--dtype", choices=["float16", "float32"], default="float16", help="default: float16, as published"
             )

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
-    """Turn the trainer's parser into that of `cxt find_lr`, with the flags of the search."""
+    """Turn the trainer's parser into that of `cxt find_lr` by adding the flags of the search."""
     parser.prog, parser.description = "cxt find_lr", "Find a learning rate for a run."
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
     parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")
-    parser.add_argument("--plot", type=str | None, help="draw loss against learning rate into this file, .png")
+    parser.add_argument("--plot", type=str | None, help="plot loss against learning rate to this .png file")
 
 
 def draw(request: RunRequest, search: Search, suggestion: float, path) -> None:
-    """The figure of a search."""
+    """Draw the figure of a search."""
     from cxt.evaluation.figures import draw_learning_rates
 
     title = f"{request.name}: suggested learning rate {suggestion:.2g}"
@@ -48,11 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser)
     args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
     if not 0 < args.lowest < args.highest < math.inf:
-        raise BadRequest(f"--lowest {args.lowest:g} --highest {args.highest:g}: expected 0 < lowest < highest, and finite")
-    if args.num_steps > MAX_COUNT:
-        raise BadRequest(f"--num-steps {args.num_steps}: expected at most {MAX_COUNT}")
-    if args.num_steps < 20:
-        raise BadRequest(f"--num-steps {args.num_steps}: expected at least 20, fewer show no slope")
+        raise BadRequest(
+            "--lowest and --highest must be finite, positive and in rising order, "
+            f"got --lowest {args.lowest:g} --highest {args.highest:g}"
+        )
+    if not 20 <= args.num_steps <= MAX_COUNT:
+        raise BadRequest(f"--num-steps must be a whole number from 20 to {MAX_COUNT}, got {args.num_steps}")
     if args.plot is not None:
         check_writable(args.plot)
 
@@ -65,11 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     suggestion = search.suggestion()
     if suggestion is None:
         raise Failed(
-            f"the loss grew too much after {len(search.losses)} of {args.num_steps} steps, too few to see where it falls: "
+            f"the loss diverged after {len(search.losses)} of {args.num_steps} steps, too few to suggest a learning rate; "
             "raise --num-steps, or lower --highest"
         )
     print(
-        f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; the schedule's min_lr must not be above it)",
+        f"suggested learning rate: {suggestion:.3g} (lr: {suggestion:.1e}; min_lr must not be above it)",
         flush=True,
     )
     if args.plot is not None:

@@ -1,4 +1,4 @@
-"""Print the reference of all configuration keys, config/README.md, or the JSON Schema that editors check files with."""
+"""Print the reference of all configuration keys, config/README.md, or their JSON Schema for editors."""
 
 import argparse
 
@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> None:
         Arguments after the command's name; those of the process by default.
     """
     parser = argparse.ArgumentParser(prog="cxt schema", description="Print config/README.md, the reference of all keys.")
-    parser.add_argument("--json", action="store_true", help="print config/config.schema.json, for editors, instead")
+    parser.add_argument(
+        "--json", action="store_true", help="print config/config.schema.json, the JSON Schema for editors, instead"
+    )
     args = parser.parse_args(argv)
     print(json_schema() if args.json else render_reference(), end="")
 

@@ -1,4 +1,4 @@
-"""Take one tree sequence out of a simulation batch."""
+"""Extract one tree sequence from a simulation batch."""
 
 import argparse
 from pathlib import Path
@@ -11,22 +11,22 @@ from cxt.io import atomic_file, check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt trees`: take one tree sequence out of a simulation batch.
+    """Run `cxt trees`: extract one tree sequence from a simulation batch.
 
     Parameters
     ----------
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog="cxt trees", description="Take one tree sequence out of a batch file.")
-    parser.add_argument("batch", type=Path, help="file made by cxt.simulate")
+    parser = argparse.ArgumentParser(prog="cxt trees", description="Extract one tree sequence from a simulation batch.")
+    parser.add_argument("batch", type=Path, help="simulation batch, a file made by cxt.simulate")
     parser.add_argument("--index", type=int, required=True, help="index of the simulation in its variant")
     parser.add_argument("--out", type=Path, required=True, help="FILE.trees to write, for tskit.load")
     args = parser.parse_args(argv)
     check_flags(args, index=Index)
     check_writable(args.out)
     if args.out.name.endswith(".batch") or (args.out.exists() and args.out.samefile(args.batch)):
-        raise BadRequest(f"--out {args.out} is a batch of tree sequences; give another name, such as {args.index}.trees")
+        raise BadRequest(f"--out {args.out} is a simulation batch; choose another name, such as {args.index}.trees")
 
     from cxt.scenarios.batches import read_simulation  # imported late so that --help is quick
 

@@ -1,1 +1,1 @@
-"""What a user may write: sections, defaults, bounds, and reading of configuration files."""
+"""The configuration: its sections, defaults and bounds, and reading of configuration files."""

@@ -1,6 +1,6 @@
-"""Types of what settings and flags accept: numbers with bounds, text, lists.
+"""Types of settings and flags: numbers with bounds, text, lists.
 
-They are strict (True is no number, 1.5 no integer), but text of a configuration file that says a number is taken as the number.
+They are strict (True is not a number, 1.5 not an integer), but text in a configuration file that spells a number is converted.
 """
 
 import re
@@ -11,15 +11,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, Wra
 from cxt.random_seeds import LARGEST_SEED
 
 MAX_COUNT = 10**9
-"""The largest count of anything, where nothing else sets a limit: it only keeps products of counts from overflowing."""
+"""Largest count of anything without a tighter limit; it only keeps products of counts from overflowing."""
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def _parse_number(value: Any, info: ValidationInfo) -> Any:
-    """The number that the text of a configuration file says, or *value* itself.
+    """Convert text of a configuration file that spells a number; return any other *value* unchanged.
 
-    YAML reads `1e-8` as text, and Snakemake everything in `--config 'training={devices: 2}'`.
+    YAML reads `1e-8` as text, and so does Snakemake every value in `--config 'training={devices: 2}'`.
     """
     if info.context and isinstance(value, str) and NUMBER.fullmatch(value):
         return int(value) if value.lstrip("+-").isdigit() else float(value)
@@ -27,7 +27,7 @@ def _parse_number(value: Any, info: ValidationInfo) -> Any:
 
 
 def _parse_integer(value: Any, info: ValidationInfo) -> Any:
-    """The same, with 100 for the 1.0e+2 of a file."""
+    """The same, and convert whole floats of a file, such as 1.0e+2, to integers."""
     value = _parse_number(value, info)
     return int(value) if info.context and isinstance(value, float) and value.is_integer() else value
 
@@ -40,7 +40,7 @@ def _parse_flag(value: Any, info: ValidationInfo) -> Any:
 
 
 def _check_float(value: Any, handler, info: ValidationInfo) -> Any:
-    """Check *value* as a float but leave an int one, which lineages digest as what the user wrote."""
+    """Check *value* as a float but keep integers, because lineages are digests of what the user wrote."""
     value = _parse_number(value, info)
     handler(value)
     return value
@@ -63,7 +63,7 @@ Index = Annotated[int, Field(strict=True, ge=0, le=2 * 10**9), integer_validator
 Seed = Annotated[int, Field(strict=True, ge=0, le=LARGEST_SEED), integer_validator]
 Samples = Annotated[int, Field(strict=True, ge=2, le=60_000), integer_validator]
 BasePairs = Annotated[int, Field(strict=True, ge=1, le=10**10), integer_validator]
-Threads = Annotated[int, Field(strict=True, ge=1, le=1024), integer_validator]  # OpenMP ends the process long before 100 000
+Threads = Annotated[int, Field(strict=True, ge=1, le=1024), integer_validator]  # OpenMP aborts the process long before 100 000
 Workers = Annotated[int, Field(strict=True, ge=0, le=256), integer_validator]
 Devices = Annotated[int, Field(strict=True, ge=0, le=1024), integer_validator]
 Machines = Annotated[int, Field(strict=True, ge=1, le=10_000), integer_validator]

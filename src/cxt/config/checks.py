@@ -13,21 +13,21 @@ from cxt.errors import BadRequest, suggest_nearest
 
 
 class _ProblemCollector:
-    """Bad requests of checks that do not depend on each other, to be raised together."""
+    """Collects the bad requests of independent checks, to raise them together."""
 
     def __init__(self) -> None:
         self.messages: dict[str, None] = {}
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep what a check in this block raises."""
+        """Collect the BadRequest that a check in this block raises."""
         try:
             yield
         except BadRequest as error:
             self.messages[str(error)] = None
 
     def refuse(self) -> None:
-        """BadRequest with all that was collected, if anything was."""
+        """Raise one BadRequest with all collected messages, if there are any."""
         if len(self.messages) > 1:
             raise BadRequest("\n  ".join(["the configuration is not valid:", *self.messages]))
         if self.messages:
@@ -35,12 +35,12 @@ class _ProblemCollector:
 
 
 def fill_scenarios(config: dict, removed: set[str]) -> None:
-    """Put the content of Demes files in the place of their paths, and scenarios in that of the sets they are in.
+    """Replace paths of Demes files by their content, and scenario sets by their scenarios.
 
     Parameters
     ----------
-    config : the configuration, which is changed
-    removed : scenarios that an overlay has removed, and that leave all sets
+    config : the configuration, modified in place
+    removed : scenarios that an overlay has removed, which are dropped from all sets
     """
     problems = _ProblemCollector()
     for name, scenario in config["scenarios"].items():
@@ -55,9 +55,9 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
 
 
 def check_consistency(config: dict) -> None:
-    """BadRequest with everything in a complete configuration that does not fit together.
+    """BadRequest naming everything in a complete configuration that does not fit together.
 
-    Models are checked only where their datasets are right.
+    Models are checked only if all datasets are valid.
     """
     problems = _ProblemCollector()
     for name, dataset in config["datasets"].items():
@@ -78,7 +78,7 @@ def check_consistency(config: dict) -> None:
 
 
 def _check_scenario(name: str, scenario: dict) -> None:
-    """Check a scenario's sweep, and put the content of a Demes file in the place of its path."""
+    """Check a scenario's sweep, and replace the path of a Demes file by its content."""
     at = f"scenarios.{name}"
     base = {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}
     for row in scenario.get("combinations", []):
@@ -89,7 +89,7 @@ def _check_scenario(name: str, scenario: dict) -> None:
 
 
 def _check_names(config: dict) -> None:
-    """BadRequest if names of one kind differ in case only (some file systems do not), or a scenario's is also a set's."""
+    """BadRequest if two names differ in case only (some file systems ignore case), or a scenario and a set share a name."""
     for section in ("scenarios", "datasets", "models"):
         first: dict[str, str] = {}
         for name in config[section]:
@@ -102,7 +102,7 @@ def _check_names(config: dict) -> None:
 
 
 def _fill_sets(config: dict, removed: set[str]) -> None:
-    """Replace names of sets by the scenarios in them, each once and in order, wherever scenarios are listed."""
+    """Replace the names of sets by their scenarios, each once and in order, wherever scenarios are listed."""
     scenarios, sets = config["scenarios"], config["scenario_sets"]
     for name, members in sets.items():
         for member in members:
@@ -120,7 +120,7 @@ def _fill_sets(config: dict, removed: set[str]) -> None:
     for name, dataset in config["datasets"].items():
         dataset["scenarios"] = filled(dataset["scenarios"], f"datasets.{name}.scenarios")
         if not dataset["scenarios"]:
-            raise BadRequest(f"datasets.{name}.scenarios: the sets named hold no scenario any more; name at least one")
+            raise BadRequest(f"datasets.{name}.scenarios: no scenario is left in the sets it names; name at least one scenario")
     for name, model in config["models"].items():
         if "evaluation" in model:
             model["evaluation"] = filled(model["evaluation"], f"models.{name}.evaluation")
@@ -133,7 +133,7 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
         scenario = config["scenarios"][scenario_name]
         if not scenario["simulations"]:
             raise BadRequest(
-                f"{at}.scenarios: '{scenario_name}' has `simulations: 0`, which is for evaluation only; give it some"
+                f"{at}.scenarios: '{scenario_name}' has `simulations: 0`, which is for evaluation only; set it to 2 or more"
             )
         _check_scenario_fits(scenario_name, scenario, at, dataset)
         regions = dataset["regions_per_simulation"]
@@ -147,7 +147,7 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
         raise BadRequest(f"{at}: sequence_length {length} is not a multiple of window_size {window}")
     exist = count_pairs(dataset["samples"])
     if dataset["pairs"] > exist:
-        raise BadRequest(f"{at}.pairs: {dataset['pairs']} asked, but {dataset['samples']} samples have {exist} pairs")
+        raise BadRequest(f"{at}.pairs: {dataset['pairs']} pairs requested, but {dataset['samples']} samples have only {exist}")
     mask = dataset.get("mask", {})
     if "path" in mask and not Path(mask["path"]).is_file():
         raise BadRequest(f"{at}.mask.path: there is no file {mask['path']}")
@@ -165,19 +165,19 @@ def _check_scenario_fits(name: str, scenario: dict, at: str, dataset: dict) -> N
     for variant in list_variants(name, scenario):
         if variant.spec["sequence_length"] < dataset["sequence_length"]:
             raise BadRequest(
-                f"{at}.sequence_length: {dataset['sequence_length']} bp asked, but scenario '{variant.name}' simulates "
-                f"{variant.spec['sequence_length']} bp"
+                f"{at}.sequence_length: {dataset['sequence_length']} bp requested, but scenario '{variant.name}' simulates "
+                f"only {variant.spec['sequence_length']} bp"
             )
         individuals = count_individuals(variant.spec)
         if 2 * individuals < dataset["samples"]:
             raise BadRequest(
-                f"{at}.samples: {dataset['samples']} asked, but scenario '{variant.name}' samples {individuals} individuals "
-                f"({2 * individuals} haplotypes)"
+                f"{at}.samples: {dataset['samples']} haplotypes requested, but scenario '{variant.name}' samples only "
+                f"{individuals} individuals ({2 * individuals} haplotypes)"
             )
 
 
 def _check_parents(config: dict, name: str) -> None:
-    """BadRequest unless a model's dataset and parents exist, and the parent is of the sort that the model starts from."""
+    """BadRequest unless a model's dataset and parents exist, and the parent has an adapter if and only if it must."""
     model = config["models"][name]
     at = f"models.{name}"
     if model["dataset"] not in config["datasets"]:
@@ -185,20 +185,20 @@ def _check_parents(config: dict, name: str) -> None:
             f"{at}.dataset: unknown dataset '{model['dataset']}'{suggest_nearest(model['dataset'], config['datasets'])}"
         )
     if "checkpoint" in model and "resume_adapter" in model:
-        raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` exclude each other")
+        raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` cannot be used together")
     _, *parents = trace_parents(config, name)
     if "checkpoint" in model and is_adapter(config, parents[0]):
         raise BadRequest(f"{at}.checkpoint: '{parents[0]}' is an adapter model; use `resume_adapter: {parents[0]}`")
     if "resume_adapter" in model and not is_adapter(config, parents[0]):
         raise BadRequest(f"{at}.resume_adapter: '{parents[0]}' has no adapter; use `checkpoint: {parents[0]}`")
     if "adapter" in model and not parents:
-        raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone: name one with `checkpoint`")
+        raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone; name one with `checkpoint`")
 
 
 def _check_models(config: dict) -> None:
     """BadRequest unless all models have a network, an adapter and training settings, and fit their datasets and parents.
 
-    A model whose parent is wrong is not looked at: it has the same sizes.
+    A model whose parent is not valid is skipped, because it inherits the parent's sizes.
     """
     problems = _ProblemCollector()
     wrong: set[str] = set()
@@ -220,7 +220,7 @@ def _check_models(config: dict) -> None:
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
             if "backbone_lr_factor" in own_training and not is_adapter(config, name):
-                raise BadRequest(f"models.{name}.training: backbone_lr_factor has no meaning without an adapter; leave it out")
+                raise BadRequest(f"models.{name}.training: backbone_lr_factor cannot be used without an adapter; remove it")
         with problems.collect(), _prefix_errors(f"models.{name}.adapter"):
             build_adapter_config(config, name)
         if len(problems.messages) == before:
@@ -236,19 +236,20 @@ def _check_models(config: dict) -> None:
 
 
 def _check_evaluation(config: dict, name: str) -> None:
-    """BadRequest if a model is evaluated on more pairs than there are, or on scenarios that its dataset could not hold."""
+    """BadRequest if a model is evaluated on more pairs than exist, or on scenarios that do not fit its dataset's shape."""
     dataset = config["datasets"][config["models"][name]["dataset"]]
     asked, exist = config["evaluation"]["pairs"], count_pairs(dataset["samples"])
     if asked > exist:
         raise BadRequest(
-            f"evaluation.pairs: {asked} asked, but the {dataset['samples']} samples of models.{name} have {exist} pairs"
+            f"evaluation.pairs: {asked} pairs requested, but the {dataset['samples']} samples of models.{name} have only "
+            f"{exist}"
         )
     for scenario in config["models"][name].get("evaluation", []):
         _check_scenario_fits(scenario, config["scenarios"][scenario], f"models.{name}.evaluation", dataset)
 
 
 def _trained_model(config: dict, name: str, *, name_in_messages: str | None = None) -> TrainedModel:
-    """What decides whether model *name* fits its dataset and its parent."""
+    """The properties that decide whether model *name* fits its dataset and its parent."""
     dataset_name = config["models"][name]["dataset"]
     dataset = config["datasets"][dataset_name]
     return TrainedModel(
@@ -264,7 +265,7 @@ def _trained_model(config: dict, name: str, *, name_in_messages: str | None = No
 
 @contextlib.contextmanager
 def _prefix_errors(at: str) -> Iterator[None]:
-    """Let a BadRequest say of which section of the configuration it speaks."""
+    """Prefix a BadRequest of the `with` block with the section *at* of the configuration."""
     try:
         yield
     except BadRequest as error:

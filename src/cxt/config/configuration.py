@@ -13,7 +13,7 @@ from cxt.config.training import TrainingOverrides, TrainingSection
 from cxt.config.type_descriptions import Expected
 
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$")]
-"""Of a scenario, dataset or model: it is part of the names of files, and a hyphen ends a scenario's in a variant's."""
+"""Name of a scenario, dataset or model: part of file names, where a hyphen separates a scenario from its parameters."""
 
 EvaluationSimulations = Annotated[int, Field(strict=True, ge=1, le=1_000_000), integer_validator]
 
@@ -26,26 +26,26 @@ class Model(Section):
     dataset: Text
     """Name of the dataset to train on."""
     checkpoint: Text | None = None
-    """Parent model whose weights it starts from (new optimizer, step 0)."""
+    """Parent model to start from: its weights, with a new optimizer, at step 0."""
     resume_adapter: Text | None = None
-    """Parent adapter model whose backbone and adapter weights it starts from. Excludes `checkpoint`."""
+    """Parent adapter model to start from: its backbone and adapter weights. Cannot be combined with `checkpoint`."""
     adapter: Adapter | None = None
-    """Sample-size adapter in front of a mostly frozen backbone; its presence makes this an adapter model."""
+    """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
     architecture: Architecture | None = None
-    """Sizes of the network, where they differ from the preset's."""
+    """Sizes of the network that differ from the preset's."""
     training: TrainingOverrides | None = None
     """Training settings that differ from the top-level `training`."""
     evaluation: ScenarioNames | None = None
-    """Scenarios to evaluate on, or sets of them. Without it, those of its dataset."""
+    """Scenarios, or scenario sets, to evaluate on. Default: those of its dataset."""
 
 
 class Evaluation(Section):
     """Held-out evaluation of every checkpoint by autoregressive decoding."""
 
     simulations: EvaluationSimulations = 10
-    """Simulations per variant, from an index range that no dataset reaches."""
+    """Simulations per variant, with indices that no dataset uses."""
     simulations_of: dict[Text, EvaluationSimulations] = {}
-    """Other numbers for single scenarios, by name."""
+    """Numbers of simulations that differ for single scenarios, by name."""
     pairs: PositiveInteger = 10
     """Random pairs per simulation."""
     replicates: PositiveInteger = 12
@@ -58,15 +58,15 @@ class Configuration(Section):
     """The configuration of cxt."""
 
     seed: Seed = 1
-    """Seed of the whole workflow. Every simulation, pair and mask offset is a pure function of it, of the variant and of the
-    simulation index."""
+    """Seed of the whole workflow. Every simulation, pair and mask offset is determined by it, the variant and the simulation
+    index."""
     scenarios: dict[Name, AnyScenario]
-    """Demographic models to simulate from, by name. `kind` chooses the model; the keys below it depend on the kind. A list in
-    place of a single number is a sweep, and each combination becomes a variant of its own, named
+    """Demographic models to simulate from, by name. `kind` selects the model; the other keys depend on the kind. A list in
+    place of a single number is a sweep: each combination becomes a variant of its own, named
     `<scenario>-<parameter>=<value>…`."""
     scenario_sets: dict[Name, Annotated[list[Text], Field(strict=True), Expected("a list of names of scenarios")]] = {}
-    """Lists of scenarios, by name, for datasets and evaluations to name instead of repeating them. Scenarios that an overlay
-    removes by `null` leave every set."""
+    """Named lists of scenarios, for use in datasets and evaluations. Scenarios that an overlay removes with `null` are dropped
+    from every set."""
     datasets: dict[Name, Dataset]
     """Preprocessed sets, by name. Simulation i of a variant is held out (`test`) if and only if i is a multiple of 10, in every
     dataset."""

@@ -14,22 +14,22 @@ DatasetSamples = Annotated[int, Field(strict=True, ge=3, le=60_000), integer_val
 
 
 class Mask(Section):
-    """Accessibility mask laid over each simulation at a random offset; its presence gives the dataset missingness.
+    """Accessibility mask, applied to each simulation at a random offset; a dataset with one has missingness.
 
     `mask: {}` makes a synthetic one.
     """
 
     path: Text | None = None
-    """A BED file of intervals (`.bed`, `.bed.gz`), or a .npz that holds an array with one value per base (true and false, or 0
-    and 1); `marks` says what they mean. The plan and the logs say how much of it is accessible. A relative path starts from the
-    working directory. Without it a synthetic mask is made."""
+    """A BED file of intervals (`.bed`, `.bed.gz`), or a .npz file with an array of one value per base (true and false, or 0 and
+    1); `marks` says what they mean. The plan and the logs report the accessible fraction. Relative to the working directory.
+    Without it, a synthetic mask is made."""
     key: Text = "accessible"
-    """Name of the array in the .npz."""
+    """Name of the array in the .npz file."""
     contig: Text | None = None
-    """Sequence name to take from a BED file; needed when it has several."""
+    """Sequence to use from a BED file; required if the file has several."""
     marks: Literal["accessible", "inaccessible"] = "accessible"
-    """What the intervals of `path`, or its true values, mark: where genotypes can be called, or where they cannot. A BED file
-    of inaccessible intervals is taken to end with the last of them."""
+    """Meaning of the intervals, or true values, of `path`: where genotypes can be called, or where they cannot. The end of the
+    last interval of a BED file is taken as the end of the sequence."""
     length: PositiveInteger = 5_000_000
     """Length of the synthetic mask in base pairs."""
     accessible_run: Positive = 500
@@ -40,20 +40,20 @@ class Mask(Section):
 
 
 class Layout(Section):
-    """What a dataset keeps of each simulation."""
+    """The part of each simulation that a dataset keeps."""
 
     window_size: BasePairs = 2000
-    """Base window in base pairs."""
+    """Width of a base window in base pairs."""
     sequence_length: BasePairs = 1_000_000
-    """How much of each simulation is used, from its start, in base pairs; a multiple of `window_size`. Their quotient is the
-    number of windows."""
+    """Length used of each simulation, from its start, in base pairs; a multiple of `window_size`. The number of windows is
+    `sequence_length` / `window_size`."""
     samples: DatasetSamples = 50
-    """Haplotypes kept (the first ones), by simplification."""
+    """Haplotypes to keep (the first ones); the tree sequence is simplified to them."""
     pairs: PositiveInteger = 200
     """Random pairs of haplotypes per simulation (and region), without replacement."""
     regions_per_simulation: PositiveInteger = 1
-    """Disjoint stretches of `sequence_length` used of each simulation, evenly spread from its start; 1 = only the first, as
-    published. Each has its own pairs and mask offset."""
+    """Disjoint regions of `sequence_length` to use from each simulation, evenly spaced from its start; 1 = only the first, as
+    published. Each region has its own pairs and mask offset."""
     scales: Annotated[list[PositiveInteger], Field(strict=True, min_length=1), Expected("a list of positive integers")] = [
         2, 8, 32, 64,
     ]  # fmt: skip
@@ -61,10 +61,10 @@ class Layout(Section):
 
 
 class Dataset(Layout):
-    """One preprocessed set."""
+    """A preprocessed set of training and test examples."""
 
     scenarios: ScenarioNames
-    """Scenarios that it is made of, or sets of them. An overlay replaces the whole list."""
+    """Scenarios, or scenario sets, that it is made from. An overlay replaces the whole list."""
     mask: Mask | None = None
-    """Accessibility mask laid over each simulation at a random offset; its presence gives the dataset missingness. `mask: {}`
-    makes a synthetic one."""
+    """Accessibility mask, applied to each simulation at a random offset; a dataset with one has missingness. `mask: {}` makes a
+    synthetic one."""

@@ -1,4 +1,4 @@
-"""Configuration files: reading them, merging overlays, and the resolved configuration that the workflow digests."""
+"""Reading configuration files, merging overlays, and resolving the configuration."""
 
 from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
@@ -9,7 +9,7 @@ DEFAULT_CONFIG = default_configfile()
 
 
 def merge(base: dict, overlay: dict) -> dict:
-    """*overlay* over *base* as Snakemake merges config files: mappings key by key, everything else replaced."""
+    """Merge *overlay* into *base* as Snakemake merges config files: mappings key by key, everything else replaced."""
     result = dict(base)
     for key, value in overlay.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -18,14 +18,14 @@ def merge(base: dict, overlay: dict) -> dict:
 
 
 def without_nulls(value):
-    """*value* without the mapping entries that are null: an overlay removes a key or an entry by `null`."""
+    """Remove mapping entries that are null: an overlay removes a key or an entry with `null`."""
     if isinstance(value, dict):
         return {key: without_nulls(child) for key, child in value.items() if child is not None}
     return value
 
 
 def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
-    """The checked configuration: *configfiles* in order over the default one, defaults filled in.
+    """The checked configuration: the default one, with *configfiles* merged into it in order and defaults filled in.
 
     Raises BadRequest for anything that `resolve` refuses.
     """
@@ -36,10 +36,10 @@ def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
 
 
 def resolve(config: dict) -> dict:
-    """*config* without nulls, checked key by key and in itself, with defaults filled in.
+    """Check *config*, key by key and for consistency, and return it without nulls and with defaults filled in.
 
-    Demes files are replaced by their content, and scenario sets by the scenarios in them. What comes out is JSON-able, and
-    numbers are as they were written: lineages are digests of it.
+    Demes files are replaced by their content, and scenario sets by their scenarios. The result is JSON-able and keeps numbers
+    as they were written, because lineages are digests of it.
     """
     scenarios = config.get("scenarios")
     removed = {name for name, scenario in scenarios.items() if scenario is None} if isinstance(scenarios, dict) else set()

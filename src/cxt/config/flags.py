@@ -1,4 +1,4 @@
-"""Checks of the numbers that commands take on their command lines."""
+"""Checks of numbers given on command lines."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ from cxt.config.problems import explain_value, refuse
 
 
 def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:
-    """What is wrong with *values*, by the types *accepted* of each name; what is None or not there is not asked for."""
+    """Messages about *values* that their *accepted* types refuse, by name; values that are None or missing are skipped."""
     lines = []
     for name, annotation in accepted.items():
         if (value := values.get(name)) is not None:
@@ -22,7 +22,7 @@ def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:
 
 
 def check_flags(args, **accepted) -> None:
-    """BadRequest that names every number of a command's arguments that its type does not accept."""
+    """BadRequest naming every argument of a command that its accepted type refuses."""
     flags = {f"--{name.replace('_', '-')}": name for name in accepted}
     refuse(find_problems({flag: getattr(args, name, None) for flag, name in flags.items()},
                          {flag: accepted[name] for flag, name in flags.items()}))  # fmt: skip
@@ -34,10 +34,10 @@ def count_cores() -> int:
 
 
 def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
-    """Say on stderr that *processes* with so many threads and workers each have fewer cores than that."""
+    """Note on stderr if *processes* with this many threads and workers each exceed the available cores."""
     requested, available = processes * max(threads, workers), count_cores()
     if requested > available:
         what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""
-        print(f"note: {what}{each}, but this process may use {available} core{'' if available == 1 else 's'}; "
+        print(f"note: {what}{each}, but this process may use only {available} core{'' if available == 1 else 's'}; "
               "more threads than cores are slower", file=sys.stderr, flush=True)  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the configuration says of each model: its parents, network, adapter and training settings."""
+"""Each model of the configuration: its parents, network, adapter and training settings."""
 
 from cxt.config.network import PRESETS, SIZES, AdapterConfig, ModelConfig
 from cxt.config.training import TrainingConfig
@@ -11,7 +11,7 @@ def get_parent(model: dict) -> str | None:
 
 
 def trace_parents(config: dict, name: str) -> list[str]:
-    """*name*, its parent, and so on to a model trained from scratch; BadRequest on unknown parents and cycles."""
+    """*name*, its parent, and so on up to a model trained from scratch; BadRequest on unknown parents and cycles."""
     chain = [name]
     while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
@@ -29,7 +29,7 @@ def is_adapter(config: dict, name: str) -> bool:
 
 
 def build_network_config(config: dict, name: str) -> ModelConfig:
-    """The network of model *name*: preset, sizes inherited from the parents, own sizes, shape of the dataset."""
+    """The network of model *name*: its preset, sizes inherited from its parents, its own sizes, and the dataset's shape."""
     chain = trace_parents(config, name)
     model = config["models"][name]
     sizes: dict = {}
@@ -40,7 +40,7 @@ def build_network_config(config: dict, name: str) -> ModelConfig:
         sizes |= {key: value for key, value in architecture.items() if key in SIZES}
     own_settings = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
     dataset = config["datasets"][model["dataset"]]
-    # The backbone of an adapter model keeps the samples of the model that it was first trained as.
+    # The backbone of an adapter model keeps the number of samples that it was first trained with.
     backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
     shape = {
         "windows": dataset["sequence_length"] // dataset["window_size"],
@@ -52,26 +52,26 @@ def build_network_config(config: dict, name: str) -> ModelConfig:
 
 
 def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
-    """The adapter of model *name*, settings inherited from the adapter it resumes; None for a plain model."""
+    """The adapter of model *name*, with settings inherited from the adapter it resumes; None for a plain model."""
     if not is_adapter(config, name):
         return None
     settings: dict = {}
     for ancestor in reversed(trace_parents(config, name)):
         settings |= config["models"][ancestor].get("adapter", {})
     if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig().unfreeze_strategy):
-        settings.pop("last_n", None)  # nothing looks at it
+        settings.pop("last_n", None)  # not used
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
 
 
 def build_training_config(config: dict, name: str) -> TrainingConfig:
-    """The training settings of model *name*; `devices` is the rule's resource, not a setting of the trainer."""
+    """The training settings of model *name*; `devices` is a resource of the rule, not a setting of the trainer."""
     settings = config["training"] | config["models"][name].get("training", {})
     settings = {key: value for key, value in settings.items() if key != "devices"}
     return TrainingConfig(**settings)
 
 
 def build_training_settings(config: dict, name: str) -> dict:
-    """Model *name*'s settings as `python -m cxt.train --config` reads them: flat, one key per flag."""
+    """The settings of model *name* for `python -m cxt.train --config`: flat, one key per flag."""
     network = build_network_config(config, name)
     settings = {"model": config["models"][name]["preset"], "name": name}
     for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
@@ -89,5 +89,5 @@ def build_training_settings(config: dict, name: str) -> dict:
             "overwrite_bin0": adapter.overwrite_bin0,
         }
     else:
-        del settings["backbone_lr_factor"]  # so that it is not a plain model's
+        del settings["backbone_lr_factor"]  # not a setting of plain models
     return settings

@@ -1,4 +1,4 @@
-"""Networks and adapters: their sizes, the published presets, and what fits together."""
+"""Networks and adapters: their sizes, the published presets, and checks that they fit datasets and parents."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ SPECIAL_TOKENS = 2
 
 
 class Architecture(Section):
-    """Sizes of the network, where they differ from the preset's.
+    """Sizes of the network that differ from the preset's.
 
-    A child takes its parent's. Windows, samples and scales come from the dataset.
+    A model with a parent inherits the parent's sizes. Windows, samples and scales come from the dataset.
     """
 
     only_given: ClassVar[bool] = True
@@ -34,10 +34,10 @@ class Architecture(Section):
     dropout: Fraction = 0.1
     """Dropout on embeddings and residual branches."""
     mask_singletons: Flag = True
-    """Set frequency bin 0 of the input to zero (the published flag's name; true singletons, bin 1, are always used). False for
-    models that read missingness from bin 0."""
+    """Set frequency bin 0 of the input to zero (the name is the published flag's; true singletons, bin 1, are always used).
+    False for models that read missingness from bin 0."""
     start_token_in_prefix: Flag = False
-    """Let sources attend to the start token in training, as the published models did. Only for published weights: decoding
+    """Let sources attend to the start token during training, as the published models did. Only for published weights: decoding
     never does."""
 
 
@@ -46,18 +46,18 @@ SIZES = ("layers", "heads", "width", "dropout")
 
 
 class ModelConfig(Settings, Architecture):
-    """Everything that fixes the network; the defaults are the published `broad`."""
+    """Everything that determines the network; the defaults are the published `broad`."""
 
     only_given: ClassVar[bool] = False
 
     windows: Annotated[int, Field(strict=True, ge=1, le=10**7), integer_validator] = 500
     """Windows of a sequence."""
     samples: Annotated[int, Field(strict=True, ge=1, le=60_000), integer_validator] = 50
-    """Haplotypes that the features are counted in."""
+    """Haplotypes from which the features are counted."""
     scales: Annotated[int, Field(strict=True, ge=1, le=1000), integer_validator] = 4
     """Number of window widths."""
     window_size: BasePairs = 2000
-    """Base pairs of a window. Weights may be used with another one."""
+    """Base pairs per window. A model trained from a parent may use another window size."""
     grid_low: Annotated[Number, Field(ge=-1000, le=1000)] = 3.0
     """Lower end of the grid, in ln generations."""
     grid_high: Annotated[Number, Field(ge=-1000, le=1000)] = 17.0
@@ -68,7 +68,7 @@ class ModelConfig(Settings, Architecture):
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if not self.grid_low < self.grid_high:
-            raise BadRequest(f"grid_low must be below grid_high, {self.grid_high}, got {self.grid_low}")
+            raise BadRequest(f"grid_low must be below grid_high ({self.grid_high}), got {self.grid_low}")
         if self.width % self.scales:
             raise BadRequest(f"width {self.width} is not a multiple of the number of scales, {self.scales}")
         if self.width % (2 * self.heads):
@@ -88,7 +88,7 @@ LastBlocks = Annotated[int, Field(strict=True, ge=0, le=1000), integer_validator
 
 
 class Adapter(Section):
-    """Sample-size adapter in front of a mostly frozen backbone; its presence makes this an adapter model.
+    """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model.
 
     Its input size is the dataset's `samples`.
     """
@@ -98,7 +98,7 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout in the gated branch."""
     unfreeze_strategy: Literal["none", "ln", "lastN", "ln_lastN"] = "ln_lastN"
-    """Backbone parameters that train beside the adapter: none, layer norms, the last blocks, or both."""
+    """Backbone parameters to train along with the adapter: none, layer norms, the last blocks, or both."""
     last_n: LastBlocks = 2
     """Number of last blocks for `lastN` and `ln_lastN`."""
     overwrite_bin0: Flag = False
@@ -107,10 +107,10 @@ class Adapter(Section):
 
 
 class AdapterConfig(Settings, Adapter):
-    """Everything that fixes the adapter: *samples* haplotypes in, the backbone's number out."""
+    """Everything that determines the adapter, from *samples* haplotypes to the backbone's number of them."""
 
     samples: Samples = 10
-    """Haplotypes of its input."""
+    """Haplotypes in its input."""
 
 
 PRESETS = {
@@ -132,17 +132,17 @@ def count_pairs(samples: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A network and the dataset that it is trained on, as far as they must fit together.
+    """The properties of a network and its dataset that must fit together.
 
     Attributes
     ----------
-    name : what messages call it, such as `models.broad` or the path of a checkpoint
-    network : its network; an adapter model's takes the backbone's number of samples
+    name : name in messages, such as `models.broad` or the path of a checkpoint
+    network : its network; that of an adapter model has the backbone's number of samples
     dataset : name or path of the dataset
     scales : widths of the dataset's feature windows, in base windows
     samples : haplotypes of the dataset
-    has_missingness : the dataset has an accessibility mask
-    has_adapter : a sample-size adapter is in front of the network
+    has_missingness : whether the dataset has an accessibility mask
+    has_adapter : whether there is a sample-size adapter in front of the network
     """
 
     name: str
@@ -155,7 +155,7 @@ class TrainedModel:
 
 
 def check_missingness(model: TrainedModel) -> None:
-    """BadRequest if the network and its dataset disagree on what frequency bin 0 means."""
+    """BadRequest if the network and its dataset disagree on the meaning of frequency bin 0."""
     if model.has_missingness and model.network.mask_singletons:
         raise BadRequest(
             f"{model.name}: dataset '{model.dataset}' carries missingness in bin 0, which this model masks; "
@@ -169,10 +169,10 @@ def check_missingness(model: TrainedModel) -> None:
 
 
 def check_adapter_samples(model: TrainedModel) -> None:
-    """BadRequest if the model has an adapter that would not expand anything."""
+    """BadRequest if the model has an adapter but its dataset does not have fewer samples than the backbone."""
     if model.has_adapter and model.samples >= model.network.samples:
         raise BadRequest(
-            f"{model.name}: an adapter needs fewer samples than its backbone's {model.network.samples}, dataset "
+            f"{model.name}: an adapter needs fewer samples than its backbone's {model.network.samples}, but dataset "
             f"'{model.dataset}' has {model.samples}"
         )
 
@@ -183,11 +183,12 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
     if not has_new_adapter and child.samples != parent.samples:
         raise BadRequest(
             f"{child.name}: dataset '{child.dataset}' has {child.samples} samples, but its parent '{parent.name}' takes "
-            f"{parent.samples}; an adapter can bridge that"
+            f"{parent.samples}; use an adapter"
         )
     if list(child.scales) != list(parent.scales):
         raise BadRequest(
-            f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' {parent.scales}"
+            f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' has "
+            f"{parent.scales}"
         )
     for key in ("layers", "heads", "width", "samples", "bins"):
         child_value, parent_value = getattr(child.network, key), getattr(parent.network, key)
@@ -202,5 +203,5 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
         )
     if not child.has_missingness and not parent.network.mask_singletons:
         raise BadRequest(
-            f"{child.name}: its parent '{parent.name}' was trained with missingness, dataset '{child.dataset}' has none"
+            f"{child.name}: its parent '{parent.name}' was trained with missingness, but dataset '{child.dataset}' has none"
         )

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration or with settings, in a user's words: all of it at once."""
+"""Messages about everything that is wrong with a configuration or with settings, from pydantic's validation errors."""
 
 import datetime
 import math
@@ -12,19 +12,19 @@ from cxt.errors import BadRequest, suggest_nearest
 
 
 def refuse(problems: list[str]) -> None:
-    """BadRequest with all *problems*, if there are any."""
+    """Raise one BadRequest with all *problems*, if there are any."""
     if problems:
         raise BadRequest("\n  ".join(["not a valid request:", *problems] if len(problems) > 1 else problems))
 
 
 def _shorten_repr(value: Any) -> str:
-    """*value* as a message shows it: what is long is cut."""
+    """*value* for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _advise_quotes(value: Any) -> str:
-    """Advice for a name that YAML took for something else."""
+    """Advice on a name that YAML does not read as text."""
     if isinstance(value, list):
         value = next((item for item in value if not isinstance(item, str)), "")
     if isinstance(value, bool | int | float | datetime.date):
@@ -41,7 +41,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _parse_number_text(annotation: Any, value: Any) -> Any:
-    """*value* as it was taken: the number where the text of a file says one and a number is accepted."""
+    """*value* as it was interpreted: text of a file that spells a number is converted where a number is accepted."""
     kinds = {split_type(member)[0] for member in list_union_members(annotation)}
     if isinstance(value, str) and kinds & {int, float} and NUMBER.fullmatch(value):
         return int(value) if value.lstrip("+-").isdigit() else float(value)
@@ -49,7 +49,7 @@ def _parse_number_text(annotation: Any, value: Any) -> Any:
 
 
 class _Place(NamedTuple):
-    """Where a problem is: its path, what stands there, the type, and whether it is the name of an entry."""
+    """Where a problem is: its path, the value there, the accepted type, and whether it is the name of an entry."""
 
     path: str
     value: Any
@@ -62,12 +62,12 @@ MISSING: Any = object()
 
 
 def _find_key(values: Any, part: Any) -> Any:
-    """The key that a part of pydantic's location stands for, which is text or a whole number: 0 for False."""
+    """The key for a part of pydantic's location, which is text or an integer: 0 for False."""
     return next((key for key in values if key == part or str(key) == str(part)), part) if isinstance(values, dict) else part
 
 
 def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
-    """Follow pydantic's location of a problem down to the key that a user has written."""
+    """Follow pydantic's location of a problem to the key in the file."""
     annotation: Any = section
     path = at
     parts = list(loc)
@@ -76,7 +76,7 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
         sections = [split_type(member)[0] for member in inside if issubclass(split_type(member)[0], BaseModel)]
         bare = split_type(list_union_members(annotation)[0])[0]
         part = _find_key(value, parts[0])
-        if len(sections) > 1:  # a union of kinds, whose part is the kind
+        if len(sections) > 1:  # a union of kinds, where the part of the location is the kind
             by_kind = {get_args(split_type(kind.model_fields["kind"])[0])[0]: kind for kind in sections}
             annotation = by_kind[parts[0]]
             parts.pop(0)
@@ -101,11 +101,13 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
     return _Place(path, value, annotation, False, owner if isinstance(owner, type) and issubclass(owner, BaseModel) else None)
 
 
-NAME_ADVICE = "a name may hold letters, digits, '_', '.', '+' (100 in all), and starts with a letter or digit"
+NAME_ADVICE = (
+    "a name must start with a letter or digit and contain only letters, digits, '_', '.' and '+', at most 100 characters"
+)
 
 
 def explain(section: type[BaseModel], error: ValidationError, values: Any, at: str) -> list[str]:
-    """What is wrong, a line for each key."""
+    """Describe everything that is wrong, one line for each key."""
     lines: dict[str, None] = {}
     for detail in error.errors(include_url=False):
         kind, loc = detail["type"], detail["loc"]
@@ -119,7 +121,7 @@ def explain(section: type[BaseModel], error: ValidationError, values: Any, at: s
             advice = _advise_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)
             lines[f"{place.path}: unknown key{advice}"] = None
         elif place.is_name and not isinstance(place.value, str):
-            lines[f"{path}.{place.value}: found {place.value!r} as a name, expected text{_advise_quotes(place.value)}"] = None
+            lines[f"{path}: the name {place.value!r} must be text{_advise_quotes(place.value)}"] = None
         elif place.is_name:
             lines[f"{path}: {_shorten_repr(place.value)}: {NAME_ADVICE}"] = None
         elif kind == "union_tag_invalid" and isinstance(place.value["kind"], str):
@@ -127,12 +129,16 @@ def explain(section: type[BaseModel], error: ValidationError, values: Any, at: s
             lines[f"{path}.kind: unknown kind '{place.value['kind']}'{suggest_nearest(place.value['kind'], kinds)}"] = None
         elif kind in ("union_tag_not_found", "union_tag_invalid"):
             kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in list_union_members(place.annotation)]
-            lines[f"{path}: has no `kind`, expected one of {', '.join(sorted(kinds))}"] = None
+            lines[f"{path}: `kind` must be one of {', '.join(sorted(kinds))}"] = None
         else:
-            lines[
-                f"{path}: found {_shorten_repr(_parse_number_text(place.annotation, place.value))}, expected {_expected(place)}"
-            ] = None
+            lines[_must_be(path, place, _parse_number_text(place.annotation, place.value))] = None
     return list(lines)
+
+
+def _must_be(name: str, place: _Place, value: Any) -> str:
+    """Describe a wrong *value*, as `"lr must be a positive number, got -1"`."""
+    quotes = _advise_quotes(_parse_number_text(place.annotation, place.value)) if holds_text(place.annotation) else ""
+    return f"{name} must be {_expected(place)}, got {_shorten_repr(value)}{quotes}"
 
 
 def _expected(place: _Place) -> str:
@@ -140,12 +146,12 @@ def _expected(place: _Place) -> str:
     is_large = isinstance(value, int | float) and value > MAX_COUNT
     words = describe_type(place.annotation, show_max_count=is_large)
     if not _is_finite(value):
-        words = words.replace("a ", "a finite ", 1)
-    return words + (_advise_quotes(value) if holds_text(place.annotation) else "")
+        words = words.replace("a ", "a finite ", 1) if isinstance(value, float) else f"{words}, with finite values"
+    return words
 
 
 def explain_settings(section: type[BaseModel], error: ValidationError, values: dict) -> list[str]:
-    """What is wrong with the keywords of a settings object."""
+    """Describe everything that is wrong with the keyword arguments of a settings object."""
     lines: dict[str, None] = {}
     for detail in error.errors(include_url=False):
         if detail["type"] == "value_error" and not detail["loc"]:
@@ -160,9 +166,8 @@ def explain_settings(section: type[BaseModel], error: ValidationError, values: d
 
 
 def explain_value(name: str, annotation: Any, value: Any) -> str:
-    """What is wrong with the value of *name*, as `"lr must be a positive number, got -1"`."""
+    """Describe a wrong value of *name*, as `"lr must be a positive number, got -1"`."""
     bare, _ = split_type(annotation)
     if get_origin(bare) is Literal and isinstance(value, str):
         return f"unknown {name} '{value}'{suggest_nearest(value, get_args(bare))}"
-    place = _Place(name, value, annotation, False, None)
-    return f"{name} must be {_expected(place)}, got {_shorten_repr(value)}"
+    return _must_be(name, _Place(name, value, annotation, False, None), value)

@@ -1,4 +1,4 @@
-"""What is made from the sections: config/README.md for people, config/config.schema.json for editors."""
+"""References generated from the sections: config/README.md for people, config/config.schema.json for editors."""
 
 import inspect
 import json
@@ -18,16 +18,16 @@ from cxt.config.type_descriptions import describe_type
 INTRODUCTION = """\
 # The configuration
 
-`config.yaml` is the default, at laptop scale; `paper.yaml` is an overlay with the published scale, and `paper_script.yaml` a
-second one, over that, with what the published script asked for but did not get. `examples/` has scenarios of your own. Use an
-overlay with `snakemake --configfile my.yaml …`: it is merged over the default key by key, lists are replaced whole, and `null`
-removes a key or an entry. A name that YAML takes for something else, such as `no` or `2024`, is put in quotes.
+`config.yaml` is the default, at laptop scale. `paper.yaml` is an overlay with the published scale; `paper_script.yaml` is
+another one, to use on top of it, with what the published script specified but did not apply. `examples/` has examples of custom
+scenarios. Use an overlay with `snakemake --configfile my.yaml …`: it is merged into the default key by key, lists are replaced
+as a whole, and `null` removes a key or an entry. Put names that YAML does not read as text, such as `no` or `2024`, in quotes.
 
 Editors with a YAML language server check and complete a file that begins with
 `# yaml-language-server: $schema=config.schema.json` (the path is relative to the file).
 
-This page is made by `cxt schema > config/README.md`, and `config.schema.json` by `cxt schema --json`, from the sections in
-`src/cxt/config`."""
+This page is generated from the sections in `src/cxt/config` by `cxt schema > config/README.md`, and `config.schema.json` by
+`cxt schema --json`."""
 
 TITLES: dict[str, type[Section]] = {
     "Top level": Configuration,
@@ -60,7 +60,7 @@ def _order(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:
 
 
 def tabulate(section: type[Section]) -> str:
-    """A Markdown table of a section's keys: those that must be given, then the others."""
+    """A Markdown table of a section's keys, required ones first."""
     rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     fields = section.model_fields.items()
     for name, field in fields if section is Configuration else sorted(fields, key=_order):
@@ -81,14 +81,14 @@ def render_reference() -> str:
 
 
 class _PlainDefaults(GenerateJsonSchema):
-    """Defaults as they are written here: pydantic would make 3.0 of 3."""
+    """Keeps defaults as they are written in the sections: pydantic would turn 3 into 3.0."""
 
     def encode_default(self, dft: Any) -> Any:
         return dft.resolved() if isinstance(dft, Section) else dft
 
 
 def _for_overlays(node: Any) -> Any:
-    """A JSON Schema for overlays as well: nothing is required, and `null` removes a key or an entry."""
+    """Relax a JSON Schema for overlays: nothing is required, and `null` removes a key or an entry."""
     if isinstance(node, list):
         return [_for_overlays(child) for child in node]
     if not isinstance(node, dict):
@@ -104,7 +104,7 @@ def _for_overlays(node: Any) -> Any:
             result[key] = {name: _for_overlays(child) for name, child in value.items()}
         elif key == "additionalProperties" and isinstance(value, dict):
             result[key] = _nullable(_for_overlays(value))
-        elif key == "oneOf":  # without `kind`, an overlay's scenario may be of several
+        elif key == "oneOf":  # an overlay's scenario without `kind` may match several kinds
             result["anyOf"] = _for_overlays(value)
         elif key == "description":
             result[key] = _in_one_line(value)
@@ -122,7 +122,7 @@ def _nullable(node: dict) -> dict:
 
 
 def json_schema() -> str:
-    """config/config.schema.json, which editors check configuration files with while they are written."""
+    """config/config.schema.json, which editors use to check configuration files."""
     schema = _for_overlays(Configuration.model_json_schema(schema_generator=_PlainDefaults))
     for section in (Architecture, TrainingOverrides):
         for node in schema["$defs"][section.__name__]["properties"].values():

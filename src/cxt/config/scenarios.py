@@ -34,33 +34,32 @@ class Scenario(Section):
     """A demographic model to simulate from."""
 
     simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), integer_validator]
-    """Number of simulations of each variant that datasets use. Raising it simulates only what is new. 0 = for evaluation
-    only."""
+    """Simulations of each variant for datasets. Raising it keeps all complete batches. 0 = for evaluation only."""
     batch: Annotated[int, Field(strict=True, ge=10, multiple_of=10), integer_validator] = 100
-    """Simulations per file, and so per job; `cxt plan` says how long such a job takes."""
+    """Simulations per file, and thus per job; `cxt plan` estimates how long such a job takes."""
     sequence_length: BasePairs = 1_000_000
     """Length of a simulation in base pairs."""
 
 
 class Coalescent(Section):
-    """What scenarios have whose whole ancestry is a coalescent with recombination."""
+    """Keys of scenarios whose whole ancestry is a coalescent with recombination."""
 
     ancestry_model: Literal["hudson", "smc_prime"] | None = None
     """Coalescent with recombination: `hudson` (the default) or `smc_prime`, msprime's SMC(k) with k = 1, an approximation that
-    is faster where the population is large and unstructured."""
+    is faster for large, unstructured populations."""
 
 
 class Combined(Section):
-    """What scenarios have whose parameters can be set by rows that go together."""
+    """Keys of scenarios whose parameters can be set in combinations."""
 
     combinations: Annotated[NonEmpty[Combination], Expected("a list of mappings from parameters to numbers")] | None = None
-    """Sets of values that go together, such as `[{mutation_rate: 1.0e-8, recombination_rate: 5.0e-8}, …]`, where a sweep should
-    not take every combination. Lists of other parameters are combined with each."""
+    """Combinations of values to simulate, such as `[{mutation_rate: 1.0e-8, recombination_rate: 5.0e-8}, …]`, for a sweep over
+    these instead of all combinations. Lists of other parameters are combined with each of them."""
 
     @model_validator(mode="wrap")
     @classmethod
     def _take_from_rows(cls, values: Any, handler: ModelWrapValidatorHandler) -> Any:
-        """Let a required parameter be missing that every row of `combinations` gives."""
+        """Allow a required parameter to be missing if every row of `combinations` sets it."""
         rows = values.get("combinations") if isinstance(values, dict) else None
         if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
             return handler(values)
@@ -70,19 +69,19 @@ class Combined(Section):
             if field.is_required() and name not in values and all(name in row for row in rows)
         }
         scenario = handler(values | given)
-        scenario.__dict__.update(dict.fromkeys(given))  # so that they are not in the resolved configuration
+        scenario.__dict__.update(dict.fromkeys(given))  # keeps them out of the resolved configuration
         return scenario
 
 
 class Sampled(Section):
-    """What scenarios have whose individuals are sampled from one population, or spread in a fixed way."""
+    """Keys of scenarios that sample individuals from one population, or in a fixed way from several."""
 
     individuals: Individuals = 25
     """Diploid individuals sampled at time 0; each gives two haplotypes."""
 
 
 class Parametric(Sampled, Combined, Scenario):
-    """What scenarios have that are made of a few numbers."""
+    """Keys of scenarios that are defined by a few numbers."""
 
     mutation_rate: PositiveRateOrSweep = 1.29e-8
     """Mutations per base pair and generation (infinite sites)."""
@@ -116,11 +115,14 @@ class Island(Coalescent, Parametric):
     population_size: PositiveOrSweep = 10_000
     """Diploid size N of the first deme."""
     migration_rate: PositiveOrSweep = 0.1
-    """Migration rate between each two demes, per generation."""
+    """Migration rate between each pair of demes, per generation."""
 
 
 class HardSweep(Parametric):
-    """One population of constant size in which an allele has just swept to fixation from one copy, then Hudson's coalescent."""
+    """One population of constant size in which an allele has just swept from one copy to fixation.
+
+    Before the sweep, ancestry follows Hudson's coalescent.
+    """
 
     kind: Literal["hard_sweep"]
     """One population in which an allele has just swept to fixation."""
@@ -140,24 +142,24 @@ class Stdpopsim(Sampled, Coalescent, Scenario):
     """A species of stdpopsim's catalogue."""
     species: Text
     """stdpopsim's identifier, such as `HomSap`."""
-    models: Annotated[Different[Text], Expected("a list of different names of models")] | None = None
-    """Catalogue models to draw from. Without it, all that sample at time 0 and are not built around ancient samples; an empty
-    list asks for a constant size."""
+    models: Annotated[Different[Text], Expected("a list of distinct model names")] | None = None
+    """Catalogue models to draw from. Default: all that sample at time 0 and are not built around ancient samples. An empty list
+    selects a constant size."""
     genetic_map: Text | None = None
-    """A genetic map of the species in stdpopsim's catalogue, such as `HapMapII_GRCh38`. It is fetched once into stdpopsim's
-    cache; segments lie where the map has rates."""
+    """A genetic map of the species in stdpopsim's catalogue, such as `HapMapII_GRCh38`. It is downloaded once into stdpopsim's
+    cache; segments are drawn from where the map has rates."""
     population_size: Positive | None = None
-    """Constant diploid size, used when the species has no catalogue model or `models` is empty. Without it, the species'
-    own."""
+    """Constant diploid size, used if the species has no catalogue model or `models` is empty. Default: the species' size in the
+    catalogue."""
 
 
 class Demes(Combined, Coalescent, Scenario):
-    """A demography of your own, in the Demes format (https://popsim-consortium.github.io/demes-docs)."""
+    """A custom demography in the Demes format (https://popsim-consortium.github.io/demes-docs)."""
 
     kind: Literal["demes"]
     """A demography in the Demes format."""
     demography: Annotated[Text | dict[str, Any], Expected("the path of a Demes file, or its content")]
-    """Path of a Demes YAML file (a relative one starts from the working directory), or its content written out here."""
+    """Path of a Demes YAML file (absolute, or relative to the working directory), or its content."""
     samples: Annotated[
         dict[Text, PositiveInteger],
         Expected("a mapping from demes to numbers of diploid individuals, all sampled at time 0"),
@@ -170,7 +172,7 @@ class Demes(Combined, Coalescent, Scenario):
 
 
 class Epoch(Section):
-    """A time from which on, backwards, the population has a size."""
+    """The population size from a given time on, backwards in time."""
 
     time: NonNegative
     """Generations ago."""
@@ -188,8 +190,8 @@ class Msprime(Sampled, Combined, Coalescent, Scenario):
         Field(strict=True, min_length=1),
         Expected("a list of {time: generations ago, population_size: diploid individuals}, from time 0 backwards"),
     ]
-    """Diploid size from each time on, backwards in time: `[{time: 0, population_size: 20000}, {time: 1000, population_size:
-    5000}]`."""
+    """Diploid size from each time on, backwards in time, such as `[{time: 0, population_size: 20000}, {time: 1000,
+    population_size: 5000}]`."""
     mutation_rate: PositiveRateOrSweep
     """Mutations per base pair and generation (infinite sites)."""
     recombination_rate: RateOrSweep
@@ -205,16 +207,15 @@ KIND_SECTIONS: dict[str, type[Scenario]] = {
 
 
 def complete_parameters(kind: str, parameters: dict, *, at: str) -> dict:
-    """The parameters of a scenario or variant of one *kind*, checked, with their defaults.
+    """Check the parameters of a scenario or variant of one *kind* and fill in their defaults.
 
-    How many simulations there are of it, in which batches and combinations, is no parameter. *at* says in messages where the
-    parameters come from.
+    `simulations`, `batch` and `combinations` are not parameters. *at* tells in messages where the parameters come from.
 
     Raises
     ------
     BadRequest
-        Names every unknown parameter, missing one and wrong value at once.
+        Naming all unknown or missing parameters and wrong values.
     """
-    refuse([f"{at}.{key}: this is no parameter of a variant; leave it out" for key in NOT_PARAMETERS if key in parameters])
+    refuse([f"{at}.{key}: not a parameter of a variant; remove it" for key in NOT_PARAMETERS if key in parameters])
     scenario = KIND_SECTIONS[kind].read(parameters | {"simulations": 0}, at=at).resolved()
     return {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}

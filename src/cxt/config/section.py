@@ -1,4 +1,4 @@
-"""A section of the configuration: a pydantic model whose problems are told all at once."""
+"""A section of the configuration: a pydantic model that reports all problems at once."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -14,22 +14,22 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     only_given: ClassVar[bool] = False
-    """The defaults are another section's: keys that are not given are left out of a resolved configuration."""
+    """Whether keys that are not given are left out of a resolved configuration, because their defaults come from elsewhere."""
 
     @classmethod
     def read(cls, values: Any, *, at: str = "", problem: str = "not a valid request:") -> Self:
-        """Check what a file or a command line gives for this section.
+        """Check the values of this section from a file or a command line.
 
         Parameters
         ----------
-        values : the mapping that was read; text that says a number is taken as the number
-        at : where it stands, for messages, such as `--spec`
+        values : the mapping that was read; text that spells a number is converted
+        at : its place in messages, such as `--spec`
         problem : first line of the message
 
         Raises
         ------
         BadRequest
-            Names every unknown key (with the nearest valid one), missing key and wrong value at once.
+            Naming all unknown keys (with the nearest valid ones), missing keys and wrong values.
         """
         try:
             return cls.model_validate(values, context={"from_file": True})
@@ -37,7 +37,7 @@ class Section(BaseModel):
             raise BadRequest("\n  ".join([problem, *explain(cls, error, values, at)])) from None
 
     def resolved(self) -> dict[str, Any]:
-        """The section as JSON-able mappings, with every default; optional keys that are not given are left out."""
+        """The section as JSON-able mappings, with all defaults; optional keys that are not given are left out."""
         return {
             name: _resolved(value)
             for name, value in self
@@ -46,9 +46,9 @@ class Section(BaseModel):
 
 
 class Settings(Section):
-    """What a network or a run is made with. A wrong value raises BadRequest, which names all that are wrong."""
+    """Settings of a network or a run. Wrong values raise BadRequest, which names all of them."""
 
-    if not TYPE_CHECKING:  # which knows the keywords
+    if not TYPE_CHECKING:  # type checkers know the keyword arguments
 
         def __init__(self, **values):
             try:
@@ -57,7 +57,7 @@ class Settings(Section):
                 refuse(explain_settings(type(self), error, values))
 
     def replace(self, **changes) -> Self:
-        """A copy with *changes*, checked."""
+        """A checked copy with *changes*."""
         return type(self)(**(dict(self) | changes))
 
 

@@ -4,7 +4,7 @@ import importlib.resources
 from pathlib import Path
 
 COPIED_TO = "shipped_files"
-"""Directory of this package into which a wheel's build copies `config/`, as pyproject.toml says."""
+"""Directory of this package into which the build of a wheel copies `config/` (see pyproject.toml)."""
 
 
 def config_directory() -> Path:
@@ -13,7 +13,7 @@ def config_directory() -> Path:
     Returns
     -------
     Path
-        `config/` of the checkout that this package is run from, where users edit it; else the copy that was installed.
+        `config/` of the checkout that this package is run from, where users edit it; otherwise the installed copy.
     """
     checkout = Path(__file__).resolve().parents[3]
     if (checkout / "pyproject.toml").is_file() and (checkout / "config" / "config.yaml").is_file():
@@ -37,7 +37,7 @@ def find_configfile(path) -> Path:
     Returns
     -------
     Path
-        *path* where there is such a file, or none comes with cxt either.
+        *path* if it exists or no such file comes with cxt; otherwise the file that comes with cxt.
     """
     path = Path(path)
     name = path.relative_to("config") if path.is_relative_to("config") else path

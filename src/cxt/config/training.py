@@ -1,4 +1,4 @@
-"""Training settings: the published defaults, and what follows from them alone."""
+"""Training settings: the published defaults, and quantities derived from them."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -25,11 +25,11 @@ PRECISIONS = {
     "32-true": ("no", "false", "32", "fp32"),
     "bf16-true": (),
 }
-"""What can be computed in, by Lightning's names, and other names for it."""
+"""Precisions by Lightning's names, and other accepted names of each."""
 
 
 def _parse_precision(value: Any) -> Any:
-    """Lightning's name of a precision; YAML reads `no` as False and `16` as a number."""
+    """Convert to Lightning's name of a precision; YAML reads `no` as False and `16` as a number."""
     word = str(value).lower()
     return next((name for name, others in PRECISIONS.items() if word in (name, *others)), value)
 
@@ -44,23 +44,23 @@ Precision = Annotated[Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"],
 
 
 class TrainingFields(Section):
-    """Settings that decide how a network is trained."""
+    """Settings that determine how a network is trained."""
 
     epochs: PositiveInteger = 10
-    """Passes over the training items."""
+    """Passes over the training examples."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 3e-5
-    """Learning rate at the end of the decay; not above `lr`."""
+    """Learning rate at the end of the decay; at most `lr`."""
     warmup_steps: NonNegativeInteger = 10
     """Optimizer steps of linear warm-up from 0."""
     decay_steps: NonNegativeInteger = 150_000
     """Optimizer step at which the decay reaches `min_lr`; 0 = the last step of the run."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up: down to `min_lr` as a cosine or a line, constant at `lr`, or `wsd`: constant for 40% of
-    the way, then a cosine."""
+    """Learning rate after the warm-up: cosine or linear decay to `min_lr`, constant at `lr`, or `wsd`: constant for 40% of the
+    steps from the warm-up to `decay_steps`, then a cosine."""
     batch_size: PositiveInteger = 128
-    """Items per device and micro-batch."""
+    """Examples per device in one micro-batch."""
     grad_accum: PositiveInteger = 6
     """Micro-batches per optimizer step."""
     grad_clip: NonNegative = 0.0
@@ -74,54 +74,53 @@ class TrainingFields(Section):
     backbone_lr_factor: NonNegative = 0.05
     """Adapter training: learning rate of the unfrozen backbone relative to `lr`."""
     precision: Precision = "bf16-mixed"
-    """Arithmetic on GPUs; on a CPU, 32-true is used instead, with a warning. Other names for them are taken as well (`bf16`,
-    `fp16`, `fp32`, `no`)."""
+    """Arithmetic on GPUs; a CPU always uses 32-true. The names `bf16`, `fp16`, `fp32` and `no` are also accepted."""
     compile: Compile = "auto"
-    """Backend of `torch.compile` for the training step. `auto`: inductor on a GPU, none on a CPU. It takes a minute at the
-    start, and a compiler (gcc) on the machine; weights do not depend on it but for rounding."""
+    """Backend of `torch.compile` for the training step. `auto`: inductor on a GPU, none on a CPU. Compiling takes about a
+    minute at the start and needs a compiler (gcc); it changes weights by rounding only."""
     attention: Attention = "split"
-    """How the network attends, always without a dense mask: `split` is two fused calls, `flex` one of FlexAttention, which
-    trains on GPUs only. The same but for rounding."""
+    """Implementation of attention, always without a dense mask: `split` uses two fused calls, `flex` one call of
+    FlexAttention, which trains on GPUs only. They differ by rounding only."""
     loss_path: LossPath = "target"
-    """Where the head computes logits: `target` where windows are predicted, `full` everywhere, as published, `chunked` as
-    `target` but an eighth at a time, computed again in the backward pass, which saves memory where logits are most of it (few
-    blocks, many bins). The same loss but for rounding."""
+    """Where the head computes logits: `target`, at the positions that predict windows; `full`, everywhere, as published;
+    `chunked`, as `target` but an eighth at a time, recomputed in the backward pass, which saves memory if logits take most of
+    it (few blocks, many bins). The losses differ by rounding only."""
     gradient_checkpointing: Flag = False
-    """Compute the inside of each block again in the backward pass instead of keeping it: much less memory for about a third
-    more time."""
+    """Recompute the inside of each block in the backward pass instead of keeping it: much less memory for about a third more
+    time."""
     deterministic: Flag = True
-    """On GPUs, take only kernels that add in a fixed order, so that an interrupted run ends in the same bits; torch warns of an
-    operation that has none. `false` may be some per cent faster. On a CPU it is always so."""
+    """On GPUs, use only kernels that add in a fixed order, so that an interrupted run ends with bit-identical weights; torch
+    warns about operations that have none. `false` may be a few percent faster. CPU training is always deterministic."""
     threads: Threads = 2
-    """CPU threads of training and evaluation, whatever number of cores Snakemake gives: the result depends on it."""
+    """CPU threads for training and evaluation, independent of the cores that Snakemake assigns, because the result depends on
+    it."""
     workers: Workers = 0
-    """Threads that make batches ahead of their use; 0 makes them when they are needed, some 0.05 ms an item."""
+    """Threads that prepare batches in advance; 0 = prepare each when needed, about 0.05 ms per example."""
     seed: Seed = 1
     """Seed of initial weights, dropout and data order."""
     validation_items: NonNegativeInteger = 0
-    """Test items, spread evenly, on which the loss is measured; 0 = all."""
+    """Test examples, evenly spaced, on which the loss is measured; 0 = all."""
     validate_every: NonNegativeInteger = 0
-    """Measure the loss on test items every so many optimizer steps; 0 = after each epoch. It is always measured after the last
-    step."""
+    """Optimizer steps between validations; 0 = once per epoch. The last step is always validated."""
     decode_items: NonNegativeInteger = 8
-    """Test items that are decoded at each validation, for the error and the correlation of ln TMRCA; 0 = none."""
+    """Test examples decoded at each validation, to report MSE and correlation of ln TMRCA; 0 = none."""
     patience: NonNegativeInteger = 0
-    """Stop after so many validations in a row whose loss is not below the lowest by more than `min_delta`; 0 = never."""
+    """Stop after this many consecutive validations without an improvement of more than `min_delta`; 0 = never."""
     min_delta: NonNegative = 0.0
-    """What counts as an improvement of the validation loss, for `patience`."""
+    """Smallest decrease of the validation loss that counts as an improvement for `patience`."""
     export: Export = "last"
-    """Weights that are published: of the last step, or of the lowest validation loss."""
+    """Weights to publish: those of the last step, or of the lowest validation loss."""
     save_every: PositiveInteger = 200
-    """Optimizer steps between saves from which an interrupted run continues."""
+    """Optimizer steps between training states, from which an interrupted run continues."""
     save_minutes: NonNegative = 10
-    """Minutes after which it is saved at the latest, at the next optimizer step; 0 = only by steps."""
+    """Save a training state at least this often, in minutes, at the next optimizer step; 0 = by steps only."""
     keep_saves: PositiveInteger = 2
-    """Saves that are kept: the last ones."""
+    """Number of most recent training states to keep."""
     log_every: PositiveInteger = 10
     """Optimizer steps between rows of `training_log.csv`."""
     storage: Storage = "auto"
-    """Where the dataset is held: in memory, which all processes of a machine share, or in a temporary file. `auto`: in memory
-    if 70% of what is free is enough."""
+    """Where to hold the dataset: in memory shared by all processes of a machine, or in a temporary file. `auto`: in memory if
+    it takes at most 70% of what is free."""
 
 
 class TrainingConfig(Settings, TrainingFields):
@@ -130,7 +129,9 @@ class TrainingConfig(Settings, TrainingFields):
     @model_validator(mode="after")
     def _check_learning_rates(self) -> Self:
         if self.min_lr > self.lr:
-            raise BadRequest(f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so the learning rate would rise: lower min_lr")
+            raise BadRequest(
+                f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so that the learning rate would rise; lower min_lr"
+            )
         return self
 
 
@@ -138,7 +139,7 @@ class TrainingSection(TrainingFields):
     """Training settings of all models; a model's own `training` overrides single keys."""
 
     devices: Devices = 0
-    """GPUs that the train rule asks for; 0 = CPU. Several train with DDP."""
+    """GPUs that the train rule requests; 0 = CPU. Several GPUs train with DDP."""
 
 
 class TrainingOverrides(TrainingSection):
@@ -152,25 +153,25 @@ VALIDATION = ("validation_items", "validate_every")
 
 
 def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:
-    """Training settings that do not change what is published; those of validation do where it decides something."""
+    """Training settings that do not affect the published weights; those of validation do only with early stopping or `best`."""
     decides = settings.get("patience") or settings.get("export", "last") != "last"
     without = () if settings.get("patience") else ("min_delta",)
     return RESULT_NEUTRAL_SETTINGS + without if decides else RESULT_NEUTRAL_SETTINGS + without + VALIDATION
 
 
 def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int) -> int:
-    """Optimizer steps of one epoch: full batches of each rank, and a last short accumulation that steps too.
+    """Optimizer steps of one epoch, from the full batches of each rank; the last accumulation may be shorter.
 
     Raises
     ------
     BadRequest
-        If a rank has less than one batch.
+        If there is less than one batch for each rank.
     """
     batches = examples // world // batch_size
     if batches < 1:
         devices = "device" if world == 1 else "devices"
         raise BadRequest(
-            f"the dataset has {examples} training items, fewer than one batch of {batch_size} on {world} {devices}; "
+            f"the dataset has {examples} training examples, fewer than one batch of {batch_size} on {world} {devices}; "
             "lower the batch size or simulate more"
         )
     return -(-batches // grad_accum)

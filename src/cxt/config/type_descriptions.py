@@ -1,4 +1,4 @@
-"""What types accept, in a user's words."""
+"""Descriptions of types for messages and documentation."""
 
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -10,11 +10,11 @@ from cxt.config.bounds import MAX_COUNT
 
 
 class Expected(str):
-    """In the metadata of a type: what it accepts, in words."""
+    """Description of a type, in its metadata."""
 
 
 def split_type(annotation: Any) -> tuple[Any, list]:
-    """A type without its metadata, and the metadata."""
+    """Split a type into the bare type and its metadata."""
     if get_origin(annotation) is Annotated:
         bare, *metadata = get_args(annotation)
         inner, more = split_type(bare)
@@ -29,7 +29,7 @@ def split_type(annotation: Any) -> tuple[Any, list]:
 
 
 def list_union_members(annotation: Any) -> list:
-    """The types of a union without None, or the type alone."""
+    """The types of a union, without None; for any other type, the type alone."""
     bare, _ = split_type(annotation)
     if get_origin(bare) in (Union, types.UnionType):
         return [member for member in get_args(bare) if member is not type(None)]
@@ -37,7 +37,7 @@ def list_union_members(annotation: Any) -> list:
 
 
 def list_choices(annotation: Any) -> tuple[str, ...]:
-    """The values that a type has to choose from; none if it is of another sort."""
+    """The values of a Literal type; empty for other types."""
     bare, _ = split_type(list_union_members(annotation)[0])
     return get_args(bare) if get_origin(bare) is Literal else ()
 
@@ -71,7 +71,7 @@ def _number_in_words(noun: str, limits: Limits, *, show_max_count: bool) -> str:
         high = None
     article = "an" if noun[0] in "aeiou" else "a"
     if limits.multiple_of is not None:
-        return f"a multiple of {limits.multiple_of}, at least {low}"
+        return f"a multiple of {limits.multiple_of} (at least {low})"
     if low is None:
         return f"{article} {noun}"
     if high is None:
@@ -84,16 +84,16 @@ def _number_in_words(noun: str, limits: Limits, *, show_max_count: bool) -> str:
 
 
 def describe_type(annotation: Any, *, show_max_count: bool = False) -> str:
-    """What a type accepts, in words; *show_max_count* tells of the limit of 10^9 that counts have at least."""
+    """Describe the values that a type accepts; *show_max_count* includes upper limits of 10^9 and more."""
     bare, metadata = split_type(annotation)
     for item in metadata:
         if isinstance(item, Expected):
             return str(item)
     first, *others = list_union_members(annotation)
     if others:
-        word = "a list of different ones" if get_origin(split_type(others[0])[0]) is list else describe_type(others[0])
+        word = "a list of distinct values" if get_origin(split_type(others[0])[0]) is list else describe_type(others[0])
         return f"{describe_type(first, show_max_count=show_max_count)}, or {word}"
-    if first is not annotation:  # it is optional
+    if first is not annotation:  # an optional type
         return describe_type(first, show_max_count=show_max_count)
     bare, _ = split_type(first)
     if get_origin(bare) is Literal:
@@ -107,7 +107,7 @@ def describe_type(annotation: Any, *, show_max_count: bool = False) -> str:
 
 
 def holds_text(annotation: Any) -> bool:
-    """Whether text is among what a type accepts, on its own or in a list."""
+    """Whether a type accepts text, on its own or in a list."""
     bare, _ = split_type(annotation)
     if get_origin(bare) is list:
         return holds_text(get_args(bare)[0])

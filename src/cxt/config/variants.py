@@ -1,4 +1,4 @@
-"""Variants of a scenario: one for each combination of the values that it sweeps over."""
+"""Variants of a scenario: one for each combination of swept values."""
 
 import dataclasses
 import itertools
@@ -6,20 +6,20 @@ import itertools
 from cxt.errors import BadRequest
 
 NOT_PARAMETERS = ("simulations", "batch", "combinations")
-"""Keys of a scenario that say how many simulations and variants there are, not what they are."""
+"""Keys of a scenario that determine how many simulations and variants there are, and are not parameters of the model."""
 
 
 LONGEST_NAME = 200
-"""Characters of a variant's name: it is part of the names of files, which have 255 at most."""
+"""Largest number of characters of a variant's name, which is part of file names (at most 255)."""
 
 
 NEVER_SWEPT = ("models", "history")
-"""Parameters whose value is a list by nature."""
+"""Parameters whose value is a list and not a sweep."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One combination of a scenario's sweep: its name, its parameters, and how many simulations in which batches."""
+    """One combination of a scenario's sweep: its name, parameters, number of simulations, and simulations per batch."""
 
     name: str
     spec: dict
@@ -30,8 +30,8 @@ class Variant:
 def list_variants(name: str, scenario: dict) -> list[Variant]:
     """The variants of *scenario* (a checked scenario of the config).
 
-    One for each combination of listed parameters and each row of `combinations`. A scenario without either is its own
-    variant. Others are named `<scenario>-<parameter>=<value>…`, in the order of the parameters sorted by name.
+    There is one for each combination of listed parameters and each row of `combinations`, named
+    `<scenario>-<parameter>=<value>…` with parameters sorted by name. A scenario without either is its own variant.
     """
     parameters = {key: _plain(value) for key, value in scenario.items() if key not in NOT_PARAMETERS}
     if parameters.get("ancestry_model") == "hudson":
@@ -48,12 +48,12 @@ def list_variants(name: str, scenario: dict) -> list[Variant]:
 
 
 def get_scenario_name(variant: str) -> str:
-    """Name of the scenario that the variant called *variant* belongs to; names of scenarios hold no hyphen."""
+    """Name of the scenario that the variant called *variant* belongs to; scenario names contain no hyphen."""
     return variant.split("-", maxsplit=1)[0]
 
 
 def _plain(value):
-    """*value* with whole numbers as ints, so that 20000, 20000.0 and 2.0e+4 mean the same simulations."""
+    """Convert whole floats to integers, so that 20000, 20000.0 and 2.0e+4 specify the same simulations."""
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, list):
@@ -62,7 +62,7 @@ def _plain(value):
 
 
 def check_variants(name: str, scenario: dict) -> None:
-    """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two variants have one name."""
+    """BadRequest if a parameter is both listed and in `combinations`, rows disagree, or two variants share a name."""
     at = f"scenarios.{name}"
     rows = scenario.get("combinations", [])
     for row in rows:
@@ -77,10 +77,10 @@ def check_variants(name: str, scenario: dict) -> None:
     seen_names = set()
     for variant in list_variants(name, scenario):
         if variant.name in seen_names:
-            raise BadRequest(f"{at}: two variants are called '{variant.name}'; take one of the two away")
+            raise BadRequest(f"{at}: two variants have the same name, '{variant.name}'; remove one of them")
         seen_names.add(variant.name)
         if len(variant.name) > LONGEST_NAME:
             raise BadRequest(
-                f"{at}: the variant '{variant.name[:100]}…' has a name of {len(variant.name)} characters, which names files; "
-                f"at most {LONGEST_NAME} can be used: sweep fewer parameters, or give the scenario a shorter name"
+                f"{at}: the variant '{variant.name[:100]}…' has a name of {len(variant.name)} characters, more than the "
+                f"{LONGEST_NAME} that fit into file names; sweep fewer parameters, or give the scenario a shorter name"
             )

@@ -1,4 +1,4 @@
-"""Reading YAML that others wrote: keys given twice, knots of anchors, and files that are none are refused in one message."""
+"""Safe reading of YAML: rejects duplicate keys, exponential anchors and non-YAML files."""
 
 from pathlib import Path
 
@@ -7,22 +7,22 @@ import yaml
 from cxt.errors import BadRequest
 
 MAX_YAML_VALUES = 200_000
-"""In a YAML file, those behind anchors counted each time they are used: a few nested anchors make billions of few lines."""
+"""Largest number of values in a YAML file, counting aliases as often as they are used: a few nested ones expand to billions."""
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """BadRequest if a mapping has a key twice, of which PyYAML would silently take the last."""
+    """BadRequest if a mapping has a duplicate key, of which PyYAML would silently use the last."""
     seen = set()
     for key, _ in node.value:
         if key.tag == "tag:yaml.org,2002:str":
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise BadRequest(f"'{key.value}' is given twice in one mapping (line {line}); take one of the two away")
+                raise BadRequest(f"'{key.value}' is given twice in one mapping (line {line}); remove one of them")
             seen.add(key.value)
 
 
 def _values_in(node, counted: dict[int, int | None]) -> int:
-    """Values that a composed YAML *node* stands for, those behind an anchor as often as it is used; checks its keys."""
+    """Number of values in a composed YAML *node*, counting aliases as often as they are used; also checks its keys."""
     if id(node) not in counted:
         counted[id(node)] = None  # being counted
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -36,37 +36,37 @@ def _values_in(node, counted: dict[int, int | None]) -> int:
 
 
 def _parse_yaml(text: str):
-    """What a YAML document says; BadRequest if its anchors contain themselves, or stand for more than can be meant."""
+    """Parse a YAML document; raises if its anchors contain themselves or expand to too many values."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
         if _values_in(node, {}) > MAX_YAML_VALUES:
-            raise BadRequest(f"its anchors stand for more than {MAX_YAML_VALUES} values; write out what is meant")
+            raise BadRequest(f"its anchors expand to more than {MAX_YAML_VALUES} values; write the values out")
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file, an empty one if it holds comments only.
+    """The mapping in a YAML file; empty if the file holds only comments.
 
     Raises
     ------
     BadRequest
-        If it holds something else, a key is given twice, or its anchors stand for more than 200 000 values.
+        If the file holds anything else, has duplicate keys, or its anchors expand to more than 200 000 values.
     """
     try:
         value = _parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # no text, no dates, and knots
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # not text, wrong dates, too deeply nested
         if isinstance(error, BadRequest):
             raise BadRequest(f"{path}: {error}") from None
         raise BadRequest(f"{path} is not valid YAML: {error}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise BadRequest(f"{path} holds no mapping")
+        raise BadRequest(f"{path} does not contain a mapping")
     return value

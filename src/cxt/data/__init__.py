@@ -1,1 +1,1 @@
-"""From tree sequences to minibatches."""
+"""Data: from tree sequences to minibatches."""

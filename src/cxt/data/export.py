@@ -58,7 +58,7 @@ def describe_dataset(path) -> str:
             table.append((scenario, split, f"{simulations:,}", f"{examples:,}", mean_sites, mean_size, f"{len(shards):,}"))
     lines += [line.rstrip() for line in format_columns(table, left=2)]
     total = sum(manifest["splits"][split]["bytes"] for split in SPLITS)
-    return "\n".join([*lines, "", f"{total / 1e6:,.1f} MB in all"])
+    return "\n".join([*lines, "", f"{total / 1e6:,.1f} MB in total"])
 
 
 def verify_dataset(path, *, progress=None) -> None:
@@ -67,7 +67,7 @@ def verify_dataset(path, *, progress=None) -> None:
     Raises
     ------
     BadRequest
-        That names every shard that is missing, damaged, of another dataset, or holds other counts than the manifest says.
+        Naming every shard that is missing, damaged, from another dataset, or has other counts than in the manifest.
     """
     manifest = read_manifest(path)
     wrong = []
@@ -85,11 +85,11 @@ def verify_dataset(path, *, progress=None) -> None:
     if wrong:
         raise BadRequest("\n".join(wrong))
     if progress is not None:
-        progress(f"{path}: every shard is what the manifest says")
+        progress(f"{path}: every shard matches the manifest")
 
 
 def _compute_dense_counts(arrays: dict, row: int, attributes: dict) -> np.ndarray:
-    """Raw counts of one row of a shard: (pairs, 2, scales, windows, samples) float32, missingness in bin 0."""
+    """Raw counts of one row of a shard: (pairs, 2, scales, windows, samples) float32, with missingness in bin 0."""
     sites = slice(arrays["site_offsets"][row], arrays["site_offsets"][row + 1])
     window_size, length = attributes["window_size"], attributes["sequence_length"]
     counts = compute_pair_counts(
@@ -105,11 +105,11 @@ def _compute_dense_counts(arrays: dict, row: int, attributes: dict) -> np.ndarra
 
 
 def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype: str = "float16") -> int:
-    """Write X.npy, y.npy, pairs.npy and meta.json of each simulation below *out*, and return how many simulations.
+    """Write X.npy, y.npy, pairs.npy and meta.json of each simulation below *out*, and return the number of simulations.
 
-    `<out>/<split>/<variant>/<simulation>/`, as the published code lays its data out: X (pairs, 2, scales, windows,
+    Files are in `<out>/<split>/<variant>/<simulation>/`, in the layout of the published code: X (pairs, 2, scales, windows,
     samples) raw counts, y (pairs, windows) ln TMRCA, both of *dtype*, pairs (pairs, 2) int32. Bin 0 of X is 0, or exp(f)
-    and exp(1 - f) with missingness. Regions after the first end in `_r1`, `_r2`, ….
+    and exp(1 - f) with missingness. Directories of regions after the first end in `_r1`, `_r2`, ….
 
     Raises
     ------
@@ -119,9 +119,9 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
     """
     manifest, out = read_manifest(path), Path(out)
     if out.exists():
-        raise BadRequest(f"{out} exists; name a directory that does not")
+        raise BadRequest(f"{out} already exists; choose a new directory")
     if limit is not None and limit < 1:
-        raise BadRequest(f"--limit {limit}: expected at least 1")
+        raise BadRequest(f"--limit must be positive, got {limit}")
     taken = collections.Counter()
     selected = []
     for split in dict.fromkeys(splits):
@@ -141,8 +141,8 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
     free = shutil.disk_usage(parent).free
     if size > free:
         raise BadRequest(
-            f"{simulations} simulations are {size / 1e9:.1f} GB as dense arrays, {parent} has {free / 1e9:.1f} GB left; "
-            "export fewer with --split or --limit"
+            f"{simulations} simulations take {size / 1e9:.1f} GB as dense arrays, but {parent} has only {free / 1e9:.1f} GB "
+            "left; export fewer with --split or --limit"
         )
     logger.info(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", extra=ON_STDERR)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
@@ -162,7 +162,7 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
 
 
 def _export_shard(shard: Path, row: dict, manifest: dict, directory: Path, *, take: int, dtype: str) -> int:
-    """Export the first *take* simulations of a shard; how many counts were rounded."""
+    """Export the first *take* simulations of a shard; return the number of counts that were rounded."""
     arrays, attributes = read_shard(shard, sha256=row["sha256"])
     check_content(shard, arrays, attributes, row=row, shape=manifest)
     rounded = 0

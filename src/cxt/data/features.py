@@ -1,8 +1,8 @@
-"""The windowed joint counts of one pair of haplotypes, which are what the model reads.
+"""The windowed joint counts of pairs of haplotypes, the input of the model.
 
-A site with derived allele count c, in a pair whose two haplotypes differ there (XOR) or agree (XNOR), adds one to
+A site with derived allele count c, at which the two haplotypes of a pair differ (XOR) or agree (XNOR), adds one to
 bin c of that channel in every window that covers it. Windows of several widths ("scales") start at each base window
-and look to the right. All scales are differences of one cumulative sum, and XNOR is what XOR leaves of all sites.
+and extend to the right. All scales are differences of one cumulative sum, and XNOR counts are those of all sites minus XOR.
 Training on a stored dataset counts through `cxt.data.kernels.fill_batch`, by the same compiled loops.
 """
 
@@ -25,63 +25,63 @@ def count_windows(*, window_size: int, sequence_length: float) -> int:
     Raises
     ------
     ValueError
-        If *window_size* is no whole number above 0, or *sequence_length* no number above 0.
+        If *window_size* is not a positive whole number, or *sequence_length* not a positive number.
     """
     for name, value in (("window_size", window_size), ("sequence_length", sequence_length)):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise ValueError(f"{name} is {value!r}, expected a number of base pairs")
+            raise ValueError(f"{name} must be a number of base pairs, got {value!r}")
     if not (1 <= window_size < np.inf and window_size == int(window_size)):
-        raise ValueError(f"window_size is {window_size}, expected a whole number of base pairs, at least 1")
+        raise ValueError(f"window_size must be a positive whole number of base pairs, got {window_size}")
     if not 0 < sequence_length < np.inf:
-        raise ValueError(f"sequence_length is {sequence_length}, expected a number of base pairs above 0")
+        raise ValueError(f"sequence_length must be a positive number of base pairs, got {sequence_length}")
     return int(np.ceil(sequence_length / window_size))
 
 
 def _locate_first(wrong: np.ndarray) -> tuple[int, int]:
-    """Site and haplotype of the first True of (sites, haplotypes)."""
+    """Site and haplotype of the first True value of an array (sites, haplotypes)."""
     site, haplotype = np.unravel_index(int(np.argmax(wrong)), wrong.shape)
     return int(site), int(haplotype)
 
 
 def check_genotypes(genotypes) -> np.ndarray:
-    """*genotypes* as an integer array, after it was found to hold allele codes of haplotypes and nothing else.
+    """Check that *genotypes* contain allele codes of haplotypes and nothing else; return them as an integer array.
 
     Raises
     ------
     ValueError
-        Names the first value that is no allele code (NaN, a fraction, missing data as -1 or 255), or says that the array looks
+        Naming the first value that is not an allele code (NaN, a fraction, missing data as -1 or 255), or if the array looks
         like diploid dosages.
     """
     if np.ma.is_masked(genotypes):
         site, haplotype = _locate_first(np.ma.getmaskarray(genotypes)) if genotypes.ndim == 2 else (0, 0)
-        raise ValueError(f"genotypes are masked at site {site}, haplotype {haplotype}; leave sites with missing data out")
+        raise ValueError(f"genotypes are masked at site {site}, haplotype {haplotype}; remove sites with missing data")
     genotypes = np.asarray(genotypes)
     if genotypes.ndim != 2:
-        raise ValueError(f"genotypes have shape {genotypes.shape}, expected (sites, haplotypes)")
+        raise ValueError(f"genotypes must have shape (sites, haplotypes), got {genotypes.shape}")
     if genotypes.dtype == bool:
         return genotypes.astype(np.int8)
     if not np.issubdtype(genotypes.dtype, np.integer):
-        expected = "expected whole numbers: 0 for the ancestral allele, 1 for the derived one"
+        expected = "genotypes must be whole numbers, 0 for the ancestral allele and 1 for the derived one"
         if np.issubdtype(genotypes.dtype, np.floating) and (wrong := ~(genotypes == np.floor(genotypes))).any():
             site, haplotype = _locate_first(wrong)
-            raise ValueError(f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}; {expected}")
-        raise ValueError(f"genotypes are of type {genotypes.dtype}; {expected}. Convert them, as with `.astype('int8')`")
+            raise ValueError(f"{expected}, got {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}")
+        raise ValueError(f"{expected}, got type {genotypes.dtype}. Convert them, as with `.astype('int8')`")
     for wrong in (genotypes < 0, genotypes == 255):
         if wrong.any():
             site, haplotype = _locate_first(wrong)
             raise ValueError(
                 f"genotypes hold {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}, which stands for missing "
-                "data; leave such sites out, and pass a mask of where genotypes cannot be called"
+                "data; remove such sites, and pass a mask of the positions where genotypes cannot be called"
             )
     above = (genotypes > 1).any(axis=1)
     if len(above) >= 20 and above.mean() > 0.25 and genotypes.max() == 2:
         raise ValueError(
-            f"genotypes hold a 2 at {above.mean():.0%} of the sites, as dosages of diploid individuals do; expected one column "
-            "for each haplotype, of phased genotypes"
+            f"genotypes must have one column for each haplotype, of phased genotypes, but hold a 2 at {above.mean():.0%} of "
+            "the sites, like dosages of diploid individuals"
         )
     if above.any() and above.mean() > 0.1:
         warnings.warn(
-            f"{above.sum()} of {len(above)} sites have more than two alleles (codes above 1), and are dropped; if these are "
+            f"dropping {above.sum()} of {len(above)} sites, which have more than two alleles (codes above 1); if these are "
             "dosages of diploid individuals, pass their phased haplotypes instead",
             stacklevel=3,
         )
@@ -89,20 +89,20 @@ def check_genotypes(genotypes) -> np.ndarray:
 
 
 def check_positions(positions, *, start: float, sequence_length: float) -> np.ndarray:
-    """*positions* relative to *start*, float64, after most of them were found to be in the region.
+    """Check *positions*, and return them relative to *start* as float64.
 
     Raises
     ------
     ValueError
         If a position is not finite, they do not ascend, most are outside [start, start + sequence_length), or the last one is
-        at its very end, as the last base of a sequence is where positions are counted from 1.
+        exactly at the end, which suggests that positions are counted from 1.
     """
     if np.ma.is_masked(positions):
-        raise ValueError("some positions are masked; leave their sites out")
+        raise ValueError("some positions are masked; remove their sites")
     positions = np.asarray(positions, dtype=np.float64)
     if not np.isfinite(positions).all():
         wrong = int(np.argmax(~np.isfinite(positions)))
-        raise ValueError(f"the position of site {wrong} is {positions[wrong]}, expected a number")
+        raise ValueError(f"the position of site {wrong} must be a finite number, got {positions[wrong]}")
     if np.any(np.diff(positions) < 0):
         wrong = int(np.argmax(np.diff(positions) < 0)) + 1
         raise ValueError(f"site positions must ascend: {positions[wrong]:g} comes after {positions[wrong - 1]:g}")
@@ -111,36 +111,38 @@ def check_positions(positions, *, start: float, sequence_length: float) -> np.nd
     if outside.sum() > 0.5 * len(positions):
         raise ValueError(
             f"{outside.sum()} of {len(positions)} sites are outside the region from {start:.0f} to {end:.0f} bp: positions go "
-            f"from {positions[0]:.0f} to {positions[-1]:.0f}. Say with start= where the region begins, or take the sites of it"
+            f"from {positions[0]:.0f} to {positions[-1]:.0f}. Pass start= if the region begins elsewhere, or select its sites"
         )
     if len(positions) and positions[-1] == end:
         raise ValueError(
-            f"the last site is at {positions[-1]:.0f}, the very end of the region from {start:.0f} to {end:.0f} bp, which does "
-            "not belong to it. Positions are counted from 0: subtract 1 from those of a VCF file"
+            f"the last site is at {positions[-1]:.0f}, which is just outside the region from {start:.0f} to {end:.0f} bp. "
+            "Positions must be counted from 0: subtract 1 from those of a VCF file"
         )
     return positions - start
 
 
 def check_mask(mask, *, start: float, sequence_length: float) -> np.ndarray:
-    """*mask* as a bool array; ValueError unless it is one of bool, or of 0 and 1, with a value for each base of the region."""
+    """Convert *mask* to a bool array; ValueError unless it holds bool, or 0 and 1, and begins at *start*."""
     mask = np.asarray(mask)
     if mask.dtype != bool and not (np.issubdtype(mask.dtype, np.integer) and ((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"mask is of type {mask.dtype}, expected True (inaccessible) and False, or 1 and 0, one for each base")
+        raise ValueError(
+            f"mask must hold True (inaccessible) and False, or 1 and 0, one for each base, got values of type {mask.dtype}"
+        )
     if start and mask.ndim == 1 and len(mask) > sequence_length:
         raise ValueError(
-            f"mask has {len(mask)} values, expected {sequence_length:.0f}: with start=, it begins there, too; pass "
-            f"mask[{start:.0f}:{start + sequence_length:.0f}] of a whole sequence"
+            f"mask must have {sequence_length:.0f} values, got {len(mask)}: with start=, it must begin there, too; pass "
+            f"mask[{start:.0f}:{start + sequence_length:.0f}] of a mask of the whole sequence"
         )
     return mask.astype(bool, copy=False)
 
 
 def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
-    """Sites that can be counted: biallelic, segregating, inside [0, sequence_length) and accessible.
+    """Select the sites that are counted: biallelic, segregating, inside [0, sequence_length) and accessible.
 
     Parameters
     ----------
     genotypes : integer array (sites, samples)
-        Allele codes as tskit gives them.
+        Allele codes as in tskit.
     positions : float array (sites,)
         In base pairs, ascending.
     sequence_length : float
@@ -163,12 +165,13 @@ def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
     positions = np.asarray(positions, dtype=np.float64)
     if genotypes.ndim != 2 or positions.shape != (genotypes.shape[0],):
         raise ValueError(
-            f"genotypes {genotypes.shape} and positions {positions.shape} disagree: expected (sites, samples) and (sites,)"
+            f"genotypes and positions must have shapes (sites, samples) and (sites,), got {genotypes.shape} and "
+            f"{positions.shape}"
         )
     if not np.isfinite(positions).all() or np.any(np.diff(positions) < 0):
-        raise ValueError("site positions must be numbers that ascend")
+        raise ValueError("site positions must be finite and ascend")
     if genotypes.size and genotypes.min() < 0:
-        raise ValueError("genotypes hold missing data (code -1); simulated genomes are expected to be complete")
+        raise ValueError("genotypes must not have missing data (code -1)")
     inside = (positions >= 0) & (positions < sequence_length)
     if mask is not None:
         mask = np.asarray(mask, dtype=bool)
@@ -179,13 +182,13 @@ def select_usable_sites(genotypes, positions, *, sequence_length, mask=None):
     if not len(positions):
         return genotypes.astype(np.uint8), positions
     derived = genotypes.sum(axis=1, dtype=np.int64)
-    # A count of 0 (a back mutation) falls in bin 0 only, which is never used.
+    # A count of 0 (a back mutation) would fall into bin 0, which is never used.
     keep = (genotypes.max(axis=1) <= 1) & (derived >= 1) & (derived < genotypes.shape[1])
     return np.ascontiguousarray(genotypes[keep], dtype=np.uint8), positions[keep]
 
 
 def find_first_sites(positions, *, window_size: int, windows: int):
-    """Index of the first site of each base window, and at the end the number of sites: (windows + 1,) int32.
+    """Index of the first site of each base window, followed by the number of sites: (windows + 1,) int32.
 
     Window k is [k·window_size, (k+1)·window_size); the last window includes all sites that follow.
     """
@@ -197,14 +200,14 @@ def find_first_sites(positions, *, window_size: int, windows: int):
 def compute_missing_fraction(mask, *, window_size: int, sequence_length: int, scales=SCALES):
     """Fraction of inaccessible bases in each window: (scales, windows) float64.
 
-    *mask* is True where a base is inaccessible. Windows are cut, not rescaled, at the right end, and the fraction is of
-    what is left of them.
+    *mask* is True where a base is inaccessible. Windows are cut at the right end, and the fraction refers to the part that is
+    left.
     """
     length = int(sequence_length)
     windows = count_windows(window_size=window_size, sequence_length=length)
     first = np.arange(windows)
     left = first * window_size
-    # Summed within base windows first: a sum for every base would take sixteen times the memory of the mask.
+    # Summed within base windows first, because a cumulative sum over bases would take sixteen times the memory of the mask.
     mask = np.asarray(mask[:length], dtype=bool)
     whole = length // window_size
     in_window = mask[: whole * window_size].reshape(whole, window_size).sum(axis=1)
@@ -218,12 +221,12 @@ def compute_missing_fraction(mask, *, window_size: int, sequence_length: int, sc
 
 
 def pack_haplotypes(genotypes):
-    """(sites, samples) array of 0 and 1 to (sites, ceil(samples / 8)) uint8; haplotype h is bit h % 8 of byte h // 8."""
+    """Pack 0 and 1 (sites, samples) into (sites, ceil(samples / 8)) uint8; haplotype h is bit h % 8 of byte h // 8."""
     return np.packbits(np.asarray(genotypes, dtype=np.uint8), axis=1, bitorder="little")
 
 
 def compute_pair_counts(packed, positions, pairs, *, window_size, windows, samples, scales=SCALES, out=None, dtype=np.int32):
-    """Raw joint counts of several pairs of one simulation; what `pair_features` computes, on packed usable sites.
+    """Raw joint counts of several pairs of one simulation, as in `pair_features`, but from packed usable sites.
 
     Parameters
     ----------
@@ -240,23 +243,23 @@ def compute_pair_counts(packed, positions, pairs, *, window_size, windows, sampl
     scales : sequence of int
         Widths of windows, in base windows.
     out : array (pairs, 2, scales, windows, samples), optional
-        Filled in place if given.
+        Array to fill in place.
     dtype : numpy dtype
-        Type of a new result.
+        Type of the result, if *out* is not given.
 
     Returns
     -------
     array (pairs, 2, scales, windows, samples)
         Frequency bin 0 is 0.
     """
-    scales = np.minimum(np.asarray(scales, dtype=np.int64), windows)  # wider ones end where these do, and take no more room
+    scales = np.minimum(np.asarray(scales, dtype=np.int64), windows)  # wider windows end at the same place, with less memory
     if out is None:
         out = np.empty((len(pairs), 2, len(scales), windows, samples), dtype=dtype)
     words = np.empty((samples, -(-len(packed) // 64)), dtype=np.uint64)
     pack_haplotype_words(packed, words)
     derived = np.bitwise_count(packed).sum(axis=1, dtype=np.int32)
     first_site = find_first_sites(positions, window_size=window_size, windows=windows)
-    # A narrow result is counted as narrowly: right wherever it can hold the counts.
+    # An int16 result is also counted in int16, which is correct whenever it can hold the counts.
     total = np.empty(windows * samples, dtype=np.int16 if out.dtype == np.int16 else np.int32)
     count_pairs(words, derived, first_site, np.asarray(pairs, dtype=np.int64), scales, total, out)
     return out
@@ -272,12 +275,12 @@ def write_missingness(features, fraction):
 
 
 def check_pairs(pairs, samples: int):
-    """*pairs* as an (n, 2) int64 array of two different haplotypes below *samples*; ValueError otherwise."""
+    """Convert *pairs* to an (n, 2) int64 array; ValueError unless each has two different haplotypes below *samples*."""
     pairs = np.asarray(pairs)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
-        raise ValueError(f"pairs must be an integer array of shape (pairs, 2), found {pairs.dtype} {pairs.shape}")
+        raise ValueError(f"pairs must be an integer array of shape (pairs, 2), got {pairs.dtype} {pairs.shape}")
     if len(pairs) and (pairs.min() < 0 or pairs.max() >= samples or np.any(pairs[:, 0] == pairs[:, 1])):
-        raise ValueError(f"each pair must name two different haplotypes in 0..{samples - 1}")
+        raise ValueError(f"each pair must be two different haplotypes from 0 to {samples - 1}")
     return pairs.astype(np.int64)
 
 
@@ -297,11 +300,10 @@ def pair_features(
     Parameters
     ----------
     genotypes : (sites, samples) integer or bool array
-        Allele codes of haplotypes, as tskit gives them: 0 ancestral, 1 derived. Sites with an allele code above 1, or at which
-        every sample carries the derived allele, are dropped, with a warning where these are more than a tenth.
+        Allele codes of haplotypes, as in tskit: 0 ancestral, 1 derived. Sites with an allele code above 1 (with a warning if
+        these are more than a tenth), and sites at which all samples carry the same allele, are dropped.
     positions : (sites,) array
-        Site positions in base pairs, counted from 0, ascending. Sites outside the region are ignored, if they are no more
-        than half.
+        Site positions in base pairs, counted from 0, ascending. Sites outside the region are ignored if they are at most half.
     pairs : (pairs, 2) integer array
         Haplotype indices.
     window_size : int
@@ -309,7 +311,7 @@ def pair_features(
     sequence_length : int
         Length L of the region; there are ceil(L / s) windows.
     start : float
-        Where the region begins, in the coordinates of *positions*: it is [start, start + L). 0 by default.
+        Start of the region in the coordinates of *positions*: the region is [start, start + L).
     mask : (>= L,) bool array, optional
         True = *in*accessible, for each base of the region. Sites there are dropped, and bin 0 carries the missingness.
     scales : sequence of int
@@ -325,11 +327,11 @@ def pair_features(
     ------
     ValueError
         If genotypes hold anything but allele codes of haplotypes, positions are not finite, do not ascend or lie mostly
-        outside the region, shapes disagree, the mask is too short, or a pair names a haplotype that is not there.
+        outside the region, shapes disagree, the mask is too short, or a pair names a haplotype that does not exist.
     """
     windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if not len(scales) or not all(scale >= 1 and scale == int(scale) for scale in scales):
-        raise ValueError(f"scales are {scales}, expected whole numbers of windows, at least 1 each")
+        raise ValueError(f"scales must be positive whole numbers of windows, got {scales}")
     genotypes = check_genotypes(genotypes)
     positions = check_positions(positions, start=start, sequence_length=sequence_length)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""The grid of ln TMRCA: from values to bins and tokens, the classes that the network predicts."""
+"""The grid of ln TMRCA, which maps values to bins and tokens, the classes that the network predicts."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,14 @@ from cxt.data.kernels import compiled
 
 @compiled
 def _find_bins(values, grid, out):
-    """The last bin whose lower edge is not above each value; what numpy's searchsorted finds, without searching."""
+    """Find the last bin whose lower edge is not above each value, like numpy's searchsorted but without a search."""
     if len(grid) == 1:
         out[:] = 0
         return
     step = (grid[-1] - grid[0]) / (len(grid) - 1)
     for i in range(len(values)):
         value = np.float64(values[i])
-        if not value < grid[-1]:  # also what is not a number
+        if not value < grid[-1]:  # also NaN
             out[i] = len(grid) - 1
             continue
         guess = min(max(int((max(value, grid[0]) - grid[0]) / step), 0), len(grid) - 2)
@@ -60,7 +60,7 @@ class Grid:
         return np.append(np.linspace(self.low, self.high, self.bins), self.high + self.step)
 
     def find_bins(self, log_tmrca):
-        """Bins of the values *log_tmrca*, int64 of the same shape; values outside the grid go to its first or last bin."""
+        """Bins of the values *log_tmrca*, int64 of the same shape; values outside the grid are in its first or last bin."""
         values = np.ascontiguousarray(log_tmrca)
         if values.dtype != np.float32:
             values = values.astype(np.float64)

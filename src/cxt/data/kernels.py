@@ -1,6 +1,6 @@
-"""The compiled loops behind features and loading: bits, windowed counts of a pair, and a batch of examples.
+"""Compiled loops for features and loading: bit operations, windowed counts of a pair, and batches of examples.
 
-Single-threaded, and without Python's lock, so that threads which load batches run side by side.
+They are single-threaded and release Python's global lock, so that several threads can load batches in parallel.
 """
 
 import functools
@@ -11,10 +11,10 @@ import numpy as np
 
 
 def compiled(function):
-    """Compile *function* with numba when it is first called, without Python's lock, and cache it on disk.
+    """Compile *function* with numba on its first call, to run without Python's global lock, and cache it on disk.
 
-    The cache is beside the package, in the user's cache directory or in `NUMBA_CACHE_DIR`. Where none of these can be written
-    (a read-only container), each process compiles again, and a warning says so once.
+    The cache is beside the package, in the user's cache directory or in `NUMBA_CACHE_DIR`. If none of these is writable (as in
+    a read-only container), each process compiles again, with one warning.
     """
     try:
         return numba.njit(cache=True, nogil=True)(function)
@@ -28,29 +28,29 @@ def compiled(function):
 @functools.cache
 def _warn_uncached() -> None:
     warnings.warn(
-        "compiled code cannot be cached, since neither the package's directory nor the user's can be written: each process "
-        "compiles again; set NUMBA_CACHE_DIR to a directory that can be written",
+        "compiled code cannot be cached, because neither the package's directory nor the user's cache directory is writable: "
+        "each process compiles again; set NUMBA_CACHE_DIR to a writable directory",
         RuntimeWarning,
         stacklevel=2,
     )
 
 
 _PLACES = np.zeros(64, dtype=np.int64)
-_DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is another number
+_DE_BRUIJN = 0x03F79D71B4CB0A89  # each of its 64 runs of six bits is a different number
 for _place in range(64):
     _PLACES[(_DE_BRUIJN << _place & 2**64 - 1) >> 58] = _place
 
 
 @compiled
 def find_lowest_bit(word):
-    """Position of the lowest bit that is set in a uint64, which must not be 0."""
+    """Position of the lowest set bit of a uint64, which must not be 0."""
     lowest = word & (~word + np.uint64(1))
     return _PLACES[(lowest * np.uint64(_DE_BRUIJN)) >> np.uint64(58)]
 
 
 @compiled
 def count_bits(word):
-    """Number of bits that are set in a uint64."""
+    """Number of set bits of a uint64."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
     word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
     word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
@@ -59,7 +59,7 @@ def count_bits(word):
 
 @compiled
 def accumulate(cumulative, samples):
-    """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 comes in as the counts of window k."""
+    """Sum *cumulative* ((windows + 1) · samples,) over windows in place: row k + 1 initially holds the counts of window k."""
     for end in range(2 * samples, len(cumulative) + 1, samples):
         previous_row, row = cumulative[end - 2 * samples : end - samples], cumulative[end - samples : end]
         for v in range(samples):
@@ -70,7 +70,7 @@ def accumulate(cumulative, samples):
 def _accumulate_both(differ, total, agree, samples):
     """Accumulate *differ* over windows in place, and fill *agree* with the sums of *total* - *differ*.
 
-    *total* is (windows · samples,). Rows beyond the last window repeat its sum, so that windows of any scale end inside.
+    *total* is (windows · samples,). Rows beyond the last window repeat its sum, so that windows of any scale end inside them.
     """
     differ_sum, agree_sum = np.zeros(samples, differ.dtype), np.zeros(samples, differ.dtype)
     agree[:samples] = 0
@@ -94,7 +94,7 @@ def _subtract(above, below, out):
 
 @compiled
 def _all_scales(cumulative, scales, out):
-    """Fill *out* (scales, windows, samples) with the counts of each window from what `_accumulate_both` makes."""
+    """Fill *out* (scales, windows, samples) with the counts of each window, from the sums of `_accumulate_both`."""
     windows, samples = out.shape[1], out.shape[2]
     for m in range(len(scales)):
         _subtract(cumulative[scales[m] * samples :], cumulative, out[m].reshape(windows * samples))
@@ -108,7 +108,7 @@ def _copy(source, out):
 
 @compiled
 def count_all_sites(derived, first_site, samples, out):
-    """Add all sites to *out* (windows · samples,), by window and derived allele count, whatever the pair."""
+    """Add all sites to *out* (windows · samples,), by window and derived allele count."""
     for k in range(len(first_site) - 1):
         for j in range(first_site[k], first_site[k + 1]):
             out[k * samples + derived[j]] += 1
@@ -116,17 +116,17 @@ def count_all_sites(derived, first_site, samples, out):
 
 @compiled
 def allocate_sums(total, scales, samples):
-    """Scratch memory for `count_pair`: a row for each window of *total*, and as many more as the widest scale has windows."""
+    """Scratch memory for `count_pair`: a row for each window of *total*, and one for each window of the widest scale."""
     return np.empty(len(total) + scales.max() * samples, total.dtype)
 
 
 @compiled
 def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
-    """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation, bin 0 zero.
+    """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation; bin 0 is zero.
 
-    *words* (samples, words) holds 64 sites of a haplotype a word; *derived* (sites,) the derived allele counts, *first_site*
+    *words* (samples, words) holds 64 sites of a haplotype per word; *derived* (sites,) the derived allele counts, *first_site*
     (windows + 1,) the first site of each window; *total* (windows · samples,) is from `count_all_sites`. *differ* and *agree*
-    are from `allocate_sums`. All three may be int16: differences are right even where the sums have wrapped around.
+    are from `allocate_sums`. All three may be int16: differences are correct even if the sums have wrapped around.
     """
     samples = out.shape[3]
     differ[:] = 0
@@ -157,7 +157,7 @@ def pack_haplotype_words(packed, words):
 
 @compiled
 def count_pairs(words, derived, first_site, pairs, scales, total, out):
-    """`count_pair` for several *pairs* of one simulation; *total* is scratch of the type to count in."""
+    """Run `count_pair` for several *pairs* of one simulation; *total* is scratch memory of the type to count in."""
     samples = out.shape[4]
     differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
     total[:] = 0
@@ -181,7 +181,7 @@ def pack_bins(bins, width, out):
 
 @compiled
 def unpack_bins(packed, width, out):
-    """Unpack the bins of one pair that `pack_bins` has packed: *packed* (words,) to *out* (windows,)."""
+    """Unpack the bins of one pair, packed by `pack_bins`: *packed* (words,) to *out* (windows,)."""
     every = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     for k in range(len(out)):
         word, shift = (k * width) >> 6, (k * width) & 63
@@ -193,7 +193,7 @@ def unpack_bins(packed, width, out):
 
 @compiled
 def find_largest_count(cumulative, samples, scale):
-    """Largest count of any bin in a window of *scale* base windows, from a cumulative sum: a bound on all counts."""
+    """Largest count of any bin in a window of *scale* base windows, from a cumulative sum; it bounds all counts."""
     most, last = 0, len(cumulative) - samples
     for i in range(last):
         most = max(most, cumulative[min(i + scale * samples, last + i % samples)] - cumulative[i])

@@ -1,7 +1,7 @@
-"""The order of training examples, and the loaders that Lightning asks for.
+"""The order of training examples, and the data loaders for Lightning.
 
-The order is a pure function of (seed, epoch); each rank takes its share of it. Where to go on inside an epoch comes from
-Lightning's own counters, so that a resumed run sees exactly the batches that are left.
+The order is a pure function of (seed, epoch), and each rank takes its share of it. Within an epoch, a resumed run continues
+from Lightning's own counters, so that it sees exactly the remaining batches.
 """
 
 import collections
@@ -54,7 +54,7 @@ class EpochBatchSampler(Sampler):
             yield self._part(rank_examples, batch)
 
     def batch(self, epoch: int, number: int) -> list[int]:
-        """The examples of one batch, whatever has been drawn so far."""
+        """The examples of one batch, independent of the state of iteration."""
         return self._part(self._select_rank_examples(epoch), number)
 
     def __len__(self) -> int:
@@ -62,16 +62,16 @@ class EpochBatchSampler(Sampler):
 
 
 class SequentialBatchSampler(EpochBatchSampler):
-    """Batches of one rank in the order of their examples, for examples of which each is new anyway."""
+    """Batches of one rank in the order of their examples, for examples that are used only once."""
 
     def _order(self, epoch: int) -> range:
         return range(self.examples)
 
 
 class _TimedLoader:
-    """A loader that measures how long its batches were waited for, in seconds (*waited*).
+    """A loader that measures the time spent waiting for its batches, in seconds (*waited*).
 
-    Its state is in `DataModule`; having the methods below tells Lightning that it can be resumed.
+    Its state is in `DataModule`; the methods below only tell Lightning that it can be resumed.
     """
 
     waited = 0.0
@@ -93,16 +93,16 @@ class _TimedLoader:
 
 
 class PrefetchLoader(_TimedLoader):
-    """The batches of *dataset* in the order of *sampler*, each made by one of *threads* threads before it is asked for.
+    """The batches of *dataset* in the order of *sampler*, prepared in advance by *threads* threads.
 
-    With no threads they are made when they are asked for. Batches are made in a few buffers, one after another: the last
-    two that were given out stay as they are (Lightning asks for one before it is done with the other), older ones are
-    overwritten. *pin* pins the buffers for copies to a GPU; `copied` tells of such a copy, which is waited for.
+    Without threads, they are prepared when they are needed. Batches are stored in a few buffers in turn: the last two that were
+    returned stay valid (Lightning requests one before it has finished with the other), older ones are overwritten. *pin* pins
+    the buffers for copies to a GPU; after a call of `copied`, a buffer is not overwritten before its copy has finished.
     """
 
     def __init__(self, dataset, sampler, *, batch_size: int, threads: int, pin: bool):
         self.dataset, self.sampler = dataset, sampler
-        self.batch_sampler = None  # Lightning looks for it
+        self.batch_sampler = None  # Lightning requires this attribute
         self.batch_size, self.threads, self.pin = batch_size, threads, pin
         self._buffers: list[Batch] = []
         self._copies: dict[int, torch.cuda.Event] = {}
@@ -111,7 +111,7 @@ class PrefetchLoader(_TimedLoader):
         return len(self.sampler)
 
     def copied(self, batch: Batch) -> None:
-        """A copy of *batch* to a GPU is under way; called before the next batch is asked for."""
+        """Record that *batch* is being copied to a GPU; called before the next batch is requested."""
         event = torch.cuda.Event()
         event.record()
         self._copies[batch.counts.data_ptr()] = event
@@ -126,7 +126,7 @@ class PrefetchLoader(_TimedLoader):
         return self._timed(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        if not self._buffers:  # once: getting new memory from the system for every epoch takes its time
+        if not self._buffers:  # only once, because allocating memory for every epoch takes time
             buffers_needed = max(1, self.threads) + 2
             self._buffers = [self.dataset.empty_batch(self.batch_size, pin=self.pin) for _ in range(buffers_needed)]
         buffers = itertools.cycle(self._buffers)
@@ -142,7 +142,7 @@ class PrefetchLoader(_TimedLoader):
             try:
                 while pending:
                     batch = pending.popleft().result()
-                    # Only now: the buffer of the batch before the last one given out is free by now.
+                    # Only now is the buffer of the batch before the last one free.
                     pending.extend(
                         threads.submit(self._make, examples, next(buffers)) for examples in itertools.islice(batches, 1)
                     )
@@ -153,7 +153,7 @@ class PrefetchLoader(_TimedLoader):
 
 
 class _BatchDataset(Dataset):
-    """Indexed by lists of examples, as samplers give them."""
+    """A dataset that is indexed by lists of examples from a sampler."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -162,26 +162,26 @@ class _BatchDataset(Dataset):
         try:
             return self.dataset.batch(examples)
         except BadRequest as error:
-            return error  # raised in a process, it would come with that process's traceback
+            return error  # an exception would arrive with the traceback of this process
 
 
 def _prepare_loader_process(number: int) -> None:
     """Leave signals, which may be sent to all processes of a job, to the trainer, and exit when the trainer does."""
     ignore()
     end_with_parent(os.getppid())
-    if not multiprocessing.parent_process().is_alive():  # it ended before that
+    if not multiprocessing.parent_process().is_alive():  # the parent ended before the call
         os._exit(1)
 
 
 def _kill_loader(kill: Callable[[], None]) -> None:
-    """End a loader on purpose: torch's handler for children that have ended would raise an error, even at the very end."""
+    """Kill a loader process; torch's handler for terminated children is removed first, because it would raise an error."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     kill()
 
 
 class ProcessLoader(_TimedLoader, DataLoader):
-    """The batches of *dataset* in the order of *sampler*, made by processes: for examples that cost more than their copying."""
+    """The batches of *dataset* in the order of *sampler*, made by processes, for examples that are slow to compute."""
 
     def __init__(self, dataset, sampler, *, processes: int, pin: bool):
         super().__init__(
@@ -192,14 +192,14 @@ class ProcessLoader(_TimedLoader, DataLoader):
             persistent_workers=processes > 0,
             pin_memory=pin,
             worker_init_fn=_prepare_loader_process,
-            generator=torch.Generator().manual_seed(1),  # its own: drawing seeds for processes leaves the global one alone
+            generator=torch.Generator().manual_seed(1),  # so that seeding the processes does not advance the global generator
         )
 
     def _get_iterator(self):
         with block_signals():
             iterator = super()._get_iterator()
         for process in getattr(iterator, "_workers", ()):
-            # torch's way to end one that is busy is a signal that they ignore
+            # torch would terminate a busy process with a signal that it ignores
             process._popen.terminate = functools.partial(_kill_loader, process._popen.kill)
         return iterator
 
@@ -212,17 +212,17 @@ class ProcessLoader(_TimedLoader, DataLoader):
         except (RuntimeError, OSError, EOFError) as error:
             if isinstance(error, OSError | EOFError) or "DataLoader worker" in str(error):
                 raise Failed(
-                    f"a process that simulates has ended ({first_line(error)}); the machine may have run out of memory: "
-                    "the same command with fewer --workers goes on from the last training state"
+                    f"a simulation process died ({first_line(error)}); the machine may have run out of memory: "
+                    "the same command with fewer --workers continues from the last training state"
                 ) from error
             raise
 
 
 class DataModule(pl.LightningDataModule):
-    """Train and validation loaders of two datasets; *order* makes the training sampler.
+    """Training and validation loaders of two datasets; *order* is the class of the training sampler.
 
-    *workers* threads make batches, or processes with *in_processes*, for examples that take long and hold Python's lock.
-    *validation_items* test examples, spread evenly over the split, are used for validation; 0 = all.
+    *workers* threads prepare batches; with *in_processes*, processes do, for slow examples that hold Python's global lock.
+    *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all.
     """
 
     def __init__(
@@ -233,7 +233,7 @@ class DataModule(pl.LightningDataModule):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.order, self.in_processes = order, in_processes
         self.validation_items = validation_items
-        self.start = (0, 0)  # epoch, batches of it that are done
+        self.start = (0, 0)  # epoch, and number of its batches that are done
         self._loaders: dict[bool, PrefetchLoader] = {}
 
     def train_dataloader(self) -> PrefetchLoader | ProcessLoader:
@@ -245,19 +245,19 @@ class DataModule(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
         )
-        # The epoch is set here too: batches may be asked for before Lightning calls set_epoch.
+        # The epoch is set here too, because batches may be requested before Lightning calls set_epoch.
         sampler.epoch, sampler.skip = self.start
         return self._loader(True, self.train_set, sampler)
 
     def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
-        """Return the loader of this rank's validation batches, of as many examples as every other rank has.
+        """Return the loader of this rank's validation batches, with the same number of examples on all ranks.
 
         If there are fewer examples than ranks, each rank gets all of them.
         """
         count = len(self.test_set)
         chosen = min(self.validation_items or count, count)
         examples = torch.linspace(0, count - 1, chosen, dtype=torch.float64).long() if chosen else torch.empty(0).long()
-        # As many for each rank: they wait for each other when the losses are averaged, with equal weights.
+        # The same number for each rank, because ranks wait for each other to average the losses, with equal weights.
         rank, world = self.trainer.global_rank, self.trainer.world_size
         rank_examples = examples[: chosen // world * world][rank::world] if chosen >= world else examples
         return self._loader(
@@ -272,7 +272,7 @@ class DataModule(pl.LightningDataModule):
         return self._loaders[training]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Return *batch* on *device*, and tell a `PrefetchLoader` of a copy to a GPU, which may still be under way."""
+        """Return *batch* on *device*, and notify a `PrefetchLoader` of a copy to a GPU, which may still be in progress."""
         if device.type != "cuda" or self.in_processes:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         moved = Batch(*(None if part is None else part.to(device, non_blocking=True) for part in batch))
@@ -286,5 +286,5 @@ class DataModule(pl.LightningDataModule):
         return {"start": divmod(self.trainer.current_epoch * per_epoch + done, per_epoch)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Make the next training loader start where *state* says."""
+        """Make the next training loader start at *state*."""
         self.start = tuple(state["start"])

@@ -35,8 +35,8 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     shards : dict of str to list of str
         Paths of the shards of each split, relative to *directory*.
     lineages : dict of str to str, optional
-        The planned lineage of each variant's shards, as `combine_shard_lineages` makes it. The manifest's own lineage is that
-        of all shards; it has none if one of them has none.
+        The planned lineage of each variant's shards, from `combine_shard_lineages`. The manifest's own lineage combines those
+        of all shards; it has none if a shard has none.
 
     Returns
     -------
@@ -46,7 +46,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     Raises
     ------
     BadRequest
-        If a shard is damaged or of another lineage, shards disagree in shape, or no simulation is in `train`.
+        If a shard is damaged or of another lineage, shards disagree in shape, or there is no training simulation.
     """
     directory = Path(directory)
     shape: dict | None = None
@@ -61,7 +61,7 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
                 shape = shape or {key: attributes[key] for key in SHAPE_KEYS}
                 check_shape(directory / name, attributes, shape)
                 if attributes["split"] != split:
-                    raise BadRequest(f"shard {directory / name} is of {attributes['split']}, not of {split}")
+                    raise BadRequest(f"shard {directory / name} belongs to {attributes['split']}, not to {split}")
                 arrays = read_arrays(directory / name, group)
                 index, sites = arrays["index"], len(arrays["positions"])
                 if split == "train":
@@ -106,12 +106,12 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
 
 
 def combine_shard_lineages(shards: list[str | None]) -> str | None:
-    """The lineage of a set of shards from theirs, in any order; None if one of them has none."""
+    """Combine the lineages of shards, in any order, into one; None if a shard has none."""
     return None if None in shards else stage_lineage("preprocess", sorted(shards))
 
 
 def read_manifest(directory) -> dict:
-    """dataset.json of the dataset at *directory*.
+    """Read dataset.json of the dataset at *directory*.
 
     Raises
     ------
@@ -132,10 +132,10 @@ def read_manifest(directory) -> dict:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise BadRequest(
-            f"{directory} has no {MANIFEST}; {how_to_remake(file)}, or list the shards that are there with "
+            f"{directory} has no {MANIFEST}; {how_to_remake(file)}, or create it from the existing shards with "
             f"`python -m cxt.preprocess manifest --dataset {directory}`"
         ) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, brackets in brackets
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         raise BadRequest(f"{directory / MANIFEST} is damaged: {error}; {how_to_remake(file, delete='it')}") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("schema_version"), int):
         check_schema_version(str(file), manifest["schema_version"], remedy=how_to_remake(file, delete="it"))
@@ -146,57 +146,57 @@ def read_manifest(directory) -> dict:
 
 
 def _find_fault(manifest) -> str | None:
-    """What is wrong with the content of a manifest, or None; whether its shards are what it says is for their readers."""
+    """Describe what is wrong with the content of a manifest, or return None; readers of shards compare these with it."""
     try:
         numbers = [manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs", "regions_per_simulation")]
         if (
             not all(type(n) is int and 0 < n <= MAX_SHARD_BASES for n in [*numbers, *manifest["scales"]])
             or not manifest["scales"]
         ):
-            return f"a size is not a whole number of 1 to {MAX_SHARD_BASES}"
+            return f"a size is not a whole number from 1 to {MAX_SHARD_BASES}"
         if not 2 <= manifest["samples"] <= 65_535 or manifest["pairs"] > math.comb(manifest["samples"], 2):
             return f"{manifest['pairs']} pairs cannot be taken from {manifest['samples']} samples"
         if not _are_ranges(manifest["ranges"]):
             return "its ranges are not pairs of numbers"
         if manifest["windows"] != manifest["sequence_length"] // manifest["window_size"]:
-            return f"windows is {manifest['windows']}, which sequence_length and window_size do not make"
+            return f"windows {manifest['windows']} is not sequence_length / window_size"
         if not isinstance(manifest.get("lineage"), str | None):
-            return "its lineage is no text"
+            return "its lineage is not text"
         if not isinstance(manifest["missing"], bool) or not isinstance(manifest["schema_version"], int):
-            return "`missing` or `schema_version` is of another type"
+            return "`missing` or `schema_version` is of the wrong type"
         for split in SPLITS:
             part = manifest["splits"][split]
             rows = part["shards"]
             for key in ("simulations", "items", "sites", "bytes"):
                 counts = [row[key] for row in rows]
                 if not all(type(n) is int and 0 <= n <= LARGEST_COUNT for n in counts) or part[key] != sum(counts):
-                    return f"the {key} of {split} are not those of its shards"
+                    return f"the {key} of {split} are not the sum over its shards"
             names = [row["path"] for row in rows]
             if len(set(names)) < len(names):
                 return f"a shard of {split} is listed twice"
             for row in rows:
                 if row["items"] % (manifest["pairs"] * manifest["regions_per_simulation"]):
-                    return f"{row['items']} examples of {row['path']} are not {manifest['pairs']} pairs of each region"
+                    return f"{row['items']} examples of {row['path']} are not {manifest['pairs']} pairs per region"
                 if Path(row["path"]).parts[0] != split or ".." in Path(row["path"]).parts:
-                    return f"{row['path']} is no shard of {split}"
+                    return f"{row['path']} is not a shard of {split}"
                 if (
                     not isinstance(row["scenario"], str)
                     or not isinstance(row["sha256"], str)
                     or "/" in row["scenario"]
                     or row["scenario"] in ("", ".", "..")
                 ):
-                    return f"the entry of {row['path']}"
+                    return f"the entry of {row['path']} is not valid"
         if not manifest["splits"]["train"]["simulations"]:
             return "it has no training simulation"
     except KeyError as error:
         return f"it has no {error}"
     except (TypeError, IndexError, ZeroDivisionError, AttributeError):
-        return "a value is of another type"
+        return "a value is of the wrong type"
     return None
 
 
 def _are_ranges(ranges) -> bool:
-    """Whether *ranges* are those of a manifest: for each name two finite numbers, the least and the largest, or nothing."""
+    """Whether *ranges* are valid: for each name the smallest and largest value, two finite numbers, or None."""
 
     def is_range(pair) -> bool:
         is_pair = isinstance(pair, list) and len(pair) == 2 and all(type(n) in (int, float) and math.isfinite(n) for n in pair)
@@ -222,10 +222,10 @@ RANGES = ("diversity", "mutation_rate", "recombination_rate", "missingness")
 
 
 def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dict[str, list[float] | None]:
-    """Least and largest value over the simulations, or regions, of a shard; None where no value is known.
+    """Smallest and largest value over the simulations, or regions, of a shard; None if no value is known.
 
-    *diversity* is the mean number of differences of two haplotypes per accessible base pair (Nei & Li 1979), at the usable
-    sites; *missingness* is the share of inaccessible bases.
+    *diversity* is the mean number of differences between two haplotypes per accessible base pair (Nei & Li 1979), at usable
+    sites; *missingness* is the fraction of inaccessible bases.
     """
     samples, length = attributes["samples"], attributes["sequence_length"]
     rows = len(arrays["index"])
@@ -233,7 +233,7 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
     if attributes["missing"]:
         missing = np.bitwise_count(arrays["mask"]).sum(axis=1, dtype=np.int64) / length
     derived = np.bitwise_count(arrays["genotypes"]).sum(axis=1, dtype=np.float64)
-    differing = derived * (samples - derived) / (samples * (samples - 1) / 2)  # share of pairs that differ
+    differing = derived * (samples - derived) / (samples * (samples - 1) / 2)  # fraction of pairs that differ
     site_rows = np.repeat(np.arange(rows), np.diff(arrays["site_offsets"]))
     accessible = length * (1 - missing)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -251,7 +251,7 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
 
 
 def merge_ranges(ranges: list[dict[str, list[float] | None]]) -> dict[str, list[float] | None]:
-    """The ranges of several shards together."""
+    """Combine the ranges of several shards."""
     result: dict[str, list[float] | None] = {}
     for name in RANGES:
         known_ranges = [shard_ranges[name] for shard_ranges in ranges if shard_ranges[name] is not None]

@@ -1,7 +1,7 @@
-"""Accessibility masks: reading them, making synthetic ones, and cutting a piece for one simulation.
+"""Accessibility masks: reading them, making synthetic ones, and cutting out a part for one simulation.
 
-Files say what is *accessible* (BED intervals, or True in a .npz), or the opposite where `marks` says so. Inside the package a
-mask is True = *in*accessible.
+Files mark what is *accessible* (BED intervals, or True in a .npz file), or the opposite, depending on `marks`. Inside the
+package, a mask is True = *in*accessible.
 """
 
 import argparse
@@ -25,58 +25,58 @@ from cxt.scenarios.seeds import build_random_generator
 logger = get_logger(__name__)
 
 ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA = 1.2, 1.5
-"""Log-normal spread of synthetic run lengths: many short gaps and few of kilobases, as short-read filters leave them."""
+"""Log-normal sigma of synthetic run lengths: many short gaps and few of kilobases, as with short-read filters."""
 
 
 MARKS = ("accessible", "inaccessible")
-"""What the intervals of a BED file, or the True of an array, can mean."""
+"""Possible meanings of the intervals of a BED file, or the True values of an array."""
 
 MAX_MASK_BASES = 2**33
-"""Base pairs; no chromosome is longer."""
+"""Length in base pairs that no chromosome exceeds."""
 
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError, MemoryError,
     zipfile.BadZipFile, zlib.error, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
-"""What gzip, zipfile and numpy raise for files that are damaged or malformed."""
+"""Exceptions that gzip, zipfile and numpy raise for damaged or malformed files."""
 
 
 def read_mask(path, *, key: str = "accessible", contig: str | None = None, marks: str = "accessible") -> np.ndarray:
-    """An accessibility mask as a bool array over its chromosome, True = inaccessible.
+    """Read an accessibility mask as a bool array over its chromosome, True = inaccessible.
 
     Parameters
     ----------
     path : path-like
-        A BED file (`.bed`, `.bed.gz`, `.bed.bgz`), or a .npz that holds one value (bool, 0 or 1) for each base.
+        A BED file (`.bed`, `.bed.gz`, `.bed.bgz`), or a .npz file with one value (bool, 0 or 1) for each base.
     key : str
-        Name of the array in the .npz.
+        Name of the array in the .npz file.
     contig : str, optional
-        Sequence to take from the BED file; needed if the file has several.
+        Sequence to use from the BED file; required if the file has several.
     marks : {"accessible", "inaccessible"}
-        Whether intervals, or True, mark where genotypes can be called or where they cannot.
+        Whether intervals, or True values, mark where genotypes can be called or where they cannot.
 
     Returns
     -------
     bool array
-        Up to the end of the last interval of a BED file, which does not say how long its sequence is.
+        For a BED file, it ends with the last interval, because the file does not contain the length of the sequence.
 
     Raises
     ------
     BadRequest
-        If the file cannot be read, has no such array or contig, holds other values or intervals of several samples, or the
-        mask does not fit into memory.
+        If the file cannot be read, has no such array or contig, has other values or intervals of several samples, or the mask
+        does not fit into memory.
     """
     path = Path(path)
     name = path.name.lower()
     if marks not in MARKS:
-        raise BadRequest(f"mask {path}: `marks` is '{marks}', expected one of {', '.join(MARKS)}")
+        raise BadRequest(f"mask {path}: `marks` must be one of {', '.join(MARKS)}, got '{marks}'")
     try:
         if name.endswith(".npz"):
             marked = _read_npz(path, key)
         elif name.endswith((".bed", ".bed.gz", ".bed.bgz")):
             marked = _read_bed(path, contig)
         else:
-            raise BadRequest(f"mask {path}: expected a name that ends in .npz, .bed or .bed.gz")
+            raise BadRequest(f"mask {path}: the file name must end in .npz, .bed, .bed.gz or .bed.bgz")
     except UNREADABLE as error:
         if isinstance(error, BadRequest):
             raise
@@ -85,19 +85,19 @@ def read_mask(path, *, key: str = "accessible", contig: str | None = None, marks
 
 
 def describe_mask(path, mask: np.ndarray) -> str:
-    """How much of a mask is accessible, in words: the quickest way to see that its polarity is right."""
+    """Describe how much of a mask is accessible, so that a user sees whether its polarity is right."""
     return f"mask {path}: {1 - mask.mean(dtype=np.float64):.1%} of {len(mask):,} bp accessible"
 
 
 def _check_memory(path: Path, size: int) -> None:
     if size > free_memory():
         raise BadRequest(
-            f"mask {path} has {size:,} bp, a byte each, more than the {free_memory() / 1e9:,.1f} GB of free memory"
+            f"mask {path} has {size:,} bp, one byte each, more than the {free_memory() / 1e9:,.1f} GB of free memory"
         )
 
 
 def _read_npz(path: Path, key: str) -> np.ndarray:
-    """Array *key*, a new bool array."""
+    """Read the array *key* of a .npz file as a new bool array."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.filename == f"{key}.npy":
@@ -107,20 +107,18 @@ def _read_npz(path: Path, key: str) -> np.ndarray:
             raise BadRequest(f"{path} has no array '{key}'{suggest_nearest(key, arrays.files)}")
         values = arrays[key]
     if not isinstance(values, np.ndarray):
-        raise BadRequest(f"{path}, '{key}': not an array of numpy's")
+        raise BadRequest(f"{path}, '{key}' is not a numpy array")
     if values.ndim != 1:
-        raise BadRequest(f"{path}, array '{key}': found shape {values.shape}, expected one value per base")
+        raise BadRequest(f"{path}, array '{key}' must have one value per base, got shape {values.shape}")
     if not values.size:
         raise BadRequest(f"{path}, array '{key}' is empty")
     if values.dtype == bool:
         return values
     if values.dtype.kind not in "iu":
-        raise BadRequest(f"{path}, array '{key}': found values of type {values.dtype}, expected True and False, or 0 and 1")
+        raise BadRequest(f"{path}, array '{key}' must hold True and False, or 0 and 1, got values of type {values.dtype}")
     if values.min() < 0 or values.max() > 1:
         odd = values[(values < 0) | (values > 1)][0]
-        raise BadRequest(
-            f"{path}, array '{key}': found the value {odd}, expected one value per base, True and False, or 0 and 1"
-        )
+        raise BadRequest(f"{path}, array '{key}' must hold True and False, or 0 and 1, one value per base, got the value {odd}")
     return values.astype(bool)
 
 
@@ -150,23 +148,21 @@ def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
             if left > right:
                 raise BadRequest(f"{path}, line {number}: expected 0 <= start <= end, found {left} and {right}")
             if right > MAX_MASK_BASES:
-                raise BadRequest(
-                    f"{path}, line {number}: the end {right} is beyond any chromosome; expected at most {MAX_MASK_BASES}"
-                )
+                raise BadRequest(f"{path}, line {number}: the end must be at most {MAX_MASK_BASES}, got {right}")
             yield fields[0], left, right, fields[3] if len(fields) > 3 else None
 
 
 def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> None:
-    """BadRequest if intervals with different names overlap: they are of different samples, or no mask at all."""
-    ends: dict[str | None, int] = {}  # how far intervals reach: of the name that reaches farthest, and of all others
+    """BadRequest if intervals with different names overlap: they belong to several samples, or are not a mask."""
+    ends: dict[str | None, int] = {}  # largest end of the intervals of each name
     farthest, others = None, 0
     for left, right, name in sorted(intervals, key=lambda interval: interval[:2]):
         if ends and left < right and left < (others if name == farthest else max(others, ends[farthest])):
             other = next(n for n, end in ends.items() if n != name and end > left)
             raise BadRequest(
-                f"{path}: intervals of '{name}' and '{other}' overlap at {left}; it lists intervals of several samples or "
-                "features, and a mask is one set of intervals. Take those of one sample, or those that all samples share "
-                "(`bedtools multiinter`); `cut -f 1-3` takes their union"
+                f"{path}: intervals of '{name}' and '{other}' overlap at {left}; the file lists intervals of several samples "
+                "or features, but a mask is one set of intervals. Use those of one sample, those that all samples share "
+                "(`bedtools multiinter`), or their union (`cut -f 1-3`)"
             )
         ends[name] = max(ends.get(name, 0), right)
         if farthest not in ends or ends[name] > ends[farthest]:
@@ -178,7 +174,7 @@ def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> No
 
 
 def _read_bed(path: Path, contig: str | None) -> np.ndarray:
-    """True where an interval of *contig* is."""
+    """A bool array that is True within the intervals of *contig*."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
     for name, left, right, label in _read_intervals(path):
         contig_intervals = intervals.setdefault(name, [])
@@ -188,7 +184,7 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
         raise BadRequest(f"{path} has no intervals")
     if contig is None:
         if len(intervals) != 1:
-            raise BadRequest(f"{path} has {len(intervals)} contigs; say which with `contig`{suggest_nearest('', intervals)}")
+            raise BadRequest(f"{path} has {len(intervals)} contigs; set `contig`{suggest_nearest('', intervals)}")
         contig = next(iter(intervals))
     if contig not in intervals:
         raise BadRequest(f"{path} has no contig '{contig}'{suggest_nearest(contig, intervals)}")
@@ -205,7 +201,7 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
 
 
 def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
-    """A mask of alternating accessible and inaccessible runs with log-normal lengths, True = inaccessible.
+    """Draw a mask of alternating accessible and inaccessible runs with log-normal lengths, True = inaccessible.
 
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
     (500 and 200) about 29% of the bases are inaccessible.
@@ -229,14 +225,14 @@ def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
 
 
 def write_mask(path, mask: np.ndarray, *, lineage: str | None = None) -> None:
-    """Write a mask (True = inaccessible) as .npz, where array `accessible` is its opposite; *lineage* is stored beside it."""
+    """Write a mask (True = inaccessible) as .npz file, with the inverse as array `accessible`, and the *lineage*."""
     out = io.BytesIO()
     np.savez_compressed(out, accessible=~mask, **({} if lineage is None else {"lineage": lineage}))
     atomic_write(path, out.getvalue())
 
 
 def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -> None:
-    """BadRequest if the mask file is not what was planned: the *lineage* that `write_mask` stored, or the file's *sha256*."""
+    """BadRequest if the mask file is not the planned one, by the *lineage* that `write_mask` stored or the file's *sha256*."""
     stored_lineage = file_digest = None
     try:
         if lineage is not None:
@@ -249,11 +245,11 @@ def check_mask(path, *, lineage: str | None = None, sha256: str | None = None) -
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}; {remedy}") from None
     check_lineage(f"mask {path}", actual=stored_lineage, planned=lineage, target=path)
     if file_digest != sha256:
-        raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again, to plan with it")
+        raise BadRequest(f"mask {path} was changed since this job was planned; run the same command again to use the new mask")
 
 
 def cut_mask(mask: np.ndarray, *, length: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """A random stretch of *length* bases of *mask*, and its offset in [0, len(mask) - length].
+    """Cut a random part of *length* bases out of *mask*; return it and its offset in [0, len(mask) - length].
 
     Raises BadRequest if the mask is shorter than *length*.
     """
@@ -266,22 +262,22 @@ def cut_mask(mask: np.ndarray, *, length: int, rng: np.random.Generator) -> tupl
 
 
 def add_mask_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that tell a stage of a dataset's mask; `read_mask_from_flags` reads it."""
-    parser.add_argument("--mask", type=Path, help="accessibility mask, .npz or BED")
-    parser.add_argument("--mask-key", default="accessible", help="array in the .npz (default accessible)")
+    """Add the flags for a dataset's mask; `read_mask_from_flags` reads it."""
+    parser.add_argument("--mask", type=Path, help="accessibility mask, a .npz or BED file")
+    parser.add_argument("--mask-key", default="accessible", help="array in the .npz file (default accessible)")
     parser.add_argument("--mask-contig", help="sequence in the BED file")
     parser.add_argument(
-        "--mask-marks", choices=MARKS, default=MARKS[0], help="what its intervals or true values mark (default accessible)"
+        "--mask-marks", choices=MARKS, default=MARKS[0], help="meaning of its intervals or true values (default accessible)"
     )
-    parser.add_argument("--mask-lineage", help="lineage that a synthetic mask must have")
-    parser.add_argument("--mask-sha256", help="digest that the mask file must have")
+    parser.add_argument("--mask-lineage", help="expected lineage of a synthetic mask")
+    parser.add_argument("--mask-sha256", help="expected digest of the mask file")
 
 
 def read_mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:
-    """The mask that the flags name, checked, after saying how much of it is accessible; None without one."""
+    """Read and check the mask that the flags name, and log how much of it is accessible; None if there is no mask."""
     if args.mask is None:
         if args.mask_contig is not None:
-            raise BadRequest("--mask-contig has no meaning without --mask")
+            raise BadRequest("--mask-contig cannot be used without --mask")
         return None
     check_mask(args.mask, lineage=args.mask_lineage, sha256=args.mask_sha256)
     mask = read_mask(args.mask, key=args.mask_key, contig=args.mask_contig, marks=args.mask_marks)

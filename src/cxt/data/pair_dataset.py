@@ -1,11 +1,11 @@
-"""Reading a dataset: its examples are (simulation, pair), whose features are computed when they are needed.
+"""Reading a dataset, whose examples are (simulation, pair), with features computed when they are needed.
 
     cxt dataset info results/datasets/processed
     cxt dataset verify results/datasets/processed
     cxt dataset export results/datasets/processed --out arrays
 
-Their data is in one arena of memory that processes share: one bit for a genotype, and as few bits for a target as the grid of
-times needs (9 as published). That is about what the shards take on disk.
+The data is in one arena of shared memory: one bit per genotype, and as few bits per target as the grid of times needs (9 as
+published). That is about the size of the shards on disk.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ from cxt.io import digest
 from cxt.scenarios.indices import SPLITS
 
 LARGEST_SHARE = 0.7
-"""Share of the free memory that `auto` lets a dataset take."""
+"""Fraction of the free memory that a dataset may take with `auto`."""
 
 
-# The threads of torch's OpenMP do not survive a fork: a child that asks for them waits for ever. With one, none are asked for.
+# The threads of torch's OpenMP do not survive a fork, and a child that uses them waits forever. With one thread, it needs none.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 class Example(NamedTuple):
-    """Which simulation and pair a training example is."""
+    """The simulation and pair of a training example."""
 
     scenario: str
     index: int
@@ -53,14 +53,14 @@ class Example(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A minibatch as it is copied to the training device, where `compute_model_input` makes the network's input of it."""
+    """A minibatch as it is copied to the training device; `compute_model_input` turns it into the network's input."""
 
     counts: torch.Tensor  # (B, 2, scales, windows, samples) int16 or int32, bin 0 zero
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
     tokens: torch.Tensor  # (B, windows + 1) int64
 
     def first(self, examples: int) -> "Batch":
-        """The first *examples* of it, sharing its memory."""
+        """A batch of the first *examples*, sharing memory."""
         return Batch(*(None if part is None else part[:examples] for part in self))
 
 
@@ -85,23 +85,23 @@ def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> t
 
 
 class ExampleDataset(Dataset):
-    """What datasets of examples share, wherever the examples come from; one example is computed as a batch of one.
+    """Base class of datasets; a single example is computed as a batch of one.
 
     A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and *_dtype*, the integer type of counts.
     """
 
     def _from_start(self, i: int) -> int:
-        """Item *i*, counted from the end if it is negative, counted from the start; IndexError if there is none."""
+        """Convert the index *i*, which may be negative, to one from the start; IndexError if it is out of range."""
         try:
             i = operator.index(i)
         except TypeError:
-            raise TypeError(f"example {i!r}: expected a whole number, of 0 to {len(self) - 1}") from None
+            raise TypeError(f"the index of an example must be a whole number from 0 to {len(self) - 1}, got {i!r}") from None
         if not -len(self) <= i < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         return i % len(self)
 
     def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
-        """A batch that `batch` can fill, again and again; *pin* keeps its pages in place for copies to a GPU."""
+        """A batch that `batch` can fill repeatedly; *pin* pins its memory for copies to a GPU."""
         shape = (examples, 2, len(self.scales), self.windows, self.samples)
         counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
         fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
@@ -109,7 +109,7 @@ class ExampleDataset(Dataset):
         return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
 
     def _room_for(self, examples: int, out: Batch | None) -> Batch:
-        """The first places of *out*, or a new batch; ValueError if *out* has fewer than *examples*."""
+        """The first *examples* places of *out*, or a new batch; ValueError if *out* is too small."""
         if out is None:
             return self.empty_batch(examples)
         if len(out.tokens) < examples:
@@ -117,7 +117,7 @@ class ExampleDataset(Dataset):
         return out.first(examples)
 
     def __getitems__(self, examples) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What torch's loaders ask for: the examples of a batch, computed at once."""
+        """Return the examples of a batch, computed at once; called by torch's loaders."""
         counts, missing, tokens = self.batch(examples)
         return list(zip(compute_model_input(counts, missing), tokens, strict=True))
 
@@ -129,9 +129,9 @@ class PairDataset(ExampleDataset):
     """The examples of one split of a dataset.
 
     ``len()`` is the number of examples; ``[i]`` gives (X, y): X float32 log1p counts (2, scales, windows, samples), and y
-    int64 tokens (windows + 1,), start token first. ``describe(i)`` tells scenario, simulation index and pair. It may be
-    read by forked and by spawned processes and by threads, which all share one copy of the data. Forked processes compute
-    with one torch thread.
+    int64 tokens (windows + 1,), start token first. ``describe(i)`` returns scenario, simulation index and pair. Forked and
+    spawned processes and threads can read it, and share one copy of the data. Forked processes compute with one torch
+    thread.
 
     Parameters
     ----------
@@ -141,14 +141,14 @@ class PairDataset(ExampleDataset):
     grid : Grid, optional
         Grid of ln TMRCA for the tokens; the published one by default.
     storage : {"auto", "memory", "disk"}
-        Where the data is held; "auto" takes memory if 70% of what is free is enough.
+        Where to hold the data; "auto" uses memory if the data takes at most 70% of what is free.
     progress : callable, optional
         Called with a line of text every 10 seconds and at the end.
 
     Raises
     ------
     BadRequest
-        If the directory, a split or the manifest is missing, or a shard is damaged or not the one that the manifest lists.
+        If the directory, a split or the manifest is missing, or a shard is damaged or not the one listed in the manifest.
     """
 
     def __init__(
@@ -161,9 +161,9 @@ class PairDataset(ExampleDataset):
         progress: Callable[[str], None] | None = None,
     ):
         if split not in SPLITS:
-            raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
+            raise BadRequest(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
         if storage not in get_args(Storage):
-            raise BadRequest(f"storage '{storage}': expected one of {', '.join(get_args(Storage))}")
+            raise BadRequest(f"storage must be one of {', '.join(get_args(Storage))}, got '{storage}'")
         began = time.monotonic()
         self._describe_shape(path, split, read_manifest(path), grid or Grid())
         free = free_memory()
@@ -182,14 +182,16 @@ class PairDataset(ExampleDataset):
     def _describe_shape(self, path, split: str, manifest: dict, grid: Grid) -> None:
         self.path, self.split, self.grid, self.manifest = Path(path), split, grid, manifest
         self.windows, self.samples = manifest["windows"], manifest["samples"]
-        self.scales = np.minimum(np.array(manifest["scales"], dtype=np.int64), self.windows)  # wider ones end where these do
+        self.scales = np.minimum(
+            np.array(manifest["scales"], dtype=np.int64), self.windows
+        )  # wider windows end at the same place
         self.pairs_per_simulation = manifest["pairs"]
         self._shards = manifest["splits"][split]["shards"]
         self._width = max(1, (grid.bins - 1).bit_length())
         self._dtype = np.dtype(np.int16)
 
     def _layout(self) -> tuple[dict, int]:
-        """({name: (offset, dtype, shape)} of the arrays in the arena, its size); upper bounds where only a sum is known."""
+        """({name: (offset, dtype, shape)} of the arrays in the arena, its size); shapes may be upper bounds."""
         rows = sum(row["items"] for row in self._shards) // self.pairs_per_simulation
         sites = sum(row["sites"] for row in self._shards)
         bin_words = -(-self.windows * self._width // 64)
@@ -221,7 +223,7 @@ class PairDataset(ExampleDataset):
         )
 
     def handle(self) -> dict:
-        """What another process of this machine needs to share it, while this one lives; for `shared`."""
+        """A description for `shared`, with which another process of this machine can share the data while this one lives."""
         return {
             "path": str(self.path.absolute()), "split": self.split, "manifest": digest(self.manifest),
             "grid": dataclasses.astuple(self.grid), "dtype": self._dtype.name, "arena": [self._arena.path, self._arena.size],
@@ -229,11 +231,11 @@ class PairDataset(ExampleDataset):
 
     @classmethod
     def shared(cls, handle: dict) -> "PairDataset":
-        """The dataset that another process has read, from its `handle`; BadRequest if its manifest is another by now."""
+        """Share the dataset of another process by its `handle`; BadRequest if its manifest has changed since."""
         self = cls.__new__(cls)
         manifest = read_manifest(handle["path"])
         if digest(manifest) != handle["manifest"]:
-            raise BadRequest(f"{Path(handle['path']) / MANIFEST} has changed while it was in use; start again")
+            raise BadRequest(f"{Path(handle['path']) / MANIFEST} has changed while it was in use; run the command again")
         self._describe_shape(handle["path"], handle["split"], manifest, Grid(*handle["grid"]))
         self._dtype = np.dtype(handle["dtype"])
         self._arena = Arena.attach(*handle["arena"])
@@ -257,7 +259,7 @@ class PairDataset(ExampleDataset):
             self._dtype = np.dtype(np.int32)
 
     def _read_shard(self, shard: dict, row: int) -> tuple[int, int]:
-        """Read one shard's simulations from *row* on; (next row, largest count of any window)."""
+        """Read the simulations of a shard into the rows from *row* on; return (next row, largest count of any window)."""
         path = self.path / shard["path"]
         arrays, attributes = read_shard(path, sha256=shard["sha256"])
         check_content(path, arrays, attributes, row=shard, shape=self.manifest)
@@ -303,14 +305,14 @@ class PairDataset(ExampleDataset):
         return Example(self._shards[self._shard_indices[row]]["scenario"], int(self._index[row]), (a, b))
 
     def start(self, i: int) -> int:
-        """Where in its simulation example *i* begins, in base pairs; not 0 only with several regions per simulation."""
+        """Start of example *i* in its simulation, in base pairs; 0 except with several regions per simulation."""
         return int(self._start[self._locate(i)[0]])
 
     def _locate(self, i: int) -> tuple[int, int]:
         return divmod(self._from_start(i), self.pairs_per_simulation)
 
     def batch(self, examples: Sequence[int], *, out: Batch | None = None) -> Batch:
-        """Several examples at once, as small integers; in the first places of *out* if that is given."""
+        """Compute several examples at once, as small integers; into the first places of *out* if given."""
         rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
         batch = self._room_for(len(rows), out)
         bins = batch.tokens.numpy()[:, 1:]
@@ -328,7 +330,7 @@ class PairDataset(ExampleDataset):
 def open_dataset(
     path: str | os.PathLike[str], split: str, *, grid: Grid, storage: Storage, progress: Callable[[str], None]
 ) -> PairDataset:
-    """A split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
+    """Open a split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
     key = f"CXT_SHARED_{split.upper()}"
     if os.environ.get("LOCAL_RANK", "0") != "0" and key in os.environ:
         return PairDataset.shared(json.loads(os.environ[key]))

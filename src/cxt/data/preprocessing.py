@@ -1,4 +1,4 @@
-"""From a simulation to what a shard stores of it: usable sites, random pairs, and their ln TMRCA in windows."""
+"""Preprocessing a simulation for a shard: usable sites, random pairs, and their ln TMRCA in windows."""
 
 import numpy as np
 import tskit
@@ -14,21 +14,21 @@ from cxt.scenarios.seeds import build_random_generator
 
 
 def choose_pairs(rng: np.random.Generator, *, samples: int, pairs: int) -> np.ndarray:
-    """*pairs* different pairs (a < b) of *samples* haplotypes, in random order: (pairs, 2) int64."""
+    """Choose *pairs* different pairs (a < b) of *samples* haplotypes, in random order: (pairs, 2) int64."""
     first, second = np.triu_indices(samples, k=1)
     if pairs > len(first):
-        raise BadRequest(f"{pairs} pairs asked, but {samples} samples have {len(first)} pairs")
+        raise BadRequest(f"{pairs} pairs requested, but {samples} samples have only {len(first)}")
     chosen = rng.choice(len(first), size=pairs, replace=False)
     return np.stack([first[chosen], second[chosen]], axis=1)
 
 
 def compute_region_start(region: int, *, regions: int, length: float) -> int:
-    """Where region 0, 1, … of *regions* begins, spread evenly over a simulation of *length* base pairs; 0 for the first."""
+    """Start of region 0, 1, … of *regions*, evenly spaced in a simulation of *length* base pairs; 0 for the first."""
     return region * int(length // regions)
 
 
 def decode_sites(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.ndarray]:
-    """Allele codes (sites, samples) int16 and positions of the sites in [0, length), and of no others."""
+    """Allele codes (sites, samples) int16 and positions of the sites in [0, length)."""
     positions = ts.sites_position
     positions = positions[: np.searchsorted(positions, length)]
     genotypes = np.empty((len(positions), ts.num_samples), dtype=np.int16)
@@ -51,7 +51,7 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
     mask : bool array, optional
         Accessibility mask of a chromosome, True = inaccessible.
     region : int
-        Which of the simulation's regions; 0 begins at its start.
+        Number of the region; 0 begins at the start of the simulation.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
     Raises
     ------
     BadRequest
-        If the genealogy cannot be used (several roots, ancient samples), or is too short or small.
+        If the tree sequence cannot be used (several roots, ancient samples), or has too few base pairs or samples.
     """
     identity = ts.metadata["cxt"]
 
@@ -75,9 +75,9 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
             f"region {region} of {length} bp begins at {start}; the tree sequence has only {ts.sequence_length:g} bp"
         )
     if ts.num_samples < spec["samples"]:
-        raise BadRequest(f"{spec['samples']} samples asked, the tree sequence has {ts.num_samples}")
+        raise BadRequest(f"{spec['samples']} samples requested, but the tree sequence has only {ts.num_samples}")
     if ts.num_samples > spec["samples"]:
-        if length < ts.sequence_length:  # less to simplify
+        if length < ts.sequence_length:  # makes simplification faster
             ts = ts.keep_intervals([[start, start + length]], simplify=False)
         ts = ts.simplify(ts.samples()[: spec["samples"]])
     if start:
@@ -120,7 +120,7 @@ def preprocess_batch(
 ) -> int:
     """Preprocess one split of a simulation batch into a shard.
 
-    The whole batch is read, so that a truncated batch is noticed whatever the split.
+    The whole batch is read, so that a truncated batch is detected for any split.
 
     Parameters
     ----------
@@ -133,11 +133,11 @@ def preprocess_batch(
     start, count : int
         First index and number of simulations of the batch.
     split : {"train", "test"}
-        Which of its simulations to take.
+        The split to preprocess.
     mask : bool array, optional
         Accessibility mask, True = inaccessible.
     scenario, seed, batch_lineage : optional
-        Variant, workflow seed and lineage that the batch must have, where given.
+        Expected variant, workflow seed and lineage of the simulation batch, if given.
     lineage : str, optional
         The shard's own lineage, stored in it.
 
@@ -154,7 +154,7 @@ def preprocess_batch(
         try:
             for region in range(spec.get("regions_per_simulation", 1)):
                 preprocessed = preprocess_simulation(ts, spec, mask=mask, region=region)
-                # As it is stored, which takes half the memory until then.
+                # Stored as float32 anyway, and takes half the memory until then.
                 preprocessed.log_tmrca = preprocessed.log_tmrca.astype(np.float32)
                 simulations.append(preprocessed)
         except BadRequest as error:

@@ -8,15 +8,15 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     pairs         (simulations, pairs, 2) uint16     haplotypes
     log_tmrca     (simulations, pairs, windows) float32
     index         (simulations,) int64               index of the simulation in its variant
-    start         (simulations,) int64               where in it the stretch that is used begins, in base pairs
+    start         (simulations,) int64               start of the region that is used, in base pairs
     mutation_rate (simulations,) float64
     recombination_rate (simulations,) float64        mean over the simulation; both per base pair and generation
     mask          (simulations, ceil(length / 8)) uint8, only with missingness: bit 1 = inaccessible
-    mask_offset   (simulations,) int64, only with missingness: where in the accessibility mask it was cut
+    mask_offset   (simulations,) int64, only with missingness: offset in the accessibility mask
 
-With several regions per simulation, each is a row of its own, as a simulation is above, and `index` repeats.
-Only usable sites are kept (see `cxt.data.features.select_usable_sites`). The bytes of a shard are a function of its content
-and of the package versions.
+With several regions per simulation, each region has its own row, and `index` repeats.
+Only usable sites are kept (see `cxt.data.features.select_usable_sites`). The bytes of a shard depend only on its content and
+the package versions.
 """
 
 import contextlib
@@ -41,27 +41,27 @@ from cxt.io import atomic_write
 from cxt.lineage import how_to_remake
 
 LARGEST_COUNT = 2**48
-"""Simulations, examples, sites or bytes; more would not fit into any machine."""
+"""Largest number of simulations, examples, sites or bytes; more would not fit into any machine."""
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, AttributeError,
     ArithmeticError, AssertionError, MemoryError,
 )  # fmt: skip
-"""Exceptions that zipfile and zarr raise for files that are damaged or malformed."""
+"""Exceptions that zipfile and zarr raise for damaged or malformed files."""
 
 SHAPE_KEYS = ("window_size", "sequence_length", "samples", "pairs", "scales", "missing", "regions_per_simulation")
 """Attributes that all shards of a dataset share."""
 
 
 def how_to_rebuild(shard) -> str:
-    """Advice on a bad shard: the manifest must be deleted, too, or Snakemake would find nothing to do."""
+    """Advice on rebuilding a bad shard: the manifest must be deleted, too, otherwise Snakemake would find nothing to do."""
     manifest = Path(shard).parent.parent / MANIFEST
     return how_to_remake(manifest, delete=f"it and the dataset's {MANIFEST}")
 
 
 @dataclasses.dataclass
 class PreprocessedSimulation:
-    """One preprocessed simulation, or one region of it; fields as in the module's table, for this simulation alone."""
+    """One preprocessed simulation, or one region of it, with the fields of the module's table for this simulation."""
 
     scenario: str
     index: int
@@ -84,7 +84,7 @@ def write_shard(path, simulations: list[PreprocessedSimulation], attributes: dic
     path : path-like
         The shard, `FILE.zarr.zip`.
     simulations : list of PreprocessedSimulation
-        At least one.
+        The simulations, at least one.
     attributes : dict
         `SHAPE_KEYS`, and scenario, split and seed.
     """
@@ -119,7 +119,7 @@ def write_shard(path, simulations: list[PreprocessedSimulation], attributes: dic
 
 
 def _build_zip(content: dict[str, bytes]) -> bytes:
-    """A zip archive whose bytes depend on *content* alone: sorted, stored, dated 1980."""
+    """Build a zip archive whose bytes depend on *content* only: sorted, uncompressed, dated 1980."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", compression=zipfile.ZIP_STORED) as archive:
         for key in sorted(content):
@@ -131,12 +131,12 @@ def _build_zip(content: dict[str, bytes]) -> bytes:
 
 @contextlib.contextmanager
 def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group, bytes]]:
-    """The Zarr group of a shard, for a `with` block, and the file's bytes; arrays are decompressed when they are read.
+    """Open a shard for a `with` block: its Zarr group, whose arrays are decompressed when they are read, and the file's bytes.
 
     Raises
     ------
     BadRequest
-        If the file is missing, damaged, of another schema version, or its bytes have another *sha256*.
+        If the file is missing, damaged, of another schema version, or its *sha256* differs.
     """
     path = Path(path)
     try:
@@ -145,11 +145,11 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
         raise BadRequest(f"shard {path} cannot be read: {error.strerror}; {how_to_rebuild(path)}") from None
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise BadRequest(
-            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): damaged, or another's; "
+            f"shard {path} is not the one that {MANIFEST} lists (its checksum differs): it is damaged or was replaced; "
             f"{how_to_rebuild(path)}"
         )
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # which checks a checksum of each entry
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:  # verifies a checksum of each entry
             check_zip_entries(archive, len(data))
             content = {name: Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
         group = zarr.open_group(MemoryStore(content), mode="r")
@@ -164,7 +164,7 @@ def open_shard(path, *, sha256: str | None = None) -> Iterator[tuple[zarr.Group,
     try:
         yield group, data
     finally:
-        content.clear()  # zarr's objects refer to each other, and would keep it until some later collection
+        content.clear()  # zarr's cyclic references would otherwise keep it until a later garbage collection
 
 
 def _damaged_error(path, error: Exception) -> BadRequest:
@@ -172,7 +172,7 @@ def _damaged_error(path, error: Exception) -> BadRequest:
 
 
 def check_shape(path, attributes: dict, shape: dict) -> None:
-    """BadRequest if a shard's attributes are not those of its dataset."""
+    """BadRequest if the attributes of a shard differ from those of its dataset."""
     actual = {key: attributes.get(key) for key in SHAPE_KEYS}
     expected = {key: shape[key] for key in SHAPE_KEYS}
     if actual != expected:
@@ -181,7 +181,7 @@ def check_shape(path, attributes: dict, shape: dict) -> None:
 
 
 def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dict) -> None:
-    """BadRequest if a shard is of another dataset, is not what its *row* of the manifest says, or holds targets like NaN."""
+    """BadRequest if a shard belongs to another dataset, or does not match its *row* of the manifest."""
     check_shape(path, attributes, shape)
     actual = {
         "items": len(arrays["index"]) * attributes["pairs"],
@@ -192,17 +192,17 @@ def check_content(path, arrays: dict, attributes: dict, *, row: dict, shape: dic
     }
     expected = {key: row[key] for key in actual if key in row} | {"split": Path(row["path"]).parts[0]}
     if differences := [f"{key} {actual[key]} instead of {expected[key]}" for key in actual if actual[key] != expected[key]]:
-        raise BadRequest(f"shard {path} is not what {MANIFEST} says: {', '.join(differences)}; {how_to_rebuild(path)}")
+        raise BadRequest(f"shard {path} does not match {MANIFEST}: {', '.join(differences)}; {how_to_rebuild(path)}")
 
 
 def read_shard(path, *, sha256: str | None = None) -> tuple[dict[str, np.ndarray], dict]:
-    """Arrays and attributes of a shard, decompressed into memory, checked; errors as in `open_shard`."""
+    """Read and check the arrays and attributes of a shard; errors as in `open_shard`."""
     with open_shard(path, sha256=sha256) as (group, _):
         return read_arrays(path, group), dict(group.attrs)
 
 
 def read_arrays(path, group: zarr.Group) -> dict[str, np.ndarray]:
-    """Arrays of an open shard, decompressed into memory and checked; BadRequest if it is damaged."""
+    """Read and check the arrays of an open shard; BadRequest if it is damaged."""
     try:
         arrays = {name: array[:] for name, array in group.arrays()}
         check_arrays(arrays, group.attrs)
@@ -212,7 +212,7 @@ def read_arrays(path, group: zarr.Group) -> dict[str, np.ndarray]:
 
 
 SCHEMA_VERSION = 4
-"""Version of the format; readers take no other."""
+"""Version of the format; readers accept no other."""
 
 
 MANIFEST = "dataset.json"
@@ -220,7 +220,7 @@ MANIFEST = "dataset.json"
 
 
 def check_schema_version(what: str, version: int, *, remedy: str) -> None:
-    """BadRequest unless *version* is `SCHEMA_VERSION`; the advice is *remedy*, or to update cxt for a newer version."""
+    """BadRequest unless *version* is `SCHEMA_VERSION`; the advice is *remedy*, or to update cxt if the version is newer."""
     if version != SCHEMA_VERSION:
-        remedy = "update cxt" if version > SCHEMA_VERSION else f"it is of an older cxt: {remedy}"
-        raise BadRequest(f"{what} has schema version {version}, this cxt reads {SCHEMA_VERSION}; {remedy}")
+        remedy = "update cxt" if version > SCHEMA_VERSION else f"an older cxt wrote it: {remedy}"
+        raise BadRequest(f"{what} has schema version {version}, but this cxt reads version {SCHEMA_VERSION}; {remedy}")

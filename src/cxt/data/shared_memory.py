@@ -1,6 +1,6 @@
-"""Memory that the processes of one machine share, or a file that stands in for it, and how much of it there is.
+"""Memory shared by the processes of one machine, or a file in its place, and the amount of free memory.
 
-Neither has a name in the file system where the system allows it, so that nothing stays behind, whatever ends the process.
+Where the system allows it, neither has a name in the file system, so that nothing is left behind however the process ends.
 """
 
 import mmap
@@ -22,12 +22,12 @@ CGROUP = Path("/sys/fs/cgroup")
 def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or `max`
+    except (OSError, ValueError):  # no such file, or `max`
         return None
 
 
 def _list_control_groups() -> Iterator[tuple[Path, str, str]]:
-    """The control groups of this process that may limit memory, and what their files are called: of version 2, then 1."""
+    """The control groups that may limit the memory of this process, with the names of their files, of version 2 or 1."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -55,21 +55,21 @@ def _machine_free_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: of the machine, or of the control group that a scheduler put it into."""
+    """Bytes that this process can still allocate, limited by the machine or by the control group of a scheduler."""
     free = _machine_free_memory()
     for directory, limit_file, used_file in _list_control_groups():
         limit, used = _read_number(directory / limit_file), _read_number(directory / used_file)
         if limit is not None and used is not None:
             statistics = dict(line.split() for line in (directory / "memory.stat").read_text(encoding="utf-8").splitlines())
             cached = statistics.get("total_inactive_file", statistics.get("inactive_file", 0))
-            free = min(free, limit - used + int(cached))  # a cache of files gives way
+            free = min(free, limit - used + int(cached))  # cached files are evicted if needed
     return max(0, free)
 
 
 def _no_room_error(size: int, reason: str) -> BadRequest:
     return BadRequest(
-        f"{size / 1e6:,.1f} MB for a dataset do not fit into {tempfile.gettempdir()} ({reason}); set TMPDIR to a larger file "
-        "system, hold it in memory (`storage: memory`), or train with fewer simulations"
+        f"the {size / 1e6:,.1f} MB of the dataset do not fit into {tempfile.gettempdir()} ({reason}); set TMPDIR to a larger "
+        "file system, hold it in memory (`storage: memory`), or train with fewer simulations"
     )
 
 
@@ -79,9 +79,9 @@ def _close_and_unlink(descriptor: int, name: str) -> None:
 
 
 class Arena:
-    """*size* bytes in memory or, with *on_disk*, in a file of the directory for temporary files (`TMPDIR`).
+    """*size* bytes in memory or, with *on_disk*, in a file in the directory for temporary files (`TMPDIR`).
 
-    Forked processes share it as it is; others attach to it by its path while its owner lives.
+    Forked processes share it automatically; others attach to it by its path while its owner lives.
     """
 
     def __init__(self, size: int, *, on_disk: bool = False):
@@ -104,7 +104,7 @@ class Arena:
             self._close = weakref.finalize(self, _close_and_unlink, descriptor, name)
         if on_disk and hasattr(os, "posix_fallocate"):
             try:
-                os.posix_fallocate(descriptor, 0, self.size)  # or the first write that finds no room would kill the process
+                os.posix_fallocate(descriptor, 0, self.size)  # otherwise, writing to a full disk would kill the process
             except OSError as error:
                 raise _no_room_error(self.size, error.strerror) from None
         os.ftruncate(descriptor, self.size)
@@ -112,7 +112,7 @@ class Arena:
 
     @classmethod
     def attach(cls, path: str, size: int) -> "Arena":
-        """The arena that another process of this machine made, to read."""
+        """Attach read-only to the arena of another process of this machine."""
         self = cls.__new__(cls)
         self.path, self.size = path, size
         with open(path, "rb") as file:
@@ -120,6 +120,6 @@ class Arena:
         return self
 
     def array(self, offset: int, dtype, shape: tuple[int, ...]) -> np.ndarray:
-        """The bytes from *offset* on as an array."""
+        """The bytes starting at *offset* as an array."""
         count = int(np.prod(shape, dtype=np.int64))
         return np.frombuffer(self._map, dtype=dtype, count=count, offset=offset).reshape(shape)

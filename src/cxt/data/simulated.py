@@ -1,7 +1,7 @@
-"""Training on the fly: examples that are simulated when they are needed, and never stored.
+"""Training on the fly, with examples that are simulated when they are needed and never stored.
 
-Example i is a pure function of (seed, i): it comes from a simulation of its own, of the variants in turn, of which one
-random pair is taken. The first examples are held out, and training begins after them.
+Example i is a pure function of (seed, i): one random pair of a simulation of its own, with the variants in turn. The first
+examples are held out for validation, and those after them are for training.
 """
 
 import numpy as np
@@ -22,38 +22,40 @@ ON_THE_FLY_START = 2_000_000_000
 def build_simulated_manifest(
     variants: list[dict], *, window_size: int, samples: int | None, scales, held_out: int, examples: int
 ) -> dict:
-    """What dataset.json says of a dataset, for one that is simulated on the fly.
+    """The equivalent of dataset.json for a dataset that is simulated on the fly.
 
     Parameters
     ----------
-    variants : parameters of the variants, as `cxt.config.variants.list_variants` gives them
-    samples : haplotypes; None takes all of the scenario with the fewest
-    held_out, examples : examples for validation and for training
+    variants : parameters of the variants, from `cxt.config.variants.list_variants`
+    samples : haplotypes; None = as many as the scenario with the fewest has
+    held_out, examples : numbers of examples for validation and for training
 
     Raises
     ------
     BadRequest
-        If a scenario is named twice, the scenarios differ in length, a length is not a multiple of *window_size*, or there
-        are too few samples.
+        If a scenario is repeated, the scenarios differ in length, the length is not a multiple of *window_size*, or there are
+        too few samples.
     """
     names = [variant["name"] for variant in variants]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadRequest(f"--simulate: {', '.join(twice)} named twice; its examples would be the same, held out or not")
+        raise BadRequest(f"--simulate: {', '.join(twice)} repeated; training and held-out examples would be the same")
     if window_size < 1:
-        raise BadRequest(f"--window-size {window_size}: expected at least 1")
+        raise BadRequest(f"--window-size must be positive, got {window_size}")
     lengths = {int(variant["sequence_length"]) for variant in variants}
     if len(lengths) > 1:
-        raise BadRequest(f"--simulate: the scenarios have sequences of {sorted(lengths)} bp; they must be equally long")
+        raise BadRequest(f"--simulate: the scenarios must have sequences of the same length, got {sorted(lengths)} bp")
     (length,) = lengths
     if length % window_size:
         raise BadRequest(f"--simulate: sequences of {length} bp are not a multiple of --window-size {window_size}")
     if held_out + examples > ON_THE_FLY_START:
-        raise BadRequest(f"--simulate: {held_out + examples:,} examples asked, at most {ON_THE_FLY_START:,} can be simulated")
+        raise BadRequest(
+            f"--simulate: {held_out + examples:,} examples requested, but only {ON_THE_FLY_START:,} can be simulated"
+        )
     fewest = min(_count_haplotypes(variant) for variant in variants)
     if samples is None:
         samples = fewest
     if not 2 <= samples <= fewest:
-        raise BadRequest(f"--samples {samples}: expected 2 to {fewest}, the haplotypes of the scenarios")
+        raise BadRequest(f"--samples must be from 2 to {fewest}, the haplotypes of the scenarios, got {samples}")
     return {
         "window_size": window_size, "sequence_length": length, "samples": samples, "pairs": 1, "scales": list(scales),
         "missing": False, "windows": length // window_size,
@@ -67,19 +69,19 @@ def _count_haplotypes(variant: dict) -> int:
 
 
 class SimulatedDataset(ExampleDataset):
-    """Items simulated on the fly, with the interface of `cxt.data.pair_dataset.PairDataset`.
+    """Examples simulated on the fly, with the interface of `cxt.data.pair_dataset.PairDataset`.
 
     Parameters
     ----------
     variants : parameters of the variants; example i is of variant i modulo their number
     manifest : from `build_simulated_manifest`
     split : "test" for the first examples, "train" for those after them
-    seed : of everything random
+    seed : seed of all random numbers
     """
 
     def __init__(self, variants: list[dict], manifest: dict, split: str, *, seed: int, grid: Grid | None = None):
         if split not in SPLITS:
-            raise BadRequest(f"split '{split}': expected one of {', '.join(SPLITS)}")
+            raise BadRequest(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
         self.variants, self.manifest, self.split, self.seed = variants, manifest, split, seed
         self.grid = grid or Grid()
         self.windows, self.samples, self.scales = manifest["windows"], manifest["samples"], manifest["scales"]
@@ -98,12 +100,12 @@ class SimulatedDataset(ExampleDataset):
         return preprocess_simulation(ts, self._spec)
 
     def describe(self, i: int) -> Example:
-        """Scenario, simulation index and pair of example *i*, which is simulated for it."""
+        """Scenario, simulation index and pair of example *i*; this simulates it."""
         simulation = self._simulate(i)
         return Example(simulation.scenario, simulation.index, tuple(map(int, simulation.pairs[0])))
 
     def batch(self, examples, *, out: Batch | None = None) -> Batch:
-        """Several examples at once; in the first places of *out* if that is given."""
+        """Compute several examples at once; into the first places of *out* if given."""
         examples = list(examples)
         batch = self._room_for(len(examples), out)
         for row, i in enumerate(examples):
@@ -118,6 +120,6 @@ class SimulatedDataset(ExampleDataset):
                 scales=self.scales,
                 out=batch.counts[row : row + 1].numpy(),
             )
-            # Rounded as stored targets are.
+            # Rounded to float32, as stored targets are.
             batch.tokens[row] = torch.from_numpy(self.grid.tokens(simulation.log_tmrca.astype(np.float32))[0])
         return batch

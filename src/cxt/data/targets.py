@@ -1,4 +1,4 @@
-"""What the model predicts: ln TMRCA of a pair in each window, and its place on the grid of log times."""
+"""The targets of the model: ln TMRCA of a pair in each window."""
 
 import numpy as np
 import tskit
@@ -22,7 +22,7 @@ def _add_span(total, time, left, right, window_size):
 
 @compiled
 def _group_partners(pairs, samples):
-    """The pairs of each sample, one sample after another: their numbers, the other sample, and where each sample's begin."""
+    """The pairs grouped by sample: their numbers, the other sample of each, and the start of each sample's group."""
     begin = np.zeros(samples + 1, dtype=np.int64)
     for p in range(len(pairs)):
         for i in range(2):
@@ -42,9 +42,9 @@ def _group_partners(pairs, samples):
 def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, window_size, total):
     """Fill *total* (pairs, windows) with the integral of each pair's TMRCA over each window.
 
-    Goes from tree to tree, keeping the set of samples below each node (64 a word), and looks for a new common ancestor
-    only where it can have changed: for pairs of which an inserted edge has exactly one below it. *edges* holds left,
-    right, parent and child of each; *pairs* index *samples*. Returns the left end of the first tree with several roots,
+    It moves from tree to tree, maintaining the set of samples below each node (64 per word), and searches for a new common
+    ancestor only where it can have changed: for pairs with exactly one sample below an inserted edge. *edges* holds left,
+    right, parent and child of each edge; *pairs* index *samples*. Returns the left end of the first tree with several roots,
     or -1.
     """
     lefts, rights, edge_parents, edge_children = edges
@@ -58,7 +58,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
     number, other, begin = _group_partners(pairs, len(samples))
     time = np.zeros(len(pairs))
     since = np.zeros(len(pairs))
-    seen = np.full(len(pairs), -1, dtype=np.int64)  # the last tree in which a pair was looked at
+    seen = np.full(len(pairs), -1, dtype=np.int64)  # the last tree in which a pair was visited
     some = np.empty(words, dtype=np.uint64)
     left, at_in, at_out, tree = 0.0, 0, 0, 0
     while left < sequence_length:
@@ -92,7 +92,7 @@ def _sweep(edges, insertion, removal, times, samples, pairs, sequence_length, wi
             for w in range(words):
                 few += count_bits(below[child, w])
             few_below = 2 * few <= len(samples)
-            for w in range(words):  # a pair is told apart by either side; the smaller has less to look at
+            for w in range(words):  # either side of the split contains one sample of each such pair; use the smaller one
                 some[w] = below[child, w] if few_below else everyone[w] & ~below[child, w]
             for w in range(words):
                 left_over = some[w]
@@ -127,39 +127,39 @@ _HOW_TO_CONVERT = {
     "years": "divide node and mutation times by the years per generation, and set `tables.time_units = 'generations'`",
     "ticks": "SLiM counts in ticks: multiply node and mutation times by the generations per tick (1 in a Wright-Fisher model "
     "without a changed tick cycle), and set `tables.time_units = 'generations'`",
-    "uncalibrated": "its times are only an order, as of tsinfer: date it first, as with tsdate",
-    "unknown": "if its times are generations, say so: `tables.time_units = 'generations'`",
+    "uncalibrated": "its times are only an order, as those of tsinfer: date it first, for example with tsdate",
+    "unknown": "if its times are in generations, set `tables.time_units = 'generations'`",
 }
-"""What to do about tree sequences whose times are in other units."""
+"""Advice on tree sequences whose times are in other units."""
 
 
 def check_times(ts: tskit.TreeSequence) -> None:
     """BadRequest unless times are in generations before the samples, which are all at time 0."""
     if ts.time_units != "generations":
         remedy = _HOW_TO_CONVERT.get(ts.time_units, "convert its times, and set `tables.time_units = 'generations'`")
-        raise BadRequest(f"the tree sequence has times in '{ts.time_units}', expected 'generations': {remedy}")
+        raise BadRequest(f"the times of the tree sequence must be in 'generations', got '{ts.time_units}': {remedy}")
     times = ts.nodes_time
     if not np.isfinite(times).all():
-        raise BadRequest("the tree sequence has nodes whose time is not a number; date them first")
+        raise BadRequest("the tree sequence has nodes without a finite time; date them first")
     if len(times) and times.min() < 0:
         raise BadRequest(
             f"the tree sequence has nodes at negative times ({times.min():g}): old versions of SLiM and pyslim count from the "
-            "start of the simulation, and times have to count backwards from its end. Load it with a current pyslim "
+            "start of the simulation, but times must count backwards from its end. Convert it with a current pyslim "
             "(`pyslim.update`), or shift all times so that the samples are at 0"
         )
     times = times[ts.samples()]
     if np.any(times != 0):
         raise BadRequest(
             f"{int(np.sum(times != 0))} of {ts.num_samples} samples are not at time 0 (the oldest at {times.max():g}); "
-            "the TMRCA of ancient samples is not defined here: sample every population at time 0"
+            "ancient samples are not supported: sample every population at time 0"
         )
 
 
 def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int, sequence_length: float) -> np.ndarray:
-    """Natural log of the span-weighted mean TMRCA, in generations, of pairs of samples in windows.
+    """Natural logarithm of the span-weighted mean TMRCA of pairs of samples, in generations, in windows.
 
-    The value in window k is ln((1/s)·Σ overlap(tree, window k)·tmrca(tree)), which is half the branch-mode divergence of
-    the two (Ralph, Thornton & Kelleher 2020, Genetics 215:779) where all samples are at time 0 and have a common root.
+    The value in window k is ln((1/s)·Σ overlap(tree, window k)·tmrca(tree)). The mean is half the branch-mode divergence of
+    the two samples (Ralph, Thornton & Kelleher 2020, Genetics 215:779) if all samples are at time 0 and have a common root.
 
     Parameters
     ----------
@@ -184,7 +184,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int
     windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if ts.sequence_length < sequence_length:
         raise BadRequest(
-            f"the tree sequence is {ts.sequence_length:.0f} bp long, {sequence_length:.0f} were asked for; "
+            f"the tree sequence is {ts.sequence_length:.0f} bp long, but {sequence_length:.0f} bp were requested; "
             "lower the dataset's sequence_length or simulate longer sequences"
         )
     check_times(ts)
@@ -203,8 +203,8 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int
     if several_roots_at >= 0:
         tree = ts.at(several_roots_at)
         raise BadRequest(
-            f"the tree on [{tree.interval.left:g}, {tree.interval.right:g}) has {tree.num_roots} roots, expected 1; "
-            "simulate until every sample has coalesced"
+            f"the tree on [{tree.interval.left:g}, {tree.interval.right:g}) must have one root, got {tree.num_roots}; "
+            "simulate until all samples have coalesced"
         )
     edges = np.minimum(np.arange(total.shape[1] + 1) * float(window_size), float(sequence_length))
     return np.log(total / np.diff(edges))

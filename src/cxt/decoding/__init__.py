@@ -1,1 +1,1 @@
-"""From a trained model to estimates."""
+"""Estimates from a trained model."""

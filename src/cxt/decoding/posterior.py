@@ -12,7 +12,7 @@ from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-"""What matrix products are computed in on a GPU, by the name of a training precision."""
+"""Type in which a GPU computes matrix products, by training precision."""
 
 
 class Posterior(NamedTuple):
@@ -24,7 +24,7 @@ class Posterior(NamedTuple):
 
 
 def use_precision(precision: str, device):
-    """Context in which a network computes in a training precision on a GPU; on a CPU in 32 bits, as training does."""
+    """Context in which a network uses a training precision on a GPU; on a CPU it computes in 32 bits, as in training."""
     kind = torch.device(device).type
     if kind != "cuda" or precision not in AUTOCAST:
         return contextlib.nullcontext()
@@ -46,8 +46,8 @@ def decode(
 ) -> Posterior:
     """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
 
-    Averaging predictive distributions is better than averaging sampled values: each replicate contributes all that its
-    past implies for a window, not one draw of it. The result does not depend on *batch_size*, but for rounding.
+    Averaging predictive distributions is more accurate than averaging sampled values, because each replicate contributes its
+    whole distribution for a window, not one draw. Except for rounding, the result does not depend on *batch_size*.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def decode(
         Seed of the sampling.
     device : torch device
     temperature, top_k : float, int
-        Settings of the sampling, see `cxt.model.decoder.Decoder`.
+        Sampling settings, see `cxt.model.decoder.Decoder`.
 
     Returns
     -------
@@ -87,9 +87,9 @@ def decode(
 
 
 def posterior_mean(distribution: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Posterior mean of ln TMRCA, bins at their centres: (..., bins) float64 -> (...).
+    """Posterior mean of ln TMRCA, with bins at their centres: (..., bins) float64 -> (...).
 
-    It is the estimate with the least expected squared error of ln TMRCA. Its exponential is not the posterior mean of TMRCA.
+    It is the estimate with the smallest expected squared error of ln TMRCA. Its exponential is not the posterior mean of TMRCA.
     """
     return distribution @ torch.as_tensor(grid.centres, device=distribution.device)
 

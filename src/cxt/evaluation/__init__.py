@@ -1,1 +1,1 @@
-"""Accuracy: metrics, baselines, figures."""
+"""Evaluation of accuracy: metrics, baselines and figures."""

@@ -1,6 +1,6 @@
 """Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true.
 
-Drawn without pyplot, so that no backend is asked for (`MPLBACKEND` of a notebook) and that of a notebook stays as it is.
+They are drawn without pyplot, so that they do not depend on a backend (a notebook's `MPLBACKEND`) and do not change it.
 """
 
 import io
@@ -15,7 +15,7 @@ TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 
 
 def _create_panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
-    """A figure of *size* in inches, and its axes (rows, columns)."""
+    """Create a figure of *size* in inches, and its axes (rows, columns)."""
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **settings)
@@ -28,9 +28,10 @@ def _save(figure: Figure, path) -> None:
 
 
 def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
-    """One row per scenario and two pairs each: true ln TMRCA, posterior mean and 95% interval along the genome.
+    """Draw true ln TMRCA, posterior mean and 95% interval along the genome, for two pairs of each scenario, one row each.
 
-    *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows); a tuple names the two pairs instead.
+    *tracks* is {scenario: (truth, mean, low, high)}, each (simulations, pairs, windows). A key may also be a tuple with the
+    names of the two pairs.
     """
     rows = len(tracks)
     figure, axes = _create_panels(rows, 2, size=(12, 2.1 * rows), sharex=True)
@@ -54,9 +55,9 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
 
 
 def draw_losses(rows: list[dict], path, *, title: str) -> None:
-    """Loss, error of decoding, learning rate and gradient norm of a run over its optimizer steps.
+    """Draw loss, error of decoding, learning rate and gradient norm of a run over its optimizer steps.
 
-    *rows* are those of a training_log.csv, as `cxt.trainer.log.read_log` gives them.
+    *rows* are those of a training_log.csv, as returned by `cxt.trainer.log.read_log`.
     """
     figure, axes = _create_panels(2, 2, size=(11, 6), sharex=True)
     panels = (
@@ -84,7 +85,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
 
 def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
-    """Loss against learning rate of a search, and the rate that it suggests."""
+    """Draw loss against learning rate of a search, and the rate that it suggests."""
     figure, axes = _create_panels(1, 1, size=(7, 4))
     axis = axes[0, 0]
     axis.plot(rates, losses, color=ESTIMATE, lw=1.2)
@@ -100,7 +101,7 @@ def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -
 
 
 def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
-    """Predicted against true ln TMRCA of all windows, one panel per scenario."""
+    """Draw predicted against true ln TMRCA of all windows, one panel per scenario."""
     columns = min(4, len(tracks))
     rows = -(-len(tracks) // columns)
     figure, axes = _create_panels(rows, columns, size=(3.1 * columns, 3.1 * rows))

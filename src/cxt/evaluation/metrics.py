@@ -1,6 +1,6 @@
-"""Accuracy: metrics that training and evaluation share, and the baselines that an estimate is compared with.
+"""Metrics of accuracy, shared by training and evaluation, and the baselines to compare with.
 
-The baselines see the same pairs and windows: heterozygosity in the best fixed window, and the best constant.
+The baselines use the same pairs and windows: heterozygosity in the best fixed window, and the best constant.
 """
 
 import numpy as np
@@ -9,11 +9,11 @@ from cxt.data.features import find_first_sites
 from cxt.data.shards import PreprocessedSimulation
 
 MIN_VARIATION = 1e-9
-"""A range of ln TMRCA that is rounding: a pair with one tree has the same value in all windows but for that."""
+"""Range of ln TMRCA below which windows differ by rounding only, as those of a pair with a single tree do."""
 
 
 def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
-    """Mean over pairs of Pearson's r along the windows; pairs without variation in either are left out.
+    """Mean over pairs of Pearson's r along the windows; pairs without variation in either are excluded.
 
     Parameters
     ----------
@@ -35,18 +35,18 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
 
 
 def none_if_nan(value: float) -> float | None:
-    """None for a metric that is NaN: a correlation where nothing varies, a standard error of one simulation."""
+    """Convert NaN to None, for undefined metrics: a correlation without variation, a standard error of one simulation."""
     return None if np.isnan(value) else value
 
 
 def clustered_standard_error(errors: np.ndarray) -> float:
-    """Standard error of the mean of *errors* (simulations, …): simulations are independent, their pairs are not."""
+    """Standard error of the mean of *errors* (simulations, …), because simulations are independent but their pairs are not."""
     means = errors.reshape(len(errors), -1).mean(axis=1)
     return float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
 
 
 def average_scenarios(scenarios: dict) -> dict:
-    """Average the metrics of scenarios, each counted once: MSEs of model and baselines, coverage, and r where it is defined."""
+    """Average metrics over scenarios, with equal weights: MSEs of model and baselines, coverage, and r where it is defined."""
     rows = list(scenarios.values())
     correlations = [row["r"] for row in rows if row["r"] is not None]
     return {
@@ -59,11 +59,11 @@ def average_scenarios(scenarios: dict) -> dict:
 
 
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
-"""Odd widths, in base windows and centred, among which the heterozygosity baseline takes its best."""
+"""Odd widths in base windows, centred, from which the heterozygosity baseline selects its best."""
 
 
 def count_differences(simulation: PreprocessedSimulation, *, window_size: int, windows: int) -> np.ndarray:
-    """Sites at which each pair differs, per base window: (pairs, windows) int64."""
+    """Number of sites per base window at which each pair differs: (pairs, windows) int64."""
     window = np.repeat(
         np.arange(windows), np.diff(find_first_sites(simulation.positions, window_size=window_size, windows=windows))
     )
@@ -84,11 +84,11 @@ def count_accessible_bases(simulation: PreprocessedSimulation, *, window_size: i
 def estimate_from_heterozygosity(
     simulation: PreprocessedSimulation, width: int, *, window_size: int, windows: int, constant: float
 ) -> np.ndarray:
-    """ln((d + 1/2) / (2 mu (l + l0))), d differences on l accessible bases in *width* windows around each: (pairs, windows).
+    """ln((d + 1/2) / (2 mu (l + l0))) for d differences on l accessible bases in *width* windows around each: (pairs, windows).
 
-    Windows are cut at the ends. Half a difference is added so that windows without any have a logarithm, and the l0 bases on
-    which half a difference is expected, l0 = 1/2 / (2 mu exp(*constant*)), so that few bases say little: where none is
-    accessible, the estimate is *constant*, the ln TMRCA that one would take without any data.
+    Windows are cut at the ends. Half a difference is added so that windows without differences have a logarithm, together with
+    the l0 bases on which half a difference is expected, l0 = 1/2 / (2 mu exp(*constant*)). Windows with few bases are thus
+    pulled towards *constant*, the estimate of ln TMRCA without any data.
     """
     half_width = width // 2
     left = np.maximum(np.arange(windows) - half_width, 0)
@@ -104,9 +104,9 @@ def estimate_from_heterozygosity(
 
 
 def score_heterozygosity(simulations: list[PreprocessedSimulation], *, window_size: int, windows: int) -> dict:
-    """Score the heterozygosity baseline at its best: the least MSE and the largest r over all widths, chosen separately.
+    """Score the heterozygosity baseline at its best: the smallest MSE and the largest r over all widths, chosen separately.
 
-    The baseline is also given the best constant, the mean true ln TMRCA of these pairs, for windows with few bases.
+    For windows with few bases, the baseline also uses the best constant, the mean true ln TMRCA of these pairs.
     """
     truth = np.concatenate([simulation.log_tmrca for simulation in simulations])
     constant = float(truth.mean())

@@ -1,4 +1,4 @@
-"""Evaluating a checkpoint: its input from held-out simulations, decoding, and the metrics of each variant."""
+"""Evaluating a checkpoint: input from held-out simulations, decoding, and the metrics of each variant."""
 
 import time
 
@@ -35,7 +35,7 @@ def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[s
     Parameters
     ----------
     batches : list of dict
-        Simulation batches as {path, scenario, start, count, lineage}; the lineage is checked where it is given.
+        Simulation batches as {path, scenario, start, count, lineage}; the lineage is checked if it is given.
     spec : dict
         The dataset's shape, as for `preprocess_simulation`.
     mask : bool array or None
@@ -107,9 +107,9 @@ def evaluate(
     threads : int, optional
         CPU threads; torch's own choice by default.
     checkpoint_lineage : str, optional
-        Lineage that the checkpoint must have.
+        Expected lineage of the checkpoint.
     lineage : str, optional
-        Digest of everything that the result depends on, stored in it.
+        Digest of everything the result depends on, stored in it.
     progress : callable
         Called with a line of text for each variant.
 
@@ -123,8 +123,8 @@ def evaluate(
     Raises
     ------
     BadRequest
-        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a batch is damaged, or
-        checkpoint or a batch are of another lineage.
+        If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a simulation batch is damaged,
+        or the lineage of the checkpoint or a simulation batch is not the expected one.
     """
     import torch
 
@@ -151,7 +151,7 @@ def evaluate(
         "missingness": mask is not None,
     }
     if requested != expected:
-        raise BadRequest(f"{path} was trained with {expected}, but the evaluation asks for {requested}")
+        raise BadRequest(f"{path} was trained with {expected}, but the evaluation requests {requested}")
     model = load_model(path, device=device)
     grid = Grid(stored.model.grid_low, stored.model.grid_high, stored.model.bins)
     scenarios, tracks = {}, {}
@@ -194,7 +194,7 @@ def evaluate(
 
 
 def draw_figures(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
-    """The two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
+    """Draw the two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
     from cxt.evaluation.figures import draw_scatter, draw_tracks
 
     draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)

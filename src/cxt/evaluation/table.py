@@ -1,4 +1,4 @@
-"""The accuracy table of one or several evaluations, and reading their JSON files."""
+"""The accuracy table of evaluations, and reading their JSON files."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ def format_or_dash(value: float | None, form: str) -> str:
 
 
 def format_accuracy_table(results: list[dict]) -> str:
-    """Format evaluations as a Markdown table of accuracy, one row for each checkpoint and scenario."""
+    """Format evaluations as a Markdown table, with one row for each checkpoint and scenario."""
     rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
     for result in results:
         for name, metrics in result["scenarios"].items():

@@ -1,1 +1,1 @@
-"""The network: attention, transformer, adapter."""
+"""The network: attention, transformer, adapter and decoder."""

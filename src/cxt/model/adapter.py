@@ -1,4 +1,4 @@
-"""The sample-size adapter: from counts among few haplotypes to the input of a backbone that was trained on many."""
+"""The sample-size adapter, which maps counts of few haplotypes to the input of a backbone trained on many."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class IEAdapter(nn.Module):
     def __init__(self, config: AdapterConfig, backbone: ModelConfig):
         super().__init__()
         if not 1 < config.samples < backbone.samples:
-            raise BadRequest(f"adapter of {config.samples} samples: expected fewer than the backbone's {backbone.samples}")
+            raise BadRequest(f"an adapter must have fewer samples than the backbone's {backbone.samples}, got {config.samples}")
         self.config = config
         hidden = max(config.samples // 4, 1)
         self.excite = nn.Sequential(
@@ -37,7 +37,7 @@ class IEAdapter(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.out = nn.Linear(config.bottleneck, backbone.samples)
         self.alpha = nn.Parameter(torch.tensor(1e-3))
-        # The published `mask_token`: a value that nothing trains, so always 0 in published weights.
+        # The published `mask_token` is never trained, so that it is always 0 in published weights.
         self.register_buffer("mask_token", torch.tensor(0.0))
         self.overwrites_bin0 = backbone.mask_singletons or config.overwrite_bin0
 
@@ -56,7 +56,7 @@ def build_model(config: ModelConfig, adapter: AdapterConfig | None = None) -> Co
 
 
 def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
-    """Whether the backbone parameter *name* is trained along with the adapter, by the adapter's strategy."""
+    """Whether the backbone parameter *name* is trained along with the adapter, according to the adapter's strategy."""
     norms = config.unfreeze_strategy in ("ln", "ln_lastN") and "norm" in name
     last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
         name.startswith(f"blocks.{i}.") for i in range(max(0, layers - config.last_n), layers)

@@ -1,9 +1,9 @@
 """Attention of a prefix language model, without a dense mask.
 
 The sources (the prefix) attend to each other; a target attends to the whole prefix, to itself, and to the targets before it.
-That takes two calls of fused kernels, or on a GPU one call of FlexAttention, which is given the rule instead of a mask.
+This takes two calls of fused kernels or, on a GPU, one call of FlexAttention, which gets the rule instead of a mask.
 
-Shapes: B examples, P positions of the prefix, L positions in all, H heads, D width, hd = D / H.
+Shapes: B examples, P positions of the prefix, L positions in total, H heads, D width, hd = D / H.
 """
 
 import functools
@@ -43,7 +43,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     ----------
     x : tensor (..., L, hd)
     table : float32 tensor (2, L, hd / 2)
-        As `build_rotary_table` makes it.
+        From `build_rotary_table`.
 
     Returns
     -------
@@ -51,7 +51,7 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """
     pairs = x.float().unflatten(-1, (-1, 2))  # (..., L, hd / 2, 2)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # One pass over memory instead of several, which a compiler would fuse by itself.
+        # One pass over memory instead of several; a compiler would fuse them by itself.
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(*table))
     else:
         even, odd = pairs.unbind(-1)  # (..., L, hd / 2)
@@ -63,10 +63,10 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 def split_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int, *, targets_only: bool) -> torch.Tensor:
     """Prefix attention by torch's fused kernels.
 
-    One causal call over all positions, which is right for the targets, and one call for the sources among themselves. Torch's
-    flash kernels take heads of any width up to 256: where it is no multiple of 8, as the published 100, torch pads it inside
-    the call. (Torch's lower-right causal bias would save the causal call a quarter of its work, but `torch.compile` cannot
-    trace it and would break the graph twice in every block.)
+    One causal call over all positions gives the targets, and another call the sources. Torch's flash kernels support heads of
+    any width up to 256; if it is not a multiple of 8, such as the published 100, torch pads it inside the call. (Torch's
+    lower-right causal bias would save a quarter of the work of the causal call, but `torch.compile` cannot trace it and would
+    break the graph twice in every block.)
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def split_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: i
     prefix : int
         Number P of source positions, at the beginning.
     targets_only : bool
-        Compute the last L - P positions only.
+        Compute only the last L - P positions.
 
     Returns
     -------
@@ -92,9 +92,9 @@ def split_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: i
 
 @functools.cache
 def has_cpu_flash_kernels() -> bool:
-    """Whether this torch has the CPU kernels that `MergedAttention` calls, with the arguments that it knows.
+    """Whether this torch has the CPU kernels that `MergedAttention` calls, with the same arguments.
 
-    They are private to torch, and a release may change or drop them; `split_attention` then makes do without.
+    They are private to torch, and a release may change or drop them; `split_attention` then works without them.
     """
     probe = torch.ones((1, 1, 2, 8), dtype=torch.float32, device="cpu")
     try:
@@ -108,10 +108,10 @@ def has_cpu_flash_kernels() -> bool:
 
 
 class MergedAttention(torch.autograd.Function):
-    """Prefix attention on a CPU that computes nothing twice: all queries over the prefix, and targets causally over targets.
+    """Prefix attention on a CPU without duplicate work: all queries over the prefix, and targets causally over targets.
 
     The two parts of a target are merged by their normalizers (Milakov and Gimelshein 2018), which the flash kernel returns.
-    Its backward pass is exact for each part when it is given the merged output and normalizer.
+    The kernel's backward pass is exact for each part if it gets the merged output and normalizer.
     """
 
     @staticmethod
@@ -121,13 +121,13 @@ class MergedAttention(torch.autograd.Function):
         Parameters
         ----------
         ctx : autograd context
-            Keeps what `backward` needs.
+            Stores the tensors for `backward`.
         q, k, v : tensors (B, H, L, hd)
             Queries, keys and values.
         prefix : int
             Number P of source positions, at the beginning.
         targets_only : bool
-            Compute the last L - P positions only.
+            Compute only the last L - P positions.
 
         Returns
         -------
@@ -182,22 +182,22 @@ def build_block_mask(length: int, prefix: int, first: int, device: str):
 
 @functools.cache
 def compile_flex_attention():
-    """FlexAttention, compiled: otherwise it is not fused."""
+    """Compile FlexAttention, which is not fused otherwise."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 def flexible_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefix: int, *, targets_only: bool) -> torch.Tensor:
-    """The same as `split_attention` in one call of FlexAttention, which has gradients on a GPU only."""
+    """The same as `split_attention`, but in one call of FlexAttention, which has gradients on GPUs only."""
     length = q.shape[2]
     first = prefix if targets_only else 0
     mask = build_block_mask(length, prefix, first, str(q.device))
-    # Where the whole step is compiled, so is this; compiling it by itself would break the graph of the step.
+    # If the whole step is compiled, this is part of it; compiling it separately would break the graph of the step.
     attend = flex_attention if torch.compiler.is_compiling() else compile_flex_attention()
     return attend(q[:, :, first:], k, v, block_mask=mask)
 
 
 class Attention(nn.Module):
-    """Projections, rotary embedding and prefix attention of one block; the attribute *flexible* chooses FlexAttention."""
+    """Projections, rotary embedding and prefix attention of one block; the attribute *flexible* selects FlexAttention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,8 +1,8 @@
 """Autoregressive decoding with a key-value cache.
 
 The prefix of an example is computed once and shared by its replicates. Each step then passes one token per replicate through
-the network. All that changes from step to step is on the device, so that on a GPU a step is recorded once as a CUDA graph
-and replayed: launching its hundreds of small kernels one by one would take most of the time.
+the network. Everything that changes between steps is on the device, so that a GPU can record a step once as a CUDA graph and
+replay it; launching its hundreds of small kernels one by one would take most of the time.
 
 Shapes: B examples, R replicates, W windows, P = W positions of the prefix, H heads, D width, hd = D / H.
 """
@@ -22,12 +22,12 @@ from cxt.model.sampling import draw_uniforms, sample_bins, top_k_filter
 from cxt.random_seeds import check_seed
 
 GRAPH_SLOTS = 64
-"""One CUDA graph is recorded for this many decoded windows; it reads as many slots of the cache as the last of them needs."""
+"""Number of consecutive windows that share one CUDA graph, which reads as many slots of the cache as the last of them needs."""
 
 
 @functools.cache
 def get_recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which graphs of a GPU are recorded; a new one each time would keep a workspace of some MB each."""
+    """The stream on which graphs of a GPU are recorded; each new stream would keep a workspace of some MB."""
     return torch.cuda.Stream(device)
 
 
@@ -36,7 +36,7 @@ def _is_whole(value) -> bool:
 
 
 class KeyValueCache:
-    """Keys and values of one block: those of the prefix once per example, those of decoded tokens for each replicate."""
+    """Keys and values of one block: for the prefix once per example, for decoded tokens once per replicate."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, replicates: int):
         self.prefix_k, self.prefix_v = k.contiguous(), v.contiguous()  # (B, H, P, hd)
@@ -47,7 +47,7 @@ class KeyValueCache:
     def attend(self, q, k, v, step: torch.Tensor, slots: int, hidden: torch.Tensor | None) -> torch.Tensor:
         """Add one token per replicate at *step* (1,), and attend from it to the prefix and to the first *slots* tokens.
 
-        q, k, v and the result are (B, H, R, hd); *hidden* (slots,) is True for tokens that are not there yet.
+        q, k, v and the result are (B, H, R, hd); *hidden* (slots,) is True for tokens that are not decoded yet.
         """
         self.k.index_copy_(3, step, k.unsqueeze(3))
         self.v.index_copy_(3, step, v.unsqueeze(3))
@@ -62,11 +62,11 @@ class KeyValueCache:
 
 
 class Decoder:
-    """Decodes batches of a fixed number of examples, one after another; special tokens are never sampled.
+    """Decodes batches of a fixed number of examples; special tokens are never sampled.
 
-    The random numbers of an example depend on *seed* and on its id only, so that it does not matter which others are decoded
-    with it, nor on which device, except for the rounding of floating-point numbers. Keys and values are held in the precision
-    that the network computes in. The model's weights must not change while the decoder is in use.
+    The random numbers of an example depend only on *seed* and its id, so that its result does not depend on the other examples
+    of the batch or on the device, except for rounding. Keys and values are stored in the precision of the network's arithmetic.
+    The model's weights must not change while the decoder is in use.
 
     Parameters
     ----------
@@ -77,29 +77,29 @@ class Decoder:
     temperature : float
         Divides the logits before sampling.
     top_k : int, optional
-        Sample among this many most probable bins; all by default.
+        Sample only from this many most probable bins; all by default.
     seed : int
         Seed of the random numbers, 0 to 2^63 - 1.
     slots : int, optional
-        Slots of the cache by which a step's view of it grows; by default 1 on a CPU, and 64 where graphs are recorded.
+        Number of slots by which a step's view of the cache grows; by default 1 on a CPU, and 64 if graphs are recorded.
 
     Raises
     ------
     BadRequest
-        If replicates, temperature, top_k or slots are not above 0, all but the temperature not whole numbers, or there is no
-        such seed.
+        If replicates, top_k or slots are not positive whole numbers, temperature is not a positive finite number, or seed is
+        out of range.
     """
 
     def __init__(self, model, *, replicates: int = 1, temperature: float = 1.0, top_k=None, seed: int = 0, slots=None):
         whole = {"replicates": replicates, "top_k": top_k, "slots": slots}
         for name, value in {**whole, "seed": seed}.items():
             if (value is not None or name in ("replicates", "seed")) and not _is_whole(value):
-                raise BadRequest(f"{name} {value!r}: expected a whole number")
+                raise BadRequest(f"{name} must be a whole number, got {value!r}")
         if not (isinstance(temperature, numbers.Real) and temperature < math.inf):
-            raise BadRequest(f"temperature {temperature!r}: expected a finite number")
+            raise BadRequest(f"temperature must be a finite number, got {temperature!r}")
         for name, value in {**whole, "temperature": temperature}.items():
             if value is not None and not value > 0:
-                raise BadRequest(f"{name} {value}: expected above 0")
+                raise BadRequest(f"{name} must be positive, got {value}")
         self.model, self.backbone = model, model.backbone
         self.replicates, self.temperature, self.top_k, self.seed = replicates, temperature, top_k, check_seed(seed)
         self.on_gpu = self.backbone.head.weight.is_cuda
@@ -110,13 +110,13 @@ class Decoder:
     def decode(
         self, x: torch.Tensor, *, example_ids=None, tokens: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one batch; what it returns is overwritten by the next.
+        """Decode one batch; the next call overwrites the returned tensors.
 
         Parameters
         ----------
         x : log1p counts (B, 2, S, W, n)
-        example_ids : (B,) whole numbers that tell the examples apart; 0, 1, … by default
-        tokens : (B, R, W + 1); if given, nothing is sampled and these are fed instead (for tests and scoring)
+        example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
+        tokens : (B, R, W + 1); if given, nothing is sampled and the network is fed these (for tests and scoring)
 
         Returns
         -------
@@ -124,11 +124,11 @@ class Decoder:
         probabilities : (B, R, W, bins) float32, the predictive distribution of each window before *top_k*
         """
         kind = x.device.type
-        # Without a cache of cast weights: a graph must not hold what another one has made.
+        # Without autocast's cache of weights: a graph must not refer to tensors of another one.
         precision = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
-        # Streams and graphs are of torch's current GPU, which need not be the model's.
+        # Streams and graphs belong to torch's current GPU, which may not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
             self._start(x, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
@@ -141,23 +141,23 @@ class Decoder:
         return self.chosen, self.probabilities
 
     def _check_ids(self, example_ids, count: int) -> list[int]:
-        """The ids of *count* examples as a list; BadRequest unless they are that many whole numbers of 64 bits."""
+        """The ids of *count* examples as a list; BadRequest unless they are *count* 64-bit integers."""
         ids = list(range(count) if example_ids is None else getattr(example_ids, "tolist", lambda: example_ids)())
         if len(ids) != count or not all(_is_whole(number) and -(2**63) <= number < 2**63 for number in ids):
-            raise BadRequest(f"example_ids: expected {count} whole numbers, one for each example of X")
+            raise BadRequest(f"example_ids must be {count} whole numbers, one for each example of X")
         return ids
 
     def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
-        """Tokens to feed, on the model's device; BadRequest if they are not tokens of *count* examples."""
+        """Tokens to feed, moved to the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None
         check_tokens(self.model, tokens, examples=count, replicates=self.replicates)
         if tokens.is_floating_point() or tokens.min() < 0 or tokens.max() >= self.model.config.vocabulary:
-            raise BadRequest(f"tokens: expected whole numbers from 0 to {self.model.config.vocabulary - 1}")
+            raise BadRequest(f"tokens must be whole numbers from 0 to {self.model.config.vocabulary - 1}")
         return tokens.to(self.backbone.head.weight.device)
 
     def _start(self, x: torch.Tensor, example_ids: list[int], tokens: torch.Tensor | None) -> None:
-        """Compute the prefix, and begin at the first window; in the same memory as before if the shape is the same."""
+        """Compute the prefix and reset to the first window, reusing memory if the shape is the same as before."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
         uniform = torch.from_numpy(draw_uniforms(self.seed, example_ids, replicates=self.replicates, windows=windows))
         caches = self._prefill(self.model.adapt_input(x))
@@ -181,7 +181,7 @@ class Decoder:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         self.current = torch.full((batch, self.replicates), START_TOKEN, device=device)
         self.chosen = torch.zeros((batch, self.replicates, windows), dtype=torch.int64, device=device)
-        # Lightning's bf16-true makes another type the default.
+        # Lightning's bf16-true changes torch's default type.
         self.probabilities = torch.zeros(
             (batch, self.replicates, windows, self.model.config.bins), dtype=torch.float32, device=device
         )
@@ -200,7 +200,7 @@ class Decoder:
         return result
 
     def _logits(self, slots: int) -> torch.Tensor:
-        """Logits of the next window, (B, R, bins) float32, special tokens left out."""
+        """Logits of the next window, (B, R, bins) float32, without special tokens."""
         backbone = self.backbone
         h = backbone.token_embedding(self.current)  # (B, R, D)
         position = backbone.rotary.index_select(1, self.step + self.uniform.shape[-1])
@@ -212,7 +212,7 @@ class Decoder:
         return backbone.head(backbone.norm(h)).float()[..., SPECIAL_TOKENS:]
 
     def _advance(self, slots: int) -> None:
-        """Decode one window, looking at the first *slots* slots of the caches; changes tensors in place only."""
+        """Decode one window with the first *slots* slots of the caches; modifies tensors only in place."""
         logits = self._logits(slots) / self.temperature
         probabilities = logits.softmax(-1)
         self.probabilities.index_copy_(2, self.step, probabilities.unsqueeze(2))
@@ -227,7 +227,7 @@ class Decoder:
         self.step += 1
 
     def _graph(self, slots: int) -> torch.cuda.CUDAGraph:
-        """The step as a CUDA graph, recorded when it is first asked for; before that it is run, and taken back."""
+        """Return the step's CUDA graph, recorded on first use after two warm-up steps whose effects are undone."""
         if slots in self._graphs:
             return self._graphs[slots]
         step, current = self.step.clone(), self.current.clone()
@@ -240,7 +240,7 @@ class Decoder:
                 self.current.copy_(current)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Threads that make batches, and those that watch other ranks, go on talking to the GPU.
+        # Threads that prepare batches or watch other ranks continue to use the GPU.
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
             self._advance(slots)
         self._graphs[slots] = graph

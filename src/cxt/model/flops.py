@@ -1,6 +1,6 @@
-"""How much arithmetic training and decoding take.
+"""FLOPs of training and decoding.
 
-FLOPs are counted from the shapes, two for each multiplication and addition, and only where the prefix-LM lets a position
+FLOPs are counted from the shapes, two for each multiplication with addition, and only where a position of the prefix-LM may
 attend. A forward pass over one example, for W windows, width D, L blocks, H scales and n samples:
 
     matrices    2·W tokens × 24·D² × L      (attention 3 + 1, MLP 4 + 4)
@@ -8,14 +8,14 @@ attend. A forward pass over one example, for W windows, width D, L blocks, H sca
     head        2·W·D·vocabulary
     embedding   2 channels × H·W × 2·(n·D/H + (D/H)²)
 
-A backward pass costs as much again for the gradients of activations, and once more for those of trained matrices.
+A backward pass takes as much again for the gradients of activations, and once more for those of trained matrices.
 """
 
 from cxt.config.network import AdapterConfig, ModelConfig
 
 
 def forward_flops(network: ModelConfig) -> dict[str, float]:
-    """FLOPs of one example forward, by part: blocks (matrices), attention, head, embedding."""
+    """FLOPs of the forward pass of one example, by part: blocks (matrices), attention, head, embedding."""
     windows, width, hidden = network.windows, network.width, network.width // network.scales
     live = 2 * windows**2 + windows * (windows + 1) / 2
     return {
@@ -33,12 +33,12 @@ def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None) -
         return 3 * sum(parts.values())
     trained = min(adapter.last_n, network.layers) / network.layers if "lastN" in adapter.unfreeze_strategy else 0.0
     frozen = parts["head"] + parts["embedding"] + (1 - trained) * parts["blocks"]
-    # The adapter itself, 3 matrices of some tens of rows, is below a thousandth of this.
+    # The adapter itself, 3 matrices of some tens of rows, takes less than a thousandth of this.
     return 3 * sum(parts.values()) - frozen
 
 
 def decoding_flops(network: ModelConfig, *, replicates: int) -> float:
-    """FLOPs of decoding one pair: the sources once, and each replicate's windows one after another."""
+    """FLOPs of decoding one pair: the sources once, and the windows of each replicate."""
     windows, width = network.windows, network.width
     parts = forward_flops(network)
     sources = parts["blocks"] / 2 + 4 * width * windows**2 * network.layers + parts["embedding"]

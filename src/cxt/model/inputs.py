@@ -1,7 +1,7 @@
 """Checks of a network's input X: its shape, its values, and whether they are in the range of the training data.
 
-A network answers to any numbers. Input that cannot be right is refused. Input outside the range of the training data, for
-which the accuracy of an estimate is not known, raises a warning.
+A network gives an output for any numbers. Input that cannot be right is refused. Input outside the range of the training data,
+where the accuracy of estimates is unknown, causes a warning.
 """
 
 import math
@@ -20,20 +20,20 @@ MISSING_MARGIN = 0.05
 """Missing fractions may be this much below or above the range of the training data without a warning."""
 
 PRECISION = 2.0**-8
-"""Relative error of a logarithm that was rounded to bfloat16."""
+"""Relative error of a logarithm rounded to bfloat16."""
 
 
 class OutsideTraining(UserWarning):
-    """X is not like the data that the network was trained on."""
+    """X is outside the range of the data that the network was trained on."""
 
 
 class TrainedOn(NamedTuple):
-    """What a checkpoint says of its training data.
+    """Description of training data in a checkpoint.
 
     scales : window widths in base windows
     ranges : smallest and largest value over the training simulations, by name: `diversity` (pairwise differences per
-        accessible bp), `mutation_rate` and `recombination_rate` (per bp and generation), `missingness` (share of the
-        region); those that are not known are left out or None
+        accessible bp), `mutation_rate` and `recombination_rate` (per bp and generation), `missingness` (fraction of the
+        region); unknown ranges are missing or None
     """
 
     scales: tuple[int, ...]
@@ -41,27 +41,27 @@ class TrainedOn(NamedTuple):
 
 
 def convert_input(model, x) -> torch.Tensor:
-    """*x*, an array or tensor of any floating-point type, as a tensor on the model's device; BadRequest if it is none."""
+    """Convert *x*, a floating-point array or tensor, to a tensor on the model's device; BadRequest for anything else."""
     try:
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BadRequest(f"X is no array of numbers: {error}") from None
+        raise BadRequest(f"X must be an array of numbers: {error}") from None
     if not x.is_floating_point():
-        raise BadRequest(f"X holds {str(x.dtype).removeprefix('torch.')}, expected floating-point log1p of counts")
+        raise BadRequest(f"X must be floating-point log1p of counts, got {str(x.dtype).removeprefix('torch.')}")
     return x.to(model.backbone.head.weight.device)
 
 
 def check_shape(model, x) -> None:
-    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) as *model* reads them."""
+    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) with the sizes of *model*."""
     if not isinstance(x, torch.Tensor):
-        raise BadRequest(f"X is a {type(x).__name__}, expected a tensor: torch.as_tensor(X)")
+        raise BadRequest(f"X must be a tensor, as from torch.as_tensor(X), got {type(x).__name__}")
     config = model.config
     expected = (2, config.scales, config.windows, model.samples)
     if tuple(x.shape[1:]) == expected:
         return
     shape = tuple(x.shape)
     message = (
-        f"X has shape {shape}, expected (examples, 2, {', '.join(map(str, expected[1:]))}): this model reads {config.windows} "
+        f"X must have shape (examples, 2, {', '.join(map(str, expected[1:]))}), got {shape}: this model reads {config.windows} "
         f"windows of {model.samples} haplotypes at {config.scales} scales"
     )
     if shape == expected:
@@ -75,7 +75,7 @@ def check_shape(model, x) -> None:
     ]
     details = f"{message}; X has {', '.join(differing)}"
     if shape[4] != expected[3]:
-        details += "; a checkpoint with an adapter reads another number of haplotypes than one without"
+        details += "; a checkpoint with an adapter reads a different number of haplotypes than one without"
     raise BadRequest(details)
 
 
@@ -85,31 +85,32 @@ def check_tokens(model, y, *, examples: int, replicates: int | None = None) -> N
     if not isinstance(y, torch.Tensor) or tuple(y.shape) != expected:
         description = f"has shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"is a {type(y).__name__}"
         raise BadRequest(
-            f"the tokens are {expected} for X and this model: a start token and one of each window; y {description}"
+            f"the tokens must have shape {expected}, a start token and one token per window for each example of X; y "
+            f"{description}"
         )
 
 
 def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, recombination_rate=None) -> None:
-    """Check X, made with windows of *window_size* bp, against what *model* was trained for.
+    """Check that X, computed with windows of *window_size* bp, is valid input of *model*.
 
     Raises
     ------
     BadRequest
-        For another window size, numbers that are not log1p of counts, or missingness that is not there.
+        For a wrong window size, numbers that are not log1p of counts, or lack of missingness that the model reads.
 
     Warns
     -----
     OutsideTraining
-        Once, of everything that lies outside the ranges of the training data, and of windows of other scales.
+        Once, about everything that is outside the ranges of the training data, and about windows of other scales.
     """
     check_shape(model, x)
     _check_window_size(model, window_size)
     rates = {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}
     for name, rate in rates.items():
         if rate is not None and not (_is_number(rate) and 0 <= rate < math.inf):
-            raise BadRequest(f"{name} is {rate!r}, expected a number per bp and generation")
+            raise BadRequest(f"{name} must be a number per bp and generation, got {rate!r}")
     if not len(x):
-        raise BadRequest("X holds no example")
+        raise BadRequest("X has no examples")
     counts = _recover_counts(x)
     missing = _recover_missing(model, x)  # (B, scales, windows) or None
     if model.trained_on is None:
@@ -126,13 +127,13 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
         description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
     ]
     if not _hold_same_sites(spectra):
-        outside.append(f"its windows do not hold the same sites at each of the scales {', '.join(map(str, scales))}")
+        outside.append(f"its windows do not contain the same sites at each of the scales {', '.join(map(str, scales))}")
     if outside:
         warnings.warn(
-            f"X is not like the data that this model was trained on: {'; '.join(outside)}. How good its estimates are there is "
-            "not known",
+            f"X is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of estimates there "
+            "is unknown",
             OutsideTraining,
-            stacklevel=3,  # whoever has called `generate`
+            stacklevel=3,  # the caller of `generate`
         )
 
 
@@ -142,11 +143,11 @@ def _is_number(value) -> bool:
 
 def _check_window_size(model, window_size) -> None:
     if not _is_number(window_size):
-        raise BadRequest(f"window_size is {window_size!r}, expected the base pairs of a window of X")
+        raise BadRequest(f"window_size must be the base pairs per window of X, got {window_size!r}")
     if window_size != model.config.window_size:
         raise BadRequest(
-            f"this model reads windows of {model.config.window_size} bp, these counts were made with {window_size:g}; make "
-            "them with the model's, or train a model for them"
+            f"this model reads windows of {model.config.window_size} bp, but the counts were computed with {window_size:g} bp; "
+            "compute them with the model's window size, or train a model with theirs"
         )
 
 
@@ -154,20 +155,20 @@ def _recover_counts(x: torch.Tensor) -> torch.Tensor:
     """Recover the counts of X (B, 2, S, W, n), without bin 0, as float32; BadRequest if they are not whole numbers."""
     x = x[..., 1:].float()
     if not torch.isfinite(x).all():
-        raise BadRequest("X holds numbers that are not finite")
+        raise BadRequest("X must be finite")
     counts = torch.expm1(x).round_()
     wrong = (x - torch.log1p(counts)).abs() > PRECISION * x.abs()
     if wrong.any():
         value = float(x[wrong][0])
         raise BadRequest(
-            f"X holds {value:.4g}, which is log1p of no count, but of {math.expm1(value):.4g}: pass the natural logarithm of "
-            "1 + count, such as torch.log1p(torch.from_numpy(cxt.pair_features(…)))"
+            f"X has the value {value:.4g}, which is log1p of {math.expm1(value):.4g} and not of a count: pass the natural "
+            "logarithm of 1 + count, such as torch.log1p(torch.from_numpy(cxt.pair_features(…)))"
         )
     return counts
 
 
 def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
-    """Recover missing fractions f (B, S, W) from bin 0 of X, ln(1 + e^f) and ln(1 + e^(1-f)); None if it holds none."""
+    """Recover missing fractions f (B, S, W) from bin 0 of X, ln(1 + e^f) and ln(1 + e^(1-f)); None if there are none."""
     is_read = not (model.config.mask_singletons if model.adapter is None else model.adapter.overwrites_bin0)
     bin0 = x[..., 0].float()  # (B, 2, S, W)
     fraction = torch.log(torch.expm1(bin0))
@@ -178,14 +179,14 @@ def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
         return f.clamp(0, 1)
     if is_read:
         raise BadRequest(
-            "this model reads the missing fraction of each window from frequency bin 0, and that of X holds something else; "
-            "give cxt.pair_features a mask (all False if nothing is missing)"
+            "this model reads the missing fraction of each window from frequency bin 0, but that of X holds something else; "
+            "pass cxt.pair_features a mask (all False if nothing is missing)"
         )
     return None
 
 
 def _mean_missing(missing: torch.Tensor, scale: int) -> torch.Tensor:
-    """Missing share of the region (B,), from the windows of the first scale that lie side by side, by their widths."""
+    """Missing fraction of the region (B,), from adjacent windows of the first scale, weighted by their widths."""
     windows = missing.shape[2]
     starts = torch.arange(0, windows, scale, device=missing.device)
     widths = (windows - starts).clamp(max=scale).float()
@@ -193,13 +194,13 @@ def _mean_missing(missing: torch.Tensor, scale: int) -> torch.Tensor:
 
 
 def _hold_same_sites(spectra: list[torch.Tensor]) -> bool:
-    """Whether the windows of each scale that lie side by side hold the same sites, as far as rounding allows."""
+    """Whether the adjacent windows of each scale contain the same sites, up to rounding."""
     totals = torch.stack([spectrum.sum(-1) for spectrum in spectra])  # (scales, B)
     return not bool(((totals.amax(0) - totals.amin(0)) > 0.25 * totals.amax(0) + 1).any())
 
 
 def _compute_diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, bases: int) -> torch.Tensor:
-    """Mean pairwise differences per accessible bp (B,), of site frequency spectra (B, n - 1): bins 1 to n - 1."""
+    """Mean pairwise differences per accessible bp (B,), from site frequency spectra (B, n - 1) of bins 1 to n - 1."""
     samples = spectrum.shape[-1] + 1
     derived = torch.arange(1, samples, dtype=torch.float64, device=spectrum.device)
     pairs_that_differ = derived * (samples - derived) / (samples * (samples - 1) / 2)
@@ -207,7 +208,7 @@ def _compute_diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, ba
 
 
 def _describe_outside(name: str, values: list[float], limits) -> str | None:
-    """Describe how values lie outside the limits; None if they do not, or if the limits are not known."""
+    """Describe how values are outside the limits; None if they are not, or the limits are unknown."""
     if limits is None:
         return None
     low, high = limits

@@ -1,4 +1,4 @@
-"""Sampling bins from predictive distributions, with random numbers that depend on what is decoded, not on its batch.
+"""Sampling bins from predictive distributions, with random numbers that do not depend on the batch.
 
 Each random number is a hash of (seed, example, replicate, window), so that an example gets the same numbers in any batch and
 on any device. The hash is SplitMix64's finalizer, applied to the seed and again after each further part of the key is added.
@@ -11,14 +11,14 @@ from cxt.random_seeds import GOLDEN, check_seed, mix_bits
 
 
 def draw_uniforms(seed: int, examples, *, replicates: int, windows: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), (examples, replicates, windows) float64, each a function of seed and its place only.
+    """Draw uniform numbers in [0, 1), (examples, replicates, windows) float64, each a function of seed and its indices only.
 
     Parameters
     ----------
     seed : int
         From 0 to 2^63 - 1.
     examples : integer sequence (examples,)
-        Numbers that tell examples apart, such as their positions in a dataset.
+        Numbers that identify examples, such as their positions in a dataset.
     replicates, windows : int
         Decoded sequences per example, and windows of each.
 
@@ -29,7 +29,7 @@ def draw_uniforms(seed: int, examples, *, replicates: int, windows: int) -> np.n
     Raises
     ------
     BadRequest
-        If there is no such seed.
+        If the seed is out of range.
     """
     with np.errstate(over="ignore"):
         state = mix_bits(np.uint64(check_seed(seed)) + np.uint64(GOLDEN))
@@ -63,5 +63,5 @@ def sample_bins(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Ten
     """
     cumulative = probabilities.double().cumsum(-1)
     target = (uniform * cumulative[..., -1]).unsqueeze(-1)
-    # Rounding may take `target` up to the sum; the last bin that has any probability is where the sum is reached.
+    # By rounding, `target` may reach the sum; the second term is the last bin with positive probability.
     return torch.minimum((cumulative <= target).sum(-1), (cumulative < cumulative[..., -1:]).sum(-1))

@@ -1,7 +1,7 @@
 """The network: a prefix language model over windows.
 
-The source embedding turns the counts of each window into one vector. These are the prefix, and see each other freely.
-After them come the start token and the bins predicted so far; each sees the whole prefix and what stands before it.
+The source embedding turns the counts of each window into one vector. These vectors are the prefix, and see each other freely.
+They are followed by the start token and the bins predicted so far; each sees the whole prefix and the tokens before it.
 The loss that training minimises is `CoalescenceModel.loss`.
 
 Shapes: B examples, W windows, P = W sources, T = 2W positions, H heads, D width, S scales, n samples, V vocabulary,
@@ -26,11 +26,11 @@ CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
 
 CHUNKS = 8
-"""Parts of a loss that is computed in chunks."""
+"""Number of parts of a loss that is computed in chunks."""
 
 
 class SourceEmbedding(nn.Module):
-    """Counts of one window to one vector; the same two-layer perceptron for every channel and scale."""
+    """Maps the counts of one window to one vector, by the same two-layer perceptron for every channel and scale."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -44,7 +44,7 @@ class SourceEmbedding(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed the log1p counts of each window: (B, 2, S, W, n) -> (B, W, D)."""
-        # Masking bin 0 in the weights is the same as in x, and spares a copy of x.
+        # Masking bin 0 in the weights is equivalent to masking it in x, and avoids a copy of x.
         x = F.linear(x, self.inner.weight * self.bins, self.inner.bias)
         x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
         x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
@@ -52,7 +52,7 @@ class SourceEmbedding(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Weight only, eps 1e-5."""
+    """Layer norm without bias, with eps 1e-5."""
 
     def __init__(self, width: int):
         super().__init__(width, eps=1e-5, bias=False)
@@ -89,11 +89,11 @@ class Block(nn.Module):
         ----------
         x : tensor (B, L, D)
         table : float32 tensor (2, L, hd / 2)
-            As `cxt.model.attention.build_rotary_table` makes it.
+            From `cxt.model.attention.build_rotary_table`.
         prefix : int
-            Number of positions, at the beginning, that all positions see.
+            Number of positions at the beginning that all positions see.
         targets_only : bool
-            Compute the positions after the prefix only.
+            Compute only the positions after the prefix.
 
         Returns
         -------
@@ -135,7 +135,7 @@ class Backbone(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if self.rotary.dtype != torch.float32:  # half precision is too coarse for angles of up to 2W radians
+        if self.rotary.dtype != torch.float32:  # half precision is not sufficient for angles of up to 2W radians
             self.rotary = self._rotary_table(self.rotary.device)
         return self
 
@@ -146,9 +146,9 @@ class Backbone(nn.Module):
         return block(h, table, prefix, targets_only=targets_only)
 
     def states(self, x: torch.Tensor, y: torch.Tensor, *, all_positions: bool = False) -> torch.Tensor:
-        """What the head reads, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
+        """The input of the head, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
 
-        The last token is not read: nothing is predicted after it. With *all_positions*, all positions (B, 2W, D).
+        The last token is not read, because nothing is predicted after it. With *all_positions*, all positions (B, 2W, D).
         """
         source = self.source_embedding(x)  # (B, W, D)
         target = self.token_embedding(y[:, :-1])  # (B, W, D)
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
         prefix = windows + int(self.config.start_token_in_prefix)
         for block in self.blocks[:-1]:
             h = self._block(block, h, prefix)
-        # The sources' last states are read by nothing.
+        # The last states of the sources are not used.
         if prefix == windows and not all_positions:
             return self.norm(self._block(self.blocks[-1], h, prefix, targets_only=True))
         h = self._block(self.blocks[-1], h, prefix)
@@ -174,7 +174,7 @@ class CoalescenceModel(nn.Module):
     ``forward(X, y)`` takes log1p counts (B, 2, scales, windows, samples) and tokens (B, windows + 1), and returns logits
     (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X, window_size=…)`` decodes.
 
-    *trained_on*, a `cxt.model.inputs.TrainedOn`, is what its checkpoint says of its training data; None for a new network.
+    *trained_on*, a `cxt.model.inputs.TrainedOn`, describes the training data of its checkpoint; None for a new network.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -186,11 +186,11 @@ class CoalescenceModel(nn.Module):
 
     @property
     def samples(self) -> int:
-        """Haplotypes of its input."""
+        """Number of haplotypes of its input."""
         return self.config.samples if self.adapter is None else self.adapter.config.samples
 
     def train(self, mode: bool = True) -> "CoalescenceModel":
-        """As usual, but an adapter's backbone stays in eval mode: it is trained without dropout."""
+        """Set training mode as usual, except that an adapter's backbone stays in eval mode, to train without dropout."""
         super().train(mode)
         if self.adapter is not None:
             self.backbone.eval()
@@ -199,7 +199,7 @@ class CoalescenceModel(nn.Module):
     def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
         """Check the shape of X, and pass it through the adapter if there is one."""
         check_shape(self, x)
-        x = x.to(self.backbone.head.weight.dtype)  # counts come as float32; the network may be in bfloat16
+        x = x.to(self.backbone.head.weight.dtype)  # counts are float32; the network may be in bfloat16
         return x if self.adapter is None else self.adapter(x)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ class CoalescenceModel(nn.Module):
         Raises
         ------
         BadRequest
-            If X or y is no tensor of that shape.
+            If X or y is not a tensor of that shape.
         """
         source = self.adapt_input(x)
         check_tokens(self, y, examples=len(source))
@@ -229,8 +229,8 @@ class CoalescenceModel(nn.Module):
     def loss(self, x: torch.Tensor, y: torch.Tensor, *, path: str = "target") -> torch.Tensor:
         """Mean cross-entropy over all windows of all examples.
 
-        The same by each *path*: `target` puts the head on the positions that predict, `full` on all, as published, and
-        `chunked` as `target` but an eighth of the windows after another, whose logits are computed again in the backward pass.
+        It is the same for every *path*: `target` applies the head to the positions that predict windows, `full` to all, as
+        published, and `chunked` to an eighth of the predicting positions at a time, recomputing logits in the backward pass.
         """
         x = self.adapt_input(x)
         check_tokens(self, y, examples=len(x))
@@ -249,7 +249,7 @@ class CoalescenceModel(nn.Module):
         return F.cross_entropy(self.backbone.head(states).float(), labels, reduction="sum")
 
     def use_flex_attention(self) -> None:
-        """Compute attention with FlexAttention from now on; with gradients only on a GPU."""
+        """Use FlexAttention from now on, which has gradients on GPUs only."""
         for block in self.backbone.blocks:
             block.attention.flexible = True
 
@@ -268,17 +268,17 @@ class CoalescenceModel(nn.Module):
         tokens: torch.Tensor | None = None,
         slots: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decode one batch, after a check that X is what this network was trained for.
+        """Decode one batch, after checking that X is valid input of this network.
 
         Parameters
         ----------
-        x : log1p of the counts that `cxt.pair_features` makes, tensor or array (B, 2, scales, windows, samples)
-        window_size : base pairs of a window of X; must be the model's
-        mutation_rate, recombination_rate : per bp and generation, of the species that X is from, where they are known;
-            compared with those of the training data
-        replicates, temperature, top_k, seed, slots : of the sampling, as `cxt.model.decoder.Decoder` says
-        example_ids : (B,) whole numbers that tell the examples apart; 0, 1, … by default
-        tokens : (B, replicates, windows + 1); if given, nothing is sampled and these are fed instead
+        x : log1p of counts from `cxt.pair_features`, tensor or array (B, 2, scales, windows, samples)
+        window_size : base pairs per window of X; must equal the model's
+        mutation_rate, recombination_rate : rates per bp and generation of the species of X, if known, to compare with those of
+            the training data
+        replicates, temperature, top_k, seed, slots : sampling settings, see `cxt.model.decoder.Decoder`
+        example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
+        tokens : (B, replicates, windows + 1); if given, nothing is sampled and the network is fed these
 
         Returns
         -------
@@ -288,14 +288,14 @@ class CoalescenceModel(nn.Module):
         Raises
         ------
         BadRequest
-            If X has another shape or window size, is not log1p of counts, lacks missingness that the model reads, or a setting
-            is not valid.
+            If X has the wrong shape or window size, is not log1p of counts, lacks missingness that the model reads, or a
+            setting is not valid.
 
         Warns
         -----
         cxt.model.inputs.OutsideTraining
-            If diversity, missing data or a given rate lie outside the range of the training data, which the checkpoint stores:
-            diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
+            If diversity, missingness or a given rate is outside the range of the training data, which is stored in the
+            checkpoint: diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
         """
         x = convert_input(self, x)
         check_input(self, x, window_size=window_size, mutation_rate=mutation_rate, recombination_rate=recombination_rate)

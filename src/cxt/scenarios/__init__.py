@@ -1,1 +1,1 @@
-"""From the name of a scenario to a tree sequence."""
+"""Scenarios: from a name to a tree sequence."""

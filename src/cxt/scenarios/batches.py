@@ -16,11 +16,11 @@ from cxt.lineage import check_lineage, how_to_remake
 from cxt.scenarios.registry import simulate_tables
 
 IDENTITY = {"scenario", "index", "seed", "spec", "mutation_rate", "recombination_rate"}
-"""Keys that the metadata of every simulation must have."""
+"""Required keys of the metadata of a simulation."""
 
 
 def how_to_reproduce(spec: dict, *, index: int, seed: int) -> str:
-    """Say which simulation this was, and the command that makes it alone."""
+    """Name a simulation, and the command that reproduces it alone."""
     arguments = [
         "--spec",
         canonical_json(spec),
@@ -40,14 +40,14 @@ def how_to_reproduce(spec: dict, *, index: int, seed: int) -> str:
 
 
 def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage: str | None = None, progress=None) -> None:
-    """Simulate consecutive indices of a variant into one file, which appears only when it is complete.
+    """Simulate consecutive indices of a variant into one file, which is created only when it is complete.
 
-    One simulation is in memory at a time. An exception says which simulation it came from, and how to reproduce that alone.
+    One simulation is in memory at a time. An exception says in which simulation it occurred, and how to reproduce it alone.
 
     Parameters
     ----------
     path : path-like
-        The batch to write.
+        The simulation batch to write.
     spec : dict
         Parameters of the variant.
     start, count : int
@@ -55,9 +55,9 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage:
     seed : int
         Seed of the workflow.
     lineage : str, optional
-        Stored in the metadata of each simulation.
+        Lineage to store in the metadata of each simulation.
     progress : callable, optional
-        Called with each index before it is simulated, and once more before the file gets its name.
+        Called with each index before it is simulated, and once more before the file is renamed.
     """
     path = Path(path)
     check_writable(path)
@@ -82,15 +82,15 @@ def write_batch(path, spec: dict, *, start: int, count: int, seed: int, lineage:
 def read_batch(
     path, *, start: int, count: int, scenario: str | None = None, seed: int | None = None, lineage: str | None = None
 ) -> Iterator[tskit.TreeSequence]:
-    """The tree sequences of a batch file, in order.
+    """Read the tree sequences of a simulation batch, in order.
 
     Parameters
     ----------
     path : path-like
     start, count : int
-        First index, and number of simulations, that the file must hold.
+        Expected first index and number of simulations.
     scenario, seed, lineage : optional
-        Variant, workflow seed and lineage that the simulations must have, where given.
+        Expected variant, workflow seed and lineage of the simulations, if given.
 
     Yields
     ------
@@ -99,50 +99,53 @@ def read_batch(
     Raises
     ------
     BadRequest
-        If the file is cut (within or between two tree sequences), holds more than *count*, or holds another simulation
-        than (*scenario*, *start* + i) at place i, or of another *lineage*.
+        If the file is truncated (within or between two tree sequences), has more than *count* simulations, another simulation
+        than (*scenario*, *start* + i) at place i, or another *lineage*.
     """
     remedy = how_to_remake(path, delete=str(path))
     try:
         file = open(path, "rb")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise BadRequest(f"batch {path} cannot be read: {error.strerror}; {how_to_remake(path)}") from None
+        raise BadRequest(f"simulation batch {path} cannot be read: {error.strerror}; {how_to_remake(path)}") from None
     with file:
         for i in range(count):
             try:
                 ts = tskit.load(file)
             except EOFError:
-                raise BadRequest(f"{path} is truncated: it holds {i} tree sequences, expected {count}; {remedy}") from None
+                raise BadRequest(f"{path} is truncated: it holds only {i} of {count} tree sequences; {remedy}") from None
             except (tskit.FileFormatError, tskit.LibraryError, OSError) as error:
                 raise BadRequest(f"{path} is damaged or truncated at tree sequence {i} of {count}: {error}; {remedy}") from None
             identity = ts.metadata.get("cxt") if isinstance(ts.metadata, dict) else None
             if identity is None:
                 raise BadRequest(
-                    f"{path}: tree sequence {i} carries no cxt identity in its metadata; make it with cxt.simulate"
+                    f"{path}: tree sequence {i} has no cxt identity in its metadata; create the file with cxt.simulate"
                 )
             if lacking := sorted(IDENTITY - identity.keys()):
-                raise BadRequest(f"{path}: tree sequence {i} has no {', '.join(lacking)}, as of an older cxt; {remedy}")
+                raise BadRequest(
+                    f"{path}: tree sequence {i} has no {', '.join(lacking)} in its metadata, perhaps written by an older cxt; "
+                    f"{remedy}"
+                )
             expected = (identity["scenario"] if scenario is None else scenario, start + i)
             if (identity["scenario"], identity["index"]) != expected:
                 raise BadRequest(
-                    f"{path}: found simulation {identity['index']} of '{identity['scenario']}' at place {i}, "
-                    f"expected {expected[1]} of '{expected[0]}'; {remedy}"
+                    f"{path}: tree sequence {i} must be simulation {expected[1]} of '{expected[0]}', got "
+                    f"{identity['index']} of '{identity['scenario']}'; {remedy}"
                 )
             if seed is not None and identity["seed"] != seed:
-                raise BadRequest(f"{path} was simulated with seed {identity['seed']}, expected {seed}; {remedy}")
-            check_lineage(f"batch {path}", actual=identity.get("lineage"), planned=lineage, target=path)
+                raise BadRequest(f"the seed of {path} must be {seed}, got {identity['seed']}; {remedy}")
+            check_lineage(f"simulation batch {path}", actual=identity.get("lineage"), planned=lineage, target=path)
             yield ts
         if file.read(1):
-            raise BadRequest(f"{path} holds more than the expected {count} tree sequences; {remedy}")
+            raise BadRequest(f"{path} holds more than {count} tree sequences; {remedy}")
 
 
 def read_simulation(path, index: int) -> tskit.TreeSequence:
-    """Simulation *index* of a batch file.
+    """Read simulation *index* of a simulation batch.
 
     Raises
     ------
     BadRequest
-        If the file cannot be read, is damaged before that simulation, or does not hold it.
+        If the file cannot be read, is damaged before that simulation, or does not contain it.
     """
     indices = []
     try:
@@ -152,15 +155,18 @@ def read_simulation(path, index: int) -> tskit.TreeSequence:
                 identity = ts.metadata.get("cxt", {}) if isinstance(ts.metadata, dict) else {}
                 if "index" not in identity:
                     raise BadRequest(
-                        f"{path}: tree sequence {len(indices)} has no cxt identity; expected a batch of cxt.simulate"
+                        f"{path}: tree sequence {len(indices)} has no cxt identity in its metadata; create the file with "
+                        "cxt.simulate"
                     )
                 if identity["index"] == index:
                     return ts
                 indices.append(identity["index"])
     except EOFError:
         held_indices = f"{indices[0]} to {indices[-1]}" if indices else "none"
-        raise BadRequest(f"{path} does not hold simulation {index}; indices in it: {held_indices}") from None
+        raise BadRequest(f"{path} does not contain simulation {index}; its indices: {held_indices}") from None
     except (tskit.FileFormatError, tskit.LibraryError) as error:
-        raise BadRequest(f"{path} is no batch of tree sequences, or damaged after {len(indices)} of them: {error}") from None
+        raise BadRequest(
+            f"{path} is not a simulation batch, or is damaged after {len(indices)} tree sequences: {error}"
+        ) from None
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror or error}") from None

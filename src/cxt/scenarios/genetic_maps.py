@@ -1,4 +1,4 @@
-"""Genetic maps of stdpopsim's catalogue: whether they are there, fetching and reading them.
+"""Genetic maps of stdpopsim's catalogue: checking that they are available, fetching and reading them.
 
 cxt catalogue --species HomSap --genetic-map HapMapII_GRCh38     fetch a map into stdpopsim's cache
 """
@@ -29,21 +29,21 @@ def get_genetic_map(spec: dict):
 
 
 def catalogue_versions(spec: dict) -> list[str]:
-    """What decides a stdpopsim scenario besides its parameters: the catalogue's version, and its map's checksum."""
+    """Versions that a stdpopsim scenario depends on besides its parameters: the catalogue's, and the checksum of its map."""
     return [importlib.metadata.version("stdpopsim"), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 
 def advise_on_missing_map(spec: dict) -> str:
-    """Advice on what to do about a genetic map that is not available."""
+    """Advice on a genetic map that is not available."""
     fetch = (
-        f"Fetch it where there is a network (`cxt catalogue --species {spec['species']} --genetic-map "
-        f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE says where it is)"
+        f"Fetch it on a machine with network access (`cxt catalogue --species {spec['species']} --genetic-map "
+        f"{spec['genetic_map']}`) and copy stdpopsim's cache here (STDPOPSIM_CACHE sets its directory)"
     )
-    if "kind" not in spec:  # asked for by hand, not by a scenario
+    if "kind" not in spec:  # requested on the command line, not by a scenario
         return fetch
     scenario = get_scenario_name(spec["name"])
     return (
-        f"{fetch}; or go on with the chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an "
+        f"{fetch}; or continue with the chromosomes' average rates (`scenarios: {{{scenario}: {{genetic_map: null}}}}` in an "
         f"overlay) or without the scenario (`scenarios: {{{scenario}: null}}`)"
     )
 
@@ -58,8 +58,8 @@ def _missing_map_error(spec: dict, reason: str) -> BadRequest:
 
 @functools.cache
 def _check_url(url: str) -> str:
-    """Why *url* cannot be fetched, or "" if it can."""
-    import http.client  # here, because every job pays for what is imported above
+    """Describe why *url* cannot be fetched; "" if it can."""
+    import http.client  # imported here, because most jobs do not need it
     import urllib.request
 
     try:
@@ -72,7 +72,7 @@ def _check_url(url: str) -> str:
 def check_map_available(spec: dict, *, fetched=None) -> None:
     """BadRequest if a scenario's genetic map is neither in stdpopsim's cache nor on its server; fetches nothing.
 
-    *fetched* is the record of an earlier fetch: where it exists and the map does not, the workflow would not fetch it again.
+    *fetched* is the record of an earlier fetch: if it exists but the map does not, the workflow would not fetch the map again.
     """
     genetic_map = get_genetic_map(spec)
     if genetic_map.is_cached():
@@ -84,7 +84,7 @@ def check_map_available(spec: dict, *, fetched=None) -> None:
 
 
 def fetch_genetic_map(spec: dict) -> None:
-    """Fetch a scenario's genetic map into stdpopsim's cache, unless it is there; BadRequest if that fails."""
+    """Fetch a scenario's genetic map into stdpopsim's cache, unless it is cached already; BadRequest if that fails."""
     from http.client import HTTPException
 
     genetic_map = get_genetic_map(spec)
@@ -93,34 +93,34 @@ def fetch_genetic_map(spec: dict) -> None:
     try:
         genetic_map.download()
     except (OSError, ValueError, EOFError, HTTPException) as error:
-        # No network; another checksum than the catalogue's; a cut archive.
+        # No network; a checksum that differs from the catalogue's; a truncated archive.
         raise _missing_map_error(spec, f" and could not be fetched ({error})") from None
     if not genetic_map.is_cached():
-        raise _missing_map_error(spec, ": something else is in its place; delete that")
+        raise _missing_map_error(spec, ": something else is in its place; delete it")
 
 
 def write_fetch_record(spec: dict, path) -> None:
-    """Record that a scenario's genetic map is in stdpopsim's cache: its name and checksum, as JSON."""
+    """Record as JSON that a scenario's genetic map is in stdpopsim's cache, with its name and checksum."""
     record = {"species": spec["species"], "genetic_map": spec["genetic_map"], "sha256": get_genetic_map(spec).sha256}
     atomic_write(path, json_text(record).encode())
 
 
 def read_genetic_map(path, *, length: float) -> msprime.RateMap:
-    """The map of a chromosome of *length* bp from a HapMap file: position and rate (cM/Mb) in its second and third column.
+    """Read the map of a chromosome of *length* bp from a HapMap file, with position and rate (cM/Mb) in columns two and three.
 
-    The rate is missing (NaN) before the first position and beyond the last, and where nothing recombines before the first rate
-    above 0 or after the last one: there the map has no data, though its file may say 0.
+    The rate is missing (NaN) before the first positive rate and after the last one: there the map has no data, even if its file
+    has rates of 0.
 
     Raises
     ------
     BadRequest
-        If the file cannot be read, or is no such map.
+        If the file cannot be read, or is not such a map.
     """
 
     def damaged(reason: str) -> BadRequest:
         return BadRequest(
-            f"genetic map {path}: {reason}; expected a header line, then lines of chromosome, position (bp), rate (cM/Mb) and "
-            "map position"
+            f"genetic map {path} {reason}; it must have a header line, then lines with chromosome, position (bp), rate (cM/Mb) "
+            "and map position"
         )
 
     try:
@@ -129,19 +129,19 @@ def read_genetic_map(path, *, length: float) -> msprime.RateMap:
             table = np.loadtxt(path, skiprows=1, usecols=(1, 2), ndmin=2, encoding="utf-8")
     except OSError as error:
         raise damaged(f"cannot be read ({error.strerror or error})") from None
-    except (ValueError, IndexError) as error:  # a line without such columns, or with words in them; not text
+    except (ValueError, IndexError) as error:  # lines without these columns or with words in them, or not text
         raise damaged(f"is not a table of numbers ({first_line(error)})") from None
     if len(table) < 2:
-        raise damaged(f"has {len(table)} lines with a position, expected at least 2")
+        raise damaged(f"must have at least 2 lines with a position, got {len(table)}")
     position, rate = table.T
     if not np.isfinite(table).all():
         raise damaged("holds NaN or infinite numbers")
     if position[0] < 0 or (np.diff(position) <= 0).any():
-        raise damaged("its positions are negative, or not in rising order")
+        raise damaged("has positions that are negative or not in rising order")
     if (rate < 0).any():
         raise damaged(f"holds a negative rate, {rate.min():g} cM/Mb")
     if rate[-1] != 0:
-        raise damaged(f"its last line has the rate {rate[-1]:g} cM/Mb, which has no end; it may be cut")
+        raise damaged(f"has a rate of {rate[-1]:g} cM/Mb in its last line, which has no end; it may be truncated")
     (with_rate,) = np.nonzero((rate > 0) & (position < length))
     if not with_rate.size:
         raise damaged(f"has no rate above 0 within the {length:.0f} bp of the chromosome")
@@ -156,7 +156,7 @@ def read_genetic_map(path, *, length: float) -> msprime.RateMap:
 
 @functools.lru_cache(maxsize=64)
 def read_chromosome_map(species: str, name: str, chromosome: str) -> msprime.RateMap | None:
-    """The map of one chromosome, read once a process; None if the map does not cover the chromosome."""
+    """The map of one chromosome, cached in the process; None if the map does not cover the chromosome."""
     catalogue_species = import_stdpopsim().get_species(species)
     genetic_map = catalogue_species.get_genetic_map(name)
     path = genetic_map.map_cache_dir / genetic_map.file_pattern.format(id=chromosome)
@@ -165,11 +165,11 @@ def read_chromosome_map(species: str, name: str, chromosome: str) -> msprime.Rat
     try:
         return read_genetic_map(path, length=catalogue_species.genome.get_chromosome(chromosome).length)
     except BadRequest as error:
-        raise BadRequest(f"{error}. Delete {genetic_map.map_cache_dir}, and the workflow fetches the map again") from None
+        raise BadRequest(f"{error}. Delete {genetic_map.map_cache_dir}, so that the workflow fetches the map again") from None
 
 
 def list_mapped_autosomes(spec: dict) -> list:
-    """The usable chromosomes that a scenario's genetic map covers; BadRequest if the map is not cached, or there is none."""
+    """The usable chromosomes that a scenario's genetic map covers; BadRequest if the map is not cached or covers none."""
     genetic_map = get_genetic_map(spec)
     if not genetic_map.is_cached():
         raise _missing_map_error(spec, "")
@@ -187,6 +187,6 @@ def list_mapped_autosomes(spec: dict) -> list:
 
 
 def find_covered_interval(chromosome, rates: msprime.RateMap) -> tuple[int, int]:
-    """Left and right end, in whole base pairs, of the part of a chromosome for which its map has rates."""
+    """Left and right end, in whole base pairs, of the part of a chromosome where its map has rates."""
     (with_rate,) = np.nonzero(~rates.missing)
     return math.ceil(rates.left[with_rate[0]]), min(math.floor(rates.right[with_rate[-1]]), int(chromosome.length))

@@ -1,4 +1,4 @@
-"""Which indices simulations have, how they are grouped into simulation batches, and which are held out for testing."""
+"""Indices of simulations: their ranges, their grouping into simulation batches, and which are held out for testing."""
 
 EVALUATION_START = 1_000_000_000
 """First index of evaluation simulations. Datasets use indices from 0 on; the configuration's bounds keep them below this."""
@@ -27,13 +27,13 @@ def simulation_batches(*, simulations: int, batch: int, start: int = 0) -> list[
 def assign_split(index: int) -> str:
     """The split of simulation *index*: "test" if it is a multiple of 10, and otherwise "train".
 
-    The rule is the same in every dataset, so that no checkpoint is tested on what its ancestors were trained on.
+    The rule is the same in all datasets, so that no checkpoint is tested on simulations that its ancestors were trained on.
     """
     return "test" if index % 10 == 0 else "train"
 
 
 def count_in_split(start: int, count: int, split: str) -> int:
-    """How many of the indices *start*, …, *start* + *count* - 1 belong to *split*."""
+    """Number of indices among *start*, …, *start* + *count* - 1 that belong to *split*."""
     return sum(assign_split(i) == split for i in range(start, start + count))
 
 

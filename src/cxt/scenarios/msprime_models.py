@@ -1,4 +1,4 @@
-"""Scenarios that msprime alone simulates: constant and changing sizes, islands, a hard sweep, Demes graphs."""
+"""Scenarios simulated with msprime alone: constant and changing sizes, islands, a hard sweep, Demes graphs."""
 
 import functools
 import itertools
@@ -14,7 +14,7 @@ from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.seeds import EngineSeeds
 
 SimulationResult = tuple[tskit.TableCollection, dict]
-"""The tables of a simulation, and properties to record of it: at least its mutation rate and recombination rate."""
+"""The tables of a simulation, and properties to record, with at least mutation_rate and recombination_rate."""
 
 
 def build_ancestry_model(spec: dict) -> msprime.AncestryModel | None:
@@ -55,7 +55,7 @@ def simulate_constant(spec: dict, seeds: EngineSeeds) -> SimulationResult:
     return _simulate_infinite_sites(spec, _build_one_population(spec["population_size"]), {"A": spec["individuals"]}, seeds)
 
 
-# (time in generations, growth rate times the denominator); the first denominator is always 4e4, the others magnitude·1e4.
+# (time in generations, growth rate times a denominator), where the first denominator is 4e4 and the others magnitude·1e4.
 ZIGZAG = (
     (20, 6437.7516497364), (30, -378.691273513906), (200, -643.77516497364), (300, 37.8691273513906),
     (2_000, 64.377516497364), (3_000, -3.78691273513906), (20_000, -6.4377516497364), (30_000, 0.378691273513906),
@@ -65,7 +65,7 @@ ZIGZAG = (
 
 
 def build_zigzag(population_size: float, magnitude: float) -> msprime.Demography:
-    """A size that zig-zags through time (Schiffels & Durbin 2014), constant beyond 20 million generations."""
+    """Build a demography whose size zig-zags through time (Schiffels & Durbin 2014), constant beyond 20 million generations."""
     demography = _build_one_population(population_size)
     for i, (time, rate) in enumerate(ZIGZAG):
         denominator = 4e4 if i == 0 else magnitude * 1e4
@@ -75,14 +75,14 @@ def build_zigzag(population_size: float, magnitude: float) -> msprime.Demography
 
 
 def simulate_sawtooth(spec: dict, seeds: EngineSeeds) -> SimulationResult:
-    """One population of zig-zag size."""
+    """One population whose size zig-zags through time."""
     return _simulate_infinite_sites(
         spec, build_zigzag(spec["population_size"], spec["magnitude"]), {"A": spec["individuals"]}, seeds
     )
 
 
 def split_island_samples(individuals: int) -> tuple[int, int, int]:
-    """Individuals per deme: 60, 20 and 20% rounded down, the rest to the first deme."""
+    """Individuals per deme: 60, 20 and 20%, rounded down, with the rest in the first deme."""
     small = individuals * 20 // 100
     return individuals - 2 * small, small, small
 
@@ -96,7 +96,7 @@ def simulate_island(spec: dict, seeds: EngineSeeds) -> SimulationResult:
 
 
 def simulate_hard_sweep(spec: dict, seeds: EngineSeeds) -> SimulationResult:
-    """A sweep from frequency 1/N to 1 - 1/N that ends today, before it the Hudson coalescent."""
+    """A sweep from frequency 1/N to 1 - 1/N that ends today, preceded by the Hudson coalescent."""
     size = spec["population_size"]
     sweep = msprime.SweepGenicSelection(
         position=spec["position"],
@@ -129,7 +129,7 @@ def _build_graph(content: str) -> demes.Graph:
 
 
 def check_demes(spec: dict) -> None:
-    """BadRequest if the scenario samples a deme that is not there, or that does not exist at time 0."""
+    """BadRequest if the scenario samples a deme that does not exist, or not at time 0, or its lineages may never coalesce."""
     graph = _build_graph(json.dumps(spec["demography"]))
     try:
         msprime.Demography.from_demes(graph)
@@ -137,25 +137,25 @@ def check_demes(spec: dict) -> None:
         raise BadRequest(f"scenario '{spec['name']}': msprime cannot simulate this Demes model: {error}") from None
     today = [deme.name for deme in graph.demes if deme.end_time == 0]
     if not spec["samples"]:
-        raise BadRequest(f"scenario '{spec['name']}': samples names no deme; there are: {', '.join(today)}")
+        raise BadRequest(f"scenario '{spec['name']}': samples names no deme; choose from {', '.join(today)}")
     for name in spec["samples"]:
         if name not in graph:
             raise BadRequest(f"scenario '{spec['name']}': samples: there is no deme '{name}'{suggest_nearest(name, today)}")
         if name not in today:
             raise BadRequest(
-                f"scenario '{spec['name']}': samples: deme '{name}' ended {graph[name].end_time:g} generations ago, and "
-                f"samples are taken at time 0; sample from {', '.join(today) or 'none: no deme lives today'}"
+                f"scenario '{spec['name']}': samples: deme '{name}' ended {graph[name].end_time:g} generations ago, but "
+                f"samples are taken at time 0; choose from {', '.join(today) or 'none: no deme exists at time 0'}"
             )
 
     if apart := _find_separated_demes(graph, list(spec["samples"])):
         raise BadRequest(
-            f"scenario '{spec['name']}': lineages of {' and '.join(apart)} need never meet, and simulating them would not end; "
-            "connect their demes by an ancestor or by migration without a start"
+            f"scenario '{spec['name']}': lineages from {' and '.join(apart)} may never coalesce, so the simulation would not "
+            "end; give the demes a common ancestor or migration that never stops backwards in time"
         )
 
 
 def _find_reachable(start: Iterable[str], moves: dict[str, set[str]]) -> set[str]:
-    """What can be reached from *start* by any number of *moves*, *start* included."""
+    """All demes that can be reached from *start* by any number of *moves*, including *start*."""
     reached, to_visit = set(), list(start)
     while to_visit:
         name = to_visit.pop()
@@ -166,7 +166,7 @@ def _find_reachable(start: Iterable[str], moves: dict[str, set[str]]) -> set[str
 
 
 def _list_migrations(graph: demes.Graph, recent: float, old: float) -> dict[str, set[str]]:
-    """Backwards in time, where a lineage can migrate to between two times with no event between: {destination: sources}."""
+    """Possible migrations of a lineage, backwards in time, between two times without events between: {destination: sources}."""
     moves: dict[str, set[str]] = {}
     for migration in graph.migrations:
         if migration.rate > 0 and migration.end_time <= recent and old <= migration.start_time:
@@ -175,7 +175,7 @@ def _list_migrations(graph: demes.Graph, recent: float, old: float) -> dict[str,
 
 
 def _move_past_events(graph: demes.Graph, time: float, where: set[str]) -> set[str]:
-    """Demes in which lineages that are in *where* can be beyond the events of *time*, in msprime's order of these."""
+    """Demes to which lineages in *where* can have moved after the events at *time*, in msprime's order of events."""
 
     def to_ancestors(where: set[str], several: bool) -> set[str]:
         begun = {d.name: d for d in graph.demes if d.start_time == time and (len(d.ancestors) > 1) == several}
@@ -188,16 +188,16 @@ def _move_past_events(graph: demes.Graph, time: float, where: set[str]) -> set[s
     for pulse in reversed(graph.pulses):
         if pulse.time == time and pulse.dest in where:
             where = where | {s for s, p in zip(pulse.sources, pulse.proportions, strict=True) if p > 0}
-            if math.isclose(sum(pulse.proportions), 1):  # no lineage stays
+            if math.isclose(sum(pulse.proportions), 1):  # all lineages move
                 where = where - {pulse.dest}
     return to_ancestors(where, several=True)
 
 
 def _find_separated_demes(graph: demes.Graph, sampled: list[str]) -> list[str]:
-    """Two of the oldest demes between which lineages of *sampled* demes can stay apart for ever; empty if there are none.
+    """Two of the oldest demes in which lineages of *sampled* demes can remain separated forever; empty if there are none.
 
-    Followed backwards in time, lineages move from a deme to its ancestors, and from destination to source of pulses and
-    migrations. Beyond the last event they all meet if one deme can be reached from every other that they can be in.
+    Backwards in time, lineages move from a deme to its ancestors, and from destination to source of pulses and migrations.
+    Beyond the last event, they all coalesce if one deme can be reached from every deme that they can be in.
     """
     times = {0.0, *(deme.start_time for deme in graph.demes), *(pulse.time for pulse in graph.pulses)}
     times |= {time for migration in graph.migrations for time in (migration.start_time, migration.end_time)}
@@ -214,10 +214,10 @@ def _find_separated_demes(graph: demes.Graph, sampled: list[str]) -> list[str]:
 
 
 def check_history(spec: dict) -> None:
-    """BadRequest if an inline history does not begin at time 0 or its times do not rise."""
+    """BadRequest if a history does not begin at time 0 or its times do not rise."""
     times = [epoch["time"] for epoch in spec["history"]]
     if times[0] != 0:
-        raise BadRequest(f"scenario '{spec['name']}': history begins at time {times[0]:g}, expected 0 (today)")
+        raise BadRequest(f"scenario '{spec['name']}': history must begin at time 0 (today), got {times[0]:g}")
     for before, after in itertools.pairwise(times):
         if after <= before:
             raise BadRequest(f"scenario '{spec['name']}': history: time {after:g} follows {before:g}; times must rise")
@@ -230,4 +230,6 @@ def check_sweep(spec: dict) -> None:
             f"scenario '{spec['name']}': position {spec['position']:g} is outside the sequence of {spec['sequence_length']} bp"
         )
     if spec["population_size"] <= 2:
-        raise BadRequest(f"scenario '{spec['name']}': population_size {spec['population_size']:g}: a sweep needs more than 2")
+        raise BadRequest(
+            f"scenario '{spec['name']}': the population_size of a sweep must be above 2, got {spec['population_size']:g}"
+        )

@@ -1,4 +1,4 @@
-"""The kinds of scenario by name, and simulating any of them: from a variant, an index and a seed to a tree sequence."""
+"""The kinds of scenario, and simulating any of them: from a variant, an index and a seed to a tree sequence."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ METADATA = tskit.MetadataSchema.permissive_json()
 
 @dataclasses.dataclass(frozen=True)
 class ScenarioKind:
-    """How a kind of scenario is simulated, and what is checked of a variant before anything runs."""
+    """How to simulate a kind of scenario, and how to check a variant before anything runs."""
 
     simulate: Callable
     check: Callable[[dict], None] = lambda spec: None
@@ -45,21 +45,21 @@ SIMULATORS = {
 
 
 def check_variant(spec: dict) -> None:
-    """BadRequest if a variant cannot be simulated, as far as can be told without simulating."""
+    """BadRequest if a variant cannot be simulated, as far as this can be checked without simulating."""
     SIMULATORS[spec["kind"]].check(spec)
 
 
 def check_scenarios(config: dict) -> None:
-    """`check_variant` for every variant of *config*."""
+    """Run `check_variant` for every variant of *config*."""
     for name, scenario in config["scenarios"].items():
         for variant in list_variants(name, scenario):
             check_variant(variant.spec)
 
 
 def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
-    """Simulation *index* of the variant *spec* as tables, which saves a copy where they are only written.
+    """Simulate *index* of the variant *spec* as tables, which avoids a copy if they are only written.
 
-    Parameters, metadata and errors as in `simulate_tree_sequence`.
+    Parameters, metadata and errors are as in `simulate_tree_sequence`.
     """
     seed = check_seed(seed)
     seeds = derive_engine_seeds(seed=seed, spec=spec, index=index)
@@ -79,12 +79,12 @@ def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollecti
 
 
 def simulate_tree_sequence(spec: dict, *, index: int, seed: int) -> tskit.TreeSequence:
-    """Simulation *index* of the variant *spec*, with its identity and its rates in its metadata.
+    """Simulate *index* of the variant *spec*, with its identity and rates in the metadata.
 
     Parameters
     ----------
     spec : dict
-        Parameters of a variant, as `cxt.config.variants.list_variants` gives them.
+        Parameters of a variant, from `cxt.config.variants.list_variants`.
     index : int
         Index of the simulation.
     seed : int
@@ -94,12 +94,12 @@ def simulate_tree_sequence(spec: dict, *, index: int, seed: int) -> tskit.TreeSe
     -------
     tskit.TreeSequence
         ``ts.metadata["cxt"]`` holds scenario, index, seed, spec, ancestry model, mutation rate, recombination rate (the mean
-        over the sequence), and for stdpopsim also what was drawn (model, chromosome, left end, samples), the recombination
-        rate that the model was inferred with where it has one, and stdpopsim's version.
+        over the sequence), and for stdpopsim also the drawn model, chromosome, left end and samples, the recombination rate
+        that the model was inferred with, if it has one, and stdpopsim's version.
 
     Raises
     ------
     BadRequest
-        If there is no such seed or index, or a genetic map is not there, is damaged or does not fit.
+        If the seed or index is out of range, or a genetic map is missing, damaged or too short.
     """
     return simulate_tables(spec, index=index, seed=seed).tree_sequence()

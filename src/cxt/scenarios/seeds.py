@@ -1,4 +1,4 @@
-"""The seeds of a simulation: from workflow seed, variant and index to generators and msprime's seeds."""
+"""Seeds of simulations, derived from workflow seed, variant and index."""
 
 import dataclasses
 import hashlib
@@ -10,13 +10,13 @@ from cxt.io import canonical_json
 from cxt.random_seeds import hash_key, msprime_seeds
 
 LAST_INDEX = 2**32 - 2
-"""Largest index of a simulation: msprime has no more seeds."""
+"""Largest index of a simulation, limited by msprime's seeds."""
 
 
 def build_random_generator(*, seed: int, spec: dict, index: int, purpose: str) -> np.random.Generator:
     """The random generator of simulation *index* of a variant for one *purpose*.
 
-    It is keyed on the workflow seed, the variant's name and parameters, the index and the purpose, never on order or counts.
+    It depends only on the workflow seed, the variant's name and parameters, the index and the purpose, not on order or counts.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ def build_random_generator(*, seed: int, spec: dict, index: int, purpose: str) -
     index : int
         Index of the simulation.
     purpose : str
-        What is drawn, such as "pairs": generators of different purposes are independent.
+        What is drawn, such as "pairs"; generators for different purposes are independent.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def build_random_generator(*, seed: int, spec: dict, index: int, purpose: str) -
 
 @dataclasses.dataclass(frozen=True)
 class EngineSeeds:
-    """The two seeds that msprime is given for a simulation, each from 1 to 2^32 - 1."""
+    """The two seeds that are passed to msprime for a simulation, each from 1 to 2^32 - 1."""
 
     ancestry: int
     mutations: int
@@ -50,12 +50,12 @@ def derive_engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
     """Seeds for msprime; no two indices of a variant share an ancestry seed or a mutation seed.
 
     Each is a permutation of the 2^32 - 1 possible seeds, applied to the index (0 to 2^32 - 2; datasets, evaluation and
-    simulation on the fly use those below 4e9). The permutations of two variants, and of two workflow seeds, are unrelated, so
-    that a simulation may by chance have a seed that one of another variant has, for other parameters; `check_shared_ancestry`
-    finds where the same ancestry would come of it.
+    simulation on the fly use those below 4e9). The permutations of two variants, and of two workflow seeds, are unrelated.
+    Simulations of two variants may therefore have the same seed by chance; `check_shared_ancestry` finds the cases in which
+    they would also have the same ancestry.
     """
     if not 0 <= index <= LAST_INDEX:
-        raise BadRequest(f"'{spec['name']}', index {index}: expected 0 to {LAST_INDEX}")
+        raise BadRequest(f"'{spec['name']}': the index must be from 0 to {LAST_INDEX}, got {index}")
     ancestry, mutations = (int(msprime_seeds(index, key=hash_key(seed, spec, use))) for use in ("ancestry", "mutations"))
     return EngineSeeds(ancestry, mutations)
 
@@ -63,11 +63,11 @@ def derive_engine_seeds(*, seed: int, spec: dict, index: int) -> EngineSeeds:
 def check_shared_ancestry(variant_batches: list[tuple[dict, list[tuple[int, int]]]], *, seed: int) -> None:
     """BadRequest if simulations of two variants with the same demography would have the same ancestry.
 
-    They need the same ancestry seed for that, and parameters that differ in name and mutation rate only.
+    This requires the same ancestry seed, and parameters that differ in name and mutation rate only.
 
     Parameters
     ----------
-    variant_batches : parameters of each variant, and (first index, count) of its batches
+    variant_batches : parameters of each variant, and (first index, count) of its simulation batches
     seed : seed of the workflow
     """
     same_demography: dict[str, list] = {}
@@ -85,6 +85,6 @@ def check_shared_ancestry(variant_batches: list[tuple[dict, list[tuple[int, int]
                 if other_name != spec["name"]:
                     raise BadRequest(
                         f"simulation {index} of '{spec['name']}' and simulation {other_index} of '{other_name}' would have the "
-                        "same ancestry: their parameters are the same, and by chance so are their seeds (msprime has 2^32); "
-                        "rename one of the scenarios, or change `seed`"
+                        "same ancestry, because they have the same parameters and, by chance, the same seed (of msprime's "
+                        "2^32); rename one of the scenarios, or change `seed`"
                     )

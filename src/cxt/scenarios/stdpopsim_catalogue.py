@@ -1,20 +1,20 @@
-"""What a scenario takes from stdpopsim's catalogue: species, demographic models and chromosomes."""
+"""Species, demographic models and chromosomes of stdpopsim's catalogue."""
 
 import functools
 
 from cxt.errors import BadRequest, suggest_nearest
 
 ANCIENT_MODELS = ("AncientEurasia_9K19", "PapuansOutOfAfrica_10J19", "AncientEurope_4A21")
-"""Catalogue models built around ancient samples, which the published training set excludes."""
+"""Catalogue models built around ancient samples, excluded from the published training set."""
 
 
 SEX_CHROMOSOMES = {"AnoCar": ("LGb",), "GasAcu": ("19",), "HelMel": ("21",)}
-"""Sex chromosomes whose names in the catalogue do not say so: X of the anole, X of the stickleback, Z of the butterfly."""
+"""Sex chromosomes that are not recognisable by name: X of the anole, X of the stickleback, Z of the butterfly."""
 
 
 @functools.cache
 def import_stdpopsim():
-    """The module stdpopsim, imported when it is first needed: that takes a second, and other scenarios need not pay for it."""
+    """The module stdpopsim, imported when it is first needed, because that takes a second and other scenarios do not use it."""
     import stdpopsim
 
     return stdpopsim
@@ -37,7 +37,7 @@ def list_sampled_populations(model) -> list[str]:
 
 
 def select_models(spec: dict) -> list[str]:
-    """Catalogue models that a stdpopsim scenario draws from; empty for a constant size.
+    """Catalogue models from which a stdpopsim scenario draws; empty for a constant size.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def select_models(spec: dict) -> list[str]:
     if catalogue_models and spec.get("models") != [] and "population_size" in spec:
         raise BadRequest(
             f"scenario '{spec['name']}': population_size is for a constant size, but {species.id} has catalogue models; "
-            "add `models: []` for the size, or take population_size away"
+            "add `models: []` to use the size, or remove population_size"
         )
     selected = spec.get("models", [model for model in catalogue_models if model not in ANCIENT_MODELS])
     for model in selected:
@@ -65,17 +65,17 @@ def select_models(spec: dict) -> list[str]:
 
 @functools.cache
 def build_catalogue_model(species: str, model: str):
-    """A catalogue model, built once a process: building one costs more than a short simulation."""
+    """A catalogue model, cached in the process, because building one takes longer than a short simulation."""
     return import_stdpopsim().get_species(species).get_demographic_model(model)
 
 
 def list_autosomes(spec: dict) -> list:
-    """Diploid nuclear chromosomes that are no sex chromosomes and at least as long as the scenario's sequence."""
+    """Diploid nuclear chromosomes, except sex chromosomes, that are at least as long as the scenario's sequence."""
     species = get_species(spec)
     sex = ("X", "Y", "Z", "W", *SEX_CHROMOSOMES.get(species.id, ()))
     usable = [c for c in species.genome.chromosomes if c.ploidy == 2 and c.id.upper() not in map(str.upper, sex)]
     if not usable:
-        raise BadRequest(f"scenario '{spec['name']}': {species.id} has no chromosome of two copies; cxt simulates diploids")
+        raise BadRequest(f"scenario '{spec['name']}': {species.id} has no diploid chromosome, which cxt needs")
     long_enough = [chromosome for chromosome in usable if chromosome.length >= spec["sequence_length"]]
     if not long_enough:
         longest = max((chromosome.length for chromosome in usable), default=0)
@@ -87,7 +87,7 @@ def list_autosomes(spec: dict) -> list:
 
 
 def describe_other_recombination(spec: dict) -> str:
-    """A note on models of a scenario that were inferred with other recombination rates than it is simulated with, or ""."""
+    """A note on the scenario's models that were inferred with other recombination rates than its own; "" if there are none."""
     inferred = {name: build_catalogue_model(spec["species"], name).recombination_rate for name in select_models(spec)}
     if "genetic_map" in spec:
         source, scenario_rates = f"the genetic map {spec['genetic_map']}", []
@@ -102,6 +102,6 @@ def describe_other_recombination(spec: dict) -> str:
         else ""
     )
     return (
-        f"scenario '{spec['name']}' recombines at the rates of {source}{rates_text}; these of its models were inferred with "
-        "others: " + ", ".join(f"{name} {rate:.3g}" for name, rate in differing_models.items())
+        f"scenario '{spec['name']}' recombines at the rates of {source}{rates_text}, but these catalogue models were inferred "
+        "with different rates: " + ", ".join(f"{name} {rate:.3g}" for name, rate in differing_models.items())
     )

@@ -1,4 +1,4 @@
-"""Simulating a random segment of a species' genome under a model of stdpopsim's catalogue."""
+"""Simulating random segments of a species' genome under models of stdpopsim's catalogue."""
 
 import warnings
 
@@ -36,7 +36,7 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
     Raises
     ------
     BadRequest
-        If the map is not there, is damaged, or covers no part as long as the segment.
+        If the map is missing or damaged, or covers no part as long as the segment.
     """
     length = spec["sequence_length"]
     if "genetic_map" in spec:
@@ -48,7 +48,7 @@ def draw_segment(spec: dict, rng: np.random.Generator) -> tuple[str, int, msprim
     if not long_enough:
         name, left, right, _ = max(places, key=lambda place: place[2] - place[1])
         raise BadRequest(
-            f"scenario '{spec['name']}': the genetic map {spec['genetic_map']} covers no stretch of {length} bp; "
+            f"scenario '{spec['name']}': the genetic map {spec['genetic_map']} covers no interval of {length} bp; "
             f"the longest, on chromosome {name}, has {right - left} bp: lower sequence_length"
         )
     name, left, right, rates = long_enough[rng.integers(len(long_enough))]
@@ -79,7 +79,7 @@ def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator
         warnings.filterwarnings("ignore", message=".*demographic model has .* rate.*")
         contig = species.get_contig(chromosome, left=left, right=right, mutation_rate=rate)
     if rates is not None:
-        # As get_contig does, which would read the map's file again for every simulation.
+        # As in get_contig, which would read the map's file again for every simulation.
         contig.recombination_map = rates.slice(left=left, right=right)
     properties = {
         "model": name,
@@ -98,10 +98,10 @@ def simulate_segment(spec: dict, seeds: EngineSeeds, *, rng: np.random.Generator
 
 
 def simulate_contig(model, contig, samples: dict, seeds: EngineSeeds, *, ancestry_model=None) -> tskit.TreeSequence:
-    """Simulate a diploid contig without gene conversion as stdpopsim's msprime engine does, with two seeds of our own.
+    """Simulate a diploid contig without gene conversion like stdpopsim's msprime engine, but with separate seeds.
 
-    The engine takes one seed and draws two of 31 bits from it, which collide: among 10 000 simulations two have the same
-    ancestry in one case of fifty. Of msprime's models it knows only the old, slow SMC'.
+    The engine takes one seed and draws two of 31 bits from it, which can collide: among 10 000 simulations, two have the same
+    ancestry with a probability of about 1/50. Of msprime's ancestry models, it supports only the old, slow SMC'.
     """
     ts = msprime.sim_ancestry(
         samples=model.get_sample_sets(samples, ploidy=contig.ploidy),

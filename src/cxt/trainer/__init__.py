@@ -1,1 +1,1 @@
-"""One training run, from a request to a finished checkpoint."""
+"""Training: one run, from a request to a finished checkpoint."""

@@ -1,7 +1,7 @@
-"""The connection between two machines of a run: lines of JSON, and how each side proves that it belongs to the run.
+"""The connection between two machines of a run: messages as lines of JSON, and mutual authentication.
 
-The secret that both must know is never sent: each proves that it knows it by a digest of it with numbers that both have drawn
-for this one connection. Until a peer has done so, nothing is taken from it but one short line within a few seconds.
+The shared secret is never sent: each side proves that it knows it by a digest of the secret and random numbers that both have
+drawn for this connection. Until then, only one short line, within a few seconds, is accepted from a peer.
 """
 
 import contextlib
@@ -13,10 +13,10 @@ import socket
 import time
 
 HANDSHAKE_SECONDS = 5.0
-"""Seconds in which a peer must have proved that it is a machine of the run."""
+"""Seconds within which a peer must prove that it is a machine of the run."""
 
 LONGEST_HELLO, LONGEST_MESSAGE = 4096, 2**20
-"""Bytes of a message, during the handshake and after it."""
+"""Largest size of a message in bytes, during the handshake and after it."""
 
 
 class Connection:
@@ -25,28 +25,28 @@ class Connection:
     Parameters
     ----------
     connection : socket.socket
-        Connected.
+        A connected socket.
 
     Attributes
     ----------
     machine : int
         Number of the machine at the other end; 0 is the first.
     inbox : queue.Queue
-        Messages that the other machine has sent and nobody has taken yet.
+        Received messages that have not been read yet.
     """
 
     def __init__(self, connection: socket.socket):
         self.machine = 0
         self.inbox: queue.Queue = queue.Queue()
         self._socket, self._buffer = connection, b""
-        # A machine that has lost its power closes nothing.
+        # A machine that loses power does not close its connections.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
             if hasattr(socket, name):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, message: dict) -> None:
-        """Send a message; if the other machine is gone, whoever reads from it finds out."""
+        """Send a message; errors are ignored, because the thread that reads from the connection notices them."""
         with contextlib.suppress(OSError):
             self._socket.sendall((json.dumps(message) + "\n").encode())
 
@@ -56,69 +56,69 @@ class Connection:
         Parameters
         ----------
         until : float, optional
-            Time of `time.monotonic` until which to wait; without it, for ever.
+            Time of `time.monotonic` until which to wait; by default without limit.
         longest : int
-            Bytes of the longest message that is accepted.
+            Largest accepted size of a message in bytes.
 
         Raises
         ------
         OSError
-            If the connection ends, or nothing came in time.
+            If the connection ends, or no message arrives in time.
         ValueError
-            If what came is no message.
+            If the message is not valid.
         """
         while (end := self._buffer.find(b"\n")) < 0:
             if len(self._buffer) > longest:
-                raise ValueError(f"a message of more than {longest} bytes")
+                raise ValueError(f"message longer than {longest} bytes")
             self._socket.settimeout(None if until is None else max(0.001, until - time.monotonic()))
             try:
                 part = self._socket.recv(min(longest, 65536))
             finally:
                 self._socket.settimeout(None)
             if not part:
-                raise ConnectionError("it is closed")
+                raise ConnectionError("connection closed")
             self._buffer += part
         line, self._buffer = self._buffer[:end], self._buffer[end + 1 :]
         if len(line) > longest:
-            raise ValueError(f"a message of more than {longest} bytes")
+            raise ValueError(f"message longer than {longest} bytes")
         try:
             message = json.loads(line)
         except RecursionError:
-            raise ValueError("a message of lists in lists") from None
+            raise ValueError("message nested too deeply") from None
         if not isinstance(message, dict):
-            raise ValueError("a message that is no mapping")
+            raise ValueError("message is not a mapping")
         return message
 
     def receive_from_machine(self) -> dict:
-        """Wait for the next message of a proven machine: {value}, {end}, or {failed, status}; errors as of `receive`."""
+        """Wait for the next message of a machine of the run: {value}, {end}, or {failed, status}; errors as in `receive`."""
         message = self.receive()
         status = message.get("status")
         if message.keys() in ({"value"}, {"end"}):
             return message
         if message.keys() == {"failed", "status"} and isinstance(message["failed"], str) and type(status) is int:
             return message | {"status": min(max(status, 0), 255)}
-        raise ValueError("a message that no machine sends")
+        raise ValueError("unknown message")
 
     def close(self) -> None:
-        """End the connection; nothing more is sent."""
-        with contextlib.suppress(OSError):  # the other was faster
+        """Close the connection."""
+        with contextlib.suppress(OSError):  # the other side may have closed it first
             self._socket.shutdown(socket.SHUT_WR)
         self._socket.close()
 
 
 def make_proof(secret: str, role: str, *numbers: str) -> str:
-    """Digest that only who knows *secret* can make of *numbers*."""
+    """A digest of *numbers* that cannot be computed without *secret*."""
     return hmac.new(secret.encode(), "|".join([role, *numbers]).encode(), "sha256").hexdigest()
 
 
 def _check_proof(message: dict, expected: str) -> None:
     proof = message.get("proof")
     if not (isinstance(proof, str) and hmac.compare_digest(proof.encode(), expected.encode())):
-        raise ValueError("it does not know the secret")
+        raise ValueError("wrong secret")
 
 
 def verify_machine(connection: Connection, secret: str) -> int:
-    """Let a peer prove that it is a machine of the run, and set `connection.machine`: the first machine's side.
+    """Authenticate a peer as a machine of the run, and set `connection.machine`; called on the first machine.
 
     Returns
     -------
@@ -128,14 +128,14 @@ def verify_machine(connection: Connection, secret: str) -> int:
     Raises
     ------
     OSError, ValueError
-        If the peer is a stranger.
+        If the peer is not a machine of the run.
     """
     until, own_number = time.monotonic() + HANDSHAKE_SECONDS, secrets.token_hex(16)
     connection.send({"number": own_number})
     hello = connection.receive(until=until, longest=LONGEST_HELLO)
     peer_number, machine, machines = (hello.get(key) for key in ("number", "machine", "machines"))
     if not (isinstance(peer_number, str) and type(machine) is int and type(machines) is int):
-        raise ValueError("it says no numbers")
+        raise ValueError("malformed handshake")
     _check_proof(hello, make_proof(secret, "machine", own_number, peer_number, str(machine), str(machines)))
     if not 1 <= machine < machines:
         raise ValueError(f"machine {machine} of {machines}")
@@ -145,7 +145,7 @@ def verify_machine(connection: Connection, secret: str) -> int:
 
 
 def prove_membership(connection: Connection, secret: str, *, machine: int, machines: int) -> None:
-    """Prove to the first machine that this is number *machine* of *machines*, and have it prove itself.
+    """Authenticate to the first machine as number *machine* of *machines*, and verify it in turn.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Where a run's items come from, by its flags: a dataset on disk, or scenarios that are simulated on the fly."""
+"""The source of a run's examples: a dataset on disk, or scenarios that are simulated on the fly."""
 
 from cxt.config.file import load
 from cxt.config.network import PRESETS
@@ -10,42 +10,42 @@ from cxt.trainer.options import TrainingOptions
 
 
 def check_source(options: TrainingOptions) -> None:
-    """BadRequest unless the flags name one source of items, and nothing that means nothing for it."""
+    """BadRequest unless the flags name exactly one source of examples, and only flags that apply to it."""
     if (options.dataset_path is None) == (options.simulate is None):
-        raise BadRequest("expected --dataset-path DIRECTORY or --simulate SCENARIO, and not both")
+        raise BadRequest("either --dataset-path DIRECTORY or --simulate SCENARIO must be given, but not both")
     if options.simulate is None:
         for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
         if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(options, name) not in (None, ())]:
-            raise BadRequest(f"{', '.join(given)} {'has' if len(given) == 1 else 'have'} no meaning without --simulate")
+            raise BadRequest(f"{', '.join(given)} cannot be used without --simulate")
         return
     if options.training.storage != TrainingConfig().storage:
-        raise BadRequest("--storage has no meaning with --simulate, which holds no dataset")
+        raise BadRequest("--storage cannot be used with --simulate, which has no dataset to store")
     if options.max_steps is None:
-        raise BadRequest("--simulate has no end of its own: say with --max-steps how long to train")
+        raise BadRequest("--simulate needs --max-steps, since simulated examples never run out")
     if options.training.epochs != TrainingConfig().epochs:
-        raise BadRequest("--epochs has no meaning with --simulate, where every item is new; --max-steps says how long")
+        raise BadRequest("--epochs cannot be used with --simulate, where every example is new; use --max-steps")
     if (options.eval_samples is None) == (options.eval_max_batches is None):
-        raise BadRequest("--simulate needs items held out for validation: set --eval-samples N, or --eval-max-batches N")
-    if (options.eval_max_batches if options.eval_samples is None else options.eval_samples) < 1:
-        raise BadRequest("--eval-samples and --eval-max-batches: expected at least 1")
+        raise BadRequest("--simulate needs held-out examples for validation: set either --eval-samples or --eval-max-batches")
+    if (held_out := options.eval_max_batches if options.eval_samples is None else options.eval_samples) < 1:
+        raise BadRequest(f"--eval-samples and --eval-max-batches must be positive, got {held_out}")
 
 
 def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
-    """What --simulate trains on.
+    """The variants and the manifest for --simulate.
 
     Parameters
     ----------
     options : TrainingOptions
         Names of scenarios, overlays, and the shape of an example.
     training : TrainingConfig
-        Its batch sizes decide how many items are simulated.
+        Its batch sizes determine how many examples are simulated.
     world : int
-        Number of devices, on all machines.
+        Number of devices on all machines.
 
     Returns
     -------
     tuple of list and dict
-        The parameters of each variant, and the manifest of what is simulated of them.
+        The parameters of each variant, and the manifest of the simulated examples.
 
     Raises
     ------

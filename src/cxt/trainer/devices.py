@@ -1,4 +1,4 @@
-"""The devices of a run: those that are asked for, or a message for those that are not there."""
+"""Selecting the devices of a run, with advice if they are not available."""
 
 from cxt.console import get_logger
 from cxt.errors import BadRequest
@@ -13,26 +13,26 @@ def choose_devices(options: TrainingOptions) -> tuple[str, int | list[int]]:
     Returns
     -------
     tuple of str and (int or list of int)
-        Accelerator (`cpu` or `gpu`), and number of devices or indices of GPUs, as Lightning takes them.
+        Accelerator (`cpu` or `gpu`), and number of devices or indices of GPUs, in Lightning's format.
 
     Raises
     ------
     BadRequest
-        If GPUs are asked for that are not there, or two flags contradict each other.
+        If requested GPUs are not available, or two flags contradict each other.
     """
     import torch
 
     present = torch.cuda.device_count()
     gpus, devices, accelerator = options.gpus, options.devices, options.accelerator
     if gpus is not None and devices is not None:
-        raise BadRequest("--gpus and --devices exclude each other")
+        raise BadRequest("--gpus and --devices cannot be used together")
     if gpus is not None and len(set(gpus)) < len(gpus):
-        raise BadRequest(f"--gpus {' '.join(map(str, gpus))}: one is named twice")
+        raise BadRequest(f"--gpus {' '.join(map(str, gpus))}: an index is repeated")
     if accelerator == "cpu" or devices == 0:
         if gpus is not None:
-            raise BadRequest("--gpus and --accelerator cpu exclude each other")
+            raise BadRequest("--gpus and --accelerator cpu cannot be used together")
         if accelerator == "gpu":
-            raise BadRequest("--accelerator gpu and --devices 0 exclude each other")
+            raise BadRequest("--accelerator gpu and --devices 0 cannot be used together")
         return "cpu", devices or 1
     if gpus is not None:
         if max(gpus) >= present or min(gpus) < 0:
@@ -46,12 +46,12 @@ def choose_devices(options: TrainingOptions) -> tuple[str, int | list[int]]:
         return "gpu", 1
     if accelerator == "gpu":
         raise BadRequest("--accelerator gpu, but torch sees no GPU")
-    logger.warning("no GPU: training on the CPU")
+    logger.warning("no GPU found: training on the CPU")
     return "cpu", 1
 
 
 def _missing_gpus(options: TrainingOptions, flag: str, *, wanted: int, present: int) -> str:
-    """What *flag* asks for and is not there, and what to ask for instead: the same effective batch, where it can be kept."""
+    """Describe which GPUs of *flag* are missing, and what to use instead, with the same effective batch if possible."""
     problem = f"{flag}, but torch sees {present} GPU{'' if present == 1 else 's'}"
     if wanted <= present:
         return f"{problem}; their indices are 0 to {present - 1}"

@@ -1,4 +1,4 @@
-"""One training run, from its request to a finished checkpoint in its run directory."""
+"""Train one run, from its request to a finished checkpoint in its run directory."""
 
 import dataclasses
 import errno
@@ -34,11 +34,11 @@ from cxt.trainer.validation import DecodedExamples, Validation, build_tracks
 logger = get_logger(__name__)
 
 STATE_VARIABLE = "CXT_TRAINING_STATE"
-"""Environment: the training state to continue from, for the processes that the first one of a machine starts."""
+"""Environment variable: training state to continue from, for the processes that the first one of a machine starts."""
 
 
 def build_data(request: RunRequest) -> DataModule:
-    """The items that a run trains on and is validated with: read, or to be simulated."""
+    """The training and test examples of a run, from a dataset or to be simulated."""
     grid, training = request.grid, request.training
     settings = {
         "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
@@ -64,7 +64,7 @@ def build_data(request: RunRequest) -> DataModule:
 
 
 def build_starting_model(request: RunRequest) -> CoalescenceModel:
-    """The network before its first step: random weights from the seed, then the parent's where there is one."""
+    """The network before its first step, with random weights from the seed, or those of the parent if there is one."""
     torch.manual_seed(torch_seed(request.training.seed, "weights"))
     model = build_model(request.network, request.adapter)
     if request.parent is not None:
@@ -84,10 +84,10 @@ def build_trainer(request: RunRequest, run: RunDirectory, callbacks: list) -> pl
         accelerator=request.accelerator,
         devices=request.devices,
         num_nodes=request.machines,
-        # None is unused; but without this, DDP puts the gradients into another order after its first step, and a resumed run
+        # No parameter is unused, but without this option DDP reorders the gradients after its first step, so that a resumed run
         # would sum those of three or more devices in another order than the run that it continues.
         strategy="ddp_find_unused_parameters_true" if request.world > 1 else "auto",
-        # Under Slurm, Lightning's own choice would train on one device and a share of the data.
+        # Under Slurm, Lightning's default would train on one device with a part of the data.
         plugins=[LightningEnvironment(), AtomicIO()],
         precision=request.precision,
         deterministic="warn" if request.accelerator == "gpu" and training.deterministic else False,
@@ -109,32 +109,32 @@ def build_trainer(request: RunRequest, run: RunDirectory, callbacks: list) -> pl
 
 
 def quieten() -> None:
-    """Leave out what Lightning says of itself."""
+    """Silence Lightning's own messages."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",  # features cost less than a worker
-        ".*cumsum_cuda_kernel does not have a deterministic.*",  # of decoding, which trains nothing
-        ".*exists and is not empty.*",  # that of the run which is continued
+        ".*cumsum_cuda_kernel does not have a deterministic.*",  # used in decoding, not in training
+        ".*exists and is not empty.*",  # the directory of a run that is continued
         ".*smaller than the logging interval.*",
-        ".*functools.lru_cache.*",  # FlexAttention's block mask, which a compiled step makes anew
-        ".*`srun` command is available.*",  # a rank is started by the trainer, never by srun
+        ".*functools.lru_cache.*",  # FlexAttention's block mask, which a compiled step rebuilds
+        ".*`srun` command is available.*",  # ranks are started by the trainer, never by srun
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def set_up_torch(request: RunRequest) -> None:
-    """Torch's threads, and how exact its matrix products on a GPU are in 32-bit parts."""
+    """Set torch's number of threads, and the precision and determinism of its GPU kernels."""
     torch.set_num_threads(request.training.threads)
     if request.world > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(request.training.threads))  # or Lightning sets another number for rank 0
+        os.environ.setdefault("OMP_NUM_THREADS", str(request.training.threads))  # Lightning would set another number for rank 0
     if request.accelerator == "gpu":
         torch.set_float32_matmul_precision("medium")
         if request.training.deterministic:
             import torch._inductor.config as inductor
 
-            torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
-            if hasattr(inductor, "deterministic"):  # chooses kernels by rules, not by their speed on the day
+            torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads uninitialized memory
+            if hasattr(inductor, "deterministic"):  # selects kernels by rules instead of by timing them
                 inductor.deterministic = True
 
 
@@ -147,30 +147,30 @@ def fit(
     deadline: float | None = None,
     wanted_state: Path | None = None,
 ) -> None:
-    """Train to the end, or from the last training state to the end; rank 0 writes the finished checkpoint and its figures.
+    """Train to the end, from the start or from a training state; rank 0 writes the finished checkpoint and its figures.
 
     Parameters
     ----------
     request : RunRequest
-        What is trained.
+        The run to train.
     run : RunDirectory
-        Locked by the first process of the first machine, which records there what the run is started with.
+        Locked by the first process of the first machine, which records the start of the run in it.
     data : DataModule
         From `build_data`.
     machines : Machines, optional
-        Given by the first process of each machine, and by none of those that it has started for its other devices.
+        Passed by the first process of each machine only, not by those that it has started for its other devices.
     deadline : float, optional
         Time of `time.monotonic` after which the run saves and ends with status 75.
     wanted_state : Path, optional
-        Training state to continue from; without it, the newest that can be read.
+        Training state to continue from; by default, the newest that can be read.
 
     Raises
     ------
     BadRequest
-        If none of the training states can be read, or this machine does not see the one to continue from.
+        If no training state can be read, or the one to continue from does not exist on this machine.
     Failed
         If loss, gradient or weights are not finite, memory runs out, or a training state cannot be written (status 1); after
-        a signal (143; 130 for SIGINT) or when the time is up (75), saved.
+        saving because of a signal (143, 129 for SIGHUP, 130 for SIGINT) or the deadline (75).
     """
     quieten()
     set_up_torch(request)
@@ -195,7 +195,7 @@ def fit(
         total_steps=request.total_steps, validates=request.validates_after, refuse=log.stop_if_bad, deadline=deadline,
     )  # fmt: skip
     trainer = build_trainer(request, run, [Reseed(training.seed), log, validation, state_saver])
-    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's would take the place of ours
+    trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's handlers would replace ours
     last = None
     if trainer.is_global_zero:
         summary = build_summary(request, model)
@@ -209,7 +209,9 @@ def fit(
         os.environ[STATE_VARIABLE] = machines.share("" if last is None else str(last.absolute()))
     last = os.environ[STATE_VARIABLE] or None
     if last is not None and not os.path.exists(last):
-        raise BadRequest(f"this machine does not see {last}, to continue from; all need the file system of the run directory")
+        raise BadRequest(
+            f"the training state {last} does not exist on this machine; all machines must share the run directory's file system"
+        )
     with state_saver.listening():
         run_trainer(trainer, request, module, data, last)
     if trainer.global_step != request.total_steps and not validation.stopped:
@@ -224,29 +226,29 @@ def fit(
 
 
 def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, training_state) -> None:
-    """Lightning's fit; what it raises becomes a message, and ends the processes of this machine's other devices."""
+    """Run Lightning's fit. An exception becomes a message, and ends the processes for this machine's other devices."""
     try:
         trainer.fit(module, data, ckpt_path=training_state, weights_only=True)
     except BaseException as error:
         launcher = trainer.strategy.launcher
         if launcher is not None and trainer.local_rank == 0 and not getattr(error, "agreed", False):
-            launcher.kill(signal.SIGKILL)  # they would wait for this one for ever
-            launcher.procs.clear()  # seeing them gone, Lightning would kill this one before it says why
-        # "can't allocate memory" is what torch says on a CPU.
+            launcher.kill(signal.SIGKILL)  # they would wait for this process forever
+            launcher.procs.clear()  # otherwise Lightning would kill this process before it has reported the error
+        # torch's message on a CPU is "can't allocate memory".
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
             raise Failed(describe_out_of_memory(request, error)) from error
         if is_compiler_error(error):
             raise Failed(
-                f"{request.name}: the network could not be compiled ({first_line(error)}); `compile: none` trains without, and "
-                "starts a new run"
+                f"{request.name}: the network could not be compiled ({first_line(error)}); `compile: none` trains without "
+                "compiling, in a new run"
             ) from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            raise Failed(f"{request.name}: {error}; make room and run the same command again") from error
+            raise Failed(f"{request.name}: {error}; free disk space and run the same command again") from error
         raise
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Whether `torch.compile` has raised it."""
+    """Whether an exception comes from `torch.compile`."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 
@@ -254,15 +256,15 @@ def is_compiler_error(error: BaseException) -> bool:
 
 
 def describe_out_of_memory(request: RunRequest, error: Exception) -> str:
-    """What to do about it, in words."""
+    """A message about lack of memory, with settings that need less."""
     training = request.training
     half = max(1, training.batch_size // 2)
     accumulation = -(-training.batch_size * training.grad_accum // half)
     return (
         f"{request.name}: out of memory on {request.world} {request.accelerator} ({first_line(error)}). Lower batch_size and "
         f"raise grad_accum, which keeps the effective batch of {request.effective_batch}: batch_size: {half}, grad_accum: "
-        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true; these start "
-        "a new run"
+        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true. Any of these "
+        "starts a new run"
     )
 
 
@@ -275,12 +277,12 @@ def finish(
     write_checkpoint(finished, model.state_dict(), validation.record | {"epoch": epoch, "step": step})
     run.finish(validation.best_checkpoint() if request.training.export == "best" else finished)
     lost = try_drawing(lambda: draw(request, run, model, examples))
-    if lost:  # the checkpoint is what was asked for
+    if lost:  # not an error, because the checkpoint is complete
         logger.warning(f"{request.name}: trained, but not all figures could be drawn ({lost})")
 
 
 def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, examples) -> None:
-    """losses.png, and tracks.png of the items that are decoded."""
+    """Draw losses.png, and tracks.png of the decoded examples."""
     from cxt.evaluation.figures import draw_losses, draw_tracks
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")

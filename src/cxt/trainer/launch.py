@@ -1,4 +1,4 @@
-"""From options to a published checkpoint: the processes and machines of a run, its directory and its locks."""
+"""Launching a run: its processes and machines, its run directory and its locks."""
 
 import contextlib
 import os
@@ -18,14 +18,14 @@ from cxt.trainer.request import RunRequest, build_request
 logger = get_logger(__name__)
 
 RUN_DIRECTORY_VARIABLE = "CXT_RUN_DIRECTORY"
-"""Environment: the run directory, for the processes that the first one of a machine starts for its other devices."""
+"""Environment variable: run directory, for the processes that the first one of a machine starts for its other devices."""
 
 
 @contextlib.contextmanager
 def restored_environment() -> Iterator[None]:
-    """At the end of a `with` block the environment is what it was before.
+    """Restore the environment at the end of a `with` block.
 
-    While it trains, a process tells those that it starts by environment variables what they need; nobody else is to see them.
+    A training process passes information to the processes that it starts in environment variables, which must not remain.
     """
     before = dict(os.environ)
     try:
@@ -37,14 +37,14 @@ def restored_environment() -> Iterator[None]:
 
 
 def train(options: TrainingOptions, *, began: float) -> Path:
-    """Carry out one run, from options to a published checkpoint.
+    """Train one run, from options to a published checkpoint.
 
     Parameters
     ----------
     options : TrainingOptions
-        What is asked for.
+        The options of the run.
     began : float
-        Time of `time.monotonic` from which `max_minutes` count.
+        Time of `time.monotonic` from which `max_minutes` is counted.
 
     Returns
     -------
@@ -54,13 +54,13 @@ def train(options: TrainingOptions, *, began: float) -> Path:
     Raises
     ------
     BadRequest
-        If what is asked for cannot be done.
+        If the options cannot be fulfilled.
     Failed
-        If the run was begun and could not be finished.
+        If the run was started but could not be finished.
     """
     if "LOCAL_RANK" in os.environ and RUN_DIRECTORY_VARIABLE not in os.environ:
         raise BadRequest(
-            "LOCAL_RANK is set, as by torchrun; start one process on each machine without it: that one starts those of the "
+            "LOCAL_RANK is set, as by torchrun; start one process on each machine without it, which then starts those for the "
             "other devices (--devices N or --gpus)"
         )
     deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
@@ -72,13 +72,13 @@ def train(options: TrainingOptions, *, began: float) -> Path:
 
 
 def _choose_meeting_place(options: TrainingOptions) -> Path:
-    """A directory that all machines see before the first one has said which run it is."""
+    """A directory that all machines can access before the first one has chosen the run directory."""
     run = options.run_dir or (options.resume if isinstance(options.resume, str) else None)
     return Path(options.log_dir) if run is None else Path(run).absolute().parent
 
 
 def _train_other_device(options: TrainingOptions, *, deadline: float | None) -> Path:
-    """Train in a process that another one of this machine has started for one of its devices."""
+    """Train in a process that the first one of this machine has started for another device."""
     end_with_trainer()
     from cxt.trainer.fit import build_data, fit
 
@@ -89,16 +89,16 @@ def _train_other_device(options: TrainingOptions, *, deadline: float | None) -> 
 
 
 def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline: float | None) -> Path:
-    """Train in the first process of a machine; that of the first machine decides and writes."""
+    """Train in the first process of a machine; that of the first machine makes all decisions and writes all files."""
     if not options.wait_for_lock >= 0:
-        raise BadRequest(f"--wait-for-lock {options.wait_for_lock:g}: expected at least 0")
+        raise BadRequest(f"--wait-for-lock must not be negative, got {options.wait_for_lock:g}")
     if options.out is not None:
         check_writable(options.out)
     request = build_request(options)
     for number, identity in enumerate(machines.gather(request.identity), start=1):
         if identity != request.identity:
             differences = describe_differences(identity, request.identity)
-            raise BadRequest(f"machine {number} was started with {differences}, as on machine 0; they must be alike")
+            raise BadRequest(f"machine {number} differs from machine 0: {differences}; start the same command on both")
     if machines.is_first:
         path, wanted_state = choose_run(options)
         machines.share(str(path.absolute()))
@@ -113,7 +113,7 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
             _fit(request, run, machines, stale=stale, deadline=deadline, wanted_state=wanted_state)
         elif wanted_state is not None:
             raise BadRequest(
-                f"--resume {wanted_state}: {run.path} is finished; leave the training state out, or start afresh with --restart"
+                f"--resume {wanted_state}: {run.path} is finished; omit the training state, or start afresh with --restart"
             )
         elif machines.is_first:
             logger.info(f"{run.path} is finished: publishing its checkpoint again")
@@ -122,7 +122,7 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
             if options.out is not None:
                 run.publish(options.out)
                 logger.info(f"published: {options.out}")
-        machines.share()  # the others end when it is published
+        machines.share()  # the other machines wait until the checkpoint is published
     return run.path
 
 
@@ -135,7 +135,7 @@ def _fit(
     deadline: float | None,
     wanted_state: Path | None,
 ) -> None:
-    """Read the data, set what is *stale* aside when all machines have read theirs, and train."""
+    """Read the data on all machines, then rename the old run directory if it is *stale*, and train."""
     from cxt.trainer.fit import build_data, fit
 
     try:
@@ -151,9 +151,9 @@ def _fit(
 
 
 def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
-    """The run directory that is asked for, and a training state in it to continue from (None: the newest)."""
+    """The run directory that the options select, and the training state in it to continue from (None: the newest)."""
     if options.resume == "latest" and options.run_dir is not None and RunDirectory(options.run_dir).read_record() is None:
-        raise BadRequest(f"nothing to resume: there is no run in {options.run_dir}; leave --resume out to start one")
+        raise BadRequest(f"nothing to resume: there is no run in {options.run_dir}; omit --resume to start one")
     if options.resume == "auto" and options.run_dir is None:
         return (newest_version if has_versions(options.log_dir) else next_version)(options.log_dir), None
     if isinstance(options.resume, str) and options.resume not in ("latest", "auto"):
@@ -162,9 +162,9 @@ def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
             raise BadRequest(f"--resume {path}: there is no such run or training state")
         run, state = (path, None) if path.is_dir() else (path.parent.parent, path)
         if state is not None and state.parent.name != "checkpoints":
-            raise BadRequest(f"--resume {path}: expected a run directory, or a training state in the checkpoints/ of one")
+            raise BadRequest(f"--resume must be a run directory, or a training state in its checkpoints/, got {path}")
         if options.run_dir is not None and Path(options.run_dir).resolve() != run.resolve():
-            raise BadRequest(f"--resume {path} is not in --run-dir {options.run_dir}; leave one of the two out")
+            raise BadRequest(f"--resume {path} is not in --run-dir {options.run_dir}; omit one of the two")
         return run, state
     if options.run_dir is not None:
         return Path(options.run_dir), None
@@ -172,17 +172,17 @@ def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
 
 
 def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str | None:
-    """Lock the run directory, and what is to be published.
+    """Lock the run directory and the file to publish.
 
     Returns
     -------
     str or None
-        Why what the directory holds is not this run's and must be set aside; None if it is this run's, or there is nothing.
+        Why the run in the directory is another one and must be superseded; None if it is this run, or there is none.
 
     Raises
     ------
     BadRequest
-        If another process has it, or what it holds can neither be continued nor set aside.
+        If another process holds a lock, or the run in the directory can neither be continued nor superseded.
     """
     until = time.monotonic() + 60 * options.wait_for_lock
     _wait_for_lock(run.lock_path, until=until)
@@ -195,13 +195,13 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
         before = record["identity"]
         reason = "--restart" if options.restart else describe_differences(before, identity)
         if options.resume:
-            raise BadRequest(f"{run.path} was started with {reason}; leave --resume out to start afresh")
+            raise BadRequest(f"{run.path} was started with {reason}; omit --resume to start afresh")
         is_on_others = before | {"devices": identity["devices"]} == identity
         if not options.restart and is_on_others and run.last.exists() and run.finished_checkpoint() is None:
             raise BadRequest(
-                f"{run.path} was begun on {before['devices']} and cannot go on with {identity['devices']}: it would not be "
-                f"the same run. Give it {before['devices']} again, or start afresh with --restart, or, under Snakemake, by "
-                f"`rm -r {run.path}`"
+                f"{run.path} was started on {before['devices']} and cannot continue on {identity['devices']}, which would give "
+                f"other weights. Use {before['devices']} again, or start afresh with --restart (under Snakemake, with "
+                f"`rm -r {run.path}`)"
             )
         return reason
     if record is None and options.resume:
@@ -210,7 +210,7 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
 
 
 def describe_differences(old: dict, new: dict) -> str:
-    """What differs between a run's identity and the one asked for, in words; single settings with both values."""
+    """Describe the differences between a run's identity and the requested one, each with both values."""
     words = []
     for key, after in new.items():
         if key == "settings":
@@ -218,24 +218,24 @@ def describe_differences(old: dict, new: dict) -> str:
             names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
             words += [f"{name} {before.get(name)} instead of {after.get(name)}" for name in names]
         elif old.get(key) != after:
-            words.append(f"another {key} ({str(old.get(key))[:12]} instead of {str(after)[:12]})")
+            words.append(f"{key} {str(old.get(key))[:12]} instead of {str(after)[:12]}")
     return ", ".join(words)
 
 
 def _wait_for_lock(path: Path, *, until: float) -> None:
-    """Wait while another process has the lock file *path*, at most *until* then (of `time.monotonic`).
+    """Wait while another process holds the lock file *path*, at most until the time *until* (of `time.monotonic`).
 
-    A job that was cancelled, or whose time was up, may still be saving when its next try begins.
+    A job that was cancelled, or has reached its time limit, may still be saving when its next attempt begins.
     """
     if time.monotonic() < until and is_locked(path):
-        logger.info(f"another trainer has {path}: waiting for it, {until - time.monotonic():.0f} s at most")
+        logger.info(f"another trainer holds {path}: waiting for it, at most {until - time.monotonic():.0f} s")
         while time.monotonic() < until and is_locked(path):
             time.sleep(min(1.0, max(0.0, until - time.monotonic())))
 
 
 @contextlib.contextmanager
 def _released_at_the_end(run: RunDirectory) -> Iterator[None]:
-    """Release *run* at the end of a `with` block, also if a signal is the end of it."""
+    """Release *run* at the end of a `with` block, even if a signal ends it."""
     try:
         with call_before_exit(lambda text, status: run.abandon()):
             yield

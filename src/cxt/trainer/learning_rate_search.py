@@ -1,8 +1,9 @@
-"""A learning rate for a run, found by raising it step by step and watching the loss.
+"""Learning-rate search: raise the learning rate step by step and observe the loss.
 
     cxt find_lr --model broad --dataset-path results/datasets/processed --num-steps 100 --plot lr.png
 
-Takes the flags of `cxt.train`, trains for a while without saving anything, and suggests where the loss falls most steeply.
+It accepts the flags of `cxt.train`, trains briefly without saving anything, and suggests the rate at which the loss falls most
+steeply.
 """
 
 import dataclasses
@@ -14,25 +15,25 @@ import numpy as np
 from cxt.trainer.request import RunRequest
 
 SMOOTHING = 0.98
-"""Weight of the past in the average of losses."""
+"""Weight of the past in the running average of losses."""
 
 DIVERGED = 4.0
-"""The search ends where the average loss is so many times the lowest before."""
+"""The search ends when the average loss exceeds this many times its minimum."""
 
 SKIPPED_STEPS = (10, 1)
-"""Steps at the beginning and at the end at which no learning rate is suggested: the average has seen little, or too much."""
+"""Steps at the beginning and at the end at which no learning rate is suggested, because the average is not reliable there."""
 
 
 @dataclasses.dataclass
 class Search:
-    """The curve that a search has found: of each optimizer step its learning rate, and the running average of losses."""
+    """The curve of a search: learning rate and running average of the loss at each optimizer step."""
 
     rates: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     _average: float = 0.0
 
     def add(self, rate: float, loss: float) -> bool:
-        """Take the *loss* of a step at *rate*; whether to go on."""
+        """Add the *loss* of a step at *rate*; return whether to continue."""
         best = min(self.losses, default=math.inf)
         self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
         self.rates.append(rate)
@@ -40,7 +41,7 @@ class Search:
         return math.isfinite(self.losses[-1]) and self.losses[-1] <= DIVERGED * best
 
     def suggestion(self) -> float | None:
-        """The learning rate at which the loss falls most steeply; None if too few steps were made to tell."""
+        """The learning rate at which the loss falls most steeply; None after too few steps."""
         first, last = SKIPPED_STEPS
         rates, losses = np.array(self.rates[first:-last]), np.array(self.losses[first:-last])
         known = np.isfinite(losses)
@@ -55,11 +56,11 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
     Parameters
     ----------
     request : RunRequest
-        Of the run that a learning rate is wanted for; one device of it is used.
+        Request of the run; only one of its devices is used.
     lowest, highest : float
-        Learning rates of the first and the last step, which grow by a constant factor.
+        Learning rates of the first and the last step; they grow by a constant factor.
     num_steps : int
-        Optimizer steps, as in the run: each of grad_accum batches, the last of an epoch of those that are left.
+        Optimizer steps, each of grad_accum batches as in the run; the last step of an epoch may have fewer.
 
     Returns
     -------
@@ -77,18 +78,18 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
         return lowest * (highest / lowest) ** (step / (num_steps - 1))
 
     class LearningRateRamp(pl.Callback):
-        """Sets the learning rate of a step, and takes its loss: the mean of its batches'."""
+        """Sets the learning rate of each step and records its loss, the mean over its batches."""
 
         def __init__(self):
             self.batches: list[float] = []
 
         def on_train_batch_start(self, trainer, module, batch, batch_index) -> None:
-            for group in trainer.optimizers[0].param_groups:  # the backbone's share of an adapter's stays
+            for group in trainer.optimizers[0].param_groups:  # keeps the ratio between adapter and backbone
                 group["lr"] = group["initial_lr"] * compute_rate(trainer.global_step) / peak
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-            self.batches.append(float(outputs["loss"]) * request.training.grad_accum)  # by which Lightning divides it
-            if trainer.global_step == len(search.losses):  # more batches of this step to come
+            self.batches.append(float(outputs["loss"]) * request.training.grad_accum)  # Lightning divides the loss by it
+            if trainer.global_step == len(search.losses):  # the step has more batches
                 return
             trainer.should_stop = not search.add(compute_rate(len(search.losses)), sum(self.batches) / len(self.batches))
             self.batches.clear()
@@ -102,7 +103,7 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
             devices=request.devices[:1] if isinstance(request.devices, list) else 1,
             accumulate_grad_batches=request.training.grad_accum,
             precision=request.precision,
-            max_epochs=-1,  # with one epoch, a small dataset would end it before there is anything to see
+            max_epochs=-1,  # one epoch of a small dataset would be too short
             max_steps=num_steps,
             limit_val_batches=0,
             gradient_clip_val=request.training.grad_clip or None,

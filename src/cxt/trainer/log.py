@@ -1,4 +1,4 @@
-"""What a run says while it trains: training_log.csv, lines of progress, and the end of it when a number is not finite."""
+"""training_log.csv, progress lines and the check for non-finite numbers."""
 
 import csv
 import io
@@ -19,31 +19,31 @@ logger = get_logger(__name__)
 COLUMNS = (
     "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",
 )  # fmt: skip
-"""Of training_log.csv. A row is about one optimizer step: its loss (mean over its items), learning rate and gradient norm
-before clipping; the validation after it, if there was one; and since the row before, items per second and the fraction of
-time spent waiting for data. `seconds` is the time spent training, over all tries."""
+"""Columns of training_log.csv. A row describes one optimizer step: its loss (mean over its examples), learning rate and
+gradient norm before clipping; the validation after it, if there was one; and since the previous row, examples per second and
+the fraction of time spent waiting for data. `seconds` is the time spent training, including earlier attempts."""
 
 TIMING = ("items_per_s", "data_wait", "seconds")
-"""Columns that no two runs have in common."""
+"""Columns that differ between identical runs."""
 
 MAX_WAIT_FRACTION = 0.2
 
 
 class TrainingLog(Callback):
-    """Rows of training_log.csv, lines of progress, and the guard against numbers that are not finite.
+    """Writes training_log.csv, prints progress lines, and stops a run with non-finite numbers.
 
-    A gradient is looked at before the optimizer uses it: always on a CPU; on a GPU, where looking costs time, at every row
-    and before a training state is saved, after the fact but before anything is kept.
+    On a CPU, every gradient is checked before the optimizer uses it. On a GPU, where reading the result costs time, this is
+    done at every row and before a training state is saved: after the step, but before anything is kept.
 
     Parameters
     ----------
-    path : of training_log.csv
+    path : path of training_log.csv
     total_steps, steps_per_epoch : optimizer steps of the run and of each epoch
-    examples_per_batch : on all devices
+    examples_per_batch : examples per micro-batch on all devices
     every : optimizer steps between rows
-    validates : whether there is a validation after a step
-    checks_gradient : False with a gradient scaler, which skips what is not finite by itself
-    line_every : seconds between lines
+    validates : callable, whether there is a validation after a step
+    checks_gradient : False with a gradient scaler, which itself skips steps with non-finite gradients
+    line_every : seconds between progress lines
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class TrainingLog(Callback):
         self._advised = False
 
     def state_dict(self) -> dict:
-        """Return the row that still waits for its validation, if any, and the seconds spent training."""
+        """Return the row that is still waiting for its validation, if any, and the seconds spent training."""
         return {"row": self._row, "seconds": self._seconds_now()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -77,7 +77,7 @@ class TrainingLog(Callback):
     # Steps
 
     def on_train_start(self, trainer, module) -> None:
-        """Start the counters and clocks, and drop the rows that a resumed run makes again."""
+        """Start the counters and clocks, and drop the rows that a resumed run will repeat."""
         now = time.monotonic()
         self._began = self._line_at = self._row_began = now
         self._first_step = self._step = trainer.global_step
@@ -85,7 +85,7 @@ class TrainingLog(Callback):
         self._waited = self._waited_all = 0.0
         self._first_bad = torch.tensor(-1, device=module.device)
         if trainer.is_global_zero:
-            # A row of the step that was saved at is there already, unless its validation is still to come.
+            # The row of the saved step is already in the log, unless its validation is still pending.
             keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1)
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
@@ -103,22 +103,22 @@ class TrainingLog(Callback):
             self.stop_if_bad(trainer)
 
     def stop_if_bad(self, trainer) -> None:
-        """Failed if a loss or gradient was not finite; called before a training state is saved."""
+        """Raise Failed if a loss or gradient was not finite; called before a training state is saved."""
         step = int(self._first_bad)
         if step < 0:
             return
         if not trainer.is_global_zero:
-            raise Failed("", status=0, agreed=True)  # what is looked at is the same on all ranks; the first one says so
+            raise Failed("", status=0, agreed=True)  # the value is the same on all ranks; only the first one reports it
         examples = self._describe_examples(trainer, step)
         raise Failed(
-            f"{self.name}: loss or gradient are not finite at step {step}. {examples}. Nothing of "
-            "this step was saved: the same command continues from the last training state, and would end here again. Try a "
-            "lower learning rate (lr: half of it), clipping (grad_clip: 1.0), or precision: 32-true; these start a new run",
+            f"{self.name}: loss or gradient is not finite at step {step}. {examples}. This step was "
+            "not saved: the same command would continue from the last training state and stop here again. Try half the "
+            "learning rate (lr), clipping (grad_clip: 1.0), or precision: 32-true; each of these starts a new run",
             agreed=True,
         )
 
     def _describe_examples(self, trainer, step: int) -> str:
-        """The items of an optimizer step on rank 0, in words."""
+        """Describe the examples of an optimizer step on rank 0."""
         epoch, window = divmod(step - 1, self.steps_per_epoch)
         sampler = trainer.train_dataloader.sampler
         accumulation = trainer.accumulate_grad_batches
@@ -129,13 +129,13 @@ class TrainingLog(Callback):
         for example in examples[:3]:
             about = trainer.datamodule.train_set.describe(example)
             described.append(f"{about.scenario} {about.index} pair {about.pair[0]}-{about.pair[1]}")
-        more = f", … {len(examples)} in all" if len(examples) > 3 else ""
+        more = f", … {len(examples)} in total" if len(examples) > 3 else ""
         where = " of the first device" if trainer.world_size > 1 else ""
         return f"Epoch {epoch}, batches {numbers.start} to {numbers.stop - 1}{where}: {'; '.join(described)}{more}"
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """Add up the losses of an optimizer step; after it, make its row and print a line of progress if they are due."""
-        loss = outputs["loss"].detach()  # divided by the batches of the window, so that their sum is the mean
+        """Add up the losses of an optimizer step; after it, make its row and print a progress line if they are due."""
+        loss = outputs["loss"].detach()  # Lightning divides by the accumulated batches, so that the sum is the mean
         self._loss = loss if self._loss is None else self._loss + loss
         self._batches += 1
         self._batches_done += 1
@@ -143,7 +143,7 @@ class TrainingLog(Callback):
         if step == self._step:
             return
         self._step = step
-        # An epoch's last window may be short: Lightning divides its losses as if it were not.
+        # The last accumulation of an epoch may be shorter, but Lightning divides by the full number of batches.
         mean = self._loss * (trainer.accumulate_grad_batches / self._batches)
         if not self.checks_gradient:
             everywhere = trainer.strategy.reduce(mean.clone(), reduce_op="mean") if trainer.world_size > 1 else mean
@@ -195,11 +195,11 @@ class TrainingLog(Callback):
             os.fsync(file.fileno())
 
     def validated(self, trainer, values: dict) -> None:
-        """Complete and write the row of the step that was validated after."""
+        """Add the validation after a step to its row, and write the row."""
         self._row |= values
         self._write_row(trainer)
         now = time.monotonic()
-        self._row_began += now - getattr(self, "_validation_began", now)  # its time is nobody's throughput
+        self._row_began += now - getattr(self, "_validation_began", now)  # validation does not count in the throughput
 
     def on_validation_start(self, trainer, module) -> None:
         """Note the time, so that validation does not count as time spent on training batches."""
@@ -215,12 +215,12 @@ class TrainingLog(Callback):
         left = (self.total_steps - step) * spent / max(1, step - self._first_step)
         waiting = trainer.train_dataloader.waited / spent
         logger.info(
-            f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} items/s, {waiting:.0%} of it waiting "
-            f"for data, {left / 60:.1f} min left"
+            f"{self.name}: step {step}/{self.total_steps}, loss {loss:.3f}, {rate:.0f} examples/s, {waiting:.0%} of the time "
+            f"waiting for data, {left / 60:.1f} min left"
         )
         if waiting > MAX_WAIT_FRACTION and step - self._first_step >= 50 and not self._advised:
             self._advised = True
-            logger.warning(f"{self.name}: waits for data; more threads that make batches may help (workers: 2)")
+            logger.warning(f"{self.name}: training waits for data; more threads to prepare batches may help (workers: 2)")
 
 
 def _lines(rows: list[dict], *, header: bool) -> str:
@@ -233,7 +233,7 @@ def _lines(rows: list[dict], *, header: bool) -> str:
 
 
 def read_log(path) -> list[dict]:
-    """Rows of a training_log.csv: step and epoch int, the rest float or None where empty; a cut last row is left out."""
+    """Rows of a training_log.csv: step and epoch as int, the rest as float or None; an incomplete last row is dropped."""
     if not Path(path).exists():
         return []
     text = Path(path).read_text(encoding="utf-8")
@@ -244,9 +244,9 @@ def read_log(path) -> list[dict]:
 
 
 def keep_rows(path, *, up_to: int) -> None:
-    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run makes again."""
+    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run will repeat."""
     if not Path(path).exists():
         return
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
-    atomic_write(path, "".join([_lines([], header=True), *kept]).encode())  # the header may have been cut by a full disk
+    atomic_write(path, "".join([_lines([], header=True), *kept]).encode())  # a full disk may have truncated the header

@@ -1,8 +1,9 @@
-"""Several machines of one run: what the first of them decides, and the end of all when one ends.
+"""Several machines of one run: sharing the first one's decisions, and ending all when one fails.
 
-The same command is started once on each machine. The first process of the first machine, which alone writes, tells those of
-the others what it has decided, over connections that last as long as the run; a process that fails says so before it ends, and
-a connection that breaks says the same. Processes that a machine starts for its other devices take no part.
+The same command is started once on each machine. The first process of the first machine, which alone writes files, sends its
+decisions to the first processes of the others, over connections that last as long as the run. A process that fails reports it
+before it ends; a broken connection also counts as a failure. Processes that a machine starts for its other devices take no
+part.
 """
 
 import os
@@ -17,36 +18,36 @@ from cxt.trainer.connection import Connection
 from cxt.trainer.rendezvous import accept_machines, connect_to_first, read_machine_rank, secret_path
 
 JOIN_TIMEOUT = 600.0
-"""Seconds in which all machines must have started."""
+"""Seconds within which all machines must have started."""
 
 SHUTDOWN_TIMEOUT = 10.0
-"""Seconds that a process has to end by itself after another machine has failed; it may be waiting for that one for ever."""
+"""Seconds that a process has to end by itself after another machine has failed; then it is killed, as it may wait forever."""
 
 
 class Machines:
-    """The machines of a run, as the first process of each sees them; use it as a context.
+    """The machines of a run, as seen by the first process of each; use it as a context manager.
 
-    The block that ends with an exception ends on all machines, with the same status; a process that does not end by itself
-    within `SHUTDOWN_TIMEOUT` is ended.
+    An exception in the `with` block of one machine ends the blocks of all with the same status; a process that does not end by
+    itself within `SHUTDOWN_TIMEOUT` is killed.
 
     Parameters
     ----------
     count : int
-        Number of machines; with one, nothing of this happens.
+        Number of machines; with one, there are no connections.
     directory : path-like
-        A directory that all machines see, where the first leaves a secret for the others until they have come.
+        A directory that all machines share, where the first one leaves a secret until the others have connected.
     seconds : float
-        Time in which all must have come.
+        Time within which all machines must connect.
 
     Attributes
     ----------
     rank : int
-        Number of this machine; 0 is the first, which decides.
+        Number of this machine; 0 is the first, which makes the decisions.
 
     Raises
     ------
     BadRequest
-        If the environment does not say which machine this is, its port is taken, or the others do not come in time.
+        If the environment does not say which machine this is, its port is in use, or the others do not connect in time.
     """
 
     def __init__(self, count: int, *, directory=".", seconds: float = JOIN_TIMEOUT):
@@ -67,18 +68,18 @@ class Machines:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the machine that decides and writes."""
+        """Whether this is the machine that makes the decisions and writes files."""
         return self.rank == 0
 
     def gather(self, value) -> list:
-        """On the first machine what each of the others gives here, once all of them have; on the others nothing."""
+        """Wait on the first machine for the *value* of each of the others, and return them; on the others, return []."""
         if self.is_first:
             return [self._take(connection) for connection in self._connections]
         self._send_all({"value": value})
         return []
 
     def share(self, value=None):
-        """What the first machine gives here, on all of them."""
+        """Return the *value* of the first machine on all machines."""
         if not self.is_first:
             return self._take(self._connections[0])
         self._send_all({"value": value})
@@ -103,10 +104,10 @@ class Machines:
                 connection.close()
 
     def _end_all(self, error: BaseException) -> None:
-        """Tell the others of *error*, or raise what one of them has told of, which is why this one cannot go on."""
+        """Report *error* to the others, or raise the failure that one of them has reported, if it caused *error*."""
         agreed = getattr(error, "agreed", False)
         if not agreed or not self.is_first:
-            # What torch says when another process is gone comes before, or with, that process's own word.
+            # Torch's error about a lost process may arrive before that process's own report.
             self._failed.wait(SHUTDOWN_TIMEOUT if agreed else 0 if isinstance(error, BadRequest | Failed) else 2)
         failure = self._failure
         if failure is None:
@@ -121,7 +122,7 @@ class Machines:
             connection.send(message)
 
     def _take(self, connection: Connection):
-        """Wait for the next value of another machine; Failed if that has failed."""
+        """Wait for the next value of another machine; raises Failed if that machine has failed."""
         message = connection.inbox.get()
         if message is None:
             text, status = self._failure
@@ -129,15 +130,16 @@ class Machines:
         return message["value"]
 
     def _listen(self, connection: Connection) -> None:
-        """Put what a machine sends where it is waited for; when it has failed, see to it that this process ends."""
+        """Pass on the messages of a machine to the waiting thread; when it has failed, make sure that this process ends."""
         while True:
             try:
                 message = connection.receive_from_machine()
             except (OSError, ValueError) as error:
-                what = "is gone, without a word" if isinstance(error, OSError) else f"sent {error}"
+                machine = f"machine {connection.machine}"
+                lost = isinstance(error, OSError)
+                what = f"lost the connection to {machine}" if lost else f"{machine} sent an invalid message ({error})"
                 message = {
-                    "failed": f"machine {connection.machine} {what}; the same command on every machine continues from the last "
-                    "training state",
+                    "failed": f"{what}; the same command on every machine continues from the last training state",
                     "status": 1,
                 }
             if "end" in message:

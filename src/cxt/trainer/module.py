@@ -1,4 +1,4 @@
-"""The one LightningModule, its learning-rate schedule, and what makes its dropout repeatable.
+"""The LightningModule, its learning-rate schedule, and reproducible dropout.
 
 The loss is `cxt.model.transformer.CoalescenceModel.loss`; `build_loss_function` takes it from a batch on.
 """
@@ -19,14 +19,14 @@ from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 
 WSD_PLATEAU_FRACTION = 0.4
-"""Part of the way from the end of the warm-up to that of the decay during which `wsd` stays at its peak."""
+"""Fraction of the steps from the end of the warm-up to the end of the decay during which `wsd` stays at its peak."""
 
 
 def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: int) -> float:
     """Learning rate of optimizer step *step* relative to the peak.
 
-    Linear from 0 over `warmup_steps`, then down to `min_lr` at `decay_steps` (0 = the run's last step), flat after: as a
-    cosine, a line, not at all (`constant`), or only from 40% of the way on, as a cosine (`wsd`).
+    It rises linearly from 0 over `warmup_steps`, then decays to `min_lr` at `decay_steps` (0 = the run's last step) and stays
+    there: as a cosine, linearly, not at all (`constant`), or as a cosine after 40% of the steps (`wsd`).
     """
     if step < training.warmup_steps:
         return step / training.warmup_steps
@@ -45,9 +45,10 @@ def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: in
 
 
 def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[dict]:
-    """AdamW's groups: decay on tensors of two or more dimensions only.
+    """Parameter groups for AdamW, with weight decay on tensors of two or more dimensions only.
 
-    With an adapter: all adapter parameters (decayed, full rate), then the unfrozen backbone at `backbone_lr_factor` of it.
+    With an adapter, there is first a group of all adapter parameters (with weight decay, at the full learning rate); those of
+    the unfrozen backbone are at `backbone_lr_factor` of it.
     """
     factor = 1.0
     groups = []
@@ -67,7 +68,7 @@ def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[
 
 
 def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over what trains; an adapter's backbone is frozen first, but for what its strategy names."""
+    """AdamW over the trainable parameters; with an adapter, the backbone is first frozen by the adapter's strategy."""
     if model.adapter is not None:
         freeze_backbone(model)
     return torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2), fused=fused)
@@ -80,7 +81,7 @@ def compile_backend(training: TrainingConfig, device: str) -> str | None:
 
 
 def check_compiler_cache() -> None:
-    """BadRequest if the folder that `TORCHINDUCTOR_CACHE_DIR` names cannot be made or written."""
+    """BadRequest if the directory in `TORCHINDUCTOR_CACHE_DIR` cannot be created or written to."""
     path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if path is None:
         return
@@ -89,15 +90,15 @@ def check_compiler_cache() -> None:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise BadRequest(
-            f"TORCHINDUCTOR_CACHE_DIR={path} cannot be made or written ({error.strerror}), and compiling needs it; set it to "
-            "another folder or unset it, or train without (compile: none)"
+            f"TORCHINDUCTOR_CACHE_DIR={path} cannot be created or written to ({error.strerror}), and compiling needs it; set "
+            "it to another directory, unset it, or train without compiling (compile: none)"
         ) from None
 
 
 def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
-    """(counts, missing, tokens) to the loss, by the path and the attention that *training* names.
+    """A function from (counts, missing, tokens) to the loss, with the loss path and attention of *training*.
 
-    From the small integers of a batch on, so that the logarithm and the cast are done, and compiled, on the device.
+    It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device.
     """
     model.backbone.gradient_checkpointing = training.gradient_checkpointing
     if training.attention == "flex":
@@ -124,7 +125,7 @@ class TrainingModule(pl.LightningModule):
         backend = compile_backend(self.training_config, self.trainer.strategy.root_device.type)
         if backend is not None:
             check_compiler_cache()
-            # Training batches all have one shape; the last one of a validation has not, and is worth no compilation.
+            # All training batches have the same shape; the last validation batch does not, and is not worth a compilation.
             self._step_loss = torch.compile(self._loss, backend=backend, dynamic=False)
 
     def training_step(self, batch: Batch, _) -> torch.Tensor:
@@ -132,13 +133,13 @@ class TrainingModule(pl.LightningModule):
         return self._step_loss(*batch)
 
     def validation_step(self, batch: Batch, _) -> None:
-        """Log the loss of one minibatch, of which Lightning makes `val_loss`, the mean over all examples and ranks."""
+        """Log the loss of one minibatch; Lightning averages it over all examples and ranks as `val_loss`."""
         self.log("val_loss", self._loss(*batch), batch_size=len(batch.tokens), sync_dist=True)
 
     def configure_optimizers(self):
         """Return AdamW and the learning-rate schedule, which advances with every optimizer step; called by Lightning."""
         training = self.training_config
-        # With a gradient scaler it would undo the scaling by itself, too late for clipping and for the norm that is logged.
+        # With a gradient scaler, a fused optimizer unscales by itself, too late for clipping and for the logged norm.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, training, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -148,7 +149,7 @@ class TrainingModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         """Clip the norm of all gradients to *gradient_clip_val*, if given; called by Lightning."""
-        # Lightning's own refuses a fused optimizer in mixed precision, even in bfloat16, where there is nothing to unscale.
+        # Lightning's own clipping refuses fused optimizers in mixed precision, even in bfloat16, which needs no unscaling.
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
 
@@ -158,7 +159,7 @@ class TrainingModule(pl.LightningModule):
 
 
 class Reseed(Callback):
-    """Dropout is a function of (seed, batch number, rank), so that a resumed run draws what the first would have."""
+    """Seeds dropout by (seed, batch number, rank), so that a resumed run draws the same numbers."""
 
     def __init__(self, seed: int):
         self.seed = seed

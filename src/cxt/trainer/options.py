@@ -1,4 +1,4 @@
-"""The options of a run: their flags, their keys in configuration files, and the frozen object that they are read into."""
+"""The options of a run: their flags, their keys in configuration files, and the frozen object that holds them."""
 
 import dataclasses
 import os
@@ -21,10 +21,10 @@ from cxt.errors import BadRequest, suggest_nearest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """The trainer's flags, with the names that they have in Python; `python -m cxt.train --help` says what each is.
+    """The trainer's flags under their Python names; `python -m cxt.train --help` describes each of them.
 
-    None is what nobody has asked for; what it then is depends on the preset, the dataset and the parent. The settings of
-    `TrainingConfig` are together in *training*.
+    None means not given: the value then comes from the preset, the dataset or the parent. The settings of `TrainingConfig` are
+    in *training*.
     """
 
     model: str
@@ -71,21 +71,21 @@ class TrainingOptions:
 
     @property
     def parent(self) -> str | None:
-        """The checkpoint to start from, as it was named."""
+        """The checkpoint to start from, by the name or path that was given."""
         return self.checkpoint or self.resume_adapter
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained."""
+        """Whether the run trains an adapter."""
         return self.adapter or self.resume_adapter is not None
 
     @property
     def data(self) -> str:
-        """The dataset or the scenarios to train on, in words."""
+        """Description of the dataset or the scenarios to train on, for messages."""
         return self.dataset_path or f"--simulate {' '.join(self.simulate or ())}"
 
     def flatten(self) -> dict[str, Any]:
-        """All options by the names of their flags, those of *training* among the others, as YAML and JSON hold them."""
+        """All options, including those of *training*, by the names of their flags, with values for YAML and JSON."""
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "training"}
         values = options | self.training.model_dump()
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -97,28 +97,38 @@ TYPES = get_type_hints(TrainingOptions)
 
 
 def build_parser(**options) -> jsonargparse.ArgumentParser:
-    """All flags; a key of `--config FILE.yaml` is the name of a flag, with underscores."""
+    """The parser of all flags; the keys of a `--config` file are the names of the flags, with underscores."""
     parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
     add = parser.add_argument
     add(
         "--config",
         type=str | None,
-        help="YAML file whose keys are the names of these flags; null is the default, and the command line wins",
+        help="YAML file whose keys are the names of these flags; null means the default, and the command line takes precedence",
     )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
     add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
-    add("--configfile", type=str, nargs="+", default=[], help="overlays over the default configuration, for --simulate")
-    add("--window-size", type=int | None, help="base pairs of a window, for --simulate (default: the preset's)")
+    add("--configfile", type=str, nargs="+", default=[], help="overlays on the default configuration, for --simulate")
+    add("--window-size", type=int | None, help="base pairs per window, for --simulate (default: the preset's)")
     add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
-    add("--eval-samples", type=int | None, help="items held out for validation, for --simulate: the first ones")
-    add("--eval-max-batches", type=int | None, help="the same in batches of --batch-size")
-    add("--max-steps", type=int | None, help="optimizer steps to train for; with a dataset, at most its epochs")
+    add("--eval-samples", type=int | None, help="held-out validation examples for --simulate")
+    add("--eval-max-batches", type=int | None, help="the same, counted in batches of --batch-size")
+    add("--max-steps", type=int | None, help="optimizer steps after which training ends; with a dataset, at most its epochs")
     add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
-    add("--devices", type=int | None, help="number of devices instead: GPUs, or 0 for the CPU")
-    add("--nodes", type=int, default=1, help="nodes with so many devices each; start the same command once on each")
-    add("--accelerator", default="auto", choices=["auto", "cpu", "gpu"], help="cpu with --devices N: N DDP processes on CPU")
+    add("--devices", type=int | None, help="number of GPUs instead of indices; 0 = CPU")
+    add(
+        "--nodes",
+        type=int,
+        default=1,
+        help="number of machines, each with this many devices; start the same command once on every machine",
+    )
+    add(
+        "--accelerator",
+        default="auto",
+        choices=["auto", "cpu", "gpu"],
+        help="cpu, with --devices N: N DDP processes on the CPU",
+    )
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
     add(
@@ -127,8 +137,8 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         default=False,
         nargs="?",
         const=True,
-        help="continue the newest run below --log-dir, or --run-dir, or a run or one of its saves, given as a path; with "
-        "`latest` there must be one, with `auto` a new one is started if there is none",
+        help="continue a run: the newest below --log-dir, the one in --run-dir, or a given run directory or training state; "
+        "`latest` requires a run to exist, `auto` starts one if none does",
     )
     add(
         "--restart",
@@ -136,7 +146,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         default=False,
         nargs="?",
         const=True,
-        help="start the run directory afresh; what it held is kept as …-superseded-N",
+        help="start over in the run directory; the old run is renamed …-superseded-N",
     )
     add(
         "--adapter",
@@ -149,20 +159,29 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--adapter-samples", type=int | None, help="haplotypes of the adapter's input (default: the dataset's)")
     for name, field in Adapter.model_fields.items():
         flag = f"adapter_{name}" if name in ("bottleneck", "dropout") else name
-        default = "as its parent" if name == "overwrite_bin0" else f"that of --resume-adapter, or {field.default}"
+        default = "the parent's" if name == "overwrite_bin0" else f"that of --resume-adapter, or {field.default}"
         _add_setting(parser, flag, field, default=default)
-    add("--log-dir", type=str, default=".", help="runs go to <log-dir>/lightning_logs/version_N")
+    add("--log-dir", type=str, default=".", help="runs are written to <log-dir>/lightning_logs/version_N")
     add("--run-dir", type=str | None, help="run directory to use instead; an unfinished run in it is continued")
-    add("--max-minutes", type=float | None, help="after so many minutes save and exit with status 75; run again to go on")
-    add("--out", type=str | None, help="publish the finished checkpoint here")
-    add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and end")
+    add(
+        "--max-minutes",
+        type=float | None,
+        help="save a training state and exit with status 75 after this many minutes; run the same command to continue "
+        "(with --resume, if it has no --run-dir)",
+    )
+    add("--out", type=str | None, help="publish the finished checkpoint to this file")
+    add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and exit")
     add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
-    add("--settings-lineage", type=str | None, help="lineage that the settings of --config are for; must be --lineage's")
-    add("--dataset-lineage", type=str | None, help="lineage that the dataset must have")
-    add("--parent-lineage", type=str | None, help="lineage that --checkpoint or --resume-adapter must have")
-    add("--wait-for-lock", type=float, default=0.0, help="minutes to wait where another trainer has the run directory")
+    add(
+        "--settings-lineage",
+        type=str | None,
+        help="lineage for which the --config file was written; must equal --lineage",
+    )
+    add("--dataset-lineage", type=str | None, help="expected lineage of the dataset")
+    add("--parent-lineage", type=str | None, help="expected lineage of --checkpoint or --resume-adapter")
+    add("--wait-for-lock", type=float, default=0.0, help="minutes to wait for another trainer that uses the run directory")
     for name, field in Architecture.model_fields.items():
-        defaults = {"mask_singletons": "the preset's", "start_token_in_prefix": "as its parent"}
+        defaults = {"mask_singletons": "the preset's", "start_token_in_prefix": "the parent's"}
         _add_setting(parser, name, field, default=defaults.get(name, "the parent's, or the preset's"))
     for name, field in TrainingConfig.model_fields.items():
         _add_setting(parser, name, field)
@@ -175,9 +194,9 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
     Parameters
     ----------
     parser : parser to add it to
-    name : of the flag, with underscores
-    field : the setting, as its section defines it
-    default : in words, what is taken without the flag, where that is not the default of *field*
+    name : name of the flag, with underscores
+    field : the setting, as defined in its section
+    default : description of the default, if it is not the default of *field*
     """
     kind = field.annotation if field.annotation in (bool, int, float) else str
     text = (field.description or "").replace("`", "")
@@ -199,21 +218,22 @@ NUMBERS = {
     "max_steps": PositiveInteger, "devices": Devices, "nodes": Machines, "max_minutes": Positive,
     "adapter_samples": Samples, "adapter_bottleneck": Bottleneck, "adapter_dropout": Fraction, "last_n": LastBlocks,
 }  # fmt: skip
-"""What is accepted of each number that is no setting of the network or of `TrainingConfig`, which check their own."""
+"""Accepted types of numbers that are not settings of the network or of `TrainingConfig`, which check their own."""
 
 
 def check_numbers(args) -> None:
-    """BadRequest for numbers of the flags, the settings of networks and training left out, that mean nothing."""
+    """BadRequest for flags with numbers out of range, except settings of networks and training, and for a bad --name."""
     check_flags(args, **NUMBERS)
     name = args.name
     if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):
         raise BadRequest(
-            f"--name {name[:100]!r}: it is used in names of files, so 1 to 100 characters without '/', the first no '.' or '-'"
+            "--name must have 1 to 100 printable characters, no '/', and not start with '.' or '-', because it is part of file "
+            f"names, got {name[:100]!r}"
         )
 
 
 def _as_words(key: str, value) -> list[str]:
-    """A setting as words of the command line; null is as if it were not there."""
+    """A setting as command-line arguments; none for null."""
     flag = f"--{key.replace('_', '-')}"
     if value is None or value == []:
         return []
@@ -221,12 +241,12 @@ def _as_words(key: str, value) -> list[str]:
 
 
 def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
-    """*argv* with the settings of its `--config` files as words before all others, so that the command line wins.
+    """Replace `--config` files in *argv* by their settings as leading arguments, so that the command line takes precedence.
 
     Raises
     ------
     BadRequest
-        With the nearest name for an unknown key in such a file, or an unknown flag.
+        For an unknown key in such a file, or an unknown flag, with the nearest name.
     """
     known = {action.dest for action in parser._actions} - {"help", "config"}
     flags = {option for action in parser._actions for option in action.option_strings}
@@ -242,30 +262,30 @@ def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> l
     settings = []
     for path in files:
         if not path:
-            raise BadRequest("--config: expected a YAML file")
+            raise BadRequest("--config needs a YAML file")
         for key, value in read_yaml(path).items():
             if key not in known:
                 raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
-                raise BadRequest(f"{path}: {key} is a mapping or a list of lists, expected a value as for its flag")
+                raise BadRequest(f"{path}: {key} must be a value that its flag accepts, not a mapping or a list of lists")
             settings += _as_words(key, value)
     return settings + others
 
 
 def parse_flags(argv: list[str], parser: jsonargparse.ArgumentParser):
-    """The arguments that *argv* and its `--config` files give, in themselves checked as far as numbers go."""
+    """Parse *argv* and its `--config` files, and check the ranges of numbers."""
     args = parser.parse_args(with_config_files(argv, parser))
     check_numbers(args)
     return args
 
 
 def build_options(values: Mapping[str, Any]) -> TrainingOptions:
-    """The options that parsed flags give.
+    """Build the options from parsed flags.
 
     Parameters
     ----------
     values : mapping
-        Every flag's value by its name; what is no option of a run is passed over.
+        The value of every flag by its name; other names are ignored.
 
     Raises
     ------
@@ -277,24 +297,24 @@ def build_options(values: Mapping[str, Any]) -> TrainingOptions:
 
 
 def read_options(argv: list[str]) -> TrainingOptions:
-    """The options that a command line gives, with the files that its `--config` names."""
+    """Read the options from a command line and its `--config` files."""
     return build_options(vars(parse_flags(argv, build_parser())))
 
 
 def merge_options(config: str | Path | None, given: Mapping[str, Any]) -> TrainingOptions:
-    """The options that a configuration file gives, and over them what was *given* in Python.
+    """Read the options from a configuration file, and override them with those *given* in Python.
 
     Parameters
     ----------
     config : path-like, optional
         YAML file of settings, such as the config.yaml of a run directory.
     given : mapping
-        Options by name; None is as if a name were not there.
+        Options by name; None means not given.
 
     Raises
     ------
     BadRequest
-        For unknown names and keys, with the nearest one, and for values of another type or out of range.
+        For unknown names and keys, with the nearest one, and for values of the wrong type or out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     for name in given:
@@ -311,18 +331,18 @@ def merge_options(config: str | Path | None, given: Mapping[str, Any]) -> Traini
 
 
 def _check_type(name: str, value: Any) -> Any:
-    """*value* as the type of the option *name*; BadRequest if it is none."""
+    """Convert *value* to the type of the option *name*; BadRequest if that is not possible."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy's
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy scalar
         value = value.item()
     if name in ("simulate", "configfile", "gpus") and not isinstance(value, list | tuple | range):
         value = [value]
     if name == "configfile":
         value = [os.fspath(path) for path in value]
     if name in TRAINING_SETTINGS:
-        return value  # which they check themselves
+        return value  # checked by TrainingConfig
     try:
         return TypeAdapter(TYPES[name]).validate_python(value)
     except ValidationError as error:
-        raise BadRequest(f"{name}: found {value!r}: {error.errors()[0]['msg']}") from None
+        raise BadRequest(f"{name} is not valid: {error.errors()[0]['msg']}, got {value!r}") from None

@@ -1,4 +1,4 @@
-"""The network of a run, and the checkpoint that it starts from: what the flags ask for against what dataset and parent are."""
+"""The network of a run and the checkpoint it starts from, checked against flags, dataset and parent."""
 
 import dataclasses
 from pathlib import Path
@@ -20,13 +20,13 @@ from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.options import TrainingOptions
 
-if TYPE_CHECKING:  # it takes torch's seconds
+if TYPE_CHECKING:  # importing torch takes seconds
     from cxt.checkpoints.file import Checkpoint
 
 logger = get_logger(__name__)
 
 NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
-"""Flags whose default is the preset's, and sizes the parent's where there is one."""
+"""Flags whose default comes from the preset or, for sizes, from the parent if there is one."""
 
 ADAPTER_FLAGS = {
     "adapter_samples": None,
@@ -36,20 +36,20 @@ ADAPTER_FLAGS = {
     },
     "backbone_lr_factor": TrainingFields.model_fields["backbone_lr_factor"].default,
 }
-"""Flags that act on an adapter, with their defaults where none is resumed."""
+"""Flags that apply to an adapter, with their defaults if no adapter is resumed."""
 
 
 def check_adapter_flags(options: TrainingOptions) -> None:
-    """BadRequest for flags that act on an adapter where there is none; their defaults, as a file may have them, pass."""
+    """BadRequest for adapter flags without an adapter; default values, which a file may contain, are accepted."""
     values = options.flatten()
     given = [name for name, default in ADAPTER_FLAGS.items() if values[name] not in (None, default)]
     if given and not options.has_adapter:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise BadRequest(f"{flags} {'has' if len(given) == 1 else 'have'} no meaning without --adapter or --resume-adapter")
+        raise BadRequest(f"{flags} cannot be used without --adapter or --resume-adapter")
 
 
 def _describe_parent(parent: "Checkpoint", *, name: str) -> TrainedModel:
-    """A checkpoint as its children are checked against it; its dataset is known by its scales and samples only."""
+    """The properties of a checkpoint that its children are checked against; of its dataset, scales and samples are known."""
     return TrainedModel(
         name=name,
         network=parent.model,
@@ -69,9 +69,9 @@ def resolve_network(
     Parameters
     ----------
     options : TrainingOptions
-        With what `inherit` has taken from the parent.
+        Completed by `inherit`.
     manifest : dict
-        The dataset's.
+        Manifest of the dataset.
     parent : Checkpoint or None
         The checkpoint to start from.
 
@@ -98,13 +98,13 @@ def resolve_network(
     check_missingness(model)
     if parent is not None:
         name = options.parent
-        for key in ("layers", "heads", "width"):  # given with a flag, or else the parent's
+        for key in ("layers", "heads", "width"):  # from a flag, otherwise from the parent
             given, inherited = getattr(network, key), getattr(parent.model, key)
             if given != inherited:
-                raise BadRequest(f"--{key} {given}, but checkpoint {name} has {inherited}; leave the flag out to take that")
+                raise BadRequest(f"--{key} {given}, but checkpoint {name} has {inherited}; omit the flag to inherit it")
         check_inheritance(model, _describe_parent(parent, name=name))
         if network.window_size != parent.model.window_size:
-            logger.info(f"note: the window size moves from {parent.model.window_size} to {network.window_size} bp")
+            logger.info(f"note: the window size changes from {parent.model.window_size} to {network.window_size} bp")
     if not options.has_adapter:
         return network, None
     if options.adapter_samples is not None and options.adapter_samples != manifest["samples"]:
@@ -125,7 +125,7 @@ def resolve_network(
             f"--adapter-bottleneck {adapter.bottleneck}, but {options.resume_adapter} has {parent.adapter.bottleneck}"
         )
     if "lastN" not in adapter.unfreeze_strategy and adapter.last_n != ADAPTER_FLAGS["last_n"]:
-        raise BadRequest(f"--last-n {adapter.last_n} has no meaning with --unfreeze-strategy {adapter.unfreeze_strategy}")
+        raise BadRequest(f"--last-n {adapter.last_n} cannot be used with --unfreeze-strategy {adapter.unfreeze_strategy}")
     return network, adapter
 
 
@@ -140,38 +140,38 @@ def read_parent(options: TrainingOptions) -> "tuple[Path, Checkpoint] | tuple[No
     Raises
     ------
     BadRequest
-        If it cannot be read, or is with an adapter where one without is asked for, or the other way round.
+        If it cannot be read, or has an adapter where none is expected, or the other way round.
     """
     from cxt.checkpoints.file import read_checkpoint
     from cxt.checkpoints.load import find_checkpoint
 
     if options.checkpoint is not None and options.resume_adapter is not None:
-        raise BadRequest("--checkpoint and --resume-adapter exclude each other")
+        raise BadRequest("--checkpoint and --resume-adapter cannot be used together")
     if options.resume and options.restart:
-        raise BadRequest("--resume and --restart exclude each other")
+        raise BadRequest("--resume and --restart cannot be used together")
     if options.adapter and options.checkpoint is None and options.resume_adapter is None:
-        raise BadRequest("--adapter needs a trained backbone: name one with --checkpoint, or an adapter with --resume-adapter")
+        raise BadRequest("--adapter needs a trained backbone; name one with --checkpoint, or an adapter with --resume-adapter")
     name = options.checkpoint or options.resume_adapter
     if name is None:
         return None, None
     path = find_checkpoint(name)
     parent = read_checkpoint(path)
     if options.checkpoint is not None and parent.adapter is not None:
-        raise BadRequest(f"{path} holds an adapter model: use --resume-adapter {name}")
+        raise BadRequest(f"{path} is an adapter model; use --resume-adapter {name}")
     if options.resume_adapter is not None and parent.adapter is None:
-        raise BadRequest(f"{path} has no adapter weights: use --checkpoint {name} --adapter")
+        raise BadRequest(f"{path} has no adapter weights; use --checkpoint {name} --adapter")
     return path, parent
 
 
 def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOptions:
-    """Take from the parent what no flag says otherwise, as the workflow does, and say so where it is no default.
+    """Inherit options that are not given from the parent, as the workflow does, and log those that differ from the defaults.
 
-    Sizes of the network and settings of a resumed adapter are the parent's. What only published weights do is said as well.
+    These are sizes of the network, settings of a resumed adapter, and behaviour that only published weights have.
 
     Returns
     -------
     TrainingOptions
-        A copy in which no setting of an adapter is None, if an adapter is trained.
+        A copy in which all adapter settings are set, if an adapter is trained.
     """
     inherited: dict[str, Any] = {}
 
@@ -192,14 +192,16 @@ def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOp
             take("last_n", adapter.last_n, ADAPTER_FLAGS["last_n"])
     if inherited:
         words = ", ".join(f"{name} {value}" for name, value in inherited.items())
-        logger.warning(f"note: {words}, as in {options.parent}")
+        logger.warning(f"note: inherited from {options.parent}: {words}")
     if options.start_token_in_prefix is None and parent is not None and parent.model.start_token_in_prefix:
         inherited["start_token_in_prefix"] = True
-        logger.warning(f"note: sources see the start token, as in {options.parent}; --start-token-in-prefix false ends that")
+        logger.warning(
+            f"note: as in {options.parent}, sources attend to the start token; --start-token-in-prefix false turns this off"
+        )
     if options.has_adapter:
         if options.overwrite_bin0 is None and options.resume_adapter is not None and parent.adapter.overwrite_bin0:
             inherited["overwrite_bin0"] = True
-            logger.warning(f"note: the adapter overwrites bin 0, as in {options.parent}; --overwrite-bin0 false ends that")
+            logger.warning(f"note: as in {options.parent}, the adapter overwrites bin 0; --overwrite-bin0 false turns this off")
         values = options.flatten() | inherited
         inherited |= {name: default for name, default in ADAPTER_FLAGS.items() if values[name] is None}
     return dataclasses.replace(options, **inherited)

@@ -1,4 +1,4 @@
-"""What a run needs: one frozen object, made once from the options and checked against dataset and parent."""
+"""The resolved, checked request of a run."""
 
 import dataclasses
 import os
@@ -20,7 +20,7 @@ from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
 
-if TYPE_CHECKING:  # it takes torch's seconds
+if TYPE_CHECKING:  # importing torch takes seconds
     from cxt.checkpoints.file import Checkpoint
 
 logger = get_logger(__name__)
@@ -29,32 +29,32 @@ RUN_CONTROL_OPTIONS = (
     "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
     "parent_lineage", "wait_for_lock",
 )  # fmt: skip
-"""Options that are no settings of a run: where it goes, how it starts and ends, and what the workflow says it planned."""
+"""Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 
 OPTIONS_IDENTIFIED_OTHERWISE = (
     "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
 )  # fmt: skip
-"""Settings that a run's identity holds in another form: files by digest, devices by number."""
+"""Settings that are in a run's identity in another form: files by digest, devices by number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """Everything that a run needs to know, checked.
+    """Everything that determines a run, checked.
 
     Attributes
     ----------
     name, preset : str
-        Of the checkpoint, and of its architecture.
+        Name of the checkpoint, and of its architecture.
     dataset_path : str or None
         The dataset; None if scenarios are simulated on the fly.
     manifest : dict
-        Its dataset.json, or what stands for it.
+        Its dataset.json, or the equivalent for simulated scenarios.
     dataset_sha256 : str
-        Digest of that.
+        Digest of the manifest.
     simulated : list of dict or None
         Variants to simulate on the fly; None for a dataset on disk.
     network, adapter, training : ModelConfig, AdapterConfig or None, TrainingConfig
-        Settings; no adapter for a plain model.
+        Settings; *adapter* is None for a plain model.
     parent : Checkpoint or None
         The checkpoint to start from.
     parent_file, parent_sha256 : str or None
@@ -64,17 +64,17 @@ class RunRequest:
     accelerator : str
         `cpu` or `gpu`.
     devices : int or list of int
-        Of each machine: their number, or indices of GPUs.
+        Number of devices of each machine, or indices of GPUs.
     machines : int
         Number of machines.
     lineage : str or None
         Digest of everything the checkpoint depends on.
     max_steps : int or None
-        Optimizer steps after which training ends, whatever the epochs say.
+        Optimizer steps after which training ends, even before all epochs are done.
     identity : dict
-        What makes it this run and no other: settings that change the result, devices, lineage, digests of dataset and parent.
+        Everything that identifies the run: settings that affect the result, devices, lineage, digests of dataset and parent.
     settings : dict
-        All settings, as `--config` reads them.
+        All settings, in the format of `--config`.
     """
 
     name: str
@@ -100,17 +100,17 @@ class RunRequest:
 
     @property
     def world(self) -> int:
-        """Number of devices, on all machines."""
+        """Number of devices on all machines."""
         return self.machines * count_devices(self.devices)
 
     @property
     def precision(self) -> str:
-        """What is computed in: the settings' on GPUs, 32-true on a CPU."""
+        """Precision of the arithmetic: that of the settings on GPUs, 32-true on a CPU."""
         return self.training.precision if self.accelerator == "gpu" else "32-true"
 
     @property
     def device_type(self) -> str:
-        """As torch names it."""
+        """Torch's name of the type of device."""
         return "cuda" if self.accelerator == "gpu" else "cpu"
 
     @property
@@ -135,7 +135,7 @@ class RunRequest:
 
     @property
     def effective_batch(self) -> int:
-        """Items of an optimizer step."""
+        """Examples per optimizer step."""
         return self.training.batch_size * self.training.grad_accum * self.world
 
     @property
@@ -144,19 +144,19 @@ class RunRequest:
         return Grid(self.network.grid_low, self.network.grid_high, self.network.bins)
 
     def validates_after(self, step: int) -> bool:
-        """Whether there is a validation after an optimizer step: every so many, or after each epoch; and after the last."""
+        """Whether to validate after an optimizer step: every `validate_every` steps or once per epoch, and after the last."""
         if not self.manifest["splits"]["test"]["items"]:
             return False
         return step % (self.training.validate_every or self.steps_per_epoch) == 0 or step == self.total_steps
 
 
 def count_devices(devices: int | list[int]) -> int:
-    """Number of devices of a machine, given as Lightning takes them."""
+    """Number of devices of a machine, given in Lightning's format."""
     return len(devices) if isinstance(devices, list) else devices
 
 
 def build_request(options: TrainingOptions) -> RunRequest:
-    """Make what a run needs of what was asked for.
+    """Resolve the options of a run and check them against dataset, parent and devices.
 
     Parameters
     ----------
@@ -166,12 +166,11 @@ def build_request(options: TrainingOptions) -> RunRequest:
     Returns
     -------
     RunRequest
-        Checked against dataset, parent and devices.
 
     Raises
     ------
     BadRequest
-        If what is asked for cannot be done.
+        If the options cannot be fulfilled.
     """
     _check_preset(options)
     check_source(options)
@@ -179,7 +178,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     accelerator, devices = choose_devices(options)
     training = options.training
     if training.attention == "flex" and accelerator == "cpu":
-        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; leave it at split")
+        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; use attention split")
     world = options.nodes * count_devices(devices)
     if options.simulate is None:
         simulated, manifest = None, read_manifest(options.dataset_path)
@@ -196,13 +195,13 @@ def build_request(options: TrainingOptions) -> RunRequest:
     steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     if not examples["test"] and (training.patience or training.export == "best"):
         asks = "patience" if training.patience else "export: best"
-        raise BadRequest(f"{asks} needs validation, but the dataset has no test items")
+        raise BadRequest(f"{asks} needs validation, but the dataset has no test examples")
     settings = list_settings(options)
     parent_digest = None if parent_file is None else file_sha256(parent_file)
     leave_out = {*OPTIONS_IDENTIFIED_OTHERWISE, *list_result_neutral_settings(settings)}
     identity = {
         "settings": {key: value for key, value in settings.items() if key not in leave_out},
-        # On several machines a GPU's sums may be made in another order. "nodes" is what earlier runs have recorded.
+        # On several machines, GPUs may sum in another order. Earlier runs have recorded the word "nodes".
         "devices": f"{world} {accelerator}" + (f" on {options.nodes} nodes" if options.nodes > 1 else ""),
         "lineage": options.lineage,
         "dataset": data_digest,
@@ -235,7 +234,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
 
 
 def resolve_settings(options: TrainingOptions) -> dict[str, Any]:
-    """All settings of a run, as a file for --config; sizes that no flag gives are the parent's or the preset's."""
+    """All settings of a run, in the format of --config; sizes that are not given come from the parent or the preset."""
     _check_preset(options)
     check_adapter_flags(options)
     options = inherit(options, read_parent(options)[1])
@@ -243,7 +242,7 @@ def resolve_settings(options: TrainingOptions) -> dict[str, Any]:
 
 
 def list_settings(options: TrainingOptions) -> dict[str, Any]:
-    """The settings that decide the result, as they can be read back with --config."""
+    """The settings that determine the result, in the format of --config."""
     leave_out = set(RUN_CONTROL_OPTIONS) if options.has_adapter else {*RUN_CONTROL_OPTIONS, *ADAPTER_FLAGS}
     return {key: value for key, value in options.flatten().items() if key not in leave_out and value is not None}
 
@@ -254,11 +253,9 @@ def _check_preset(options: TrainingOptions) -> None:
 
 
 def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoint | None") -> None:
-    """BadRequest if settings, dataset or parent are not those that the workflow has planned the run with."""
+    """BadRequest if settings, dataset or parent are not those that the workflow has planned for the run."""
     if options.simulate is not None and (options.dataset_lineage is not None or options.settings_lineage is not None):
-        raise BadRequest(
-            "--dataset-lineage and --settings-lineage have no meaning with --simulate, which the workflow never plans"
-        )
+        raise BadRequest("--dataset-lineage and --settings-lineage cannot be used with --simulate")
     settings_for = options.settings_lineage and options.lineage
     checked = [(f"the settings of {options.name or options.model}", options.settings_lineage, settings_for)]
     checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
@@ -273,26 +270,26 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     ]
     if problems:
         target = options.out or options.dataset_path or options.parent
-        raise BadRequest(f"not what was planned to train on: {'; '.join(problems)}; {how_to_replan(target)}")
+        raise BadRequest(f"the inputs of training are not the planned ones: {'; '.join(problems)}; {how_to_replan(target)}")
 
 
 def _note_settings_without_effect(request: RunRequest) -> None:
-    """Say on stderr, once for all processes of a machine, which settings ask for what this run cannot or will not do."""
+    """Note on stderr, once per machine, which settings have no effect in this run."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     training, notes = request.training, []
     if request.simulated is None and request.max_steps is not None and request.max_steps > request.all_steps:
-        epochs = f"{training.epochs} epoch{'' if training.epochs == 1 else 's'}"
         notes.append(
-            f"--max-steps {request.max_steps} only shortens a run, and {epochs} are {request.all_steps} steps; raise --epochs"
+            f"--max-steps {request.max_steps} has no effect, because --epochs {training.epochs} ends after "
+            f"{request.all_steps} steps; raise --epochs"
         )
     examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)
         if number > examples and number != getattr(TrainingConfig(), name):
-            notes.append(f"{name} {number}, but there are {examples} test items: all are taken")
+            notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
     if training.min_delta and not training.patience:
-        notes.append(f"min_delta {training.min_delta:g} has no meaning without patience")
+        notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:
         logger.warning(f"note: {note}")
     cpus = request.devices if request.accelerator == "cpu" and isinstance(request.devices, int) else 1

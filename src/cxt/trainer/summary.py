@@ -1,4 +1,4 @@
-"""What a run says of itself: the record in its checkpoint, model_summary.json, and the first lines of its log."""
+"""The checkpoint record, model_summary.json and the announcement of a run."""
 
 import importlib.metadata
 import platform
@@ -17,7 +17,7 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "ms
 
 
 def build_record(request: RunRequest) -> dict:
-    """What the checkpoint will say of itself: plain dicts, lists, numbers and strings."""
+    """The record of the checkpoint: plain dicts, lists, numbers and strings."""
     shape = ("window_size", "sequence_length", "samples", "missing", "scales")
     return build_checkpoint_record(
         request.network,
@@ -50,7 +50,7 @@ def build_record(request: RunRequest) -> dict:
 
 
 def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
-    """model_summary.json: what will be trained, on what, for how long, and what it takes."""
+    """The content of model_summary.json: size, data, length and cost of the run."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 2 if request.precision == "bf16-true" else 4
@@ -59,7 +59,7 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
         "parameters": total,
         "trainable_parameters": trainable,
         "precision": request.precision,
-        # AdamW keeps two moments of each trainable parameter, in its type.
+        # AdamW keeps two moments of each trainable parameter, in the parameter's type.
         "memory_mb": {
             "weights": total * width / 1e6, "gradients": trainable * width / 1e6, "optimizer": 2 * trainable * width / 1e6,
         },
@@ -82,18 +82,18 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
 
 
 def announce(request: RunRequest, summary: dict) -> None:
-    """Say what will be trained, on what, and for how long."""
+    """Log what will be trained, on which data and for how long."""
     training = request.training
     if request.precision != training.precision:
-        logger.info(f"{request.name}: precision {training.precision} is for GPUs, training in 32-true on the CPU")
+        logger.info(f"{request.name}: precision {training.precision} is for GPUs; training in 32-true on the CPU")
     if not summary["test_items"]:
-        logger.info(f"{request.name}: the dataset has no test items: training without validation")
+        logger.info(f"{request.name}: the dataset has no test examples; training without validation")
     on = f" on {request.machines} machines" if request.machines > 1 else ""
     logger.info(
         f"{request.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
-        f"{summary['train_items']:,} items, effective batch {request.effective_batch} "
+        f"{summary['train_items']:,} examples, effective batch {request.effective_batch} "
         f"({training.batch_size} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
         f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads"
     )
     if summary["compile"] != "none":
-        logger.info(f"{request.name}: the first step compiles the network ({summary['compile']}), which takes a minute or so")
+        logger.info(f"{request.name}: the first step compiles the network ({summary['compile']}), which takes about a minute")

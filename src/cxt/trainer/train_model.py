@@ -99,29 +99,29 @@ def train_model(
 ) -> Path:
     """Train one checkpoint, as `python -m cxt.train` does with flags of the same names.
 
-    ``train_model(dataset_path="data", epochs=2, gpus=[0, 1])`` trains a `broad` network for two epochs on two GPUs. The same
-    call again continues a run in *run_dir* that was interrupted, exactly. config/README.md describes the settings of networks
+    ``train_model(dataset_path="data", epochs=2, gpus=[0, 1])`` trains a `broad` network for two epochs on two GPUs. With
+    *run_dir*, repeating the same call continues an interrupted run exactly. config/README.md describes the settings of networks
     and training with their defaults, `python -m cxt.train --help` the others.
 
     Parameters
     ----------
     config : path-like, optional
-        YAML file of settings, such as the config.yaml of a run directory. Arguments win over it; what is None is the file's, or
-        the default.
+        YAML file of settings, such as the config.yaml of a run directory. Arguments take precedence; those that are None come
+        from the file, or are the default.
     model : str
         Preset of the network: narrow, broad, broad_w200, w200_wmissing.
     dataset_path : path-like
-        Directory of a dataset, with train/ and test/; or *simulate* names scenarios.
+        Directory of a dataset, with train/ and test/; alternatively, *simulate* names scenarios.
     checkpoint, resume_adapter : path-like
-        Checkpoint to start from, by name or path: without and with its adapter weights.
+        Checkpoint to start from, by name or path, without or with adapter weights.
     epochs : int
-        Passes over the training items.
+        Passes over the training examples.
     gpus, devices : list of int, int
         Indices of GPUs, or their number (0 = CPU).
     run_dir : path-like
-        Run directory to begin or to continue; without it, a new one below *log_dir*.
+        Run directory to start or continue; by default, a new one below *log_dir*.
     out : path-like
-        File to publish the finished checkpoint as.
+        File to publish the finished checkpoint to.
 
     Returns
     -------
@@ -131,9 +131,9 @@ def train_model(
     Raises
     ------
     BadRequest
-        If what is asked for cannot be done.
+        If the options cannot be fulfilled.
     Failed
-        If the run was begun and could not be finished.
+        If the run was started but could not be finished.
     """
     given = {name: value for name, value in locals().items() if name not in ("config", "unknown")}
     return train(merge_options(config, given | unknown), began=time.monotonic())

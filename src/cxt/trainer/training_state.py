@@ -1,8 +1,8 @@
 """Training states: when they are saved, how they are written, and which one an interrupted run continues from.
 
-A training state holds weights, optimizer, counters and random numbers. It is saved between two optimizer steps only, since one
-inside an accumulation window would not be exact; clocks and signals only say that one is due. A state that is saved before a
-validation says that it is still to be done, so that what continues from it validates as well.
+A training state holds weights, optimizer, counters and random numbers. It is saved between two optimizer steps only, because
+one inside an accumulation window would not be exact; clocks and signals only set a flag. A state saved before a validation
+records that the validation is pending, so that a resumed run performs it.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from cxt.signals import OUT_OF_TIME, STATUS, exit_on_signal, has_exit_handler, i
 logger = get_logger(__name__)
 
 NOTHING, SAVE, STOP = 0, 1, 2
-"""What is due; from STOP on, the number of the signal is added."""
+"""The action that is due; STOP + n means stopped by signal n."""
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes a training state under a temporary name, flushes it and renames it; reads none that is not as it was written.
+    """Writes training states atomically, and refuses to read one that was changed or damaged.
 
-    Through memory, since torch says of a full disk only that something was not where it should be.
+    Serialised in memory first, because torch's error for a full disk does not say so.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        """Write *checkpoint* to *path* atomically, with a digest at its end; *storage_options* is ignored."""
+        """Write *checkpoint* to *path* atomically, with a digest at the end; *storage_options* is ignored."""
         atomic_write(path, pack(checkpoint))
 
     def load_checkpoint(self, path, map_location=None, weights_only=True) -> dict:
@@ -50,11 +50,11 @@ class AtomicIO(TorchCheckpointIO):
             with open_verified(path, sealed=True) as file:
                 return torch.load(file, map_location=map_location or "cpu", weights_only=True)
         except UNREADABLE as error:
-            raise BadRequest(f"the training state {path} cannot be read ({first_line(error)}); repeat the command") from None
+            raise BadRequest(f"the training state {path} cannot be read ({first_line(error)}); run the command again") from None
 
 
 def validate_now(trainer: pl.Trainer) -> None:
-    """Lightning's validation, between two steps; its own schedule counts batches, and falls inside accumulation windows."""
+    """Run Lightning's validation between two steps; by its own schedule it may fall into an accumulation window."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     first_loop_iter = trainer._logger_connector._first_loop_iter
     trainer.lightning_module.on_validation_model_zero_grad()
@@ -66,28 +66,28 @@ def validate_now(trainer: pl.Trainer) -> None:
 
 
 class StateSaver(Callback):
-    """Saves training states: every so many steps or minutes, when a signal or the budget ends the run, and before validations.
+    """Saves training states: at regular steps or minutes, when a signal or the deadline ends the run, and before validations.
 
-    It also runs the validations, so that they fall between two optimizer steps.
+    It also runs the validations, so that they take place between two optimizer steps.
 
     Parameters
     ----------
     run : RunDirectory
-        States are `checkpoints/step=S.ckpt`, and `last.ckpt` is a link to the newest.
+        States are saved as `checkpoints/step=S.ckpt`; `last.ckpt` links to the newest.
     name : str
-        Of the checkpoint, for messages.
+        Name of the checkpoint, for messages.
     every_steps : int
         Optimizer steps between states.
     every_minutes : float
-        The same in time, whichever is reached first; 0 = never by time.
+        Minutes between states, if these pass first; 0 = by steps only.
     keep : int
-        States that are kept.
+        Number of states to keep.
     total_steps : int
         Optimizer steps of the whole run.
     validates : callable
         Whether there is a validation after a step.
     refuse : callable
-        Called with the trainer before each state is saved; raises if it must not be.
+        Called with the trainer before a state is saved; raises if it must not be saved.
     deadline : float, optional
         Time of `time.monotonic` after which the run saves and ends with status 75.
     """
@@ -116,7 +116,7 @@ class StateSaver(Callback):
         self._saved_step: int | None = None
 
     def state_dict(self) -> dict:
-        """Return whether a validation is still to be done."""
+        """Return whether a validation is pending."""
         return {"validation_left": self._validation_left}
 
     def load_state_dict(self, state: dict) -> None:
@@ -125,23 +125,23 @@ class StateSaver(Callback):
 
     def on_save_checkpoint(self, trainer, module, checkpoint: dict) -> None:
         """Correct the epoch counters in *checkpoint*, which Lightning gets wrong in a resumed run."""
-        # Resumed at the end of an epoch, Lightning 2.6 does not count the next one as begun. What is saved after that would be
-        # taken for another state, and continued with other items.
+        # Resumed at the end of an epoch, Lightning 2.6 does not count the next one as begun. A state saved after that would be
+        # continued with the wrong examples.
         for progress in map(checkpoint["loops"]["fit_loop"]["epoch_progress"].get, ("total", "current")):
             progress["ready"] = progress["started"] = progress["processed"] + 1
 
     def _take_note(self, number: int, frame) -> None:
-        if has_exit_handler() and not self._stepped:  # it may be compiling for minutes
+        if has_exit_handler() and not self._stepped:  # nothing to save yet, and compiling may take minutes
             exit_on_signal(number)
         self._signal = number
 
     @contextlib.contextmanager
     def listening(self):
-        """Take note of signals while this lasts, instead of ending; a process that another one leads leaves them to that.
+        """Note signals within a `with` block instead of ending; a process for another device leaves them to its parent.
 
-        A command that ends with an exception is not to be interrupted before it has said why.
+        A command that ends with an exception must not be interrupted before it has reported it.
         """
-        if threading.current_thread() is not threading.main_thread():  # Python allows it nowhere else
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
             yield
             return
         before = listen(signal.SIG_IGN if is_started_by_trainer() else self._take_note)
@@ -157,7 +157,7 @@ class StateSaver(Callback):
                 signal.signal(number, handler)
 
     def on_train_start(self, trainer, module) -> None:
-        """Note the step that the run starts from, and run the validation that was still to be done when it was saved."""
+        """Note the step that the run starts from, and run a validation that was pending when it was saved."""
         self._step = trainer.global_step
         self._saved_step = trainer.global_step if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
@@ -166,7 +166,7 @@ class StateSaver(Callback):
             self._validation_left = False
 
     def _due(self, trainer, step: int) -> int:
-        """What is due at this optimizer step, the same on all ranks."""
+        """The action that is due at this optimizer step, the same on all ranks."""
         now = time.monotonic()
         due = NOTHING
         if step % self.every_steps == 0 or (self.every_seconds and now - self._saved_at >= self.every_seconds):
@@ -182,12 +182,12 @@ class StateSaver(Callback):
         return due
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-        """After an optimizer step, save a training state, stop and validate, in this order, as they are due.
+        """After an optimizer step, save a training state, stop and validate, in this order, if due.
 
         After the last step, validation comes before saving.
         """
         step = trainer.global_step
-        if step == self._step:  # a batch whose gradient waits for others
+        if step == self._step:  # gradients are still being accumulated
             return
         self._step, self._stepped = step, True
         due = self._due(trainer, step)
@@ -200,12 +200,12 @@ class StateSaver(Callback):
         if self._validation_left:
             validate_now(trainer)
             self._validation_left = False
-        if last:  # Lightning does nothing more with a run that is saved here, so its validation comes first
+        if last:  # Lightning does nothing more when resumed from this state, so validation comes first
             self._save(trainer, step)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_index, dataloader_index=0) -> None:
         """If a signal has arrived, stop a run on one device without waiting for the end of the validation."""
-        # Alone, a process need not wait for the end of it: the run was saved before, but for the last validation.
+        # Except for the last validation, the run was saved before it; a single process need not wait for others.
         if self._signal is not None and trainer.world_size == 1 and trainer.global_step < self.total_steps:
             self._stop(trainer, self._signal)
 
@@ -224,18 +224,18 @@ class StateSaver(Callback):
 
     def _describe_failure(self, step: int, error: Exception) -> str:
         kept = list_training_states(self.run)
-        intact = f"the training state of {kept[0].stem} is intact" if kept else "nothing was saved before"
+        intact = f"the training state of {kept[0].stem} is intact" if kept else "no earlier training state exists"
         return (
             f"step {step} could not be saved in {self.run.checkpoints}: {first_line(error)}; {intact}. "
-            "Make room and run the same command again"
+            "Free disk space and run the same command again"
         )
 
     def _stop(self, trainer, number: int) -> None:
-        """End the run; the status is rank 0's alone, since a rank that fails before it would have it killed."""
+        """End the run. Only rank 0 reports the status, because a rank that fails before it would get it killed."""
         if not trainer.is_global_zero:
             raise Failed("", status=0, agreed=True)
         start = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
-        reason = f"stopped by {signal.Signals(number).name}" if number else "its time is up"
+        reason = f"stopped by {signal.Signals(number).name}" if number else "reached --max-minutes"
         raise Failed(
             f"{self.name}: {reason} at step {trainer.global_step}; the same command continues from {start}",
             status=STATUS[number] if number else OUT_OF_TIME,
@@ -244,35 +244,35 @@ class StateSaver(Callback):
 
 
 def list_training_states(run: RunDirectory) -> list[Path]:
-    """The training states of a run that can be continued from, newest first."""
+    """The training states of a run, newest first."""
     matches = {path: re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in run.checkpoints.glob("step=*.ckpt")}
     steps = {path: int(match[1]) for path, match in matches.items() if match}
     return sorted(steps, key=lambda path: -steps[path])
 
 
 def _find_damage(path: Path) -> str | None:
-    """Why a training state cannot be read, or None."""
+    """Describe why a training state cannot be read; None if it can."""
     try:
         with open_verified(path, sealed=True) as file:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         return first_line(error)
-    return None if isinstance(content, dict) and "loops" in content else "it is no training state"
+    return None if isinstance(content, dict) and "loops" in content else "it is not a training state"
 
 
 def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None = None) -> Path | None:
-    """The training state to continue a run from.
+    """Find the training state to continue a run from.
 
-    What a killed process has left half-made is removed, and newer states than *wanted*, since they will be made again.
+    Removes temporary files of killed processes, and states newer than *wanted*, whose steps will be repeated.
 
     Parameters
     ----------
     run : RunDirectory
         Locked by this process.
     name : str
-        Of the checkpoint, for messages.
+        Name of the checkpoint, for messages.
     wanted : Path, optional
-        The state that is asked for; the newest that can be read without it.
+        The state to use; by default, the newest that can be read.
 
     Returns
     -------
@@ -282,7 +282,7 @@ def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None 
     Raises
     ------
     BadRequest
-        If none of the states that there are can be read, or not the one wanted.
+        If there are states but none can be read, or *wanted* cannot be read or is not among them.
     """
     for temporary in run.checkpoints.glob("*.tmp"):
         temporary.unlink()
@@ -290,20 +290,21 @@ def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None 
         wanted = wanted.resolve()
         states = list_training_states(run)
         if wanted not in [path.resolve() for path in states]:
-            names = ", ".join(path.name for path in states) or "none"
-            raise BadRequest(f"{wanted} is not one of the training states of {run.path}; there are: {names}")
+            names = ", ".join(path.name for path in states)
+            choice = f"choose from {names}" if names else "it has none"
+            raise BadRequest(f"{wanted} is not one of the training states of {run.path}; {choice}")
         if (damage := _find_damage(wanted)) is not None:
             raise BadRequest(f"{wanted} cannot be continued from: {damage}")
     problems = []
     for path in list_training_states(run):
         if wanted is not None and path.resolve() != wanted:
             if not problems:
-                logger.info(f"{name}: {path.name} is left aside and will be made again")
+                logger.info(f"{name}: discarding the newer training state {path.name}; its steps will be repeated")
             path.unlink()
             continue
         if (damage := _find_damage(path)) is None:
             for newer in problems:
-                logger.info(f"{name}: {newer}; going on from the one before")
+                logger.info(f"{name}: {newer}; continuing from the one before")
             atomic_link(run.last, path.name)
             return path
         problems.append(f"the training state {path} cannot be read ({damage})")

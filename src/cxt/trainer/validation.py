@@ -1,7 +1,8 @@
-"""Validation during training: the loss, and how well a few test items are decoded; the best weights; early stopping.
+"""Validation during training: the loss, decoding of a few test examples, the best weights, and early stopping.
 
-The loss is teacher-forced: each window is predicted from the true past. Decoding is what the model is used for, so a small
-set, the same at every validation, is decoded as well, on the first device and without touching what training draws.
+The loss is teacher-forced: each window is predicted from the true past. Because the model will be used for decoding, a small
+set of examples, the same at every validation, is decoded as well, on the first device and without changing the random numbers
+of training.
 """
 
 import math
@@ -24,11 +25,14 @@ from cxt.trainer.log import TrainingLog
 logger = get_logger(__name__)
 
 REPLICATES = 4
-"""Decoded sequences per item, whose distributions are averaged: enough to see a trend, a quarter of an evaluation's cost."""
+"""Decoded sequences per example, whose distributions are averaged: enough for a trend, a quarter of an evaluation's cost."""
 
 
 class DecodedExamples:
-    """A few test items, spread evenly: *truth* (items, windows) ln TMRCA at the centres of its bins, and names for figures."""
+    """A few test examples, evenly spaced.
+
+    *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures.
+    """
 
     def __init__(self, dataset, *, examples: int, grid: Grid):
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
@@ -41,15 +45,15 @@ class DecodedExamples:
             self.names.append(f"{about.scenario} {about.index}, pair {about.pair[0]}-{about.pair[1]}")
 
     def decode(self, model, *, seed: int, device) -> Posterior:
-        """Posterior of each window of each item; the same for the same weights."""
+        """Decode the posterior of each window of each example; the same for the same weights."""
         return decode(
             model, self.counts, self.missing, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device
         )
 
     def scores(self, posterior: Posterior) -> dict[str, float]:
-        """`val_mse` and `val_r` of the posterior mean of ln TMRCA: what an evaluation calls `mse` and `r`.
+        """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation.
 
-        `val_r` is left out if no item varies along its windows.
+        `val_r` is omitted if no example varies along its windows.
         """
         values = {"val_mse": float(np.mean((posterior.mean - self.truth) ** 2))}
         r = pearson_per_pair(self.truth, posterior.mean)
@@ -57,13 +61,13 @@ class DecodedExamples:
 
 
 class Validation(Callback):
-    """Completes the log's row after each validation, keeps the weights of the lowest loss, and stops a run that stands still.
+    """Completes the log's row after each validation, keeps the weights of the lowest loss, and stops a run without progress.
 
     Parameters
     ----------
-    examples : to decode; None for none
-    patience, min_delta : stop after so many validations in a row that are not below the lowest loss by more than *min_delta*;
-        0 = never. The best weights are those of the lowest loss, whatever *min_delta* says.
+    examples : examples to decode; None for none
+    patience, min_delta : stop after *patience* consecutive validations without an improvement of more than *min_delta*;
+        0 = never. The best weights are those of the lowest loss, independent of *min_delta*.
     """
 
     def __init__(
@@ -109,22 +113,22 @@ class Validation(Callback):
             self.stopped = trainer.should_stop = True
             if trainer.is_global_zero:
                 logger.info(
-                    f"{self.name}: stops early at step {step}: {self.patience} validations without a loss more than "
-                    f"{self.min_delta:g} below {self.best['reference']:.4f}"
+                    f"{self.name}: stops early at step {step}: no validation loss more than {self.min_delta:g} below "
+                    f"{self.best['reference']:.4f} in {self.patience} consecutive validations"
                 )
 
     def best_checkpoint(self):
-        """The file of the best weights; Failed if it is not the one that was written."""
+        """The file of the best weights; Failed if it is missing or was changed."""
         if not self.run.best.is_file() or file_sha256(self.run.best) != self.best["sha256"]:
             raise Failed(
-                f"{self.name}: {self.run.best}, of step {self.best['step']}, is gone or has been changed, and cannot be "
-                "published (export: best); to train again use --restart, or, under Snakemake, delete the run directory"
+                f"{self.name}: {self.run.best}, of step {self.best['step']}, is missing or was changed, and cannot be "
+                "published (export: best); to train again, use --restart or, under Snakemake, delete the run directory"
             )
         return self.run.best
 
 
 def build_tracks(examples: DecodedExamples, model, *, seed: int) -> dict:
-    """What `cxt.evaluation.figures.draw_tracks` takes: two items in a row, each (truth, mean, low, high)."""
+    """The input of `cxt.evaluation.figures.draw_tracks`: two examples per row, each (truth, mean, low, high)."""
     device = next(model.parameters()).device
     with torch.no_grad():
         posterior = examples.decode(model, seed=seed, device=device)

@@ -1,1 +1,1 @@
-"""What the rules ask: targets, lineages, run directories, costs."""
+"""Targets, lineages, run directories and costs for the rules."""

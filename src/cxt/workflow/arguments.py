@@ -1,4 +1,4 @@
-"""What the workflow's rules hand to the stages: command-line words and settings files."""
+"""Arguments that the workflow's rules pass to the stages: command-line arguments and settings files."""
 
 from cxt.config.models import build_training_settings, get_parent
 from cxt.workflow.lineages import dataset_lineage, file_digest, mask_lineage, model_lineage
@@ -6,7 +6,7 @@ from cxt.workflow.paths import checkpoint_path
 
 
 def mask_arguments(config: dict, name: str) -> list[str]:
-    """How the stages are told of a dataset's mask, and of what it must be, as command-line words after the path."""
+    """Command-line arguments about a dataset's mask, after its path: how to read it, and its expected lineage or digest."""
     mask = config["datasets"][name].get("mask", {})
     words = []
     if "path" in mask and mask["path"].endswith(".npz"):
@@ -22,19 +22,19 @@ def mask_arguments(config: dict, name: str) -> list[str]:
 
 
 def settings_file(config: dict, name: str) -> dict:
-    """What the file `settings_path` holds: a model's settings, and the lineage of the checkpoint they are for."""
+    """The content of the file `settings_path`: a model's settings, and the lineage of its checkpoint."""
     return build_training_settings(config, name) | {"settings_lineage": model_lineage(config, name)}
 
 
 def lineages_to_train_on(config: dict, name: str) -> list[str]:
-    """The lineages that a model's dataset and parent must have, as command-line words."""
+    """The expected lineages of a model's dataset and parent, as command-line arguments."""
     words = ["--dataset-lineage", dataset_lineage(config, config["models"][name]["dataset"])]
     parent = get_parent(config["models"][name])
     return words if parent is None else [*words, "--parent-lineage", model_lineage(config, parent)]
 
 
 def parent_flag(config: dict, name: str) -> list[str]:
-    """The verb and file of a model's parent, as command-line words."""
+    """The flag and file of a model's parent, as command-line arguments."""
     model = config["models"][name]
     if "checkpoint" in model:
         return ["--checkpoint", checkpoint_path(model["checkpoint"])]

@@ -1,6 +1,6 @@
-"""What simulations, shards and arithmetic cost: measured figures, shipped with the package or measured here.
+"""Measured costs of simulations, shards and arithmetic, shipped with the package or measured on this machine.
 
-`measure_costs` measures them on this machine; `Costs` looks them up. The shipped figures are `cxt/costs.json`.
+`measure_costs` measures them; `Costs` looks them up. The shipped costs are `cxt/workflow/costs.json`.
 """
 
 import json
@@ -23,22 +23,22 @@ from cxt.workflow.resources import training_threads
 
 SHIPPED_COSTS = Path(__file__).with_name("costs.json")
 LOCAL_COSTS = Path("results/costs.json")
-"""Where `--calibrate` leaves its figures, and the plan looks for them."""
+"""File to which `--calibrate` writes its costs, and in which the plan looks for them."""
 
 MAX_SIMULATION_SECONDS = 120
-"""Seconds that one simulation may take; beyond, `EXTRAPOLATION_LENGTHS` base pairs are measured instead."""
+"""Seconds that one simulation may take; if it takes longer, `EXTRAPOLATION_LENGTHS` base pairs are measured instead."""
 
 EXTRAPOLATION_LENGTHS = (50_000, 100_000)
-"""Lengths from which the cost of a simulation that takes too long is extrapolated, as a power of the length."""
+"""Lengths in base pairs from which the cost of a slow simulation is extrapolated, as a power of the length."""
 
 
 def variant_key(spec: dict) -> str:
-    """Identity of a variant's cost: its parameters without its name and length."""
+    """Key of a variant's cost: the digest of its parameters without name and length."""
     return digest({key: value for key, value in spec.items() if key not in ("name", "sequence_length")})
 
 
 def shard_key(spec: dict, dataset: dict, masked: bool) -> str:
-    """Identity of the cost of preprocessing a variant for a dataset."""
+    """Key of the cost of preprocessing a variant for a dataset."""
     return digest([variant_key(spec), spec["sequence_length"], dataset, masked])
 
 
@@ -47,24 +47,24 @@ def _unmapped(spec: dict) -> dict:
 
 
 def read_costs(path) -> dict:
-    """The content of a costs file: machines, simulations, shards and rates; BadRequest if it holds no such thing."""
+    """The content of a costs file: machines, simulations, shards and rates; BadRequest if it is not one."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         parts = [content[key] for key in ("machines", "simulations", "shards", "rates")]
         if not all(isinstance(part, dict) for part in [*parts, *parts[1].values(), *parts[2].values(), *parts[3].values()]):
-            raise TypeError("a part is no mapping")
+            raise TypeError("a part is not a mapping")
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise BadRequest(f"{path} holds no costs ({error}); delete it, or make it anew with --calibrate") from None
+        raise BadRequest(f"{path} is not a file of costs ({error}); delete it, or create it with --calibrate") from None
     return content
 
 
 class Costs:
-    """Measured costs; those in *files* win over the shipped ones, later ones over earlier ones.
+    """Measured costs: the shipped ones, overridden by those in *files*, in order.
 
     Raises
     ------
     BadRequest
-        If a file is no JSON object of costs.
+        If a file is not a file of costs.
     """
 
     def __init__(self, files=()):
@@ -83,7 +83,7 @@ class Costs:
     def simulation(self, spec: dict) -> dict | None:
         """{seconds, bytes, …} of one simulation of a variant; None if unknown.
 
-        With `extrapolated` if from another length, or from the chromosomes' average rates in the place of a genetic map.
+        `extrapolated` tells whether it is derived from another length, or from average rates instead of a genetic map.
         """
         lengths = self.simulations.get(variant_key(spec), {})
         if not lengths and "genetic_map" in spec:
@@ -111,7 +111,7 @@ class Costs:
         return cost
 
     def flops_per_second(self, what: str, *, gpu: bool, adapter: bool = False) -> float:
-        """Measured FLOP/s of *what* (training or decoding): of one GPU, or of one CPU thread."""
+        """Measured FLOP/s of *what* (training or decoding) on one GPU, or in one CPU thread."""
         device = "gpu" if gpu else "cpu"
         try:
             rates = self.rates[device]
@@ -121,7 +121,7 @@ class Costs:
             return mean if gpu else mean / rates["threads"]
         except (KeyError, TypeError, AttributeError, ZeroDivisionError):
             raise BadRequest(
-                f"the measured costs have no usable rate of {what} on a {device}; use --calibrate on one"
+                f"the measured costs have no usable rate of {what} on a {device}; run --calibrate on a machine with one"
             ) from None
 
 
@@ -143,9 +143,9 @@ def _simulate(spec: dict, index: int, seconds: float):
 
 
 def measure_simulation(spec: dict, *, budget: float, longest: float, most: int = 20) -> tuple[dict, list]:
-    """Mean cost of a variant's first simulations, and those simulations; several, while they take less than *budget* seconds.
+    """Mean cost of a variant's first simulations, and these simulations, as many as take *budget* seconds (at least one).
 
-    The first, which also pays for what is read and built once, counts for time only if it is the only one.
+    The first one also includes one-time costs; its time counts only if there is no other.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def measure_simulation(spec: dict, *, budget: float, longest: float, most: int =
 
 
 def shorten_spec(spec: dict, length: int) -> dict:
-    """A variant's parameters for a shorter sequence; a position moves along."""
+    """A variant's parameters for a shorter sequence; a position is scaled with the length."""
     scale = length / spec["sequence_length"]
     moved = {"position": spec["position"] * scale} if "position" in spec else {}
     return spec | {"sequence_length": length} | moved
@@ -189,7 +189,7 @@ def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     """Mean seconds and bytes of the first *most* simulations in a shard of a dataset."""
     regions = range(dataset["regions_per_simulation"])
     chosen = simulations[:most]
-    preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles, for the first time
+    preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles
     began = time.process_time()
     preprocessed = [preprocess_simulation(ts, dataset, mask=mask, region=region) for ts in chosen for region in regions]
     with tempfile.TemporaryDirectory() as directory:
@@ -210,11 +210,11 @@ def list_used_variants(config: dict) -> list[Variant]:
 def measure_costs(
     config: dict, *, machine: str, save, seconds: float = 5.0, longest: float = MAX_SIMULATION_SECONDS, progress=print
 ) -> None:
-    """Measure the costs of everything that *config* asks for on this machine; *save* is handed them after each scenario.
+    """Measure the costs of everything in *config* on this machine, and pass them to *save* after each variant.
 
     Each measurement is repeated until it has taken *seconds*. A variant whose simulation takes more than *longest* seconds is
-    measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is left out, and
-    *progress* says so. What *save* gets has the content of a costs file.
+    measured at shorter lengths. One that cannot be simulated here because its genetic map is not cached is skipped, and
+    *progress* reports it. *save* is called with the content of a costs file.
     """
     from cxt.benchmark.speed import describe_device, detect_device, measure
 
@@ -237,7 +237,7 @@ def measure_costs(
         try:
             lengths[str(asked)], made = measure_simulation(variant.spec, budget=seconds, longest=longest)
         except BadRequest as error:
-            progress(f"left out: {error}")
+            progress(f"skipped: {error}")
             continue
         except TooLong:
             for length in (length for length in EXTRAPOLATION_LENGTHS if length < asked):
@@ -256,7 +256,7 @@ def measure_costs(
     device = detect_device()
     kind = "gpu" if device == "cuda" else "cpu"
     networks = {}
-    for name in config["models"]:  # one of each size, of those that train on such a device
+    for name in config["models"]:  # one model of each size, among those that train on this kind of device
         if (get_device_count(config, name) > 0) != (kind == "gpu"):
             continue
         network, adapter = build_network_config(config, name), build_adapter_config(config, name)
@@ -272,7 +272,7 @@ def measure_costs(
 
 
 def merge_costs(old: dict, new: dict) -> dict:
-    """*old* with everything that *new* measured in its place."""
+    """Merge two contents of costs files; *new* takes precedence."""
     simulations = {key: old["simulations"].get(key, {}) | lengths for key, lengths in new["simulations"].items()}
     machines = dict(old["machines"])
     for kind, machine in new["machines"].items():
@@ -287,13 +287,13 @@ def merge_costs(old: dict, new: dict) -> dict:
 
 
 def format_scenario_table(config: dict, costs: Costs) -> str:
-    """A Markdown page of what one simulation of each variant takes."""
+    """A Markdown page with the cost of one simulation of each variant."""
     rows = [
-        "# What one simulation takes",
+        "# Cost of one simulation",
         "",
         f"Means over the first simulations of each variant. Measured on: {'; '.join(dict.fromkeys(costs.machines))}.",
-        f"What would take more than {MAX_SIMULATION_SECONDS} s is measured at {EXTRAPOLATION_LENGTHS[-1]:,} bp; "
-        "what follows a genetic map needs the map.",
+        f"Variants that take more than {MAX_SIMULATION_SECONDS} s are measured at {EXTRAPOLATION_LENGTHS[-1]:,} bp. "
+        "Those with a genetic map need the map.",
         "Written by `cxt plan --calibrate --table FILE.md`.",
         "",
         "| variant | length | seconds | trees | sites | MB |",

@@ -1,4 +1,4 @@
-"""What a configuration asks for and will cost: simulations, steps, bytes and hours, as an object and as tables."""
+"""Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
@@ -21,14 +21,14 @@ def use_devices(config: dict, devices: int) -> dict:
 
 
 class Estimate:
-    """A sum of measured costs that remembers what it could not find."""
+    """A sum of measured costs that remembers which costs are unknown."""
 
     def __init__(self):
         self.total = 0.0
         self.unknown: list[str] = []
 
     def add(self, name: str, count: int, cost: float | None) -> None:
-        """Add *count* times *cost*, or remember *name* if its cost is None: not measured."""
+        """Add *count* times *cost*, or remember *name* if its cost is None (not measured)."""
         if cost is None:
             self.unknown.append(name)
         else:
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def _simulation_part(variants: list[tuple[Variant, int]], costs: Costs) -> dict:
-    """Simulations, variants, core-hours and bytes of (variant, number of simulations)."""
+    """Simulations, variants, core-hours and bytes of a list of (variant, number of simulations)."""
     seconds, size, extrapolated = Estimate(), Estimate(), []
     for variant, count in variants:
         cost = costs.simulation(variant.spec) or {"seconds": None, "bytes": None}
@@ -62,7 +62,7 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
         variant.name: costs.shard(variant.spec, jobs.dataset_spec(config, name), "mask" in dataset) for variant in variants
     }
     known = [cost for cost in shard_costs.values() if cost is not None]
-    # A variant that could not be measured at full length is taken for the mean of the others; it is named.
+    # A variant that could not be measured at full length counts as the mean of the others, and is listed.
     typical = {key: sum(cost[key] for cost in known) / len(known) if known else None for key in ("seconds", "bytes")}
     seconds, size = Estimate(), Estimate()
     for variant in variants:
@@ -110,7 +110,7 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
 
 
 def _evaluation_part(config: dict, costs: Costs) -> dict:
-    """Evaluation simulations (each counted once, though several models may use it) and decoding."""
+    """Evaluation simulations (counted once, even if several models use them) and decoding."""
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
     for name in config["models"]:
@@ -133,14 +133,14 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
 
 
 def estimate_costs(config: dict, costs: Costs) -> dict:
-    """What *config* (checked) asks for: an object of simulations, datasets, models and evaluation.
+    """Estimate simulations, datasets, models and evaluation of a checked *config*.
 
     Returns
     -------
     dict
-        ``simulations`` counts those that datasets use; ``simulate`` and ``evaluation`` hold their core-hours and bytes;
-        ``datasets[name]`` has train and test simulations and items, bytes and core-hours (None if not measured);
-        ``models[name]`` has steps, effective batch, FLOPs, and GPU- or core-hours.
+        ``simulations`` is the number that datasets use; ``simulate`` and ``evaluation`` hold core-hours and bytes;
+        ``datasets[name]`` has train and test simulations and examples, bytes and core-hours (None if not measured);
+        ``models[name]`` has steps, effective batch, FLOPs, and GPU-hours or core-hours.
 
     Raises
     ------
@@ -173,13 +173,13 @@ def _hours(hours: float) -> str:
 
 
 def _longest_batch(config: dict, variant: Variant) -> int:
-    """Simulations in the largest batch of a variant, those for evaluation included."""
+    """Simulations in the largest batch of a variant, including those for evaluation."""
     evaluation = max(count for _, count in jobs.list_evaluation_batches(config, variant))
     return max(min(variant.batch, variant.simulations), evaluation)
 
 
 def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: bool = False) -> str:
-    """The plan as tables for a terminal; with *all_variants*, one row for each variant instead of each scenario."""
+    """The plan as tables for a terminal; with *all_variants*, one row per variant instead of per scenario."""
     rows = []
     for name in config["scenarios"]:
         variants = jobs.collect_variants(config, [name])
@@ -195,7 +195,7 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
             hours = sum(variant.simulations * seconds for variant, seconds in known) / 3600
             longest = max(_longest_batch(config, variant) * seconds for variant, seconds in known) / 60
             rows.append([*row, f"{about}{longest:.1f} min", f"{about}{_hours(hours)}"])
-    out = format_columns([["scenario", "variants", "simulations", "batch", "longest job", "core time"], *rows])
+    out = format_columns([["scenario", "variants", "simulations", "simulations/file", "longest job", "core time"], *rows])
     simulate, evaluation = planned["simulate"], planned["evaluation"]
     out += [
         "",
@@ -213,7 +213,7 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
         for name, p in planned["datasets"].items()
     ]  # fmt: skip
     out += format_columns(
-        [["dataset", "variants", "train sims", "test sims", "train items", "test items", "disk", "core time"], *rows]
+        [["dataset", "variants", "train sims", "test sims", "train examples", "test examples", "disk", "core time"], *rows]
     )
     out.append("")
     rows = [
@@ -221,11 +221,11 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
          _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
         for name, p in planned["models"].items()
     ]  # fmt: skip
-    out += format_columns([["model", "GPUs", "steps", "batch", "FLOPs", "time", "GPU time", "core time"], *rows])
+    out += format_columns([["model", "GPUs", "steps", "effective batch", "FLOPs", "time", "GPU time", "core time"], *rows])
     gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
     core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
     disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())
-    out += ["", f"In all: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
+    out += ["", f"Total: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
     missing = [*simulate["not_measured"], *evaluation["not_measured"]]
     missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
     partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
@@ -234,9 +234,12 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
     if shards:
-        out.append(f"Their shards are counted as the mean of the others': {', '.join(shards)}.")
+        out.append(f"Shards not measured, counted at the mean of the other variants: {', '.join(shards)}.")
     if extrapolated:
-        out.append(f"≈ from other lengths, or from average rates for a genetic map: {', '.join(extrapolated)}.")
+        out.append(
+            "≈ extrapolated from other sequence lengths, or from average rates instead of a genetic map: "
+            f"{', '.join(extrapolated)}."
+        )
     every = [
         variant.spec
         for variant in jobs.collect_variants(config, list(config["scenarios"]))

@@ -1,7 +1,7 @@
-"""What a configuration asks for: variants, batches, datasets, networks and evaluations, and whether all of it can be made.
+"""The jobs of a configuration: its variants, batches, datasets and evaluations, and checks that all can be made.
 
-The workflow's rules ask this module, `paths`, `lineages`, `arguments` and `resources` for their inputs and params; nothing
-else decides what is made, and what is stale.
+The workflow's rules get their inputs and params from this module, `paths`, `lineages`, `arguments` and `resources`; nothing
+else decides what is made and what is stale.
 """
 
 import os
@@ -34,13 +34,13 @@ def find_variant(config: dict, name: str) -> Variant:
 
 
 def check_plan(config: dict) -> None:
-    """Checks that need more than the configuration's text: stdpopsim's catalogue, masks, enough items for each model.
+    """Run the checks that need more than the configuration's text: stdpopsim's catalogue, masks, examples for each model.
 
     Raises
     ------
     BadRequest
         If a scenario cannot be simulated or has no training simulation for a dataset, two simulations would have the same
-        ancestry, or a model has less than one batch.
+        ancestry, or a model has fewer examples than one batch.
     """
     check_scenarios(config)
     counted = [(variant.spec, list_batches(config, variant)) for variant in collect_variants(config, list(config["scenarios"]))]
@@ -50,8 +50,8 @@ def check_plan(config: dict) -> None:
             if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
                     f"datasets.{name}: scenario '{variant.name}' has no training simulation: "
-                    f"`simulations: {variant.simulations}` is index 0 alone, and every index that is a multiple of 10 is held "
-                    "out; give it 2 or more"
+                    f"`simulations: {variant.simulations}` is only index 0, and every index that is a multiple of 10 is held "
+                    "out; set simulations to 2 or more"
                 )
         if "path" in dataset.get("mask", {}):
             settings = dataset["mask"]
@@ -76,7 +76,7 @@ def check_plan(config: dict) -> None:
 
 
 def count_examples(config: dict, name: str, split: str) -> int:
-    """Training examples in one split of a dataset."""
+    """Examples in one split of a dataset."""
     dataset = config["datasets"][name]
     simulations = sum(
         count_in_split(0, variant.simulations, split) for variant in collect_variants(config, dataset["scenarios"])
@@ -85,15 +85,15 @@ def count_examples(config: dict, name: str, split: str) -> int:
 
 
 def count_examples_per_simulation(config: dict, name: str) -> int:
-    """Training examples that a dataset takes from one simulation: pairs of each region."""
+    """Examples that a dataset takes from one simulation: the pairs of each region."""
     dataset = config["datasets"][name]
     return dataset["pairs"] * dataset["regions_per_simulation"]
 
 
 def put_package_on_path() -> None:
-    """Let the jobs of this process find this package, whatever environment they run in, and this python.
+    """Let the jobs of this process find this package, in any environment they run in, and this python.
 
-    A conda environment, where one is used, comes before it and needs the dependencies only.
+    A conda environment, if one is used, comes first on the path and needs the dependencies only.
     """
     before = filter(None, [os.environ.get("PYTHONPATH")])
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *before])
@@ -107,12 +107,14 @@ def batch_count(config: dict, variant: Variant, start: int) -> int:
     """Simulations in the batch of *variant* that begins at *start*; BadRequest if no batch begins there."""
     counts = dict(list_batches(config, variant))
     if start not in counts:
-        raise BadRequest(f"no batch of '{variant.name}' begins at {start}; there are {', '.join(map(str, counts))}")
+        raise BadRequest(
+            f"no simulation batch of '{variant.name}' begins at {start}; choose from {', '.join(map(str, counts))}"
+        )
     return counts[start]
 
 
 def list_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:
-    """(first index, count) of the batches of a variant, those for evaluation last."""
+    """(first index, count) of all batches of a variant, those for evaluation last."""
     return simulation_batches(simulations=variant.simulations, batch=variant.batch) + list_evaluation_batches(config, variant)
 
 
@@ -127,7 +129,7 @@ def list_evaluation_batches(config: dict, variant: Variant) -> list[tuple[int, i
 
 
 def dataset_spec(config: dict, name: str) -> dict:
-    """What decides the content of a shard, beside its batch and mask: shape and pairs."""
+    """The settings that determine the content of a shard, besides its batch and mask: shape and pairs."""
     dataset = config["datasets"][name]
     return {key: value for key, value in dataset.items() if key not in ("scenarios", "mask")}
 
@@ -150,7 +152,7 @@ def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
 
 
 def get_device_count(config: dict, model: str) -> int:
-    """GPUs that a model's train rule asks for; 0 = CPU."""
+    """GPUs that a model's train rule requests; 0 = CPU."""
     return config["models"][model].get("training", {}).get("devices", config["training"]["devices"])
 
 
@@ -158,13 +160,13 @@ def get_device_count(config: dict, model: str) -> int:
 
 
 def evaluation_scenarios(config: dict, name: str) -> list[str]:
-    """Names of the scenarios that a model is evaluated on: its own, or its dataset's."""
+    """Names of the scenarios that a model is evaluated on: its own list, or its dataset's."""
     model = config["models"][name]
     return model.get("evaluation", config["datasets"][model["dataset"]]["scenarios"])
 
 
 def evaluation_spec(config: dict, model: str) -> dict:
-    """What decides an evaluation, beside its checkpoint, batches and mask."""
+    """The settings that determine an evaluation, besides its checkpoint, batches and mask."""
     dataset = config["datasets"][config["models"][model]["dataset"]]
     evaluation = config["evaluation"]
     return {key: dataset[key] for key in SHAPE} | {

@@ -24,14 +24,14 @@ from cxt.workflow.paths import batch_path
 
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
-    """Lineage of *count* simulations of a variant from index *start* on."""
+    """Lineage of *count* simulations of a variant, starting at index *start*."""
     catalogue = [catalogue_versions(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
     return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
 
 
 @functools.cache
 def file_digest(path: str) -> str:
-    """sha256 of an external file, which is read once."""
+    """sha256 of an external file; each file is read only once."""
     return file_sha256(path)
 
 
@@ -46,7 +46,7 @@ def mask_lineage(config: dict, name: str) -> str | None:
 
 
 def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, split: str) -> str:
-    """Lineage of the shard of a dataset that one simulation batch makes."""
+    """Lineage of a shard of a dataset, made from one simulation batch."""
     count = batch_count(config, variant, start)
     batch = batch_lineage(config, variant, start, count)
     return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
@@ -72,13 +72,13 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
 
 
 def dataset_lineage(config: dict, name: str) -> str:
-    """Digest of all shards, in no particular order of scenarios."""
+    """Digest of all shards, independent of the order of scenarios."""
     variants = collect_variants(config, config["datasets"][name]["scenarios"])
     return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 
 def model_lineage(config: dict, name: str) -> str:
-    """Digest of everything that checkpoint *name* depends on, its ancestors included."""
+    """Digest of everything that checkpoint *name* depends on, including its ancestors."""
     model = config["models"][name]
     parent = get_parent(model)
     inherited = (
@@ -122,5 +122,5 @@ def table_lineage(config: dict) -> str:
 
 
 def run_directory(config: dict, name: str) -> str:
-    """The run directory of a model: one for each lineage, so that changed settings begin a new run."""
+    """The run directory of a model: one for each lineage, so that changed settings start a new run."""
     return f"results/runs/{name}-{model_lineage(config, name)}"

@@ -1,4 +1,4 @@
-"""Where the workflow keeps what it makes, relative to the working directory."""
+"""Paths of the workflow's files, relative to the working directory."""
 
 import os
 
@@ -9,28 +9,28 @@ from cxt.workflow.jobs import collect_variants, variant_table
 
 
 def batch_path(variant: str, start: int) -> str:
-    """The file of the simulation batch of a variant that begins at index *start*."""
+    """The simulation batch of a variant that starts at index *start*."""
     return f"results/simulations/{variant}/{start}.trees.batch"
 
 
 def map_path(spec: dict) -> str:
-    """The file that says that a variant's genetic map is in stdpopsim's cache, wherever that is."""
+    """The file that records that a variant's genetic map is in stdpopsim's cache."""
     return f"results/maps/{spec['species']}-{spec['genetic_map']}.json"
 
 
 def variant_with_map(config: dict, path: str) -> Variant:
-    """A variant that needs the genetic map of `map_path` *path*."""
+    """A variant that needs the genetic map with the `map_path` *path*."""
     mapped = [variant for variant in collect_variants(config, list(config["scenarios"])) if "genetic_map" in variant.spec]
     return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
 def find_batch_map(variant: Variant, start: int) -> list[str]:
-    """The genetic map that a batch needs, as a list of inputs: one file or none.
+    """The inputs for the genetic map of a simulation batch: one file, or none.
 
     Raises
     ------
     BadRequest
-        If the batch is still to be simulated and the map can neither be found nor fetched.
+        If the batch has not been simulated yet and the map can neither be found nor fetched.
     """
     if "genetic_map" not in variant.spec:
         return []
@@ -40,7 +40,7 @@ def find_batch_map(variant: Variant, start: int) -> list[str]:
 
 
 def mask_path(config: dict, name: str) -> str | None:
-    """The accessibility mask of a dataset: the user's, the synthetic one's path, or None."""
+    """The accessibility mask of a dataset: the user's file, the path of a synthetic one, or None."""
     mask = config["datasets"][name].get("mask")
     return None if mask is None else mask.get("path", f"results/masks/{name}.npz")
 
@@ -62,5 +62,5 @@ def checkpoint_path(model: str) -> str:
 
 
 def settings_path(model: str) -> str:
-    """The settings that a model is trained with, as `settings_file` has them."""
+    """The settings file of a model, with the content of `settings_file`."""
     return f"results/config/{model}.yaml"

@@ -1,13 +1,13 @@
-"""Memory and threads that the workflow's jobs ask the scheduler for."""
+"""Memory and threads that the workflow's jobs request from the scheduler."""
 
 from cxt.config.models import build_network_config, build_training_config
 from cxt.workflow.jobs import collect_variants, get_device_count
 
 
 def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_bytes: float) -> int:
-    """Memory that a shard asks the scheduler for: what is kept of all its simulations, and one tree sequence at work.
+    """Memory to request for a shard: what is kept of all its simulations, and one tree sequence being processed.
 
-    A target takes 4 bytes in the simulation and as many in each of two copies while the shard is written; sites take 16.
+    A target takes 4 bytes in the simulation, and again in each of two copies while the shard is written; sites take 16.
     """
     dataset = config["datasets"][name]
     windows = dataset["sequence_length"] // dataset["window_size"]
@@ -16,9 +16,10 @@ def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_byte
 
 
 def training_memory_mb(config: dict, name: str) -> int:
-    """Memory that training asks the scheduler for: torch, the network and batches on each device, and the dataset once.
+    """Memory to request for training: torch, the network and batches for each device, and the dataset once.
 
-    Per region, as `PairDataset` holds it: some 9 bits a target, a bit a genotype (20 000 sites are many), counts of windows.
+    Per region, as `PairDataset` holds it: about 9 bits per target, one bit per genotype (20 000 sites are many), and window
+    counts.
     """
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(variant.simulations for variant in collect_variants(config, dataset["scenarios"]))
@@ -30,13 +31,13 @@ def training_memory_mb(config: dict, name: str) -> int:
 
 
 def training_threads(config: dict, name: str) -> int:
-    """CPU threads of all processes of a model's training, those that make batches among them."""
+    """CPU threads of all processes of a model's training, including those that prepare batches."""
     training = build_training_config(config, name)
     return (training.threads + training.workers) * max(1, get_device_count(config, name))
 
 
 def evaluation_memory_mb(config: dict, name: str) -> int:
-    """Memory that evaluation asks for: torch and the network, the counts of one variant's pairs, and a batch's decoding."""
+    """Memory to request for evaluation: torch and the network, the counts of one variant's pairs, and decoding of a batch."""
     model, evaluation = config["models"][name], config["evaluation"]
     dataset = config["datasets"][model["dataset"]]
     network = build_network_config(config, name)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and what the configuration would make today."""
+"""Verification that a checkpoint is intact and matches the configuration."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from cxt.lineage import snakemake_command
 
 
 def _devices(record: dict) -> str:
-    """On what a checkpoint was trained, and with how many items to a step."""
+    """Describe the devices on which a checkpoint was trained, and its effective batch."""
     training = record["training"]
     effective = training["batch_size"] * training["grad_accum"] * record["devices"]
     return f"{record['devices']} {record['accelerator']}, effective batch {effective}"
 
 
 def _effective_batch(config: dict, name: str) -> int:
-    """Items of an optimizer step, as the configuration asks for."""
+    """Examples per optimizer step of a model of the configuration."""
     from cxt.config.models import build_training_config
     from cxt.workflow.jobs import get_device_count
 
@@ -25,16 +25,16 @@ def _effective_batch(config: dict, name: str) -> int:
 
 
 def verify(path, *, configfiles) -> str:
-    """What was checked of a checkpoint: readable, whole, finite, and of the lineage that the configuration asks for.
+    """Check that a checkpoint is intact, finite and of the configuration's lineage; return a line about what was checked.
 
-    Weights of the original package have no lineage: of them, all but that is checked.
+    Weights of the original package have no lineage, so that it is not checked.
 
     Raises
     ------
     BadRequest
         If it cannot be read, its weights do not fit its network, or the configuration is not valid.
     Failed
-        If a weight is not finite, or it is not what the configuration would make today.
+        If a weight is not finite, or the checkpoint does not match the configuration.
     """
     from cxt.config.file import load
     from cxt.config.models import get_parent
@@ -45,19 +45,19 @@ def verify(path, *, configfiles) -> str:
     checkpoint = read_verified_checkpoint(path)
     if "published" in checkpoint.record:
         file = checkpoint.record["published"]["file"]
-        return f"{path}: whole and finite; imported from {file}, so that no configuration says what it ought to be"
+        return f"{path}: intact and finite; imported from {file}, so there is no configuration to compare it with"
     name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
     config = load(configfiles)
     if name not in config["models"]:
-        raise Failed(f"{path}: the weights are whole, but the configuration has no model '{name}' to compare with")
+        raise Failed(f"{path}: the weights are intact, but the configuration has no model '{name}' to compare it with")
     now = model_lineage(config, name)
     with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
-    # Its settings, too: they are all that another learning rate changes, and may have been taken as they are by --touch.
+    # The settings file, too: another learning rate changes nothing else, and --touch may have marked it as up to date.
     command = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
-    make_again = f"`{command}` makes it command"
+    make_again = f"`{command}` makes it again"
     if lineage != now:
         raise Failed(
-            f"{path}: the weights are whole, but it is not what the configuration asks for: its lineage is {lineage}, that of "
+            f"{path}: the weights are intact, but it does not match the configuration: its lineage is {lineage}, that of "
             f"'{name}' is {now}; {make_again}"
         )
     model = config["models"][name]
@@ -78,14 +78,15 @@ def verify(path, *, configfiles) -> str:
         f"{key} {recorded[key]} instead of {expected[key]}" for key in recorded if recorded[key] != expected[key]
     ]:
         raise Failed(
-            f"{path}: the weights are whole, but it was not trained as its lineage says: {', '.join(differences)}; {make_again}"
+            f"{path}: the weights are intact, but it was not trained as its lineage says: {', '.join(differences)}; "
+            f"{make_again}"
         )
-    message = f"{path}: whole, finite, and the lineage of '{name}' in the configuration"
+    message = f"{path}: intact, finite, and the lineage of '{name}' in the configuration"
     parent = record["parent"]
     if parent is not None and (file := Path(path).parent / f"{parent_name}.ckpt").is_file():
         if file_sha256(file) != parent["sha256"]:
             raise Failed(
-                f"{path}: {file} is not the parent that it was trained from; one of the two was replaced by hand; {make_again}"
+                f"{path}: {file} is not the parent that it was trained from; one of the two was replaced; {make_again}"
             )
-        message += f"; trained from the {file} that is there"
+        message += f"; its parent is {file}"
     return message
