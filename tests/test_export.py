@@ -236,7 +236,7 @@ def test_export(masked_dataset, tmp_path, dtype):
 
 def test_bad_exports(copy, tmp_path):
     assert export_dataset(copy, tmp_path / "twice", splits=["test", "test"]) == 2
-    with pytest.raises(BadRequest, match="--limit must be a positive integer, got 0"):
+    with pytest.raises(BadRequest, match="--limit must be positive, got 0"):
         export_dataset(copy, tmp_path / "x", limit=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(BadRequest, match="cannot be written"):

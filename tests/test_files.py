@@ -180,7 +180,7 @@ def test_a_batch_and_one_of_it(tmp_path):
 
 def is_refused(path) -> str:
     """What another process is told that wants the lock."""
-    done = run_python("-c", f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'it')", check=False)
+    done = run_python("-c", f"from cxt.io import acquire_lock; acquire_lock({str(path)!r}, 'it')", check=False)
     return done.stderr if done.returncode else ""
 
 
@@ -207,8 +207,8 @@ def test_a_lock_goes_with_its_process_and_not_with_those_it_has_started(tmp_path
         "subprocess": "pid = subprocess.Popen(['sleep', '600'], close_fds=False).pid",
     }[process]
     code = (
-        "import os, subprocess, time\nfrom cxt.checkpoints.run_directory import take_lock\n"
-        f"lock = take_lock({str(tmp_path / 'x.lock')!r}, 'it')\n"
+        "import os, subprocess, time\nfrom cxt.io import acquire_lock\n"
+        f"lock = acquire_lock({str(tmp_path / 'x.lock')!r}, 'it')\n"
         f"{start}\nprint(1, flush=True)\nprint(pid, flush=True)\ninput()"
     )
     holder = child(code)

@@ -79,7 +79,7 @@ def test_diversity_is_that_of_the_haplotypes(ts, mask, tmp_path):
         for low, high, message in (
             (true / 2, true * 1.05, None),
             (true * 1.4, true * 2, None),
-            (true * 1.6, true * 3, f"diversity .* in 2 of 2 items, trained on {true * 1.6:.3g} to {true * 3:.3g}"),
+            (true * 1.6, true * 3, f"diversity .* in 2 of 2 examples, trained on {true * 1.6:.3g} to {true * 3:.3g}"),
             (true / 4, true / 1.6, f"trained on {true / 4:.3g} to {true / 1.6:.3g}"),
         ):
             messages = warned(loaded(tmp_path / "x.ckpt", config, diversity=[low, high], missingness=missing), x)

@@ -30,7 +30,7 @@ def commands(start: str, *, text: str | None = None) -> list[list[str]]:
 def test_python_runs(workflow):
     (code,) = blocks("python")
     done = run_python("-c", code, cwd=workflow, env={"CXT_CHECKPOINT_CACHE": ""})
-    assert "Item(scenario='constant', index=0" in done.stdout
+    assert "Example(scenario='constant', index=0" in done.stdout
     assert "torch.Size([1, 10, 324])" in done.stdout
 
 

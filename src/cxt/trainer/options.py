@@ -340,8 +340,9 @@ def _check_type(name: str, value: Any) -> Any:
         value = [value]
     if name == "configfile":
         value = [os.fspath(path) for path in value]
-    if name in TRAINING_SETTINGS:
-        return value  # checked by TrainingConfig
+    if name in TRAINING_SETTINGS:  # which check themselves; a number is recorded as its flag would read it
+        is_float = TrainingConfig.model_fields[name].annotation is float
+        return float(value) if is_float and type(value) is int else value
     try:
         return TypeAdapter(TYPES[name]).validate_python(value)
     except ValidationError as error:
