@@ -233,12 +233,12 @@ def test_not_finite_ends_the_run_and_what_would_follow(copy, long, tmp_path):
         "import sys\n"
         "if 'cxt.train' in sys.orig_argv:\n"
         "    import cxt.data.pair_dataset as d\n"
-        "    original, calls = d.model_input, []\n"
-        "    def model_input(counts, missing):\n"
+        "    original, calls = d.compute_model_input, []\n"
+        "    def compute_model_input(counts, missing):\n"
         "        x = original(counts, missing)\n"
         "        calls.append(1)\n"
         "        return x * float('nan') if len(calls) == 7 else x\n"
-        "    d.model_input = model_input\n"
+        "    d.compute_model_input = compute_model_input\n"
     )
     process = start(copy, "results/broad_adapter.ckpt", long, **injected(tmp_path / "nan", code))
     output = process.communicate()[0]

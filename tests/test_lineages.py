@@ -171,7 +171,7 @@ def test_a_configuration_edited_while_jobs_are_queued(workspace):
     # One shard of another configuration among the others: neither of the two makes a manifest of them.
     preprocess_shard(edited, "train", 10)
     for config in (before, edited):
-        with pytest.raises(BadRequest, match=r"a shard of 'constant' is not the one .*snakemake --cores 2 results/datasets/"):
+        with pytest.raises(BadRequest, match=r"a shard of 'constant' is not the planned one.*snakemake --cores 2 results/datasets/"):
             list_shards(config)
 
 
@@ -179,7 +179,7 @@ def test_growth_keeps_full_batches(workspace):
     """A batch and a shard do not depend on how many others there are."""
     more = configuration(workspace / "b.yaml", simulations=20)
     preprocess_shard(more, "train", 0)
-    with pytest.raises(BadRequest, match="holds|truncated|is not the one"):
+    with pytest.raises(BadRequest, match="holds|truncated|is not the planned one"):
         preprocess_shard(more, "train", 10)
 
 

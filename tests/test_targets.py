@@ -100,7 +100,7 @@ def test_negative_times_are_refused():
 
 
 def test_too_short_is_refused():
-    with pytest.raises(BadRequest, match="100000 bp long, 200000"):
+    with pytest.raises(BadRequest, match="100000 bp long, but 200000"):
         pair_log_tmrca(simulate(seed=1), [(0, 1)], window_size=1000, sequence_length=200_000)
 
 
