@@ -8,6 +8,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -143,8 +144,15 @@ def wait_until_it_trains(trainer: Trainer, run: Path, rng) -> None:
     while not trainer.ended() and "parameters train" not in trainer.said():
         time.sleep(0.005)
     if rng.random() > 0.2:
-        while not trainer.ended() and (not log.exists() or log.stat().st_mtime_ns == before):
+        while not trainer.ended() and (not log.exists() or log.stat().st_mtime_ns == before or not has_new_row(trainer, log)):
             time.sleep(0.005)
+
+
+def has_new_row(trainer: Trainer, log: Path) -> bool:
+    """Whether the log, which a continued run first cuts back to the step that it continues from, has a row after that step."""
+    continued_from = re.search(r"continuing from \S+step=(\d+)", trainer.said())
+    rows = read_log(log)
+    return bool(rows) and rows[-1]["step"] > (int(continued_from[1]) if continued_from else 0)
 
 
 def kill_at_a_random_moment(trainer: Trainer, run: Path, rng) -> str:
