@@ -296,3 +296,9 @@ def test_paper_workflow_is_planned(tmp_path):
         if variant.simulations
     )
     assert int(re.search(r"^simulate +(\d+)$", done.stdout, flags=re.M)[1]) > batches  # and those for evaluation
+
+
+def test_shipped_costs_cover_the_default_configuration():
+    found = plan(load([]), Costs())
+    assert not [name for name, dataset in found["datasets"].items() if dataset["not_measured"]]
+    assert not found["simulate"]["not_measured"]
