@@ -299,6 +299,6 @@ def test_paper_workflow_is_planned(tmp_path):
 
 
 def test_shipped_costs_cover_the_default_configuration():
-    found = plan(load([]), Costs())
+    found = estimate_costs(load([]), Costs())
     assert not [name for name, dataset in found["datasets"].items() if dataset["not_measured"]]
     assert not found["simulate"]["not_measured"]
