@@ -35,7 +35,7 @@ rule evaluate:
     resources:
         mem_mb=lambda wildcards: evaluation_memory_mb(config, wildcards.model),
         runtime=240,
-        # Clipped to 0, it decodes on the CPU: the same but for rounding, unlike training.
+        # Clipped to 0, it decodes on the CPU, which differs by rounding only; training would differ more.
         gpu=lambda wildcards: min(1, jobs.get_device_count(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical_json(jobs.evaluation_spec(config, wildcards.model)),

@@ -12,11 +12,12 @@ import pytest
 from conftest import REPOSITORY, constant_scenario, locking_process, run_python
 
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.commands.runs import prune
 from cxt.config.variants import list_variants
 from cxt.errors import BadRequest
 from cxt.io import acquire_lock, atomic_file, atomic_link, atomic_write, is_locked
 from cxt.scenarios.batches import write_batch
-from cxt.workflow.runs import Run, prune
+from cxt.workflow.runs import Run
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
 

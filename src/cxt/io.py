@@ -16,7 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from cxt.console import get_logger
 from cxt.errors import BadRequest
+
+logger = get_logger(__name__)
 
 
 @contextlib.contextmanager
@@ -282,7 +285,7 @@ def acquire_lock(path, what) -> Lock:
         os.close(number)  # its holder removed it in the meantime, and another process may hold a new one
     holder = _holder(number)
     if holder:
-        print(f"note: taking over {what}: {holder} ended without releasing it", flush=True)
+        logger.info(f"note: taking over {what}: {holder} ended without releasing it")
     os.ftruncate(number, 0)
     os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return Lock(path, number)

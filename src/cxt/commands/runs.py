@@ -1,6 +1,11 @@
-"""List the workflow's run directories, and remove those that the configuration no longer uses."""
+"""List the workflow's run directories, and remove those that the configuration no longer uses.
+
+cxt runs [--configfile my.yaml]             list them
+cxt runs --prune                            remove those of other lineages, after confirmation
+"""
 
 import argparse
+import sys
 from pathlib import Path
 
 from cxt.console import exit_on_bad_request
@@ -25,13 +30,42 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest("--yes cannot be used without --prune")
 
     from cxt.config.file import load  # imported late so that --help is quick
-    from cxt.workflow.runs import format_runs, list_runs, prune
+    from cxt.workflow.runs import format_runs, list_runs
 
     runs = list_runs(args.directory, load(args.configfile))
     if args.prune:
         prune(runs, yes=args.yes)
     else:
         print(format_runs(runs) if runs else f"there are no runs in {args.directory}")
+
+
+def prune(runs: list, *, yes: bool) -> None:
+    """Remove the runs that no model uses and no trainer holds, after asking on the terminal unless *yes*."""
+    from cxt.workflow.runs import format_runs, remove_run
+
+    unused = [run for run in runs if run.model is None and not run.in_use]
+    if not unused:
+        print("nothing to remove")
+        return
+    size = sum(run.bytes for run in unused) / 1e6
+    print(
+        f"Runs to remove ({size:.1f} MB). If another overlay still uses one, cancel and pass that overlay with --configfile:\n"
+        f"{format_runs(unused)}"
+    )
+    if not yes:
+        if not sys.stdin.isatty():
+            raise BadRequest("--prune asks for confirmation, but there is no terminal; add --yes to remove without asking")
+        if input("Remove them? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was removed")
+            return
+    removed = 0
+    for run in unused:
+        try:
+            remove_run(run)
+            removed += 1
+        except (BadRequest, OSError) as error:  # a trainer may have started while waiting for the answer
+            print(f"not removed: {error}")
+    print(f"{removed} removed")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Checks of numbers given on command lines."""
 
 import os
-import sys
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cxt.config.problems import explain_value, refuse
+from cxt.console import get_logger
+
+logger = get_logger(__name__)
 
 
 def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:
@@ -39,5 +41,5 @@ def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) 
     if requested > available:
         what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""
-        print(f"note: {what}{each}, but this process may use only {available} core{'' if available == 1 else 's'}; "
-              "more threads than cores are slower", file=sys.stderr, flush=True)  # fmt: skip
+        logger.warning(f"note: {what}{each}, but this process may use only {available} core{'' if available == 1 else 's'}; "
+              "more threads than cores are slower")  # fmt: skip

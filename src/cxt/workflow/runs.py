@@ -1,11 +1,6 @@
-"""The run directories of the workflow: listing them, and removing those that the configuration no longer uses.
-
-cxt runs [--configfile my.yaml]             list them
-cxt runs --prune                            remove those of other lineages, after confirmation
-"""
+"""The run directories of the workflow, and which model uses each."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,36 +66,19 @@ def format_runs(runs: list[Run]) -> str:
     )
 
 
-def prune(runs: list[Run], *, yes: bool) -> None:
-    """Remove the runs that no model uses and no trainer holds, after asking on the terminal unless *yes*."""
-    old = [run for run in runs if run.model is None and not run.in_use]
-    if not old:
-        print("nothing to remove")
-        return
-    size = sum(run.bytes for run in old) / 1e6
-    print(
-        f"Runs to remove ({size:.1f} MB). If another overlay still uses one, cancel and pass that overlay with --configfile:\n"
-        f"{format_runs(old)}"
-    )
-    if not yes:
-        if not sys.stdin.isatty():
-            raise BadRequest("--prune asks for confirmation, but there is no terminal; add --yes to remove without asking")
-        if input("Remove them? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing was removed")
-            return
-    removed = 0
-    for path in [run.path for run in old]:
-        run = RunDirectory(path)
-        try:
-            run.lock()
-        except BadRequest as error:  # a trainer started while waiting for the answer
-            print(f"not removed: {error}")
-            continue
-        try:
-            run.remove()
-            removed += 1
-        except OSError as error:
-            print(f"not removed: {error}")
-        finally:
-            run.release()
-    print(f"{removed} removed")
+def remove_run(run: Run) -> None:
+    """Remove a run directory and its lock.
+
+    Raises
+    ------
+    BadRequest
+        A trainer holds it.
+    OSError
+        It cannot be removed.
+    """
+    directory = RunDirectory(run.path)
+    directory.lock()
+    try:
+        directory.remove()
+    finally:
+        directory.release()
