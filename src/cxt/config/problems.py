@@ -66,14 +66,17 @@ def _find_key(values: Any, part: Any) -> Any:
     return next((key for key in values if key == part or str(key) == str(part)), part) if isinstance(values, dict) else part
 
 
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
     """Follow pydantic's location of a problem to the key in the file."""
     annotation: Any = section
     path = at
     parts = list(loc)
     while parts:
-        inside = [member for member in list_union_members(annotation) if isinstance(split_type(member)[0], type)]
-        sections = [split_type(member)[0] for member in inside if issubclass(split_type(member)[0], BaseModel)]
+        sections = [kind for member in list_union_members(annotation) if _is_section(kind := split_type(member)[0])]
         bare = split_type(list_union_members(annotation)[0])[0]
         part = _find_key(value, parts[0])
         if len(sections) > 1:  # a union of kinds, where the part of the location is the kind
@@ -95,10 +98,15 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
             value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
             annotation = get_args(bare)[1]
             parts.pop(0)
+        elif get_origin(bare) is list and _is_section(split_type(get_args(bare)[0])[0]) and isinstance(parts[0], int):
+            path = f"{path}.{parts[0]}"
+            value = value[parts[0]] if isinstance(value, list) and parts[0] < len(value) else MISSING
+            annotation = get_args(bare)[0]
+            parts.pop(0)
         else:
             break
     owner = split_type(list_union_members(annotation)[0])[0]
-    return _Place(path, value, annotation, False, owner if isinstance(owner, type) and issubclass(owner, BaseModel) else None)
+    return _Place(path, value, annotation, False, owner if _is_section(owner) else None)
 
 
 NAME_ADVICE = (
