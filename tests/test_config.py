@@ -280,6 +280,21 @@ def test_what_means_nothing_makes_no_model_stale():
     assert first == second != model_lineage(resolve(base), "broad_adapter")
 
 
+def test_problems_in_a_list_of_sections():
+    history = [{"time": 0, "population_siz": 3}, {"tim": 0, "population_size": -1}, 5]
+    scenario = {"kind": "msprime", "simulations": 10, "mutation_rate": 1e-8, "recombination_rate": 1e-8, "history": history}
+    with pytest.raises(BadRequest) as error:
+        with_changes(scenarios={"mine": scenario})
+    for message in (
+        "scenarios.mine.history.0: `population_size` is missing",
+        "scenarios.mine.history.0.population_siz: unknown key; did you mean 'population_size'?",
+        "scenarios.mine.history.1: `time` is missing",
+        "scenarios.mine.history.1.population_size must be a positive number, got -1",
+        "scenarios.mine.history.2 must be a mapping, got 5",
+    ):
+        assert message in str(error.value)
+
+
 def test_all_errors_at_once():
     with pytest.raises(BadRequest) as caught:
         with_changes(training={"epoch": 3, "lr": "fast"}, evaluation={"pair": 1})
