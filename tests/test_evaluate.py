@@ -13,7 +13,8 @@ from cxt.config.network import ModelConfig
 from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
-from cxt.decoding.posterior import Posterior, decode, posterior_mean, posterior_quantile
+from cxt.decoding.decode import Summaries, decode
+from cxt.decoding.posterior import posterior_mean, posterior_quantile
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import main
 from cxt.evaluation.figures import draw_scatter
@@ -133,12 +134,12 @@ def test_training_and_evaluation_mean_the_same_by_r():
     rng = np.random.default_rng(1)
     examples.truth = rng.normal(size=(6, 20)) + 3 * rng.normal(size=(6, 1))  # pairs differ more than windows of a pair
     mean = examples.truth + rng.normal(size=(6, 20))
-    scores = examples.scores(Posterior(mean, mean, mean))
+    scores = examples.scores(Summaries(mean, mean, mean))
     by_pair = [np.corrcoef(t, e)[0, 1] for t, e in zip(examples.truth, mean, strict=True)]
     assert scores["val_r"] == pytest.approx(np.mean(by_pair)) == pytest.approx(pearson_per_pair(examples.truth, mean))
     assert abs(scores["val_r"] - np.corrcoef(examples.truth.ravel(), mean.ravel())[0, 1]) > 0.1  # pooled over pairs
     examples.truth = np.ones((6, 20))
-    assert scores.keys() - examples.scores(Posterior(mean, mean, mean)).keys() == {"val_r"}
+    assert scores.keys() - examples.scores(Summaries(mean, mean, mean)).keys() == {"val_r"}
 
 
 def test_metrics():

@@ -10,20 +10,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cxt.checkpoints.load import load_model
     from cxt.data.features import pair_features
+    from cxt.data.grid import Grid
     from cxt.data.pair_dataset import PairDataset
     from cxt.data.targets import pair_log_tmrca
+    from cxt.decoding.posterior import Posterior
+    from cxt.decoding.predict import predict, predict_ts
+    from cxt.errors import BadRequest, Failed
+    from cxt.model.inputs import OutsideTraining
     from cxt.trainer.train_model import train_model
 
     __version__: str
 
 _MODULES = {
+    "BadRequest": "cxt.errors",
+    "Failed": "cxt.errors",
+    "Grid": "cxt.data.grid",
+    "OutsideTraining": "cxt.model.inputs",
     "PairDataset": "cxt.data.pair_dataset",
+    "Posterior": "cxt.decoding.posterior",
     "load_model": "cxt.checkpoints.load",
     "pair_features": "cxt.data.features",
     "pair_log_tmrca": "cxt.data.targets",
+    "predict": "cxt.decoding.predict",
+    "predict_ts": "cxt.decoding.predict",
     "train_model": "cxt.trainer.train_model",
 }
-__all__ = ["PairDataset", "__version__", "load_model", "pair_features", "pair_log_tmrca", "train_model"]
+__all__ = [
+    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "__version__", "load_model", "pair_features",
+    "pair_log_tmrca", "predict", "predict_ts", "train_model",
+]  # fmt: skip
 
 
 def _version() -> str:

@@ -19,7 +19,7 @@ from cxt.config.training import TrainingConfig
 from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, compute_model_input
-from cxt.decoding.posterior import use_precision
+from cxt.decoding.decode import use_precision
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder

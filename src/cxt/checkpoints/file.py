@@ -137,6 +137,7 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
     model.load_state_dict(checkpoint.state_dict)
     data = checkpoint.record["dataset"]
     model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
+    model.precision = checkpoint.record.get("precision") or "32-true"
     return model
 
 

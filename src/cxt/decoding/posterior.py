@@ -1,89 +1,17 @@
-"""Estimates of a trained model: decoding, and summaries of each window's predictive distribution of ln TMRCA."""
+"""The predictive distribution of ln TMRCA in each window, and its summaries."""
 
-import contextlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import compute_model_input
-from cxt.model.decoder import Decoder
-from cxt.model.transformer import CoalescenceModel
+from cxt.errors import BadRequest
 
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-"""Type in which a GPU computes matrix products, by training precision."""
-
-
-class Posterior(NamedTuple):
-    """Summaries of each window's predictive distribution of ln TMRCA, each (examples, windows) float64."""
-
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def use_precision(precision: str, device):
-    """Context in which a network uses a training precision on a GPU; on a CPU it computes in 32 bits, as in training."""
-    kind = torch.device(device).type
-    if kind != "cuda" or precision not in AUTOCAST:
-        return contextlib.nullcontext()
-    return torch.autocast(kind, dtype=AUTOCAST[precision])
-
-
-def decode(
-    model: CoalescenceModel,
-    counts,
-    missing,
-    *,
-    grid: Grid,
-    replicates: int,
-    batch_size: int,
-    seed: int,
-    device="cpu",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-) -> Posterior:
-    """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
-
-    Averaging predictive distributions is more accurate than averaging sampled values, because each replicate contributes its
-    whole distribution for a window, not one draw. Except for rounding, the result does not depend on *batch_size*.
-
-    Parameters
-    ----------
-    model : CoalescenceModel
-        In eval mode, on *device*.
-    counts : integer array (examples, 2, scales, windows, samples)
-        Raw counts.
-    missing : array (examples, scales, windows), optional
-        Missing fractions.
-    grid : Grid
-        The model's grid of ln TMRCA.
-    replicates : int
-        Decoded sequences per example.
-    batch_size : int
-        Examples decoded together.
-    seed : int
-        Seed of the sampling.
-    device : torch device
-    temperature, top_k : float, int
-        Sampling settings, see `cxt.model.decoder.Decoder`.
-
-    Returns
-    -------
-    Posterior
-    """
-    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
-    parts = []
-    for start in range(0, len(counts), batch_size):
-        part = slice(start, start + batch_size)
-        part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
-        x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
-        _, probabilities = decoder.decode(x, example_ids=range(start, start + len(x)))
-        distribution = probabilities.mean(dim=1, dtype=torch.float64)  # (examples, windows, bins)
-        quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
-        parts.append([summary.cpu().numpy() for summary in (posterior_mean(distribution, grid), *quantiles)])
-    return Posterior(*map(np.concatenate, zip(*parts, strict=True)))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def posterior_mean(distribution: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -104,3 +32,103 @@ def posterior_quantile(distribution: torch.Tensor, grid: Grid, q: float) -> torc
     inside = torch.where(mass > 0, (target - below) / mass, 0.5).clamp(0, 1)
     edges = torch.as_tensor(grid.edges, device=distribution.device)
     return (edges[bin_] + grid.step * inside)[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """The distribution of the time to the most recent common ancestor (TMRCA) of pairs of haplotypes, window by window.
+
+    Parameters
+    ----------
+    distribution : float32 array (pairs, windows, bins)
+        Probability of each bin of *grid*.
+    grid : Grid
+        The bins, in ln generations.
+    pairs : int64 array (pairs, 2)
+        Haplotype indices.
+    edges : float64 array (windows + 1,)
+        Ends of the windows in base pairs, in the coordinates of the positions that were given.
+    """
+
+    distribution: np.ndarray
+    grid: Grid
+    pairs: np.ndarray
+    edges: np.ndarray
+
+    @property
+    def log_tmrca(self) -> np.ndarray:
+        """Posterior mean of ln TMRCA, in ln generations: (pairs, windows) float64."""
+        return posterior_mean(torch.from_numpy(self.distribution).double(), self.grid).numpy()
+
+    @property
+    def tmrca(self) -> np.ndarray:
+        """Posterior median of the TMRCA, in generations: (pairs, windows) float64."""
+        return np.exp(self.quantile(0.5))
+
+    def quantile(self, q: float | Sequence[float]) -> np.ndarray:
+        """Quantiles of ln TMRCA, in ln generations.
+
+        Parameters
+        ----------
+        q : float or sequence of float
+            Probabilities from 0 to 1.
+
+        Returns
+        -------
+        float64 array (pairs, windows), or (len(q), pairs, windows) for a sequence
+
+        Raises
+        ------
+        BadRequest
+            If a probability is not from 0 to 1.
+        """
+        probabilities = np.asarray(q, dtype=float)
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise BadRequest(f"q must be from 0 to 1, got {q}")
+        distribution = torch.from_numpy(self.distribution).double()
+        values = [posterior_quantile(distribution, self.grid, float(p)).numpy() for p in probabilities.ravel()]
+        return values[0] if probabilities.ndim == 0 else np.stack(values)
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of the central interval of ln TMRCA that holds a share *level* of the probability, each (pairs, windows)."""
+        if not 0 < level < 1:
+            raise BadRequest(f"level must be between 0 and 1, got {level}")
+        low, high = self.quantile([(1 - level) / 2, (1 + level) / 2])
+        return low, high
+
+    def plot(self, pair: int = 0, *, truth: np.ndarray | None = None, ax: "Axes | None" = None) -> "Axes":
+        """Plot the posterior median and the 95% interval of one pair's TMRCA along the region.
+
+        Parameters
+        ----------
+        pair : int
+            Which of *pairs*, counted from 0.
+        truth : float array (windows,), optional
+            True ln TMRCA, as from `cxt.pair_log_tmrca`, to draw beside it.
+        ax : matplotlib axes, optional
+            Where to draw; a new figure by default.
+
+        Returns
+        -------
+        matplotlib axes
+        """
+        if ax is None:
+            import matplotlib.pyplot as plt
+
+            _, ax = plt.subplots(figsize=(9, 3), layout="constrained")
+        if not -len(self.pairs) <= pair < len(self.pairs):
+            raise BadRequest(f"pair must be from 0 to {len(self.pairs) - 1}, got {pair}")
+        one = Posterior(self.distribution[pair][None], self.grid, self.pairs[pair][None], self.edges)
+        low, high = (np.exp(bound[0]) for bound in one.interval())
+        edges = self.edges / 1000
+        ax.stairs(high, edges, baseline=low, fill=True, alpha=0.25, color="#1f6fb4", label="95% interval")
+        ax.stairs(one.tmrca[0], edges, baseline=None, color="#1f6fb4", lw=1.4, label="posterior median")
+        if truth is not None:
+            ax.stairs(np.exp(truth), edges, baseline=None, color="#222222", lw=1.0, label="truth")
+        ax.set_yscale("log")
+        ax.set_xlabel("position (kb)")
+        ax.set_ylabel("TMRCA (generations)")
+        ax.set_title(f"haplotypes {self.pairs[pair][0]} and {self.pairs[pair][1]}", loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
+        return ax

@@ -130,7 +130,7 @@ def evaluate(
 
     from cxt.checkpoints.file import read_checkpoint
     from cxt.checkpoints.load import find_checkpoint, load_model
-    from cxt.decoding.posterior import decode, use_precision
+    from cxt.decoding.decode import decode, use_precision
 
     check_seed(spec["seed"], name="the evaluation's seed")
     if threads is not None:
@@ -159,8 +159,8 @@ def evaluate(
         started = time.monotonic()
         counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
-        with use_precision(stored.record.get("precision", "32-true"), device):
-            posterior = decode(
+        with use_precision(model.precision, device):
+            summaries = decode(
                 model,
                 counts,
                 missing,
@@ -171,7 +171,7 @@ def evaluate(
                 device=device,
             )
         truth = np.stack([simulation.log_tmrca for simulation in simulations])
-        mean, low, high = (summary.reshape(truth.shape) for summary in posterior)
+        mean, low, high = (summary.reshape(truth.shape) for summary in summaries)
         scenarios[name] = score_variant(truth, mean, low, high, simulations, window_size=spec["window_size"], windows=windows)
         tracks[name] = (truth, mean, low, high)
         metrics = scenarios[name]

@@ -40,6 +40,11 @@ class TrainedOn(NamedTuple):
     ranges: dict[str, list[float] | None]
 
 
+def reads_missingness(model) -> bool:
+    """Whether the network reads missing fractions from frequency bin 0 of X."""
+    return not (model.config.mask_singletons if model.adapter is None else model.adapter.overwrites_bin0)
+
+
 def convert_input(model, x) -> torch.Tensor:
     """Convert *x*, a floating-point array or tensor, to a tensor on the model's device; BadRequest for anything else."""
     try:
@@ -169,7 +174,6 @@ def _recover_counts(x: torch.Tensor) -> torch.Tensor:
 
 def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
     """Recover missing fractions f (B, S, W) from bin 0 of X, ln(1 + e^f) and ln(1 + e^(1-f)); None if there are none."""
-    is_read = not (model.config.mask_singletons if model.adapter is None else model.adapter.overwrites_bin0)
     bin0 = x[..., 0].float()  # (B, 2, S, W)
     fraction = torch.log(torch.expm1(bin0))
     f, other = fraction[:, 0], 1 - fraction[:, 1]
@@ -177,7 +181,7 @@ def _recover_missing(model, x: torch.Tensor) -> torch.Tensor | None:
     is_missingness = bool(((f - other).abs() <= 2 * margin).all() and (f >= -margin).all() and (f <= 1 + margin).all())
     if is_missingness:
         return f.clamp(0, 1)
-    if is_read:
+    if reads_missingness(model):
         raise BadRequest(
             "this model reads the missing fraction of each window from frequency bin 0, but that of X holds something else; "
             "pass cxt.pair_features a mask (all False if nothing is missing)"

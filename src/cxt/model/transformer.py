@@ -175,6 +175,7 @@ class CoalescenceModel(nn.Module):
     (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X, window_size=…)`` decodes.
 
     *trained_on*, a `cxt.model.inputs.TrainedOn`, describes the training data of its checkpoint; None for a new network.
+    *precision* is the one in which it was trained, and in which `cxt.predict` and evaluation decode on a GPU.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -183,6 +184,7 @@ class CoalescenceModel(nn.Module):
         self.adapter = adapter
         self.backbone = Backbone(config)
         self.trained_on = None
+        self.precision = "32-true"
 
     @property
     def samples(self) -> int:

@@ -16,7 +16,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.network import SPECIAL_TOKENS
 from cxt.console import get_logger
 from cxt.data.grid import Grid
-from cxt.decoding.posterior import Posterior, decode
+from cxt.decoding.decode import Summaries, decode
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
@@ -44,19 +44,19 @@ class DecodedExamples:
             about = dataset.describe(int(example))
             self.names.append(f"{about.scenario} {about.index}, pair {about.pair[0]}-{about.pair[1]}")
 
-    def decode(self, model, *, seed: int, device) -> Posterior:
+    def decode(self, model, *, seed: int, device) -> Summaries:
         """Decode the posterior of each window of each example; the same for the same weights."""
         return decode(
             model, self.counts, self.missing, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device
         )
 
-    def scores(self, posterior: Posterior) -> dict[str, float]:
+    def scores(self, summaries: Summaries) -> dict[str, float]:
         """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation.
 
         `val_r` is omitted if no example varies along its windows.
         """
-        values = {"val_mse": float(np.mean((posterior.mean - self.truth) ** 2))}
-        r = pearson_per_pair(self.truth, posterior.mean)
+        values = {"val_mse": float(np.mean((summaries.mean - self.truth) ** 2))}
+        r = pearson_per_pair(self.truth, summaries.mean)
         return values if math.isnan(r) else values | {"val_r": r}
 
 
@@ -131,8 +131,8 @@ def build_tracks(examples: DecodedExamples, model, *, seed: int) -> dict:
     """The input of `cxt.evaluation.figures.draw_tracks`: two examples per row, each (truth, mean, low, high)."""
     device = next(model.parameters()).device
     with torch.no_grad():
-        posterior = examples.decode(model, seed=seed, device=device)
-    arrays = (examples.truth, posterior.mean, posterior.low, posterior.high)
+        summaries = examples.decode(model, seed=seed, device=device)
+    arrays = (examples.truth, summaries.mean, summaries.low, summaries.high)
     rows = {}
     for first in range(0, len(examples.names), 2):
         rows[tuple(examples.names[first : first + 2])] = tuple(array[None, first : first + 2] for array in arrays)

@@ -1,0 +1,92 @@
+"""Decoding: the average of the predictive distributions of several sampled sequences."""
+
+import contextlib
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cxt.data.grid import Grid
+from cxt.data.pair_dataset import compute_model_input
+from cxt.decoding.posterior import posterior_mean, posterior_quantile
+from cxt.model.decoder import Decoder
+from cxt.model.transformer import CoalescenceModel
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+"""Type in which a GPU computes matrix products, by training precision."""
+
+
+class Summaries(NamedTuple):
+    """Posterior mean and ends of the central 95% interval of ln TMRCA, each (examples, windows) float64."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def use_precision(precision: str, device):
+    """Context in which a network uses a training precision on a GPU; on a CPU it computes in 32 bits, as in training."""
+    kind = torch.device(device).type
+    if kind != "cuda" or precision not in AUTOCAST:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=AUTOCAST[precision])
+
+
+def decode(
+    model: CoalescenceModel,
+    counts,
+    missing,
+    *,
+    grid: Grid,
+    replicates: int,
+    batch_size: int,
+    seed: int,
+    device="cpu",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Summaries:
+    """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
+
+    Averaging predictive distributions is more accurate than averaging sampled values, because each replicate contributes its
+    whole distribution for a window, not one draw. Except for rounding, the result does not depend on *batch_size*.
+
+    Parameters
+    ----------
+    model : CoalescenceModel
+        In eval mode, on *device*.
+    counts : integer array (examples, 2, scales, windows, samples)
+        Raw counts.
+    missing : array (examples, scales, windows), optional
+        Missing fractions.
+    grid : Grid
+        The model's grid of ln TMRCA.
+    replicates : int
+        Decoded sequences per example.
+    batch_size : int
+        Examples decoded together.
+    seed : int
+        Seed of the sampling.
+    device : torch device
+    temperature, top_k : float, int
+        Sampling settings, see `cxt.model.decoder.Decoder`.
+
+    Returns
+    -------
+    Summaries
+    """
+    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
+    parts = []
+    for start in range(0, len(counts), batch_size):
+        part = slice(start, start + batch_size)
+        part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
+        x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
+        distribution = average_replicates(decoder, x, example_ids=range(start, start + len(x)))
+        quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
+        parts.append([summary.cpu().numpy() for summary in (posterior_mean(distribution, grid), *quantiles)])
+    return Summaries(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def average_replicates(decoder: Decoder, x: torch.Tensor, *, example_ids) -> torch.Tensor:
+    """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
+    _, probabilities = decoder.decode(x, example_ids=example_ids)
+    return probabilities.mean(dim=1, dtype=torch.float64)
