@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-all test-resume test-fuzz lint format clean
+.PHONY: help run all test test-all test-resume test-fuzz docs lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all       also those that take a minute or more each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
+	@echo "make docs   the documentation site, in build/site"
 	@echo "make lint   ruff, the order of imports, types, snakefmt, and snakemake --lint"
 	@echo "CORES=8 make run uses more cores"
 
@@ -49,6 +50,11 @@ test: $(VENV)/installed-dev
 # The slow ones too.
 test-all: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30
+
+# Strict: a broken link or reference is an error.
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -19,8 +19,8 @@ from cxt.errors import BadRequest
 
 
 def test_the_snippet_in_the_documentation(dataset, tmp_path):
-    """docs/format.md, word for word, in a directory where the dataset has its usual place."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/format.md").read_text(), flags=re.DOTALL)
+    """docs/reference/format.md, word for word, in a directory where the dataset has its usual place."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs/reference/format.md").read_text(), flags=re.DOTALL)
     assert "cxt" not in snippet
     assert len([line for line in snippet.splitlines() if line and not line.startswith("import")]) <= 10
     shutil.copytree(dataset, tmp_path / "results/datasets/processed")
@@ -37,7 +37,7 @@ def test_the_snippet_in_the_documentation(dataset, tmp_path):
 
 
 def test_arrays_and_attributes_are_those_of_the_documentation(dataset, masked_dataset):
-    text = (REPOSITORY / "docs/format.md").read_text()
+    text = (REPOSITORY / "docs/reference/format.md").read_text()
     documented = dict(re.findall(r"^\| `(\w+)` \| .*? \| (\w+) \|", text, flags=re.MULTILINE))
     for directory, missing in ((dataset, False), (masked_dataset, True)):
         arrays, attributes = read_shard(directory / "train/constant-0.zarr.zip")
