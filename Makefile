@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
-SNAKEMAKE := $(VENV)/bin/snakemake --quiet rules --cores $(CORES) --rerun-incomplete --show-failed-logs
+SNAKEMAKE := $(VENV)/bin/snakemake --logger cxt --cores $(CORES) --rerun-incomplete --show-failed-logs
 
 .PHONY: help run all test test-all test-resume test-fuzz docs lint format clean
 

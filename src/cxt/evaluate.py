@@ -92,7 +92,6 @@ def main(argv: list[str] | None = None) -> None:
             progress=logger.info,
         )
         atomic_write(args.out, json_text(result).encode())
-        print(format_accuracy_table([result]), end="", flush=True)
     problem = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
     if problem:
         raise Failed(f"the accuracy was written to {args.out}, but the figures could not be drawn ({problem})")

@@ -26,6 +26,9 @@ the fraction of time spent waiting for data. `seconds` is the time spent trainin
 TIMING = ("items_per_s", "data_wait", "seconds")
 """Columns that differ between identical runs."""
 
+MAX_LINE_SECONDS = 60
+"""Longest time between two progress lines."""
+
 MAX_WAIT_FRACTION = 0.2
 
 
@@ -43,7 +46,7 @@ class TrainingLog(Callback):
     every : optimizer steps between rows
     validates : callable, whether there is a validation after a step
     checks_gradient : False with a gradient scaler, which itself skips steps with non-finite gradients
-    line_every : seconds between progress lines
+    line_every : seconds to the first progress line; the time between lines then doubles, up to `MAX_LINE_SECONDS`
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class TrainingLog(Callback):
     ):
         self.path, self.name, self.validates = Path(path), name, validates
         self.total_steps, self.steps_per_epoch, self.examples_per_batch = total_steps, steps_per_epoch, examples_per_batch
-        self.every, self.checks_gradient, self.line_every = every, checks_gradient, line_every
+        self.every, self.checks_gradient, self._line_every = every, checks_gradient, line_every
         self._step, self._row, self._seconds = 0, None, 0.0
         self._loss, self._batches, self._norm, self._first_bad = None, 0, None, None
         self._advised = False
@@ -156,7 +159,7 @@ class TrainingLog(Callback):
             self._make_row(trainer, step, mean)
             if not validates:
                 self._write_row(trainer)
-        if trainer.is_global_zero and (ends or time.monotonic() - self._line_at >= self.line_every):
+        if trainer.is_global_zero and (ends or time.monotonic() - self._line_at >= self._line_every):
             self._say(trainer, step, float(mean))
 
     # Rows
@@ -209,7 +212,7 @@ class TrainingLog(Callback):
 
     def _say(self, trainer, step: int, loss: float) -> None:
         now = time.monotonic()
-        self._line_at = now
+        self._line_at, self._line_every = now, min(2 * self._line_every, max(MAX_LINE_SECONDS, self._line_every))
         spent = max(1e-9, now - self._began)
         rate = self._batches_done * self.examples_per_batch / spent
         left = (self.total_steps - step) * spent / max(1, step - self._first_step)
