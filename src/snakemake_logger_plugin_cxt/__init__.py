@@ -1,6 +1,6 @@
 """A Snakemake logger, `snakemake --logger cxt`: a line of progress per stage and checkpoint, and everything that went wrong.
 
-Snakemake finds it by the name of this package. Snakemake's own messages, job by job, are in `.snakemake/log/` as always, and what
+Snakemake finds it by the name of this package. Snakemake's own messages, job by job, are in `.snakemake/log/` as always. What
 trainers and evaluations print is not touched.
 """
 
