@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --logger cxt --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-all test-resume test-fuzz docs lint format clean
+.PHONY: help run all test test-all test-resume test-fuzz record docs lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -38,10 +38,14 @@ all: $(VENV)/installed
 # The whole matrix of interrupted training, with twenty kills and twenty signals each: some four hours. With the line below and
 # `-k once_each`, one combination of each kind of training.
 test-resume: $(VENV)/installed-dev
-	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/test_resume.py tests/test_interrupts.py
+	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/resume/test_resume.py tests/resume/test_interrupts.py
 
 test-fuzz: $(VENV)/installed-dev
-	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/test_fuzz.py
+	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/unit/test_fuzz.py
+
+# After a change of a stage's output that is meant.
+record: $(VENV)/installed-dev
+	PYTHONPATH=tests $(VENV)/bin/python tests/workflow/test_stage_outputs.py --record
 
 # Passive, because the threads of several tests share the cores.
 test: $(VENV)/installed-dev

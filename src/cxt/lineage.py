@@ -2,8 +2,8 @@
 
 A lineage is the digest of a stage's version, its settings, the lineages of its parents, and the digests of external inputs.
 
-A stage's version is raised when a change of code changes its output. tests/test_stage_outputs.py compares every stage's output
-on a small input with a record, and fails after such a change.
+A stage's version is raised when a change of code changes its output. tests/workflow/test_stage_outputs.py compares every
+stage's output on a small input with a record, and fails after such a change.
 """
 
 import os

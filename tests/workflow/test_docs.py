@@ -1,0 +1,249 @@
+"""Every code block of README and docs, run: Python as it is, commands at a smaller size or as a dry run."""
+
+import re
+import shlex
+import shutil
+import tomllib
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from helpers.repository import GOLDEN, REPOSITORY, TINY, run_python
+from helpers.simulations import build_dataset, constant_scenario, maps_taken_as_present, simulate
+
+from cxt.cli import COMMANDS
+from cxt.config.file import load
+from cxt.trainer.options import build_parser, parse_flags
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+
+
+class Block(NamedTuple):
+    """A fenced code block: its page, its language and its text, without the indentation of a list."""
+
+    page: str
+    language: str
+    text: str
+
+
+@cache
+def blocks() -> list[Block]:
+    """All code blocks of all pages."""
+    found = []
+    for page in PAGES:
+        for indent, language, text in re.findall(r"^( *)```(\w+)\n(.*?)^ *```", page.read_text(), flags=re.M | re.S):
+            lines = [line.removeprefix(indent) for line in text.splitlines()]
+            found.append(Block(str(page.relative_to(REPOSITORY)), language, "\n".join(lines) + "\n"))
+    return found
+
+
+def commands() -> dict[str, str]:
+    """{command: the first page that has it}, comments removed and continued lines joined."""
+    found: dict[str, str] = {}
+    for block in blocks():
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                if words := shlex.split(line, comments=True):
+                    found.setdefault(shlex.join(words), block.page)
+    return found
+
+
+def commands_of(*start: str) -> list[list[str]]:
+    """The arguments of Python of all commands that begin with these words."""
+    found = [shlex.split(command) for command in commands()]
+    return [["-m", *words] if words[0] == "cxt" else words[1:] for words in found if words[: len(start)] == list(start)]
+
+
+def test_blocks_are_of_languages_that_are_run():
+    assert {block.language for block in blocks()} == {"sh", "python", "yaml", "text"}
+
+
+@pytest.fixture(scope="module")
+def here(workflow, tmp_path_factory):
+    """The finished tiny workflow, with the files that the pages take as given: a sample as genotypes and as a tree sequence."""
+    directory = shutil.copytree(workflow, tmp_path_factory.mktemp("docs") / "here", symlinks=True)
+    ts = simulate(seed=3, individuals=25, length=400_000, rate=2e-8, discrete=False)
+    ts.dump(directory / "sample.trees")
+    np.savez(directory / "genotypes.npz", genotypes=ts.genotype_matrix(), positions=ts.sites_position + 5_000_000)
+    return directory
+
+
+PYTHON = [block for block in blocks() if block.language == "python"]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=[f"{block.page}-{i}" for i, block in enumerate(PYTHON)])
+def test_python(block, here):
+    if 'device="cuda"' in block.text:
+        pytest.skip("needs a GPU")
+    run_python("-c", block.text, cwd=here, env={"CXT_CHECKPOINT_CACHE": "", "MPLBACKEND": "agg"})
+
+
+def test_yaml_is_a_configuration(tmp_path):
+    found = [block for block in blocks() if block.language == "yaml"]
+    assert len({block.text for block in found}) >= 2
+    for block in found:
+        (tmp_path / "mine.yaml").write_text(block.text)
+        models = load([tmp_path / "mine.yaml"])["models"]
+        assert set(yaml.safe_load(block.text)["models"]) <= set(models)
+
+
+def test_commands_are_known():
+    """Each begins like one of those that the tests below, or the gate, run."""
+    makefile = (REPOSITORY / "Makefile").read_text()
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] in ("CORES=8", "make"):
+            assert re.search(rf"^{words[-1]}:", makefile, flags=re.M), command
+        elif words[:2] == ["pip", "install"]:
+            for extra in re.findall(r"\[(.*)\]", words[-1]):
+                assert set(extra.split(",")) <= set(extras), command
+        elif words[0] == "cxt":
+            assert words[1] in COMMANDS, command
+        elif words[0] == "python":
+            assert words[1:3] == ["-m", "cxt.train"] or (REPOSITORY / words[1]).is_file(), command
+        else:
+            assert words[0] in ("snakemake", ".", "srun"), command
+
+
+def dry_runs() -> list[str]:
+    """Commands of Snakemake that plan something."""
+    return [command for command in commands() if command.startswith("snakemake") and "--unlock" not in command]
+
+
+@pytest.mark.parametrize("command", [command for command in dry_runs() if "paper.yaml" not in command])
+def test_workflow_commands_are_planned(command, tmp_path):
+    page = commands()[command]
+    for block in blocks():
+        if block.language == "yaml" and block.page == page:
+            (tmp_path / re.search(r"--configfile (\S+)", page_text(page)).group(1)).write_text(block.text)
+    words = [str(REPOSITORY / word) if word.startswith("config/") else word for word in shlex.split(command)[1:]]
+    at = ["-s", REPOSITORY / "Snakefile", "--directory", tmp_path]
+    done = run_python("-m", "snakemake", *at, *({"-n"} - set(words)), *words, cwd=tmp_path)
+    assert "This was a dry-run" in done.stdout + done.stderr
+
+
+def page_text(page: str) -> str:
+    """The shell blocks of a page that name an overlay of the reader's own."""
+    return "\n".join(block.text for block in blocks() if block.page == page and block.language == "sh")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in dry_runs() if "paper.yaml" in command])
+def test_paper_commands_are_planned(command, tmp_path):
+    environment = {"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))}
+    words = [str(tmp_path) if word == "runs/paper" else word for word in shlex.split(command)[1:]]
+    done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY, env=environment)
+    assert "train_broad_w200" in done.stdout + done.stderr
+
+
+def test_plans(tmp_path):
+    found = [words for words in commands_of("cxt", "plan") if "--calibrate" not in words]
+    assert len(found) == 2
+    for words in found:
+        out = run_python(*(REPOSITORY / word if word.endswith(".yaml") else word for word in words), cwd=tmp_path)
+        assert "Total:" in out.stdout
+    (shown,) = (block for block in blocks() if block.page == "docs/howto/scale.md" and block.language == "text")
+    assert shown.text.strip() in out.stdout
+
+
+@pytest.mark.slow
+def test_calibration(tmp_path):
+    (words,) = [words for words in commands_of("cxt", "plan") if "--calibrate" in words]
+    words = [REPOSITORY / word if word.endswith(".yaml") else word for word in words]
+    assert "Total:" in run_python(*words, "--seconds", 0.1, cwd=tmp_path).stdout
+
+
+def test_published_commands_are_understood():
+    published = [words[2:] for words in commands_of("python", "-m", "cxt.train") if "--gpus" in words]
+    assert len(published) == 6
+    parser = build_parser()
+    for words in published:
+        assert parse_flags(words, parser).gpus == [0, 1, 2]
+
+
+def test_several_machines_are_understood():
+    (command,) = [command for command in commands() if command.startswith("srun")]
+    words = shlex.split(command)
+    options = parse_flags(words[words.index("cxt.train") + 1 :], build_parser())
+    assert (options.devices, options.nodes) == (4, 2)
+
+
+def test_datasets(here, tmp_path):
+    found = commands_of("cxt", "dataset")
+    assert len(found) == 3
+    for words in found:
+        run_python(*(tmp_path / word if word == "arrays" else word for word in words), cwd=here)
+    assert list(tmp_path.rglob("X.npy"))
+
+
+def test_one_tree_sequence(here, tmp_path):
+    ((*words, out),) = commands_of("cxt", "trees")
+    run_python(*words, tmp_path / out, cwd=here)
+    assert (tmp_path / out).is_file()
+
+
+def test_runs_checkpoints_and_settings(here, tmp_path):
+    outputs = {}
+    for words in [*commands_of("cxt", "checkpoint"), *commands_of("cxt", "runs")]:
+        if not {"import", "export"} & set(words):
+            words = [path for word in words for path in (sorted(here.glob(word)) if "*" in word else [word])]
+            words += ["--configfile", TINY] if {"runs", "verify"} & set(words) else []
+            outputs[tuple(words[2:4])] = run_python(*words, cwd=here, check="diff" not in words).stdout
+    assert "the lineage of 'broad'" in outputs["checkpoint", "verify"]
+    assert "weights are equal" in outputs["checkpoint", "diff"]
+    assert "diversity" in outputs["checkpoint", "show"]
+    (words,) = [words for words in commands_of("python", "-m", "cxt.train") if "--print-config" in words]
+    assert "mask_singletons: true" in run_python(*words, cwd=here).stdout
+    (words,) = commands_of("cxt", "find_lr")
+    words = [tmp_path / word if word == "lr.png" else word for word in words]
+    run_python(*words, "--devices", 0, "--batch-size", 4, "--num-steps", 30, "--threads", 1, cwd=here)
+    assert (tmp_path / "lr.png").exists()
+
+
+def test_start_from_published_checkpoints(tmp_path):
+    (block,) = [block for block in blocks() if "checkpoint import" in block.text and block.language == "sh"]
+    found = [shlex.split(line, comments=True) for line in block.text.splitlines()]
+    shutil.copy(GOLDEN / "published_style.ckpt", tmp_path / found[0][3])
+    entry = constant_scenario(simulations=3, individuals=5, sequence_length=50_000)
+    shape = {"window_size": 100, "sequence_length": 50_000, "pairs": 2, "scales": [2, 8, 32, 64], "samples": 10}
+    build_dataset(tmp_path / "data" / "mine", entry=entry, **shape)
+    # The network of the small file that stands for the published one, and a batch that the small dataset has.
+    smaller = ["--layers", 2, "--width", 80, "--batch-size", 2, "--devices", 0, "--threads", 1, "--decode-items", 0]
+    for words in found:
+        words = ["-m", *words] if words[0] == "cxt" else [*words[1:], *smaller]
+        done = run_python(*words, cwd=tmp_path)
+    assert "exported to exported/model.safetensors and config.json" in done.stdout
+    run_python("-c", "import cxt; cxt.load_model('broad_epoch=1-step=5280.ckpt'); cxt.load_model('exported')", cwd=tmp_path)
+
+
+def test_training_without_a_dataset(tmp_path):
+    (words,) = [words for words in commands_of("python", "-m", "cxt.train") if "--simulate" in words]
+    done = run_python(*words, "--max-steps", 2, "--eval-samples", 4, "--workers", 0, "--log-dir", tmp_path)
+    assert "step 2/2" in done.stdout
+
+
+@pytest.mark.slow
+def test_benchmarks(tmp_path):
+    found = commands_of("cxt", "bench")
+    assert len(found) == 4
+    smaller = ["--layers", 1, "--heads", 2, "--width", 16, "--windows", 10, "--samples", 6, "--batch-size", 4, "--seconds", 0.1]
+    for words in found:
+        done = run_python(*words, *smaller, "--device", "cpu", "--threads", 1, cwd=tmp_path)
+        assert ("times as fast" in done.stdout) == ("--compare" in words)
+
+
+def test_layout_is_described():
+    text = (REPOSITORY / "results" / "README.md").read_text()
+    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "config/"):
+        assert word in text
+    assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "MIT"
+
+
+def test_readme_is_short_and_its_links_exist():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    for link in re.findall(r"\]\((?!http)([^)#]+)", readme):
+        assert (REPOSITORY / link).exists(), link
