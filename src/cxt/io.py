@@ -285,7 +285,7 @@ def acquire_lock(path, what) -> Lock:
         os.close(number)  # its holder removed it in the meantime, and another process may hold a new one
     holder = _holder(number)
     if holder:
-        logger.info(f"note: taking over {what}: {holder} ended without releasing it")
+        logger.warning(f"note: taking over {what}: {holder} ended without releasing it")
     os.ftruncate(number, 0)
     os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     return Lock(path, number)

@@ -271,8 +271,8 @@ def test_stale_and_held_locks(tmp_path, capsys):
     path = tmp_path / "run.lock"
     path.write_text("process 4000000 on elsewhere")
     held = acquire_lock(path, "the run")
-    assert "note: taking over the run: process 4000000 on elsewhere ended without releasing it" in capsys.readouterr().out
-    code = f"from cxt.checkpoints.run_directory import take_lock; take_lock({str(path)!r}, 'the run')"
+    assert "note: taking over the run: process 4000000 on elsewhere ended without releasing it" in capsys.readouterr().err
+    code = f"from cxt.io import acquire_lock; acquire_lock({str(path)!r}, 'the run')"
     done = run_python("-c", code, check=False)
     assert f"the run is in use by process {os.getpid()}" in done.stderr
     assert f"kill {os.getpid()}" in done.stderr

@@ -167,6 +167,6 @@ def test_one_bound_everywhere():
             simulate_tree_sequence(spec, index=0, seed=seed)
         with pytest.raises(BadRequest, match="seed must be"):
             TrainingConfig(seed=seed)
-        with pytest.raises(BadRequest, match="seed: found"):
+        with pytest.raises(BadRequest, match=r"training\.seed must be"):
             TrainingSection.read({"seed": seed}, at="training")
     assert TrainingConfig(seed=LARGEST_SEED).seed == LARGEST_SEED

@@ -120,11 +120,11 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
     train(flags, tmp_path / "whole", *arguments)
     code = (
         "import os, sys, signal; from cxt.data import simulated; from cxt.train import main\n"
-        "original = live.SimulatedDataset.batch\n"
+        "original = simulated.SimulatedDataset.batch\n"
         "def batch(self, items, **k):\n"
         "    if self.split == 'train' and list(items)[0] >= 8 * 8: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(self, items, **k)\n"
-        "live.SimulatedDataset.batch = batch; main()"
+        "simulated.SimulatedDataset.batch = batch; main()"
     )
     killed = run_python("-c", code, *flags, "--run-dir", tmp_path / "cut", *arguments, check=False)
     assert killed.returncode == -9

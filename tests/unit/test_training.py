@@ -441,7 +441,7 @@ def test_more_threads_than_cores_are_said(capsys, monkeypatch):
     note_more_than_cores(threads=2, workers=0)
     assert not capsys.readouterr().err
     note_more_than_cores(threads=2, workers=64)
-    assert "note: 2 threads and 64 workers, but this process may use 2 cores" in capsys.readouterr().err
+    assert "note: 2 threads and 64 workers, but this process may use only 2 cores" in capsys.readouterr().err
     note_more_than_cores(threads=1, processes=3)
     assert "1 thread and 0 workers in each of 3 processes" in capsys.readouterr().err
 

@@ -138,7 +138,7 @@ def test_sweeping_a_required_parameter_by_combinations():
         ),
         (
             HISTORY | {"history": [{"time": 0, "population_size": 9}, {"time": float("inf"), "population_size": 9}]},
-            "with finite values, got",
+            "history.1.time must be a finite non-negative number, got inf",
         ),
         ({"kind": "constant", "simulations": 12.5}, "simulations must be an integer from 0 to 100000000, got 12.5"),
         (
@@ -167,7 +167,7 @@ def test_sweeping_a_required_parameter_by_combinations():
         (HISTORY | {"history": []}, "history must be a list of {time: generations ago"),
         (HISTORY | {"history": [{"time": 5, "population_size": 10}]}, "history must begin at time 0 (today), got 5"),
         (HISTORY | {"history": [{"time": 0, "population_size": 10}] * 2}, "time 0 follows 0; times must rise"),
-        (HISTORY | {"history": [{"time": 0, "size": 10}]}, "must be a list of {time: generations ago"),
+        (HISTORY | {"history": [{"time": 0, "size": 10}]}, "history.0: `population_size` is missing"),
         ({key: value for key, value in HISTORY.items() if key != "mutation_rate"}, "`mutation_rate` is missing (Mutations per"),
         ({key: value for key, value in MINE.items() if key != "recombination_rate"}, "`recombination_rate` is missing"),
         (MINE | {"samples": {"nrth": 1}}, "there is no deme 'nrth'; did you mean 'north'"),
@@ -272,8 +272,8 @@ def test_every_variant_must_fit_its_dataset():
     short = {"kind": "constant", "simulations": 10, "combinations": [{"sequence_length": 1000}, {"sequence_length": 20_000}]}
     few = {"kind": "constant", "simulations": 10, "sequence_length": 20_000, "combinations": [{"individuals": 2}]}
     for scenario, message in (
-        (short, "scenario 'mine-sequence_length=1000' simulates 1000 bp"),
-        (few, "scenario 'mine-individuals=2' samples 2 individuals"),
+        (short, "scenario 'mine-sequence_length=1000' simulates only 1000 bp"),
+        (few, "scenario 'mine-individuals=2' samples only 2 individuals"),
     ):
         overlay = {"scenarios": {"mine": scenario}, "datasets": {"processed_narrow": {"scenarios": ["constant", "mine"]}}}
         with pytest.raises(BadRequest) as error:
