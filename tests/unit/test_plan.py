@@ -10,6 +10,7 @@ from helpers.repository import REPOSITORY, TINY, run_python
 from helpers.simulations import maps_taken_as_present
 
 from cxt.config.file import load, merge, resolve
+from cxt.config.models import build_network_config
 from cxt.config.network import PRESETS, AdapterConfig
 from cxt.config.variants import list_variants
 from cxt.config.yaml import read_yaml
@@ -303,3 +304,20 @@ def test_shipped_costs_cover_the_default_configuration():
     found = estimate_costs(load([]), Costs())
     assert not [name for name, dataset in found["datasets"].items() if dataset["not_measured"]]
     assert not found["simulate"]["not_measured"]
+
+
+def test_validations_are_counted():
+    """Every `validate_every` steps and after the last one, or after each epoch; each costs the forward pass of its examples."""
+    base = merge(read_yaml(REPOSITORY / "config" / "config.yaml"), read_yaml(TINY))
+    flops = {}
+    for every in (0, 5, 7, 1000):
+        config = resolve(merge(base, {"training": {"validate_every": every, "epochs": 2, "validation_items": 3}}))
+        model = estimate_costs(config, Costs())["models"]["narrow"]
+        steps, flops[every] = model["steps"], model["flops"]
+    network = build_network_config(config, "narrow")
+    one = 3 * sum(forward_flops(network).values())
+    assert steps > 14
+    assert round((flops[0] - flops[1000]) / one) == 1  # two epochs; or the end alone
+    for every in (5, 7):
+        expected = len({*range(every, steps + 1, every), steps})
+        assert round((flops[every] - flops[1000]) / one) == expected - 1

@@ -105,7 +105,7 @@ def test_commands_are_known():
         elif words[0] == "python":
             assert words[1:3] == ["-m", "cxt.train"] or (REPOSITORY / words[1]).is_file(), command
         else:
-            assert words[0] in ("snakemake", ".", "srun"), command
+            assert words[0] in ("snakemake", ".", "srun", "git"), command
 
 
 def dry_runs() -> list[str]:
@@ -119,7 +119,8 @@ def test_workflow_commands_are_planned(command, tmp_path):
     for block in blocks():
         if block.language == "yaml" and block.page == page:
             (tmp_path / re.search(r"--configfile (\S+)", page_text(page)).group(1)).write_text(block.text)
-    words = [str(REPOSITORY / word) if word.startswith("config/") else word for word in shlex.split(command)[1:]]
+    shutil.copytree(REPOSITORY / "config", tmp_path / "config")
+    words = shlex.split(command)[1:]
     at = ["-s", REPOSITORY / "Snakefile", "--directory", tmp_path]
     done = run_python("-m", "snakemake", *at, *({"-n"} - set(words)), *words, cwd=tmp_path)
     assert "This was a dry-run" in done.stdout + done.stderr
@@ -142,11 +143,13 @@ def test_paper_commands_are_planned(command, tmp_path):
 def test_plans(tmp_path):
     found = [words for words in commands_of("cxt", "plan") if "--calibrate" not in words]
     assert len(found) == 2
+    outputs = []
     for words in found:
         out = run_python(*(REPOSITORY / word if word.endswith(".yaml") else word for word in words), cwd=tmp_path)
         assert "Total:" in out.stdout
+        outputs.append(out.stdout)
     (shown,) = (block for block in blocks() if block.page == "docs/howto/scale.md" and block.language == "text")
-    assert shown.text.strip() in out.stdout
+    assert any(shown.text.strip() in output for output in outputs)
 
 
 @pytest.mark.slow
@@ -181,6 +184,7 @@ def test_datasets(here, tmp_path):
 
 def test_one_tree_sequence(here, tmp_path):
     ((*words, out),) = commands_of("cxt", "trees")
+    words = ["7" if word == "17" else word for word in words]  # batches are smaller here
     run_python(*words, tmp_path / out, cwd=here)
     assert (tmp_path / out).is_file()
 

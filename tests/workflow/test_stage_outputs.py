@@ -228,15 +228,15 @@ def drawn_figures():
         method = getattr(Axes, name)
 
         def draw(axes, *arguments, **settings):
-            calls.append([name, *(summary(value) for value in arguments if not isinstance(value, str))])
+            arrays = [*arguments, *(value for value in settings.values() if isinstance(value, np.ndarray))]
+            calls.append([name, *(summary(value) for value in arrays if not isinstance(value, str))])
             return method(axes, *arguments, **settings)
 
         return draw
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("plot", "step", "fill_between", "hexbin", "scatter", "hist", "bar"):
+        for name in ("plot", "step", "stairs", "fill_between", "hexbin", "scatter", "hist", "bar"):
             patch.setattr(Axes, name, recording(name))
-        patch.setattr(Figure, "tight_layout", lambda figure: None)
         patch.setattr(Figure, "savefig", lambda figure, out, **settings: out.write(b"picture"))
         yield calls
 

@@ -94,9 +94,11 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
         raise BadRequest(f"models.{name}: {error}") from None
     batches = examples // world // training.batch_size * world
     held_out = jobs.count_examples(config, dataset, "test")
-    checked = min(training.validation_items or held_out, held_out)  # after each epoch, forward only
-    each_epoch = batches * training.batch_size * training_flops(network, adapter)
-    flops = training.epochs * (each_epoch + checked * sum(forward_flops(network).values()))
+    checked = min(training.validation_items or held_out, held_out)  # at each validation, forward only
+    every = training.validate_every or steps
+    validations = -(-training.epochs * steps // every)  # the last step is always validated
+    trained = training.epochs * batches * training.batch_size
+    flops = trained * training_flops(network, adapter) + validations * checked * sum(forward_flops(network).values())
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     return {
         "devices": devices,
