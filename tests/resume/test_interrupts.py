@@ -153,7 +153,7 @@ def test_trainer_killed(copy, whole, long, model):
     print(f"{model}: {kills} kills of {runs + 1} runs, {continued} tries continued a save")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_again_and_again(copy, whole, long):
     """`kill -9` and SIGTERM to the trainer, Ctrl-C to all: each time the same command goes on from the last save."""
     forget(copy, "narrow")
@@ -187,7 +187,7 @@ def test_snakemake_alone_interrupted(copy, whole, long):
     assert_ends_the_same(copy, whole, "narrow", long)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_snakemake_killed_while_the_trainer_lives_on(copy, whole, long, tmp_path):
     """A second trainer is refused, of this run and of another one that publishes the same checkpoint."""
     forget(copy, "narrow")

@@ -56,7 +56,7 @@ def environment(monkeypatch, tmp_path):
 def test_table_of_devices(tmp_path):
     """Its rows keep the published items of a step, and have the steps that are planned."""
     overlay = tmp_path / "gpus.yaml"
-    text = (REPOSITORY / "docs" / "training.md").read_text()
+    text = (REPOSITORY / "docs" / "exact-resume.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     names = next(row for row in rows if row[0] == "GPUs")[3:]
     rows = [row for row in rows if row[1].startswith("{devices:")]
@@ -70,7 +70,7 @@ def test_table_of_devices(tmp_path):
 
 
 def test_command_in_the_documentation_parses():
-    text = (REPOSITORY / "docs" / "training.md").read_text().replace("\\\n", " ")
+    text = (REPOSITORY / "docs" / "exact-resume.md").read_text().replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if line.startswith("srun")]
     words = shlex.split(line.split("cxt.train", 1)[1])
     parser = build_parser()

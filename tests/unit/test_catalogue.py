@@ -375,7 +375,7 @@ def test_workflow_with_a_map(cache, tmp_path):
     assert "cannot be fetched" in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workflow_fetches_a_map(cache, tmp_path):
     """A local rule fetches it, once, before the simulations that need it."""
     genetic_map = get_genetic_map(SPEC)

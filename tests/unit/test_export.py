@@ -84,7 +84,7 @@ def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_run_stays_where_it_is_if_the_new_data_are_bad(copy, tmp_path):
     words = "--layers 1 --heads 2 --width 32 --batch-size 8 --grad-accum 2 --devices 0 --threads 1 --max-steps 2 --epochs 1"
     command = ["-m", "cxt.train", "--dataset-path", copy, *words.split(), "--run-dir", tmp_path / "run"]

@@ -219,7 +219,7 @@ def cut_at(run: RunDirectory, step: int) -> None:
         path.unlink()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("batch", "accumulation", "validate_every"), [(6, 1, 0), (4, 3, 0), (8, 2, 5)])
 def test_resumed_at_every_save(dataset, tmp_path, batch, accumulation, validate_every):
     """One after another, so that each resumed run is itself resumed, at the ends of epochs and elsewhere."""

@@ -131,7 +131,7 @@ def page_text(page: str) -> str:
     return "\n".join(block.text for block in blocks() if block.page == page and block.language == "sh")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("command", [command for command in dry_runs() if "paper.yaml" in command])
 def test_paper_commands_are_planned(command, tmp_path):
     environment = {"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))}
@@ -152,7 +152,7 @@ def test_plans(tmp_path):
     assert any(shown.text.strip() in output for output in outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_calibration(tmp_path):
     (words,) = [words for words in commands_of("cxt", "plan") if "--calibrate" in words]
     words = [REPOSITORY / word if word.endswith(".yaml") else word for word in words]
@@ -229,7 +229,7 @@ def test_training_without_a_dataset(tmp_path):
     assert "step 2/2" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_benchmarks(tmp_path):
     found = commands_of("cxt", "bench")
     assert len(found) == 4

@@ -131,7 +131,7 @@ assert count_bits(np.uint64(7)) == 3
     assert err.count("set NUMBA_CACHE_DIR to a writable directory") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiler_cache_that_cannot_be_made(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))

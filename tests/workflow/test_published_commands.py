@@ -59,7 +59,7 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_six_commands(data, tmp_path, monkeypatch):
     checkpoints = {}
     threads = torch.get_num_threads()

@@ -375,7 +375,7 @@ def test_advice_about_damaged_files(copy, tmp_path, absolute):
     assert (copy / batch).stat().st_size == len(before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_times_only_and_touch(copy, tmp_path, monkeypatch):
     """A result of another configuration is refused where Snakemake was told to take it as it is; the advice makes it again."""
     monkeypatch.chdir(copy)
