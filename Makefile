@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --logger cxt --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-all test-resume test-fuzz record docs lint format clean
+.PHONY: help run all test test-all test-resume test-fuzz record docs report lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all       also those that take a minute or more each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
+	@echo "make report  figures, table, the graph of rules and run times as a page: build/report.zip"
 	@echo "make docs   the documentation site, in build/site"
 	@echo "make lint   ruff, the order of imports, types, snakefmt, and snakemake --lint"
 	@echo "CORES=8 make run uses more cores"
@@ -34,6 +35,13 @@ run: $(VENV)/installed
 all: $(VENV)/installed
 	$(SNAKEMAKE)
 	@cat results/evaluation/table.md
+
+# All six checkpoints first, if they are not there.
+report: $(VENV)/installed
+	$(SNAKEMAKE)
+	mkdir -p build
+	$(VENV)/bin/snakemake --report build/report.zip
+	@echo "build/report.zip"
 
 # The whole matrix of interrupted training, with twenty kills and twenty signals each: some four hours. With the line below and
 # `-k once_each`, one combination of each kind of training.

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py
 
-Run it in a clone with the `dev` extra installed, on a machine with one GPU. It ends with exit status 1 if a test failed; the page is
-written in any case, and says what failed.
+Run it in a clone with the `dev` extra installed, on a machine with one GPU. It ends with exit status 1 if a test failed. The
+page is written in any case, and says what failed.
 """
 
 import argparse

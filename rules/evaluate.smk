@@ -1,5 +1,5 @@
 # Stage 4. Inputs: results/<model>.ckpt, evaluation simulations, and the accessibility mask of its dataset if it has one.
-# Outputs: results/evaluation/<model>.json, two figures, and results/evaluation/table.md.
+# Outputs: results/evaluation/<model>.json, three figures, and results/evaluation/table.md.
 
 
 localrules:
@@ -24,6 +24,12 @@ rule evaluate:
         scatter=report(
             "results/evaluation/{model}-scatter.png",
             caption="../workflow/report/scatter.rst",
+            category="Evaluation",
+            subcategory="{model}",
+        ),
+        calibration=report(
+            "results/evaluation/{model}-calibration.png",
+            caption="../workflow/report/calibration.rst",
             category="Evaluation",
             subcategory="{model}",
         ),

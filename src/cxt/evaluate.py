@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = decode on the first GPU (default 0, CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="JSON file to write (or, with --table, the table)")
-    parser.add_argument("--figures", help="prefix of the figures: PREFIX-tracks.png and PREFIX-scatter.png")
+    parser.add_argument(
+        "--figures", help="prefix of the figures: PREFIX-tracks.png, PREFIX-scatter.png and PREFIX-calibration.png"
+    )
     add_verbosity_flags(parser)
     args = parser.parse_args(argv)
     set_verbosity(args)

@@ -14,10 +14,10 @@ from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.decoding.decode import Summaries, decode
-from cxt.decoding.posterior import posterior_mean, posterior_quantile
+from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.errors import BadRequest, Failed
 from cxt.evaluate import main
-from cxt.evaluation.figures import draw_scatter
+from cxt.evaluation.figures import draw_calibration, draw_scatter
 from cxt.evaluation.metrics import (
     BASELINE_WIDTHS,
     average_scenarios,
@@ -25,6 +25,7 @@ from cxt.evaluation.metrics import (
     count_accessible_bases,
     count_differences,
     estimate_from_heterozygosity,
+    measure_coverage,
     pearson_per_pair,
     score_heterozygosity,
     score_variant,
@@ -117,7 +118,8 @@ def test_what_is_not_known_is_null(tmp_path):
     entry = preprocess_simulation(simulate_tree_sequence(SPEC, index=1, seed=1), SHAPE)
     entry.log_tmrca = np.full_like(entry.log_tmrca, 9.5)  # a pair of one tree: nothing to correlate with
     truth = entry.log_tmrca[None]
-    flat = score_variant(truth, truth + 0.1, truth, truth + 1, [entry], window_size=1000, windows=20)
+    rank = np.linspace(0, 1, truth.size).reshape(truth.shape)
+    flat = score_variant(truth, truth + 0.1, truth, truth + 1, rank, [entry], window_size=1000, windows=20)
     assert flat["r"] is flat["mse_se"] is flat["baseline"]["heterozygosity"]["r"] is None
     both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1}}
     assert average_scenarios(both)["r"] == 0.5
@@ -127,6 +129,26 @@ def test_what_is_not_known_is_null(tmp_path):
     assert [cell.strip() for cell in row.split("|")][3:6] == ["0.010", "-", "-"]
     draw_scatter(dict.fromkeys(both, (truth, truth + 0.1, truth, truth + 1)), tmp_path / "s.png", title="x", scenarios=both)
     assert (tmp_path / "s.png").stat().st_size > 1000
+    assert all(abs(share - float(level)) <= 1 / truth.size + 1e-9 for level, share in flat["coverage"].items())
+    draw_calibration(both, tmp_path / "c.png", title="x")
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_ranks_and_coverage():
+    """The rank of a value is where it is a quantile; intervals hold it as often as the ranks say."""
+    grid = Grid(low=0.0, high=9.0, bins=10)
+    rng = np.random.default_rng(3)
+    distribution = torch.from_numpy(rng.dirichlet(np.ones(10), size=(400,)))
+    for q in (0.03, 0.5, 0.9):
+        value = posterior_quantile(distribution, grid, q)
+        np.testing.assert_allclose(posterior_rank(distribution, grid, value), q, atol=1e-9)
+    outside = torch.full((400,), -5.0), torch.full((400,), 50.0)
+    assert [float(posterior_rank(distribution, grid, value).mean()) for value in outside] == [0.0, 1.0]
+    truth = torch.from_numpy(rng.uniform(0, 10, 400))
+    coverage = measure_coverage(posterior_rank(distribution, grid, truth).numpy())
+    for level in (0.1, 0.5, 0.95):
+        low, high = (posterior_quantile(distribution, grid, (1 + sign * level) / 2) for sign in (-1, 1))
+        assert coverage[f"{level:g}"] == float(((truth >= low) & (truth <= high)).double().mean())
 
 
 def test_training_and_evaluation_mean_the_same_by_r():
@@ -256,4 +278,4 @@ def test_numbers_are_written_before_pictures(tmp_path, checkpoint, monkeypatch, 
     with pytest.raises(Failed, match=r"could not be drawn \(RuntimeError: no fonts\)"):
         main()
     assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["scenarios"]["constant"]["mse"] > 0
-    assert "| x          | constant |" in capsys.readouterr().out
+    assert "constant: MSE" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import torch
 
 from cxt.data.grid import Grid
 from cxt.data.pair_dataset import compute_model_input
-from cxt.decoding.posterior import posterior_mean, posterior_quantile
+from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
@@ -17,11 +17,15 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed
 
 
 class Summaries(NamedTuple):
-    """Posterior mean and ends of the central 95% interval of ln TMRCA, each (examples, windows) float64."""
+    """Posterior mean and ends of the central 95% interval of ln TMRCA, each (examples, windows) float64.
+
+    *rank* is the probability of a smaller ln TMRCA than the true one, if the truth was given.
+    """
 
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    rank: np.ndarray | None = None
 
 
 def use_precision(precision: str, device):
@@ -44,6 +48,7 @@ def decode(
     device="cpu",
     temperature: float = 1.0,
     top_k: int | None = None,
+    truth: np.ndarray | None = None,
 ) -> Summaries:
     """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
 
@@ -69,6 +74,8 @@ def decode(
     device : torch device
     temperature, top_k : float, int
         Sampling settings, see `cxt.model.decoder.Decoder`.
+    truth : array (examples, windows), optional
+        True ln TMRCA, to find its rank.
 
     Returns
     -------
@@ -82,7 +89,10 @@ def decode(
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
         distribution = average_replicates(decoder, x, example_ids=range(start, start + len(x)))
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
-        parts.append([summary.cpu().numpy() for summary in (posterior_mean(distribution, grid), *quantiles)])
+        summaries = [posterior_mean(distribution, grid), *quantiles]
+        if truth is not None:
+            summaries.append(posterior_rank(distribution, grid, torch.as_tensor(truth[part], device=distribution.device)))
+        parts.append([summary.cpu().numpy() for summary in summaries])
     return Summaries(*map(np.concatenate, zip(*parts, strict=True)))
 
 

@@ -34,6 +34,18 @@ def posterior_quantile(distribution: torch.Tensor, grid: Grid, q: float) -> torc
     return (edges[bin_] + grid.step * inside)[..., 0]
 
 
+def posterior_rank(distribution: torch.Tensor, grid: Grid, log_tmrca: torch.Tensor) -> torch.Tensor:
+    """Probability of a smaller ln TMRCA than *log_tmrca* (...), linear within its bin: (..., bins) float64 -> (...).
+
+    The central interval of level p holds a value if and only if its rank is from (1 - p) / 2 to (1 + p) / 2.
+    """
+    position = ((log_tmrca.double() - grid.low) / grid.step).clamp(0, grid.bins)
+    bin_ = position.floor().clamp(max=grid.bins - 1).long().unsqueeze(-1)
+    mass = distribution.gather(-1, bin_)
+    below = distribution.cumsum(-1).gather(-1, bin_) - mass
+    return ((below + mass * (position.unsqueeze(-1) - bin_)) / distribution.sum(-1, keepdim=True))[..., 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Posterior:
     """The distribution of the time to the most recent common ancestor (TMRCA) of pairs of haplotypes, window by window.

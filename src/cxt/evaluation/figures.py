@@ -15,6 +15,11 @@ from cxt.io import atomic_write
 
 TRUTH, ESTIMATE = "#222222", "#1f6fb4"
 
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#666666")
+"""Told apart with any colour vision (after Okabe and Ito 2008); more lines than these differ in their markers."""
+
+MARKERS = ("o", "s", "^", "D")
+
 
 def _create_panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
     """Create a figure of *size* in inches, and its axes (rows, columns)."""
@@ -132,4 +137,26 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
     figure.supxlabel("true ln TMRCA (ln generations)", fontsize=9)
     figure.supylabel("posterior mean (ln generations)", fontsize=9)
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw_calibration(scenarios: dict, path, *, title: str) -> None:
+    """Draw the share of windows whose truth is inside an interval, against the interval's level, a line per scenario."""
+    figure, axes = _create_panels(1, 1, size=(6.5, 4.5))
+    axis = axes[0, 0]
+    axis.plot([0, 1], [0, 1], color=TRUTH, lw=0.8, label="calibrated")
+    for number, (name, metrics) in enumerate(scenarios.items()):
+        levels = [float(level) for level in metrics["coverage"]]
+        style = {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[number // len(COLORS) % len(MARKERS)],
+            "ms": 4,
+            "lw": 1.2,
+        }
+        axis.plot(levels, list(metrics["coverage"].values()), label=name, **style)
+    axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1))
+    axis.set_xlabel("level of the central interval", fontsize=9)
+    axis.set_ylabel("share of windows with the truth inside", fontsize=9)
+    figure.suptitle(f"{title}: calibration on held-out simulations", fontsize=11)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     _save(figure, path)

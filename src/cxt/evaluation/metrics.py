@@ -58,6 +58,9 @@ def average_scenarios(scenarios: dict) -> dict:
     }
 
 
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+"""Levels of the central intervals whose coverage is measured."""
+
 BASELINE_WIDTHS = (1, 3, 5, 9, 15, 25, 41, 65, 101, 161, 257, 401)
 """Odd widths in base windows, centred, from which the heterozygosity baseline selects its best."""
 
@@ -126,10 +129,28 @@ def score_heterozygosity(simulations: list[PreprocessedSimulation], *, window_si
     return result
 
 
-def score_variant(truth, mean, low, high, simulations, *, window_size: int, windows: int) -> dict:
-    """All metrics of one variant; truth, mean, low and high are (simulations, pairs, windows) ln TMRCA.
+def measure_coverage(rank: np.ndarray) -> dict[str, float]:
+    """Share of windows whose truth is inside the central interval of each of `LEVELS`, from the ranks of the truth."""
+    return {f"{level:g}": float((np.abs(2 * rank - 1) <= level).mean()) for level in LEVELS}
 
-    Metrics that are not defined are None: `mse_se` of one simulation, `r` where no pair varies.
+
+def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int, windows: int) -> dict:
+    """All metrics of one variant.
+
+    Parameters
+    ----------
+    truth, mean, low, high : arrays (simulations, pairs, windows)
+        ln TMRCA: the truth, its posterior mean, and the ends of the 95% interval.
+    rank : array (simulations, pairs, windows)
+        Posterior probability of a smaller value than the truth.
+    simulations : list of PreprocessedSimulation
+    window_size, windows : int
+        Base pairs of a window, and their number.
+
+    Returns
+    -------
+    dict
+        Metrics that are not defined are None: `mse_se` of one simulation, `r` where no pair varies.
     """
     squared = (mean - truth) ** 2
     constant = (truth - truth.mean()) ** 2
@@ -141,6 +162,7 @@ def score_variant(truth, mean, low, high, simulations, *, window_size: int, wind
         "r": none_if_nan(pearson_per_pair(truth, mean)),
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
+        "coverage": measure_coverage(rank),
         "baseline": {
             "heterozygosity": score_heterozygosity(simulations, window_size=window_size, windows=windows),
             "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},

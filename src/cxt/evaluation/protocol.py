@@ -159,6 +159,7 @@ def evaluate(
         started = time.monotonic()
         counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
+        truth = np.stack([simulation.log_tmrca for simulation in simulations])
         with use_precision(model.precision, device):
             summaries = decode(
                 model,
@@ -169,10 +170,12 @@ def evaluate(
                 batch_size=spec["batch_size"],
                 seed=seed,
                 device=device,
+                truth=truth.reshape(-1, windows),
             )
-        truth = np.stack([simulation.log_tmrca for simulation in simulations])
-        mean, low, high = (summary.reshape(truth.shape) for summary in summaries)
-        scenarios[name] = score_variant(truth, mean, low, high, simulations, window_size=spec["window_size"], windows=windows)
+        mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
+        scenarios[name] = score_variant(
+            truth, mean, low, high, rank, simulations, window_size=spec["window_size"], windows=windows
+        )
         tracks[name] = (truth, mean, low, high)
         metrics = scenarios[name]
         progress(
@@ -194,8 +197,9 @@ def evaluate(
 
 
 def draw_figures(tracks: dict, prefix: str, result: dict, *, window_size: int) -> None:
-    """Draw the two figures of an evaluation, PREFIX-tracks.png and PREFIX-scatter.png."""
-    from cxt.evaluation.figures import draw_scatter, draw_tracks
+    """Draw the figures of an evaluation: PREFIX-tracks.png, PREFIX-scatter.png and PREFIX-calibration.png."""
+    from cxt.evaluation.figures import draw_calibration, draw_scatter, draw_tracks
 
     draw_tracks(tracks, f"{prefix}-tracks.png", title=result["checkpoint"], window_size=window_size)
     draw_scatter(tracks, f"{prefix}-scatter.png", title=result["checkpoint"], scenarios=result["scenarios"])
+    draw_calibration(result["scenarios"], f"{prefix}-calibration.png", title=result["checkpoint"])
