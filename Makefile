@@ -5,13 +5,14 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --logger cxt --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-all test-resume test-fuzz record docs report lint format clean
+.PHONY: help run all test test-slow test-all test-resume test-fuzz record docs report lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
 	@echo "make all    all six checkpoints and their evaluation"
-	@echo "make test   the tests"
-	@echo "make test-all       also those that take a minute or more each"
+	@echo "make test   the quick tests"
+	@echo "make test-slow      the tests that take seconds each, whole workflows and interrupted training"
+	@echo "make test-all       all tests, also those that take a minute or more each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
 	@echo "make report  figures, table, the graph of rules and run times as a page: build/report.zip"
@@ -57,9 +58,14 @@ record: $(VENV)/installed-dev
 
 # Passive, because the threads of several tests share the cores.
 test: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30 -m "not slow"
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30 -m "not slow and not long"
 
-# The slow ones too.
+# The rest of what .ci/run runs.
+test-slow: $(VENV)/installed-dev
+	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30 \
+		-m "slow and not long"
+
+# All, also those that take a minute or more each.
 test-all: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30
 

@@ -428,6 +428,7 @@ def whole(arguments, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.mark.long
 def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
     """Whatever stops either of them, and with the status that says why on both."""
     out = tmp_path / "x.ckpt"

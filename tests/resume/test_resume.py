@@ -115,6 +115,7 @@ def test_killed_at_random_moments(parents, tmp_path, kind, workers, accumulation
     assert continued
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks /proc whether a trainer listens yet")
 @pytest.mark.parametrize(
     ("kind", "workers", "accumulation", "ranks"),

@@ -196,6 +196,7 @@ def test_gradient_checkpointing_changes_no_bit():
     assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 @pytest.mark.parametrize("path", ["target", "full", "chunked"])
 def test_compiled(backend, path):

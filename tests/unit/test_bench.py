@@ -19,6 +19,7 @@ def bench(*arguments, check=True):
     return run_python("-m", "cxt.commands.bench", *arguments, env={"OMP_NUM_THREADS": "1"}, check=check)
 
 
+@pytest.mark.slow
 def test_training(tmp_path):
     out = tmp_path / "train.json"
     done = bench("train", *TINY, "--device", "cpu", "--batch-size", 6, "--dropout", 0, "--compare", "dense", "--out", out)
@@ -39,6 +40,7 @@ def test_training(tmp_path):
         assert word in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -55,6 +57,7 @@ def test_training_otherwise(tmp_path, flags):
     assert "ratio" not in result
 
 
+@pytest.mark.slow
 def test_decoding(tmp_path):
     out = tmp_path / "decode.json"
     done = bench("decode", *TINY, "--device", "cpu", "--pairs", 10, "--batch-size", 4, "--replicates", 3, "--compare",
@@ -67,6 +70,7 @@ def test_decoding(tmp_path):
     assert "without a cache" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -197,6 +197,7 @@ def test_all_pairs_are_possible():
     assert len({tuple(pair) for pair in entry.pairs}) == 45
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, dataset):
     """By hand as by the functions: the same bytes."""
     batch = dataset / "batch"

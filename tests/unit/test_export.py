@@ -67,6 +67,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named_at_start(copy, masked_dataset, tmp_path, damage):
     verify_dataset(copy)
@@ -124,6 +125,7 @@ def test_any_flipped_byte_is_found(copy):
             verify_dataset(copy)
 
 
+@pytest.mark.slow
 def test_damaged_headers_of_the_archive(copy):
     """Also where no checksum is known yet: every byte of the zip's own records, in every bit."""
     shard = copy / "train/constant-0.zarr.zip"

@@ -18,6 +18,7 @@ SEED = int(os.environ.get("CXT_FUZZ_SEED", "1"))
 """Another one gives other mutations."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shard", "manifest", "checkpoint", "configuration", "mask"])
 def test_damage_is_refused_or_harmless(name, tmp_path):
     faults, counts = fuzz(made(name, tmp_path / "whole"), range(MUTATIONS), seed=SEED, directory=tmp_path / "cases")

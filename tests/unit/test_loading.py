@@ -101,6 +101,7 @@ def _sums(dataset, queue=None):
     return queue.put((sums, dataset._words.flags.writeable))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.parametrize("storage", ["memory", "disk"])
 def test_other_processes_read_the_same_memory(dataset, method, storage):
@@ -275,6 +276,7 @@ def test_many_sites_and_many_samples(tmp_path, rate, fits):
                     assert np.array_equal(counts[channel, m, k], expected)
 
 
+@pytest.mark.slow
 def test_counts_beyond_16_bits(tmp_path):
     """One haplotype of two in many sites: one bin holds more than an int16 can."""
     entry = constant_scenario(

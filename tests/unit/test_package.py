@@ -13,6 +13,7 @@ from cxt.errors import EXTRAS, advise_extra
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
+@pytest.mark.slow
 def test_base_install_uses_a_checkpoint(dataset, tmp_path):
     """With the packages of extras installed, but not to be imported; .ci/wheel does the same where they are not."""
     done = run_python(

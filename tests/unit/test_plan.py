@@ -140,6 +140,7 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
     return result
 
 
+@pytest.mark.slow
 def test_no_two_simulations_share_seeds(paper, monkeypatch):
     """All 33 790: msprime's two seeds, of which each comes once in a variant, and no pair comes twice."""
     seeds = seeds_of(paper, monkeypatch)
@@ -189,6 +190,7 @@ def test_flops_by_counting():
     assert two < 2 * one
 
 
+@pytest.mark.slow
 def test_costs_are_measured(tmp_path, paper):
     """--calibrate, then the plan uses its figures; an exact length wins, others are stretched and named."""
     out = run_plan(
@@ -269,6 +271,7 @@ def test_variants_are_listed_with_their_own_numbers(tmp_path):
                                          ["bottleneck-mutation_rate=2e-08", "1", "50", "100"]]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_refuses(tmp_path):
     for arguments, message in (
         (["--devices", -1], "--devices must be an integer from 0 to 1024, got -1"),
@@ -285,6 +288,7 @@ def test_plan_refuses(tmp_path):
         Costs([tmp_path / "broken.json"])
 
 
+@pytest.mark.slow
 def test_paper_workflow_is_planned(tmp_path):
     """`snakemake -n` on the published configuration, its maps taken as present."""
     done = run_python(

@@ -74,6 +74,7 @@ def agrees(model, suffix):
         assert float(model.loss(x, y)) == pytest.approx(float(expected[f"loss{suffix}"]), abs=1e-5)
 
 
+@pytest.mark.slow
 @BOTH
 def test_import(file, suffix, tmp_path):
     out = tmp_path / "made" / "x.ckpt"
@@ -122,6 +123,7 @@ class Harmful:
 
 
 # As these are called in a file: by the names that Python 2 had for them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "named"),
     [(os.system, rf"{os.name}\.system"), (subprocess.check_output, r"commands\.check_output"), (eval, r"builtin.*\.eval")],
@@ -347,6 +349,7 @@ def test_a_child(data, tmp_path, monkeypatch, capsys):
         train(monkeypatch, *arguments, "--layers", 6, "--run-dir", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_an_adapter_on_it(data, tmp_path, monkeypatch):
     """The file itself is a parent, too, and so is what it was exported to."""
     out = tmp_path / "adapter.ckpt"
@@ -360,6 +363,7 @@ def test_an_adapter_on_it(data, tmp_path, monkeypatch):
         assert close(before.state_dict, child.state_dict)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_it(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "child.ckpt"
     arguments = ["--dataset-path", data / "n5", "--resume-adapter", ADAPTER, "--adapter-bottleneck", 8, "--out", out]
@@ -374,6 +378,7 @@ def test_an_adapter_of_it(data, tmp_path, monkeypatch, capsys):
     assert not read_checkpoint(out).adapter.overwrite_bin0
 
 
+@pytest.mark.slow
 @BOTH
 def test_export(file, suffix, tmp_path):
     done = run_python("-m", "cxt.commands.checkpoint", "export", file, "--out", tmp_path / "exported")
@@ -393,6 +398,7 @@ def test_export(file, suffix, tmp_path):
     assert compare_checkpoints(find_checkpoint(tmp_path / "exported"), file, rtol=0, atol=0)[0]
 
 
+@pytest.mark.slow
 def test_export_keeps_types_and_views(tmp_path):
     about = read_checkpoint(PLAIN)
     whole = torch.arange(40.0).bfloat16().view(4, 10)
@@ -407,6 +413,7 @@ def test_export_keeps_types_and_views(tmp_path):
     assert compare_checkpoints(tmp_path / "half" / "config.json", tmp_path / "half.ckpt", rtol=0, atol=0)[0]
 
 
+@pytest.mark.slow
 def test_damaged_exports(tmp_path):
     directory = tmp_path / "x"
     about = read_checkpoint(PLAIN)

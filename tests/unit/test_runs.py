@@ -65,6 +65,7 @@ def finished(dataset, tmp_path_factory):
 # What is in a run directory
 
 
+@pytest.mark.slow
 def test_everything_a_run_leaves(finished):
     run = RunDirectory(finished / "run")
     run_files = {path.name for path in run.path.iterdir() if not path.name.startswith("events.")}
@@ -105,12 +106,14 @@ def test_model_summary_by_hand(finished):
     assert summary["flops"] == summary["flops_per_item"] * 16 * 21
 
 
+@pytest.mark.slow
 def test_config_runs_it_again(finished, tmp_path, monkeypatch):
     config = finished / "run" / "config.yaml"
     train(monkeypatch, "--config", config, "--run-dir", tmp_path / "again", "--out", tmp_path / "again.ckpt")
     assert (tmp_path / "again.ckpt").read_bytes() == (finished / "broad.ckpt").read_bytes()
 
 
+@pytest.mark.slow
 def test_from_python(finished, dataset, tmp_path):
     config = finished / "run" / "config.yaml"
     run = cxt.train_model(config, run_dir=tmp_path / "run", out=tmp_path / "x.ckpt")
@@ -160,6 +163,7 @@ def interrupted(dataset, run, *more) -> list:
     return arguments
 
 
+@pytest.mark.slow
 def test_damaged_saves(dataset, tmp_path):
     run = RunDirectory(tmp_path / "run")
     arguments = interrupted(dataset, run.path, "--keep-saves", 4)
@@ -182,6 +186,7 @@ def test_damaged_saves(dataset, tmp_path):
     assert "no earlier training state is left" in done.stderr
 
 
+@pytest.mark.slow
 def test_resume_by_path(dataset, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "lightning_logs/version_0")
     arguments = interrupted(dataset, run.path, "--keep-saves", 3, "--max-minutes", 60)
@@ -243,6 +248,7 @@ def test_resumed_at_every_save(dataset, tmp_path, batch, accumulation, validate_
         assert logs[0] == logs[1], step
 
 
+@pytest.mark.slow
 def test_a_save_under_another_name(dataset, tmp_path, monkeypatch):
     """Nothing is removed for a state that is none of the run's."""
     run = RunDirectory(tmp_path / "run")
@@ -260,6 +266,7 @@ def test_no_earlier_save_of_a_finished_run(finished, dataset, monkeypatch):
         train(monkeypatch, "--config", finished / "run/config.yaml", "--resume", save)
 
 
+@pytest.mark.slow
 def test_other_devices(dataset, tmp_path, monkeypatch):
     arguments = interrupted(dataset, tmp_path / "run")
     two = ["--accelerator", "cpu", "--devices", 2]
@@ -279,6 +286,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
     held.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc"), reason="mounts a small file system")
 def test_disk_full_while_saving(dataset, tmp_path):
     """Exit 1, the earlier state intact; with room, it goes on."""
@@ -476,6 +484,7 @@ RECIPES = {  # spec: layers, epochs, learning rate
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_optional_features_leave_the_recipes_alone(dataset, tmp_path, monkeypatch):
     """The six recipes as they are published, and the first ten losses of a run those of a plain loop in torch."""
     config = load([REPOSITORY / "config" / "paper.yaml"])
@@ -534,6 +543,7 @@ STEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", STEP)
 def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
     """The same losses but for rounding, a checkpoint under the same names, and exact to continue."""
@@ -585,6 +595,7 @@ def test_deterministic_on_gpus(dataset, tmp_path, monkeypatch, accelerator, want
     assert build_trainer(request, RunDirectory(tmp_path), [])["deterministic"] == ("warn" if expected else False)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="breaks g++")
 def test_no_compiler(dataset, tmp_path):
     """What torch.compile raises becomes a message that says how to go on."""
@@ -728,6 +739,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     assert len([path for path in directory.iterdir() if path.is_dir()]) == 8
 
 
+@pytest.mark.slow
 def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--num-steps", 60, "--highest", 0.5]
     call(find_lr_stage, monkeypatch, *arguments, "--plot", tmp_path / "lr.png")
@@ -740,6 +752,7 @@ def test_find_lr(dataset, tmp_path, monkeypatch, capsys):
         call(find_lr_stage, monkeypatch, *SMALL, "--dataset-path", dataset, "--num-steps", 3)
 
 
+@pytest.mark.slow
 def test_find_lr_steps_by_hand(dataset):
     """One point for every optimizer step, in whichever way accumulation divides an epoch's batches, with the loss by hand."""
     for accumulate, steps_of in ((1, [1] * 9), (4, [4, 4, 1]), (100, [9])):

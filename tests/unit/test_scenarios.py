@@ -180,6 +180,7 @@ def test_damaged_batches(tmp_path):
     fails("has no cxt identity", count=1)
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     out = tmp_path / "x.trees.batch"
     run_python("-m", "cxt.simulate", "--scenario", "sawtooth", "--count", 2, "--out", out)

@@ -102,6 +102,7 @@ def weights(directory):
     return torch.load(path, weights_only=True)["state_dict"]
 
 
+@pytest.mark.long
 def test_training_learns_and_repeats(flags, tmp_path):
     arguments = ["--max-steps", 60, "--eval-samples", 32]
     done = train(flags, tmp_path / "a", *arguments)
@@ -114,6 +115,7 @@ def test_training_learns_and_repeats(flags, tmp_path):
         assert torch.equal(value, weights(tmp_path / "b")[key])
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
     """Killed right after a save, the run ends with the weights of an undisturbed one."""
     arguments = ["--max-steps", 12, "--eval-max-batches", 1, "--save-every", 5]
@@ -134,6 +136,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
         assert torch.equal(value, weights(tmp_path / "cut")[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -176,6 +179,7 @@ def test_flags_of_simulation_need_it(dataset, tmp_path):
         assert f"{flag[0]} cannot be used without --simulate" in done.stderr
 
 
+@pytest.mark.slow
 def test_max_steps_with_a_dataset(dataset, tmp_path):
     words = "--model broad --layers 1 --heads 2 --width 32 --batch-size 8 --grad-accum 2 --threads 1 --devices 0 --epochs 2"
     done = run_python(

@@ -88,6 +88,7 @@ def aratha(seed):
     return ts, chromosome.mutation_rate if model.mutation_rate is None else model.mutation_rate, True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "make"),
     [
@@ -116,6 +117,7 @@ def test_constant_against_theory():
     assert abs(mean - expected) < 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [

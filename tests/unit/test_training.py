@@ -80,6 +80,7 @@ def test_published_checkpoint(parent, dataset):
     assert model(x, y).shape == (2, 20, 326)
 
 
+@pytest.mark.slow
 def test_loss_falls(dataset, tmp_path, monkeypatch):
     from cxt import PairDataset
     from cxt.model.adapter import build_model
@@ -138,6 +139,7 @@ def test_a_finished_run_publishes_again(parent, dataset, tmp_path, monkeypatch, 
     assert (tmp_path / "again.ckpt").read_bytes() == parent.read_bytes()
 
 
+@pytest.mark.slow
 def test_other_settings_or_data_supersede(dataset, masked_dataset, tmp_path, monkeypatch, capsys):
     run, out = tmp_path / "run", tmp_path / "x.ckpt"
     arguments = (*SMALL, "--dataset-path", dataset, "--run-dir", run, "--out", out, "--epochs", 1)
@@ -166,6 +168,7 @@ def test_another_parent_supersedes(parent, dataset, tmp_path, monkeypatch, capsy
     assert not equal(weights(tmp_path / "a.ckpt"), weights(tmp_path / "b.ckpt"))
 
 
+@pytest.mark.slow
 def test_log_dir(dataset, tmp_path, monkeypatch, capsys):
     arguments = (*SMALL, "--dataset-path", dataset, "--log-dir", tmp_path, "--epochs", 1)
     train(monkeypatch, *arguments)
@@ -180,6 +183,7 @@ def test_log_dir(dataset, tmp_path, monkeypatch, capsys):
         train(monkeypatch, *arguments, "--log-dir", tmp_path / "nowhere", "--resume")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation):
     arguments = [
@@ -251,6 +255,7 @@ def test_missingness_is_learned_from(masked_dataset, tmp_path, monkeypatch):
     assert not torch.equal(model(x, y), model(other, y))
 
 
+@pytest.mark.slow
 def test_terminated(dataset, tmp_path):
     run = tmp_path / "run"
     arguments = [*SMALL, "--dataset-path", dataset, "--run-dir", run, "--out", tmp_path / "x.ckpt", "--epochs", 500]
@@ -270,6 +275,7 @@ def test_terminated(dataset, tmp_path):
     assert not (tmp_path / "x.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(dataset, tmp_path):
     arguments = [*SMALL, "--dataset-path", dataset, "--accelerator", "cpu", "--devices", 2, "--epochs", 1]
     script = Path(sys.executable).with_name("cxt")
@@ -290,6 +296,7 @@ def test_lock(dataset, tmp_path):
     assert "run is in use by process" in done.stderr
 
 
+@pytest.mark.slow
 def test_not_finite_is_a_failure(dataset, tmp_path):
     done = run_python(
         "-m", "cxt.train", *SMALL, "--lr", 1e30, "--warmup-steps", 0, "--dataset-path", dataset,

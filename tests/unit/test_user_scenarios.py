@@ -200,6 +200,7 @@ def test_refused_before_anything_runs(scenario, message):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_refused_by_the_workflow(tmp_path):
     """The same through Snakemake: one message on stderr, exit 2, nothing made."""
     for text, message in (
@@ -298,6 +299,7 @@ def test_files_that_are_no_configuration(tmp_path, content, message):
         read_yaml(tmp_path / "x.yaml")
 
 
+@pytest.mark.slow
 def test_unknown_batches_are_refused_by_the_workflow(tmp_path):
     for target, message in (
         ("results/simulations/constnat/0.trees.batch", "unknown variant 'constnat'; did you mean 'constant'"),
@@ -336,6 +338,7 @@ def test_demes_is_what_msprime_reads(tmp_path):
         spec_of(**MINE | {"demography": {"time_units": "generations", "demes": many}})
 
 
+@pytest.mark.slow
 def test_inline_history_is_piecewise_constant():
     """Mean TMRCA of two samples without recombination against the integral of the survival function."""
     spec = spec_of(**HISTORY | {"recombination_rate": 0, "individuals": 1, "sequence_length": 100})
@@ -391,6 +394,7 @@ def test_examples_are_sound():
             assert ts.num_samples == 50
 
 
+@pytest.mark.slow
 def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     """The walk of the README at a tiny scale: the example's scenario, dataset and model over a finished `broad`."""
     directory = shutil.copytree(workflow, tmp_path / "work", symlinks=True)
@@ -418,6 +422,7 @@ def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     assert checkpoint.record["name"] == "two_islands"
 
 
+@pytest.mark.slow
 def test_demes_file_that_changes_changes_the_simulations(workflow, tmp_path):
     """Its content is part of the lineage; words for people are not."""
     directory = shutil.copytree(workflow, tmp_path / "work", symlinks=True)

@@ -167,13 +167,6 @@ def test_published_commands_are_understood():
         assert parse_flags(words, parser).gpus == [0, 1, 2]
 
 
-def test_several_machines_are_understood():
-    (command,) = [command for command in commands() if command.startswith("srun")]
-    words = shlex.split(command)
-    options = parse_flags(words[words.index("cxt.train") + 1 :], build_parser())
-    assert (options.devices, options.nodes) == (4, 2)
-
-
 def test_datasets(here, tmp_path):
     found = commands_of("cxt", "dataset")
     assert len(found) == 3
