@@ -7,7 +7,12 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt.workflow import arguments, jobs, lineages, paths
-from cxt.workflow.resources import evaluation_memory_mb, preprocessing_memory_mb, training_memory_mb, training_threads
+from cxt.workflow.resources import (
+    evaluation_memory_mb,
+    preprocessing_memory_mb,
+    training_memory_mb,
+    training_threads,
+)
 from cxt.config.file import resolve
 from cxt.config.models import build_training_config
 from cxt.config.yaml import read_yaml
@@ -45,9 +50,13 @@ def check_targets(config):
                     f"unknown {section[:-1]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
         if match := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
-            variants = [variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))]
+            variants = [
+                variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))
+            ]
             if match[1] not in variants:
-                raise BadRequest(f"unknown variant '{match[1]}'{suggest_nearest(match[1], variants)}")
+                raise BadRequest(
+                    f"unknown variant '{match[1]}'{suggest_nearest(match[1], variants)}"
+                )
             jobs.batch_count(config, jobs.find_variant(config, match[1]), int(match[2]))
 
 
@@ -61,7 +70,9 @@ def one_of(names):
 
 
 wildcard_constraints:
-    variant=one_of([variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))]),
+    variant=one_of(
+        [variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))]
+    ),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     split="train|test",

@@ -45,7 +45,9 @@ rule evaluate:
         gpu=lambda wildcards: min(1, jobs.get_device_count(config, wildcards.model)),
     params:
         spec=lambda wildcards: canonical_json(jobs.evaluation_spec(config, wildcards.model)),
-        batches=lambda wildcards: canonical_json(lineages.evaluation_batches(config, wildcards.model)),
+        batches=lambda wildcards: canonical_json(
+            lineages.evaluation_batches(config, wildcards.model)
+        ),
         mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
         threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),

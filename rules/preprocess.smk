@@ -68,7 +68,9 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical_json(lineages.variant_table_with_lineages(config, wildcards.dataset)),
+        shards=lambda wildcards: canonical_json(
+            lineages.variant_table_with_lineages(config, wildcards.dataset)
+        ),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: lineages.dataset_lineage(config, wildcards.dataset),
     shell:
