@@ -222,6 +222,8 @@ def drawn_figures():
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from cxt.trainer.log import read_log
+
     calls = []
 
     def recording(name):
@@ -237,6 +239,8 @@ def drawn_figures():
     with pytest.MonkeyPatch.context() as patch:
         for name in ("plot", "step", "stairs", "fill_between", "hexbin", "scatter", "hist", "bar"):
             patch.setattr(Axes, name, recording(name))
+        # Speed is drawn, too, and is another one every time.
+        patch.setattr("cxt.trainer.fit.read_log", lambda path: [row | {"items_per_s": None} for row in read_log(path)])
         patch.setattr(Figure, "savefig", lambda figure, out, **settings: out.write(b"picture"))
         yield calls
 
