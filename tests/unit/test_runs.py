@@ -164,6 +164,7 @@ def interrupted(dataset, run, *more) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_damaged_saves(dataset, tmp_path):
     run = RunDirectory(tmp_path / "run")
     arguments = interrupted(dataset, run.path, "--keep-saves", 4)
@@ -187,6 +188,7 @@ def test_damaged_saves(dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resume_by_path(dataset, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "lightning_logs/version_0")
     arguments = interrupted(dataset, run.path, "--keep-saves", 3, "--max-minutes", 60)
@@ -288,6 +290,7 @@ def test_stale_and_held_locks(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/proc"), reason="mounts a small file system")
+@pytest.mark.long
 def test_disk_full_while_saving(dataset, tmp_path):
     """Exit 1, the earlier state intact; with room, it goes on."""
     small = tmp_path / "small"

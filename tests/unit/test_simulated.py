@@ -116,6 +116,7 @@ def test_training_learns_and_repeats(flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
     """Killed right after a save, the run ends with the weights of an undisturbed one."""
     arguments = ["--max-steps", 12, "--eval-max-batches", 1, "--save-every", 5]

@@ -395,6 +395,7 @@ def test_examples_are_sound():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     """The walk of the README at a tiny scale: the example's scenario, dataset and model over a finished `broad`."""
     directory = shutil.copytree(workflow, tmp_path / "work", symlinks=True)
