@@ -12,7 +12,7 @@ help:
 	@echo "make all    all six checkpoints and their evaluation"
 	@echo "make test   the quick tests"
 	@echo "make test-slow      the tests that take seconds each, whole workflows and interrupted training"
-	@echo "make test-all       all tests, also those that take a minute or more each"
+	@echo "make test-all       all tests, also those that take half a minute to minutes each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
 	@echo "make report  figures, table, the graph of rules and run times as a page: build/report.zip"
@@ -65,7 +65,7 @@ test-slow: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30 \
 		-m "slow and not long"
 
-# All, also those that take a minute or more each.
+# All, also those that take half a minute to minutes each.
 test-all: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses $(CORES) --dist worksteal --durations 30
 
