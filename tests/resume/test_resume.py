@@ -64,9 +64,14 @@ ONCE_EACH = [("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 
 
 
 def named(combinations) -> list:
-    """Parameters of a test, of which those of ONCE_EACH can be chosen by `-k once_each`."""
+    """Parameters of a test, of which those of ONCE_EACH can be chosen by `-k once_each`; several ranks take long."""
     return [
-        pytest.param(*each, id="-".join(map(str, each)) + ("-once_each" if each in ONCE_EACH else "")) for each in combinations
+        pytest.param(
+            *each,
+            id="-".join(map(str, each)) + ("-once_each" if each in ONCE_EACH else ""),
+            marks=[pytest.mark.long] if each[-1] > 1 else [],
+        )
+        for each in combinations
     ]
 
 

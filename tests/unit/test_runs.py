@@ -548,6 +548,7 @@ STEP = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", STEP)
+@pytest.mark.long
 def test_ways_to_compute_a_step(dataset, tmp_path, monkeypatch, way):
     """The same losses but for rounding, a checkpoint under the same names, and exact to continue."""
     if way == "inductor" and shutil.which("g++") is None:
