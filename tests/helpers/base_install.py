@@ -1,15 +1,17 @@
-"""What the base install is for: features, a dataset, a checkpoint, decoding; none of it needs a package of an extra.
+"""What the base install is for: features, a dataset, a checkpoint, prediction; none of it needs a package of an extra.
 
-    python tests/helpers/base_install.py CHECKPOINT DATASET            # .ci/wheel, where those packages are not there
-    python tests/helpers/base_install.py CHECKPOINT DATASET --block    # where they are, they cannot be imported
+    python tests/helpers/base_install.py CHECKPOINT DATASET TREES            # .ci/wheel, where those packages are not there
+    python tests/helpers/base_install.py CHECKPOINT DATASET TREES --block    # where they are, they cannot be imported
 
-CHECKPOINT is tests/golden/published_style.ckpt. Prints the modules of extras that were imported: none.
+CHECKPOINT is tests/golden/published_style.ckpt, TREES a tree sequence of 1 Mb and 10 samples. Writes posterior.png. Prints the
+modules of extras that were imported: none.
 """
 
 import importlib.util
 import sys
 
 import numpy as np
+import tskit
 
 EXTRAS = (
     "demes", "jsonargparse", "lightning_fabric", "msprime", "pygments", "pytorch_lightning", "snakemake", "stdpopsim",
@@ -26,7 +28,24 @@ class Blocked:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def main(checkpoint: str, dataset: str, *words: str) -> None:
+def predict(checkpoint: str, trees: str) -> None:
+    """The posterior and its plot, from a tree sequence and from a genotype matrix in chromosome coordinates."""
+    import cxt
+
+    model = cxt.load_model(checkpoint)
+    ts = tskit.load(trees)
+    posterior = cxt.predict_ts(model, ts, [(0, 1)], replicates=2)
+    axes = posterior.plot(truth=cxt.pair_log_tmrca(ts, [(0, 1)], window_size=2000, sequence_length=1_000_000)[0])
+    axes.figure.savefig("posterior.png")
+
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position + 5_000_000
+    same = cxt.predict(model, genotypes, positions, [(0, 1)], start=5_000_000, sequence_length=1_000_000, replicates=2)
+    np.testing.assert_array_equal(same.distribution, posterior.distribution)
+    assert same.edges[0] == 5_000_000
+    assert (same.interval(0.5)[0] <= same.interval(0.5)[1]).all()
+
+
+def main(checkpoint: str, dataset: str, trees: str, *words: str) -> None:
     if "--block" in words:
         sys.meta_path.insert(0, Blocked)
     else:
@@ -35,15 +54,7 @@ def main(checkpoint: str, dataset: str, *words: str) -> None:
     import cxt
 
     assert cxt.__version__
-    model = cxt.load_model(checkpoint)
-    config = model.config
-    length = config.windows * config.window_size
-    rng = np.random.default_rng(1)
-    positions = np.sort(rng.uniform(0, length, 2000))
-    genotypes = rng.integers(0, 2, (2000, config.samples), dtype=np.int8)
-    counts = cxt.pair_features(genotypes, positions, [(0, 1)], window_size=config.window_size, sequence_length=length)
-    _, probabilities = model.generate(np.log1p(counts), window_size=config.window_size, replicates=1)
-    assert probabilities.shape[-2:] == (config.windows, config.bins), probabilities.shape
+    predict(checkpoint, trees)
     x, y = cxt.PairDataset(dataset, "test")[0]
     assert x.ndim == 4
     assert len(y) == x.shape[2] + 1

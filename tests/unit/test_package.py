@@ -6,6 +6,7 @@ from importlib.metadata import packages_distributions
 
 import pytest
 from helpers.repository import GOLDEN, REPOSITORY, run_python
+from helpers.simulations import simulate
 
 from cxt.config.shipped import config_directory, find_configfile
 from cxt.errors import EXTRAS, advise_extra
@@ -16,10 +17,11 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 @pytest.mark.slow
 def test_base_install_uses_a_checkpoint(dataset, tmp_path):
     """With the packages of extras installed, but not to be imported; .ci/wheel does the same where they are not."""
-    done = run_python(
-        REPOSITORY / "tests" / "helpers" / "base_install.py", GOLDEN / "published_style.ckpt", dataset, "--block", cwd=tmp_path
-    )
+    simulate(seed=1, length=1_000_000, rate=1e-8, discrete=False).dump(tmp_path / "sample.trees")
+    script = REPOSITORY / "tests" / "helpers" / "base_install.py"
+    done = run_python(script, GOLDEN / "published_style.ckpt", dataset, "sample.trees", "--block", cwd=tmp_path)
     assert done.stdout.strip() == "[]"
+    assert (tmp_path / "posterior.png").is_file()
 
 
 @pytest.mark.parametrize("command", ["simulate", "train", "plan", "find_lr"])

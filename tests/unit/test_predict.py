@@ -180,6 +180,14 @@ def test_outside_the_training_data_is_told_once(tmp_path, ts):
     assert caught[0].filename == __file__
 
 
+def test_warning_about_genotypes_names_the_caller(model, ts):
+    genotypes = ts.genotype_matrix()
+    genotypes[::3][genotypes[::3] == 1] = 3  # a third of the sites
+    with pytest.warns(UserWarning, match="more than two alleles") as caught:
+        cxt.predict(model, genotypes, ts.sites_position, [(0, 1)], sequence_length=LENGTH * 2, replicates=1)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
 def test_posterior_summaries():
     grid = cxt.Grid(low=0.0, high=9.0, bins=10)
     rng = np.random.default_rng(2)

@@ -43,8 +43,10 @@ def _locate_first(wrong: np.ndarray) -> tuple[int, int]:
     return int(site), int(haplotype)
 
 
-def check_genotypes(genotypes) -> np.ndarray:
+def check_genotypes(genotypes, *, stacklevel: int) -> np.ndarray:
     """Check that *genotypes* contain allele codes of haplotypes and nothing else; return them as an integer array.
+
+    *stacklevel*: which caller a warning names, as in `warnings.warn`.
 
     Raises
     ------
@@ -83,7 +85,7 @@ def check_genotypes(genotypes) -> np.ndarray:
         warnings.warn(
             f"dropping {above.sum()} of {len(above)} sites, which have more than two alleles (codes above 1); if these are "
             "dosages of diploid individuals, pass their phased haplotypes instead",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return genotypes
 
@@ -332,7 +334,7 @@ def pair_features(
     windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if not len(scales) or not all(scale >= 1 and scale == int(scale) for scale in scales):
         raise ValueError(f"scales must be positive whole numbers of windows, got {scales}")
-    genotypes = check_genotypes(genotypes)
+    genotypes = check_genotypes(genotypes, stacklevel=3)
     positions = check_positions(positions, start=start, sequence_length=sequence_length)
     if mask is not None:
         mask = check_mask(mask, start=start, sequence_length=sequence_length)

@@ -243,7 +243,7 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
             f"{found} windows. Pass a longer region (it is read in pieces), or train a model on a dataset with "
             f"`sequence_length: {found * size}`"
         )
-    genotypes = check_genotypes(genotypes)
+    genotypes = check_genotypes(genotypes, stacklevel=5)  # the caller of `predict` or `predict_ts`
     haplotypes = genotypes.shape[1]
     if haplotypes < model.samples:
         raise BadRequest(
