@@ -19,6 +19,7 @@ configfile: str(ROOT / "config" / "config.yaml")
 
 
 include: "rules/common.smk"
+include: "rules/settings.smk"
 include: "rules/simulate.smk"
 include: "rules/preprocess.smk"
 include: "rules/train.smk"

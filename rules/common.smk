@@ -6,7 +6,7 @@ import sys
 
 sys.path.insert(0, str(ROOT / "src"))
 
-from cxt.workflow import arguments, jobs, lineages, paths
+from cxt.workflow import jobs, lineages, paths, settings
 from cxt.workflow.resources import (
     evaluation_memory_mb,
     preprocessing_memory_mb,
@@ -14,11 +14,10 @@ from cxt.workflow.resources import (
     training_threads,
 )
 from cxt.config.file import resolve
-from cxt.config.models import build_training_config
+from cxt.config.models import build_training_config, get_parent
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
-from cxt.io import canonical_json
 
 
 def checked(config):
@@ -42,6 +41,7 @@ def check_targets(config):
         for pattern, section in (
             (r"results/([^/]+)\.ckpt", "models"),
             (r"results/evaluation/([^/]+)\.json", "models"),
+            (r"results/settings/models/([^/]+)\.yaml", "models"),
             (r"results/datasets/([^/]+)/.*", "datasets"),
         ):
             match = re.fullmatch(pattern, target)
@@ -75,8 +75,8 @@ wildcard_constraints:
     ),
     start=r"\d+",
     dataset=one_of(config["datasets"]),
-    split="train|test",
     model=one_of(config["models"]),
+    kind=one_of(settings.KINDS),
 
 
 def variant_and_start(wildcards):
@@ -122,10 +122,6 @@ def simulate_memory(wildcards):
     return 4000 if cost is None else max(2000, 1000 + round(20 * cost["bytes"] / 1e6))
 
 
-def simulate_spec(wildcards):
-    return canonical_json(variant_and_start(wildcards)[0].spec)
-
-
 def batch_count(wildcards):
     return jobs.batch_count(config, *variant_and_start(wildcards))
 
@@ -135,13 +131,8 @@ def batch_lineage(wildcards):
     return lineages.batch_lineage(config, variant, start, jobs.batch_count(config, variant, start))
 
 
-def shard_spec(wildcards):
-    return canonical_json(jobs.dataset_spec(config, wildcards.dataset))
-
-
 def shard_lineage(wildcards):
-    variant, start = variant_and_start(wildcards)
-    return lineages.shard_lineage(config, wildcards.dataset, variant, start, wildcards.split)
+    return lineages.shard_lineage(config, wildcards.dataset, *variant_and_start(wildcards))
 
 
 def mask_of_dataset(dataset):
@@ -150,11 +141,24 @@ def mask_of_dataset(dataset):
     return [] if path is None else [path]
 
 
-def mask_flags(dataset):
-    """The command-line words that hand a dataset's mask to a stage."""
-    path = paths.mask_path(config, dataset)
-    return [] if path is None else ["--mask", path, *arguments.mask_arguments(config, dataset)]
+def mask_flag(wildcards, input):
+    """The flag and file of a mask, for a job whose input `mask` has it, or nothing."""
+    return ["--mask", *input.mask] if input.mask else []
 
 
-def evaluated_dataset(model):
+def dataset_of(model):
     return config["models"][model]["dataset"]
+
+
+def parent_of(model):
+    """The checkpoint that a model starts from as a list of inputs: one file or none."""
+    parent = get_parent(config["models"][model])
+    return [] if parent is None else [paths.checkpoint_path(parent)]
+
+
+def parent_flag(wildcards, input):
+    """The flag and file of the checkpoint to start from, or nothing."""
+    flag = (
+        "--checkpoint" if "checkpoint" in config["models"][wildcards.model] else "--resume-adapter"
+    )
+    return [flag, *input.parent] if input.parent else []

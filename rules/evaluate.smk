@@ -8,11 +8,13 @@ localrules:
 
 rule evaluate:
     input:
+        settings="results/settings/evaluations/{model}.yaml",
         checkpoint="results/{model}.ckpt",
         batches=lambda wildcards: [
-            batch["path"] for batch in lineages.evaluation_batches(config, wildcards.model)
+            f"{paths.SIMULATIONS}/{batch['path']}"
+            for batch in lineages.evaluation_batches(config, wildcards.model)
         ],
-        mask=lambda wildcards: mask_of_dataset(evaluated_dataset(wildcards.model)),
+        mask=lambda wildcards: mask_of_dataset(dataset_of(wildcards.model)),
     output:
         figures="results/evaluation/{model}.json",
         tracks=report(
@@ -43,19 +45,18 @@ rule evaluate:
         runtime=240,
         # Clipped to 0, it decodes on the CPU, which differs by rounding only; training would differ more.
         gpu=lambda wildcards: min(1, jobs.get_device_count(config, wildcards.model)),
+        nodes=1,
     params:
-        spec=lambda wildcards: canonical_json(jobs.evaluation_spec(config, wildcards.model)),
-        batches=lambda wildcards: canonical_json(
-            lineages.evaluation_batches(config, wildcards.model)
-        ),
-        mask=lambda wildcards: mask_flags(evaluated_dataset(wildcards.model)),
+        # Of the directory that holds the batches of all variants.
+        simulations=lambda wildcards, input: os.path.dirname(os.path.dirname(input.batches[0])),
+        mask=mask_flag,
         threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
         lineage=lambda wildcards: lineages.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
-        " --checkpoint {input.checkpoint:q} --spec {params.spec:q} --batches {params.batches:q} {params.mask:q}"
+        " --config {input.settings:q} --checkpoint {input.checkpoint:q} --simulations {params.simulations:q} {params.mask:q}"
         " --devices {resources.gpu} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
         " --lineage {params.lineage} --out {output.figures:q} --figures {params.prefix:q}"
 

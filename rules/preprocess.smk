@@ -3,6 +3,8 @@
 
 
 rule synthetic_mask:
+    input:
+        settings="results/settings/masks/{dataset}.yaml",
     output:
         "results/masks/{dataset}.npz",
     log:
@@ -15,22 +17,22 @@ rule synthetic_mask:
         runtime=10,
         gpu=0,
     params:
-        spec=lambda wildcards: canonical_json(jobs.mask_spec(config, wildcards.dataset)),
-        seed=config["seed"],
         lineage=lambda wildcards: lineages.mask_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess mask"
-        " --spec {params.spec:q} --seed {params.seed} --lineage {params.lineage} --out {output:q}"
+        " --config {input.settings:q} --lineage {params.lineage} --out {output:q}"
 
 
 rule preprocess:
     input:
+        settings="results/settings/datasets/{dataset}.yaml",
         batch="results/simulations/{variant}/{start}.trees.batch",
         mask=lambda wildcards: mask_of_dataset(wildcards.dataset),
     output:
-        "results/datasets/{dataset}/{split}/{variant}-{start}.zarr.zip",
+        train="results/datasets/{dataset}/train/{variant}-{start}.zarr.zip",
+        test="results/datasets/{dataset}/test/{variant}-{start}.zarr.zip",
     log:
-        "results/logs/preprocess/{dataset}/{split}-{variant}-{start}.log",
+        "results/logs/preprocess/{dataset}/{variant}-{start}.log",
     conda:
         "../envs/preprocess.yaml"
     threads: 1
@@ -39,22 +41,21 @@ rule preprocess:
         runtime=60,
         gpu=0,
     params:
-        spec=shard_spec,
         simulations=batch_count,
-        seed=config["seed"],
-        mask=lambda wildcards: mask_flags(wildcards.dataset),
+        mask=mask_flag,
         batch_lineage=batch_lineage,
         lineage=shard_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess shard"
-        " --batch {input.batch:q} --scenario {wildcards.variant:q} --seed {params.seed}"
-        " --start {wildcards.start} --count {params.simulations} --split {wildcards.split}"
-        " --spec {params.spec:q} {params.mask:q} --batch-lineage {params.batch_lineage}"
-        " --lineage {params.lineage} --out {output:q}"
+        " --config {input.settings:q} --batch {input.batch:q} --scenario {wildcards.variant:q}"
+        " --start {wildcards.start} --count {params.simulations} {params.mask:q}"
+        " --batch-lineage {params.batch_lineage} --lineage {params.lineage}"
+        " --train {output.train:q} --test {output.test:q}"
 
 
 rule manifest:
     input:
+        settings="results/settings/shards/{dataset}.yaml",
         shards=lambda wildcards: paths.shard_paths(config, wildcards.dataset),
     output:
         "results/datasets/{dataset}/dataset.json",
@@ -68,11 +69,8 @@ rule manifest:
         runtime=60,
         gpu=0,
     params:
-        shards=lambda wildcards: canonical_json(
-            lineages.variant_table_with_lineages(config, wildcards.dataset)
-        ),
         dataset=lambda wildcards, output: os.path.dirname(output[0]),
         lineage=lambda wildcards: lineages.dataset_lineage(config, wildcards.dataset),
     shell:
         "exec &> {log:q}; exec python -m cxt.preprocess manifest"
-        " --dataset {params.dataset:q} --shards {params.shards:q}"
+        " --config {input.settings:q} --dataset {params.dataset:q} --lineage {params.lineage}"

@@ -27,6 +27,7 @@ rule genetic_map:
 
 rule simulate:
     input:
+        settings="results/settings/simulations/{variant}.yaml",
         genetic_map=find_batch_map,
     output:
         "results/simulations/{variant}/{start}.trees.batch",
@@ -40,11 +41,10 @@ rule simulate:
         runtime=simulate_minutes,
         gpu=0,
     params:
-        spec=simulate_spec,
         simulations=batch_count,
-        seed=config["seed"],
+        # Of everything that the result depends on. If it changes, Snakemake runs the job again.
         lineage=batch_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.simulate"
-        " --spec {params.spec:q} --start {wildcards.start} --count {params.simulations} --seed {params.seed}"
+        " --config {input.settings:q} --start {wildcards.start} --count {params.simulations}"
         " --lineage {params.lineage} --out {output:q}"

@@ -19,7 +19,6 @@ COMMANDS = {
     "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),
     "bench": ("cxt.commands.bench", "measure how fast this machine trains and decodes"),
     "catalogue": ("cxt.commands.catalogue", "fetch a genetic map of stdpopsim's catalogue"),
-    "configfile": ("cxt.commands.configfile", "write one model's training settings as YAML, as the workflow does"),
     "schema": ("cxt.commands.schema", "print config/README.md, the reference of all configuration keys"),
 }
 """{name: (module with the command's `main(argv)`, its description)}."""

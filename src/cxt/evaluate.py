@@ -1,6 +1,6 @@
 """Stage 4: evaluate the accuracy of a checkpoint on held-out simulations.
 
-    python -m cxt.evaluate --checkpoint results/broad.ckpt --spec JSON --batches JSON --out FILE.json --figures PREFIX
+    python -m cxt.evaluate --checkpoint results/broad.ckpt --config FILE.yaml --out FILE.json --figures PREFIX
     python -m cxt.evaluate --table results/evaluation/*.json
 
 Every estimate is decoded autoregressively from the features alone and compared with the true ln TMRCA of the same
@@ -9,15 +9,16 @@ pairs and windows. Two baselines use the same data: heterozygosity in the best f
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from cxt.config.bounds import Threads
-from cxt.config.flags import check_flags, find_problems
+from cxt.config.flags import add_config_flag, check_flags, find_problems, insert_config
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
-from cxt.data.masks import add_mask_flags, read_mask_from_flags
+from cxt.data.masks import add_mask_flags, identify_mask_from_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
 from cxt.io import atomic_write, json_text
-from cxt.lineage import check_lineage
+from cxt.lineage import check_lineage, check_planned, derive_evaluation_lineage
 
 logger = get_logger(__name__)
 
@@ -34,11 +35,13 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
-    parser.add_argument("--lineage", help="lineage stored in the result; with --table, the lineage its inputs must combine to")
+    add_config_flag(parser)
+    parser.add_argument("--lineage", help="planned lineage of the result, stored in it; with --table, that of all evaluations")
     parser.add_argument("--checkpoint", help="name or path of a checkpoint")
     parser.add_argument("--checkpoint-lineage", help="expected lineage of the checkpoint")
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
     parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count, lineage}, …]")
+    parser.add_argument("--simulations", type=Path, default=Path(), help="directory of the paths in --batches")
     add_mask_flags(parser)
     parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = decode on the first GPU (default 0, CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -47,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
         "--figures", help="prefix of the figures: PREFIX-tracks.png, PREFIX-scatter.png and PREFIX-calibration.png"
     )
     add_verbosity_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(insert_config(sys.argv[1:] if argv is None else argv, parser))
     set_verbosity(args)
     check_flags(args, threads=Threads)
 
-    from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate  # imported late so that --help is quick
+    # Imported late so that --help is quick.
+    from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
     from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 
     if args.table:
@@ -75,6 +79,11 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest(f"--spec lacks {', '.join(missing_keys)}")
     if out_of_range := find_problems(spec, SPEC_RANGES):
         raise BadRequest(f"--spec: {'; '.join(out_of_range)}")
+    if args.lineage is not None:
+        lineages = [batch.get("lineage") for batch in batches]
+        mask = identify_mask_from_flags(args)
+        computed = derive_evaluation_lineage(spec, batches=lineages, mask=mask, checkpoint=args.checkpoint_lineage)
+        check_planned(computed, args.lineage, target=args.out)
     if args.devices:
         import torch
 
@@ -85,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         result, tracks = evaluate(
             args.checkpoint,
             spec,
-            batches,
+            [batch | {"path": args.simulations / batch["path"]} for batch in batches],
             mask=mask,
             device="cuda:0" if args.devices else "cpu",
             threads=args.threads,

@@ -22,6 +22,36 @@ def stage_lineage(stage: str, *parts) -> str:
     return digest([stage, STAGE_VERSION[stage], *parts])
 
 
+def derive_batch_lineage(spec: dict, *, seed: int, start: int, count: int, catalogue: list[str] | None) -> str:
+    """Lineage of a simulation batch: of its variant, the workflow's seed, its indices, and stdpopsim's catalogue if used."""
+    return stage_lineage("simulate", spec, seed, start, count, *([] if catalogue is None else [catalogue]))
+
+
+def derive_synthetic_mask_lineage(spec: dict, *, seed: int) -> str:
+    """Lineage of a synthetic mask."""
+    return stage_lineage("preprocess", spec, seed)
+
+
+def derive_mask_file_lineage(sha256: str, *, key: str, contig: str | None, marks: str) -> str:
+    """Lineage of a mask file: of its bytes, and how they are read."""
+    return stage_lineage("preprocess", sha256, key, contig, marks)
+
+
+def derive_shard_lineage(spec: dict, *, batch: str | None, mask: str | None) -> str:
+    """Lineage of the shards of a simulation batch: of the dataset's settings, and the lineages of batch and mask."""
+    return stage_lineage("preprocess", spec, batch, mask)
+
+
+def combine_shard_lineages(shards: list[str | None]) -> str | None:
+    """Combine the lineages of shards, in any order, into one; None if a shard has none."""
+    return None if None in shards else stage_lineage("preprocess", sorted(map(str, shards)))
+
+
+def derive_evaluation_lineage(spec: dict, *, batches: list[str | None], mask: str | None, checkpoint: str | None) -> str:
+    """Lineage of an evaluation: of its settings, and the lineages of its simulation batches, its mask and its checkpoint."""
+    return stage_lineage("evaluate", spec, sorted(map(str, batches)), mask, checkpoint)
+
+
 def check_lineage(what: str, *, actual: str | None, planned: str | None, target) -> None:
     """BadRequest if the lineage of *what* is not the one *planned*; None, as when a stage is run by hand, accepts any.
 
@@ -29,6 +59,20 @@ def check_lineage(what: str, *, actual: str | None, planned: str | None, target)
     """
     if planned is not None and actual != planned:
         raise BadRequest(f"{what} is not the planned one: {describe_difference(actual, planned)}; {how_to_replan(target)}")
+
+
+def check_planned(computed: str | None, planned: str | None, *, target) -> None:
+    """BadRequest if what a stage has read gives *target* another lineage than the one *planned*; None accepts any.
+
+    The workflow writes a job's settings to a file when it plans the job, and Snakemake evaluates the configuration once more
+    when the job starts. A configuration that was edited in between gives another lineage.
+    """
+    if planned is not None and computed != planned:
+        raise BadRequest(
+            f"nothing was written to {target}: its settings and inputs have the lineage {computed}, but the present "
+            f"configuration plans {planned}. The configuration was changed after this job was planned, or an input belongs to "
+            f"another one; {how_to_replan(target)}"
+        )
 
 
 def describe_difference(actual: str | None, planned: str) -> str:

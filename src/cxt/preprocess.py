@@ -1,20 +1,28 @@
 """Stage 2: turn tree sequences into the shards of a dataset.
 
-python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --split train --spec JSON --out X.zarr.zip
+python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --train A.zarr.zip --test B.zarr.zip
 python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
 python -m cxt.preprocess mask --spec JSON --seed 1 --out mask.npz
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from cxt.config.bounds import Index, PositiveInteger
 from cxt.config.datasets import Layout
-from cxt.config.flags import check_flags
+from cxt.config.flags import add_config_flag, check_flags, insert_config
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
-from cxt.data.masks import add_mask_flags, draw_synthetic_mask, read_mask_from_flags, write_mask
+from cxt.data.masks import (
+    add_mask_flags,
+    draw_synthetic_mask,
+    identify_mask_from_flags,
+    read_mask_from_flags,
+    write_mask,
+)
 from cxt.errors import BadRequest
+from cxt.lineage import check_planned, derive_synthetic_mask_lineage
 from cxt.random_seeds import check_seed
 from cxt.scenarios.indices import SPLITS
 
@@ -36,20 +44,25 @@ def _shard(args) -> None:
 
     from cxt.data.preprocessing import preprocess_batch  # imported late so that --help is quick
 
+    outs = {split: path for split in SPLITS if (path := getattr(args, split)) is not None}
+    if not outs:
+        raise BadRequest("a shard to write must be given: --train FILE.zarr.zip, --test FILE.zarr.zip, or both")
     simulations = preprocess_batch(
-        args.out,
+        outs,
         args.batch,
         spec,
         start=args.start,
         count=args.count,
-        split=args.split,
         mask=mask,
+        mask_lineage=identify_mask_from_flags(args),
         scenario=args.scenario,
         seed=args.seed,
         batch_lineage=args.batch_lineage,
         lineage=args.lineage,
     )
-    logger.info(f"{args.out}: {simulations} simulations, {args.out.stat().st_size / simulations / 1000:.1f} kB each")
+    for split, path in outs.items():
+        count = simulations[split]
+        logger.info(f"{path}: {count} simulations, {path.stat().st_size / count / 1000:.1f} kB each")
 
 
 def _manifest(args) -> None:
@@ -65,7 +78,7 @@ def _manifest(args) -> None:
             split: sorted(str(path.relative_to(args.dataset)) for path in (args.dataset / split).glob("*.zarr.zip"))
             for split in SPLITS
         }
-    manifest = write_manifest(args.dataset, shards, lineages=lineages)
+    manifest = write_manifest(args.dataset, shards, lineages=lineages, lineage=args.lineage)
     for split in SPLITS:
         part = manifest["splits"][split]
         logger.info(
@@ -74,7 +87,10 @@ def _manifest(args) -> None:
 
 
 def _mask(args) -> None:
-    mask = draw_synthetic_mask(_json(args.spec, "--spec"), seed=check_seed(args.seed, name="--seed"))
+    spec, seed = _json(args.spec, "--spec"), check_seed(args.seed, name="--seed")
+    if args.lineage is not None:
+        check_planned(derive_synthetic_mask_lineage(spec, seed=seed), args.lineage, target=args.out)
+    mask = draw_synthetic_mask(spec, seed=seed)
     write_mask(args.out, mask, lineage=args.lineage)
     logger.info(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
@@ -89,18 +105,18 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m cxt.preprocess", description="Make the shards and manifest of a dataset.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shard = commands.add_parser("shard", help="preprocess one split of a simulation batch into a shard")
+    shard = commands.add_parser("shard", help="preprocess a simulation batch into one shard for each split")
     shard.add_argument("--batch", type=Path, required=True, help="simulation batch, a file made by cxt.simulate")
     shard.add_argument("--scenario", help="expected variant")
     shard.add_argument("--seed", type=int, help="expected seed of the simulations")
     shard.add_argument("--start", type=int, required=True, help="first index in the simulation batch")
     shard.add_argument("--count", type=int, required=True, help="number of tree sequences in the simulation batch")
-    shard.add_argument("--split", choices=SPLITS, required=True)
+    for split in SPLITS:
+        shard.add_argument(f"--{split}", type=Path, help=f"shard of {split} simulations to write, FILE.zarr.zip")
     shard.add_argument("--spec", default="{}", help="the dataset's keys as JSON, which override the published defaults")
     add_mask_flags(shard)
     shard.add_argument("--batch-lineage", help="expected lineage of the simulation batch")
-    shard.add_argument("--lineage", help="digest of everything the shard depends on, stored in it")
-    shard.add_argument("--out", type=Path, required=True, help="shard to write, FILE.zarr.zip")
+    shard.add_argument("--lineage", help="planned lineage of the shards, stored in them")
     shard.set_defaults(run=_shard)
     manifest = commands.add_parser("manifest", help="check the shards of a dataset and list them in its dataset.json")
     manifest.add_argument("--dataset", type=Path, required=True, help="directory with train/ and test/")
@@ -109,16 +125,21 @@ def main(argv: list[str] | None = None) -> None:
         help="JSON {variant: [simulations, batch size, shard lineage (optional)]} of the expected shards "
         "(default: all shards found)",
     )
+    manifest.add_argument("--lineage", help="planned lineage of the dataset")
     manifest.set_defaults(run=_manifest)
     mask = commands.add_parser("mask", help="make a synthetic accessibility mask")
     mask.add_argument("--spec", required=True, help="length, accessible_run and inaccessible_run as JSON")
     mask.add_argument("--seed", type=int, required=True)
-    mask.add_argument("--lineage", help="digest of everything the mask depends on, stored in it")
+    mask.add_argument("--lineage", help="planned lineage of the mask, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
     for command in commands.choices.values():
+        add_config_flag(command)
         add_verbosity_flags(command)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] in commands.choices:
+        words = [words[0], *insert_config(words[1:], commands.choices[words[0]])]
+    args = parser.parse_args(words)
     set_verbosity(args)
     check_flags(args, start=Index, count=PositiveInteger)
     with progress_only():

@@ -1,6 +1,6 @@
 """Stage 1: run one simulation batch, which writes tree sequences one after another into one file.
 
-    python -m cxt.simulate --spec JSON --start 0 --count 100 --seed 1 --out constant-0.trees.batch
+    python -m cxt.simulate --config constant.yaml --start 0 --count 100 --out constant-0.trees.batch
     python -m cxt.simulate --scenario constant --count 10 --out constant-0.trees.batch
 
 `tskit.load(path)` would return only the first; `read_batch` reads them all and checks that none is missing, and
@@ -18,13 +18,16 @@ import time
 from pathlib import Path
 
 from cxt.config.demes import read_demes
+from cxt.config.flags import add_config_flag, insert_config
 from cxt.config.scenarios import complete_parameters
 from cxt.config.variants import list_variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
 from cxt.io import check_writable, remove_abandoned_files
+from cxt.lineage import check_planned, derive_batch_lineage
 from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import how_to_reproduce, write_batch
+from cxt.scenarios.genetic_maps import catalogue_versions
 from cxt.scenarios.registry import SIMULATORS, check_variant
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.signals import STATUS, block_signals, end_with_parent, ignore, listen
@@ -74,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         Arguments after the command's name; those of the process by default.
     """
     parser = argparse.ArgumentParser(prog="python -m cxt.simulate", description="Run one simulation batch.")
+    add_config_flag(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--spec", help="variant as JSON")
     what.add_argument("--scenario", help="variant by name, looked up in the configuration")
@@ -81,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--start", type=int, default=0, help="first index (default 0)")
     parser.add_argument("--count", type=int, required=True, help="number of simulations")
     parser.add_argument("--seed", type=int, help="seed of the workflow (default: the configuration's; 1 with --spec)")
-    parser.add_argument("--lineage", help="digest of everything the simulation batch depends on, stored in it")
+    parser.add_argument("--lineage", help="planned lineage of the simulation batch, stored in it")
     parser.add_argument("--out", type=Path, required=True, help="file to write, FILE.trees.batch")
     add_verbosity_flags(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(insert_config(sys.argv[1:] if argv is None else argv, parser))
     set_verbosity(args)
     if args.start < 0:
         raise BadRequest(f"--start must not be negative, got {args.start}")
@@ -99,6 +103,10 @@ def main(argv: list[str] | None = None) -> None:
     if spec["kind"] == "stdpopsim" and (difference := describe_other_recombination(spec)):
         logger.warning(f"cxt: {difference}")
     check_writable(args.out)
+    if args.lineage is not None:
+        catalogue = catalogue_versions(spec)
+        computed = derive_batch_lineage(spec, seed=seed, start=args.start, count=args.count, catalogue=catalogue)
+        check_planned(computed, args.lineage, target=args.out)
     _simulate_in_child(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from logging import WARNING, LogRecord
+from pathlib import Path
 
 from snakemake_interface_logger_plugins.base import LogHandlerBase
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -19,19 +20,14 @@ STAGES = {
     "genetic_map": ("simulate", "genetic maps"),
     "simulate": ("simulate", "simulation batches"),
     "synthetic_mask": ("preprocess", "masks"),
-    "preprocess": ("preprocess", "shards"),
+    "preprocess": ("preprocess", "simulation batches"),
     "manifest": ("preprocess", "datasets"),
     "train": ("train", "checkpoints"),
     "evaluate": ("evaluate", "checkpoints"),
 }
-"""{rule: (stage, what its jobs make)}; `train` stands for the rules train_<model>. Other rules take seconds."""
+"""{rule: (stage, what its jobs make)}. Other rules take seconds."""
 
 SHOWN_EVENTS = (LogEvent.JOB_ERROR, LogEvent.GROUP_ERROR, LogEvent.ERROR)
-
-
-def _get_stage_rule(rule: str) -> str:
-    """The key of `STAGES` for a rule."""
-    return "train" if rule.startswith("train_") else rule
 
 
 class LogHandler(LogHandlerBase):
@@ -41,7 +37,7 @@ class LogHandler(LogHandlerBase):
         self._began = time.monotonic()
         self._planned: Counter[str] = Counter()
         self._done: Counter[str] = Counter()
-        self._rules: dict[int, str] = {}
+        self._jobs: dict[int, tuple[str, str]] = {}  # rule and output of each job
         self._printed: dict[str, float] = {}
 
     def emit(self, record: LogRecord) -> None:
@@ -50,9 +46,10 @@ class LogHandler(LogHandlerBase):
         if event == LogEvent.RUN_INFO:
             self._show_plan(record.__dict__["stats"])
         elif event == LogEvent.JOB_INFO:
-            self._rules[record.__dict__["jobid"]] = record.__dict__["rule_name"]
+            job = record.__dict__
+            self._jobs[job["jobid"]] = (job["rule_name"], next(iter(job["output"] or ()), ""))
         elif event == LogEvent.JOB_FINISHED:
-            self._show_finished(self._rules.get(record.__dict__["job_id"], ""))
+            self._show_finished(*self._jobs.get(record.__dict__["job_id"], ("", "")))
         elif event in SHOWN_EVENTS or record.levelno >= WARNING or record.getMessage().startswith("Nothing to be done"):
             text = self.format(record)
             if text and text != "None":
@@ -64,7 +61,7 @@ class LogHandler(LogHandlerBase):
     def _show_plan(self, stats: dict) -> None:
         """Print how many jobs of each stage there are."""
         for rule, count in stats.items():
-            self._planned[_get_stage_rule(rule)] += count
+            self._planned[rule] += count
         parts = [
             f"{what}: {self._planned[rule]}" for rule, (_, what) in STAGES.items() if rule != "evaluate" and self._planned[rule]
         ]
@@ -73,19 +70,18 @@ class LogHandler(LogHandlerBase):
         if parts:
             self._print(f"to make: {'; '.join(parts)}")
 
-    def _show_finished(self, rule: str) -> None:
+    def _show_finished(self, rule: str, output: str) -> None:
         """Count a finished job, and print its stage's progress if it is time."""
-        key = _get_stage_rule(rule)
-        if key not in STAGES:
+        if rule not in STAGES:
             return
-        self._done[key] += 1
-        stage, what = STAGES[key]
-        done, planned, now = self._done[key], self._planned[key], time.monotonic()
-        if done < planned and key != "train" and now - self._printed.get(key, self._began) < SECONDS:
+        self._done[rule] += 1
+        stage, what = STAGES[rule]
+        done, planned, now = self._done[rule], self._planned[rule], time.monotonic()
+        if done < planned and rule != "train" and now - self._printed.get(rule, self._began) < SECONDS:
             return
-        self._printed[key] = now
+        self._printed[rule] = now
         minutes, seconds = divmod(round(now - self._began), 60)
-        name = f" ({rule.removeprefix('train_')})" if key == "train" else ""
+        name = f" ({Path(output).stem})" if rule == "train" else ""
         self._print(f"[{minutes:3d}:{seconds:02d}] {stage}: {what} {done} of {planned}{name}")
 
     @property

@@ -1,14 +1,48 @@
-"""Checks of numbers given on command lines."""
+"""Flags of commands: their values from a file, and checks of their numbers."""
 
+import argparse
+import json
 import os
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from cxt.config.problems import explain_value, refuse
+from cxt.config.yaml import read_yaml
 from cxt.console import get_logger
+from cxt.errors import BadRequest, suggest_nearest
 
 logger = get_logger(__name__)
+
+
+def add_config_flag(parser: argparse.ArgumentParser) -> None:
+    """Add `--config`, which `insert_config` replaces by the flags in its file."""
+    parser.add_argument("--config", help="YAML file whose keys are the names of these flags; the command line takes precedence")
+
+
+def insert_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """Replace `--config FILE` in *argv* by the settings in FILE, as leading arguments; a mapping or list becomes JSON.
+
+    Raises
+    ------
+    BadRequest
+        If the file cannot be read, or has a key that is no flag of *parser*, with the nearest name.
+    """
+    if "--config" not in argv:
+        return argv
+    place = argv.index("--config")
+    if place + 1 == len(argv):
+        raise BadRequest("--config needs a YAML file")
+    path = argv[place + 1]
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    words = []
+    for key, value in read_yaml(path).items():
+        if key not in known:
+            raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
+        if value is not None:
+            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+            words.append(f"--{key.replace('_', '-')}={text}")
+    return words + argv[:place] + argv[place + 2 :]
 
 
 def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:

@@ -21,11 +21,13 @@ from cxt.data.shards import (
 )
 from cxt.errors import BadRequest
 from cxt.io import atomic_write, json_text
-from cxt.lineage import check_lineage, how_to_remake, stage_lineage
+from cxt.lineage import check_lineage, check_planned, combine_shard_lineages, how_to_remake
 from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 
 
-def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None) -> dict:
+def write_manifest(
+    directory, shards: dict[str, list[str]], *, lineages: dict[str, str] | None = None, lineage: str | None = None
+) -> dict:
     """Check the shards of a dataset, and write its manifest `dataset.json`.
 
     Parameters
@@ -37,6 +39,8 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     lineages : dict of str to str, optional
         The planned lineage of each variant's shards, from `combine_shard_lineages`. The manifest's own lineage combines those
         of all shards; it has none if a shard has none.
+    lineage : str, optional
+        The planned lineage of the dataset.
 
     Returns
     -------
@@ -92,10 +96,11 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
         )
     if not splits["train"]["simulations"]:
         raise BadRequest(f"{directory} has no training simulation: every index is a multiple of 10; raise `simulations`")
-    lineage = combine_shard_lineages([lineage for variant_lineages in shard_lineages.values() for lineage in variant_lineages])
+    combined = combine_shard_lineages([one for variant_lineages in shard_lineages.values() for one in variant_lineages])
+    check_planned(combined, lineage, target=directory / MANIFEST)
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        **({} if lineage is None else {"lineage": lineage}),
+        **({} if combined is None else {"lineage": combined}),
         **shape,
         "windows": shape["sequence_length"] // shape["window_size"],
         "ranges": merge_ranges(ranges),
@@ -103,11 +108,6 @@ def write_manifest(directory, shards: dict[str, list[str]], *, lineages: dict[st
     }
     atomic_write(directory / MANIFEST, json_text(manifest).encode())
     return manifest
-
-
-def combine_shard_lineages(shards: list[str | None]) -> str | None:
-    """Combine the lineages of shards, in any order, into one; None if a shard has none."""
-    return None if None in shards else stage_lineage("preprocess", sorted(shards))
 
 
 def read_manifest(directory) -> dict:

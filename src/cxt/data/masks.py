@@ -19,7 +19,7 @@ from cxt.console import get_logger
 from cxt.data.shared_memory import free_memory
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.io import atomic_write, file_sha256
-from cxt.lineage import check_lineage, how_to_remake
+from cxt.lineage import check_lineage, derive_mask_file_lineage, how_to_remake
 from cxt.scenarios.seeds import build_random_generator
 
 logger = get_logger(__name__)
@@ -271,6 +271,13 @@ def add_mask_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mask-lineage", help="expected lineage of a synthetic mask")
     parser.add_argument("--mask-sha256", help="expected digest of the mask file")
+
+
+def identify_mask_from_flags(args: argparse.Namespace) -> str | None:
+    """Lineage of the mask that the flags name; None if there is no mask, or a synthetic one whose lineage is not expected."""
+    if args.mask is None or args.mask_sha256 is None:
+        return args.mask_lineage
+    return derive_mask_file_lineage(args.mask_sha256, key=args.mask_key, contig=args.mask_contig, marks=args.mask_marks)
 
 
 def read_mask_from_flags(args: argparse.Namespace) -> np.ndarray | None:

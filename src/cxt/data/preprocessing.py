@@ -1,5 +1,7 @@
 """Preprocessing a simulation for a shard: usable sites, random pairs, and their ln TMRCA in windows."""
 
+from pathlib import Path
+
 import numpy as np
 import tskit
 
@@ -8,6 +10,7 @@ from cxt.data.masks import cut_mask
 from cxt.data.shards import PreprocessedSimulation, write_shard
 from cxt.data.targets import pair_log_tmrca
 from cxt.errors import BadRequest
+from cxt.lineage import check_planned, derive_shard_lineage
 from cxt.scenarios.batches import read_batch
 from cxt.scenarios.indices import assign_split
 from cxt.scenarios.seeds import build_random_generator
@@ -105,66 +108,77 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
 
 
 def preprocess_batch(
-    out,
+    outs: dict[str, Path],
     batch,
     spec: dict,
     *,
     start: int,
     count: int,
-    split: str,
     mask=None,
+    mask_lineage=None,
     scenario=None,
     seed=None,
     batch_lineage=None,
     lineage=None,
-) -> int:
-    """Preprocess one split of a simulation batch into a shard.
+) -> dict[str, int]:
+    """Preprocess a simulation batch into one shard for each split.
 
     The whole batch is read, so that a truncated batch is detected for any split.
 
     Parameters
     ----------
-    out : path-like
-        The shard to write.
+    outs : dict of str to path-like
+        {split: shard to write}.
     batch : path-like
         The simulation batch.
     spec : dict
         The dataset's settings, as for `preprocess_simulation`, and its scales.
     start, count : int
         First index and number of simulations of the batch.
-    split : {"train", "test"}
-        The split to preprocess.
     mask : bool array, optional
         Accessibility mask, True = inaccessible.
+    mask_lineage : str, optional
+        Its lineage.
     scenario, seed, batch_lineage : optional
         Expected variant, workflow seed and lineage of the simulation batch, if given.
     lineage : str, optional
-        The shard's own lineage, stored in it.
+        The planned lineage of the shards, stored in them.
 
     Returns
     -------
-    int
-        Number of simulations in the shard.
+    dict of str to int
+        Number of simulations in each shard.
+
+    Raises
+    ------
+    BadRequest
+        If the batch is damaged or not the expected one, a simulation does not fit *spec*, a split would be empty, or settings,
+        batch and mask give another lineage than *lineage*.
     """
-    simulations = []
+    simulations: dict[str, list[PreprocessedSimulation]] = {split: [] for split in outs}
     for ts in read_batch(batch, start=start, count=count, scenario=scenario, seed=seed, lineage=batch_lineage):
         identity = ts.metadata["cxt"]
-        if assign_split(identity["index"]) != split:
+        if lineage is not None:
+            computed = derive_shard_lineage(spec, batch=identity.get("lineage"), mask=mask_lineage)
+            check_planned(computed, lineage, target=next(iter(outs.values())))
+        if (split := assign_split(identity["index"])) not in outs:
             continue
         try:
             for region in range(spec.get("regions_per_simulation", 1)):
                 preprocessed = preprocess_simulation(ts, spec, mask=mask, region=region)
                 # Stored as float32 anyway, and takes half the memory until then.
                 preprocessed.log_tmrca = preprocessed.log_tmrca.astype(np.float32)
-                simulations.append(preprocessed)
+                simulations[split].append(preprocessed)
         except BadRequest as error:
             raise BadRequest(f"{batch}, simulation {identity['index']} of '{identity['scenario']}': {error}") from None
-    if not simulations:
-        raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
+    for split, rows in simulations.items():
+        if not rows:
+            raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
-    attributes |= {"missing": mask is not None, "scenario": simulations[0].scenario, "split": split, "seed": identity["seed"]}
+    attributes |= {"missing": mask is not None, "scenario": identity["scenario"], "seed": identity["seed"]}
     if lineage is not None:
         attributes["lineage"] = lineage
-    write_shard(out, simulations, attributes)
-    return len({preprocessed.index for preprocessed in simulations})
+    for split, rows in simulations.items():
+        write_shard(outs[split], rows, attributes | {"split": split})
+    return {split: len({preprocessed.index for preprocessed in rows}) for split, rows in simulations.items()}

@@ -124,7 +124,7 @@ def evaluate(
     ------
     BadRequest
         If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a simulation batch is damaged,
-        or the lineage of the checkpoint or a simulation batch is not the expected one.
+        or a lineage is not the expected one.
     """
     import torch
 

@@ -28,8 +28,10 @@ def get_genetic_map(spec: dict):
     return species.get_genetic_map(spec["genetic_map"])
 
 
-def catalogue_versions(spec: dict) -> list[str]:
-    """Versions that a stdpopsim scenario depends on besides its parameters: the catalogue's, and the checksum of its map."""
+def catalogue_versions(spec: dict) -> list[str] | None:
+    """Versions that a variant depends on besides its parameters: stdpopsim's catalogue, and its map's checksum; or None."""
+    if spec["kind"] != "stdpopsim":
+        return None
     return [importlib.metadata.version("stdpopsim"), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 

@@ -12,7 +12,7 @@ def simulation_batches(*, simulations: int, batch: int, start: int = 0) -> list[
     simulations : int
         Number of indices.
     batch : int
-        Simulations in a batch; the last batch may have fewer.
+        Simulations in a batch; the last batch may have fewer, or one more: a batch of one would hold no training simulation.
     start : int
         First index.
 
@@ -21,7 +21,11 @@ def simulation_batches(*, simulations: int, batch: int, start: int = 0) -> list[
     list of (int, int)
         First index and number of simulations of each batch.
     """
-    return [(start + i, min(batch, simulations - i)) for i in range(0, simulations, batch)]
+    starts = list(range(0, simulations, batch))
+    if len(starts) > 1 and simulations - starts[-1] == 1:
+        starts.pop()
+    ends = [*starts[1:], simulations][: len(starts)]
+    return [(start + first, end - first) for first, end in zip(starts, ends, strict=True)]
 
 
 def assign_split(index: int) -> str:

@@ -5,9 +5,16 @@ import functools
 from cxt.config.models import build_training_settings, get_parent
 from cxt.config.training import list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
-from cxt.data.manifest import combine_shard_lineages
 from cxt.io import file_sha256
-from cxt.lineage import stage_lineage
+from cxt.lineage import (
+    combine_shard_lineages,
+    derive_batch_lineage,
+    derive_evaluation_lineage,
+    derive_mask_file_lineage,
+    derive_shard_lineage,
+    derive_synthetic_mask_lineage,
+    stage_lineage,
+)
 from cxt.scenarios.genetic_maps import catalogue_versions
 from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
 from cxt.workflow.jobs import (
@@ -25,8 +32,8 @@ from cxt.workflow.paths import batch_path
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
     """Lineage of *count* simulations of a variant, starting at index *start*."""
-    catalogue = [catalogue_versions(variant.spec)] if variant.spec["kind"] == "stdpopsim" else []
-    return stage_lineage("simulate", variant.spec, config["seed"], start, count, *catalogue)
+    catalogue = catalogue_versions(variant.spec)
+    return derive_batch_lineage(variant.spec, seed=config["seed"], start=start, count=count, catalogue=catalogue)
 
 
 @functools.cache
@@ -41,15 +48,15 @@ def mask_lineage(config: dict, name: str) -> str | None:
     if mask is None:
         return None
     if "path" in mask:
-        return stage_lineage("preprocess", file_digest(mask["path"]), mask["key"], mask.get("contig"), mask["marks"])
-    return stage_lineage("preprocess", mask_spec(config, name), config["seed"])
+        digest = file_digest(mask["path"])
+        return derive_mask_file_lineage(digest, key=mask["key"], contig=mask.get("contig"), marks=mask["marks"])
+    return derive_synthetic_mask_lineage(mask_spec(config, name), seed=config["seed"])
 
 
-def shard_lineage(config: dict, dataset: str, variant: Variant, start: int, split: str) -> str:
-    """Lineage of a shard of a dataset, made from one simulation batch."""
-    count = batch_count(config, variant, start)
-    batch = batch_lineage(config, variant, start, count)
-    return stage_lineage("preprocess", dataset_spec(config, dataset), split, batch, mask_lineage(config, dataset))
+def shard_lineage(config: dict, dataset: str, variant: Variant, start: int) -> str:
+    """Lineage of the shards of a dataset that are made from one simulation batch."""
+    batch = batch_lineage(config, variant, start, batch_count(config, variant, start))
+    return derive_shard_lineage(dataset_spec(config, dataset), batch=batch, mask=mask_lineage(config, dataset))
 
 
 def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[int, int, str]]:
@@ -64,7 +71,7 @@ def variant_table_with_lineages(config: dict, dataset: str) -> dict[str, tuple[i
 def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
     """The lineages of all shards of a variant in a dataset."""
     return [
-        shard_lineage(config, dataset, variant, start, split)
+        shard_lineage(config, dataset, variant, start)
         for start, count in simulation_batches(simulations=variant.simulations, batch=variant.batch)
         for split in SPLITS
         if count_in_split(start, count, split)
@@ -92,7 +99,7 @@ def model_lineage(config: dict, name: str) -> str:
 
 
 def evaluation_batches(config: dict, model: str) -> list[dict]:
-    """[{path, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
+    """[{path below `SIMULATIONS`, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
     return [
         {
             "path": batch_path(variant.name, start),
@@ -109,10 +116,11 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
 
 def evaluation_lineage(config: dict, model: str) -> str:
     """Lineage of a model's evaluation."""
-    used = sorted(batch["lineage"] for batch in evaluation_batches(config, model))
-    dataset = config["models"][model]["dataset"]
-    return stage_lineage(
-        "evaluate", evaluation_spec(config, model), used, mask_lineage(config, dataset), model_lineage(config, model)
+    return derive_evaluation_lineage(
+        evaluation_spec(config, model),
+        batches=[batch["lineage"] for batch in evaluation_batches(config, model)],
+        mask=mask_lineage(config, config["models"][model]["dataset"]),
+        checkpoint=model_lineage(config, model),
     )
 
 

@@ -52,8 +52,9 @@ def verify(path, *, configfiles) -> str:
         raise Failed(f"{path}: the weights are intact, but the configuration has no model '{name}' to compare it with")
     now = model_lineage(config, name)
     with_files = ["--configfile", *map(str, configfiles)] if configfiles else []
-    # The settings file, too: another learning rate changes nothing else, and --touch may have marked it as up to date.
-    command = snakemake_command(checkpoint_path(name), "--forcerun", settings_path(name), f"train_{name}", *with_files)
+    # The settings file, too: --touch may have marked it as up to date.
+    again = [settings_path("models", name), checkpoint_path(name)]
+    command = snakemake_command(checkpoint_path(name), "--forcerun", *again, *with_files)
     make_again = f"`{command}` makes it again"
     if lineage != now:
         raise Failed(
