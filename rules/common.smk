@@ -10,7 +10,9 @@ from cxt.workflow import jobs, lineages, paths, settings
 from cxt.workflow.resources import (
     evaluation_memory_mb,
     preprocessing_memory_mb,
+    request_gpus,
     training_memory_mb,
+    training_minutes,
     training_threads,
 )
 from cxt.config.file import resolve
@@ -61,6 +63,11 @@ def check_targets(config):
 
 
 jobs.put_package_on_path()
+# Read by the Slurm executor. An absolute path, so that it is found from any working directory.
+os.environ.setdefault(
+    "SNAKEMAKE_SLURM_PARTITIONS",
+    str(ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"),
+)
 config, costs = checked(config)
 
 
@@ -148,6 +155,22 @@ def mask_flag(wildcards, input):
 
 def dataset_of(model):
     return config["models"][model]["dataset"]
+
+
+def gpu_resources(count):
+    """The resources of a rule that request as many GPUs as *count* says for its wildcards."""
+    return {
+        name: lambda wildcards, name=name: request_gpus(config, count(wildcards))[name]
+        for name in request_gpus(config, 0)
+    }
+
+
+def training_devices(wildcards):
+    return jobs.get_device_count(config, wildcards.model)
+
+
+def evaluation_devices(wildcards):
+    return min(1, training_devices(wildcards))
 
 
 def parent_of(model):

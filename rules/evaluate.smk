@@ -11,7 +11,7 @@ rule evaluate:
         settings="results/settings/evaluations/{model}.yaml",
         checkpoint="results/{model}.ckpt",
         batches=lambda wildcards: [
-            f"{paths.SIMULATIONS}/{batch['path']}"
+            paths.batch_path(batch["scenario"], batch["start"])
             for batch in lineages.evaluation_batches(config, wildcards.model)
         ],
         mask=lambda wildcards: mask_of_dataset(dataset_of(wildcards.model)),
@@ -41,15 +41,16 @@ rule evaluate:
         "../envs/evaluate.yaml"
     threads: lambda wildcards: build_training_config(config, wildcards.model).threads
     resources:
+        **gpu_resources(evaluation_devices),
         mem_mb=lambda wildcards: evaluation_memory_mb(config, wildcards.model),
         runtime=240,
-        # Clipped to 0, it decodes on the CPU, which differs by rounding only; training would differ more.
-        gpu=lambda wildcards: min(1, jobs.get_device_count(config, wildcards.model)),
         nodes=1,
     params:
         # Of the directory that holds the batches of all variants.
         simulations=lambda wildcards, input: os.path.dirname(os.path.dirname(input.batches[0])),
         mask=mask_flag,
+        # Without GPUs (`--resources gpu=0`), it decodes on the CPU, which differs by rounding only; training would differ more.
+        devices=lambda wildcards, resources: resources.get("gpu", evaluation_devices(wildcards)),
         threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
@@ -57,7 +58,7 @@ rule evaluate:
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
         " --config {input.settings:q} --checkpoint {input.checkpoint:q} --simulations {params.simulations:q} {params.mask:q}"
-        " --devices {resources.gpu} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
+        " --devices {params.devices} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
         " --lineage {params.lineage} --out {output.figures:q} --figures {params.prefix:q}"
 
 

@@ -18,9 +18,9 @@ rule train:
     # The result depends on the number of threads, so the trainer takes it from its settings.
     threads: lambda wildcards: training_threads(config, wildcards.model)
     resources:
+        **gpu_resources(training_devices),
         mem_mb=lambda wildcards: training_memory_mb(config, wildcards.model),
-        runtime=1440,
-        gpu=lambda wildcards: jobs.get_device_count(config, wildcards.model),
+        runtime=lambda wildcards: training_minutes(config, wildcards.model),
         nodes=1,
     params:
         dataset=lambda wildcards, input: os.path.dirname(input.manifest),
@@ -31,10 +31,12 @@ rule train:
         run=lambda wildcards: lineages.run_directory(config, wildcards.model),
         # Of everything that the result depends on. If it changes, Snakemake runs the job again.
         lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
-    # tee ignores the signals that end a job, so that the trainer can still say what it does about them. Slurm would kill
-    # it at the end of its time: a twentieth before, it saves and ends, and the profile's next try goes on.
+    # tee ignores the signals that end a job, so that the trainer can still say what it does about them. In a Slurm allocation
+    # the trainer saves and ends before its time is up, and the profile's next try continues; there it also waits for a trainer
+    # that is still running, as after Snakemake was killed. The log of earlier tries is kept.
     shell:
-        "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.train"
+        "exec > >(trap '' INT TERM USR1; exec tee -a {log:q}) 2>&1; echo \"--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}\";"
+        " exec python -m cxt.train"
         " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.neutral:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"
-        " ${{SLURM_JOB_ID:+--wait-for-lock 20 --max-minutes $(( {resources.runtime} - {resources.runtime} / 20 ))}}"
+        " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"

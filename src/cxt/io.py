@@ -274,9 +274,12 @@ def acquire_lock(path, what) -> Lock:
             if tries < 5:  # it may be `is_locked` probing the lock
                 time.sleep(0.05)
                 continue
-            words = holder.split()
-            is_on_this_host = len(words) == 4 and words[3] == socket.gethostname()
-            stop = f" (to stop it: kill {words[1]}; it saves first)" if is_on_this_host else ""
+            process = re.fullmatch(r"process (\d+) on (\S+?)(?:, Slurm job (\d+))?", holder)
+            stop = ""
+            if process and process[3]:
+                stop = f" (to stop it: scancel {process[3]}; it saves first)"
+            elif process and process[2] == socket.gethostname():
+                stop = f" (to stop it: kill {process[1]}; it saves first)"
             raise BadRequest(
                 f"{what} is in use by {holder or 'an unknown process'}; wait for it or stop it{stop}, then try again"
             ) from None
@@ -287,7 +290,8 @@ def acquire_lock(path, what) -> Lock:
     if holder:
         logger.warning(f"note: taking over {what}: {holder} ended without releasing it")
     os.ftruncate(number, 0)
-    os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    slurm_job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if os.environ.get("SLURM_JOB_ID") else ""
+    os.pwrite(number, f"process {os.getpid()} on {socket.gethostname()}{slurm_job}".encode(), 0)
     return Lock(path, number)
 
 

@@ -20,7 +20,7 @@ STAGES = {
     "genetic_map": ("simulate", "genetic maps"),
     "simulate": ("simulate", "simulation batches"),
     "synthetic_mask": ("preprocess", "masks"),
-    "preprocess": ("preprocess", "simulation batches"),
+    "preprocess": ("preprocess", "preprocessed batches"),
     "manifest": ("preprocess", "datasets"),
     "train": ("train", "checkpoints"),
     "evaluate": ("evaluate", "checkpoints"),

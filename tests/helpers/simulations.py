@@ -46,8 +46,8 @@ def build_dataset(directory, *, scenario="constant", seed=1, mask=None, entry=No
     batch = Path(directory) / "batch"
     write_batch(batch, variant.spec, start=0, count=entry["simulations"], seed=seed)
     shards = {split: [f"{split}/{scenario}-0.zarr.zip"] for split in ("train", "test")}
-    for split, names in shards.items():
-        preprocess_batch(Path(directory) / names[0], batch, spec, start=0, count=entry["simulations"], split=split, mask=mask)
+    outs = {split: Path(directory) / names[0] for split, names in shards.items()}
+    preprocess_batch(outs, batch, spec, start=0, count=entry["simulations"], mask=mask)
     write_manifest(directory, shards)
     return Path(directory)
 

@@ -40,7 +40,7 @@ def test_every_command_is_listed():
         (["plan", "--calibrate", "--seconds", "nan"], "--seconds must be a finite positive number, got nan"),
         (["trees", "x", "--out", "o", "--index", "-1"], "--index must be a non-negative integer, got -1"),
         (["simulate", "--spec", "{}", "--out", "o", "--count", "0"], "--count must be positive, got 0"),
-        (["preprocess", "shard", "--batch", "b", "--split", "test", "--out", "o", "--start", "-1", "--count", "0"],
+        (["preprocess", "shard", "--batch", "b", "--test", "o", "--start", "-1", "--count", "0"],
          "--start must be .*, got -1.*--count must be a positive integer, got 0"),
         (["checkpoint", "diff", "a", "b", "--rtol", "nan"], "--rtol must be a finite non-negative number, got nan"),
         (["bench", "train", "--threads", "100000", "--workers", "999"], "--threads .*, got 100000.*--workers .*, got 999"),

@@ -17,6 +17,7 @@ from cxt.data.pair_dataset import compute_model_input
 from cxt.data.preprocessing import preprocess_batch, preprocess_simulation
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest
+from cxt.scenarios.indices import simulation_batches
 from cxt.scenarios.registry import simulate_tree_sequence
 
 SPEC = list_variants("constant", constant_scenario())[0].spec
@@ -107,7 +108,7 @@ def test_batching_does_not_change_simulations(dataset, tmp_path):
 
     write_batch(tmp_path / "batch", SPEC, start=10, count=10, seed=1)
     spec = {"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]}
-    preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=10, count=10, split="train")
+    preprocess_batch({"train": tmp_path / "x.zarr.zip"}, tmp_path / "batch", spec, start=10, count=10)
     part, _ = read_shard(tmp_path / "x.zarr.zip")
     whole, _ = read_shard(dataset / "train" / "constant-0.zarr.zip")
     assert part["index"].tolist() == list(range(11, 20))
@@ -123,12 +124,14 @@ def test_manifest(dataset):
     assert all(word not in json.dumps(manifest) for word in ("lineage", "time"))
 
 
-def test_planned_shards_skip_empty_splits():
-    planned = plan_shards({"a": (21, 10), "b": (5, 100)})
-    assert planned == {
-        "train": ["train/a-0.zarr.zip", "train/a-10.zarr.zip", "train/b-0.zarr.zip"],
-        "test": ["test/a-0.zarr.zip", "test/a-10.zarr.zip", "test/a-20.zarr.zip", "test/b-0.zarr.zip"],
-    }
+def test_planned_shards():
+    """A batch of one simulation, which would hold no training simulation, joins the one before."""
+    planned = plan_shards({"a": (21, 10), "b": (5, 100), "c": (12, 10), "d": (0, 10)})
+    names = ["a-0", "a-10", "b-0", "c-0", "c-10"]
+    assert planned == {split: [f"{split}/{name}.zarr.zip" for name in names] for split in ("train", "test")}
+    assert simulation_batches(simulations=21, batch=10) == [(0, 10), (10, 11)]
+    assert simulation_batches(simulations=1, batch=10, start=70) == [(70, 1)]
+    assert simulation_batches(simulations=0, batch=10) == []
 
 
 def test_simulation_without_sites(tmp_path):
@@ -177,7 +180,7 @@ def test_a_batch_of_an_older_version(tmp_path, key):
     with pytest.raises(
         BadRequest, match=f"tree sequence 0 has no {key} in its metadata, perhaps written by an older cxt; delete "
     ):
-        preprocess_batch(tmp_path / "x.zarr.zip", tmp_path / "batch", spec, start=0, count=1, split="test")
+        preprocess_batch({"test": tmp_path / "x.zarr.zip"}, tmp_path / "batch", spec, start=0, count=1)
 
 
 def test_too_many_pairs_and_too_few_samples():
@@ -202,19 +205,18 @@ def test_commands(tmp_path, dataset):
     """By hand as by the functions: the same bytes."""
     batch = dataset / "batch"
     spec = json.dumps({"window_size": 1000, "sequence_length": 20_000, "samples": 20, "pairs": 6, "scales": [2, 4]})
-    for split in ("train", "test"):
-        run_python(
-            "-m", "cxt.preprocess", "shard", "--batch", batch, "--start", 0, "--count", 20, "--split", split,
-            "--spec", spec, "--out", tmp_path / "d" / split / "constant-0.zarr.zip",
-        )  # fmt: skip
+    run_python(
+        "-m", "cxt.preprocess", "shard", "--batch", batch, "--start", 0, "--count", 20, "--spec", spec,
+        "--train", tmp_path / "d/train/constant-0.zarr.zip", "--test", tmp_path / "d/test/constant-0.zarr.zip",
+    )  # fmt: skip
     run_python("-m", "cxt.preprocess", "manifest", "--dataset", tmp_path / "d")
     for name in ("train/constant-0.zarr.zip", "dataset.json"):
         assert (tmp_path / "d" / name).read_bytes() == (dataset / name).read_bytes()
     batch_copy = tmp_path / "cut"
     batch_copy.write_bytes(batch.read_bytes()[:-1000])
     done = run_python(
-        "-m", "cxt.preprocess", "shard", "--batch", batch_copy, "--start", 0, "--count", 20, "--split", "test",
-        "--spec", spec, "--out", tmp_path / "no.zarr.zip", check=False,
+        "-m", "cxt.preprocess", "shard", "--batch", batch_copy, "--start", 0, "--count", 20,
+        "--spec", spec, "--test", tmp_path / "no.zarr.zip", check=False,
     )  # fmt: skip
     assert done.returncode == 2
     assert "damaged or truncated at tree sequence 19 of 20" in done.stderr
@@ -224,8 +226,8 @@ def test_commands(tmp_path, dataset):
         (["--spec", '{"windowsize": 10}'], "--spec.windowsize: unknown key; did you mean 'window_size'"),
     ):
         done = run_python(
-            "-m", "cxt.preprocess", "shard", "--batch", batch, "--start", 0, "--count", 20, "--split", "test",
-            "--spec", spec, "--out", tmp_path / "no.zarr.zip", *change, check=False,
+            "-m", "cxt.preprocess", "shard", "--batch", batch, "--start", 0, "--count", 20,
+            "--spec", spec, "--test", tmp_path / "no.zarr.zip", *change, check=False,
         )  # fmt: skip
         assert done.returncode == 2
         assert message in done.stderr

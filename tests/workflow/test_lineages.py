@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from cxt.errors import BadRequest, Failed
 from cxt.evaluation.table import combine_evaluation_lineages
 from cxt.io import canonical_json, file_sha256
 from cxt.scenarios.batches import read_batch
+from cxt.scenarios.indices import SPLITS
 from cxt.trainer.fit import quieten
-from cxt.workflow import arguments, jobs, lineages, paths
+from cxt.workflow import jobs, lineages, paths
+from cxt.workflow.settings import neutral_training_flags, write_settings
 from cxt.workflow.verification import verify
 
 OTHERS = ["broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
@@ -63,12 +66,20 @@ def call(stage, *arguments):
         stage.main()
 
 
+def settings_file(config, kind, name):
+    """What the rule `settings` writes."""
+    path = Path(paths.settings_path(kind, name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(write_settings(config, kind, name))
+    return path
+
+
 def simulate_batch(config, start=0):
     """What the rule `simulate` runs."""
     variant = jobs.find_variant(config, "constant")
     count = jobs.batch_count(config, variant, start)
     call(
-        simulate_stage, "--spec", canonical_json(variant.spec), "--start", start, "--count", count, "--seed", config["seed"],
+        simulate_stage, "--config", settings_file(config, "simulations", "constant"), "--start", start, "--count", count,
         "--lineage", lineages.batch_lineage(config, variant, start, count), "--out", paths.batch_path("constant", start),
     )  # fmt: skip
 
@@ -76,36 +87,30 @@ def simulate_batch(config, start=0):
 def preprocess_mask(config):
     """What the rule `synthetic_mask` runs."""
     call(
-        preprocess_stage, "mask", "--spec", canonical_json(jobs.mask_spec(config, "processed_narrow")),
-        "--seed", config["seed"],
+        preprocess_stage, "mask", "--config", settings_file(config, "masks", "processed_narrow"),
         "--lineage", lineages.mask_lineage(config, "processed_narrow"), "--out", paths.mask_path(config, "processed_narrow"),
     )  # fmt: skip
 
 
-def preprocess_shard(config, split, start=0, mask=None):
-    """What the rule `preprocess` runs; *mask* takes the place of the planned words for it."""
+def preprocess(config, start=0, *, settings=None):
+    """What the rule `preprocess` runs; *settings*: of another configuration."""
     variant = jobs.find_variant(config, "constant")
     count = jobs.batch_count(config, variant, start)
-    words = mask or [
-        "--mask",
-        paths.mask_path(config, "processed_narrow"),
-        *arguments.mask_arguments(config, "processed_narrow"),
-    ]
+    shards = [f"--{split}=results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip" for split in SPLITS]
     call(
-        preprocess_stage, "shard", "--batch", paths.batch_path("constant", start), "--scenario", "constant",
-        "--seed", config["seed"], "--start", start, "--count", count, "--split", split,
-        "--spec", canonical_json(jobs.dataset_spec(config, "processed_narrow")), *words,
+        preprocess_stage, "shard", "--config", settings or settings_file(config, "datasets", "processed_narrow"),
+        "--batch", paths.batch_path("constant", start), "--scenario", "constant", "--start", start, "--count", count,
+        "--mask", paths.mask_path(config, "processed_narrow"),
         "--batch-lineage", lineages.batch_lineage(config, variant, start, count),
-        "--lineage", lineages.shard_lineage(config, "processed_narrow", variant, start, split),
-        "--out", f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip",
+        "--lineage", lineages.shard_lineage(config, "processed_narrow", variant, start), *shards,
     )  # fmt: skip
 
 
 def list_shards(config):
     """What the rule `manifest` runs."""
     call(
-        preprocess_stage, "manifest", "--dataset", "results/datasets/processed_narrow",
-        "--shards", canonical_json(lineages.variant_table_with_lineages(config, "processed_narrow")),
+        preprocess_stage, "manifest", "--config", settings_file(config, "shards", "processed_narrow"),
+        "--dataset", "results/datasets/processed_narrow", "--lineage", lineages.dataset_lineage(config, "processed_narrow"),
     )  # fmt: skip
 
 
@@ -113,8 +118,8 @@ def make_dataset(config):
     for start in (0, 10):
         simulate_batch(config, start)
     preprocess_mask(config)
-    for split, start in (("train", 0), ("test", 0), ("train", 10), ("test", 10)):
-        preprocess_shard(config, split, start)
+    for start in (0, 10):
+        preprocess(config, start)
     list_shards(config)
 
 
@@ -147,7 +152,7 @@ def test_outputs_carry_their_lineage(workspace):
         assert str(arrays["lineage"]) == lineages.mask_lineage(config, "processed_narrow")
     for split, start in (("train", 0), ("test", 10)):
         _, attributes = read_shard(f"results/datasets/processed_narrow/{split}/constant-{start}.zarr.zip")
-        assert attributes["lineage"] == lineages.shard_lineage(config, "processed_narrow", variant, start, split)
+        assert attributes["lineage"] == lineages.shard_lineage(config, "processed_narrow", variant, start)
     manifest = read_manifest("results/datasets/processed_narrow")
     assert manifest["lineage"] == lineages.dataset_lineage(config, "processed_narrow")
     # By hand, of the shards that are there: the same.
@@ -165,11 +170,11 @@ def test_a_configuration_edited_while_jobs_are_queued(workspace):
     with pytest.raises(
         BadRequest, match=r"batch results/simulations/constant/0.trees.batch is not the planned one.*its lineage must"
     ):
-        preprocess_shard(edited, "train", 0)
+        preprocess(edited, 0)
     assert not shard.exists()
-    preprocess_shard(before, "train", 0)
+    preprocess(before, 0)
     # One shard of another configuration among the others: neither of the two makes a manifest of them.
-    preprocess_shard(edited, "train", 10)
+    preprocess(edited, 10)
     for config in (before, edited):
         advice = "snakemake --cores 2 results/datasets/"
         with pytest.raises(BadRequest, match=f"a shard of 'constant' is not the planned one.*{advice}"):
@@ -179,9 +184,9 @@ def test_a_configuration_edited_while_jobs_are_queued(workspace):
 def test_growth_keeps_full_batches(workspace):
     """A batch and a shard do not depend on how many others there are."""
     more = configuration(workspace / "b.yaml", simulations=20)
-    preprocess_shard(more, "train", 0)
+    preprocess(more, 0)
     with pytest.raises(BadRequest, match="holds|truncated|is not the planned one"):
-        preprocess_shard(more, "train", 10)
+        preprocess(more, 10)
 
 
 def test_made_by_hand(workspace):
@@ -191,7 +196,7 @@ def test_made_by_hand(workspace):
     path = paths.batch_path("constant", 0)
     call(simulate_stage, "--spec", canonical_json(variant.spec), "--count", 10, "--seed", 1, "--out", path)
     with pytest.raises(BadRequest, match="its lineage must be .*, but it has none"):
-        preprocess_shard(config, "test", 0)
+        preprocess(config, 0)
     words = [
         "--batch",
         path,
@@ -202,8 +207,8 @@ def test_made_by_hand(workspace):
         "--spec",
         canonical_json(jobs.dataset_spec(config, "processed_narrow")),
     ]
-    for split in ("train", "test"):
-        call(preprocess_stage, "shard", *words, "--split", split, "--out", f"data/{split}/constant-0.zarr.zip")
+    shards = [f"--{split}=data/{split}/constant-0.zarr.zip" for split in SPLITS]
+    call(preprocess_stage, "shard", *words, *shards)
     call(preprocess_stage, "manifest", "--dataset", "data")
     assert "lineage" not in read_manifest("data")
 
@@ -214,21 +219,67 @@ def test_masks(workspace):
     mask = read_mask(path)
     write_mask(path, ~mask, lineage="0123456789ab")
     with pytest.raises(BadRequest, match="mask .* its lineage must be .*, got 0123456789ab"):
-        preprocess_shard(config, "train", 0)
+        preprocess(config, 0)
+    # A file of the user's, in place of the synthetic one.
     write_mask("mine.npz", mask)
-    words = ["--mask", "mine.npz", "--mask-sha256", file_sha256("mine.npz")]
-    preprocess_shard(config, "train", 0, mask=words)
-    write_mask("mine.npz", ~mask)
-    with pytest.raises(BadRequest, match="mask mine.npz was changed since this job was planned"):
-        preprocess_shard(config, "train", 0, mask=words)
-    (workspace / "mine.npz").rename("other.npz")
-    with pytest.raises(BadRequest, match="mask mine.npz cannot be read"):
-        preprocess_shard(config, "train", 0, mask=words)
-    (workspace / "other.npz").rename("mine.npz")
     overlay = yaml.safe_load((workspace / "a.yaml").read_text())
     overlay["datasets"]["processed_narrow"]["mask"] = {"path": "mine.npz"}
     (workspace / "c.yaml").write_text(yaml.safe_dump(overlay))
-    assert file_sha256("mine.npz") in arguments.mask_arguments(load([TINY, workspace / "c.yaml"]), "processed_narrow")
+    config = load([TINY, workspace / "c.yaml"])
+    assert file_sha256("mine.npz") in settings_file(config, "datasets", "processed_narrow").read_text()
+    preprocess(config, 0)
+    write_mask("mine.npz", ~mask)
+    with pytest.raises(BadRequest, match="mask mine.npz was changed since this job was planned"):
+        preprocess(config, 0)
+    (workspace / "mine.npz").rename("other.npz")
+    with pytest.raises(BadRequest, match="mask mine.npz cannot be read"):
+        preprocess(config, 0)
+
+
+def test_settings_of_another_configuration(workspace):
+    """The configuration is edited while a job waits: Snakemake reads it anew, the settings file is the planned one."""
+    planned = configuration(workspace / "a.yaml")
+    files = {
+        kind: settings_file(planned, kind, name)
+        for kind, name in (
+            ("simulations", "constant"),
+            ("masks", "processed_narrow"),
+            ("datasets", "processed_narrow"),
+            ("shards", "processed_narrow"),
+            ("evaluations", "narrow"),
+        )
+    }
+    before = {path: path.read_bytes() for path in Path("results").rglob("*") if path.is_file()}
+    edited = configuration(workspace / "b.yaml", population_size=5000)
+    edited["datasets"]["processed_narrow"]["mask"] |= {"length": 9000}
+    variant = jobs.find_variant(edited, "constant")
+    refusal = "The configuration was changed after this job was planned"
+    words = ["--start", 0, "--count", 10, "--lineage", lineages.batch_lineage(edited, variant, 0, 10)]
+    with pytest.raises(BadRequest, match=refusal):
+        call(simulate_stage, "--config", files["simulations"], *words, "--out", paths.batch_path("constant", 0))
+    words = ["--lineage", lineages.mask_lineage(edited, "processed_narrow"), "--out", "results/masks/processed_narrow.npz"]
+    with pytest.raises(BadRequest, match=refusal):
+        call(preprocess_stage, "mask", "--config", files["masks"], *words)
+    # Only the dataset was edited: the batch is the planned one.
+    pairs = configuration(workspace / "a.yaml")
+    pairs["datasets"]["processed_narrow"] |= {"pairs": 3}
+    pairs["evaluation"] |= {"replicates": 2}
+    with pytest.raises(BadRequest, match=refusal):
+        preprocess(pairs, 0, settings=files["datasets"])
+    words = ["--dataset", "results/datasets/processed_narrow", "--lineage", lineages.dataset_lineage(pairs, "processed_narrow")]
+    with pytest.raises(BadRequest, match=refusal):
+        call(preprocess_stage, "manifest", "--config", files["shards"], *words)
+    words = ["--checkpoint", "none.ckpt", "--checkpoint-lineage", lineages.model_lineage(pairs, "narrow")]
+    words += ["--lineage", lineages.evaluation_lineage(pairs, "narrow"), "--out", "e.json", "--figures", "e"]
+    with pytest.raises(BadRequest, match=refusal):
+        call(evaluate_stage, "--config", files["evaluations"], *words)
+    assert {path: path.read_bytes() for path in Path("results").rglob("*") if path.is_file()} == before
+
+
+def test_a_settings_file_with_an_unknown_key(tmp_path):
+    (tmp_path / "x.yaml").write_text("spce: {}\n")
+    with pytest.raises(BadRequest, match="x.yaml: unknown key 'spce'; did you mean 'spec'"):
+        call(simulate_stage, "--config", tmp_path / "x.yaml", "--count", 1, "--out", tmp_path / "x.trees.batch")
 
 
 NARROW = [
@@ -270,12 +321,10 @@ def test_verify_and_evaluation(workspace, monkeypatch):
     config = configuration(workspace / "a.yaml")
     lineage = lineages.model_lineage(config, "narrow")
     files = [TINY, workspace / "a.yaml"]
-    settings = arguments.settings_file(config, "narrow")
-    (workspace / "narrow.yaml").write_text(yaml.safe_dump(settings))
     train(
-        monkeypatch, "--config", "narrow.yaml", "--dataset-path", "results/datasets/processed_narrow", "--devices", 0,
-        "--lineage", lineage, *arguments.lineages_to_train_on(config, "narrow"), "--run-dir", "run",
-        "--out", "results/narrow.ckpt",
+        monkeypatch, "--config", settings_file(config, "models", "narrow"), "--dataset-path",
+        "results/datasets/processed_narrow", *neutral_training_flags(config, "narrow"),
+        "--lineage", lineage, "--run-dir", "run", "--out", "results/narrow.ckpt",
     )  # fmt: skip
     assert "the lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=files)
     content = read_checkpoint("results/narrow.ckpt")
@@ -290,22 +339,26 @@ def test_verify_and_evaluation(workspace, monkeypatch):
         write_checkpoint("other.ckpt", content.state_dict, content.record | change)
         with pytest.raises(Failed, match=message) as error:
             verify("other.ckpt", configfiles=files)
-        assert "results/narrow.ckpt --forcerun results/config/narrow.yaml train_narrow --configfile" in str(error.value)
+        assert "results/narrow.ckpt --forcerun results/settings/models/narrow.yaml results/narrow.ckpt --configfile" in str(
+            error.value
+        )
     start = 1_000_000_000
     simulate_batch(config, start)
     batches = lineages.evaluation_batches(config, "narrow")
     words = [
-        "--spec", canonical_json(jobs.evaluation_spec(config, "narrow")), "--out", "results/evaluation/narrow.json",
-        "--figures", "results/evaluation/narrow",
-        "--mask", "results/masks/processed_narrow.npz", *arguments.mask_arguments(config, "processed_narrow"),
+        "--config", settings_file(config, "evaluations", "narrow"), "--out", "results/evaluation/narrow.json",
+        "--figures", "results/evaluation/narrow", "--simulations", "results/simulations",
+        "--mask", "results/masks/processed_narrow.npz",
         "--lineage", lineages.evaluation_lineage(config, "narrow"), "--checkpoint-lineage", lineage,
     ]  # fmt: skip
     with pytest.raises(BadRequest, match="checkpoint other.ckpt is not the planned one"):
-        call(evaluate_stage, *words, "--checkpoint", "other.ckpt", "--batches", canonical_json(batches))
-    stale = canonical_json([batch | {"lineage": "9"} for batch in batches])
+        call(evaluate_stage, *words, "--checkpoint", "other.ckpt")
+    stale = ["--batches", canonical_json([batch | {"lineage": "9"} for batch in batches])]
+    with pytest.raises(BadRequest, match="but the present configuration plans"):
+        call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", *stale)
     with pytest.raises(BadRequest, match=f"batch results/simulations/constant/{start}.* must be 9, got"):
-        call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", stale)
-    call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt", "--batches", canonical_json(batches))
+        call(evaluate_stage, *words[:-4], "--checkpoint", "results/narrow.ckpt", *stale)
+    call(evaluate_stage, *words, "--checkpoint", "results/narrow.ckpt")
     result = json.loads((workspace / "results/evaluation/narrow.json").read_text())
     assert (result["lineage"], result["checkpoint_lineage"]) == (lineages.evaluation_lineage(config, "narrow"), lineage)
     assert result["device"] == "cpu"

@@ -23,7 +23,8 @@ def test_progress_and_nothing_else(workflow, tmp_path):
     assert made == {
         f"{stage}: {what} {planned[key]} of {planned[key]}"
         for stage, what, key in (
-            ("simulate", "simulation batches", "simulation batches"), ("preprocess", "shards", "shards"),
+            ("simulate", "simulation batches", "simulation batches"),
+            ("preprocess", "preprocessed batches", "preprocessed batches"),
             ("preprocess", "datasets", "datasets"), ("train", "checkpoints", "checkpoints"),
             ("evaluate", "checkpoints", "evaluations"),
         )

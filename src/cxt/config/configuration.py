@@ -1,6 +1,6 @@
 """The whole configuration: its sections, and the entries of `models`."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,32 @@ from cxt.config.type_descriptions import Expected
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$")]
 """Name of a scenario, dataset or model: part of file names, where a hyphen separates a scenario from its parameters."""
 
+GpuRequest = Literal["gpu", "gres"]
 EvaluationSimulations = Annotated[int, Field(strict=True, ge=1, le=1_000_000), integer_validator]
+
+
+class Resources(Section):
+    """What a model's training asks of a cluster's scheduler, in place of what is estimated."""
+
+    only_given: ClassVar[bool] = True
+
+    runtime: PositiveInteger | None = None
+    """Minutes of each try; training that is not finished by then saves its state, and the next try continues."""
+    mem_mb: PositiveInteger | None = None
+    """Memory in MB."""
+
+
+class Cluster(Section):
+    """What a cluster's scheduler is asked for; no result depends on it. Partitions and account are in the profile."""
+
+    gpu_request: GpuRequest = "gpu"
+    """How jobs ask for GPUs: `gpu` as `--gpus=N`, `gres` as `--gres=gpu:N`, where a site accepts only that."""
+    gpu_model: Text | None = None
+    """Model of the GPUs to ask for, as the site names it, such as `a100`."""
+    constraint: Text | None = None
+    """Feature that the machines of GPU jobs must have."""
+    runtime: PositiveInteger = 1440
+    """Minutes of each try of a training; a model's own `resources` can differ."""
 
 
 class Model(Section):
@@ -35,6 +60,8 @@ class Model(Section):
     """Sizes of the network that differ from the preset's."""
     training: TrainingOverrides | None = None
     """Training settings that differ from the top-level `training`."""
+    resources: Resources | None = None
+    """What its training asks of a cluster's scheduler, in place of what is estimated."""
     evaluation: ScenarioNames | None = None
     """Scenarios, or scenario sets, to evaluate on. Default: those of its dataset."""
 
@@ -74,5 +101,7 @@ class Configuration(Section):
     """Checkpoints to train, by name. Each becomes one Snakemake rule with one output, `results/<name>.ckpt`."""
     training: TrainingSection = TrainingSection()
     """Training settings of all models; a model's own `training` overrides single keys."""
+    cluster: Cluster = Cluster()
+    """What a cluster's scheduler is asked for; no result depends on it. Partitions and account are in the profile."""
     evaluation: Evaluation = Evaluation()
     """Held-out evaluation of every checkpoint by autoregressive decoding."""

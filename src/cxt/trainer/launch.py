@@ -11,6 +11,7 @@ from cxt.console import get_logger
 from cxt.errors import BadRequest, Failed
 from cxt.io import check_writable, is_locked
 from cxt.signals import call_before_exit, end_with_trainer, is_started_by_trainer
+from cxt.trainer.allocation import find_allocation_end
 from cxt.trainer.machines import Machines
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.request import RunRequest, build_request
@@ -63,7 +64,8 @@ def train(options: TrainingOptions, *, began: float) -> Path:
             "LOCAL_RANK is set, as by torchrun; start one process on each machine without it, which then starts those for the "
             "other devices (--devices N or --gpus)"
         )
-    deadline = None if options.max_minutes is None else began + 60 * options.max_minutes
+    deadlines = [None if options.max_minutes is None else began + 60 * options.max_minutes, find_allocation_end()]
+    deadline = min((time for time in deadlines if time is not None), default=None)
     with restored_environment():
         if is_started_by_trainer():
             return _train_other_device(options, deadline=deadline)
@@ -107,7 +109,7 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
     run = RunDirectory(path)
     os.environ[RUN_DIRECTORY_VARIABLE] = str(path)
     with _released_at_the_end(run):
-        stale = open_run(options, run, request.identity) if machines.is_first else None
+        stale = open_run(options, run, request.identity, deadline=deadline) if machines.is_first else None
         is_finished = machines.share(stale is None and run.finished_checkpoint() is not None)
         if not is_finished:
             _fit(request, run, machines, stale=stale, deadline=deadline, wanted_state=wanted_state)
@@ -171,7 +173,7 @@ def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
     return (newest_version if options.resume else next_version)(options.log_dir), None
 
 
-def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str | None:
+def open_run(options: TrainingOptions, run: RunDirectory, identity: dict, *, deadline: float | None = None) -> str | None:
     """Lock the run directory and the file to publish.
 
     Returns
@@ -183,12 +185,14 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict) -> str
     ------
     BadRequest
         If another process holds a lock, or the run in the directory can neither be continued nor superseded.
+    Failed
+        With status 75, if another process holds a lock until *deadline*.
     """
     until = time.monotonic() + 60 * options.wait_for_lock
-    _wait_for_lock(run.lock_path, until=until)
+    _wait_for_lock(run.lock_path, until=until, deadline=deadline)
     run.lock()
     if options.out is not None:
-        _wait_for_lock(target_lock(options.out), until=until)
+        _wait_for_lock(target_lock(options.out), until=until, deadline=deadline)
         run.lock_target(options.out)
     record = run.read_record()
     if record is not None and (options.restart or record["identity"] != identity):
@@ -222,15 +226,20 @@ def describe_differences(old: dict, new: dict) -> str:
     return ", ".join(words)
 
 
-def _wait_for_lock(path: Path, *, until: float) -> None:
+def _wait_for_lock(path: Path, *, until: float, deadline: float | None) -> None:
     """Wait while another process holds the lock file *path*, at most until the time *until* (of `time.monotonic`).
 
-    A job that was cancelled, or has reached its time limit, may still be saving when its next attempt begins.
+    A job that was cancelled, or has reached its time limit, may still be saving when its next attempt begins; and after
+    Snakemake was killed, its jobs go on. Failed with status 75 if the deadline comes first: the next try waits on.
     """
+    if deadline is not None:
+        until = min(until, deadline)
     if time.monotonic() < until and is_locked(path):
         logger.info(f"another trainer holds {path}: waiting for it, at most {until - time.monotonic():.0f} s")
         while time.monotonic() < until and is_locked(path):
             time.sleep(min(1.0, max(0.0, until - time.monotonic())))
+    if until == deadline and is_locked(path):
+        raise Failed(f"another trainer still holds {path}; run the same command again to wait on", status=75)
 
 
 @contextlib.contextmanager

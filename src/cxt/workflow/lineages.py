@@ -27,7 +27,6 @@ from cxt.workflow.jobs import (
     list_evaluation_batches,
     mask_spec,
 )
-from cxt.workflow.paths import batch_path
 
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
@@ -99,10 +98,10 @@ def model_lineage(config: dict, name: str) -> str:
 
 
 def evaluation_batches(config: dict, model: str) -> list[dict]:
-    """[{path below `SIMULATIONS`, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
+    """[{path below results/simulations, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
     return [
         {
-            "path": batch_path(variant.name, start),
+            "path": f"{variant.name}/{start}.trees.batch",
             "scenario": variant.name,
             "start": start,
             "count": count,

@@ -7,12 +7,10 @@ from cxt.data.manifest import plan_shards
 from cxt.scenarios.genetic_maps import check_map_available
 from cxt.workflow.jobs import collect_variants, variant_table
 
-SIMULATIONS = "results/simulations"
-
 
 def batch_path(variant: str, start: int) -> str:
-    """The simulation batch of a variant that starts at index *start*, below `SIMULATIONS`."""
-    return f"{variant}/{start}.trees.batch"
+    """The simulation batch of a variant that starts at index *start*."""
+    return f"results/simulations/{variant}/{start}.trees.batch"
 
 
 def map_path(spec: dict) -> str:
@@ -36,7 +34,7 @@ def find_batch_map(variant: Variant, start: int) -> list[str]:
     """
     if "genetic_map" not in variant.spec:
         return []
-    if not os.path.exists(f"{SIMULATIONS}/{batch_path(variant.name, start)}"):
+    if not os.path.exists(batch_path(variant.name, start)):
         check_map_available(variant.spec, fetched=map_path(variant.spec))
     return [map_path(variant.spec)]
 

@@ -21,6 +21,8 @@ def training_memory_mb(config: dict, name: str) -> int:
     Per region, as `PairDataset` holds it: about 9 bits per target, one bit per genotype (20 000 sites are many), and window
     counts.
     """
+    if given := config["models"][name].get("resources", {}).get("mem_mb"):
+        return given
     dataset = config["datasets"][config["models"][name]["dataset"]]
     simulations = sum(variant.simulations for variant in collect_variants(config, dataset["scenarios"]))
     windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
@@ -28,6 +30,27 @@ def training_memory_mb(config: dict, name: str) -> int:
     return 4000 * max(1, get_device_count(config, name)) + int(
         1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6
     )
+
+
+def training_minutes(config: dict, name: str) -> int:
+    """Minutes to request for one try of a model's training."""
+    return config["models"][name].get("resources", {}).get("runtime", config["cluster"]["runtime"])
+
+
+def request_gpus(config: dict, count: int) -> dict[str, int | str]:
+    """The resources with which a job requests *count* GPUs, by the names that the Slurm executor knows.
+
+    The names are those of every job's resources, also without GPUs; only the values differ.
+    """
+    cluster = config["cluster"]
+    model = cluster.get("gpu_model")
+    if cluster["gpu_request"] == "gres":
+        gpus: dict[str, int | str] = {"gres": ":".join(filter(None, ["gpu", model, str(count)])) if count else ""}
+    elif model:
+        gpus = {"gpu": count, "gpu_model": model if count else ""}
+    else:
+        gpus = {"gpu": count}
+    return gpus | ({"constraint": cluster["constraint"] if count else ""} if "constraint" in cluster else {})
 
 
 def training_threads(config: dict, name: str) -> int:
