@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snakemake.utils import min_version
 
-min_version("9.0")
+min_version("9.20")
 
 ROOT = Path(str(workflow.current_basedir)).resolve()
 
@@ -32,3 +32,5 @@ rule all:
         [paths.checkpoint_path(model) for model in config["models"]],
         [f"results/evaluation/{model}.json" for model in config["models"]],
         "results/evaluation/table.md",
+        [f"results/report/{model}-training.png" for model in config["models"]],
+        "results/report/cost.html",

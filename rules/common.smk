@@ -153,6 +153,11 @@ def mask_flag(wildcards, input):
     return ["--mask", *input.mask] if input.mask else []
 
 
+def used_datasets():
+    """The datasets that a model is trained on."""
+    return sorted({model["dataset"] for model in config["models"].values()})
+
+
 def dataset_of(model):
     return config["models"][model]["dataset"]
 

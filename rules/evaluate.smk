@@ -4,6 +4,8 @@
 
 localrules:
     accuracy_table,
+    training_curves,
+    report_tables,
 
 
 rule evaluate:
@@ -20,23 +22,25 @@ rule evaluate:
         tracks=report(
             "results/evaluation/{model}-tracks.png",
             caption="../workflow/report/tracks.rst",
-            category="Evaluation",
-            subcategory="{model}",
+            category="Accuracy",
+            labels={"checkpoint": "{model}", "figure": "tracks"},
         ),
         scatter=report(
             "results/evaluation/{model}-scatter.png",
             caption="../workflow/report/scatter.rst",
-            category="Evaluation",
-            subcategory="{model}",
+            category="Accuracy",
+            labels={"checkpoint": "{model}", "figure": "scatter"},
         ),
         calibration=report(
             "results/evaluation/{model}-calibration.png",
             caption="../workflow/report/calibration.rst",
-            category="Evaluation",
-            subcategory="{model}",
+            category="Accuracy",
+            labels={"checkpoint": "{model}", "figure": "calibration"},
         ),
     log:
         "results/logs/evaluate/{model}.log",
+    benchmark:
+        "results/benchmarks/evaluate/{model}.tsv"
     conda:
         "../envs/evaluate.yaml"
     threads: lambda wildcards: build_training_config(config, wildcards.model).threads
@@ -66,11 +70,7 @@ rule accuracy_table:
     input:
         [f"results/evaluation/{model}.json" for model in config["models"]],
     output:
-        report(
-            "results/evaluation/table.md",
-            caption="../workflow/report/table.rst",
-            category="Evaluation",
-        ),
+        "results/evaluation/table.md",
     log:
         "results/logs/table.log",
     conda:
@@ -84,3 +84,68 @@ rule accuracy_table:
         lineage=lineages.table_lineage(config),
     shell:
         "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --lineage {params.lineage} --out {output:q}"
+
+
+# The run directory is no output, so its curves are drawn anew.
+rule training_curves:
+    input:
+        checkpoint="results/{model}.ckpt",
+    output:
+        report(
+            "results/report/{model}-training.png",
+            caption="../workflow/report/training.rst",
+            category="Training",
+            labels={"checkpoint": "{model}", "figure": "training"},
+        ),
+    log:
+        "results/logs/report/{model}.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    params:
+        run=lambda wildcards: lineages.run_directory(config, wildcards.model),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.commands.runs --curves {params.run:q} --out {output:q}"
+
+
+rule report_tables:
+    input:
+        accuracy="results/evaluation/table.md",
+        datasets=[f"{paths.dataset_directory(dataset)}/dataset.json" for dataset in used_datasets()],
+    output:
+        accuracy=report(
+            "results/report/accuracy.html",
+            caption="../workflow/report/table.rst",
+            category="Accuracy",
+            labels={"checkpoint": "all", "figure": "table"},
+        ),
+        datasets=report(
+            "results/report/datasets.html",
+            caption="../workflow/report/datasets.rst",
+            category="Datasets",
+            labels={"table": "datasets"},
+        ),
+        cost=report(
+            "results/report/cost.html",
+            caption="../workflow/report/cost.rst",
+            category="Cost",
+            labels={"table": "stages"},
+        ),
+    log:
+        "results/logs/report/tables.log",
+    conda:
+        "../envs/evaluate.yaml"
+    threads: 1
+    resources:
+        mem_mb=500,
+        runtime=5,
+        gpu=0,
+    params:
+        directory=lambda wildcards, output: os.path.dirname(output.cost),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.commands.report --accuracy {input.accuracy:q} --datasets {input.datasets:q}"
+        " --benchmarks results/benchmarks --out {params.directory:q}"

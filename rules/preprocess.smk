@@ -33,6 +33,8 @@ rule preprocess:
         test="results/datasets/{dataset}/test/{variant}-{start}.zarr.zip",
     log:
         "results/logs/preprocess/{dataset}/{variant}-{start}.log",
+    benchmark:
+        "results/benchmarks/preprocess/{dataset}/{variant}-{start}.tsv"
     conda:
         "../envs/preprocess.yaml"
     threads: 1

@@ -33,6 +33,8 @@ rule simulate:
         "results/simulations/{variant}/{start}.trees.batch",
     log:
         "results/logs/simulate/{variant}-{start}.log",
+    benchmark:
+        "results/benchmarks/simulate/{variant}-{start}.tsv"
     conda:
         "../envs/simulate.yaml"
     threads: 1

@@ -13,6 +13,8 @@ rule train:
         "results/{model}.ckpt",
     log:
         "results/logs/train/{model}.log",
+    benchmark:
+        "results/benchmarks/train/{model}.tsv"
     conda:
         "../envs/train.yaml"
     # The result depends on the number of threads, so the trainer takes it from its settings.

@@ -14,6 +14,7 @@ COMMANDS = {
     "dataset": ("cxt.commands.dataset", "show, verify and export a dataset"),
     "train": ("cxt.train", "train one checkpoint"),
     "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
+    "report": ("cxt.commands.report", "write the tables of the workflow's report"),
     "runs": ("cxt.commands.runs", "list run directories, and remove old ones"),
     "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import and export checkpoints"),
     "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),

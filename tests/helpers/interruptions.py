@@ -14,8 +14,8 @@ import psutil
 import torch
 
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.training_log import TIMING, read_log
 from cxt.signals import SIGNALS
-from cxt.trainer.log import TIMING, read_log
 from cxt.trainer.training_state import list_training_states
 from helpers.repository import REPOSITORY, run_python
 

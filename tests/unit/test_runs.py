@@ -23,6 +23,7 @@ import cxt
 from cxt import load_model
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.training_log import COLUMNS, TIMING, keep_rows, read_log
 from cxt.commands import checkpoint as checkpoint_stage
 from cxt.commands import find_lr as find_lr_stage
 from cxt.commands import runs as runs_stage
@@ -36,7 +37,7 @@ from cxt.io import acquire_lock
 from cxt.random_seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
-from cxt.trainer.log import COLUMNS, TIMING, TrainingLog, keep_rows, read_log
+from cxt.trainer.log import TrainingLog
 from cxt.trainer.module import learning_rate_factor, parameter_groups
 from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, read_options
 from cxt.trainer.request import RunRequest, build_request

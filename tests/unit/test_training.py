@@ -21,11 +21,11 @@ from cxt import load_model
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.training_log import read_log
 from cxt.config.flags import note_more_than_cores
 from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler
 from cxt.errors import BadRequest
-from cxt.trainer.log import read_log
 from cxt.trainer.module import learning_rate_factor
 from cxt.trainer.parents import ADAPTER_FLAGS
 

@@ -221,7 +221,7 @@ def drawn_figures():
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from cxt.trainer.log import read_log
+    from cxt.checkpoints.training_log import read_log
 
     calls = []
 

@@ -178,12 +178,12 @@ def test_reordered_keys_change_nothing(workflow, tmp_path):
 def test_more_simulations_simulate_only_the_new(workflow, tmp_path):
     jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", scenarios={"constant": {"simulations": 35}}))
     assert jobs["simulate"] == 2
-    assert jobs["preprocess"] == 3 * 2 * 2  # three datasets, two new batches, two splits
+    assert jobs["preprocess"] == 3 * 2  # three datasets, two new batches
     assert trained(jobs) == set(MODELS)
 
 
 def test_growth_by_a_tenth(workflow, tmp_path):
-    """One new batch (its only index is held out), the five datasets that use it, their checkpoints and those below."""
+    """The last batch, which takes in the one more, the five datasets that use it, their checkpoints and those below."""
     more = overlay(tmp_path / "x.yaml", scenarios={"stdpopsim_papanu": {"simulations": 11}})
     jobs = planned(workflow, configfile=more)
     assert (jobs["simulate"], jobs["preprocess"], jobs["manifest"]) == (1, 5, 5)
@@ -219,12 +219,15 @@ def test_changed_training_retrains_from_there(workflow, tmp_path):
     assert not {"simulate", "preprocess", "manifest"} & jobs.keys()
 
 
-def test_settings_that_change_no_result_retrain_nothing(copy, tmp_path):
-    path = overlay(tmp_path / "x.yaml", training={"workers": 1, "save_every": 7, "validation_items": 4})
-    before = (copy / "results" / "narrow.ckpt").read_bytes()
-    snakemake("results/narrow.ckpt", cwd=copy, configfile=path)
-    assert "is finished: publishing" in (copy / "results" / "logs" / "train" / "narrow.log").read_text()
-    assert (copy / "results" / "narrow.ckpt").read_bytes() == before
+def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
+    neutral = {"workers": 1, "save_every": 7, "validation_items": 4, "log_every": 3, "storage": "disk"}
+    config = overlay(tmp_path / "x.yaml", training=neutral)
+    config.write_text(config.read_text() + "cluster: {runtime: 99}\n")
+    assert planned(workflow, configfile=config) == {}
+    # A job that runs for another reason is given them.
+    done = snakemake("-n", "-p", "--forcerun", "results/narrow.ckpt", cwd=workflow, configfile=config)
+    assert "--save-every=7 " in done.stdout + done.stderr
+    assert "runtime=99" in done.stdout + done.stderr
 
 
 def test_changed_evaluation_evaluates_only(workflow, tmp_path):

@@ -2,6 +2,7 @@
 
 cxt runs [--configfile my.yaml]             list them
 cxt runs --prune                            remove those of other lineages, after confirmation
+cxt runs --curves RUN --out FILE.png        draw the training curves of one
 """
 
 import argparse
@@ -10,6 +11,17 @@ from pathlib import Path
 
 from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
+
+
+def _draw_curves(directory: Path, out: Path) -> None:
+    from cxt.checkpoints.run_directory import RunDirectory
+    from cxt.checkpoints.training_log import read_log
+    from cxt.evaluation.figures import draw_losses  # imported late so that --help is quick
+
+    run = RunDirectory(directory)
+    if not run.log.is_file():
+        raise BadRequest(f"{directory} has no {run.log.name}; give a run directory, such as those that `cxt runs` lists")
+    draw_losses(read_log(run.log), out, title=directory.name)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,9 +37,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
     parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not use")
     parser.add_argument("--yes", action="store_true", help="with --prune: do not ask for confirmation")
+    parser.add_argument("--curves", type=Path, metavar="RUN", help="draw the training curves of a run directory, to --out")
+    parser.add_argument("--out", type=Path, help="with --curves: the figure to write, FILE.png")
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         raise BadRequest("--yes cannot be used without --prune")
+    if (args.curves is None) != (args.out is None):
+        raise BadRequest("--curves RUN and --out FILE.png must be given together")
+    if args.curves is not None:
+        _draw_curves(args.curves, args.out)
+        return
 
     from cxt.config.file import load  # imported late so that --help is quick
     from cxt.workflow.runs import format_runs, list_runs

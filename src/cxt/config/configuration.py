@@ -98,7 +98,7 @@ class Configuration(Section):
     """Preprocessed sets, by name. Simulation i of a variant is held out (`test`) if and only if i is a multiple of 10, in every
     dataset."""
     models: dict[Name, Model]
-    """Checkpoints to train, by name. Each becomes one Snakemake rule with one output, `results/<name>.ckpt`."""
+    """Checkpoints to train, by name. Each is published as `results/<name>.ckpt`."""
     training: TrainingSection = TrainingSection()
     """Training settings of all models; a model's own `training` overrides single keys."""
     cluster: Cluster = Cluster()

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
-from cxt.config.configuration import Configuration, Evaluation, Model
+from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, Resources
 from cxt.config.datasets import Dataset, Mask
 from cxt.config.network import Adapter, Architecture
 from cxt.config.scenarios import KIND_SECTIONS
@@ -38,6 +38,8 @@ TITLES: dict[str, type[Section]] = {
     "`models.<name>.architecture`": Architecture,
     "`models.<name>.adapter`": Adapter,
     "`training`, and `models.<name>.training`": TrainingSection,
+    "`models.<name>.resources`": Resources,
+    "`cluster`": Cluster,
     "`evaluation`": Evaluation,
 }
 

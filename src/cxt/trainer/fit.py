@@ -15,6 +15,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from cxt.checkpoints.file import load_weights, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.training_log import read_log
 from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
 from cxt.data.pair_dataset import open_dataset
@@ -23,7 +24,7 @@ from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
-from cxt.trainer.log import TrainingLog, read_log
+from cxt.trainer.log import TrainingLog
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.request import RunRequest

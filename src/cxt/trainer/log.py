@@ -1,8 +1,5 @@
 """training_log.csv, progress lines and the check for non-finite numbers."""
 
-import csv
-import io
-import math
 import os
 import time
 from pathlib import Path
@@ -10,21 +7,11 @@ from pathlib import Path
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from cxt.checkpoints.training_log import format_rows, keep_rows
 from cxt.console import get_logger
 from cxt.errors import Failed
-from cxt.io import atomic_write
 
 logger = get_logger(__name__)
-
-COLUMNS = (
-    "step", "epoch", "train_loss", "val_loss", "val_mse", "val_r", "lr", "grad_norm", "items_per_s", "data_wait", "seconds",
-)  # fmt: skip
-"""Columns of training_log.csv. A row describes one optimizer step: its loss (mean over its examples), learning rate and
-gradient norm before clipping; the validation after it, if there was one; and since the previous row, examples per second and
-the fraction of time spent waiting for data. `seconds` is the time spent training, including earlier attempts."""
-
-TIMING = ("items_per_s", "data_wait", "seconds")
-"""Columns that differ between identical runs."""
 
 MAX_LINE_SECONDS = 60
 """Longest time between two progress lines."""
@@ -191,7 +178,7 @@ class TrainingLog(Callback):
             return
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
         trainer.logger.log_metrics(numbers, row["step"])
-        text = _lines([row], header=not self.path.exists())
+        text = format_rows([row], header=not self.path.exists())
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -224,32 +211,3 @@ class TrainingLog(Callback):
         if waiting > MAX_WAIT_FRACTION and step - self._first_step >= 50 and not self._advised:
             self._advised = True
             logger.warning(f"{self.name}: training waits for data; more threads to prepare batches may help (workers: 2)")
-
-
-def _lines(rows: list[dict], *, header: bool) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
-
-
-def read_log(path) -> list[dict]:
-    """Rows of a training_log.csv: step and epoch as int, the rest as float or None; an incomplete last row is dropped."""
-    if not Path(path).exists():
-        return []
-    text = Path(path).read_text(encoding="utf-8")
-    rows = []
-    for row in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
-        rows.append({key: int(row[key]) if key in ("step", "epoch") else float(row[key] or math.nan) for key in COLUMNS})
-    return [{key: None if value != value else value for key, value in row.items()} for row in rows]
-
-
-def keep_rows(path, *, up_to: int) -> None:
-    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run will repeat."""
-    if not Path(path).exists():
-        return
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
-    atomic_write(path, "".join([_lines([], header=True), *kept]).encode())  # a full disk may have truncated the header

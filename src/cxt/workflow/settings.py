@@ -21,7 +21,7 @@ from cxt.workflow.lineages import (
 
 def write_settings(config: dict, kind: str, name: str) -> str:
     """The text of the settings file `paths.settings_path(kind, name)`."""
-    return yaml.safe_dump(KINDS[kind](config, name), sort_keys=True, default_flow_style=None, width=1_000_000)
+    return yaml.safe_dump(KINDS[kind](config, name), sort_keys=True)
 
 
 def _simulation(config: dict, variant: str) -> dict:
