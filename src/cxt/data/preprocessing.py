@@ -176,7 +176,7 @@ def preprocess_batch(
             raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
-    attributes |= {"missing": mask is not None, "scenario": identity["scenario"], "seed": identity["seed"]}
+    attributes |= {"missing": mask is not None, "scenario": identity["scenario"], "split": "", "seed": identity["seed"]}
     if lineage is not None:
         attributes["lineage"] = lineage
     for split, rows in simulations.items():
