@@ -732,7 +732,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
     output = capsys.readouterr().out
     assert output.count("current: ") == 6
-    assert output.count("not used by this configuration") == 2
+    assert output.count("not of this configuration") == 2
     held = locking_process(busy)
     with pytest.raises(BadRequest, match="there is no terminal; add --yes"):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")

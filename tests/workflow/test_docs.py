@@ -244,3 +244,15 @@ def test_readme_is_short_and_its_links_exist():
     assert len(readme.splitlines()) <= 150
     for link in re.findall(r"\]\((?!http)([^)#]+)", readme):
         assert (REPOSITORY / link).exists(), link
+
+
+@pytest.mark.slow
+def test_evaluations_of_another_checkpoint(here):
+    """With names of the tiny workflow in place of those of the example."""
+    found = commands_of("cxt", "evaluate")
+    assert len(found) == 2
+    for words in found:
+        words = [word.replace("two_islands", "narrow") if "/" in word else word for word in words]
+        words = ["narrow" if word == "broad" else word for word in words]
+        done = run_python(*words, cwd=here)
+    assert done.stdout.count("| narrow ") == 4  # two evaluations of one scenario, each with its mean

@@ -122,7 +122,8 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
     if path.suffix == ".ckpt" or len(path.parts) > 1:
         if path.is_file():
             return path
-        raise BadRequest(f"there is no checkpoint {path}")
+        there = [str(file) for file in sorted(path.parent.glob("*.ckpt"))]
+        raise BadRequest(f"there is no checkpoint {path.absolute()}{suggest_nearest(str(path), there) if there else ''}")
     directories = checkpoint_directories()
     for directory in directories:
         if (directory / f"{path}.ckpt").is_file():

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         prune(runs, yes=args.yes)
     else:
         print(format_runs(runs) if runs else f"there are no runs in {args.directory}")
+        if not args.configfile and any(run.model is None for run in runs):
+            print("Name your overlays, --configfile mine.yaml, if some of these runs are theirs.")
 
 
 def prune(runs: list, *, yes: bool) -> None:

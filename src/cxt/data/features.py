@@ -66,6 +66,11 @@ def check_genotypes(genotypes, *, stacklevel: int) -> np.ndarray:
         expected = "genotypes must be whole numbers, 0 for the ancestral allele and 1 for the derived one"
         if np.issubdtype(genotypes.dtype, np.floating) and (wrong := ~(genotypes == np.floor(genotypes))).any():
             site, haplotype = _locate_first(wrong)
+            if np.isnan(genotypes[site, haplotype]):
+                raise ValueError(
+                    f"genotypes hold NaN at site {site}, haplotype {haplotype}, which stands for missing data; remove such sites, "
+                    "and pass a mask of the positions where genotypes cannot be called"
+                )
             raise ValueError(f"{expected}, got {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}")
         raise ValueError(f"{expected}, got type {genotypes.dtype}. Convert them, as with `.astype('int8')`")
     for wrong in (genotypes < 0, genotypes == 255):

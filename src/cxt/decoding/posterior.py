@@ -67,6 +67,10 @@ class Posterior:
     pairs: np.ndarray
     edges: np.ndarray
 
+    def __repr__(self) -> str:
+        pairs, windows = self.distribution.shape[:2]
+        return f"<Posterior of {pairs} pairs in {windows} windows, {self.edges[0]:.0f} to {self.edges[-1]:.0f} bp>"
+
     @property
     def log_tmrca(self) -> np.ndarray:
         """Posterior mean of ln TMRCA, in ln generations: (pairs, windows) float64."""

@@ -247,12 +247,16 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
     haplotypes = genotypes.shape[1]
     if haplotypes < model.samples:
         raise BadRequest(
-            f"this model reads {model.samples} haplotypes, got {haplotypes}. Use a checkpoint for fewer, such as one with an "
-            f"adapter (the published broad_adapter reads 10), or train an adapter with `adapter_samples: {haplotypes}`"
+            f"this model reads {model.samples} haplotypes, got {haplotypes}. Use a checkpoint for fewer, such as broad_adapter, "
+            f"which reads 10, or train one: a dataset with `samples: {haplotypes}`, and a model with `adapter: {{}}` and "
+            "`checkpoint:` this model"
         )
     positions = np.asarray(positions)
     if positions.shape != genotypes.shape[:1]:
-        raise BadRequest(f"positions must hold one number for each of the {len(genotypes)} sites, got shape {positions.shape}")
+        transposed = "; genotypes must have a row for each site" if positions.shape == genotypes.shape[1:] else ""
+        raise BadRequest(
+            f"positions must hold one number for each of the {len(genotypes)} sites, got shape {positions.shape}{transposed}"
+        )
     positions = check_positions(positions, start=start, sequence_length=sequence_length)
     pairs = check_pairs(pairs, haplotypes)
     if not len(pairs):

@@ -61,7 +61,7 @@ def format_runs(runs: list[Run]) -> str:
     progress_width = max((len(run.progress) for run in runs), default=0)
     return "\n".join(
         f"{run.path.name:{width}}  {run.progress:{progress_width}}  {run.bytes / 1e6:9.1f} MB  "
-        + (f"current: {run.model}" if run.model else "not used by this configuration")
+        + (f"current: {run.model}" if run.model else "not of this configuration")
         for run in runs
     )
 
