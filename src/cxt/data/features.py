@@ -68,8 +68,8 @@ def check_genotypes(genotypes, *, stacklevel: int) -> np.ndarray:
             site, haplotype = _locate_first(wrong)
             if np.isnan(genotypes[site, haplotype]):
                 raise ValueError(
-                    f"genotypes hold NaN at site {site}, haplotype {haplotype}, which stands for missing data; remove such sites, "
-                    "and pass a mask of the positions where genotypes cannot be called"
+                    f"genotypes hold NaN at site {site}, haplotype {haplotype}, which stands for missing data; remove such "
+                    "sites, and pass a mask of the positions where genotypes cannot be called"
                 )
             raise ValueError(f"{expected}, got {genotypes[site, haplotype]} at site {site}, haplotype {haplotype}")
         raise ValueError(f"{expected}, got type {genotypes.dtype}. Convert them, as with `.astype('int8')`")

@@ -247,8 +247,8 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
     haplotypes = genotypes.shape[1]
     if haplotypes < model.samples:
         raise BadRequest(
-            f"this model reads {model.samples} haplotypes, got {haplotypes}. Use a checkpoint for fewer, such as broad_adapter, "
-            f"which reads 10, or train one: a dataset with `samples: {haplotypes}`, and a model with `adapter: {{}}` and "
+            f"this model reads {model.samples} haplotypes, got {haplotypes}. Use a checkpoint for fewer, such as broad_adapter "
+            f"for 10, or train one: a dataset with `samples: {haplotypes}`, and a model with `adapter: {{}}` and "
             "`checkpoint:` this model"
         )
     positions = np.asarray(positions)

@@ -135,8 +135,8 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
         outside.append(f"its windows do not contain the same sites at each of the scales {', '.join(map(str, scales))}")
     if outside:
         warnings.warn(
-            f"the input is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of estimates "
-            "there is unknown",
+            f"the input is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of "
+            "estimates there is unknown",
             OutsideTraining,
             stacklevel=3,  # the caller of `generate`
         )
