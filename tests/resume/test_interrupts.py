@@ -261,4 +261,4 @@ def test_failed_upstream_never_leaves_a_current_checkpoint(copy, long, tmp_path,
     output = process.communicate()[0]
     assert process.returncode == 1, output
     done = snakemake("-n", "results/narrow.ckpt", cwd=copy, configfile=changed)
-    assert "train_narrow" in done.stdout + done.stderr
+    assert "output: results/narrow.ckpt" in done.stdout + done.stderr

@@ -5,8 +5,8 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import threading
+import time
 from pathlib import Path
 
 import pytest

@@ -96,6 +96,10 @@ def test_batches_and_split():
     for n in range(1, 45):  # the published counts: test = ceil(n / 10)
         assert count_in_split(0, n, "test") == -(-n // 10)
         assert count_in_split(0, n, "train") + count_in_split(0, n, "test") == n
+    for start in range(25):
+        for n in range(25):
+            for split in ("train", "test"):
+                assert count_in_split(start, n, split) == sum(assign_split(i) == split for i in range(start, start + n))
     assert EVALUATION_START > 100_000_000
 
 

@@ -415,8 +415,8 @@ def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert (directory / "results/broad.ckpt").read_bytes() == before  # its parent was there
-    assert "train_two_islands" in done.stdout + done.stderr
-    assert "train_broad" not in done.stdout + done.stderr
+    assert "output: results/two_islands.ckpt" in done.stdout + done.stderr
+    assert "output: results/broad.ckpt" not in done.stdout + done.stderr
     table = json.loads((directory / targets[1]).read_text())
     assert np.isfinite(table["scenarios"]["two_islands"]["mse"])
     checkpoint = read_checkpoint(directory / targets[0])

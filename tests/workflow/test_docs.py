@@ -137,7 +137,7 @@ def test_paper_commands_are_planned(command, tmp_path):
     environment = {"STDPOPSIM_CACHE": str(maps_taken_as_present(tmp_path / "cache"))}
     words = [str(tmp_path) if word == "runs/paper" else word for word in shlex.split(command)[1:]]
     done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY, env=environment)
-    assert "train_broad_w200" in done.stdout + done.stderr
+    assert "output: results/broad_w200.ckpt" in done.stdout + done.stderr
 
 
 def test_plans(tmp_path):

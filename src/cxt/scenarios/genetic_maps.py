@@ -28,11 +28,17 @@ def get_genetic_map(spec: dict):
     return species.get_genetic_map(spec["genetic_map"])
 
 
+@functools.cache
+def _get_stdpopsim_version() -> str:
+    """Reading it from the installation takes a millisecond, and a plan needs it thousands of times."""
+    return importlib.metadata.version("stdpopsim")
+
+
 def catalogue_versions(spec: dict) -> list[str] | None:
     """Versions that a variant depends on besides its parameters: stdpopsim's catalogue, and its map's checksum; or None."""
     if spec["kind"] != "stdpopsim":
         return None
-    return [importlib.metadata.version("stdpopsim"), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
+    return [_get_stdpopsim_version(), *([get_genetic_map(spec).sha256] if "genetic_map" in spec else [])]
 
 
 def advise_on_missing_map(spec: dict) -> str:

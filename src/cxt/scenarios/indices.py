@@ -4,6 +4,10 @@ EVALUATION_START = 1_000_000_000
 """First index of evaluation simulations. Datasets use indices from 0 on; the configuration's bounds keep them below this."""
 
 
+HELD_OUT_EVERY = 10
+"""Of this many consecutive indices of a dataset, one is held out for testing."""
+
+
 def simulation_batches(*, simulations: int, batch: int, start: int = 0) -> list[tuple[int, int]]:
     """Group consecutive indices into simulation batches.
 
@@ -33,12 +37,13 @@ def assign_split(index: int) -> str:
 
     The rule is the same in all datasets, so that no checkpoint is tested on simulations that its ancestors were trained on.
     """
-    return "test" if index % 10 == 0 else "train"
+    return "test" if index % HELD_OUT_EVERY == 0 else "train"
 
 
 def count_in_split(start: int, count: int, split: str) -> int:
     """Number of indices among *start*, …, *start* + *count* - 1 that belong to *split*."""
-    return sum(assign_split(i) == split for i in range(start, start + count))
+    held_out = (start + count + HELD_OUT_EVERY - 1) // HELD_OUT_EVERY - (start + HELD_OUT_EVERY - 1) // HELD_OUT_EVERY
+    return held_out if split == "test" else count - held_out
 
 
 SPLITS = ("train", "test")
