@@ -31,13 +31,16 @@ rule train:
         neutral=lambda wildcards, output: settings.neutral_training_flags(config, wildcards.model),
         # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
         run=lambda wildcards: lineages.run_directory(config, wildcards.model),
+        # Snakemake removes the log of a job that is tried again.
+        tries=lambda wildcards, output: f"results/logs/train/{wildcards.model}-tries.log",
         # Of everything that the result depends on. If it changes, Snakemake runs the job again.
         lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
     # tee ignores the signals that end a job, so that the trainer can still say what it does about them. In a Slurm allocation
     # the trainer saves and ends before its time is up, and the profile's next try continues; there it also waits for a trainer
-    # that is still running, as after Snakemake was killed. The log of earlier tries is kept.
+    # that is still running, as after Snakemake was killed.
     shell:
-        "exec > >(trap '' INT TERM USR1; exec tee -a {log:q}) 2>&1; echo \"--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}\";"
+        "exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log:q}) 2>&1;"
+        ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}";'
         " exec python -m cxt.train"
         " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.neutral:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"

@@ -234,7 +234,7 @@ def test_benchmarks(tmp_path):
 
 def test_layout_is_described():
     text = (REPOSITORY / "results" / "README.md").read_text()
-    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "config/"):
+    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "settings/", "report/"):
         assert word in text
     assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "MIT"
 

@@ -263,7 +263,7 @@ def test_settings_of_another_configuration(workspace):
     # Only the dataset was edited: the batch is the planned one.
     pairs = configuration(workspace / "a.yaml")
     pairs["datasets"]["processed_narrow"] |= {"pairs": 3}
-    pairs["evaluation"] |= {"replicates": 2}
+    pairs["evaluation"] |= {"replicates": 7}
     with pytest.raises(BadRequest, match=refusal):
         preprocess(pairs, 0, settings=files["datasets"])
     words = ["--dataset", "results/datasets/processed_narrow", "--lineage", lineages.dataset_lineage(pairs, "processed_narrow")]

@@ -232,7 +232,7 @@ def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
 
 def test_changed_evaluation_evaluates_only(workflow, tmp_path):
     jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", evaluation={"replicates": 3}))
-    assert jobs == {"evaluate": 6, "accuracy_table": 1}
+    assert jobs == {"evaluate": 6, "accuracy_table": 1, "report_tables": 1}
 
 
 def test_changed_seed_makes_everything_again(workflow, tmp_path):

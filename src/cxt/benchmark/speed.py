@@ -72,10 +72,10 @@ def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, ba
         variant = list_variants("constant", scenario)[0]
         batch = Path(directory) / "batch"
         write_batch(batch, variant.spec, start=0, count=SIMULATIONS, seed=1)
-        shards = {split: [f"{split}/constant-0.zarr.zip"] for split in SPLITS}
-        for split, (shard,) in shards.items():
-            preprocess_batch(Path(directory) / shard, batch, spec, start=0, count=SIMULATIONS, split=split, mask=mask)
-        write_manifest(directory, shards)
+        shards = {split: f"{split}/constant-0.zarr.zip" for split in SPLITS}
+        outs = {split: Path(directory) / shard for split, shard in shards.items()}
+        preprocess_batch(outs, batch, spec, start=0, count=SIMULATIONS, mask=mask)
+        write_manifest(directory, {split: [shard] for split, shard in shards.items()})
         dataset = PairDataset(directory, "train", grid=Grid(network.grid_low, network.grid_high, network.bins))
         if len(dataset) < batch_size:
             raise BadRequest(f"--batch-size must be at most {len(dataset)}, the number of examples, got {batch_size}")
