@@ -5,7 +5,7 @@ CORES ?= 2
 VENV := .venv
 SNAKEMAKE := $(VENV)/bin/snakemake --logger cxt --cores $(CORES) --rerun-incomplete --show-failed-logs
 
-.PHONY: help run all test test-slow test-all test-resume test-fuzz record docs report lint format clean
+.PHONY: help run all test test-slow test-all test-resume test-cluster test-fuzz record docs report lint format clean
 
 help:
 	@echo "make run    simulate, preprocess and train up to results/broad_w200.ckpt, and print the accuracy table"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow      the tests that take seconds each, whole workflows and interrupted training"
 	@echo "make test-all       all tests, also those that take half a minute to minutes each"
 	@echo "make test-resume    interrupted training, twenty kills of each kind: takes long"
+	@echo "make test-cluster   the workflow on a Slurm of its own, by the shipped profile"
 	@echo "make test-fuzz      two hundred random damages to each kind of file: some ten minutes"
 	@echo "make report  figures, table, the graph of rules and run times as a page: build/report.zip"
 	@echo "make docs   the documentation site, in build/site"
@@ -48,6 +49,10 @@ report: $(VENV)/installed
 # `-k once_each`, one combination of each kind of training.
 test-resume: $(VENV)/installed-dev
 	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/resume/test_resume.py tests/resume/test_interrupts.py
+
+# A Slurm of its own on this machine, of Debian's packages munge, slurmctld and slurmd: some twenty minutes, as root.
+test-cluster: $(VENV)/installed-dev
+	$(VENV)/bin/python -m pytest tests/cluster
 
 test-fuzz: $(VENV)/installed-dev
 	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/unit/test_fuzz.py
