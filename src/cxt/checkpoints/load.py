@@ -22,10 +22,14 @@ def load_model(
 
     Parameters
     ----------
-    name_or_path : name such as "broad" (see `find_checkpoint`), or path of a `.ckpt` file (also of the original package), a run
-        directory, or an exported directory
-    device : torch device to put it on
-    best : for a run directory, load the weights of the lowest validation loss instead of the last ones
+    name_or_path : str or path-like
+        A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/` and
+        `~/.cache/cxt/checkpoints`; or the path of a `.ckpt` file (also of the original package), a run directory, or an exported
+        directory.
+    device : str or torch device
+        Where to put it.
+    best : bool
+        For a run directory, load the weights of the lowest validation loss instead of the last ones.
 
     Returns
     -------
