@@ -186,7 +186,7 @@ def with_value(value, dtype):
         ({"positions": np.array([5.0, 7.0]), "start": 50}, r"2 of 2 sites are outside .* from 50 to 150 bp"),
         ({"genotypes": with_value(255, np.uint8)}, "hold 255 at site 1, haplotype 3, which stands for missing data"),
         ({"genotypes": with_value(-1, np.int8)}, "hold -1 at site 1, haplotype 3, which stands for missing data"),
-        ({"genotypes": with_value(np.nan, float)}, "genotypes must be whole numbers, .*, got nan at site 1, haplotype 3"),
+        ({"genotypes": with_value(np.nan, float)}, "hold NaN at site 1, haplotype 3, which stands for missing data"),
         ({"genotypes": with_value(0.5, float)}, "genotypes must be whole numbers, .*, got 0.5 at site 1, haplotype 3"),
         ({"genotypes": with_value(1, float)}, "genotypes must be whole numbers, .*, got type float64. Convert them"),
         ({"genotypes": with_value("1", object)}, "genotypes must be whole numbers, .*, got type object"),
