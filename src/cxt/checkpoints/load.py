@@ -24,8 +24,8 @@ def load_model(
     ----------
     name_or_path : str or path-like
         A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/` and
-        `~/.cache/cxt/checkpoints`; or the path of a `.ckpt` file (also of the original package), a run directory, or an exported
-        directory.
+        `~/.cache/cxt/checkpoints`; or the path of a `.ckpt` file (also of the original package), a run directory, or an
+        exported directory.
     device : str or torch device
         Where to put it.
     best : bool
