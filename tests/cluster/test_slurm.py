@@ -1,9 +1,7 @@
 """The workflow on a real Slurm, by the shipped profile: `make test-cluster`."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -101,65 +99,3 @@ def test_configuration_edited_while_a_job_waits(slurm, place, stage, gone, targe
     logs = "".join(path.read_text() for path in (place / "results/logs").rglob("*.log")) + output
     assert "changed after this job was planned" in logs or "are not the planned ones: the settings" in logs
     assert not (place / target).exists()
-
-
-LONG = {"models": {"narrow": {"training": {"epochs": 2000, "validate_every": 10_000, "save_every": 1000}}}}
-"""Some two minutes of training."""
-
-
-@pytest.fixture(scope="module")
-def undisturbed(slurm, workflow, tmp_path_factory):
-    """The checkpoint of the long training, in one go."""
-    directory = shutil.copytree(workflow, tmp_path_factory.mktemp("undisturbed") / "w", symlinks=True)
-    finish(start(slurm, directory, "results/narrow.ckpt", **LONG))
-    return (directory / "results/narrow.ckpt").read_bytes()
-
-
-def is_training(place, slurm) -> bool:
-    """Whether the trainer has come some way."""
-    log = place / "results/logs/train/narrow-tries.log"
-    return bool(slurm.list_jobs("RUNNING")) and log.exists() and log.read_text().count("step ") > 1
-
-
-def prepare(place) -> None:
-    """Nothing but the training is to be done."""
-    (place / "results/narrow.ckpt").unlink()
-    (place / "results/logs/train/narrow-tries.log").unlink()
-
-
-def test_time_limit(slurm, place, undisturbed):
-    """Two minutes are too little: the trainer ends by itself before, and the next try continues exactly."""
-    prepare(place)
-    finish(start(slurm, place, "results/narrow.ckpt", retries=8, cluster={"runtime": 2}, **LONG))
-    tries = (place / "results/logs/train/narrow-tries.log").read_text()
-    assert tries.count("continuing from") >= 1
-    assert tries.count("training saves and stops") == tries.count("continuing from") + 1
-    assert "TIME LIMIT" not in tries
-    assert (place / "results/narrow.ckpt").read_bytes() == undisturbed
-
-
-def test_cancelled(slurm, place, undisturbed):
-    """`scancel` is seen, and the next try continues."""
-    prepare(place)
-    process = start(slurm, place, "results/narrow.ckpt", retries=2, **LONG)
-    wait_for("training", lambda: is_training(place, slurm), seconds=120)
-    slurm.call("scancel", *slurm.list_jobs("RUNNING"))
-    finish(process)
-    assert "continuing from" in (place / "results/logs/train/narrow-tries.log").read_text()
-    assert (place / "results/narrow.ckpt").read_bytes() == undisturbed
-
-
-def test_snakemake_is_killed(slurm, place, undisturbed):
-    """Its trainer lives on; the same command waits for it, and one trainer at a time writes."""
-    prepare(place)
-    process = start(slurm, place, "results/narrow.ckpt", **LONG)
-    wait_for("training", lambda: is_training(place, slurm), seconds=120)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert slurm.list_jobs("RUNNING")
-    unlock = [sys.executable, "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--directory", place, "--unlock"]
-    subprocess.run([*unlock, "--configfile", TINY, place / "overlay.yaml"], check=True, capture_output=True)
-    finish(start(slurm, place, "results/narrow.ckpt", **LONG))
-    tries = (place / "results/logs/train/narrow-tries.log").read_text()
-    assert "another trainer holds" in tries
-    assert (place / "results/narrow.ckpt").read_bytes() == undisturbed
