@@ -56,13 +56,13 @@ class Slurm:
             (programs / name).write_text(f'#!/bin/sh\n{first}\nexec {shutil.which(name)} "$@"\n')
             (programs / name).chmod(0o755)
 
-    def configure(self, *, key: Path) -> None:
-        """Write slurm.conf, with the partitions `cpu` and `gpu` on all nodes, and the limits of the partitions."""
+    def configure(self, *, munge_socket: Path) -> None:
+        """Write slurm.conf, with the partition `cpu` of all nodes, and the file of its limits."""
         host = socket.gethostname().split(".")[0]
         settings = {
             "ClusterName": "test", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": _find_free_port(),
             "SlurmUser": "root",
-            "AuthType": "auth/munge", "AuthInfo": f"socket={key}", "CredType": "cred/munge",
+            "AuthType": "auth/munge", "AuthInfo": f"socket={munge_socket}", "CredType": "cred/munge",
             "StateSaveLocation": self.directory / "state", "SlurmdSpoolDir": self.directory / "spool-%n",
             "SlurmctldPidFile": self.directory / "slurmctld.pid", "SlurmdPidFile": self.directory / "slurmd-%n.pid",
             "PlugStackConfig": self.directory / "plugstack.conf",
@@ -108,13 +108,13 @@ def running_slurm(directory: Path, *, nodes: int = 1) -> Iterator[Slurm]:
         key = directory / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        sockets = directory / "munge.socket"
+        munge_socket = directory / "munge.socket"
         launch(
-            "munged", "-F", f"--key-file={key}", f"--socket={sockets}", f"--pid-file={directory / 'munged.pid'}",
+            "munged", "-F", f"--key-file={key}", f"--socket={munge_socket}", f"--pid-file={directory / 'munged.pid'}",
             f"--log-file={directory / 'munge.log'}", f"--seed-file={directory / 'munge.seed'}",
         )  # fmt: skip
-        wait_for("munge", sockets.exists)
-        slurm.configure(key=sockets)
+        wait_for("munge", munge_socket.exists)
+        slurm.configure(munge_socket=munge_socket)
         launch("slurmctld", "-D", "-i", "-f", slurm.conf)
         for name in slurm.names:
             (directory / f"spool-{name}").mkdir()

@@ -193,6 +193,7 @@ def test_posterior_summaries():
     rng = np.random.default_rng(2)
     distribution = rng.dirichlet(np.ones(10), size=(2, 3)).astype(np.float32)
     posterior = cxt.Posterior(distribution, grid, np.array([[0, 1], [2, 5]]), np.array([0.0, 1000, 2000, 2500]))
+    assert repr(posterior) == "<Posterior of 2 pairs in 3 windows, 0 to 2500 bp>"
     np.testing.assert_allclose(posterior.log_tmrca, distribution @ (np.arange(10) + 0.5), rtol=1e-6)
     low, high = posterior.interval(0.5)
     for pair in range(2):

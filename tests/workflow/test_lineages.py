@@ -278,8 +278,11 @@ def test_settings_of_another_configuration(workspace):
 
 def test_a_settings_file_with_an_unknown_key(tmp_path):
     (tmp_path / "x.yaml").write_text("spce: {}\n")
-    with pytest.raises(BadRequest, match="x.yaml: unknown key 'spce'; did you mean 'spec'"):
-        call(simulate_stage, "--config", tmp_path / "x.yaml", "--count", 1, "--out", tmp_path / "x.trees.batch")
+    for words in (["--config", tmp_path / "x.yaml"], [f"--config={tmp_path / 'x.yaml'}"]):
+        with pytest.raises(BadRequest, match="x.yaml: unknown key 'spce'; did you mean 'spec'"):
+            call(simulate_stage, *words, "--count", 1, "--out", tmp_path / "x.trees.batch")
+    with pytest.raises(BadRequest, match="--config needs a YAML file"):
+        call(simulate_stage, "--count", 1, "--out", tmp_path / "x.trees.batch", "--config")
 
 
 NARROW = [

@@ -20,29 +20,46 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML file whose keys are the names of these flags; the command line takes precedence")
 
 
+def take_config_files(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split *argv* into the files of `--config FILE` or `--config=FILE`, in order, and all other words."""
+    files, others, words = [], [], iter(argv)
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag != "--config":
+            others.append(word)
+        elif not (file := value or next(words, "")):
+            raise BadRequest("--config needs a YAML file")
+        else:
+            files.append(file)
+    return files, others
+
+
+def read_config_file(path: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The settings in a file for `--config`; BadRequest for a key that is no flag of *parser*, with the nearest name."""
+    known = {action.dest for action in parser._actions} - {"help", "config"}
+    settings = read_yaml(path)
+    for key in settings:
+        if key not in known:
+            raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
+    return settings
+
+
 def insert_config(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
     """Replace `--config FILE` in *argv* by the settings in FILE, as leading arguments; a mapping or list becomes JSON.
 
     Raises
     ------
     BadRequest
-        If the file cannot be read, or has a key that is no flag of *parser*, with the nearest name.
+        If a file cannot be read, or has a key that is no flag of *parser*.
     """
-    if "--config" not in argv:
-        return argv
-    place = argv.index("--config")
-    if place + 1 == len(argv):
-        raise BadRequest("--config needs a YAML file")
-    path = argv[place + 1]
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    files, others = take_config_files(argv)
     words = []
-    for key, value in read_yaml(path).items():
-        if key not in known:
-            raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
-        if value is not None:
-            text = json.dumps(value) if isinstance(value, dict | list) else str(value)
-            words.append(f"--{key.replace('_', '-')}={text}")
-    return words + argv[:place] + argv[place + 2 :]
+    for path in files:
+        for key, value in read_config_file(path, parser).items():
+            if value is not None:
+                text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+                words.append(f"--{key.replace('_', '-')}={text}")
+    return words + others
 
 
 def find_problems(values: dict, accepted: dict[str, Any]) -> list[str]:

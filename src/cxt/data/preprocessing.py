@@ -176,9 +176,8 @@ def preprocess_batch(
             raise BadRequest(f"{batch}: none of the indices {start}..{start + count - 1} belongs to {split}")
     attributes = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "scales")}
     attributes["regions_per_simulation"] = spec.get("regions_per_simulation", 1)
-    attributes |= {"missing": mask is not None, "scenario": identity["scenario"], "split": "", "seed": identity["seed"]}
-    if lineage is not None:
-        attributes["lineage"] = lineage
+    attributes |= {"missing": mask is not None, "scenario": identity["scenario"]}
     for split, rows in simulations.items():
-        write_shard(outs[split], rows, attributes | {"split": split})
+        own = {"split": split, "seed": identity["seed"]} | ({} if lineage is None else {"lineage": lineage})
+        write_shard(outs[split], rows, attributes | own)
     return {split: len({preprocessed.index for preprocessed in rows}) for split, rows in simulations.items()}

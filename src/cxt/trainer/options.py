@@ -11,11 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
-from cxt.config.flags import check_flags
+from cxt.config.flags import check_flags, read_config_file, take_config_files
 from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
 from cxt.config.training import TrainingConfig
 from cxt.config.type_descriptions import list_choices
-from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
 
 
@@ -248,24 +247,15 @@ def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> l
     BadRequest
         For an unknown key in such a file, or an unknown flag, with the nearest name.
     """
-    known = {action.dest for action in parser._actions} - {"help", "config"}
     flags = {option for action in parser._actions for option in action.option_strings}
-    files, others, words = [], [], iter(argv)
-    for word in words:
-        flag, _, value = word.partition("=")
+    files, others = take_config_files(argv)
+    for word in others:
+        flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in flags:
             raise BadRequest(f"unknown flag {flag}{suggest_nearest(flag, flags)}")
-        if flag == "--config":
-            files.append(value or next(words, ""))
-        else:
-            others.append(word)
     settings = []
     for path in files:
-        if not path:
-            raise BadRequest("--config needs a YAML file")
-        for key, value in read_yaml(path).items():
-            if key not in known:
-                raise BadRequest(f"{path}: unknown key '{key}'{suggest_nearest(key, known)}")
+        for key, value in read_config_file(path, parser).items():
             if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
                 raise BadRequest(f"{path}: {key} must be a value that its flag accepts, not a mapping or a list of lists")
             settings += _as_words(key, value)
