@@ -8,14 +8,17 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from cxt.workflow import jobs, lineages, paths, settings
 from cxt.workflow.resources import (
+    check_placement,
     evaluation_memory_mb,
+    launch_command,
     preprocessing_memory_mb,
     request_gpus,
+    request_machines,
     training_memory_mb,
     training_minutes,
     training_threads,
 )
-from cxt.config.file import resolve
+from cxt.config.file import locate_files, resolve
 from cxt.config.models import build_training_config, get_parent
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
@@ -27,7 +30,7 @@ def checked(config):
     try:
         for path in workflow.configfiles:
             read_yaml(path)  # refuses keys given twice, which Snakemake does not
-        config = resolve(config)
+        config = resolve(locate_files(config, workflow.configfiles))
         jobs.check_plan(config)
         check_targets(config)
         costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])
@@ -174,14 +177,97 @@ def training_devices(wildcards):
     return jobs.get_device_count(config, wildcards.model)
 
 
+def models_by_machines(*, several):
+    """The models that several machines train together, or those that one machine trains."""
+    return [model for model in config["models"] if (jobs.get_machine_count(config, model) > 1) == several]
+
+
+def machine_resources():
+    """The resources of a rule that requests several machines, by the names that the Slurm executor knows."""
+    model = models_by_machines(several=True)[0]
+    return {
+        name: lambda wildcards, name=name: request_machines(config, wildcards.model)[name]
+        for name in request_machines(config, model)
+    }
+
+
+def launcher(wildcards, output):
+    """What starts the trainer on each of several machines; nothing for one. (Snakemake does not compare it between runs.)"""
+    several = jobs.get_machine_count(config, wildcards.model) > 1
+    return launch_command(config, wildcards.model) if several else []
+
+
 def evaluation_devices(wildcards):
     return min(1, training_devices(wildcards))
+
+
+def models_by_machines(*, several):
+    """The models that several machines train together, or those that one machine trains."""
+    return [model for model in config["models"] if (jobs.get_machine_count(config, model) > 1) == several]
+
+
+def machine_resources():
+    """The resources of a rule that requests several machines, by the names that the Slurm executor knows."""
+    model = models_by_machines(several=True)[0]
+    return {
+        name: lambda wildcards, name=name: request_machines(config, wildcards.model)[name]
+        for name in request_machines(config, model)
+    }
+
+
+def launcher(wildcards, output):
+    """What starts the trainer on each of several machines; nothing for one. (Snakemake does not compare it between runs.)"""
+    several = jobs.get_machine_count(config, wildcards.model) > 1
+    return launch_command(config, wildcards.model) if several else []
+
+
+def evaluation_devices(wildcards):
+    return min(1, training_devices(wildcards))
+
+
+def training_runtime(wildcards):
+    """Minutes of each try, or exit status 2 if the machines and GPUs of a model yet to be trained cannot be had."""
+    if workflow.is_main_process and not os.path.exists(paths.checkpoint_path(wildcards.model)):
+        limit = workflow.global_resources.get("gpu")
+        try:
+            check_placement(
+                config,
+                wildcards.model,
+                gpus=None if limit is None else limit.value,
+                executor=workflow.executor_plugin.name,
+                partitions=os.environ["SNAKEMAKE_SLURM_PARTITIONS"],
+            )
+        except BadRequest as error:
+            print(f"cxt: {error}", file=sys.stderr)
+            sys.exit(2)
+    return training_minutes(config, wildcards.model)
 
 
 def parent_of(model):
     """The checkpoint that a model starts from as a list of inputs: one file or none."""
     parent = get_parent(config["models"][model])
     return [] if parent is None else [paths.checkpoint_path(parent)]
+
+
+def checked_parent(wildcards):
+    """The same, or exit status 2 if the machines and GPUs of a model yet to be trained cannot be had.
+
+    An input function, because Snakemake makes exit status 1 of an exit in a resource function.
+    """
+    if workflow.is_main_process and not os.path.exists(paths.checkpoint_path(wildcards.model)):
+        limit = workflow.global_resources.get("gpu")
+        try:
+            check_placement(
+                config,
+                wildcards.model,
+                gpus=None if limit is None else limit.value,
+                executor=workflow.executor_plugin.name,
+                partitions=os.environ["SNAKEMAKE_SLURM_PARTITIONS"],
+            )
+        except BadRequest as error:
+            print(f"cxt: {error}", file=sys.stderr)
+            sys.exit(2)
+    return parent_of(wildcards.model)
 
 
 def parent_flag(wildcards, input):

@@ -57,6 +57,8 @@ rule evaluate:
         devices=lambda wildcards, resources: resources.get("gpu", evaluation_devices(wildcards)),
         threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
+        # Not an output: what a checkpoint of the same bytes was evaluated to before, which is then published again.
+        finished=lambda wildcards, output: "results/evaluation/finished",
         checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
         lineage=lambda wildcards: lineages.evaluation_lineage(config, wildcards.model),
     shell:
@@ -64,6 +66,7 @@ rule evaluate:
         " --config {input.settings:q} --checkpoint {input.checkpoint:q} --simulations {params.simulations:q} {params.mask:q}"
         " --devices {params.devices} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
         " --lineage {params.lineage} --out {output.figures:q} --figures {params.prefix:q}"
+        " --finished {params.finished:q}"
 
 
 rule accuracy_table:

@@ -8,9 +8,11 @@ rule train:
         manifest=lambda wildcards: f"{paths.dataset_directory(dataset_of(wildcards.model))}/dataset.json",
         # Training reads what the manifest lists; a shard matters only when it is gone.
         shards=lambda wildcards: ancient(paths.shard_paths(config, dataset_of(wildcards.model))),
-        parent=lambda wildcards: parent_of(wildcards.model),
+        parent=checked_parent,
     output:
         "results/{model}.ckpt",
+    wildcard_constraints:
+        model=one_of(models_by_machines(several=False)),
     log:
         "results/logs/train/{model}.log",
     benchmark:
@@ -29,6 +31,7 @@ rule train:
         parent=parent_flag,
         # Snakemake does not compare params that depend on `output`: these settings change no result.
         neutral=lambda wildcards, output: settings.neutral_training_flags(config, wildcards.model),
+        launch=launcher,
         # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
         run=lambda wildcards: lineages.run_directory(config, wildcards.model),
         # Snakemake removes the log of a job that is tried again.
@@ -41,7 +44,19 @@ rule train:
     shell:
         "exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log:q}) 2>&1;"
         ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}";'
-        " exec python -m cxt.train"
+        " exec {params.launch:q} python -m cxt.train"
         " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.neutral:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"
         " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"
+
+
+if models_by_machines(several=True):
+
+    # Several machines train a model together: its job gets them from Slurm, and starts one trainer on each.
+    use rule train as train_on_machines with:
+        wildcard_constraints:
+            model=one_of(models_by_machines(several=True)),
+        resources:
+            **machine_resources(),
+            mem_mb=lambda wildcards: training_memory_mb(config, wildcards.model),
+            runtime=lambda wildcards: training_minutes(config, wildcards.model),

@@ -49,12 +49,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--figures", help="prefix of the figures: PREFIX-tracks.png, PREFIX-scatter.png and PREFIX-calibration.png"
     )
+    parser.add_argument(
+        "--finished",
+        type=Path,
+        help="directory of finished evaluations; one of this --lineage and the same checkpoint is published again",
+    )
     add_verbosity_flags(parser)
     args = parser.parse_args(insert_config(sys.argv[1:] if argv is None else argv, parser))
     set_verbosity(args)
     check_flags(args, threads=Threads)
 
     # Imported late so that --help is quick.
+    from cxt.checkpoints.load import find_checkpoint
+    from cxt.evaluation.finished import finished_directory, keep_finished, publish_finished
     from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
     from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 
@@ -84,11 +91,20 @@ def main(argv: list[str] | None = None) -> None:
         mask = identify_mask_from_flags(args)
         computed = derive_evaluation_lineage(spec, batches=lineages, mask=mask, checkpoint=args.checkpoint_lineage)
         check_planned(computed, args.lineage, target=args.out)
+    elif args.finished is not None:
+        raise BadRequest("--finished needs --lineage, which tells evaluations apart")
     if args.devices:
         import torch
 
         if not torch.cuda.is_available():
             raise BadRequest("--devices 1, but torch sees no GPU; use --devices 0")
+    finished = None
+    if args.finished is not None:
+        path, device = find_checkpoint(args.checkpoint), "cuda" if args.devices else "cpu"
+        finished = finished_directory(args.finished, lineage=args.lineage, checkpoint=path, device=device)
+        if publish_finished(finished, out=args.out, figures=args.figures):
+            logger.info(f"{path}: evaluated before ({finished}); published again")
+            return
     mask = read_mask_from_flags(args)
     with progress_only():
         result, tracks = evaluate(
@@ -106,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     problem = try_drawing(lambda: draw_figures(tracks, args.figures, result, window_size=spec["window_size"]))
     if problem:
         raise Failed(f"the accuracy was written to {args.out}, but the figures could not be drawn ({problem})")
+    if finished is not None:
+        keep_finished(finished, out=args.out, figures=args.figures)
 
 
 if __name__ == "__main__":

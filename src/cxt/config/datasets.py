@@ -21,7 +21,7 @@ class Mask(Section):
 
     path: Text | None = None
     """A BED file of intervals (`.bed`, `.bed.gz`), or a .npz file with an array of one value per base (true and false, or 0 and
-    1); `marks` says what they mean. The plan and the logs report the accessible fraction. Relative to the working directory.
+    1); `marks` says what they mean. The plan and the logs report the accessible fraction. Relative to the configuration file.
     Without it, a synthetic mask is made."""
     key: Text = "accessible"
     """Name of the array in the .npz file."""

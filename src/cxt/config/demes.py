@@ -22,7 +22,7 @@ def read_demes(demography: str | dict, *, at: str) -> dict:
         if not path.is_file():
             raise BadRequest(
                 f"{at}.demography: there is no file {path.absolute()}; set it to the path of a Demes YAML file, absolute or "
-                "relative to the working directory (snakemake's --directory)"
+                "relative to the configuration file that names it"
             )
         at = f"{at}.demography: {path}"
     else:

@@ -1,5 +1,9 @@
 """Reading configuration files, merging overlays, and resolving the configuration."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
 from cxt.config.shipped import default_configfile, find_configfile
@@ -24,15 +28,59 @@ def without_nulls(value):
     return value
 
 
+NAMED_FILES = (("scenarios", "demography"), ("datasets", "mask", "path"))
+"""Where a configuration names files: section, then keys of each of its entries."""
+
+
+def locate_files(config: dict, configfiles: Sequence) -> dict:
+    """Make the paths in a configuration, which are relative to the file that names them, valid in the working directory.
+
+    Parameters
+    ----------
+    config : dict
+        Merged from *configfiles*, and perhaps the command line, whose paths are relative to the working directory.
+    configfiles : sequence of path-like
+        In the order in which they were merged.
+    """
+    contents = [(Path(path).absolute().parent, read_yaml(path)) for path in configfiles]
+    for section, *keys in NAMED_FILES:
+        entries = config.get(section)
+        for name in entries if isinstance(entries, dict) else ():
+            found = _look_up(config, [section, name, *keys])
+            if not isinstance(found, str) or os.path.isabs(found):
+                continue
+            directories = [where for where, content in contents if _look_up(content, [section, name, *keys]) == found]
+            if directories:
+                path = os.path.relpath(directories[-1] / found)
+                path = os.path.abspath(path) if path.startswith(os.pardir) else path
+                config = merge(config, _nest([section, name, *keys], path))
+    return config
+
+
+def _look_up(config, keys: Sequence[str]):
+    """The value of nested *keys*; None if there is none."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _nest(keys: Sequence[str], value) -> dict:
+    """A mapping in which nested *keys* have *value*."""
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
 def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
     """The checked configuration: the default one, with *configfiles* merged into it in order and defaults filled in.
 
     Raises BadRequest for anything that `resolve` refuses.
     """
-    config = read_yaml(default)
-    for path in configfiles:
-        config = merge(config, read_yaml(find_configfile(path)))
-    return resolve(config)
+    paths = [default, *map(find_configfile, configfiles)]
+    config: dict = {}
+    for path in paths:
+        config = merge(config, read_yaml(path))
+    return resolve(locate_files(config, paths))
 
 
 def resolve(config: dict) -> dict:

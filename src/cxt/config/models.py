@@ -64,9 +64,9 @@ def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
 
 
 def build_training_config(config: dict, name: str) -> TrainingConfig:
-    """The training settings of model *name*; `devices` is a resource of the rule, not a setting of the trainer."""
+    """The training settings of model *name*; `devices` and `nodes` are resources of the rule, not settings of the trainer."""
     settings = config["training"] | config["models"][name].get("training", {})
-    settings = {key: value for key, value in settings.items() if key != "devices"}
+    settings = {key: value for key, value in settings.items() if key not in ("devices", "nodes")}
     return TrainingConfig(**settings)
 
 

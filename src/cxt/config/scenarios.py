@@ -159,7 +159,7 @@ class Demes(Combined, Coalescent, Scenario):
     kind: Literal["demes"]
     """A demography in the Demes format."""
     demography: Annotated[Text | dict[str, Any], Expected("the path of a Demes file, or its content")]
-    """Path of a Demes YAML file (absolute, or relative to the working directory), or its content."""
+    """Path of a Demes YAML file (absolute, or relative to the configuration file), or its content."""
     samples: Annotated[
         dict[Text, PositiveInteger],
         Expected("a mapping from demes to numbers of diploid individuals, all sampled at time 0"),

@@ -8,6 +8,7 @@ from cxt.config.bounds import (
     Devices,
     Flag,
     Fraction,
+    Machines,
     NonNegative,
     NonNegativeInteger,
     Positive,
@@ -139,7 +140,9 @@ class TrainingSection(TrainingFields):
     """Training settings of all models; a model's own `training` overrides single keys."""
 
     devices: Devices = 0
-    """GPUs that the train rule requests; 0 = CPU. Several GPUs train with DDP."""
+    """GPUs of each machine that the train rule requests; 0 = CPU. Several GPUs train with DDP."""
+    nodes: Machines = 1
+    """Machines that train one model together, each with `devices` GPUs. More than one needs a Slurm cluster."""
 
 
 class TrainingOverrides(TrainingSection):

@@ -86,7 +86,7 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     training, network = build_training_config(config, name), build_network_config(config, name)
     adapter = build_adapter_config(config, name)
     dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
-    world = max(1, devices)
+    world, machines = jobs.get_world_size(config, name), jobs.get_machine_count(config, name)
     examples = jobs.count_examples(config, dataset, "train")
     try:
         steps = steps_per_epoch(examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
@@ -102,12 +102,13 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     return {
         "devices": devices,
+        "nodes": machines,
         "steps": training.epochs * steps,
         "effective_batch": training.batch_size * training.grad_accum * world,
         "flops": flops,
         "gpu_hours": seconds / 3600 if devices else 0.0,
         "core_hours": 0.0 if devices else seconds / 3600,
-        "hours": seconds / 3600 / (devices or training.threads),
+        "hours": seconds / 3600 / machines / (devices or training.threads),
     }
 
 
@@ -180,6 +181,12 @@ def _longest_batch(config: dict, variant: Variant) -> int:
     return max(min(variant.batch, variant.simulations), evaluation)
 
 
+def _describe_devices(model: dict) -> str:
+    """GPUs of a planned model, on how many machines."""
+    devices = str(model["devices"] or "CPU")
+    return devices if model["nodes"] == 1 else f"{model['nodes']} x {devices}"
+
+
 def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: bool = False) -> str:
     """The plan as tables for a terminal; with *all_variants*, one row per variant instead of per scenario."""
     rows = []
@@ -219,7 +226,7 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     )
     out.append("")
     rows = [
-        [name, p["devices"] or "CPU", p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
+        [name, _describe_devices(p), p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
          _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
         for name, p in planned["models"].items()
     ]  # fmt: skip

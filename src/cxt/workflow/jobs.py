@@ -69,7 +69,7 @@ def check_plan(config: dict) -> None:
                 examples=count_examples(config, model["dataset"], "train"),
                 batch_size=training.batch_size,
                 grad_accum=training.grad_accum,
-                world=max(1, get_device_count(config, name)),
+                world=get_world_size(config, name),
             )
         except BadRequest as error:
             raise BadRequest(f"models.{name}: {error}") from None
@@ -152,8 +152,18 @@ def variant_table(config: dict, dataset: str) -> dict[str, tuple[int, int]]:
 
 
 def get_device_count(config: dict, model: str) -> int:
-    """GPUs that a model's train rule requests; 0 = CPU."""
+    """GPUs of each machine that a model's train rule requests; 0 = CPU."""
     return config["models"][model].get("training", {}).get("devices", config["training"]["devices"])
+
+
+def get_machine_count(config: dict, model: str) -> int:
+    """Machines that train a model together."""
+    return config["models"][model].get("training", {}).get("nodes", config["training"]["nodes"])
+
+
+def get_world_size(config: dict, model: str) -> int:
+    """Devices, on all machines, among which a model's batches are distributed."""
+    return max(1, get_device_count(config, model)) * get_machine_count(config, model)
 
 
 # Stage 4

@@ -24,6 +24,7 @@ from cxt.workflow.jobs import (
     evaluation_scenarios,
     evaluation_spec,
     get_device_count,
+    get_machine_count,
     list_evaluation_batches,
     mask_spec,
 )
@@ -92,9 +93,9 @@ def model_lineage(config: dict, name: str) -> str:
     )
     settings = build_training_settings(config, name)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
-    return stage_lineage(
-        "train", settings, get_device_count(config, name), dataset_lineage(config, model["dataset"]), inherited
-    )
+    devices, machines = get_device_count(config, name), get_machine_count(config, name)
+    placement = devices if machines == 1 else [devices, machines]  # as it was before there were several machines
+    return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited)
 
 
 def evaluation_batches(config: dict, model: str) -> list[dict]:

@@ -1,7 +1,9 @@
-"""Memory and threads that the workflow's jobs request from the scheduler."""
+"""Memory, threads, GPUs and machines that the workflow's jobs request from the scheduler."""
 
 from cxt.config.models import build_network_config, build_training_config
-from cxt.workflow.jobs import collect_variants, get_device_count
+from cxt.config.yaml import read_yaml
+from cxt.errors import BadRequest
+from cxt.workflow.jobs import collect_variants, get_device_count, get_machine_count
 
 
 def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_bytes: float) -> int:
@@ -51,6 +53,78 @@ def request_gpus(config: dict, count: int) -> dict[str, int | str]:
     else:
         gpus = {"gpu": count}
     return gpus | ({"constraint": cluster["constraint"] if count else ""} if "constraint" in cluster else {})
+
+
+def request_machines(config: dict, name: str) -> dict[str, int | str]:
+    """The resources with which a model's training requests several machines from Slurm, with its GPUs on each.
+
+    `--gpus` would count those of all machines, so that the GPUs are requested as `gres`, which counts those of each.
+    """
+    machines, devices = get_machine_count(config, name), get_device_count(config, name)
+    per_machine = request_gpus(config | {"cluster": config["cluster"] | {"gpu_request": "gres"}}, devices)
+    return per_machine | {"gpu": 0, "mpi": "srun", "nodes": machines, "tasks": machines, "tasks_per_gpu": 0}
+
+
+def launch_command(config: dict, name: str) -> list[str]:
+    """The command that starts one process of the trainer on each machine of an allocation."""
+    machines, devices = get_machine_count(config, name), get_device_count(config, name)
+    gpus = [f"--gres={request_machines(config, name)['gres']}"] if devices else []
+    threads = f"--cpus-per-task={training_threads(config, name)}"
+    return ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", threads, "--cpu-bind=q", *gpus]
+
+
+def check_placement(config: dict, name: str, *, gpus: int | None, executor: str, partitions: str) -> None:
+    """Check that the machines and GPUs that a model is configured to train on can be had.
+
+    Parameters
+    ----------
+    config, name : dict, str
+        Configuration and model.
+    gpus : int, optional
+        Limit of Snakemake's resource `gpu`, if there is one.
+    executor : str
+        Snakemake's executor: `local`, `slurm`, `dryrun`, which may stand for any, or another one, which is not checked.
+    partitions : str
+        The file with the limits of Slurm's partitions.
+
+    Raises
+    ------
+    BadRequest
+        If they cannot be had, with settings that train on what there is with the same effective batch if possible.
+    """
+    machines, devices = get_machine_count(config, name), get_device_count(config, name)
+    if executor == "local" and machines > 1:
+        raise BadRequest(
+            f"models.{name}: training.nodes is {machines}, but this run uses one machine. Run on a Slurm cluster "
+            f"(--profile workflow/profiles/slurm), or train on one machine: {_same_batch(config, name, machines * devices)}"
+        )
+    if executor in ("local", "dryrun") and gpus is not None and devices > gpus:
+        raise BadRequest(
+            f"models.{name}: training.devices is {devices}, but this run may use {_count_gpus(gpus)}: `gpu` of "
+            f"--resources, or of the profile. Raise it if the machine has more, or train with {_same_batch(config, name, gpus)}"
+        )
+    if executor == "slurm":
+        limits = read_yaml(partitions).get("partitions", {})
+        most = max((limit.get("max_gpu", 0) for limit in limits.values()), default=0)
+        if devices > most:
+            raise BadRequest(
+                f"models.{name}: training.devices is {devices}, but no partition in {partitions} gives a job more than "
+                f"{_count_gpus(most)} (max_gpu). Correct that file, or train with {_same_batch(config, name, most)}"
+            )
+
+
+def _count_gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count or 'no'} GPUs"
+
+
+def _same_batch(config: dict, name: str, devices: int) -> str:
+    """Settings for *devices* GPUs on one machine, with the same effective batch if there is a whole number for it."""
+    training = build_training_config(config, name)
+    world = max(1, get_device_count(config, name)) * get_machine_count(config, name)
+    accumulation = training.grad_accum * world / max(1, devices)
+    keep = f", grad_accum: {accumulation:g}" if accumulation.is_integer() else ""
+    cpu = "" if devices else " (on the CPU)"
+    return f"`training: {{nodes: 1, devices: {devices}{keep}}}`{cpu}"
 
 
 def training_threads(config: dict, name: str) -> int:

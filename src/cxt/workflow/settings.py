@@ -8,7 +8,7 @@ import yaml
 
 from cxt.config.models import build_training_settings, get_parent
 from cxt.config.training import list_result_neutral_settings
-from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, mask_spec
+from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
 from cxt.workflow.lineages import (
     dataset_lineage,
     evaluation_batches,
@@ -49,6 +49,8 @@ def _model(config: dict, model: str) -> dict:
         "settings_lineage": model_lineage(config, model),
         "dataset_lineage": dataset_lineage(config, config["models"][model]["dataset"]),
     }
+    if (machines := get_machine_count(config, model)) > 1:
+        settings["nodes"] = machines
     parent = get_parent(config["models"][model])
     return settings if parent is None else settings | {"parent_lineage": model_lineage(config, parent)}
 

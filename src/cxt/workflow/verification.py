@@ -18,10 +18,10 @@ def _devices(record: dict) -> str:
 def _effective_batch(config: dict, name: str) -> int:
     """Examples per optimizer step of a model of the configuration."""
     from cxt.config.models import build_training_config
-    from cxt.workflow.jobs import get_device_count
+    from cxt.workflow.jobs import get_world_size
 
     training = build_training_config(config, name)
-    return training.batch_size * training.grad_accum * max(1, get_device_count(config, name))
+    return training.batch_size * training.grad_accum * get_world_size(config, name)
 
 
 def verify(path, *, configfiles) -> str:
@@ -38,7 +38,7 @@ def verify(path, *, configfiles) -> str:
     """
     from cxt.config.file import load
     from cxt.config.models import get_parent
-    from cxt.workflow.jobs import get_device_count
+    from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
 
@@ -69,11 +69,11 @@ def verify(path, *, configfiles) -> str:
         "parent": record["parent"] and record["parent"].get("lineage"),
         "devices": _devices(record),
     }
-    wanted = get_device_count(config, name)
+    kind = "gpu" if get_device_count(config, name) else "cpu"
     expected = {
         "dataset": dataset_lineage(config, model["dataset"]),
         "parent": parent_name and model_lineage(config, parent_name),
-        "devices": f"{max(1, wanted)} {'gpu' if wanted else 'cpu'}, effective batch {_effective_batch(config, name)}",
+        "devices": f"{get_world_size(config, name)} {kind}, effective batch {_effective_batch(config, name)}",
     }
     if differences := [
         f"{key} {recorded[key]} instead of {expected[key]}" for key in recorded if recorded[key] != expected[key]
