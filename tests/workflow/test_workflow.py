@@ -107,10 +107,6 @@ def test_evaluation_simulations_are_in_no_dataset(workflow):
     assert "1000000000" not in manifest
 
 
-def test_second_run_does_nothing(workflow):
-    assert planned(workflow) == {}
-
-
 def test_the_published_graph(workflow):
     dot = snakemake("--dag", "dot", "--forceall", cwd=workflow).stdout
     model = dict(re.findall(r'(\d+)\[label = "train\\nmodel: ([^"]+)"', dot))
@@ -164,24 +160,6 @@ def test_deleted_shard_is_rebuilt_when_training_needs_it(copy):
     assert "simulate" not in jobs
 
 
-def test_reordered_keys_change_nothing(workflow, tmp_path):
-    config = yaml.safe_load(TINY.read_text())
-
-    def reverse(value):
-        return {key: reverse(value[key]) for key in reversed(value)} if isinstance(value, dict) else value
-
-    path = tmp_path / "reordered.yaml"
-    path.write_text(yaml.safe_dump(reverse(config), sort_keys=False))
-    assert planned(workflow, configfile=path) == {}
-
-
-def test_more_simulations_simulate_only_the_new(workflow, tmp_path):
-    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", scenarios={"constant": {"simulations": 35}}))
-    assert jobs["simulate"] == 2
-    assert jobs["preprocess"] == 3 * 2  # three datasets, two new batches
-    assert trained(jobs) == set(MODELS)
-
-
 def test_growth_by_a_tenth(workflow, tmp_path):
     """The last batch, which takes in the one more, the five datasets that use it, their checkpoints and those below."""
     more = overlay(tmp_path / "x.yaml", scenarios={"stdpopsim_papanu": {"simulations": 11}})
@@ -212,13 +190,6 @@ def test_changed_scenario_rebuilds_what_uses_it(workflow, tmp_path):
     assert "simulate" not in jobs
 
 
-def test_changed_training_retrains_from_there(workflow, tmp_path):
-    slower = {"w200_wmissing": {"training": {"lr": 2e-4, "min_lr": 1e-5}}}
-    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", models=slower))
-    assert trained(jobs) == {"w200_wmissing"}
-    assert not {"simulate", "preprocess", "manifest"} & jobs.keys()
-
-
 def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
     neutral = {"workers": 1, "save_every": 7, "validation_items": 4, "log_every": 3, "storage": "disk"}
     config = overlay(tmp_path / "x.yaml", training=neutral)
@@ -230,25 +201,11 @@ def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
     assert "runtime=99" in done.stdout + done.stderr
 
 
-def test_changed_evaluation_evaluates_only(workflow, tmp_path):
-    jobs = planned(workflow, configfile=overlay(tmp_path / "x.yaml", evaluation={"replicates": 3}))
-    assert jobs == {"evaluate": 6, "accuracy_table": 1, "report_tables": 1}
-
-
-def test_changed_seed_makes_everything_again(workflow, tmp_path):
-    path = tmp_path / "x.yaml"
-    path.write_text(TINY.read_text() + "seed: 2\n")
-    jobs = planned(workflow, configfile=path)
-    assert jobs["simulate"] == 5
-    assert trained(jobs) == set(MODELS)
-
-
 @pytest.mark.parametrize(
     ("stage", "first", "not_run"),
     [
         ("simulate", "simulate", set()),
         ("preprocess", "preprocess", {"simulate"}),
-        ("train", "train_narrow", {"simulate", "preprocess", "manifest"}),
         ("evaluate", "evaluate", {"simulate", "preprocess", "manifest", "train_narrow"}),
     ],
 )
