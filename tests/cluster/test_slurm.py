@@ -1,6 +1,7 @@
 """The workflow on a real Slurm, by the shipped profile: `make test-cluster`."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.repository import REPOSITORY, TINY
 from helpers.slurm import missing_programs, running_slurm, wait_for
+
+from cxt.checkpoints.file import read_checkpoint
 
 pytestmark = [
     pytest.mark.cluster,
@@ -26,7 +30,7 @@ MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w2
 def slurm():
     directory = Path(tempfile.mkdtemp(prefix="cxt-slurm-", dir="/tmp"))  # a short path
     directory.chmod(0o755)
-    with running_slurm(directory) as running:
+    with running_slurm(directory, nodes=2) as running:
         yield running
     shutil.rmtree(directory)
 
@@ -99,3 +103,61 @@ def test_configuration_edited_while_a_job_waits(slurm, place, stage, gone, targe
     logs = "".join(path.read_text() for path in (place / "results/logs").rglob("*.log")) + output
     assert "changed after this job was planned" in logs or "are not the planned ones: the settings" in logs
     assert not (place / target).exists()
+
+
+def sbatch_calls(slurm, start_at: int) -> list[str]:
+    return slurm.calls.read_text().splitlines()[start_at:] if slurm.calls.exists() else []
+
+
+def test_two_machines_train_as_one_with_two_devices(slurm, place):
+    """The job's processes come by srun, one on each machine; the weights are those of one machine with two."""
+    (place / "results/narrow.ckpt").unlink()
+    before = len(sbatch_calls(slurm, 0))
+    finish(start(slurm, place, "results/narrow.ckpt", models={"narrow": {"training": {"nodes": 2}}}))
+    assert any(" --nodes=2 " in call and " --ntasks=2 " in call and " -p cpu " in call for call in sbatch_calls(slurm, before))
+    trained = read_checkpoint(place / "results/narrow.ckpt")
+    assert trained.record["devices"] == 2
+    run = [
+        sys.executable, "-m", "cxt.train", "--config", place / "results/settings/models/narrow.yaml", "--nodes", "1",
+        "--accelerator", "cpu", "--devices", "2", "--dataset-path", place / "results/datasets/processed_narrow",
+        "--run-dir", place / "one", "--out", place / "one.ckpt", "--lineage", trained.record["lineage"],
+    ]  # fmt: skip
+    subprocess.run(run, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, cwd=place)
+    alone = read_checkpoint(place / "one.ckpt").state_dict
+    assert all(torch.equal(alone[name], tensor) for name, tensor in trained.state_dict.items())
+
+
+@pytest.mark.parametrize(
+    ("overlay", "words"),
+    [
+        ({}, ["--gpus=1", "--nodes=1"]),
+        ({"cluster": {"gpu_model": "fake"}}, ["--gpus=fake:1", "--nodes=1"]),
+        ({"cluster": {"gpu_request": "gres", "gpu_model": "fake"}}, ["--gres=gpu:fake:1", "--nodes=1"]),
+        ({"models": {"narrow": {"training": {"devices": 1, "nodes": 2}}}}, ["--gres=gpu:1", "--nodes=2", "--ntasks=2"]),
+    ],
+)
+def test_requests_of_gpus(slurm, place, overlay, words):
+    """What sbatch is asked for. The GPUs here are none, so that the trainer then refuses, and says what to do."""
+    (place / "results/narrow.ckpt").unlink()
+    before = len(sbatch_calls(slurm, 0))
+    given = {"models": {"narrow": {"training": {"devices": 1}}}} | overlay
+    given["cluster"] = {"runtime": 30} | overlay.get("cluster", {})
+    process = start(slurm, place, "results/narrow.ckpt", **given)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, output[-3000:]
+    (call,) = sbatch_calls(slurm, before)
+    assert all(f" {word} " in f"{call} " for word in [*words, "-p gpu", "-t 30"]), call
+    log = (place / "results/logs/train/narrow-tries.log").read_text()
+    assert "torch sees 0 GPUs; use --devices 0" in log
+    assert not (place / "results/narrow.ckpt").exists()
+
+
+def test_more_gpus_than_any_partition_gives(slurm, place):
+    (place / "results/narrow.ckpt").unlink()
+    before = len(sbatch_calls(slurm, 0))
+    process = start(slurm, place, "results/narrow.ckpt", models={"narrow": {"training": {"devices": 3}}})
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2, output[-3000:]
+    assert "training.devices is 3, but no partition" in output
+    assert "devices: 1, grad_accum: " in output
+    assert sbatch_calls(slurm, before) == []

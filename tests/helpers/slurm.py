@@ -8,10 +8,14 @@ import contextlib
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+GPUS = 1
+"""Fake GPUs of each node."""
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
 
@@ -49,6 +53,7 @@ class Slurm:
             "SLURM_CONF": str(self.conf),
             "PATH": f"{programs}:{os.environ['PATH']}:/usr/sbin",
             "SNAKEMAKE_SLURM_PARTITIONS": str(directory / "partitions.yaml"),
+            "MASTER_ADDR": "127.0.0.1",  # nothing resolves the names of the nodes
         }
         programs.mkdir()
         # The executor removes SLURM_CONF from the environment of the jobs' own srun; and calls of sbatch are to be counted.
@@ -57,7 +62,7 @@ class Slurm:
             (programs / name).chmod(0o755)
 
     def configure(self, *, munge_socket: Path) -> None:
-        """Write slurm.conf, with the partition `cpu` of all nodes, and the file of its limits."""
+        """Write slurm.conf, with the partitions `cpu` and `gpu` of all nodes, and the file of their limits."""
         host = socket.gethostname().split(".")[0]
         settings = {
             "ClusterName": "test", "SlurmctldHost": f"{host}(127.0.0.1)", "SlurmctldPort": _find_free_port(),
@@ -70,16 +75,27 @@ class Slurm:
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core_Memory", "SchedulerType": "sched/backfill",
             "SchedulerParameters": "bf_interval=2,sched_min_interval=0", "ReturnToService": 2, "MinJobAge": 300,
             "SlurmdParameters": "config_overrides", "AccountingStorageType": "accounting_storage/none", "MailProg": "/bin/true",
+            "GresTypes": "gpu",
         }  # fmt: skip
         lines = [f"{key}={value}" for key, value in settings.items()]
         lines += [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_find_free_port()} CPUs=4 RealMemory=16000"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_find_free_port()} CPUs=2 RealMemory=8000 "
+            f"Gres=gpu:fake:{GPUS}"
             for name in self.names
         ]
-        lines.append(f"PartitionName=cpu Nodes={','.join(self.names)} Default=YES DefaultTime=10 MaxTime=60 State=UP")
+        names = ",".join(self.names)
+        lines.append(f"PartitionName=cpu Nodes={names} Default=YES DefaultTime=10 MaxTime=60 State=UP")
+        lines.append(f"PartitionName=gpu Nodes={names} DefaultTime=10 MaxTime=60 State=UP")
         self.conf.write_text("\n".join(lines) + "\n")
         (self.directory / "plugstack.conf").touch()
-        (self.directory / "partitions.yaml").write_text("partitions:\n  cpu: {max_runtime: 60}\n")
+        # A GPU is a character device. These are /dev/null, /dev/zero, … by another name.
+        for number, minor in enumerate((3, 5, 7, 8)[:GPUS]):
+            os.mknod(self.directory / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        gpus = [f"NodeName={names} Name=gpu Type=fake File={self.directory / f'gpu{number}'}" for number in range(GPUS)]
+        (self.directory / "gres.conf").write_text("\n".join(["AutoDetect=off", *gpus]) + "\n")
+        (self.directory / "partitions.yaml").write_text(
+            f"partitions:\n  cpu: {{max_runtime: 60}}\n  gpu: {{max_runtime: 60, max_gpu: {GPUS}}}\n"
+        )
 
     def call(self, *words) -> str:
         """The output of one of Slurm's programs."""

@@ -437,7 +437,7 @@ def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
 
     statuses, outputs = ends(start([*words, "--max-minutes", "0.001"], tmp_path))
     assert statuses == [75, 75]
-    assert all("reached --max-minutes at step 1; the same command continues from step 1" in text for text in outputs)
+    assert all("Slurm allocation) at step 1; the same command continues from step 1" in text for text in outputs)
 
     for number, of, expected in (
         (signal.SIGTERM, 1, [143, 143]),

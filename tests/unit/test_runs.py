@@ -179,7 +179,7 @@ def test_damaged_saves(dataset, tmp_path):
     assert done.returncode == 75
     assert f"the training state {saves[0]} cannot be read" in done.stdout
     assert f"continuing from {saves[1]}" in done.stdout
-    assert "reached --max-minutes at step" in done.stderr
+    assert "out of time (--max-minutes, or the end of the Slurm allocation) at step" in done.stderr
     assert not list(run.checkpoints.glob("*.tmp"))
     for path in list_training_states(run):
         path.write_bytes(b"")
