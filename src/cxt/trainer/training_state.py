@@ -235,7 +235,8 @@ class StateSaver(Callback):
         if not trainer.is_global_zero:
             raise Failed("", status=0, agreed=True)
         start = "the start: nothing was saved yet" if self._saved_step is None else f"step {self._saved_step}"
-        reason = f"stopped by {signal.Signals(number).name}" if number else "out of time (--max-minutes, or the end of the Slurm allocation)"
+        out_of_time = "out of time (--max-minutes, or the end of the Slurm allocation)"
+        reason = f"stopped by {signal.Signals(number).name}" if number else out_of_time
         raise Failed(
             f"{self.name}: {reason} at step {trainer.global_step}; the same command continues from {start}",
             status=STATUS[number] if number else OUT_OF_TIME,
