@@ -7,6 +7,7 @@ import sys
 sys.path.insert(0, str(ROOT / "src"))
 
 from cxt.workflow import jobs, lineages, paths, settings
+from cxt.workflow.frozen import FrozenConfiguration
 from cxt.workflow.resources import (
     check_placement,
     evaluation_memory_mb,
@@ -30,7 +31,7 @@ def checked(config):
     try:
         for path in workflow.configfiles:
             read_yaml(path)  # refuses keys given twice, which Snakemake does not
-        config = resolve(locate_files(config, workflow.configfiles))
+        config = FrozenConfiguration(resolve(locate_files(config, workflow.configfiles)))
         jobs.check_plan(config)
         check_targets(config)
         costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])

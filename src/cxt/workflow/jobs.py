@@ -17,6 +17,7 @@ from cxt.errors import BadRequest
 from cxt.scenarios.indices import EVALUATION_START, count_in_split, simulation_batches
 from cxt.scenarios.registry import check_scenarios
 from cxt.scenarios.seeds import check_shared_ancestry
+from cxt.workflow.frozen import derived_once
 
 logger = get_logger(__name__)
 
@@ -28,6 +29,7 @@ def collect_variants(config: dict, scenarios: list[str]) -> list[Variant]:
     return [variant for name in scenarios for variant in list_variants(name, config["scenarios"][name])]
 
 
+@derived_once
 def find_variant(config: dict, name: str) -> Variant:
     """The variant called *name*."""
     return next(variant for variant in collect_variants(config, [get_scenario_name(name)]) if variant.name == name)
@@ -105,12 +107,18 @@ def put_package_on_path() -> None:
 
 def batch_count(config: dict, variant: Variant, start: int) -> int:
     """Simulations in the batch of *variant* that begins at *start*; BadRequest if no batch begins there."""
-    counts = dict(list_batches(config, variant))
+    counts = _batch_counts(config, variant.name)
     if start not in counts:
         raise BadRequest(
             f"no simulation batch of '{variant.name}' begins at {start}; choose from {', '.join(map(str, counts))}"
         )
     return counts[start]
+
+
+@derived_once
+def _batch_counts(config: dict, variant: str) -> dict[int, int]:
+    """{first index: count} of all batches of a variant."""
+    return dict(list_batches(config, find_variant(config, variant)))
 
 
 def list_batches(config: dict, variant: Variant) -> list[tuple[int, int]]:

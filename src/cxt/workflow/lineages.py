@@ -17,6 +17,7 @@ from cxt.lineage import (
 )
 from cxt.scenarios.genetic_maps import catalogue_versions
 from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
+from cxt.workflow.frozen import derived_once
 from cxt.workflow.jobs import (
     batch_count,
     collect_variants,
@@ -42,6 +43,7 @@ def file_digest(path: str) -> str:
     return file_sha256(path)
 
 
+@derived_once
 def mask_lineage(config: dict, name: str) -> str | None:
     """Lineage of a dataset's accessibility mask; None if it has none."""
     mask = config["datasets"][name].get("mask")
@@ -78,12 +80,14 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
     ]
 
 
+@derived_once
 def dataset_lineage(config: dict, name: str) -> str:
     """Digest of all shards, independent of the order of scenarios."""
     variants = collect_variants(config, config["datasets"][name]["scenarios"])
     return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 
 
+@derived_once
 def model_lineage(config: dict, name: str) -> str:
     """Digest of everything that checkpoint *name* depends on, including its ancestors."""
     model = config["models"][name]
@@ -98,6 +102,7 @@ def model_lineage(config: dict, name: str) -> str:
     return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited)
 
 
+@derived_once
 def evaluation_batches(config: dict, model: str) -> list[dict]:
     """[{path below results/simulations, scenario, start, count, lineage}, …] of everything that a model is evaluated on."""
     return [
@@ -114,6 +119,7 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
     ]
 
 
+@derived_once
 def evaluation_lineage(config: dict, model: str) -> str:
     """Lineage of a model's evaluation."""
     return derive_evaluation_lineage(
