@@ -2,7 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
+
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -30,6 +33,7 @@ def checked(config):
         config = resolve(config)
         jobs.check_plan(config)
         check_targets(config)
+        paths.runs_directory(config)
         costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
@@ -69,6 +73,8 @@ os.environ.setdefault(
     str(ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"),
 )
 config, costs = checked(config)
+# Whether a storage provider (`--default-storage-provider`) keeps the results, and files here are copies.
+STORED_ELSEWHERE = workflow.storage_settings.default_storage_provider is not None
 
 
 def one_of(names):
@@ -93,7 +99,9 @@ def variant_and_start(wildcards):
 def find_batch_map(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return paths.find_batch_map(*variant_and_start(wildcards))
+        return paths.find_batch_map(
+            *variant_and_start(wildcards), stored_elsewhere=STORED_ELSEWHERE
+        )
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
@@ -145,7 +153,10 @@ def shard_lineage(wildcards):
 def mask_of_dataset(dataset):
     """The mask file of a dataset as a list of inputs: one file or none."""
     path = paths.mask_path(config, dataset)
-    return [] if path is None else [path]
+    if path is None:
+        return []
+    # The user's own file is where it is, also with a storage provider.
+    return [local(path) if "path" in config["datasets"][dataset]["mask"] else path]
 
 
 def mask_flag(wildcards, input):
@@ -176,6 +187,34 @@ def training_devices(wildcards):
 
 def evaluation_devices(wildcards):
     return min(1, training_devices(wildcards))
+
+
+def log_of_tries(wildcards, output):
+    """The log of all tries of a training. Snakemake removes that of a job that is tried again."""
+    if "runs" in config["cluster"]:
+        return f"{lineages.run_directory(config, wildcards.model)}-tries.log"
+    return f"results/logs/train/{wildcards.model}-tries.log"
+
+
+def find_runs(wildcards, output):
+    """Shell command of a training that makes the directories of its state, or ends if `cluster.runs` is not there."""
+    if "runs" not in config["cluster"]:
+        return "mkdir -p results/logs/train"
+    directory = shlex.quote(paths.runs_directory(config))
+    advice = "mount it on the machines that train, or create it"
+    return f'[ -d {directory} ] || {{ echo "cxt: cluster.runs: there is no directory "{directory}" on $(hostname); {advice}"; exit 2; }}'
+
+
+def note_on_lost_machine(wildcards, output):
+    """A line for the log of a training: what happens if its machine is lost, where its state may be only there."""
+    shares_files = SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage
+    if "runs" in config["cluster"] or (shares_files and not STORED_ELSEWHERE):
+        return ""
+    run = os.path.abspath(lineages.run_directory(config, wildcards.model))
+    return (
+        f"The state of this training is in {run}. If that directory is lost with this machine, the next try starts from the "
+        "beginning; `cluster: {runs: …}` in the configuration keeps the state on a shared file system."
+    )
 
 
 def parent_of(model):
