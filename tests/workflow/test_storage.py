@@ -1,5 +1,6 @@
 """Results in a storage provider instead of the working directory, and machines that share nothing but it."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -50,8 +51,8 @@ def is_up_to_date(done) -> bool:
 def read_trees(path) -> list[tskit.TableCollection]:
     """The tables of each simulation of a batch; the files have random identifiers, and when they were made."""
     trees = []
-    with open(path, "rb") as file:
-        while file.peek(1):
+    with open(path, "rb") as file, contextlib.suppress(EOFError):
+        while True:
             trees.append(tskit.load(file).dump_tables())
     return trees
 
