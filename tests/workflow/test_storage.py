@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -15,9 +17,7 @@ from pathlib import Path
 import pytest
 import tskit
 import yaml
-from helpers.repository import TINY, snakemake
-
-MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
+from helpers.repository import REPOSITORY, TINY, run_python, snakemake
 
 
 def is_missing(*modules) -> bool:
@@ -134,6 +134,20 @@ def test_run_directories_that_cannot_be(tmp_path, runs, problem):
 
 
 @needs_fs
+@needs_s3
+def test_commands_of_the_page(tmp_path, s3):
+    page = (REPOSITORY / "docs/howto/storage.md").read_text()
+    (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, flags=re.S)[1].replace("/efs/", f"{tmp_path}/"))
+    lines = [shlex.split(line) for line in page.splitlines() if line.startswith("snakemake ")]
+    assert len(lines) == 2
+    for _, *words in lines:
+        words = [word.replace("my-bucket", "cxt").replace("/archive/", f"{tmp_path}/") for word in words]
+        words = [word.replace("/scratch/", f"{tmp_path}/scratch/") for word in words]
+        done = run_python("-m", "snakemake", "-n", "-s", REPOSITORY / "Snakefile", "-d", tmp_path, *words, cwd=tmp_path)
+        assert "/cxt/results/broad_w200.ckpt" in done.stdout + done.stderr
+
+
+@needs_fs
 @pytest.mark.long
 def test_whole_chain_in_a_file_system(workflow, tmp_path):
     machine, bucket = tmp_path / "machine", tmp_path / "bucket"
@@ -157,7 +171,9 @@ def s3(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("SNAKEMAKE_STORAGE_S3_ENDPOINT_URL", url := f"http://127.0.0.1:{port}")
     with open(tmp_path / "moto.log", "wb") as log:
-        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log
+        )
     try:
         for _ in range(300):
             try:
