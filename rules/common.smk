@@ -2,7 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
+
+from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -34,6 +37,7 @@ def checked(config):
         config = FrozenConfiguration(resolve(locate_files(config, workflow.configfiles)))
         jobs.check_plan(config)
         check_targets(config)
+        paths.runs_directory(config)
         costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
@@ -73,6 +77,8 @@ os.environ.setdefault(
     str(ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"),
 )
 config, costs = checked(config)
+# Whether a storage provider (`--default-storage-provider`) keeps the results, and files here are copies.
+STORED_ELSEWHERE = workflow.storage_settings.default_storage_provider is not None
 
 
 def one_of(names):
@@ -97,7 +103,9 @@ def variant_and_start(wildcards):
 def find_batch_map(wildcards):
     """The genetic map of a batch, or exit status 2 and one message if it cannot be had."""
     try:
-        return paths.find_batch_map(*variant_and_start(wildcards))
+        return paths.find_batch_map(
+            *variant_and_start(wildcards), stored_elsewhere=STORED_ELSEWHERE
+        )
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
@@ -149,7 +157,10 @@ def shard_lineage(wildcards):
 def mask_of_dataset(dataset):
     """The mask file of a dataset as a list of inputs: one file or none."""
     path = paths.mask_path(config, dataset)
-    return [] if path is None else [path]
+    if path is None:
+        return []
+    # The user's own file is where it is, also with a storage provider.
+    return [local(path) if "path" in config["datasets"][dataset]["mask"] else path]
 
 
 def mask_flag(wildcards, input):
@@ -202,46 +213,32 @@ def evaluation_devices(wildcards):
     return min(1, training_devices(wildcards))
 
 
-def models_by_machines(*, several):
-    """The models that several machines train together, or those that one machine trains."""
-    return [model for model in config["models"] if (jobs.get_machine_count(config, model) > 1) == several]
+def log_of_tries(wildcards, output):
+    """The log of all tries of a training. Snakemake removes that of a job that is tried again."""
+    if "runs" in config["cluster"]:
+        return f"{lineages.run_directory(config, wildcards.model)}-tries.log"
+    return f"results/logs/train/{wildcards.model}-tries.log"
 
 
-def machine_resources():
-    """The resources of a rule that requests several machines, by the names that the Slurm executor knows."""
-    model = models_by_machines(several=True)[0]
-    return {
-        name: lambda wildcards, name=name: request_machines(config, wildcards.model)[name]
-        for name in request_machines(config, model)
-    }
+def find_runs(wildcards, output):
+    """Shell command of a training that makes the directories of its state, or ends if `cluster.runs` is not there."""
+    if "runs" not in config["cluster"]:
+        return "mkdir -p results/logs/train"
+    directory = shlex.quote(paths.runs_directory(config))
+    advice = "mount it on the machines that train, or create it"
+    return f'[ -d {directory} ] || {{ echo "cxt: cluster.runs: there is no directory "{directory}" on $(hostname); {advice}"; exit 2; }}'
 
 
-def launcher(wildcards, output):
-    """What starts the trainer on each of several machines; nothing for one. (Snakemake does not compare it between runs.)"""
-    several = jobs.get_machine_count(config, wildcards.model) > 1
-    return launch_command(config, wildcards.model) if several else []
-
-
-def evaluation_devices(wildcards):
-    return min(1, training_devices(wildcards))
-
-
-def training_runtime(wildcards):
-    """Minutes of each try, or exit status 2 if the machines and GPUs of a model yet to be trained cannot be had."""
-    if workflow.is_main_process and not os.path.exists(paths.checkpoint_path(wildcards.model)):
-        limit = workflow.global_resources.get("gpu")
-        try:
-            check_placement(
-                config,
-                wildcards.model,
-                gpus=None if limit is None else limit.value,
-                executor=workflow.executor_plugin.name,
-                partitions=os.environ["SNAKEMAKE_SLURM_PARTITIONS"],
-            )
-        except BadRequest as error:
-            print(f"cxt: {error}", file=sys.stderr)
-            sys.exit(2)
-    return training_minutes(config, wildcards.model)
+def note_on_lost_machine(wildcards, output):
+    """A line for the log of a training: what happens if its machine is lost, where its state may be only there."""
+    shares_files = SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage
+    if "runs" in config["cluster"] or (shares_files and not STORED_ELSEWHERE):
+        return ""
+    run = os.path.abspath(lineages.run_directory(config, wildcards.model))
+    return (
+        f"The state of this training is in {run}. If that directory is lost with this machine, the next try starts from the "
+        "beginning; `cluster: {runs: …}` in the configuration keeps the state on a shared file system."
+    )
 
 
 def parent_of(model):
@@ -255,7 +252,8 @@ def checked_parent(wildcards):
 
     An input function, because Snakemake makes exit status 1 of an exit in a resource function.
     """
-    if workflow.is_main_process and not os.path.exists(paths.checkpoint_path(wildcards.model)):
+    checkpoint = paths.checkpoint_path(wildcards.model)
+    if workflow.is_main_process and not STORED_ELSEWHERE and not os.path.exists(checkpoint):
         limit = workflow.global_resources.get("gpu")
         try:
             check_placement(
@@ -263,7 +261,7 @@ def checked_parent(wildcards):
                 wildcards.model,
                 gpus=None if limit is None else limit.value,
                 executor=workflow.executor_plugin.name,
-                partitions=os.environ["SNAKEMAKE_SLURM_PARTITIONS"],
+                partitions=os.environ.get("SNAKEMAKE_SLURM_PARTITIONS"),
             )
         except BadRequest as error:
             print(f"cxt: {error}", file=sys.stderr)

@@ -89,10 +89,9 @@ rule accuracy_table:
         "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --lineage {params.lineage} --out {output:q}"
 
 
-# The run directory is no output, so its curves are drawn anew.
 rule training_curves:
     input:
-        checkpoint="results/{model}.ckpt",
+        steps="results/logs/train/{model}.csv",
     output:
         report(
             "results/report/{model}-training.png",
@@ -109,10 +108,8 @@ rule training_curves:
         mem_mb=500,
         runtime=5,
         gpu=0,
-    params:
-        run=lambda wildcards: lineages.run_directory(config, wildcards.model),
     shell:
-        "exec &> {log:q}; exec python -m cxt.commands.runs --curves {params.run:q} --out {output:q}"
+        "exec &> {log:q}; exec python -m cxt.commands.runs --curves {input.steps:q} --out {output:q}"
 
 
 rule report_tables:
@@ -149,6 +146,7 @@ rule report_tables:
         gpu=0,
     params:
         directory=lambda wildcards, output: os.path.dirname(output.cost),
+        benchmarks=lambda wildcards, output: os.path.normpath(f"{output.cost}/../../benchmarks"),
     shell:
         "exec &> {log:q}; exec python -m cxt.commands.report --accuracy {input.accuracy:q} --datasets {input.datasets:q}"
-        " --benchmarks results/benchmarks --out {params.directory:q}"
+        " --benchmarks {params.benchmarks:q} --out {params.directory:q}"

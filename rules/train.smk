@@ -1,5 +1,5 @@
 # Stage 3. Inputs: results/datasets/<dataset>/dataset.json and its shards, the parent's checkpoint, and the settings.
-# Outputs: results/<model>.ckpt.
+# Outputs: results/<model>.ckpt; of a finished run, also the log of its steps.
 
 
 rule train:
@@ -14,7 +14,8 @@ rule train:
     wildcard_constraints:
         model=one_of(models_by_machines(several=False)),
     log:
-        "results/logs/train/{model}.log",
+        text="results/logs/train/{model}.log",
+        steps="results/logs/train/{model}.csv",
     benchmark:
         "results/benchmarks/train/{model}.tsv"
     conda:
@@ -33,20 +34,22 @@ rule train:
         neutral=lambda wildcards, output: settings.neutral_training_flags(config, wildcards.model),
         launch=launcher,
         # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
-        run=lambda wildcards: lineages.run_directory(config, wildcards.model),
-        # Snakemake removes the log of a job that is tried again.
-        tries=lambda wildcards, output: f"results/logs/train/{wildcards.model}-tries.log",
+        run=lambda wildcards, output: lineages.run_directory(config, wildcards.model),
+        find_runs=find_runs,
+        tries=log_of_tries,
+        note=note_on_lost_machine,
         # Of everything that the result depends on. If it changes, Snakemake runs the job again.
         lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
     # tee ignores the signals that end a job, so that the trainer can still say what it does about them. In a Slurm allocation
     # the trainer saves and ends before its time is up, and the profile's next try continues; there it also waits for a trainer
     # that is still running, as after Snakemake was killed.
     shell:
-        "exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log:q}) 2>&1;"
-        ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}";'
+        "{params.find_runs} 2>&1 | tee {log.text:q} >&2;"
+        " exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log.text:q}) 2>&1;"
+        ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}"; [ -z {params.note:q} ] || echo {params.note:q};'
         " exec {params.launch:q} python -m cxt.train"
         " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.neutral:q}"
-        " --lineage {params.lineage} --run-dir {params.run:q} --out {output:q}"
+        " --lineage {params.lineage} --run-dir {params.run:q} --log-out {log.steps:q} --out {output:q}"
         " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"
 
 

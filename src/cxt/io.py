@@ -137,6 +137,28 @@ def check_writable(path) -> None:
         raise BadRequest(f"{path} cannot be written: {'it is a directory' if path.is_dir() else 'no permission'}")
 
 
+def expand_path(text: str, *, setting: str) -> str:
+    """Replace `~` and environment variables in a path from the configuration; BadRequest for a variable that is not set.
+
+    Parameters
+    ----------
+    text : path
+    setting : name of the setting that it is from, for the message
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if missing := re.search(r"\$\{?\w+\}?", path):
+        raise BadRequest(f"{setting}: {missing[0]} in '{text}' is not set on {socket.gethostname()}; set it, or give a path")
+    return path
+
+
+def find_directory(text: str, *, setting: str) -> str:
+    """The directory that a setting names, with `~` and environment variables replaced; BadRequest if it does not exist."""
+    path = expand_path(text, setting=setting)
+    if not os.path.isdir(path):
+        raise BadRequest(f"{setting}: there is no directory {path} on {socket.gethostname()}; create it, or name another one")
+    return path
+
+
 def replace_nan(value):
     """Replace NaN and infinite floats by None, at any depth of mappings, lists and tuples."""
     if isinstance(value, dict):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -317,3 +318,30 @@ def test_bins_are_numpys():
         for dtype in (np.float64, np.float32):
             expected = np.clip(np.searchsorted(edges, values.astype(dtype), side="right") - 1, 0, grid.bins - 1)
             assert np.array_equal(grid.find_bins(values.astype(dtype)), expected)
+
+
+@on_linux
+def test_scratch_holds_the_data_that_is_on_disk(dataset, monkeypatch, tmp_path):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    lines = []
+    items = PairDataset(dataset, "train", storage="disk", scratch="$SCRATCH", progress=lines.append)
+    assert f"in a temporary file in {tmp_path} (" in lines[-1]
+    assert not os.listdir(tmp_path)  # it has no name, so that nothing is left behind
+    assert any(str(tmp_path) in os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink())
+    for (x, y), (x_in_memory, y_in_memory) in zip(items, PairDataset(dataset, "train", storage="memory"), strict=True):
+        assert torch.equal(x, x_in_memory)
+        assert torch.equal(y, y_in_memory)
+    PairDataset(dataset, "test", storage="memory", scratch="/no/such/directory")
+
+
+@pytest.mark.parametrize(
+    ("scratch", "problem"),
+    [
+        ("/no/such/directory", "scratch: there is no directory /no/such/directory on "),
+        ("$NO_SUCH_VARIABLE/x", r"scratch: \$NO_SUCH_VARIABLE in '\$NO_SUCH_VARIABLE/x' is not set on "),
+        ("/proc", "do not fit into /proc"),
+    ],
+)
+def test_scratch_that_cannot_be(dataset, scratch, problem):
+    with pytest.raises(BadRequest, match=problem):
+        PairDataset(dataset, "test", storage="disk", scratch=scratch)

@@ -731,6 +731,10 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
     busy = shutil.copytree(old, directory / "narrow-ba9876543210")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY)
     output = capsys.readouterr().out
+    elsewhere = tmp_path / "elsewhere.yaml"
+    elsewhere.write_text(f"cluster: {{runs: {directory}}}\n")
+    call(runs_stage, monkeypatch, "--configfile", TINY, elsewhere)
+    assert capsys.readouterr().out == output
     assert output.count("current: ") == 6
     assert output.count("not of this configuration") == 2
     held = locking_process(busy)

@@ -146,6 +146,7 @@ def test_resuming_goes_on_with_the_next_item(flags, tmp_path):
         (["--eval-samples", 5], "--simulate needs --max-steps"),
         (["--max-steps", 0, "--eval-samples", 5], "--max-steps must be a positive integer, got 0"),
         (["--max-steps", 5, "--eval-samples", 5, "--storage", "disk"], "--storage cannot be used with --simulate"),
+        (["--max-steps", 5, "--eval-samples", 5, "--scratch", "/tmp"], "--scratch cannot be used with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--epochs", 3], "--epochs cannot be used with --simulate"),
         (["--max-steps", 5, "--eval-samples", 5, "--dataset-path", "x"], "but not both"),
         (["--max-steps", 5, "--eval-samples", 5, "--simulate", "litle"], "unknown scenario 'litle'; did you mean 'little'"),

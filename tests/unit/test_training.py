@@ -184,6 +184,24 @@ def test_log_dir(dataset, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_scratch_changes_no_weights(dataset, tmp_path, monkeypatch, capsys):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("SCRATCH", str(scratch))
+    arguments = [*SMALL, "--dataset-path", dataset, "--log-dir", tmp_path, "--storage", "disk"]
+    outputs = ["--log-out", tmp_path / "log.csv", "--out", tmp_path / "out.ckpt"]
+    train(monkeypatch, *arguments, "--scratch", "$SCRATCH", *outputs)
+    assert f"in a temporary file in {scratch}" in capsys.readouterr().out
+    assert not list(scratch.iterdir())
+    (log,) = tmp_path.glob("lightning_logs/*/training_log.csv")
+    assert (tmp_path / "log.csv").read_bytes() == log.read_bytes()
+    train(monkeypatch, *arguments, "--out", tmp_path / "without.ckpt")
+    assert (tmp_path / "out.ckpt").read_bytes() == (tmp_path / "without.ckpt").read_bytes()
+    train(monkeypatch, *arguments, "--storage", "memory", "--out", tmp_path / "in_memory.ckpt")
+    assert equal(weights(tmp_path / "out.ckpt"), weights(tmp_path / "in_memory.ckpt"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation):
     arguments = [

@@ -191,13 +191,14 @@ def test_changed_scenario_rebuilds_what_uses_it(workflow, tmp_path):
 
 
 def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
-    neutral = {"workers": 1, "save_every": 7, "validation_items": 4, "log_every": 3, "storage": "disk"}
+    neutral = {"workers": 1, "save_every": 7, "validation_items": 4, "log_every": 3, "storage": "disk", "scratch": "$TMPDIR/x"}
     config = overlay(tmp_path / "x.yaml", training=neutral)
     config.write_text(config.read_text() + "cluster: {runtime: 99}\n")
     assert planned(workflow, configfile=config) == {}
     # A job that runs for another reason is given them.
     done = snakemake("-n", "-p", "--forcerun", "results/narrow.ckpt", cwd=workflow, configfile=config)
     assert "--save-every=7 " in done.stdout + done.stderr
+    assert "'--scratch=$TMPDIR/x'" in done.stdout + done.stderr
     assert "runtime=99" in done.stdout + done.stderr
 
 

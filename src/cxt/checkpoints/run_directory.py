@@ -144,6 +144,10 @@ class RunDirectory:
         with open(self.finished_checkpoint(), "rb") as finished, atomic_file(out) as file:
             shutil.copyfileobj(finished, file)
 
+    def publish_log(self, out) -> None:
+        """Copy the training log to *out*."""
+        atomic_write(out, self.log.read_bytes())
+
 
 def next_version(log_dir) -> Path:
     """`<log_dir>/lightning_logs/version_N`, with N one more than the largest existing one."""

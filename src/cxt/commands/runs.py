@@ -13,15 +13,15 @@ from cxt.console import exit_on_bad_request
 from cxt.errors import BadRequest
 
 
-def _draw_curves(directory: Path, out: Path) -> None:
+def _draw_curves(run: Path, out: Path) -> None:
     from cxt.checkpoints.run_directory import RunDirectory
     from cxt.checkpoints.training_log import read_log
     from cxt.evaluation.figures import draw_losses  # imported late so that --help is quick
 
-    run = RunDirectory(directory)
-    if not run.log.is_file():
-        raise BadRequest(f"{directory} has no {run.log.name}; give a run directory, such as those that `cxt runs` lists")
-    draw_losses(read_log(run.log), out, title=directory.name)
+    log = run if run.is_file() else RunDirectory(run).log
+    if not log.is_file():
+        raise BadRequest(f"{run} has no {log.name}; give a run directory, such as those that `cxt runs` lists")
+    draw_losses(read_log(log), out, title=run.name.removesuffix(".csv"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="cxt runs", description="List or remove run directories of the workflow.")
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration")
-    parser.add_argument("--directory", type=Path, default=Path("results/runs"), help="default: results/runs")
+    parser.add_argument("--directory", type=Path, help="default: `cluster.runs` of the configuration, or results/runs")
     parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not use")
     parser.add_argument("--yes", action="store_true", help="with --prune: do not ask for confirmation")
-    parser.add_argument("--curves", type=Path, metavar="RUN", help="draw the training curves of a run directory, to --out")
+    parser.add_argument("--curves", type=Path, metavar="RUN", help="draw the curves of a run, or of its training log, to --out")
     parser.add_argument("--out", type=Path, help="with --curves: the figure to write, FILE.png")
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
@@ -49,13 +49,16 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     from cxt.config.file import load  # imported late so that --help is quick
+    from cxt.workflow.paths import runs_directory
     from cxt.workflow.runs import format_runs, list_runs
 
-    runs = list_runs(args.directory, load(args.configfile))
+    config = load(args.configfile)
+    directory = args.directory or Path(runs_directory(config))
+    runs = list_runs(directory, config)
     if args.prune:
         prune(runs, yes=args.yes)
     else:
-        print(format_runs(runs) if runs else f"there are no runs in {args.directory}")
+        print(format_runs(runs) if runs else f"there are no runs in {directory}")
         if not args.configfile and any(run.model is None for run in runs):
             print("Name your overlays, --configfile mine.yaml, if some of these runs are theirs.")
 

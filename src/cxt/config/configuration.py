@@ -41,6 +41,10 @@ class Cluster(Section):
     """Feature that the machines of GPU jobs must have."""
     runtime: PositiveInteger = 1440
     """Minutes of each try of a training; a model's own `resources` can differ."""
+    runs: Text | None = None
+    """Existing directory for the run directories of trainings, in place of `results/runs`: an absolute path on a file system
+    that all machines share, so that a training continues after its machine was lost also where jobs have no working directory
+    in common. `~` and variables such as `$USER` are replaced. One directory for each project."""
 
 
 class Model(Section):

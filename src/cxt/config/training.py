@@ -14,6 +14,7 @@ from cxt.config.bounds import (
     Positive,
     PositiveInteger,
     Seed,
+    Text,
     Threads,
     Workers,
 )
@@ -122,6 +123,11 @@ class TrainingFields(Section):
     storage: Storage = "auto"
     """Where to hold the dataset: in memory shared by all processes of a machine, or in a temporary file. `auto`: in memory if
     it takes at most 70% of what is free."""
+    scratch: Text | None = None
+    """Directory for that temporary file, on a fast disk of the machine that trains; used only where `storage` does not hold
+    the dataset in memory. Variables such as `$SLURM_TMPDIR` are replaced on that machine. Default: the directory for temporary
+    files (`TMPDIR`). The file holds what is read from the shards, each of which is read once, checked, for all devices of the
+    machine; it is gone when training ends, however it ends."""
 
 
 class TrainingConfig(Settings, TrainingFields):
@@ -151,7 +157,9 @@ class TrainingOverrides(TrainingSection):
     only_given: ClassVar[bool] = True
 
 
-RESULT_NEUTRAL_SETTINGS = ("workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage")
+RESULT_NEUTRAL_SETTINGS = (
+    "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage", "scratch",
+)  # fmt: skip
 VALIDATION = ("validation_items", "validate_every")
 
 

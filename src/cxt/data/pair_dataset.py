@@ -32,7 +32,7 @@ from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
 from cxt.errors import BadRequest
-from cxt.io import digest
+from cxt.io import digest, find_directory
 from cxt.scenarios.indices import SPLITS
 
 LARGEST_SHARE = 0.7
@@ -142,13 +142,17 @@ class PairDataset(ExampleDataset):
         Grid of ln TMRCA for the tokens; the published one by default.
     storage : {"auto", "memory", "disk"}
         Where to hold the data; "auto" uses memory if the data takes at most 70% of what is free.
+    scratch : str, optional
+        Directory for the temporary file that holds the data on disk; the one for temporary files by default. Environment
+        variables in it are replaced.
     progress : callable, optional
         Called with a line of text every 10 seconds and at the end.
 
     Raises
     ------
     BadRequest
-        If the directory, a split or the manifest is missing, or a shard is damaged or not the one listed in the manifest.
+        If the directory, a split or the manifest is missing, or a shard is damaged or not the one listed in the manifest; or if
+        the data is to be on disk, and *scratch* does not exist or has too little space.
     """
 
     def __init__(
@@ -158,6 +162,7 @@ class PairDataset(ExampleDataset):
         *,
         grid: Grid | None = None,
         storage: Storage = "auto",
+        scratch: str | None = None,
         progress: Callable[[str], None] | None = None,
     ):
         if split not in SPLITS:
@@ -169,11 +174,12 @@ class PairDataset(ExampleDataset):
         free = free_memory()
         size = self._layout()[1]
         on_disk = storage == "disk" or (storage == "auto" and size > LARGEST_SHARE * free)
-        self._arena = Arena(size, on_disk=on_disk)
+        directory = find_directory(scratch, setting="scratch") if scratch and on_disk else tempfile.gettempdir()
+        self._arena = Arena(size, on_disk=on_disk, directory=directory)
         self._attach()
         self._read(progress)
         if progress is not None:
-            place = f"in a temporary file in {tempfile.gettempdir()}" if on_disk else "in memory"
+            place = f"in a temporary file in {directory}" if on_disk else "in memory"
             progress(
                 f"{self.path} {split}: {len(self):,} examples, {size / 1e6:,.1f} MB {place} "
                 f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
@@ -328,12 +334,18 @@ class PairDataset(ExampleDataset):
 
 
 def open_dataset(
-    path: str | os.PathLike[str], split: str, *, grid: Grid, storage: Storage, progress: Callable[[str], None]
+    path: str | os.PathLike[str],
+    split: str,
+    *,
+    grid: Grid,
+    storage: Storage,
+    scratch: str | None = None,
+    progress: Callable[[str], None],
 ) -> PairDataset:
     """Open a split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
     key = f"CXT_SHARED_{split.upper()}"
     if os.environ.get("LOCAL_RANK", "0") != "0" and key in os.environ:
         return PairDataset.shared(json.loads(os.environ[key]))
-    dataset = PairDataset(path, split, grid=grid, storage=storage, progress=progress)
+    dataset = PairDataset(path, split, grid=grid, storage=storage, scratch=scratch, progress=progress)
     os.environ[key] = json.dumps(dataset.handle())
     return dataset

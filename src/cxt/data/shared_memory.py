@@ -66,11 +66,22 @@ def free_memory() -> int:
     return max(0, free)
 
 
-def _no_room_error(size: int, reason: str) -> BadRequest:
+def _no_room_error(size: int, directory: str, reason: str) -> BadRequest:
     return BadRequest(
-        f"the {size / 1e6:,.1f} MB of the dataset do not fit into {tempfile.gettempdir()} ({reason}); set TMPDIR to a larger "
-        "file system, hold it in memory (`storage: memory`), or train with fewer simulations"
+        f"the {size / 1e6:,.1f} MB of the dataset do not fit into {directory} ({reason}); set `scratch` or TMPDIR to a "
+        "directory of a larger file system, hold it in memory (`storage: memory`), or train with fewer simulations"
     )
+
+
+def _create_file(directory: str) -> tuple[int, str]:
+    """A new temporary file in *directory*: its descriptor and its path."""
+    try:
+        return tempfile.mkstemp(prefix="cxt-", dir=directory)
+    except OSError as error:
+        raise BadRequest(
+            f"the dataset cannot be held in a temporary file in {directory}: {error.strerror}; set `scratch` or TMPDIR to a "
+            "directory in which you can write"
+        ) from None
 
 
 def _close_and_unlink(descriptor: int, name: str) -> None:
@@ -79,21 +90,22 @@ def _close_and_unlink(descriptor: int, name: str) -> None:
 
 
 class Arena:
-    """*size* bytes in memory or, with *on_disk*, in a file in the directory for temporary files (`TMPDIR`).
+    """*size* bytes in memory or, with *on_disk*, in a file in *directory*, by default the one for temporary files (`TMPDIR`).
 
     Forked processes share it automatically; others attach to it by its path while its owner lives.
     """
 
-    def __init__(self, size: int, *, on_disk: bool = False):
+    def __init__(self, size: int, *, on_disk: bool = False, directory: str | None = None):
         self.size = max(1, size)
+        directory = directory or tempfile.gettempdir()
         if on_disk:
-            free = shutil.disk_usage(tempfile.gettempdir()).free
+            free = shutil.disk_usage(directory).free
             if free < self.size:
-                raise _no_room_error(self.size, f"{free / 1e6:,.1f} MB left")
+                raise _no_room_error(self.size, directory, f"{free / 1e6:,.1f} MB left")
         if hasattr(os, "memfd_create") and not on_disk:
             descriptor, name = os.memfd_create("cxt"), None
         else:
-            descriptor, name = tempfile.mkstemp(prefix="cxt-")
+            descriptor, name = _create_file(directory)
         if Path("/proc/self/fd").exists():
             self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
             if name is not None:
@@ -106,7 +118,7 @@ class Arena:
             try:
                 os.posix_fallocate(descriptor, 0, self.size)  # otherwise, writing to a full disk would kill the process
             except OSError as error:
-                raise _no_room_error(self.size, error.strerror) from None
+                raise _no_room_error(self.size, directory, error.strerror or str(error)) from None
         os.ftruncate(descriptor, self.size)
         self._map = mmap.mmap(descriptor, self.size)
 

@@ -20,6 +20,8 @@ def check_source(options: TrainingOptions) -> None:
         return
     if options.training.storage != TrainingConfig().storage:
         raise BadRequest("--storage cannot be used with --simulate, which has no dataset to store")
+    if options.training.scratch is not None:
+        raise BadRequest("--scratch cannot be used with --simulate, which has no dataset to store")
     if options.max_steps is None:
         raise BadRequest("--simulate needs --max-steps, since simulated examples never run out")
     if options.training.epochs != TrainingConfig().epochs:

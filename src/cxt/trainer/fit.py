@@ -57,6 +57,7 @@ def build_data(request: RunRequest) -> DataModule:
             split,
             grid=grid,
             storage=training.storage,
+            scratch=training.scratch,
             progress=lambda line: logger.info(f"{request.name}: {line}"),
         )
         for split in ("train", "test")

@@ -94,8 +94,9 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
     """Train in the first process of a machine; that of the first machine makes all decisions and writes all files."""
     if not options.wait_for_lock >= 0:
         raise BadRequest(f"--wait-for-lock must not be negative, got {options.wait_for_lock:g}")
-    if options.out is not None:
-        check_writable(options.out)
+    for path in (options.out, options.log_out):
+        if path is not None:
+            check_writable(path)
     request = build_request(options)
     for number, identity in enumerate(machines.gather(request.identity), start=1):
         if identity != request.identity:
@@ -121,6 +122,8 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
             logger.info(f"{run.path} is finished: publishing its checkpoint again")
         if machines.is_first:
             logger.info(f"finished: {run.finished_checkpoint()}")
+            if options.log_out is not None:
+                run.publish_log(options.log_out)
             if options.out is not None:
                 run.publish(options.out)
                 logger.info(f"published: {options.out}")

@@ -55,6 +55,7 @@ class TrainingOptions:
     run_dir: str | None
     max_minutes: float | None
     out: str | None
+    log_out: str | None
     lineage: str | None
     settings_lineage: str | None
     dataset_lineage: str | None
@@ -169,6 +170,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         "(with --resume, if it has no --run-dir)",
     )
     add("--out", type=str | None, help="publish the finished checkpoint to this file")
+    add("--log-out", type=str | None, help="publish the training log of the finished run, training_log.csv, to this file")
     add("--print-config", type=bool, default=False, nargs="?", const=True, help="print all settings as YAML and exit")
     add("--lineage", type=str | None, help="digest of everything the checkpoint depends on, stored in it")
     add(
@@ -206,7 +208,8 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         kind = str | bool | int  # YAML reads `no` and `16` as these
     if default is None:
         value = float(field.default) if kind is float else field.default
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=text, **options)
+        accepted = kind if value is not None else kind | None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=accepted, default=value, help=text, **options)
     else:
         text = f"{text} (default: {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # importing torch takes seconds
 logger = get_logger(__name__)
 
 RUN_CONTROL_OPTIONS = (
-    "resume", "restart", "run_dir", "log_dir", "out", "max_minutes", "lineage", "settings_lineage", "dataset_lineage",
-    "parent_lineage", "wait_for_lock",
+    "resume", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
+    "dataset_lineage", "parent_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 

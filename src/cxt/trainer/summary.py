@@ -24,7 +24,7 @@ def build_record(request: RunRequest) -> dict:
         request.adapter,
         name=request.name,
         preset=request.preset,
-        training=request.training.model_dump(),
+        training=request.training.model_dump(exclude={"scratch"}),  # a path on one machine
         lineage=request.lineage,
         dataset={key: request.manifest[key] for key in shape}
         | {

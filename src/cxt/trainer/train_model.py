@@ -67,6 +67,7 @@ def train_model(
     threads: int | None = None,
     workers: int | None = None,
     storage: Literal["auto", "memory", "disk"] | None = None,
+    scratch: str | PathLike[str] | None = None,
     gpus: int | Sequence[int] | None = None,
     devices: int | None = None,
     nodes: int | None = None,
@@ -79,6 +80,7 @@ def train_model(
     min_delta: float | None = None,
     export: Literal["last", "best"] | None = None,
     out: str | PathLike[str] | None = None,
+    log_out: str | PathLike[str] | None = None,
     # The run directory, and continuing
     log_dir: str | PathLike[str] | None = None,
     run_dir: str | PathLike[str] | None = None,

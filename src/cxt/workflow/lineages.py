@@ -29,6 +29,7 @@ from cxt.workflow.jobs import (
     list_evaluation_batches,
     mask_spec,
 )
+from cxt.workflow.paths import runs_directory
 
 
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
@@ -137,4 +138,4 @@ def table_lineage(config: dict) -> str:
 
 def run_directory(config: dict, name: str) -> str:
     """The run directory of a model: one for each lineage, so that changed settings start a new run."""
-    return f"results/runs/{name}-{model_lineage(config, name)}"
+    return f"{runs_directory(config)}/{name}-{model_lineage(config, name)}"

@@ -4,6 +4,8 @@ import os
 
 from cxt.config.variants import Variant
 from cxt.data.manifest import plan_shards
+from cxt.errors import BadRequest
+from cxt.io import expand_path
 from cxt.scenarios.genetic_maps import check_map_available
 from cxt.workflow.jobs import collect_variants, variant_table
 
@@ -11,6 +13,27 @@ from cxt.workflow.jobs import collect_variants, variant_table
 def batch_path(variant: str, start: int) -> str:
     """The simulation batch of a variant that starts at index *start*."""
     return f"results/simulations/{variant}/{start}.trees.batch"
+
+
+RUNS = "results/runs"
+"""Directory of the run directories, unless `cluster.runs` names another one."""
+
+
+def runs_directory(config: dict) -> str:
+    """Directory of the run directories: that of `cluster.runs`, or one in the working directory.
+
+    Raises
+    ------
+    BadRequest
+        If `cluster.runs` has a variable that is not set, or is no absolute path.
+    """
+    runs = config["cluster"].get("runs")
+    if runs is None:
+        return RUNS
+    path = expand_path(runs, setting="cluster.runs")
+    if not os.path.isabs(path):
+        raise BadRequest(f"cluster.runs: the path must be absolute, because jobs may run in other directories, got '{runs}'")
+    return path
 
 
 def map_path(spec: dict) -> str:
@@ -24,8 +47,14 @@ def variant_with_map(config: dict, path: str) -> Variant:
     return next(variant for variant in mapped if map_path(variant.spec) == path)
 
 
-def find_batch_map(variant: Variant, start: int) -> list[str]:
+def find_batch_map(variant: Variant, start: int, *, stored_elsewhere: bool = False) -> list[str]:
     """The inputs for the genetic map of a simulation batch: one file, or none.
+
+    Parameters
+    ----------
+    variant, start : the batch
+    stored_elsewhere : whether a storage provider keeps the results, where this does not look for the batch: if there is no map,
+        the job that fetches it fails
 
     Raises
     ------
@@ -34,7 +63,7 @@ def find_batch_map(variant: Variant, start: int) -> list[str]:
     """
     if "genetic_map" not in variant.spec:
         return []
-    if not os.path.exists(batch_path(variant.name, start)):
+    if not stored_elsewhere and not os.path.exists(batch_path(variant.name, start)):
         check_map_available(variant.spec, fetched=map_path(variant.spec))
     return [map_path(variant.spec)]
 

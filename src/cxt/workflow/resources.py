@@ -73,7 +73,7 @@ def launch_command(config: dict, name: str) -> list[str]:
     return ["srun", f"--nodes={machines}", f"--ntasks={machines}", "--ntasks-per-node=1", threads, "--cpu-bind=q", *gpus]
 
 
-def check_placement(config: dict, name: str, *, gpus: int | None, executor: str, partitions: str) -> None:
+def check_placement(config: dict, name: str, *, gpus: int | None, executor: str, partitions: str | None) -> None:
     """Check that the machines and GPUs that a model is configured to train on can be had.
 
     Parameters
@@ -84,8 +84,8 @@ def check_placement(config: dict, name: str, *, gpus: int | None, executor: str,
         Limit of Snakemake's resource `gpu`, if there is one.
     executor : str
         Snakemake's executor: `local`, `slurm`, `dryrun`, which may stand for any, or another one, which is not checked.
-    partitions : str
-        The file with the limits of Slurm's partitions.
+    partitions : str, optional
+        The file with the limits of Slurm's partitions, if there is one.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def check_placement(config: dict, name: str, *, gpus: int | None, executor: str,
             f"models.{name}: training.devices is {devices}, but this run may use {_count_gpus(gpus)}: `gpu` of "
             f"--resources, or of the profile. Raise it if the machine has more, or train with {_same_batch(config, name, gpus)}"
         )
-    if executor == "slurm":
+    if executor == "slurm" and partitions is not None:
         limits = read_yaml(partitions).get("partitions", {})
         most = max((limit.get("max_gpu", 0) for limit in limits.values()), default=0)
         if devices > most:
