@@ -10,10 +10,9 @@ export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION
 cd /opt/cxt
 apt-get update
 # shellcheck disable=SC2086 # words
-# shellcheck disable=SC2086 # words
 apt-get install --yes --no-install-recommends ca-certificates python3 python3-pip ${PACKAGES:-}
 python3 -m venv --without-pip /opt/venv
-python3 -m pip --python /opt/venv/bin/python install --constraint constraints.txt --editable ".[${EXTRAS:-all}]"
-# Only the installation needs pip.
+# pip, because the executors of Kubernetes and AWS Batch begin each job by installing the storage plugin.
+python3 -m pip --python /opt/venv/bin/python install --constraint constraints.txt pip --editable ".[${EXTRAS:-all}]"
 apt-get purge --yes --auto-remove python3-pip
 rm -rf /var/lib/apt/lists/* /root/.cache
