@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.repository import REPOSITORY, TINY
+from helpers.repository import REPOSITORY, TINY, run_python
 
 CLONE = f'"{REPOSITORY}/workflow/Snakefile"'
 REMOTE = 'github("owner/cxt", path="workflow/Snakefile", tag="v0.1.0")'
@@ -147,3 +147,31 @@ def test_unknown_keys_are_refused(tmp_path):
     done = run(sys.executable, write_snakefile(tmp_path / "w", CLONE, configuration=configuration), "-n", check=False)
     assert done.returncode == 2
     assert "training" in done.stderr
+
+
+def test_rules_in_a_container(tmp_path):
+    """What docs/howto/containers.md shows, with a program in place of Apptainer that runs the command outside of any image."""
+    text = re.search(r"```snakemake\n(.*?)```", (REPOSITORY / "docs/howto/containers.md").read_text(), flags=re.S)[1]
+    text = text.replace("/shared/cxt/workflow", f"{REPOSITORY}/workflow").replace("/shared/cxt.sif", f"{tmp_path}/cxt.sif")
+    (tmp_path / "cxt.sif").touch()
+    (tmp_path / "Snakefile").write_text(text)
+    program = tmp_path / "bin/apptainer"
+    program.parent.mkdir()
+    program.write_text(
+        f"""#!/bin/sh
+if [ "$1" = --version ]; then echo apptainer version 1.3.0; exit; fi
+echo "$@" >> {tmp_path}/said
+while [ "$1" != -c ]; do shift; done
+exec bash -c "$2"
+"""
+    )
+    program.chmod(0o755)
+    environment = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"}
+    run_python(
+        "-m", "snakemake", "--cores", "2", "--software-deployment-method", "apptainer", "--configfile", TINY,
+        "--", "results/simulations/constant/0.trees.batch", cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith(("exec", "--quiet"))]
+    assert len(lines) == 1
+    assert f"{tmp_path}/cxt.sif bash -c" in lines[0]
+    assert "python -m cxt.simulate" in lines[0]
