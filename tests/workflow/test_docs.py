@@ -119,7 +119,9 @@ def test_commands_are_known():
 def dry_runs() -> list[str]:
     """Commands of Snakemake that plan something."""
     skipped = ("--unlock", "--software-deployment-method")  # conda and Apptainer are not here
-    return [command for command in commands() if command.startswith("snakemake") and not any(word in command for word in skipped)]
+    return [
+        command for command in commands() if command.startswith("snakemake") and not any(word in command for word in skipped)
+    ]
 
 
 @pytest.mark.parametrize(
