@@ -14,23 +14,31 @@ min_version("9.20")
 ROOT = Path(str(workflow.current_basedir)).resolve()
 
 
+include: "rules/package.smk"
+
+
 # An absolute path, so that `--directory elsewhere` finds it too.
-configfile: str(ROOT / "config" / "config.yaml")
+configfile: str(default_configfile())
+
+
+report: "workflow/report/workflow.rst"
 
 
 include: "rules/common.smk"
-include: "rules/settings.smk"
-include: "rules/simulate.smk"
-include: "rules/preprocess.smk"
-include: "rules/train.smk"
-include: "rules/evaluate.smk"
 
 
+# The first rule, and so the default target.
 rule all:
-    default_target: True
     input:
         [paths.checkpoint_path(model) for model in config["models"]],
         [f"results/evaluation/{model}.json" for model in config["models"]],
         "results/evaluation/table.md",
         [f"results/report/{model}-training.png" for model in config["models"]],
         "results/report/cost.html",
+
+
+include: "rules/settings.smk"
+include: "rules/simulate.smk"
+include: "rules/preprocess.smk"
+include: "rules/train.smk"
+include: "rules/evaluate.smk"

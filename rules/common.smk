@@ -7,8 +7,6 @@ import sys
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-sys.path.insert(0, str(ROOT / "src"))
-
 from cxt.workflow import jobs, lineages, paths, settings
 from cxt.workflow.frozen import FrozenConfiguration
 from cxt.workflow.resources import (
@@ -22,7 +20,7 @@ from cxt.workflow.resources import (
     training_minutes,
     training_threads,
 )
-from cxt.config.file import locate_files, resolve
+from cxt.config.file import locate_files, merge, resolve
 from cxt.config.models import build_training_config, get_parent
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
@@ -32,17 +30,33 @@ from cxt.errors import BadRequest, suggest_nearest
 def checked(config):
     """The configuration with defaults and what is known of costs, or exit status 2 and one message before anything runs."""
     try:
-        for path in workflow.configfiles:
-            read_yaml(path)  # refuses keys given twice, which Snakemake does not
-        config = FrozenConfiguration(resolve(locate_files(config, workflow.configfiles)))
+        if IS_MODULE:
+            check_module()
+            if workflow.modifier.skip_configfile:  # the module has a `config:` of its own
+                config = merge(read_yaml(default_configfile()), config)
+        else:
+            for path in workflow.configfiles:
+                read_yaml(path)  # refuses keys given twice, which Snakemake does not
+            config = locate_files(config, workflow.configfiles)
+        config = FrozenConfiguration(resolve(config))
         jobs.check_plan(config)
-        check_targets(config)
         paths.runs_directory(config)
+        if not IS_MODULE:
+            check_targets(config)
         costs = Costs([LOCAL_COSTS] if LOCAL_COSTS.exists() else [])
     except BadRequest as error:
         print(f"cxt: {error}", file=sys.stderr)
         sys.exit(2)
     return config, costs
+
+
+def check_module():
+    """Refuse a `prefix:` of the module."""
+    if workflow.modifier.path_modifier.replace_prefix("results/") != "results/":
+        raise BadRequest(
+            "a module of this workflow cannot have `prefix:` or `replace_prefix:`, because the run directories of training are no "
+            "outputs that Snakemake could move; remove it, and use --directory to choose where results/ is"
+        )
 
 
 def check_targets(config):
@@ -70,12 +84,16 @@ def check_targets(config):
             jobs.batch_count(config, jobs.find_variant(config, match[1]), int(match[2]))
 
 
+IS_MODULE = not workflow.modifier.is_main_snakefile()
+"""Whether another workflow uses these rules by `module`: then command line, configuration files and partitions are its own."""
+
 jobs.put_package_on_path()
-# Read by the Slurm executor. An absolute path, so that it is found from any working directory.
-os.environ.setdefault(
-    "SNAKEMAKE_SLURM_PARTITIONS",
-    str(ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"),
-)
+if not IS_MODULE:
+    # Read by the Slurm executor. An absolute path, so that it is found from any working directory.
+    os.environ.setdefault(
+        "SNAKEMAKE_SLURM_PARTITIONS",
+        str(ROOT / "workflow" / "profiles" / "slurm" / "partitions.yaml"),
+    )
 config, costs = checked(config)
 # Whether a storage provider (`--default-storage-provider`) keeps the results, and files here are copies.
 STORED_ELSEWHERE = workflow.storage_settings.default_storage_provider is not None

@@ -2,12 +2,6 @@
 # Outputs: results/evaluation/<model>.json, three figures, and results/evaluation/table.md.
 
 
-localrules:
-    accuracy_table,
-    training_curves,
-    report_tables,
-
-
 rule evaluate:
     input:
         settings="results/settings/evaluations/{model}.yaml",
@@ -76,6 +70,7 @@ rule accuracy_table:
         "results/evaluation/table.md",
     log:
         "results/logs/table.log",
+    localrule: True
     conda:
         "../envs/evaluate.yaml"
     threads: 1
@@ -101,6 +96,7 @@ rule training_curves:
         ),
     log:
         "results/logs/report/{model}.log",
+    localrule: True
     conda:
         "../envs/evaluate.yaml"
     threads: 1
@@ -137,6 +133,7 @@ rule report_tables:
         ),
     log:
         "results/logs/report/tables.log",
+    localrule: True
     conda:
         "../envs/evaluate.yaml"
     threads: 1

@@ -57,7 +57,8 @@ def commands_of(*start: str) -> list[list[str]]:
 
 
 def test_blocks_are_of_languages_that_are_run():
-    assert {block.language for block in blocks()} == {"sh", "python", "yaml", "text"}
+    # test_module.py runs those of Snakemake.
+    assert {block.language for block in blocks()} == {"sh", "python", "yaml", "text", "snakemake"}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,9 @@ def test_yaml_is_a_configuration(tmp_path):
         assert set(yaml.safe_load(block.text)["models"]) <= set(models)
 
 
+CONTAINERS = ("docker", "podman", "apptainer")
+
+
 def test_commands_are_known():
     """Each begins like one of those that the tests below, or the gate, run."""
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -104,16 +108,31 @@ def test_commands_are_known():
             assert words[1] in COMMANDS, command
         elif words[0] == "python":
             assert words[1:3] == ["-m", "cxt.train"] or (REPOSITORY / words[1]).is_file(), command
+        elif words[0] in CONTAINERS:
+            files = [word for word in words if word.startswith("envs/")]
+            assert files or "snakemake" in words, command
+            assert all((REPOSITORY / name).is_file() for name in files), command
         else:
             assert words[0] in ("snakemake", ".", "srun", "git"), command
 
 
 def dry_runs() -> list[str]:
     """Commands of Snakemake that plan something; test_storage.py runs those with a storage provider."""
-    left_out = ("--unlock", "--default-storage-provider")
+    skipped = ("--unlock", "--default-storage-provider", "--software-deployment-method")  # conda and Apptainer are not here
     return [
-        command for command in commands() if command.startswith("snakemake") and not any(word in command for word in left_out)
+        command for command in commands() if command.startswith("snakemake") and not any(word in command for word in skipped)
     ]
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in commands() if command.startswith(CONTAINERS) and " snakemake " in command]
+)
+def test_commands_in_containers_are_planned(command, tmp_path):
+    """Outside, with another directory in place of the one that is mounted."""
+    words = command.partition(" snakemake ")[2].replace("/work", str(tmp_path)).replace(f"{tmp_path}flow", "workflow").split()
+    (tmp_path / "mine.yaml").write_text(next(block.text for block in blocks() if "my_cattle" in block.text))
+    done = run_python("-m", "snakemake", "-n", *words, cwd=REPOSITORY)
+    assert "This was a dry-run" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", [command for command in dry_runs() if "paper.yaml" not in command])

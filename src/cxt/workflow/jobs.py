@@ -6,6 +6,7 @@ else decides what is made and what is stale.
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from cxt.config.models import build_training_config
@@ -97,9 +98,24 @@ def put_package_on_path() -> None:
 
     A conda environment, if one is used, comes first on the path and needs the dependencies only.
     """
+    package = Path(__file__).resolve().parents[1]
+    source = package.parent
+    if not (source.parent / "pyproject.toml").is_file():  # installed beside its dependencies, which would hide those of conda
+        source = Path(".snakemake", "cxt").absolute()
+        link_package(package, source / "cxt")
     before = filter(None, [os.environ.get("PYTHONPATH")])
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *before])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(source), *before])
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+
+
+def link_package(package: Path, link: Path) -> None:
+    """Make *link* a symbolic link to *package*, in a directory that holds nothing else; several processes may do so at once."""
+    if link.is_symlink() and link.readlink() == package:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=link.parent) as directory:
+        Path(directory, "cxt").symlink_to(package)
+        os.replace(Path(directory, "cxt"), link)
 
 
 # Stage 1
