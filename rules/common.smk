@@ -209,7 +209,11 @@ def training_devices(wildcards):
 
 def models_by_machines(*, several):
     """The models that several machines train together, or those that one machine trains."""
-    return [model for model in config["models"] if (jobs.get_machine_count(config, model) > 1) == several]
+    return [
+        model
+        for model in config["models"]
+        if (jobs.get_machine_count(config, model) > 1) == several
+    ]
 
 
 def machine_resources():
@@ -270,8 +274,8 @@ def checked_parent(wildcards):
 
     An input function, because Snakemake makes exit status 1 of an exit in a resource function.
     """
-    checkpoint = paths.checkpoint_path(wildcards.model)
-    if workflow.is_main_process and not STORED_ELSEWHERE and not os.path.exists(checkpoint):
+    path = paths.checkpoint_path(wildcards.model)
+    if workflow.is_main_process and not STORED_ELSEWHERE and not os.path.exists(path):
         limit = workflow.global_resources.get("gpu")
         try:
             check_placement(

@@ -11,13 +11,13 @@ rule train:
         parent=checked_parent,
     output:
         "results/{model}.ckpt",
-    wildcard_constraints:
-        model=one_of(models_by_machines(several=False)),
     log:
         text="results/logs/train/{model}.log",
         steps="results/logs/train/{model}.csv",
     benchmark:
         "results/benchmarks/train/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(models_by_machines(several=False)),
     conda:
         "../envs/train.yaml"
     # The result depends on the number of threads, so the trainer takes it from its settings.

@@ -91,13 +91,15 @@ def test_touched_files(copy):
 def test_a_deleted_shard(copy):
     (copy / "results" / "datasets" / "processed_narrow" / "train" / "constant-0.zarr.zip").unlink()
     assert planned(copy) == documented("a shard of `processed_narrow` is deleted")
+    (copy / "results" / "narrow.ckpt").unlink()
+    assert planned(copy) == documented("that shard and `narrow.ckpt` are deleted")
 
 
 def test_a_deleted_checkpoint(copy):
     (copy / "results" / "broad_adapter.ckpt").unlink()
     assert planned(copy) == documented("`broad_adapter.ckpt` is deleted")
     before = {path.name: path.read_bytes() for path in (copy / "results" / "evaluation").iterdir() if path.is_file()}
-    snakemake("results/evaluation/broad_adapter.json", cwd=copy)
+    snakemake("results/broad_adapter.ckpt", "results/evaluation/broad_adapter.json", cwd=copy)
     assert "is finished" in (copy / "results" / "logs" / "train" / "broad_adapter.log").read_text()
     assert "published again" in (copy / "results" / "logs" / "evaluate" / "broad_adapter.log").read_text()
     for end in (".json", "-tracks.png", "-scatter.png", "-calibration.png"):
@@ -113,7 +115,8 @@ def test_a_mask_file_with_other_content_and_an_older_time_stamp(copy, tmp_path):
     np.savez(mask, accessible=accessible)
     target = "results/datasets/processed_small_window_missing_data_n10/dataset.json"
     snakemake(target, cwd=copy, configfile=config)
-    assert "Nothing to be done" in "".join(snakemake("-n", target, cwd=copy, configfile=config).stderr)
+    again = snakemake("-n", target, cwd=copy, configfile=config)
+    assert "Nothing to be done" in again.stdout + again.stderr
     np.savez(mask, accessible=~accessible)
     os.utime(mask, (1, 1))
     assert planned(copy, config) == documented("a mask file, also with an older time stamp")
