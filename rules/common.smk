@@ -39,7 +39,8 @@ def checked(config):
                 read_yaml(path)  # refuses keys given twice, which Snakemake does not
             config = locate_files(config, workflow.configfiles)
         config = FrozenConfiguration(resolve(config))
-        jobs.check_plan(config)
+        if workflow.is_main_process:  # a job compares lineages, and need not load stdpopsim
+            jobs.check_plan(config)
         paths.runs_directory(config)
         if not IS_MODULE:
             check_targets(config)

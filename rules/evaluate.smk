@@ -79,7 +79,7 @@ rule accuracy_table:
         runtime=5,
         gpu=0,
     params:
-        lineage=lineages.table_lineage(config),
+        lineage=lambda wildcards: lineages.table_lineage(config),
     shell:
         "exec &> {log:q}; exec python -m cxt.evaluate --table {input:q} --lineage {params.lineage} --out {output:q}"
 

@@ -13,8 +13,6 @@ from pathlib import Path
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
-from cxt.data.preprocessing import preprocess_simulation
-from cxt.data.shards import write_shard
 from cxt.errors import BadRequest
 from cxt.io import digest
 from cxt.scenarios.registry import simulate_tree_sequence
@@ -187,6 +185,10 @@ def shorten_spec(spec: dict, length: int) -> dict:
 
 def measure_shard(simulations, dataset: dict, mask, *, most: int = 3) -> dict:
     """Mean seconds and bytes of the first *most* simulations in a shard of a dataset."""
+    # Imported late, because every job of the workflow reads costs, and numba takes half a second.
+    from cxt.data.preprocessing import preprocess_simulation
+    from cxt.data.shards import write_shard
+
     regions = range(dataset["regions_per_simulation"])
     chosen = simulations[:most]
     preprocess_simulation(chosen[0], dataset, mask=mask)  # compiles
