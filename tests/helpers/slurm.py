@@ -137,8 +137,9 @@ def running_slurm(directory: Path, *, nodes: int = 1) -> Iterator[Slurm]:
             launch(f"slurmd-{name}", "-D", "-N", name, "-f", slurm.conf)
 
         def are_idle() -> bool:
-            done = subprocess.run(["sinfo", "-h", "-N", "-o", "%T"], env=slurm.environment, capture_output=True, check=False)
-            return done.stdout.split() == [b"idle"] * nodes
+            command = ["sinfo", "-h", "-N", "-o", "%N=%T"]  # a line for each node and partition
+            done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True, check=False)
+            return set(done.stdout.split()) == {f"{name}=idle" for name in slurm.names}
 
         wait_for("the nodes", are_idle)
         yield slurm
