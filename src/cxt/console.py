@@ -35,7 +35,7 @@ def get_logger(name: str) -> logging.Logger:
         package.propagate = False
         if package.level == logging.NOTSET:
             package.setLevel(logging.INFO)
-    return logging.getLogger(name)
+    return package if name == "__main__" else logging.getLogger(name)  # `python -m` calls a module so
 
 
 def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         path, device = find_checkpoint(args.checkpoint), "cuda" if args.devices else "cpu"
         finished = finished_directory(args.finished, lineage=args.lineage, checkpoint=path, device=device)
         if publish_finished(finished, out=args.out, figures=args.figures):
-            logger.info(f"{path}: evaluated before ({finished}); published again")
+            with progress_only():
+                logger.info(f"{path}: evaluated before ({finished}); published again")
             return
     mask = read_mask_from_flags(args)
     with progress_only():

@@ -87,6 +87,7 @@ def test_everything_is_there(workflow):
         for figure in ("tracks", "scatter"):
             assert (results / "evaluation" / f"{model}-{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "published" in (results / "logs" / "train" / f"{model}.log").read_text()
+        assert "MSE" in (results / "logs" / "evaluate" / f"{model}.log").read_text()
         assert len(list((results / "runs").glob(f"{model}-*/checkpoints/{model}_epoch=0-step=*.ckpt"))) == 1
     table = (results / "evaluation" / "table.md").read_text()
     assert all(f"| {model} " in table for model in MODELS)
