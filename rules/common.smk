@@ -276,14 +276,16 @@ def checked_parent(wildcards):
     An input function, because Snakemake makes exit status 1 of an exit in a resource function.
     """
     path = paths.checkpoint_path(wildcards.model)
-    if workflow.is_main_process and not STORED_ELSEWHERE and not os.path.exists(path):
+    executor = workflow.executor_plugin  # none for --dag, --summary and the like
+    is_planned = workflow.is_main_process and executor is not None
+    if is_planned and not STORED_ELSEWHERE and not os.path.exists(path):
         limit = workflow.global_resources.get("gpu")
         try:
             check_placement(
                 config,
                 wildcards.model,
                 gpus=None if limit is None else limit.value,
-                executor=workflow.executor_plugin.name,
+                executor=executor.name,
                 partitions=os.environ.get("SNAKEMAKE_SLURM_PARTITIONS"),
             )
         except BadRequest as error:

@@ -10,7 +10,7 @@ import yaml
 from helpers.repository import REPOSITORY, TINY
 
 from cxt.config import scenarios
-from cxt.config.file import load, merge, resolve, without_nulls
+from cxt.config.file import load, locate_files, merge, resolve, without_nulls
 from cxt.config.models import build_adapter_config, build_network_config, build_training_settings
 from cxt.config.network import PRESETS, Adapter, AdapterConfig, Architecture, ModelConfig
 from cxt.config.reference import TITLES, json_schema, render_reference
@@ -299,3 +299,18 @@ def test_all_errors_at_once():
     with pytest.raises(BadRequest) as caught:
         with_changes(training={"epoch": 3, "lr": "fast"}, evaluation={"pair": 1})
     assert all(word in str(caught.value) for word in ("training.epoch", "training.lr", "evaluation.pair"))
+
+
+def test_paths_are_relative_to_the_file_that_names_them(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "m.npz").touch()
+    (tmp_path / "m.bed").touch()
+    (tmp_path / "a" / "x.yaml").write_text("datasets: {processed: {mask: {path: m.npz}}}\n")
+    (tmp_path / "b" / "y.yaml").write_text("datasets: {processed_n10: {mask: {path: ../m.bed}}}\n")
+    monkeypatch.chdir(tmp_path / "a")
+    config = load([tmp_path / "a" / "x.yaml", "../b/y.yaml"])
+    assert config["datasets"]["processed"]["mask"]["path"] == "m.npz"  # in the working directory
+    assert config["datasets"]["processed_n10"]["mask"]["path"] == str(tmp_path / "m.bed")
+    given = {"datasets": {"processed": {"mask": {"path": "other.npz"}}}}  # as by --config, on the command line
+    assert locate_files(given, [tmp_path / "a" / "x.yaml"]) == given

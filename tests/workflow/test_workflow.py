@@ -127,6 +127,29 @@ def test_a_checkpoint_asks_for_its_ancestors_only(tmp_path):
     assert trained(planned(tmp_path)) == set(MODELS)
 
 
+@pytest.mark.parametrize("option", ["--dag", "--rulegraph", "--summary"])
+def test_nothing_needs_to_be_there_for_a_graph(tmp_path, option):
+    done = snakemake("results/narrow.ckpt", option, cwd=tmp_path)
+    assert "simulate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"devices": 3, "grad_accum": 2}, "training.devices is 3, but this run may use 1 GPU"),
+        ({"devices": 3, "grad_accum": 2}, "training: {nodes: 1, devices: 1, grad_accum: 6}"),
+        ({"nodes": 2, "grad_accum": 2}, "training.nodes is 2, but this run uses one machine"),
+    ],
+)
+def test_machines_and_gpus_that_are_not_there(tmp_path, training, message):
+    config = overlay(tmp_path / "x.yaml", models={"narrow": {"training": training}})
+    profile = ["--profile", REPOSITORY / "workflow" / "profiles" / "local"]
+    done = snakemake("results/narrow.ckpt", *profile, cwd=tmp_path, configfile=config, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_deleted_checkpoint(copy):
     (copy / "results" / "broad.ckpt").unlink()
     jobs = planned(copy)
