@@ -306,11 +306,13 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "m.npz").touch()
     (tmp_path / "m.bed").touch()
-    (tmp_path / "a" / "x.yaml").write_text("datasets: {processed: {mask: {path: m.npz}}}\n")
-    (tmp_path / "b" / "y.yaml").write_text("datasets: {processed_n10: {mask: {path: ../m.bed}}}\n")
+    (tmp_path / "a" / "x.yaml").write_text("datasets: {processed_small_window_missing_data: {mask: {path: m.npz}}}\n")
+    (tmp_path / "b" / "y.yaml").write_text("datasets: {processed_small_window_missing_data_n10: {mask: {path: ../m.bed}}}\n")
     monkeypatch.chdir(tmp_path / "a")
-    config = load([tmp_path / "a" / "x.yaml", "../b/y.yaml"])
-    assert config["datasets"]["processed"]["mask"]["path"] == "m.npz"  # in the working directory
-    assert config["datasets"]["processed_n10"]["mask"]["path"] == str(tmp_path / "m.bed")
-    given = {"datasets": {"processed": {"mask": {"path": "other.npz"}}}}  # as by --config, on the command line
+    datasets = load([tmp_path / "a" / "x.yaml", "../b/y.yaml"])["datasets"]
+    assert datasets["processed_small_window_missing_data"]["mask"]["path"] == "m.npz"  # in the working directory
+    assert datasets["processed_small_window_missing_data_n10"]["mask"]["path"] == str(tmp_path / "m.bed")
+    given = {
+        "datasets": {"processed_small_window_missing_data": {"mask": {"path": "other.npz"}}}
+    }  # as by --config, on the command line
     assert locate_files(given, [tmp_path / "a" / "x.yaml"]) == given
