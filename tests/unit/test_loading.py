@@ -208,7 +208,7 @@ def test_storage_is_chosen_by_what_is_free(dataset, monkeypatch, tmp_path):
     with pytest.raises(BadRequest, match="storage must be one of auto, memory, disk, got 'ram'"):
         PairDataset(dataset, "test", storage="ram")
     monkeypatch.setattr(arena.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
-    with pytest.raises(BadRequest, match=r"do not fit into .* \(0.0 MB left\); set TMPDIR"):
+    with pytest.raises(BadRequest, match=r"do not fit into .* \(0.0 MB left\); set `scratch` or TMPDIR"):
         Arena(1000, on_disk=True)
 
 
