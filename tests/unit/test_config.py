@@ -72,7 +72,9 @@ def test_published_step_counts(simulations, pairs, epochs, steps):
 
 def test_sections_have_the_published_defaults():
     training = TrainingSection().resolved()
-    assert {key: value for key, value in training.items() if key != "devices"} == TrainingConfig().model_dump(exclude_none=True)
+    assert {key: value for key, value in training.items() if key not in ("devices", "nodes")} == TrainingConfig().model_dump(
+        exclude_none=True
+    )
     adapter = AdapterConfig().model_dump()
     assert Adapter().resolved() == {key: value for key, value in adapter.items() if key != "samples"}
     assert Architecture().resolved() == TrainingOverrides().resolved() == {}
