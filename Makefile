@@ -50,7 +50,7 @@ report: $(VENV)/installed
 test-resume: $(VENV)/installed-dev
 	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/resume/test_resume.py tests/resume/test_interrupts.py
 
-# A Slurm of its own on this machine, of Debian's packages munge, slurmctld and slurmd: some ten minutes, as root.
+# A Slurm of its own on this machine, of Debian's packages munge, slurmctld and slurmd: some twenty minutes, as root.
 test-cluster: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest tests/cluster
 

@@ -46,6 +46,7 @@ def keep_finished(directory: Path, *, out, figures) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
+        temporary.chmod(0o755)  # as other directories of results
         shutil.copyfile(out, temporary / "metrics.json")
         for end in FIGURES:
             shutil.copyfile(f"{figures}{end}", temporary / f"figures{end}")
