@@ -206,5 +206,6 @@ def test_whole_chain_in_s3(workflow, tmp_path, s3):
     snakemake(*stored, "--show-failed-logs", cwd=machine)
     download(s3, bucket)
     check_same_results(bucket / "results", workflow / "results")
-    assert {os.path.basename(name) for name in os.listdir(machine / "results")} == {"runs", "logs"}
+    assert {os.path.basename(name) for name in os.listdir(machine / "results")} == {"runs", "logs", "evaluation"}
+    assert os.listdir(machine / "results" / "evaluation") == ["finished"]
     assert is_up_to_date(snakemake("-n", *stored, cwd=machine))
