@@ -109,6 +109,7 @@ use rule train from cxt as cxt_train with:
     assert len(list(directory.iterdir())) <= 3  # nothing made by a dry run but .snakemake
 
 
+@pytest.mark.long
 def test_of_a_repository(tmp_path, installed, caches):
     directory = write_snakefile(tmp_path / "w", REMOTE)
     jobs = jobs_of(run(installed, directory, "-n", caches=caches))
@@ -120,6 +121,7 @@ def test_of_a_repository(tmp_path, installed, caches):
     assert "Nothing to be done" in run(installed, directory, "results/datasets/processed/dataset.json", caches=caches).stderr
 
 
+@pytest.mark.long
 def test_of_a_repository_with_another_package(tmp_path, caches, installed):
     """With the rules of a later version, and no package at all."""
     code = "import importlib.metadata as m; m.version = lambda name, v=m.version: '0.0.9' if name == 'cxt' else v(name)"

@@ -81,6 +81,7 @@ def copy(workflow, tmp_path):
     return shutil.copytree(workflow, tmp_path / "copy", symlinks=True)
 
 
+@pytest.mark.long
 def test_touched_files(copy):
     for path in (copy / "results").rglob("*"):
         if path.is_file() and "settings" not in path.parts and path.suffix in (".batch", ".zip", ".json", ".npz"):
@@ -107,6 +108,7 @@ def test_a_deleted_checkpoint(copy):
         assert (copy / "results" / "evaluation" / name).read_bytes() == before[name]
 
 
+@pytest.mark.long
 def test_a_mask_file_with_other_content_and_an_older_time_stamp(copy, tmp_path):
     mask = tmp_path / "mask.npz"
     masked = {"processed_small_window_missing_data_n10": {"mask": {"path": "mask.npz", "length": None}}}
@@ -133,6 +135,7 @@ def test_a_stage_version(workflow, tmp_path):
     assert planned(workflow, repository=changed) == documented("the code of `train`, so that its stage version is raised")
 
 
+@pytest.mark.long
 def test_a_failed_upstream_job(copy, tmp_path):
     """Snakemake's own record calls the checkpoint current after its simulation has failed once."""
     path = tmp_path / "changed.yaml"

@@ -76,6 +76,7 @@ def check_same_results(results: Path, expected: Path) -> None:
 
 
 @needs_fs
+@pytest.mark.long
 def test_results_move_to_a_storage_and_state_survives_a_lost_machine(workflow, tmp_path):
     bucket, runs = tmp_path / "bucket", tmp_path / "runs"
     machines = [tmp_path / "machine", tmp_path / "other machine"]
@@ -135,6 +136,7 @@ def test_run_directories_that_cannot_be(tmp_path, runs, problem):
 
 @needs_fs
 @needs_s3
+@pytest.mark.long
 def test_commands_of_the_page(tmp_path, s3):
     page = (REPOSITORY / "docs/howto/storage.md").read_text()
     (tmp_path / "mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, flags=re.S)[1].replace("/efs/", f"{tmp_path}/"))
