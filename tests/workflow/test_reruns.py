@@ -127,7 +127,7 @@ def test_a_mask_file_with_other_content_and_an_older_time_stamp(copy, tmp_path):
 def test_a_stage_version(workflow, tmp_path):
     changed = tmp_path / "repository"
     changed.mkdir()
-    for part in ("Snakefile", "rules", "src", "config", "envs", "workflow"):
+    for part in ("Snakefile", "pyproject.toml", "rules", "src", "config", "envs", "workflow"):
         source = REPOSITORY / part
         shutil.copytree(source, changed / part) if source.is_dir() else shutil.copy(source, changed / part)
     lineage = changed / "src" / "cxt" / "lineage.py"
