@@ -141,6 +141,7 @@ def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_two_simulations_share_seeds(paper, monkeypatch):
     """All 33 790: msprime's two seeds, of which each comes once in a variant, and no pair comes twice."""
     seeds = seeds_of(paper, monkeypatch)
@@ -191,6 +192,7 @@ def test_flops_by_counting():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_costs_are_measured(tmp_path, paper):
     """--calibrate, then the plan uses its figures; an exact length wins, others are stretched and named."""
     out = run_plan(

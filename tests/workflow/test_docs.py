@@ -222,6 +222,7 @@ def test_runs_checkpoints_and_settings(here, tmp_path):
     assert (tmp_path / "lr.png").exists()
 
 
+@pytest.mark.long
 def test_start_from_published_checkpoints(tmp_path):
     (block,) = [block for block in blocks() if "checkpoint import" in block.text and block.language == "sh"]
     found = [shlex.split(line, comments=True) for line in block.text.splitlines()]

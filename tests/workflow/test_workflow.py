@@ -150,6 +150,7 @@ def test_machines_and_gpus_that_are_not_there(tmp_path, training, message):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.long
 def test_deleted_checkpoint(copy):
     (copy / "results" / "broad.ckpt").unlink()
     jobs = planned(copy)
@@ -423,6 +424,7 @@ def test_the_catalogs_snakefile(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="kills a process group and all below it")
 @pytest.mark.parametrize("moment", range(int(os.environ.get("CXT_KILLS", "2"))))
+@pytest.mark.long
 def test_killed_preprocessing_ends_the_same(workflow, tmp_path, moment):
     """`kill -9` of Snakemake and all its jobs; the next run finishes, and the dataset is the same to the byte."""
     directory = tmp_path / "killed"
