@@ -1,6 +1,8 @@
 """Paths of the repository, and running its commands."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +47,14 @@ def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=Tru
         "--rerun-incomplete", *arguments, "--configfile", configfile, cwd=cwd, check=check,
         env={"PYTHONPATH": str(repository / "src")},
     )  # fmt: skip
+
+
+def copy_with_raised_version(stage: str, directory: Path) -> Path:
+    """A copy of the checkout, in a new directory, in which the version of *stage* is another one."""
+    directory.mkdir()
+    for part in ("Snakefile", "pyproject.toml", "rules", "src", "config", "envs", "workflow"):
+        source = REPOSITORY / part
+        shutil.copytree(source, directory / part) if source.is_dir() else shutil.copy(source, directory / part)
+    lineage = directory / "src" / "cxt" / "lineage.py"
+    lineage.write_text(re.sub(rf'"{stage}": \d+', f'"{stage}": 99', lineage.read_text()))
+    return directory

@@ -7,7 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from helpers.repository import REPOSITORY, TINY, snakemake
+from helpers.repository import REPOSITORY, TINY, copy_with_raised_version, snakemake
+
+from cxt.config.file import merge
 
 RULES = ("simulate", "preprocess", "train", "evaluate")
 TABLE = (REPOSITORY / "docs" / "lineage.md").read_text()
@@ -51,12 +53,6 @@ CONFIGURATIONS = {
     "`seed`": {"seed": 2},
 }  # fmt: skip
 """{change: overlay on tests/tiny.yaml}."""
-
-
-def merge(base: dict, overlay: dict) -> dict:
-    for key, value in overlay.items():
-        base[key] = merge(base.get(key) or {}, value) if isinstance(value, dict) else value
-    return base
 
 
 def write_changed(path, overlay: dict):
@@ -125,13 +121,7 @@ def test_a_mask_file_with_other_content_and_an_older_time_stamp(copy, tmp_path):
 
 
 def test_a_stage_version(workflow, tmp_path):
-    changed = tmp_path / "repository"
-    changed.mkdir()
-    for part in ("Snakefile", "pyproject.toml", "rules", "src", "config", "envs", "workflow"):
-        source = REPOSITORY / part
-        shutil.copytree(source, changed / part) if source.is_dir() else shutil.copy(source, changed / part)
-    lineage = changed / "src" / "cxt" / "lineage.py"
-    lineage.write_text(re.sub(r'"train": \d+', '"train": 99', lineage.read_text()))
+    changed = copy_with_raised_version("train", tmp_path / "repository")
     assert planned(workflow, repository=changed) == documented("the code of `train`, so that its stage version is raised")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers.repository import REPOSITORY, TINY, run_python, snakemake
+from helpers.repository import REPOSITORY, TINY, copy_with_raised_version, run_python, snakemake
 from helpers.simulations import maps_taken_as_present
 
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
@@ -236,14 +236,7 @@ def test_settings_that_change_no_result_start_no_job(workflow, tmp_path):
     ],
 )
 def test_bumped_stage_version(workflow, tmp_path, stage, first, not_run):
-    changed = tmp_path / "repository"
-    changed.mkdir()
-    for part in ("Snakefile", "pyproject.toml", "rules", "src", "config", "envs", "workflow"):
-        source = REPOSITORY / part
-        shutil.copytree(source, changed / part) if source.is_dir() else shutil.copy(source, changed / part)
-    lineage = changed / "src" / "cxt" / "lineage.py"
-    lineage.write_text(re.sub(rf'"{stage}": \d+', f'"{stage}": 99', lineage.read_text()))
-    jobs = planned(workflow, repository=changed)
+    jobs = planned(workflow, repository=copy_with_raised_version(stage, tmp_path / "repository"))
     assert first in jobs
     assert not not_run & jobs.keys()
 
