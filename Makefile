@@ -50,9 +50,10 @@ report: $(VENV)/installed
 test-resume: $(VENV)/installed-dev
 	CXT_RESUME_KILLS=20 $(VENV)/bin/python -m pytest -s tests/resume/test_resume.py tests/resume/test_interrupts.py
 
-# A Slurm of its own on this machine, of Debian's packages munge, slurmctld and slurmd: some twenty minutes, as root.
+# A Slurm of its own on this machine, of Debian's packages munge, slurmctld and slurmd: half an hour, as root. Allocations of other
+# lengths: CXT_SLURM_MINUTES=2,10,20.
 test-cluster: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest tests/cluster
+	$(VENV)/bin/python -m pytest -o faulthandler_timeout=7200 tests/cluster
 
 test-fuzz: $(VENV)/installed-dev
 	CXT_FUZZ_MUTATIONS=200 $(VENV)/bin/python -m pytest tests/unit/test_fuzz.py

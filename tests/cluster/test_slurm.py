@@ -15,6 +15,7 @@ from helpers.repository import REPOSITORY, TINY
 from helpers.slurm import missing_programs, running_slurm, wait_for
 
 from cxt.checkpoints.file import read_checkpoint
+from cxt.checkpoints.run_directory import RunDirectory
 
 pytestmark = [
     pytest.mark.cluster,
@@ -23,6 +24,9 @@ pytestmark = [
         bool(missing_programs()), reason=f"needs {', '.join(missing_programs())} (Debian: slurmctld slurmd munge)"
     ),
 ]
+MINUTES = [int(word) for word in os.environ.get("CXT_SLURM_MINUTES", "2").split(",")]
+"""Time limits of the allocations in which a training is to save and end by itself."""
+
 MODELS = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 
 
@@ -109,6 +113,17 @@ def sbatch_calls(slurm, start_at: int) -> list[str]:
     return slurm.calls.read_text().splitlines()[start_at:] if slurm.calls.exists() else []
 
 
+def train_alone(place, *flags) -> subprocess.Popen:
+    """The planned training of `narrow` without Slurm and undisturbed, to one.ckpt."""
+    command = [
+        sys.executable, "-m", "cxt.train", "--config", place / "results/settings/models/narrow.yaml",
+        "--dataset-path", place / "results/datasets/processed_narrow", "--run-dir", place / "one", "--out", place / "one.ckpt",
+        *flags,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*map(str, command)], env=environment, cwd=place, stdout=subprocess.PIPE, text=True)
+
+
 def test_two_machines_train_as_one_with_two_devices(slurm, place):
     """The job's processes come by srun, one on each machine; the weights are those of one machine with two."""
     (place / "results/narrow.ckpt").unlink()
@@ -117,12 +132,8 @@ def test_two_machines_train_as_one_with_two_devices(slurm, place):
     assert any(" --nodes=2 " in call and " --ntasks=2 " in call and " -p cpu " in call for call in sbatch_calls(slurm, before))
     trained = read_checkpoint(place / "results/narrow.ckpt")
     assert trained.record["devices"] == 2
-    run = [
-        sys.executable, "-m", "cxt.train", "--config", place / "results/settings/models/narrow.yaml", "--nodes", "1",
-        "--accelerator", "cpu", "--devices", "2", "--dataset-path", place / "results/datasets/processed_narrow",
-        "--run-dir", place / "one", "--out", place / "one.ckpt", "--lineage", trained.record["lineage"],
-    ]  # fmt: skip
-    subprocess.run(run, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, cwd=place)
+    lineage = trained.record["lineage"]
+    train_alone(place, "--nodes", 1, "--accelerator", "cpu", "--devices", 2, "--lineage", lineage).communicate()
     alone = read_checkpoint(place / "one.ckpt").state_dict
     assert all(torch.equal(alone[name], tensor) for name, tensor in trained.state_dict.items())
 
@@ -161,3 +172,79 @@ def test_more_gpus_than_any_partition_gives(slurm, place):
     assert "training.devices is 3, but no partition" in output
     assert "devices: 1, grad_accum: " in output
     assert sbatch_calls(slurm, before) == []
+
+
+def narrow_of(epochs: int) -> dict:
+    """Configuration of a `narrow` that trains for *epochs* of 18 steps."""
+    training = {"epochs": epochs, "save_every": 200, "validate_every": 10**6, "decode_items": 0}
+    return {"models": {"narrow": {"training": training}}}
+
+
+def start_narrow(slurm, place, *, epochs, minutes=30, **settings) -> subprocess.Popen:
+    (place / "results/narrow.ckpt").unlink(missing_ok=True)
+    cluster = {"cluster": {"runtime": minutes}}
+    return start(slurm, place, "results/narrow.ckpt", **narrow_of(epochs), **cluster, **settings)
+
+
+def find_long_run(place) -> RunDirectory | None:
+    """The run directory of a `narrow` that has saved its state more than once, and trains."""
+    for path in (place / "results/runs").glob("narrow-*"):
+        if path.is_dir() and len(list((path / "checkpoints").glob("step=*.ckpt"))) > 1:
+            return RunDirectory(path)
+    return None
+
+
+def assert_undisturbed(slurm, place, reference: subprocess.Popen) -> str:
+    """The checkpoint is byte for byte that of the undisturbed training; Slurm ended no job. Returns the log of all tries."""
+    assert reference.wait(timeout=60 * 60) == 0
+    assert (place / "results/narrow.ckpt").read_bytes() == (place / "one.ckpt").read_bytes()
+    assert "JobState=TIMEOUT" not in slurm.call("scontrol", "show", "jobs", "-o")
+    return (place / "results/logs/train/narrow-tries.log").read_text()
+
+
+def start_reference(place) -> subprocess.Popen:
+    """The same training undisturbed, as soon as its settings are planned."""
+    settings = place / "results/settings/models/narrow.yaml"
+    planned = settings.stat().st_mtime_ns
+    wait_for("the settings", lambda: settings.stat().st_mtime_ns != planned, seconds=120)
+    lineage = yaml.safe_load(settings.read_text())["settings_lineage"]
+    return train_alone(place, "--validate-every", 10**6, "--decode-items", 0, "--lineage", lineage)
+
+
+@pytest.mark.parametrize("minutes", MINUTES)
+def test_time_limits(slurm, place, minutes):
+    """Each try saves and ends before Slurm would end it; the weights are those of an undisturbed training."""
+    process = start_narrow(slurm, place, epochs=400 * minutes, minutes=minutes, retries=9)
+    reference = start_reference(place)
+    finish(process, seconds=50 * 60)
+    tries = assert_undisturbed(slurm, place, reference)
+    assert tries.count("out of time") == tries.count("--- ") - 1 >= 1
+
+
+def test_cancelled_training_is_tried_again(slurm, place):
+    process = start_narrow(slurm, place, epochs=300, retries=1)
+    reference = start_reference(place)
+    wait_for("the training", lambda: find_long_run(place), seconds=120)
+    (job,) = slurm.list_jobs("RUNNING")
+    slurm.call("scancel", job)
+    finish(process)
+    tries = assert_undisturbed(slurm, place, reference)
+    assert tries.count("--- ") == 2
+
+
+def test_killed_snakemake(slurm, place):
+    """The same command again waits for the trainer that still runs, and publishes its result."""
+    process = start_narrow(slurm, place, epochs=300)
+    reference = start_reference(place)
+    wait_for("the training", lambda: find_long_run(place), seconds=120)
+    process.kill()
+    process.communicate()
+    (job,) = slurm.list_jobs("RUNNING")
+    unlock = start(slurm, place, "--unlock", **narrow_of(300), cluster={"runtime": 30})
+    finish(unlock)
+    again = start_narrow(slurm, place, epochs=300)
+    tries = place / "results/logs/train/narrow-tries.log"
+    wait_for("the second trainer", lambda: "waiting for it" in tries.read_text(), seconds=120)
+    assert job in slurm.list_jobs("RUNNING")
+    finish(again)
+    assert_undisturbed(slurm, place, reference)

@@ -73,7 +73,7 @@ class Slurm:
             "PlugStackConfig": self.directory / "plugstack.conf",
             "ProctrackType": "proctrack/pgid", "TaskPlugin": "task/none", "MpiDefault": "none", "SwitchType": "switch/none",
             "SelectType": "select/cons_tres", "SelectTypeParameters": "CR_Core_Memory", "SchedulerType": "sched/backfill",
-            "SchedulerParameters": "bf_interval=2,sched_min_interval=0", "ReturnToService": 2, "MinJobAge": 300,
+            "SchedulerParameters": "bf_interval=2,sched_min_interval=0", "ReturnToService": 2, "MinJobAge": 7200,
             "SlurmdParameters": "config_overrides", "AccountingStorageType": "accounting_storage/none", "MailProg": "/bin/true",
             "GresTypes": "gpu",
         }  # fmt: skip
