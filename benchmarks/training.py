@@ -21,7 +21,8 @@ from cxt.config.training import TrainingConfig
 from cxt.io import atomic_write
 from cxt.model.adapter import build_model
 from cxt.model.flops import training_flops
-from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
+from cxt.trainer.module import build_loss_function, compile_backend
+from cxt.trainer.optimizers import build_optimizer
 
 LAPTOP = ["--layers", "4", "--heads", "4", "--width", "128", "--windows", "100", "--dropout", "0"]
 DENSE = ["--compare", "dense"]

@@ -14,7 +14,8 @@ from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
 from cxt.data.pair_dataset import PairDataset
 from cxt.decoding.decode import use_precision
 from cxt.model.decoder import Decoder
-from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
+from cxt.trainer.module import build_loss_function, compile_backend
+from cxt.trainer.optimizers import build_optimizer
 
 DEVICE = "cuda"
 NETWORK = ModelConfig(layers=3, heads=2, width=32, windows=130, samples=10, scales=4, dropout=0.0)

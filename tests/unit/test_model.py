@@ -9,7 +9,7 @@ from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model, freeze_backbone
 from cxt.model.attention import build_rotary_table, rotate
-from cxt.trainer.module import parameter_groups
+from cxt.trainer.optimizers import parameter_groups
 
 
 @pytest.mark.parametrize("start_token_in_prefix", [False, True])

@@ -38,7 +38,8 @@ from cxt.random_seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
 from cxt.trainer.log import TrainingLog
-from cxt.trainer.module import learning_rate_factor, parameter_groups
+from cxt.trainer.module import learning_rate_factor
+from cxt.trainer.optimizers import parameter_groups
 from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, read_options
 from cxt.trainer.request import RunRequest, build_request
 from cxt.trainer.training_state import list_training_states

@@ -103,7 +103,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
     fused = []
 
     def on_a_gpu(model, training, **_):
-        fused.append(torch.optim.AdamW(cxt.trainer.module.parameter_groups(model, training), fused=True))
+        fused.append(torch.optim.AdamW(cxt.trainer.optimizers.parameter_groups(model, training), fused=True))
         return fused[-1]
 
     norms = []

@@ -24,7 +24,8 @@ from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.model.flops import decoding_flops, training_flops
-from cxt.trainer.module import build_loss_function, build_optimizer, compile_backend
+from cxt.trainer.module import build_loss_function, compile_backend
+from cxt.trainer.optimizers import build_optimizer
 
 SIMULATIONS, PAIRS = 20, 200
 

@@ -138,6 +138,7 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
     data = checkpoint.record["dataset"]
     model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
     model.precision = checkpoint.record.get("precision") or "32-true"
+    model.objective = (checkpoint.record["training"] or {}).get("objective", "autoregressive")
     return model
 
 

@@ -5,9 +5,11 @@ bounded, and the two configurations can be built, so that readers need no furthe
 """
 
 import math
+from typing import get_args
 
 import torch
 
+from cxt.config.learning import Objective
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 
@@ -184,6 +186,11 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
         machine = {"accelerator": TEXT, "devices": WHOLE, "precision": TEXT, "threads": WHOLE}
         _check_required(record, machine, within="")
         _check_types(record, machine, within="")
+        if (objective := record["training"].get("objective", "autoregressive")) not in get_args(Objective):
+            raise BadRequest(
+                f"its training.objective must be one of {', '.join(get_args(Objective))}, got {_format_value(objective)}; "
+                "update cxt if the file is newer"
+            )
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
     network = _build_configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")

@@ -71,7 +71,7 @@ class Model(Section):
 
 
 class Evaluation(Section):
-    """Held-out evaluation of every checkpoint by autoregressive decoding."""
+    """Held-out evaluation of every checkpoint."""
 
     simulations: EvaluationSimulations = 10
     """Simulations per variant, with indices that no dataset uses."""
@@ -79,10 +79,13 @@ class Evaluation(Section):
     """Numbers of simulations that differ for single scenarios, by name."""
     pairs: PositiveInteger = 10
     """Random pairs per simulation."""
+    reading: Literal["auto", "marginal", "sampled"] = "auto"
+    """How to read a checkpoint: `marginal` in one pass, `sampled` from sequences. `auto`: as it was trained (`objective`); a
+    `joint` one both ways."""
     replicates: PositiveInteger = 12
-    """Decoded sequences per pair, whose predictive distributions are averaged."""
+    """Sequences that `sampled` decodes for each pair, and whose predictive distributions are averaged."""
     batch_size: PositiveInteger = 40
-    """Pairs decoded together."""
+    """Pairs read together."""
 
 
 class Configuration(Section):
@@ -108,4 +111,4 @@ class Configuration(Section):
     cluster: Cluster = Cluster()
     """What a cluster's scheduler is asked for; no result depends on it. Partitions and account are in the profile."""
     evaluation: Evaluation = Evaluation()
-    """Held-out evaluation of every checkpoint by autoregressive decoding."""
+    """Held-out evaluation of every checkpoint."""

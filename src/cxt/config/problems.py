@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from cxt.config.bounds import MAX_COUNT, NUMBER
-from cxt.config.type_descriptions import describe_type, holds_text, list_union_members, split_type
+from cxt.config.type_descriptions import describe_type, holds_text, list_choices, list_union_members, split_type
 from cxt.errors import BadRequest, suggest_nearest
 
 
@@ -116,31 +116,38 @@ NAME_ADVICE = (
 
 def explain(section: type[BaseModel], error: ValidationError, values: Any, at: str) -> list[str]:
     """Describe everything that is wrong, one line for each key."""
-    lines: dict[str, None] = {}
-    for detail in error.errors(include_url=False):
-        kind, loc = detail["type"], detail["loc"]
-        place = _place(section, loc[:-1] if kind == "missing" else loc, values, at)
-        path = place.path or "config"
-        if kind == "missing":
-            assert place.section is not None
-            lines[f"{path}: `{loc[-1]}` is missing ({place.section.model_fields[str(loc[-1])].description})"] = None
-        elif kind in ("extra_forbidden", "invalid_key"):
-            assert place.section is not None
-            advice = _advise_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)
-            lines[f"{place.path}: unknown key{advice}"] = None
-        elif place.is_name and not isinstance(place.value, str):
-            lines[f"{path}: the name {place.value!r} must be text{_advise_quotes(place.value)}"] = None
-        elif place.is_name:
-            lines[f"{path}: {_shorten_repr(place.value)}: {NAME_ADVICE}"] = None
-        elif kind == "union_tag_invalid" and isinstance(place.value["kind"], str):
-            kinds = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
-            lines[f"{path}.kind: unknown kind '{place.value['kind']}'{suggest_nearest(place.value['kind'], kinds)}"] = None
-        elif kind in ("union_tag_not_found", "union_tag_invalid"):
-            kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in list_union_members(place.annotation)]
-            lines[f"{path}: `kind` must be one of {', '.join(sorted(kinds))}"] = None
-        else:
-            lines[_must_be(path, place, _parse_number_text(place.annotation, place.value))] = None
-    return list(lines)
+    return list(dict.fromkeys(_explain_detail(section, detail, values, at) for detail in error.errors(include_url=False)))
+
+
+def _explain_detail(section: type[BaseModel], detail: Any, values: Any, at: str) -> str:
+    """Describe one of pydantic's errors in the *values* of a section."""
+    kind, loc = detail["type"], detail["loc"]
+    place = _place(section, loc[:-1] if kind == "missing" else loc, values, at)
+    path = place.path or "config"
+    if place.value is MISSING:  # a validator has changed the value before
+        place = place._replace(value=detail["input"])
+    if kind == "missing":
+        assert place.section is not None
+        return f"{path}: `{loc[-1]}` is missing ({place.section.model_fields[str(loc[-1])].description})"
+    if kind in ("extra_forbidden", "invalid_key"):
+        assert place.section is not None
+        advice = _advise_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)
+        return f"{place.path}: unknown key{advice}"
+    if place.is_name and not isinstance(place.value, str):
+        return f"{path}: the name {place.value!r} must be text{_advise_quotes(place.value)}"
+    if place.is_name:
+        return f"{path}: {_shorten_repr(place.value)}: {NAME_ADVICE}"
+    if kind == "union_tag_invalid" and isinstance(place.value["kind"], str):
+        kinds = detail["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"{path}.kind: unknown kind '{place.value['kind']}'{suggest_nearest(place.value['kind'], kinds)}"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in list_union_members(place.annotation)]
+        return f"{path}: `kind` must be one of {', '.join(sorted(kinds))}"
+    if kind == "value_error" and isinstance(detail["ctx"]["error"], BadRequest):
+        return f"{path}: {detail['ctx']['error']}"
+    if place.path.endswith(".name") and isinstance(place.value, str):
+        return f"unknown {place.path} '{place.value}'{suggest_nearest(place.value, list_choices(place.annotation))}"
+    return _must_be(path, place, _parse_number_text(place.annotation, place.value))
 
 
 def _must_be(name: str, place: _Place, value: Any) -> str:
@@ -166,7 +173,10 @@ def explain_settings(section: type[BaseModel], error: ValidationError, values: d
             lines[str(detail["ctx"]["error"])] = None
             continue
         name = str(detail["loc"][0])
-        if name not in section.model_fields:
+        is_explained = detail["type"] == "value_error" and isinstance(detail["ctx"]["error"], BadRequest)
+        if len(detail["loc"]) > 1 or is_explained:
+            lines[_explain_detail(section, detail, values, "")] = None
+        elif name not in section.model_fields:
             lines[f"unknown setting '{name}'{suggest_nearest(name, section.model_fields)}"] = None
         else:
             lines[explain_value(name, section.model_fields[name], values[name])] = None

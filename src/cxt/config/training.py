@@ -18,6 +18,7 @@ from cxt.config.bounds import (
     Threads,
     Workers,
 )
+from cxt.config.learning import AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -50,6 +51,16 @@ class TrainingFields(Section):
 
     epochs: PositiveInteger = 10
     """Passes over the training examples."""
+    objective: Objective = "autoregressive"
+    """What the network learns to predict: `autoregressive`, each window from the sources and the windows before it, as
+    published, so that it is read by sampling; `marginal`, each window from the sources alone, so that it is read in one pass;
+    `joint`, both. The networks have the same tensors, so that any of them can start from any other."""
+    joint_weight: NonNegative = 0.5
+    """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
+    losses: LossTerms = [LossTerm(name="cross_entropy")]
+    """Terms of the loss, which are added."""
+    optimizer: AnyOptimizer = Optimizer()
+    """The optimizer, by its name or with settings of its own."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     min_lr: NonNegative = 3e-5
@@ -155,6 +166,17 @@ class TrainingOverrides(TrainingSection):
     """Training settings that differ from the top-level `training`."""
 
     only_given: ClassVar[bool] = True
+
+
+SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer")
+"""Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
+current."""
+
+
+def drop_later_defaults(settings: dict) -> dict:
+    """Leave out those of `SETTINGS_SINCE_FORMAT_1` that have their default values."""
+    defaults = TrainingConfig().model_dump(include=set(SETTINGS_SINCE_FORMAT_1))
+    return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 
 RESULT_NEUTRAL_SETTINGS = (

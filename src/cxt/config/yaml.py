@@ -35,7 +35,7 @@ def _values_in(node, counted: dict[int, int | None]) -> int:
     return counted[id(node)]
 
 
-def _parse_yaml(text: str):
+def _parse_document(text: str):
     """Parse a YAML document; raises if its anchors contain themselves or expand to too many values."""
     loader = yaml.SafeLoader(text)
     try:
@@ -49,6 +49,22 @@ def _parse_yaml(text: str):
         loader.dispose()
 
 
+def parse_yaml(text: str):
+    """Parse a YAML document of any kind, such as the value of a flag.
+
+    Raises
+    ------
+    BadRequest
+        If it is not valid YAML, has duplicate keys, or its anchors expand to more than 200 000 values.
+    """
+    try:
+        return _parse_document(text)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # wrong dates, too deeply nested
+        if isinstance(error, BadRequest):
+            raise
+        raise BadRequest(f"it is not valid YAML: {error}") from None
+
+
 def read_yaml(path) -> dict:
     """The mapping in a YAML file; empty if the file holds only comments.
 
@@ -58,13 +74,13 @@ def read_yaml(path) -> dict:
         If the file holds anything else, has duplicate keys, or its anchors expand to more than 200 000 values.
     """
     try:
-        value = _parse_yaml(Path(path).read_text(encoding="utf-8"))
+        value = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRequest(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # not text, wrong dates, too deeply nested
-        if isinstance(error, BadRequest):
-            raise BadRequest(f"{path}: {error}") from None
-        raise BadRequest(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{path}: it is not valid YAML: {error}") from None
+    except BadRequest as error:
+        raise BadRequest(f"{path}: {error}") from None
     if value is None:
         return {}
     if not isinstance(value, dict):

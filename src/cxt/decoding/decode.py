@@ -1,4 +1,4 @@
-"""Decoding: the average of the predictive distributions of several sampled sequences."""
+"""Reading the posterior of many examples, and its summaries."""
 
 import contextlib
 from typing import NamedTuple
@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cxt.config.learning import choose_reading
 from cxt.data.grid import Grid
 from cxt.data.pair_dataset import compute_model_input
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
-from cxt.model.decoder import Decoder
+from cxt.decoding.reading import build_reader
 from cxt.model.transformer import CoalescenceModel
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
@@ -46,11 +47,14 @@ def decode(
     batch_size: int,
     seed: int,
     device="cpu",
+    reading: str | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     truth: np.ndarray | None = None,
 ) -> Summaries:
-    """Posterior mean and central 95% interval of each window, from the average of the replicates' distributions.
+    """Posterior mean and central 95% interval of each window.
+
+    They come from the marginal distribution of the window, or the average of the replicates' predictive distributions.
 
     Averaging predictive distributions is more accurate than averaging sampled values, because each replicate contributes its
     whole distribution for a window, not one draw. Except for rounding, the result does not depend on *batch_size*.
@@ -72,6 +76,8 @@ def decode(
     seed : int
         Seed of the sampling.
     device : torch device
+    reading : str, optional
+        `marginal` or `sampled`; by default the one that the model was trained for, see `cxt.decoding.reading`.
     temperature, top_k : float, int
         Sampling settings, see `cxt.model.decoder.Decoder`.
     truth : array (examples, windows), optional
@@ -81,22 +87,18 @@ def decode(
     -------
     Summaries
     """
-    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
+    read = build_reader(
+        model, choose_reading(model.objective, reading), replicates=replicates, seed=seed, temperature=temperature, top_k=top_k
+    )
     parts = []
     for start in range(0, len(counts), batch_size):
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
-        distribution = average_replicates(decoder, x, example_ids=range(start, start + len(x)))
+        distribution = read(x, range(start, start + len(x)))
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
         summaries = [posterior_mean(distribution, grid), *quantiles]
         if truth is not None:
             summaries.append(posterior_rank(distribution, grid, torch.as_tensor(truth[part], device=distribution.device)))
         parts.append([summary.cpu().numpy() for summary in summaries])
     return Summaries(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def average_replicates(decoder: Decoder, x: torch.Tensor, *, example_ids) -> torch.Tensor:
-    """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
-    _, probabilities = decoder.decode(x, example_ids=example_ids)
-    return probabilities.mean(dim=1, dtype=torch.float64)

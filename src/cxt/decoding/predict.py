@@ -14,6 +14,7 @@ import torch
 import tskit
 from numpy.typing import ArrayLike
 
+from cxt.config.learning import Reading, choose_reading
 from cxt.console import get_logger
 from cxt.data.features import (
     SCALES,
@@ -29,10 +30,10 @@ from cxt.data.features import (
 )
 from cxt.data.grid import Grid
 from cxt.data.pair_dataset import compute_model_input
-from cxt.decoding.decode import average_replicates, use_precision
+from cxt.decoding.decode import use_precision
 from cxt.decoding.posterior import Posterior
+from cxt.decoding.reading import build_reader
 from cxt.errors import BadRequest
-from cxt.model.decoder import Decoder
 from cxt.model.inputs import OutsideTraining, check_input, reads_missingness
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import check_seed, hash_key
@@ -65,6 +66,7 @@ def predict(
     mask: np.ndarray | None = None,
     mutation_rate: float | None = None,
     recombination_rate: float | None = None,
+    reading: str | None = None,
     replicates: int = 15,
     batch_size: int = 8,
     seed: int = 0,
@@ -97,8 +99,11 @@ def predict(
         True = *in*accessible, for each base of the region. A model that was trained with missing data needs it.
     mutation_rate, recombination_rate : float, optional
         Per base pair and generation, to be compared with those of the training data.
+    reading : str, optional
+        `marginal` reads a pair's windows in one pass, `sampled` averages the predictive distributions of sampled sequences. By
+        default the one that the model was trained for.
     replicates : int
-        Sequences that are sampled for each pair, and whose predictive distributions are averaged.
+        Sequences to sample for each pair, if they are sampled.
     batch_size : int
         Pairs decoded together.
     seed : int
@@ -124,7 +129,7 @@ def predict(
     return _predict(
         model, genotypes, positions, pairs, sequence_length=sequence_length, start=start, window_size=window_size, mask=mask,
         rates={"mutation_rate": mutation_rate, "recombination_rate": recombination_rate},
-        replicates=replicates, batch_size=batch_size, seed=seed,
+        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed,
     )  # fmt: skip
 
 
@@ -139,6 +144,7 @@ def predict_ts(
     mask: np.ndarray | None = None,
     mutation_rate: float | None = None,
     recombination_rate: float | None = None,
+    reading: str | None = None,
     replicates: int = 15,
     batch_size: int = 8,
     seed: int = 0,
@@ -157,7 +163,7 @@ def predict_ts(
         Start of the region in base pairs.
     sequence_length : int, optional
         Length of the region in base pairs; by default, to the end of the tree sequence.
-    window_size, mask, mutation_rate, recombination_rate, replicates, batch_size, seed
+    window_size, mask, mutation_rate, recombination_rate, reading, replicates, batch_size, seed
         As in `predict`.
 
     Returns
@@ -191,12 +197,25 @@ def predict_ts(
     return _predict(
         model, genotypes, ts.sites_position[left:right], pairs, sequence_length=length, start=start, window_size=window_size,
         mask=mask, rates={"mutation_rate": mutation_rate, "recombination_rate": recombination_rate},
-        replicates=replicates, batch_size=batch_size, seed=seed,
+        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed,
     )  # fmt: skip
 
 
 def _predict(
-    model, genotypes, positions, pairs, *, sequence_length, start, window_size, mask, rates, replicates, batch_size, seed
+    model,
+    genotypes,
+    positions,
+    pairs,
+    *,
+    sequence_length,
+    start,
+    window_size,
+    mask,
+    rates,
+    reading,
+    replicates,
+    batch_size,
+    seed,
 ) -> Posterior:
     """`predict`, called by it and by `predict_ts`."""
     if not isinstance(model, CoalescenceModel):
@@ -205,6 +224,7 @@ def _predict(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise BadRequest(f"{name} must be a positive whole number, got {value!r}")
     seed = check_seed(seed)
+    reading = choose_reading(model.objective, reading)
     region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask)
     size = model.config.window_size
     if window_size is not None and window_size != size:
@@ -216,7 +236,7 @@ def _predict(
     model.eval()
     try:
         distribution, outside = _decode_region(
-            model, region, rates, replicates=int(replicates), batch_size=int(batch_size), seed=seed
+            model, region, rates, reading=reading, replicates=int(replicates), batch_size=int(batch_size), seed=seed
         )
     finally:
         model.train(was_training)
@@ -276,14 +296,21 @@ def _get_grid(model: CoalescenceModel) -> Grid:
 
 
 def _decode_region(
-    model: CoalescenceModel, region: _Region, rates: dict[str, float | None], *, replicates: int, batch_size: int, seed: int
+    model: CoalescenceModel,
+    region: _Region,
+    rates: dict[str, float | None],
+    *,
+    reading: Reading,
+    replicates: int,
+    batch_size: int,
+    seed: int,
 ) -> tuple[np.ndarray, list[str]]:
     """The predictive distributions (pairs, windows, bins) float32 of a region, and the warnings about its input."""
     size, length = model.config.window_size, model.config.windows
     windows = count_windows(window_size=size, sequence_length=region.length)
     distribution = np.empty((len(region.pairs), windows, model.config.bins), dtype=np.float32)
     device = model.backbone.head.weight.device
-    decoder = Decoder(model, replicates=replicates, seed=seed)
+    read = build_reader(model, reading, replicates=replicates, seed=seed)
     outside: dict[str, None] = {}
     pieces = _cut_into_pieces(region.length, size, length)
     began = reported = time.monotonic()
@@ -298,7 +325,7 @@ def _decode_region(
             outside |= dict.fromkeys(str(warning.message) for warning in caught)
             ids = [hash_key("predict", first, *sorted(map(int, pair))) - 2**63 for pair in region.pairs[rows]]
             with use_precision(model.precision, device):
-                average = average_replicates(decoder, x, example_ids=ids)
+                average = read(x, ids)
             # `known` windows come from the pieces before, of which the last piece may repeat some.
             distribution[rows, known : first + length] = average[:, known - first :].float().cpu().numpy()
             done += len(x)

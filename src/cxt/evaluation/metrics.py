@@ -3,6 +3,8 @@
 The baselines use the same pairs and windows: heterozygosity in the best fixed window, and the best constant.
 """
 
+import math
+
 import numpy as np
 
 from cxt.data.features import find_first_sites
@@ -55,6 +57,7 @@ def average_scenarios(scenarios: dict) -> dict:
         "coverage95": float(np.mean([row["coverage95"] for row in rows])),
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
         "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
+        "recent": combine_recent(scenarios),
     }
 
 
@@ -129,6 +132,39 @@ def score_heterozygosity(simulations: list[PreprocessedSimulation], *, window_si
     return result
 
 
+RECENT = math.log(1000)
+"""ln generations below which the windows of `score_recent` are."""
+
+
+def score_recent(truth: np.ndarray, mean: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict:
+    """Score the windows whose true TMRCA is below 1000 generations; arrays as in `score_variant`.
+
+    Returns
+    -------
+    dict
+        Number of such windows, and their MSE, bias and coverage of the 95% interval, None if there are none.
+    """
+    recent = truth < RECENT
+    error = (mean - truth)[recent]
+    if not error.size:
+        return {"windows": 0, "mse": None, "bias": None, "coverage95": None}
+    covered = ((truth >= low) & (truth <= high))[recent]
+    return {
+        "windows": int(error.size), "mse": float((error**2).mean()), "bias": float(error.mean()),
+        "coverage95": float(covered.mean()),
+    }  # fmt: skip
+
+
+def combine_recent(scenarios: dict) -> dict:
+    """Average the scores of recent windows over all windows of all scenarios."""
+    rows = [row["recent"] for row in scenarios.values() if row["recent"]["windows"]]
+    windows = sum(row["windows"] for row in rows)
+    if not windows:
+        return {"windows": 0, "mse": None, "bias": None, "coverage95": None}
+    means = {key: sum(row[key] * row["windows"] for row in rows) / windows for key in ("mse", "bias", "coverage95")}
+    return {"windows": windows} | means
+
+
 def measure_coverage(rank: np.ndarray) -> dict[str, float]:
     """Share of windows whose truth is inside the central interval of each of `LEVELS`, from the ranks of the truth."""
     return {f"{level:g}": float((np.abs(2 * rank - 1) <= level).mean()) for level in LEVELS}
@@ -163,6 +199,7 @@ def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
         "coverage": measure_coverage(rank),
+        "recent": score_recent(truth, mean, low, high),
         "baseline": {
             "heterozygosity": score_heterozygosity(simulations, window_size=window_size, windows=windows),
             "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},

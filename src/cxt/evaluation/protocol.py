@@ -1,11 +1,13 @@
 """Evaluating a checkpoint: input from held-out simulations, decoding, and the metrics of each variant."""
 
 import time
+from typing import Literal
 
 import numpy as np
 
 from cxt.config.bounds import BasePairs, PositiveInteger, Seed
 from cxt.config.datasets import DatasetSamples
+from cxt.config.learning import READINGS, choose_reading
 from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
@@ -26,7 +28,15 @@ SPEC_KEYS = {
 SPEC_RANGES = {
     "window_size": BasePairs, "sequence_length": BasePairs, "samples": DatasetSamples, "pairs": PositiveInteger,
     "replicates": PositiveInteger, "batch_size": PositiveInteger, "seed": Seed,
+    "reading": Literal["auto", "marginal", "sampled"],
 }  # fmt: skip
+
+
+ESTIMATES = {
+    "marginal": "posterior mean of ln TMRCA, from the distribution of each window given the whole region",
+    "sampled": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
+}
+"""What is compared with the truth, by the way in which a checkpoint is read."""
 
 
 def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[str, list[PreprocessedSimulation]]:
@@ -98,7 +108,9 @@ def evaluate(
     checkpoint : str or path-like
         Name or path.
     spec : dict
-        window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed.
+        window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed; and `reading`, how
+        to read the checkpoint, by default as it was trained. One that was trained with the objective `joint` is then read both
+        ways.
     batches : list of dict
         Simulation batches as {path, scenario, start, count, lineage}.
     mask : bool array, optional
@@ -116,7 +128,8 @@ def evaluate(
     Returns
     -------
     result : dict
-        Settings, and the metrics of each variant (`scenarios`) and over all (`overall`).
+        Settings, and the metrics of each variant (`scenarios`) and over all (`overall`); of a checkpoint that is read both
+        ways, also those of `sampled`.
     tracks : dict
         Truth, mean, low and high of each variant, to draw: (simulations, pairs, windows) ln TMRCA each.
 
@@ -154,45 +167,53 @@ def evaluate(
         raise BadRequest(f"{path} was trained with {expected}, but the evaluation requests {requested}")
     model = load_model(path, device=device)
     grid = Grid(stored.model.grid_low, stored.model.grid_high, stored.model.bins)
-    scenarios, tracks = {}, {}
+    requested_reading = spec.get("reading", "auto")
+    reading = choose_reading(model.objective, requested_reading, name=str(path))
+    readings = READINGS[model.objective] if requested_reading == "auto" else (reading,)
+    scenarios: dict[str, dict] = {way: {} for way in readings}
+    tracks = {}
     for name, simulations in read_evaluation_simulations(batches, spec, mask).items():
-        started = time.monotonic()
         counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
         truth = np.stack([simulation.log_tmrca for simulation in simulations])
-        with use_precision(model.precision, device):
-            summaries = decode(
-                model,
-                counts,
-                missing,
-                grid=grid,
-                replicates=spec["replicates"],
-                batch_size=spec["batch_size"],
-                seed=seed,
-                device=device,
-                truth=truth.reshape(-1, windows),
+        for way in readings:
+            started = time.monotonic()
+            with use_precision(model.precision, device):
+                summaries = decode(
+                    model,
+                    counts,
+                    missing,
+                    grid=grid,
+                    replicates=spec["replicates"],
+                    batch_size=spec["batch_size"],
+                    seed=seed,
+                    device=device,
+                    reading=way,
+                    truth=truth.reshape(-1, windows),
+                )
+            mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
+            metrics = score_variant(truth, mean, low, high, rank, simulations, window_size=spec["window_size"], windows=windows)
+            scenarios[way][name] = metrics
+            if way == reading:
+                tracks[name] = (truth, mean, low, high)
+            progress(
+                f"{path}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
+                f"r {format_or_dash(metrics['r'], '.3f')} "
+                f"({way if len(readings) > 1 else ''}{', ' if len(readings) > 1 else ''}{time.monotonic() - started:.0f} s)"
             )
-        mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
-        scenarios[name] = score_variant(
-            truth, mean, low, high, rank, simulations, window_size=spec["window_size"], windows=windows
-        )
-        tracks[name] = (truth, mean, low, high)
-        metrics = scenarios[name]
-        progress(
-            f"{path}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
-            f"r {format_or_dash(metrics['r'], '.3f')} "
-            f"({time.monotonic() - started:.0f} s)"
-        )
+    settings = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")}
     result = {
         "checkpoint": stored.record["name"],
         "lineage": lineage,
         "checkpoint_lineage": stored.record["lineage"],
         "device": torch.device(device).type,
-        "settings": {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")},
-        "estimate": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
-        "scenarios": scenarios,
-        "overall": average_scenarios(scenarios),
+        "settings": settings | {"reading": reading},
+        "estimate": ESTIMATES[reading],
+        "scenarios": scenarios[reading],
+        "overall": average_scenarios(scenarios[reading]),
     }
+    if "sampled" in readings and reading != "sampled":
+        result["sampled"] = {"scenarios": scenarios["sampled"], "overall": average_scenarios(scenarios["sampled"])}
     return result, tracks
 
 

@@ -17,40 +17,50 @@ def format_accuracy_table(results: list[dict]) -> str:
     """Format evaluations as a Markdown table, with one row for each checkpoint and scenario."""
     rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
     for result in results:
-        for name, metrics in result["scenarios"].items():
-            window, constant = metrics["baseline"]["heterozygosity"], metrics["baseline"]["constant"]
-            rows.append(
-                (
-                    result["checkpoint"],
-                    name,
-                    f"{metrics['mse']:.3f}",
-                    format_or_dash(metrics["mse_se"], ".3f"),
-                    format_or_dash(metrics["r"], ".3f"),
-                    f"{metrics['bias']:+.3f}",
-                    f"{metrics['coverage95']:.1%}",
-                    f"{window['mse']:.3f}",
-                    format_or_dash(window["r"], ".3f"),
-                    f"{constant['mse']:.3f}",
-                )
-            )
-        mean = result["overall"]
-        rows.append(
-            (
-                result["checkpoint"],
-                "mean",
-                f"{mean['mse']:.3f}",
-                "",
-                format_or_dash(mean["r"], ".3f"),
-                "",
-                f"{mean['coverage95']:.1%}",
-                f"{mean['heterozygosity_mse']:.3f}",
-                "",
-                f"{mean['constant_mse']:.3f}",
-            )
-        )
+        rows += _list_rows(result["checkpoint"], result)
+        if "sampled" in result:
+            rows += _list_rows(f"{result['checkpoint']}, sampled", result["sampled"])
     header, *lines = [f"| {line} |" for line in format_columns(rows, left=2, separator=" | ")]
     rule = "".join(char if char == "|" else "-" for char in header)
     return "\n".join([header, rule, *lines]) + "\n"
+
+
+def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
+    """The rows of a checkpoint *name*: its scenarios, their mean, and recent windows of all scenarios."""
+    rows = []
+    for scenario, metrics in result["scenarios"].items():
+        window, constant = metrics["baseline"]["heterozygosity"], metrics["baseline"]["constant"]
+        rows.append(
+            (
+                name,
+                scenario,
+                f"{metrics['mse']:.3f}",
+                format_or_dash(metrics["mse_se"], ".3f"),
+                format_or_dash(metrics["r"], ".3f"),
+                f"{metrics['bias']:+.3f}",
+                f"{metrics['coverage95']:.1%}",
+                f"{window['mse']:.3f}",
+                format_or_dash(window["r"], ".3f"),
+                f"{constant['mse']:.3f}",
+            )
+        )
+    mean, recent = result["overall"], result["overall"]["recent"]
+    rows.append(
+        (
+            name,
+            "mean",
+            f"{mean['mse']:.3f}",
+            "",
+            format_or_dash(mean["r"], ".3f"),
+            "",
+            f"{mean['coverage95']:.1%}",
+            f"{mean['heterozygosity_mse']:.3f}",
+            "",
+            f"{mean['constant_mse']:.3f}",
+        )
+    )
+    scores = [format_or_dash(recent[key], form) for key, form in (("mse", ".3f"), ("bias", "+.3f"), ("coverage95", ".1%"))]
+    return [*rows, (name, "below 1000 gen.", scores[0], "", "", scores[1], scores[2], "", "", "")]
 
 
 def combine_evaluation_lineages(evaluations: list[str | None]) -> str | None:

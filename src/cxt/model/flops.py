@@ -8,33 +8,44 @@ attend. A forward pass over one example, for W windows, width D, L blocks, H sca
     head        2·W·D·vocabulary
     embedding   2 channels × H·W × 2·(n·D/H + (D/H)²)
 
+A marginal pass has the W sources only; a joint one applies the head to sources and targets.
+
 A backward pass takes as much again for the gradients of activations, and once more for those of trained matrices.
 """
 
 from cxt.config.network import AdapterConfig, ModelConfig
 
 
-def forward_flops(network: ModelConfig) -> dict[str, float]:
+def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") -> dict[str, float]:
     """FLOPs of the forward pass of one example, by part: blocks (matrices), attention, head, embedding."""
     windows, width, hidden = network.windows, network.width, network.width // network.scales
-    live = 2 * windows**2 + windows * (windows + 1) / 2
+    live = windows**2 if objective == "marginal" else 2 * windows**2 + windows * (windows + 1) / 2
+    tokens = windows if objective == "marginal" else 2 * windows
+    predictions = 2 * windows if objective == "joint" else windows
     return {
-        "blocks": 2 * windows * 24 * width**2 * network.layers,
+        "blocks": tokens * 24 * width**2 * network.layers,
         "attention": 4 * width * live * network.layers,
-        "head": 2 * windows * width * network.vocabulary,
+        "head": 2 * predictions * width * network.vocabulary,
         "embedding": 2 * network.scales * windows * 2 * (network.samples * hidden + hidden**2),
     }
 
 
-def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None) -> float:
+def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None, *, objective: str = "autoregressive") -> float:
     """FLOPs of one training example, forward and backward; a frozen matrix needs no gradient of its own."""
-    parts = forward_flops(network)
+    parts = forward_flops(network, objective=objective)
     if adapter is None:
         return 3 * sum(parts.values())
     trained = min(adapter.last_n, network.layers) / network.layers if "lastN" in adapter.unfreeze_strategy else 0.0
     frozen = parts["head"] + parts["embedding"] + (1 - trained) * parts["blocks"]
     # The adapter itself, 3 matrices of some tens of rows, takes less than a thousandth of this.
     return 3 * sum(parts.values()) - frozen
+
+
+def reading_flops(network: ModelConfig, *, reading: str, replicates: int) -> float:
+    """FLOPs of reading one pair: one pass over its sources (`marginal`), or decoding."""
+    if reading == "marginal":
+        return sum(forward_flops(network, objective="marginal").values())
+    return decoding_flops(network, replicates=replicates)
 
 
 def decoding_flops(network: ModelConfig, *, replicates: int) -> float:

@@ -9,7 +9,7 @@ R replicates.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -163,6 +163,13 @@ class Backbone(nn.Module):
         h = self._block(self.blocks[-1], h, prefix)
         return self.norm(h if all_positions else h[:, windows:])
 
+    def source_states(self, x: torch.Tensor) -> torch.Tensor:
+        """The input of the head at the sources, (B, W, D), given log1p counts (B, 2, S, W, n): no token is read."""
+        h = self.dropout(self.source_embedding(x))  # (B, W, D)
+        for block in self.blocks:
+            h = self._block(block, h, h.shape[1])
+        return self.norm(h)
+
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Logits (B, W, V) for windows 1..W."""
         return self.head(self.states(x, y))
@@ -175,7 +182,8 @@ class CoalescenceModel(nn.Module):
     (B, windows, vocabulary); ``logits[:, k]`` predicts ``y[:, k + 1]``. ``generate(X, window_size=…)`` decodes.
 
     *trained_on*, a `cxt.model.inputs.TrainedOn`, describes the training data of its checkpoint; None for a new network.
-    *precision* is the one in which it was trained, and in which `cxt.predict` and evaluation decode on a GPU.
+    *precision* is the one in which it was trained, and in which `cxt.predict` and evaluation decode on a GPU. *objective* is
+    what it was trained to predict, and determines how it can be read.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -185,6 +193,7 @@ class CoalescenceModel(nn.Module):
         self.backbone = Backbone(config)
         self.trained_on = None
         self.precision = "32-true"
+        self.objective = "autoregressive"
 
     @property
     def samples(self) -> int:
@@ -228,11 +237,19 @@ class CoalescenceModel(nn.Module):
         check_tokens(self, y, examples=len(source))
         return self.backbone(source, y)
 
-    def loss(self, x: torch.Tensor, y: torch.Tensor, *, path: str = "target") -> torch.Tensor:
-        """Mean cross-entropy over all windows of all examples.
+    def loss(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        path: str = "target",
+        criterion: Callable[..., torch.Tensor] = F.cross_entropy,
+    ) -> torch.Tensor:
+        """Mean loss of predicting each window from the sources and the windows before it, over all windows of all examples.
 
         It is the same for every *path*: `target` applies the head to the positions that predict windows, `full` to all, as
         published, and `chunked` to an eighth of the predicting positions at a time, recomputing logits in the backward pass.
+        *criterion* is called as ``criterion(logits, labels, reduction="mean" or "sum")`` with (N, V) and (N,).
         """
         x = self.adapt_input(x)
         check_tokens(self, y, examples=len(x))
@@ -240,15 +257,29 @@ class CoalescenceModel(nn.Module):
         if path == "chunked":
             states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
-            return sum(checkpoint(self._compute_partial_loss, *part, use_reentrant=False) for part in parts) / len(labels)
+            partial = [checkpoint(self._compute_partial_loss, criterion, *part, use_reentrant=False) for part in parts]
+            return sum(partial) / len(labels)
         if path == "full":
             logits = self.backbone.head(self.backbone.states(x, y, all_positions=True))[:, -self.config.windows :]
         else:
             logits = self.backbone(x, y)  # (B, W, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels)
+        return criterion(logits.flatten(0, 1).float(), labels, reduction="mean")
 
-    def _compute_partial_loss(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # (N, D), (N,) -> ()
-        return F.cross_entropy(self.backbone.head(states).float(), labels, reduction="sum")
+    def _compute_partial_loss(
+        self, criterion, states: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:  # (N, D), (N,) -> ()
+        return criterion(self.backbone.head(states).float(), labels, reduction="sum")
+
+    def marginal_logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (B, W, V) of each window given the sources alone, in one pass; X as in `forward`."""
+        return self.backbone.head(self.backbone.source_states(self.adapt_input(x)))
+
+    def joint_logits(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of `marginal_logits` and of `forward`, each (B, W, V), from one pass."""
+        source = self.adapt_input(x)
+        check_tokens(self, y, examples=len(source))
+        logits = self.backbone.head(self.backbone.states(source, y, all_positions=True))
+        return logits[:, : self.config.windows], logits[:, self.config.windows :]
 
     def use_flex_attention(self) -> None:
         """Use FlexAttention from now on, which has gradients on GPUs only."""

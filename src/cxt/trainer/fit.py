@@ -69,6 +69,7 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
     """The network before its first step, with random weights from the seed, or those of the parent if there is one."""
     torch.manual_seed(torch_seed(request.training.seed, "weights"))
     model = build_model(request.network, request.adapter)
+    model.objective = request.training.objective
     if request.parent is not None:
         weights = request.parent.state_dict
         if request.adapter is not None and not request.resumes_adapter:
@@ -180,10 +181,11 @@ def fit(
     model = build_starting_model(request)
     record = build_record(request)
     module = TrainingModule(model, training, record=record, total_steps=request.total_steps)
+    terms = module.objective.names if len(module.objective.names) > 1 else ()
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
         examples_per_batch=training.batch_size * request.world, every=training.log_every,
-        validates=request.validates_after, checks_gradient=request.precision != "16-mixed",
+        validates=request.validates_after, terms=terms, checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
     examples = None
     if training.decode_items and len(data.test_set):

@@ -32,6 +32,7 @@ class TrainingLog(Callback):
     examples_per_batch : examples per micro-batch on all devices
     every : optimizer steps between rows
     validates : callable, whether there is a validation after a step
+    terms : names of the terms of the loss, if there are several
     checks_gradient : False with a gradient scaler, which itself skips steps with non-finite gradients
     line_every : seconds to the first progress line; the time between lines then doubles, up to `MAX_LINE_SECONDS`
     """
@@ -46,14 +47,15 @@ class TrainingLog(Callback):
         examples_per_batch,
         every,
         validates,
+        terms=(),
         checks_gradient=True,
         line_every=15.0,
     ):
-        self.path, self.name, self.validates = Path(path), name, validates
+        self.path, self.name, self.validates, self.terms = Path(path), name, validates, list(terms)
         self.total_steps, self.steps_per_epoch, self.examples_per_batch = total_steps, steps_per_epoch, examples_per_batch
         self.every, self.checks_gradient, self._line_every = every, checks_gradient, line_every
         self._step, self._row, self._seconds = 0, None, 0.0
-        self._loss, self._batches, self._norm, self._first_bad = None, 0, None, None
+        self._loss, self._parts, self._batches, self._norm, self._first_bad = None, None, 0, None, None
         self._advised = False
 
     def state_dict(self) -> dict:
@@ -76,7 +78,7 @@ class TrainingLog(Callback):
         self._first_bad = torch.tensor(-1, device=module.device)
         if trainer.is_global_zero:
             # The row of the saved step is already in the log, unless its validation is still pending.
-            keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1)
+            keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1, terms=self.terms)
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         """Note the learning rate and the gradient norm before clipping, and check that the norm is finite."""
@@ -127,6 +129,7 @@ class TrainingLog(Callback):
         """Add up the losses of an optimizer step; after it, make its row and print a progress line if they are due."""
         loss = outputs["loss"].detach()  # Lightning divides by the accumulated batches, so that the sum is the mean
         self._loss = loss if self._loss is None else self._loss + loss
+        self._parts = outputs["parts"] if self._parts is None else self._parts + outputs["parts"]
         self._batches += 1
         self._batches_done += 1
         step = trainer.global_step
@@ -138,12 +141,13 @@ class TrainingLog(Callback):
         if not self.checks_gradient:
             everywhere = trainer.strategy.reduce(mean.clone(), reduce_op="mean") if trainer.world_size > 1 else mean
             self._look_at(everywhere, trainer, module, step=step)
-        self._loss, self._batches = None, 0
+        parts = self._parts / self._batches
+        self._loss, self._parts, self._batches = None, None, 0
         validates = self.validates(step)
         ends = step >= self.total_steps
         if step % self.every == 0 or validates or ends:
             self.stop_if_bad(trainer)
-            self._make_row(trainer, step, mean)
+            self._make_row(trainer, step, mean, parts)
             if not validates:
                 self._write_row(trainer)
         if trainer.is_global_zero and (ends or time.monotonic() - self._line_at >= self._line_every):
@@ -154,9 +158,9 @@ class TrainingLog(Callback):
     def _seconds_now(self) -> float:
         return self._seconds + (time.monotonic() - self._began if hasattr(self, "_began") else 0.0)
 
-    def _make_row(self, trainer, step: int, loss: torch.Tensor) -> None:
+    def _make_row(self, trainer, step: int, loss: torch.Tensor, parts: torch.Tensor) -> None:
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
+            loss, parts = (trainer.strategy.reduce(value, reduce_op="mean") for value in (loss, parts))
         now = time.monotonic()
         spent = max(1e-9, now - self._row_began)
         waited = trainer.train_dataloader.waited
@@ -169,7 +173,7 @@ class TrainingLog(Callback):
             "items_per_s": round((self._batches_done - self._row_batches) * self.examples_per_batch / spent, 2),
             "data_wait": round(min(1.0, (waited - self._waited) / spent), 4),
             "seconds": round(self._seconds_now(), 2),
-        }
+        } | dict(zip([f"train_loss/{term}" for term in self.terms], parts.tolist(), strict=False))
         self._row_began, self._row_batches, self._waited = now, self._batches_done, waited
 
     def _write_row(self, trainer) -> None:
@@ -178,7 +182,7 @@ class TrainingLog(Callback):
             return
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
         trainer.logger.log_metrics(numbers, row["step"])
-        text = format_rows([row], header=not self.path.exists())
+        text = format_rows([row], header=not self.path.exists(), terms=self.terms)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(text)
             file.flush()

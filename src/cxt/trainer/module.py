@@ -1,6 +1,6 @@
 """The LightningModule, its learning-rate schedule, and reproducible dropout.
 
-The loss is `cxt.model.transformer.CoalescenceModel.loss`; `build_loss_function` takes it from a batch on.
+The loss is that of an objective, see `cxt.trainer.objectives`; `build_loss_function` computes it from a batch.
 """
 
 import math
@@ -17,6 +17,8 @@ from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
+from cxt.trainer.objectives import AnyObjective, build_objective
+from cxt.trainer.optimizers import build_optimizer
 
 WSD_PLATEAU_FRACTION = 0.4
 """Fraction of the steps from the end of the warm-up to the end of the decay during which `wsd` stays at its peak."""
@@ -44,36 +46,6 @@ def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: in
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[dict]:
-    """Parameter groups for AdamW, with weight decay on tensors of two or more dimensions only.
-
-    With an adapter, there is first a group of all adapter parameters (with weight decay, at the full learning rate); those of
-    the unfrozen backbone are at `backbone_lr_factor` of it.
-    """
-    factor = 1.0
-    groups = []
-    if model.adapter is not None:
-        factor = training.backbone_lr_factor
-        groups.append({"params": list(model.adapter.parameters()), "weight_decay": training.weight_decay, "lr": training.lr})
-    backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    for decayed in (True, False):
-        groups.append(
-            {
-                "params": [p for p in backbone if (p.ndim >= 2) == decayed],
-                "weight_decay": training.weight_decay if decayed else 0.0,
-                "lr": factor * training.lr,
-            }
-        )
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; with an adapter, the backbone is first frozen by the adapter's strategy."""
-    if model.adapter is not None:
-        freeze_backbone(model)
-    return torch.optim.AdamW(parameter_groups(model, training), betas=(training.beta1, training.beta2), fused=fused)
-
-
 def compile_backend(training: TrainingConfig, device: str) -> str | None:
     """Backend of `torch.compile` for the training step on a *device* ("cuda" or "cpu"); None for no compilation."""
     chosen = {"auto": "inductor" if device == "cuda" else "none"}.get(training.compile, training.compile)
@@ -95,19 +67,36 @@ def check_compiler_cache() -> None:
         ) from None
 
 
-def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
-    """A function from (counts, missing, tokens) to the loss, with the loss path and attention of *training*.
+def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
+    """A function from (counts, missing, tokens) to the values of the objective's loss terms, (terms,).
 
     It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device.
+    Attention and gradient checkpointing are those of *training*.
     """
     model.backbone.gradient_checkpointing = training.gradient_checkpointing
     if training.attention == "flex":
         model.use_flex_attention()
 
+    def parts(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        return objective(model, compute_model_input(counts, missing), tokens)
+
+    return parts
+
+
+def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
+    """A function from (counts, missing, tokens) to the loss of the first step, on the model's device."""
+    objective = build_objective(model, training)
+    parts, weights = build_loss_parts(model, training, objective), objective.weights(0.0)
+
     def loss(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        return model.loss(compute_model_input(counts, missing), tokens, path=training.loss_path)
+        return add_weighted(parts(counts, missing, tokens), weights)
 
     return loss
+
+
+def add_weighted(values: torch.Tensor, weights: list[float]) -> torch.Tensor:
+    """The weighted sum of loss terms (terms,)."""
+    return sum(weight * value for weight, value in zip(weights, values.unbind(), strict=True))
 
 
 class TrainingModule(pl.LightningModule):
@@ -118,26 +107,41 @@ class TrainingModule(pl.LightningModule):
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
-        self._loss = self._step_loss = build_loss_function(model, training)
+        self.objective = build_objective(model, training)
+        self._parts = self._step_parts = build_loss_parts(model, training, self.objective)
 
     def setup(self, stage: str) -> None:
         """Compile the training step if the settings ask for it; BadRequest if the compiler's cache cannot be written."""
-        backend = compile_backend(self.training_config, self.trainer.strategy.root_device.type)
+        device = self.trainer.strategy.root_device
+        self.objective.criterion.to(device)
+        backend = compile_backend(self.training_config, device.type)
         if backend is not None:
             check_compiler_cache()
             # All training batches have the same shape; the last validation batch does not, and is not worth a compilation.
-            self._step_loss = torch.compile(self._loss, backend=backend, dynamic=False)
+            self._step_parts = torch.compile(self._parts, backend=backend, dynamic=False)
 
-    def training_step(self, batch: Batch, _) -> torch.Tensor:
-        """Return the loss of one minibatch, the mean cross-entropy in nats; called by Lightning."""
-        return self._step_loss(*batch)
+    def _add(self, values: torch.Tensor, step: int) -> torch.Tensor:
+        return add_weighted(values, self.objective.weights(step / max(1, self.total_steps - 1)))
+
+    def training_step(self, batch: Batch, _) -> dict[str, torch.Tensor]:
+        """Return the loss of one minibatch, and the values of its terms; called by Lightning."""
+        values = self._step_parts(*batch)
+        return {"loss": self._add(values, self.trainer.global_step), "parts": values.detach()}
 
     def validation_step(self, batch: Batch, _) -> None:
-        """Log the loss of one minibatch; Lightning averages it over all examples and ranks as `val_loss`."""
-        self.log("val_loss", self._loss(*batch), batch_size=len(batch.tokens), sync_dist=True)
+        """Log the loss of one minibatch; Lightning averages it over all examples and ranks as `val_loss`.
+
+        It has the weights of the last step, so that the losses of different steps can be compared.
+        """
+        values = self._parts(*batch)
+        about = {"batch_size": len(batch.tokens), "sync_dist": True}
+        self.log("val_loss", self._add(values, max(1, self.total_steps - 1)), **about)
+        if len(values) > 1:
+            for name, value in zip(self.objective.names, values.unbind(), strict=True):
+                self.log(f"val_loss/{name}", value, **about)
 
     def configure_optimizers(self):
-        """Return AdamW and the learning-rate schedule, which advances with every optimizer step; called by Lightning."""
+        """Return the optimizer and the learning-rate schedule, which advances with every step; called by Lightning."""
         training = self.training_config
         # With a gradient scaler, a fused optimizer unscales by itself, too late for clipping and for the logged norm.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"

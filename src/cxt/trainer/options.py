@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
 from cxt.config.flags import check_flags, read_config_file, take_config_files
+from cxt.config.learning import as_json
 from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
 from cxt.config.training import TrainingConfig
 from cxt.config.type_descriptions import list_choices
@@ -207,13 +208,16 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
     if name == "precision":
         kind = str | bool | int  # YAML reads `no` and `16` as these
     if default is None:
-        value = float(field.default) if kind is float else field.default
+        value = float(field.default) if kind is float else as_json(field.default)
         accepted = kind if value is not None else kind | None
         parser.add_argument(f"--{name.replace('_', '-')}", type=accepted, default=value, help=text, **options)
     else:
         text = f"{text} (default: {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
+
+STRUCTURED = ("losses", "optimizer")
+"""Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 NUMBERS = {
     "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
@@ -239,6 +243,7 @@ def _as_words(key: str, value) -> list[str]:
     flag = f"--{key.replace('_', '-')}"
     if value is None or value == []:
         return []
+    value = as_json(value)
     return [flag, *map(str, value)] if isinstance(value, list | tuple) else [f"{flag}={value}"]
 
 
@@ -259,7 +264,10 @@ def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> l
     settings = []
     for path in files:
         for key, value in read_config_file(path, parser).items():
-            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, list | dict) for item in value)):
+            nested = isinstance(value, dict) or (
+                isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+            )
+            if nested and key not in STRUCTURED:
                 raise BadRequest(f"{path}: {key} must be a value that its flag accepts, not a mapping or a list of lists")
             settings += _as_words(key, value)
     return settings + others

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
-from cxt.config.training import TrainingConfig, list_result_neutral_settings, steps_per_epoch
+from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -179,6 +179,11 @@ def build_request(options: TrainingOptions) -> RunRequest:
     training = options.training
     if training.attention == "flex" and accelerator == "cpu":
         raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; use attention split")
+    if training.objective != "autoregressive" and training.loss_path != "target":
+        raise BadRequest(
+            f"loss_path {training.loss_path} is for the objective autoregressive, not for {training.objective}; use loss_path "
+            "target"
+        )
     world = options.nodes * count_devices(devices)
     if options.simulate is None:
         simulated, manifest = None, read_manifest(options.dataset_path)
@@ -191,6 +196,11 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
+    if network.start_token_in_prefix and training.objective == "joint":
+        raise BadRequest(
+            "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "
+            "objective autoregressive or marginal"
+        )
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
     steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     if not examples["test"] and (training.patience or training.export == "best"):
@@ -200,7 +210,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     parent_digest = None if parent_file is None else file_sha256(parent_file)
     leave_out = {*OPTIONS_IDENTIFIED_OTHERWISE, *list_result_neutral_settings(settings)}
     identity = {
-        "settings": {key: value for key, value in settings.items() if key not in leave_out},
+        "settings": drop_later_defaults({key: value for key, value in settings.items() if key not in leave_out}),
         # On several machines, GPUs may sum in another order. Earlier runs have recorded the word "nodes".
         "devices": f"{world} {accelerator}" + (f" on {options.nodes} nodes" if options.nodes > 1 else ""),
         "lineage": options.lineage,

@@ -54,14 +54,16 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 2 if request.precision == "bf16-true" else 4
-    flops = training_flops(request.network, request.adapter)
+    moments = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(request.training.optimizer.name, 2)
+    flops = training_flops(request.network, request.adapter, objective=request.training.objective)
     return {
         "parameters": total,
         "trainable_parameters": trainable,
         "precision": request.precision,
-        # AdamW keeps two moments of each trainable parameter, in the parameter's type.
+        # AdamW keeps two moments of each trainable parameter, in the parameter's type; Muon mostly one.
         "memory_mb": {
-            "weights": total * width / 1e6, "gradients": trainable * width / 1e6, "optimizer": 2 * trainable * width / 1e6,
+            "weights": total * width / 1e6, "gradients": trainable * width / 1e6,
+            "optimizer": moments * trainable * width / 1e6,
         },
         "train_items": request.manifest["splits"]["train"]["items"],
         "test_items": request.manifest["splits"]["test"]["items"],
@@ -73,6 +75,7 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
         "accelerator": request.accelerator,
         "compile": compile_backend(request.training, request.device_type) or "none",
         "attention": request.training.attention,
+        "objective": request.training.objective,
         "loss_path": request.training.loss_path,
         "gradient_checkpointing": request.training.gradient_checkpointing,
         "planned_steps": request.total_steps,

@@ -91,6 +91,7 @@ class Validation(Callback):
         loss = float(trainer.callback_metrics["val_loss"])
         step = trainer.global_step
         values = {"val_loss": loss}
+        values |= {f"val_loss/{term}": float(trainer.callback_metrics[f"val_loss/{term}"]) for term in self.training_log.terms}
         if self.examples is not None and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
                 values |= self.examples.scores(self.examples.decode(module.model, seed=self.seed, device=module.device))

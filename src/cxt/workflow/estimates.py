@@ -1,11 +1,12 @@
 """Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
+from cxt.config.learning import list_readings
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
 from cxt.io import format_columns
-from cxt.model.flops import decoding_flops, forward_flops, training_flops
+from cxt.model.flops import forward_flops, reading_flops, training_flops
 from cxt.scenarios.indices import count_in_split
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.workflow import jobs, lineages
@@ -98,7 +99,8 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     every = training.validate_every or steps
     validations = -(-training.epochs * steps // every)  # the last step is always validated
     trained = training.epochs * batches * training.batch_size
-    flops = trained * training_flops(network, adapter) + validations * checked * sum(forward_flops(network).values())
+    checking = sum(forward_flops(network, objective=training.objective).values())
+    flops = trained * training_flops(network, adapter, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     return {
         "devices": devices,
@@ -122,7 +124,9 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
         count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]
         network = build_network_config(config, name)
         device = "gpu" if jobs.get_device_count(config, name) else "cpu"
-        flops[device] += count * decoding_flops(network, replicates=config["evaluation"]["replicates"])
+        objective, evaluation = build_training_config(config, name).objective, config["evaluation"]
+        for way in list_readings(objective, evaluation["reading"]):
+            flops[device] += count * reading_flops(network, reading=way, replicates=evaluation["replicates"])
         pairs += count
     counts: dict[str, int] = {}
     for (variant, _), count in batches.items():

@@ -208,4 +208,5 @@ def evaluation_spec(config: dict, model: str) -> dict:
         "replicates": evaluation["replicates"],
         "batch_size": evaluation["batch_size"],
         "seed": config["seed"],
+        "reading": evaluation["reading"],
     }

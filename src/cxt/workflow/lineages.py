@@ -3,7 +3,7 @@
 import functools
 
 from cxt.config.models import build_training_settings, get_parent
-from cxt.config.training import list_result_neutral_settings
+from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
 from cxt.io import file_sha256
 from cxt.lineage import (
@@ -98,6 +98,7 @@ def model_lineage(config: dict, name: str) -> str:
     )
     settings = build_training_settings(config, name)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
+    settings = drop_later_defaults(settings)
     devices, machines = get_device_count(config, name), get_machine_count(config, name)
     placement = devices if machines == 1 else [devices, machines]  # as it was before there were several machines
     return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited)

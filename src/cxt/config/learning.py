@@ -1,0 +1,163 @@
+"""What training minimises, and by which optimizer: sections of the training settings."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from cxt.config.bounds import Flag, Fraction, NonNegative, Positive
+from cxt.config.section import Section
+from cxt.config.type_descriptions import Expected
+from cxt.config.yaml import parse_yaml
+from cxt.errors import BadRequest
+
+Objective = Literal["autoregressive", "marginal", "joint"]
+Reading = Literal["marginal", "sampled"]
+LossName = Literal["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"]
+OptimizerName = Literal["adamw", "muon", "adam", "sgd", "adafactor", "lion"]
+
+READINGS: dict[str, tuple[Reading, ...]] = {
+    "autoregressive": ("sampled",), "marginal": ("marginal",), "joint": ("marginal", "sampled"),
+}  # fmt: skip
+"""Ways to read a network, by the objective that it was trained with; the first is the default."""
+
+SMOOTHING_WIDTH = 0.15
+"""Standard deviation of smoothed targets in ln generations; about three and a half bins of the published grid."""
+
+SETTINGS_OF_TERMS = {"sigma": ("label_smoothing",)}
+"""Settings that only some loss terms have."""
+
+SETTINGS_OF_OPTIMIZERS = {
+    "momentum": ("sgd", "muon"), "nesterov": ("sgd", "muon"), "other_lr": ("muon",),
+}  # fmt: skip
+"""Settings that only some optimizers have."""
+
+
+class _Named(Section):
+    """A section with a `name`, some of whose other settings belong to some names only."""
+
+    name: str
+
+    @model_serializer(mode="wrap")
+    def _leave_out_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+    def _check_settings(self, owners: dict[str, tuple[str, ...]]) -> None:
+        for setting, names in owners.items():
+            if getattr(self, setting) is not None and self.name not in names:
+                raise BadRequest(f"`{setting}` is a setting of {' and '.join(names)}, not of {self.name}")
+
+
+class LossTerm(_Named):
+    """One term of the loss that training minimises, a mean over windows."""
+
+    name: LossName
+    """`cross_entropy`: minus the logarithm of the probability of the true bin, in nats. `label_smoothing`: cross-entropy with a
+    target that is spread over neighbouring bins as a normal density. `emd`: the squared difference of predicted and true
+    cumulative distributions, summed over bins and times their width, in ln generations (the continuous ranked probability
+    score). `mse`: squared error of the predicted mean of ln TMRCA. `z_loss`: the squared logarithm of the sum of the
+    exponentials of the logits, which keeps them small."""
+    weight: NonNegative = 1.0
+    """Factor of this term in the sum."""
+    final_weight: NonNegative | None = None
+    """Factor at the last step, towards which it changes from `weight`. Default: it does not change."""
+    weight_schedule: Literal["linear", "cosine", "exponential"] | None = None
+    """How the factor changes; `exponential` only between positive ones. Default: linear."""
+    sigma: Positive | None = None
+    """`label_smoothing` only: standard deviation of the target in ln generations. Default: 0.15."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_settings(SETTINGS_OF_TERMS)
+        if self.weight_schedule is not None and self.final_weight is None:
+            raise BadRequest("`weight_schedule` needs a `final_weight`")
+        if self.weight_schedule == "exponential" and not (self.weight and self.final_weight):
+            raise BadRequest("an exponential `weight_schedule` needs a positive `weight` and `final_weight`")
+        return self
+
+
+class Optimizer(_Named):
+    """The optimizer, and settings that only some optimizers have."""
+
+    name: OptimizerName = "adamw"
+    """`muon` orthogonalises the updates of the matrices in the transformer blocks, and uses AdamW for all other parameters."""
+    momentum: Fraction | None = None
+    """`sgd` and `muon`: momentum. Default: 0.9 and 0.95."""
+    nesterov: Flag | None = None
+    """`sgd` and `muon`: Nesterov's momentum. Default: false for `sgd`, true for `muon`."""
+    other_lr: Positive | None = None
+    """`muon` only: peak learning rate of AdamW for parameters outside of the blocks' matrices. Default: 0.15 times `lr`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_settings(SETTINGS_OF_OPTIMIZERS)
+        return self
+
+
+def _read_text(value: Any) -> Any:
+    """Parse the text of a flag as YAML; return other values unchanged."""
+    return parse_yaml(value) if isinstance(value, str) else value
+
+
+def _read_terms(value: Any) -> Any:
+    value = _read_text(value)
+    value = [value] if isinstance(value, str | dict) else value
+    return [{"name": term} if isinstance(term, str) else term for term in value] if isinstance(value, list) else value
+
+
+def _read_optimizer(value: Any) -> Any:
+    value = _read_text(value)
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _check_terms(terms: list[LossTerm]) -> list[LossTerm]:
+    names = [term.name for term in terms]
+    if not names or len(set(names)) < len(names):
+        raise BadRequest("there must be at least one loss term, and none may be named twice")
+    return terms
+
+
+LossTerms = Annotated[
+    list[LossTerm],
+    AfterValidator(_check_terms),
+    BeforeValidator(_read_terms),
+    Expected("a list of loss terms, such as `[{name: cross_entropy}, {name: z_loss, weight: 1.0e-4}]`"),
+]
+AnyOptimizer = Annotated[
+    Optimizer, BeforeValidator(_read_optimizer), Expected("the name of an optimizer, or a mapping with `name` and its settings")
+]
+
+
+def as_json(value: Any) -> Any:
+    """A setting that is a section, or a list of them, as JSON text for a flag; other values unchanged."""
+    if isinstance(value, Section):
+        value = value.model_dump()
+    elif isinstance(value, list) and value and all(isinstance(item, Section) for item in value):
+        value = [item.model_dump() for item in value]
+    structured = isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value))
+    return json.dumps(value) if structured else value
+
+
+def choose_reading(objective: str, reading: str | None, *, name: str = "this model") -> Reading:
+    """The way to read a network that was trained with *objective*: *reading*, or the default if it is None or `auto`.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be read in this way; the message calls it *name*.
+    """
+    possible = READINGS[objective]
+    if reading in (None, "auto"):
+        return possible[0]
+    for way in possible:
+        if way == reading:
+            return way
+    raise BadRequest(
+        f"{name} was trained with the objective {objective}, so that reading must be {' or '.join(possible)}, got {reading!r}; "
+        "leave reading out, or train a checkpoint with `objective: joint`"
+    )
+
+
+def list_readings(objective: str, reading: str) -> tuple[Reading, ...]:
+    """The ways in which an evaluation with the setting *reading* reads a network; BadRequest as for `choose_reading`."""
+    return READINGS[objective] if reading == "auto" else (choose_reading(objective, reading),)

@@ -1,0 +1,62 @@
+"""The two ways to read a network: in one pass over the sources, or by sampling sequences.
+
+A network that was trained with the objective `marginal` gives the distribution of each window in one pass. One that was
+trained with `autoregressive` predicts a window from those before it, so that sequences are sampled and their distributions
+averaged. One that was trained with `joint` can be read both ways.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cxt.config.learning import Reading
+from cxt.config.network import SPECIAL_TOKENS
+from cxt.model.decoder import Decoder
+from cxt.model.transformer import CoalescenceModel
+
+Reader = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+"""(network input (B, 2, S, W, n), ids of the examples) -> distribution of each window (B, W, bins) float64."""
+
+
+def build_reader(
+    model: CoalescenceModel,
+    reading: Reading,
+    *,
+    replicates: int = 1,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+) -> Reader:
+    """A function that gives the distribution of each window of a batch.
+
+    Parameters
+    ----------
+    model : CoalescenceModel
+        In eval mode.
+    reading : str
+        `marginal` or `sampled`, from `choose_reading`.
+    replicates, seed, temperature, top_k
+        Settings of `sampled`, see `cxt.model.decoder.Decoder`.
+
+    Returns
+    -------
+    callable
+        Given the network's input (B, 2, S, W, n) and whole numbers that identify the examples, it returns float64 (B, W, bins).
+    """
+    if reading == "marginal":
+        return lambda x, example_ids: read_marginals(model, x)
+    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
+    return lambda x, example_ids: average_replicates(decoder, x, example_ids=example_ids)
+
+
+@torch.no_grad()
+def read_marginals(model: CoalescenceModel, x: torch.Tensor) -> torch.Tensor:
+    """The distribution of each window given the sources, in one pass: (B, W, bins) float64."""
+    logits = model.marginal_logits(x)[..., SPECIAL_TOKENS:]
+    return logits.double().softmax(-1)
+
+
+def average_replicates(decoder: Decoder, x: torch.Tensor, *, example_ids: Sequence[int]) -> torch.Tensor:
+    """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
+    _, probabilities = decoder.decode(x, example_ids=example_ids)
+    return probabilities.mean(dim=1, dtype=torch.float64)

@@ -1,0 +1,77 @@
+"""Objectives: what a network learns to predict, from which positions.
+
+An objective takes a batch and returns the values of its loss terms. The loss is their sum, each times its weight.
+"""
+
+import torch
+
+from cxt.config.training import TrainingConfig
+from cxt.data.grid import Grid
+from cxt.model.inputs import check_tokens
+from cxt.model.transformer import CoalescenceModel
+from cxt.trainer.losses import Criterion
+
+
+class Autoregressive:
+    """Predict each window from the sources and the windows before it; *loss_path* as in `CoalescenceModel.loss`."""
+
+    def __init__(self, criterion: Criterion, training: TrainingConfig):
+        self.criterion, self.loss_path = criterion, training.loss_path
+        self.names = criterion.names
+
+    def weights(self, progress: float) -> list[float]:
+        """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
+        return self.criterion.weights(progress)
+
+    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
+        return model.loss(x, y, path=self.loss_path, criterion=self.criterion)
+
+
+class Marginal:
+    """Predict each window from the sources alone, all in one pass."""
+
+    def __init__(self, criterion: Criterion, training: TrainingConfig):
+        self.criterion = criterion
+        self.names = criterion.names
+
+    def weights(self, progress: float) -> list[float]:
+        """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
+        return self.criterion.weights(progress)
+
+    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
+        logits = model.marginal_logits(x)  # (B, W, V)
+        check_tokens(model, y, examples=len(logits))
+        return self.criterion(logits.flatten(0, 1).float(), y[:, 1:].flatten())
+
+
+class Joint:
+    """Both: the autoregressive losses, and `joint_weight` times the marginal ones."""
+
+    def __init__(self, criterion: Criterion, training: TrainingConfig):
+        self.criterion, self.joint_weight = criterion, training.joint_weight
+        self.names = [*criterion.names, *(f"marginal_{name}" for name in criterion.names)]
+
+    def weights(self, progress: float) -> list[float]:
+        """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
+        weights = self.criterion.weights(progress)
+        return [*weights, *(self.joint_weight * weight for weight in weights)]
+
+    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Values of the loss terms, (2 · terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
+        marginal, autoregressive = model.joint_logits(x, y)  # (B, W, V) each
+        labels = y[:, 1:].flatten()
+        values = [self.criterion(logits.flatten(0, 1).float(), labels) for logits in (autoregressive, marginal)]
+        return torch.cat(values)
+
+
+AnyObjective = Autoregressive | Marginal | Joint
+OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint}
+
+
+def build_objective(model: CoalescenceModel, training: TrainingConfig) -> AnyObjective:
+    """The objective of a training, with its loss terms on the model's grid and device."""
+    config = model.config
+    criterion = Criterion(training.losses, Grid(config.grid_low, config.grid_high, config.bins))
+    return OBJECTIVES[training.objective](criterion.to(model.backbone.head.weight.device), training)
