@@ -38,10 +38,10 @@ from cxt.random_seeds import torch_seed
 from cxt.trainer import learning_rate_search
 from cxt.trainer.fit import build_data, build_starting_model, build_trainer, set_up_torch
 from cxt.trainer.log import TrainingLog
-from cxt.trainer.module import learning_rate_factor
 from cxt.trainer.optimizers import parameter_groups
 from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, read_options
 from cxt.trainer.request import RunRequest, build_request
+from cxt.trainer.schedules import learning_rate_factor
 from cxt.trainer.training_state import list_training_states
 from cxt.trainer.validation import Validation
 from cxt.workflow.lineages import run_directory
@@ -434,13 +434,22 @@ def test_export_best(dataset, tmp_path, monkeypatch):
 
 def test_schedules():
     values = {}
-    for schedule in ("cosine", "linear", "constant", "wsd"):
-        training = TrainingConfig(lr=1.0, min_lr=0.1, warmup_steps=10, decay_steps=110, schedule=schedule)
+    for schedule in ("cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts"):
+        training = TrainingConfig(
+            lr=1.0, min_lr=0.1, warmup_steps=10, decay_steps=110, schedule=schedule, cycles=2, cycle_decay=0.3
+        )
         values[schedule] = [learning_rate_factor(step, training, total_steps=500) for step in (0, 5, 10, 50, 60, 110, 400)]
     assert values["cosine"] == pytest.approx([0, 0.5, 1, 0.1 + 0.9 * 0.6545085, 0.55, 0.1, 0.1])
     assert values["linear"] == pytest.approx([0, 0.5, 1, 0.64, 0.55, 0.1, 0.1])
     assert values["constant"] == pytest.approx([0, 0.5, 1, 1, 1, 1, 1])
     assert values["wsd"] == pytest.approx([0, 0.5, 1, 1, 0.1 + 0.9 * 0.9330127, 0.1, 0.1])
+    assert values["log_linear"] == pytest.approx([0, 0.5, 1, 0.1**0.4, 0.1**0.5, 0.1, 0.1])
+    assert values["rex"] == pytest.approx([0, 0.5, 1, 0.1 + 0.9 * 0.6 / 0.8, 0.1 + 0.9 * 0.5 / 0.75, 0.1, 0.1])
+    # After 40 of 100 steps, 0.8 of the first of two cosines; after 50, the top of the second.
+    expected = [0, 0.5, 1, 0.1 + 0.9 * 0.0954915, 0.1 + 0.9 * 0.3, 0.1, 0.1]
+    assert values["cosine_restarts"] == pytest.approx(expected)
+    with pytest.raises(BadRequest, match="log_linear cannot end at min_lr 0"):
+        TrainingConfig(schedule="log_linear", min_lr=0.0)
 
 
 def test_precision_names():

@@ -26,8 +26,8 @@ from cxt.config.flags import note_more_than_cores
 from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler
 from cxt.errors import BadRequest
-from cxt.trainer.module import learning_rate_factor
 from cxt.trainer.parents import ADAPTER_FLAGS
+from cxt.trainer.schedules import learning_rate_factor
 
 
 @pytest.fixture(scope="module", autouse=True)

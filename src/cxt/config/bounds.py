@@ -72,6 +72,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False), float_validat
 Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), float_validator]
 NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), float_validator]
 Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1), float_validator]
+FactorUpToOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1), float_validator]
 PositiveRate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5), float_validator]
 Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=0.5), float_validator]
 

@@ -2,13 +2,14 @@
 
 import inspect
 import json
-from typing import Any
+from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 
 from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, Resources
 from cxt.config.datasets import Dataset, Mask
+from cxt.config.learning import LossName, LossTerm, Optimizer, OptimizerName
 from cxt.config.network import Adapter, Architecture
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
@@ -38,6 +39,8 @@ TITLES: dict[str, type[Section]] = {
     "`models.<name>.architecture`": Architecture,
     "`models.<name>.adapter`": Adapter,
     "`training`, and `models.<name>.training`": TrainingSection,
+    "`training.losses`, each term": LossTerm,
+    "`training.optimizer`": Optimizer,
     "`models.<name>.resources`": Resources,
     "`cluster`": Cluster,
     "`evaluation`": Evaluation,
@@ -51,9 +54,18 @@ def _in_one_line(text: str | None) -> str:
 def _default_in_words(section: type[Section], field: FieldInfo) -> str:
     if field.is_required():
         return "required"
+    if isinstance(field.default, Optimizer):
+        return f"`{field.default.name}`"
     if section.only_given or field.default is None or isinstance(field.default, Section):
         return ""
-    return f"`{json.dumps(field.default)}`"
+    return f"`{json.dumps(_as_plain(field.default))}`"
+
+
+def _as_plain(default: Any) -> Any:
+    """A default as it would be written in a file: sections by what differs from their own defaults."""
+    if isinstance(default, Section):
+        return default.model_dump(exclude_unset=True)
+    return [_as_plain(item) for item in default] if isinstance(default, list) else default
 
 
 def _order(item: tuple[str, FieldInfo]) -> tuple[bool, bool]:
@@ -86,7 +98,7 @@ class _PlainDefaults(GenerateJsonSchema):
     """Keeps defaults as they are written in the sections: pydantic would turn 3 into 3.0."""
 
     def encode_default(self, dft: Any) -> Any:
-        return dft.resolved() if isinstance(dft, Section) else dft
+        return dft.resolved() if isinstance(dft, Section) else _as_plain(dft)
 
 
 def _for_overlays(node: Any) -> Any:
@@ -129,5 +141,8 @@ def json_schema() -> str:
     for section in (Architecture, TrainingOverrides):
         for node in schema["$defs"][section.__name__]["properties"].values():
             node.pop("default", None)
+    for section in (TrainingSection, TrainingOverrides):
+        for name, names in (("losses", LossName), ("optimizer", OptimizerName)):  # a name alone is accepted, too
+            schema["$defs"][section.__name__]["properties"][name]["anyOf"].append({"enum": list(get_args(names))})
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "cxt configuration"} | schema
     return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, model_validator
 
 from cxt.config.bounds import (
     Devices,
+    FactorUpToOne,
     Flag,
     Fraction,
     Machines,
@@ -37,7 +38,7 @@ def _parse_precision(value: Any) -> Any:
     return next((name for name, others in PRECISIONS.items() if word in (name, *others)), value)
 
 
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts"]
 Compile = Literal["auto", "none", "inductor", "aot_eager", "eager"]
 Attention = Literal["split", "flex"]
 LossPath = Literal["target", "full", "chunked"]
@@ -70,8 +71,13 @@ class TrainingFields(Section):
     decay_steps: NonNegativeInteger = 150_000
     """Optimizer step at which the decay reaches `min_lr`; 0 = the last step of the run."""
     schedule: Schedule = "cosine"
-    """Learning rate after the warm-up: cosine or linear decay to `min_lr`, constant at `lr`, or `wsd`: constant for 40% of the
-    steps from the warm-up to `decay_steps`, then a cosine."""
+    """Learning rate after the warm-up: `cosine` or `linear` decay to `min_lr`; `constant` at `lr`; `wsd`, constant for 40% of
+    the steps from the warm-up to `decay_steps`, then a cosine; `log_linear`, lowered by the same factor in each step; `rex`,
+    lowered slowly at first and fast at the end; `cosine_restarts`, `cycles` cosines, each starting lower than the last."""
+    cycles: PositiveInteger = 4
+    """`cosine_restarts` only: number of cosines."""
+    cycle_decay: FactorUpToOne = 0.5
+    """`cosine_restarts` only: height of each cosine above `min_lr` relative to that of the one before."""
     batch_size: PositiveInteger = 128
     """Examples per device in one micro-batch."""
     grad_accum: PositiveInteger = 6
@@ -150,6 +156,8 @@ class TrainingConfig(Settings, TrainingFields):
             raise BadRequest(
                 f"lr {self.lr:g} is below min_lr {self.min_lr:g}, so that the learning rate would rise; lower min_lr"
             )
+        if self.schedule == "log_linear" and not self.min_lr:
+            raise BadRequest("the schedule log_linear cannot end at min_lr 0; raise min_lr, or use linear")
         return self
 
 
@@ -168,7 +176,7 @@ class TrainingOverrides(TrainingSection):
     only_given: ClassVar[bool] = True
 
 
-SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer")
+SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay")
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
 

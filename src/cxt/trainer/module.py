@@ -1,9 +1,8 @@
-"""The LightningModule, its learning-rate schedule, and reproducible dropout.
+"""The LightningModule, and reproducible dropout.
 
 The loss is that of an objective, see `cxt.trainer.objectives`; `build_loss_function` computes it from a batch.
 """
 
-import math
 import os
 import tempfile
 
@@ -19,31 +18,7 @@ from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 from cxt.trainer.objectives import AnyObjective, build_objective
 from cxt.trainer.optimizers import build_optimizer
-
-WSD_PLATEAU_FRACTION = 0.4
-"""Fraction of the steps from the end of the warm-up to the end of the decay during which `wsd` stays at its peak."""
-
-
-def learning_rate_factor(step: int, training: TrainingConfig, *, total_steps: int) -> float:
-    """Learning rate of optimizer step *step* relative to the peak.
-
-    It rises linearly from 0 over `warmup_steps`, then decays to `min_lr` at `decay_steps` (0 = the run's last step) and stays
-    there: as a cosine, linearly, not at all (`constant`), or as a cosine after 40% of the steps (`wsd`).
-    """
-    if step < training.warmup_steps:
-        return step / training.warmup_steps
-    if training.schedule == "constant":
-        return 1.0
-    floor = training.min_lr / training.lr
-    end = training.decay_steps or total_steps
-    if step >= end:
-        return floor
-    progress = (step - training.warmup_steps) / max(1, end - training.warmup_steps)
-    if training.schedule == "linear":
-        return floor + (1 - floor) * (1 - progress)
-    if training.schedule == "wsd":
-        progress = max(0.0, (progress - WSD_PLATEAU_FRACTION) / (1 - WSD_PLATEAU_FRACTION))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+from cxt.trainer.schedules import learning_rate_factor
 
 
 def compile_backend(training: TrainingConfig, device: str) -> str | None:
