@@ -43,3 +43,9 @@ def weights(path):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def objective_record(objective: str) -> dict:
+    """Entries of a checkpoint's record that say it was trained with *objective*."""
+    training = {"batch_size": 4, "grad_accum": 1, "epochs": 1, "lr": 1e-3, "seed": 1, "objective": objective}
+    return {"training": training, "accelerator": "cpu", "devices": 1, "precision": "32-true", "threads": 1}

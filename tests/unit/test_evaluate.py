@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.simulations import constant_scenario
+from helpers.training import objective_record
 
-from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
 from cxt.config.variants import list_variants
@@ -22,12 +23,14 @@ from cxt.evaluation.metrics import (
     BASELINE_WIDTHS,
     average_scenarios,
     clustered_standard_error,
+    combine_recent,
     count_accessible_bases,
     count_differences,
     estimate_from_heterozygosity,
     measure_coverage,
     pearson_per_pair,
     score_heterozygosity,
+    score_recent,
     score_variant,
 )
 from cxt.evaluation.protocol import evaluate
@@ -124,6 +127,7 @@ def test_what_is_not_known_is_null(tmp_path):
     both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1}}
     assert average_scenarios(both)["r"] == 0.5
     result = {"checkpoint": "x", "scenarios": both, "overall": average_scenarios({"flat": flat})}
+    assert result["overall"]["recent"] == flat["recent"] == {"windows": 0, "mse": None, "bias": None, "coverage95": None}
     assert json.loads(json_text(result), parse_constant=pytest.fail) == result
     (row,) = [line for line in format_accuracy_table([result]).splitlines() if "| flat" in line]
     assert [cell.strip() for cell in row.split("|")][3:6] == ["0.010", "-", "-"]
@@ -247,7 +251,9 @@ def test_evaluate(tmp_path, checkpoint, mask):
     assert (low < mean).all()
     assert (mean < high).all()
     assert json.dumps(result)
-    assert "| x          | constant |" in format_accuracy_table([result])
+    table = format_accuracy_table([result])
+    assert "| x          | constant " in table
+    assert "| x          | below 1000 gen. " in table
     again, _ = evaluate(checkpoint, spec, batches, progress=lambda _: None)
     assert again == result
     for change, message in (
@@ -260,6 +266,44 @@ def test_evaluate(tmp_path, checkpoint, mask):
             evaluate(checkpoint, spec | change, batches)
     with pytest.raises(BadRequest, match="'missingness': True"):
         evaluate(checkpoint, spec, batches, mask=mask)
+
+
+def test_a_joint_checkpoint_is_read_both_ways(tmp_path, checkpoint):
+    batch = tmp_path / "b.trees.batch"
+    write_batch(batch, SPEC, start=EVALUATION_START, count=3, seed=1)
+    batches = [{"path": str(batch), "scenario": "constant", "start": EVALUATION_START, "count": 3}]
+    spec = SHAPE | {"replicates": 2, "batch_size": 4, "seed": 1}
+    stored, results = read_checkpoint(checkpoint), {}
+    for objective in ("autoregressive", "marginal", "joint"):
+        path = tmp_path / f"{objective}.ckpt"
+        write_checkpoint(path, stored.state_dict, stored.record | objective_record(objective))
+        results[objective], _ = evaluate(path, spec, batches, progress=lambda _: None)
+    both = results["joint"]
+    assert both["scenarios"] == results["marginal"]["scenarios"]
+    assert both["sampled"]["scenarios"] == results["autoregressive"]["scenarios"]
+    assert both["settings"]["reading"] == "marginal"
+    assert both["overall"]["mse"] != both["sampled"]["overall"]["mse"]
+    names = [line.split("|")[1].strip() for line in format_accuracy_table([both]).splitlines()[2:]]
+    assert names == ["x"] * 3 + ["x, sampled"] * 3
+    one, _ = evaluate(tmp_path / "joint.ckpt", spec | {"reading": "sampled"}, batches, progress=lambda _: None)
+    assert one["scenarios"] == results["autoregressive"]["scenarios"]
+    assert "sampled" not in one
+    with pytest.raises(BadRequest, match="objective autoregressive, so that reading must be sampled, got 'marginal'"):
+        evaluate(tmp_path / "autoregressive.ckpt", spec | {"reading": "marginal"}, batches)
+
+
+def test_recent_windows():
+    rng = np.random.default_rng(1)
+    truth = rng.normal(7.5, 1, (2, 3, 50))
+    mean, low, high = truth + rng.normal(size=truth.shape), truth - 0.5, truth + rng.normal(size=truth.shape)
+    recent = np.exp(truth) < 1000
+    scores = score_recent(truth, mean, low, high)
+    assert scores["windows"] == recent.sum() > 0
+    assert scores["mse"] == pytest.approx(((mean - truth)[recent] ** 2).mean())
+    assert scores["bias"] == pytest.approx((mean - truth)[recent].mean())
+    assert scores["coverage95"] == pytest.approx((high >= truth)[recent].mean())
+    parts = {str(i): {"recent": score_recent(truth[i], mean[i], low[i], high[i])} for i in range(2)}
+    assert combine_recent(parts) == pytest.approx(scores)
 
 
 def test_numbers_are_written_before_pictures(tmp_path, checkpoint, monkeypatch, capsys):

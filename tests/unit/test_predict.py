@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.simulations import simulate
+from helpers.training import objective_record
 
 import cxt
 from cxt.checkpoints.file import write_checkpoint
@@ -21,7 +22,7 @@ WINDOW, WINDOWS, SCALES = 2000, 20, (2, 4)
 LENGTH = WINDOW * WINDOWS
 
 
-def saved(path, *, adapter=None, ranges=None, **changes):
+def saved(path, *, adapter=None, ranges=None, objective="autoregressive", **changes):
     """A model with random weights, saved and loaded as users have it."""
     config = ModelConfig(
         **{"layers": 1, "heads": 2, "width": 16, "windows": WINDOWS, "samples": 10, "scales": 2, "bins": 20} | changes
@@ -31,7 +32,8 @@ def saved(path, *, adapter=None, ranges=None, **changes):
     for parameter in model.parameters():  # such that predictions depend on the input
         torch.nn.init.normal_(parameter, std=0.3)
     dataset = {"scales": list(SCALES), "missing": not config.mask_singletons, "ranges": ranges}
-    write_checkpoint(path, model.state_dict(), build_checkpoint_record(config, adapter, name="x", dataset=dataset))
+    record = build_checkpoint_record(config, adapter, name="x", dataset=dataset, **objective_record(objective))
+    write_checkpoint(path, model.state_dict(), record)
     return cxt.load_model(path)
 
 
@@ -86,6 +88,34 @@ def test_one_piece(model, ts):
     )
     np.testing.assert_allclose(elsewhere.distribution, posterior.distribution, atol=1e-5)
     np.testing.assert_array_equal(elsewhere.edges, posterior.edges + 5e6)
+
+
+@pytest.mark.parametrize("objective", ["marginal", "joint"])
+def test_reading_in_one_pass(objective, tmp_path, ts):
+    model = saved(tmp_path / "x.ckpt", objective=objective)
+    genotypes, positions = ts.genotype_matrix(), ts.sites_position
+    genotypes, positions = genotypes[positions < LENGTH], positions[positions < LENGTH]
+    posterior = cxt.predict(model, genotypes, positions, [(0, 1), (7, 2)], sequence_length=LENGTH)
+    shape = {"window_size": WINDOW, "sequence_length": LENGTH, "scales": SCALES}
+    x = np.log1p(cxt.pair_features(genotypes, positions, [(0, 1), (7, 2)], **shape))
+    with torch.no_grad():
+        expected = model.marginal_logits(torch.from_numpy(x))[..., 2:].softmax(-1)
+    np.testing.assert_allclose(posterior.distribution, expected, atol=1e-6)
+    assert posterior.log_tmrca.shape == (2, WINDOWS)
+    named = cxt.predict_ts(model, ts, [(0, 1), (7, 2)], sequence_length=LENGTH, reading="marginal")
+    np.testing.assert_array_equal(named.distribution, posterior.distribution)
+    if objective == "joint":
+        sampled = cxt.predict_ts(model, ts, [(0, 1)], sequence_length=LENGTH, reading="sampled", replicates=3)
+        np.testing.assert_allclose(sampled.distribution[0], by_hand(model, genotypes, positions, (0, 1)), atol=1e-5)
+    else:
+        with pytest.raises(cxt.BadRequest, match="trained with the objective marginal, so that reading must be marginal"):
+            cxt.predict_ts(model, ts, [(0, 1)], sequence_length=LENGTH, reading="sampled")
+
+
+def test_readings_that_are_refused(model, ts):
+    for reading in ("marginal", "margnal", 3):
+        with pytest.raises(cxt.BadRequest, match="reading must be sampled, got"):
+            cxt.predict_ts(model, ts, [(0, 1)], sequence_length=LENGTH, reading=reading)
 
 
 def test_longer_regions_are_read_in_pieces(model, ts):

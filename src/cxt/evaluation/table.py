@@ -44,7 +44,7 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
                 f"{constant['mse']:.3f}",
             )
         )
-    mean, recent = result["overall"], result["overall"]["recent"]
+    mean, recent = result["overall"], result["overall"].get("recent")
     rows.append(
         (
             name,
@@ -59,6 +59,8 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
             f"{mean['constant_mse']:.3f}",
         )
     )
+    if recent is None:  # evaluated by an earlier version
+        return rows
     scores = [format_or_dash(recent[key], form) for key, form in (("mse", ".3f"), ("bias", "+.3f"), ("coverage95", ".1%"))]
     return [*rows, (name, "below 1000 gen.", scores[0], "", "", scores[1], scores[2], "", "", "")]
 

@@ -7,7 +7,7 @@ planned and the moment when it starts. The keys are the names of the stage's fla
 import yaml
 
 from cxt.config.models import build_training_settings, get_parent
-from cxt.config.training import list_result_neutral_settings
+from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
 from cxt.workflow.lineages import (
     dataset_lineage,
@@ -44,6 +44,7 @@ def _shards(config: dict, dataset: str) -> dict:
 def _model(config: dict, model: str) -> dict:
     settings = build_training_settings(config, model)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
+    settings = drop_later_defaults(settings)
     settings |= {
         "devices": get_device_count(config, model),
         "settings_lineage": model_lineage(config, model),
