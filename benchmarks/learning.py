@@ -36,14 +36,17 @@ OWN_KEYS = ("read_items", "note", "replicates")
 
 def train(name: str, settings: dict, directory: Path) -> tuple[Path, float]:
     """Train a trial; its checkpoint, and the core-minutes that its processes took."""
-    config, out = directory / f"{name}.yaml", directory / f"{name}.ckpt"
+    config, out, minutes = (directory / f"{name}{end}" for end in (".yaml", ".ckpt", ".minutes"))
+    if minutes.exists():
+        return out, float(minutes.read_text())
     config.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key not in OWN_KEYS}))
     command = [sys.executable, "-m", "cxt.train", "--config", config, "--out", out, "--run-dir", directory / f"{name}.run"]
     before, began = children_seconds(), time.monotonic()
     with (directory / f"{name}.log").open("w") as log:
         subprocess.run([*map(str, command)], check=True, stdout=log, stderr=subprocess.STDOUT)
     print(f"{name}: trained in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-    return out, (children_seconds() - before) / 60
+    minutes.write_text(str((children_seconds() - before) / 60))
+    return out, float(minutes.read_text())
 
 
 def children_seconds() -> float:
@@ -59,7 +62,7 @@ def score(checkpoint: Path, dataset, *, items: int, replicates: int) -> dict:
     model, record = load_model(checkpoint), read_checkpoint(checkpoint)
     config = record.model
     grid = Grid(config.grid_low, config.grid_high, config.bins)
-    test = open_dataset(str(dataset), "test", grid=grid, storage="memory")
+    test = open_dataset(str(dataset), "test", grid=grid, storage="memory", progress=lambda line: None)
     chosen = np.unique(np.linspace(0, len(test) - 1, min(items, len(test))).astype(int))
     batch = test.batch([int(item) for item in chosen])
     truth = grid.centres[batch.tokens[:, 1:].numpy() - SPECIAL_TOKENS]

@@ -328,7 +328,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
 
 
 def test_out_of_memory(dataset, tmp_path, monkeypatch):
-    def loss(self, x, y, *, path):
+    def loss(self, x, y, *, path, criterion):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr("cxt.model.transformer.CoalescenceModel.loss", loss)
@@ -387,7 +387,7 @@ def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta
     about = read_checkpoint(finished / "broad.ckpt").record
     module = SimpleNamespace(model=load_model(finished / "broad.ckpt"), device=torch.device("cpu"))
     rows = []
-    log = SimpleNamespace(validated=lambda trainer, values: rows.append(values))
+    log = SimpleNamespace(terms=(), validated=lambda trainer, values: rows.append(values))
     validation = Validation(
         run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
     )

@@ -1,10 +1,10 @@
 """Training from Python: `cxt.train_model`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Literal, Never
+from typing import Any, Literal, Never
 
 from cxt.trainer.launch import train
 from cxt.trainer.options import merge_options
@@ -48,7 +48,13 @@ def train_model(
     min_lr: float | None = None,
     warmup_steps: int | None = None,
     decay_steps: int | None = None,
-    schedule: Literal["cosine", "linear", "constant", "wsd"] | None = None,
+    schedule: Literal["cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts"] | None = None,
+    cycles: int | None = None,
+    cycle_decay: float | None = None,
+    objective: Literal["autoregressive", "marginal", "joint"] | None = None,
+    joint_weight: float | None = None,
+    losses: str | Sequence[str | Mapping[str, Any]] | None = None,
+    optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     grad_accum: int | None = None,
     grad_clip: float | None = None,
