@@ -114,7 +114,8 @@ def test_adapter_and_bin_0(mask_singletons, overwrite_bin0):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "blocks", "norms"), [("none", 0, False), ("ln", 0, True), ("lastN", 2, False), ("ln_lastN", 2, True)]
+    ("strategy", "blocks", "norms"),
+    [("none", 0, False), ("ln", 0, True), ("lastN", 2, False), ("ln_lastN", 2, True), ("all", 3, True)],
 )
 def test_unfreezing(strategy, blocks, norms):
     model = build_model(SMALL, AdapterConfig(samples=6, bottleneck=4, unfreeze_strategy=strategy))
@@ -122,7 +123,7 @@ def test_unfreezing(strategy, blocks, norms):
     free = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
     for name, _ in model.backbone.named_parameters():
         last = name.startswith(("blocks.1.", "blocks.2.")) and blocks > 0
-        assert (name in free) == (last or (norms and "norm" in name)), name
+        assert (name in free) == (strategy == "all" or last or (norms and "norm" in name)), name
 
 
 def test_backbone_of_an_adapter_stays_in_eval_mode():

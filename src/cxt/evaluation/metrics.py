@@ -9,6 +9,7 @@ import numpy as np
 
 from cxt.data.features import find_first_sites
 from cxt.data.shards import PreprocessedSimulation
+from cxt.evaluation.hmm import estimate_by_hmm
 
 MIN_VARIATION = 1e-9
 """Range of ln TMRCA below which windows differ by rounding only, as those of a pair with a single tree do."""
@@ -55,6 +56,7 @@ def average_scenarios(scenarios: dict) -> dict:
         "mse": float(np.mean([row["mse"] for row in rows])),
         "r": float(np.mean(correlations)) if correlations else None,
         "coverage95": float(np.mean([row["coverage95"] for row in rows])),
+        "hmm_mse": float(np.mean([row["baseline"]["hmm"]["mse"] for row in rows])),
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
         "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
         "recent": combine_recent(scenarios),
@@ -170,7 +172,16 @@ def measure_coverage(rank: np.ndarray) -> dict[str, float]:
     return {f"{level:g}": float((np.abs(2 * rank - 1) <= level).mean()) for level in LEVELS}
 
 
-def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int, windows: int) -> dict:
+def score_hmm(
+    truth: np.ndarray, simulations: list[PreprocessedSimulation], *, window_size: int, windows: int, samples: int
+) -> dict:
+    """Score the hidden Markov model of `cxt.evaluation.hmm` on the same pairs and windows: its MSE and r."""
+    estimates = [estimate_by_hmm(one, window_size=window_size, windows=windows, samples=samples) for one in simulations]
+    estimate = np.stack(estimates)
+    return {"mse": float(((estimate - truth) ** 2).mean()), "r": none_if_nan(pearson_per_pair(truth, estimate))}
+
+
+def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int, windows: int, samples: int) -> dict:
     """All metrics of one variant.
 
     Parameters
@@ -182,6 +193,8 @@ def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int
     simulations : list of PreprocessedSimulation
     window_size, windows : int
         Base pairs of a window, and their number.
+    samples : int
+        Haplotypes of a simulation.
 
     Returns
     -------
@@ -202,6 +215,7 @@ def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int
         "recent": score_recent(truth, mean, low, high),
         "baseline": {
             "heterozygosity": score_heterozygosity(simulations, window_size=window_size, windows=windows),
+            "hmm": score_hmm(truth, simulations, window_size=window_size, windows=windows, samples=samples),
             "constant": {"mse": float(constant.mean()), "value": float(truth.mean())},
         },
     }

@@ -192,7 +192,10 @@ def evaluate(
                     truth=truth.reshape(-1, windows),
                 )
             mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
-            metrics = score_variant(truth, mean, low, high, rank, simulations, window_size=spec["window_size"], windows=windows)
+            metrics = score_variant(
+                truth, mean, low, high, rank, simulations,
+                window_size=spec["window_size"], windows=windows, samples=spec["samples"],
+            )  # fmt: skip
             scenarios[way][name] = metrics
             if way == reading:
                 tracks[name] = (truth, mean, low, high)

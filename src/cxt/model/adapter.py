@@ -61,7 +61,7 @@ def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
     last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
         name.startswith(f"blocks.{i}.") for i in range(max(0, layers - config.last_n), layers)
     )
-    return norms or last
+    return norms or last or config.unfreeze_strategy == "all"
 
 
 def freeze_backbone(model: CoalescenceModel) -> None:

@@ -35,6 +35,8 @@ def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None, *
     parts = forward_flops(network, objective=objective)
     if adapter is None:
         return 3 * sum(parts.values())
+    if adapter.unfreeze_strategy == "all":
+        return 3 * sum(parts.values())
     trained = min(adapter.last_n, network.layers) / network.layers if "lastN" in adapter.unfreeze_strategy else 0.0
     frozen = parts["head"] + parts["embedding"] + (1 - trained) * parts["blocks"]
     # The adapter itself, 3 matrices of some tens of rows, takes less than a thousandth of this.

@@ -39,7 +39,7 @@ def train_model(
     adapter_samples: int | None = None,
     adapter_bottleneck: int | None = None,
     adapter_dropout: float | None = None,
-    unfreeze_strategy: Literal["none", "ln", "lastN", "ln_lastN"] | None = None,
+    unfreeze_strategy: Literal["none", "ln", "lastN", "ln_lastN", "all"] | None = None,
     last_n: int | None = None,
     overwrite_bin0: bool | None = None,
     # Optimization
