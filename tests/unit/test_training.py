@@ -21,7 +21,7 @@ from cxt import load_model
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.checkpoints.load import find_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.checkpoints.training_log import read_log
+from cxt.checkpoints.training_log import TIMING, read_log
 from cxt.config.flags import note_more_than_cores
 from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler
@@ -202,11 +202,29 @@ def test_scratch_changes_no_weights(dataset, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation):
+@pytest.mark.parametrize(
+    ("accumulation", "settings"),
+    [
+        (1, []),
+        pytest.param(3, [], marks=pytest.mark.long),
+        (
+            1,
+            [
+                "--objective",
+                "joint",
+                "--optimizer",
+                "muon",
+                "--losses",
+                "[{name: label_smoothing}, {name: emd, final_weight: 0}]",
+            ],
+        ),
+        *(pytest.param(1, ["--optimizer", name], marks=pytest.mark.long) for name in ("adafactor", "lion", "sgd")),
+    ],
+)
+def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation, settings):
     arguments = [
         *SMALL, *FINE, "--dataset-path", dataset, "--batch-size", 4, "--grad-accum", accumulation, "--save-every", 5,
-        "--epochs", 12, "--dropout", 0.1,
+        "--epochs", 12, "--dropout", 0.1, *settings,
     ]  # fmt: skip
     train(monkeypatch, *arguments, "--run-dir", tmp_path / "whole", "--out", tmp_path / "whole.ckpt")
     cut = [*arguments, "--run-dir", tmp_path / "cut", "--out", tmp_path / "cut.ckpt"]
@@ -225,6 +243,9 @@ def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumu
     assert torch.load(last, weights_only=True)["global_step"] < 12 * 27 // accumulation
     train(monkeypatch, *cut)
     assert equal(weights(tmp_path / "whole.ckpt"), weights(tmp_path / "cut.ckpt"))
+    logs = [read_log(tmp_path / run / "training_log.csv") for run in ("whole", "cut")]
+    whole, again = ([{key: row[key] for key in row if key not in TIMING} for row in log] for log in logs)
+    assert whole == again
 
 
 def test_warm_start(parent, dataset, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,9 @@ def format_or_dash(value: float | None, form: str) -> str:
 
 def format_accuracy_table(results: list[dict]) -> str:
     """Format evaluations as a Markdown table, with one row for each checkpoint and scenario."""
-    rows = [("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "constant MSE")]
+    rows = [
+        ("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "HMM MSE", "constant MSE")
+    ]
     for result in results:
         rows += _list_rows(result["checkpoint"], result)
         if "sampled" in result:
@@ -41,6 +43,7 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
                 f"{metrics['coverage95']:.1%}",
                 f"{window['mse']:.3f}",
                 format_or_dash(window["r"], ".3f"),
+                format_or_dash(metrics["baseline"].get("hmm", {}).get("mse"), ".3f"),
                 f"{constant['mse']:.3f}",
             )
         )
@@ -56,13 +59,14 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
             f"{mean['coverage95']:.1%}",
             f"{mean['heterozygosity_mse']:.3f}",
             "",
+            format_or_dash(mean.get("hmm_mse"), ".3f"),
             f"{mean['constant_mse']:.3f}",
         )
     )
     if recent is None:  # evaluated by an earlier version
         return rows
     scores = [format_or_dash(recent[key], form) for key, form in (("mse", ".3f"), ("bias", "+.3f"), ("coverage95", ".1%"))]
-    return [*rows, (name, "below 1000 gen.", scores[0], "", "", scores[1], scores[2], "", "", "")]
+    return [*rows, (name, "below 1000 gen.", scores[0], "", "", scores[1], scores[2], "", "", "", "")]
 
 
 def combine_evaluation_lineages(evaluations: list[str | None]) -> str | None:

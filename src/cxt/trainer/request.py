@@ -298,6 +298,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         number = getattr(training, name)
         if number > examples and number != getattr(TrainingConfig(), name):
             notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
+    if training.joint_weight != TrainingConfig().joint_weight and training.objective != "joint":
+        notes.append(f"joint_weight {training.joint_weight:g} has no effect with the objective {training.objective}")
+    for name in ("cycles", "cycle_decay"):
+        if getattr(training, name) != getattr(TrainingConfig(), name) and training.schedule != "cosine_restarts":
+            notes.append(f"{name} {getattr(training, name):g} has no effect with the schedule {training.schedule}")
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:
