@@ -41,7 +41,7 @@ from cxt.trainer.log import TrainingLog
 from cxt.trainer.optimizers import parameter_groups
 from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, read_options
 from cxt.trainer.request import RunRequest, build_request
-from cxt.trainer.schedules import learning_rate_factor
+from cxt.trainer.schedules import AdaptiveRate, learning_rate_factor
 from cxt.trainer.training_state import list_training_states
 from cxt.trainer.validation import Validation
 from cxt.workflow.lineages import run_directory
@@ -450,6 +450,32 @@ def test_schedules():
     assert values["cosine_restarts"] == pytest.approx(expected)
     with pytest.raises(BadRequest, match="log_linear cannot end at min_lr 0"):
         TrainingConfig(schedule="log_linear", min_lr=0.0)
+
+
+def test_adaptive_schedule():
+    """Up after two better validations, down after two that are not, within its bounds, and with a pause after each."""
+    settings = {"up": 2.0, "down": 0.5, "patience_up": 2, "patience_down": 2, "threshold": 0.01, "cooldown": 1, "highest": 2.5}
+    training = TrainingConfig(schedule="adaptive", adaptive=settings, lr=1.0, min_lr=0.3)
+    rate, factors = AdaptiveRate(training), []
+    losses = [5, 4, 3.9, 3, 2, 2, 2, 2, 1.999, 1.998, 1.999, 1.997, 1.997, 1]
+    for loss in losses:
+        again = AdaptiveRate(training)  # as if it had been interrupted before each
+        again.load_state_dict(rate.state_dict())
+        rate = again
+        rate.update(loss)
+        factors.append(rate.factor)
+    # 5, 4: up; 3.9: pause; 3, 2: up, to the bound; 2: pause; 2, 2: down; 1.999: pause; 1.998, 1.999: down; …
+    assert factors == [1, 2, 2, 2, 2.5, 2.5, 2.5, 1.25, 1.25, 1.25, 0.625, 0.625, 0.625, 0.625]
+    assert learning_rate_factor(50, training, total_steps=100) == 1.0
+    low = AdaptiveRate(
+        TrainingConfig(schedule="adaptive", adaptive=settings | {"cooldown": 0, "patience_down": 1}, lr=1.0, min_lr=0.3)
+    )
+    for loss in (1, 1, 1, 1, 1):
+        low.update(loss)
+    assert low.factor == 0.3
+    neutral = list_result_neutral_settings(TrainingConfig().model_dump())
+    assert {"validate_every", "validation_items"} <= set(neutral)
+    assert not {"validate_every", "validation_items"} & set(list_result_neutral_settings(training.model_dump()))
 
 
 def test_precision_names():

@@ -219,6 +219,18 @@ def test_scratch_changes_no_weights(dataset, tmp_path, monkeypatch, capsys):
             ],
         ),
         *(pytest.param(1, ["--optimizer", name], marks=pytest.mark.long) for name in ("adafactor", "lion", "sgd")),
+        pytest.param(
+            1,
+            [
+                "--schedule",
+                "adaptive",
+                "--adaptive",
+                "{patience_up: 1, patience_down: 1, cooldown: 0}",
+                "--validate-every",
+                "7",
+            ],
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation, settings):

@@ -3,9 +3,18 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from cxt.config.bounds import Flag, Fraction, NonNegative, Positive
+from cxt.config.bounds import (
+    FactorUpToOne,
+    Flag,
+    Fraction,
+    NonNegative,
+    NonNegativeInteger,
+    Positive,
+    PositiveInteger,
+    float_validator,
+)
 from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 from cxt.config.yaml import parse_yaml
@@ -94,6 +103,28 @@ class Optimizer(_Named):
         return self
 
 
+class Adaptive(Section):
+    """How the schedule `adaptive` changes the learning rate after a validation.
+
+    With `up: 1.1, down: 0.9, patience_up: 3, patience_down: 3, cooldown: 0` it is what is called a greedy schedule.
+    """
+
+    up: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1, le=10), float_validator] = 1.2
+    """Factor after `patience_up` validations in a row with an improvement."""
+    down: FactorUpToOne = 0.7
+    """Factor after `patience_down` validations in a row without one."""
+    patience_up: PositiveInteger = 3
+    """Validations with an improvement before the learning rate rises."""
+    patience_down: PositiveInteger = 5
+    """Validations without an improvement before it falls."""
+    threshold: Fraction = 1e-4
+    """An improvement lowers the lowest validation loss by at least this fraction of it."""
+    cooldown: NonNegativeInteger = 1
+    """Validations after a change that do not count."""
+    highest: Annotated[float, Field(strict=True, allow_inf_nan=False, ge=1, le=1000), float_validator] = 4.0
+    """Largest learning rate relative to `lr`. The smallest is `min_lr`."""
+
+
 def _read_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
@@ -126,6 +157,9 @@ LossTerms = Annotated[
 AnyOptimizer = Annotated[
     Optimizer, BeforeValidator(_read_optimizer), Expected("the name of an optimizer, or a mapping with `name` and its settings")
 ]
+
+
+AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
 
 
 def as_json(value: Any) -> Any:

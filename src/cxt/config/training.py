@@ -19,7 +19,7 @@ from cxt.config.bounds import (
     Threads,
     Workers,
 )
-from cxt.config.learning import AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
+from cxt.config.learning import Adaptive, AnyAdaptive, AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -38,7 +38,7 @@ def _parse_precision(value: Any) -> Any:
     return next((name for name, others in PRECISIONS.items() if word in (name, *others)), value)
 
 
-Schedule = Literal["cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts"]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts", "adaptive"]
 Compile = Literal["auto", "none", "inductor", "aot_eager", "eager"]
 Attention = Literal["split", "flex"]
 LossPath = Literal["target", "full", "chunked"]
@@ -73,11 +73,14 @@ class TrainingFields(Section):
     schedule: Schedule = "cosine"
     """Learning rate after the warm-up: `cosine` or `linear` decay to `min_lr`; `constant` at `lr`; `wsd`, constant for 40% of
     the steps from the warm-up to `decay_steps`, then a cosine; `log_linear`, lowered by the same factor in each step; `rex`,
-    lowered slowly at first and fast at the end; `cosine_restarts`, `cycles` cosines, each starting lower than the last."""
+    lowered slowly at first and fast at the end; `cosine_restarts`, `cycles` cosines, each starting lower than the last;
+    `adaptive`, up while the validation loss improves, and down when it does not."""
     cycles: PositiveInteger = 4
     """`cosine_restarts` only: number of cosines."""
     cycle_decay: FactorUpToOne = 0.5
     """`cosine_restarts` only: height of each cosine above `min_lr` relative to that of the one before."""
+    adaptive: AnyAdaptive = Adaptive()
+    """`adaptive` only: when the learning rate changes, and by how much."""
     batch_size: PositiveInteger = 128
     """Examples per device in one micro-batch."""
     grad_accum: PositiveInteger = 6
@@ -176,7 +179,7 @@ class TrainingOverrides(TrainingSection):
     only_given: ClassVar[bool] = True
 
 
-SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay")
+SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive")
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
 
@@ -194,8 +197,11 @@ VALIDATION = ("validation_items", "validate_every")
 
 
 def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:
-    """Training settings that do not affect the published weights; those of validation do only with early stopping or `best`."""
-    decides = settings.get("patience") or settings.get("export", "last") != "last"
+    """Training settings that do not affect the published weights.
+
+    Those of validation do with early stopping, with `best` weights, and if the learning rate adapts to the validation loss.
+    """
+    decides = settings.get("patience") or settings.get("export", "last") != "last" or settings.get("schedule") == "adaptive"
     without = () if settings.get("patience") else ("min_delta",)
     return RESULT_NEUTRAL_SETTINGS + without if decides else RESULT_NEUTRAL_SETTINGS + without + VALIDATION
 

@@ -87,7 +87,7 @@ def build_trainer(request: RunRequest, run: RunDirectory, callbacks: list) -> pl
         accelerator=request.accelerator,
         devices=request.devices,
         num_nodes=request.machines,
-        # No parameter is unused, but without this option DDP reorders the gradients after its first step, so that a resumed run
+        # Without this option, DDP reorders the gradients after its first step, so that a resumed run
         # would sum those of three or more devices in another order than the run that it continues.
         strategy="ddp_find_unused_parameters_true" if request.world > 1 else "auto",
         # Under Slurm, Lightning's default would train on one device with a part of the data.
@@ -198,7 +198,7 @@ def fit(
         run, request.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
         total_steps=request.total_steps, validates=request.validates_after, refuse=log.stop_if_bad, deadline=deadline,
     )  # fmt: skip
-    trainer = build_trainer(request, run, [Reseed(training.seed), log, validation, state_saver])
+    trainer = build_trainer(request, run, [Reseed(training.seed), log, validation, module.adaptive_rate, state_saver])
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's handlers would replace ours
     last = None
     if trainer.is_global_zero:

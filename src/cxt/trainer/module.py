@@ -18,7 +18,7 @@ from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 from cxt.trainer.objectives import AnyObjective, build_objective
 from cxt.trainer.optimizers import build_optimizer
-from cxt.trainer.schedules import learning_rate_factor
+from cxt.trainer.schedules import AdaptiveRate, learning_rate_factor
 
 
 def compile_backend(training: TrainingConfig, device: str) -> str | None:
@@ -79,6 +79,7 @@ class TrainingModule(pl.LightningModule):
 
     def __init__(self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int):
         super().__init__()
+        self.adaptive_rate = AdaptiveRate(training)
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
@@ -122,7 +123,8 @@ class TrainingModule(pl.LightningModule):
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, training, fused=fused)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, training, total_steps=self.total_steps)
+            optimizer,
+            lambda step: self.adaptive_rate.factor * learning_rate_factor(step, training, total_steps=self.total_steps),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -206,6 +206,8 @@ def build_request(options: TrainingOptions) -> RunRequest:
     if not examples["test"] and (training.patience or training.export == "best"):
         asks = "patience" if training.patience else "export: best"
         raise BadRequest(f"{asks} needs validation, but the dataset has no test examples")
+    if not examples["test"] and training.schedule == "adaptive":
+        raise BadRequest("the schedule adaptive needs validation, but the dataset has no test examples")
     settings = list_settings(options)
     parent_digest = None if parent_file is None else file_sha256(parent_file)
     leave_out = {*OPTIONS_IDENTIFIED_OTHERWISE, *list_result_neutral_settings(settings)}
@@ -303,6 +305,8 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     for name in ("cycles", "cycle_decay"):
         if getattr(training, name) != getattr(TrainingConfig(), name) and training.schedule != "cosine_restarts":
             notes.append(f"{name} {getattr(training, name):g} has no effect with the schedule {training.schedule}")
+    if training.adaptive != TrainingConfig().adaptive and training.schedule != "adaptive":
+        notes.append(f"adaptive has no effect with the schedule {training.schedule}")
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:
