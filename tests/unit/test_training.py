@@ -202,7 +202,7 @@ def test_scratch_changes_no_weights(dataset, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation):
     arguments = [
         *SMALL, *FINE, "--dataset-path", dataset, "--batch-size", 4, "--grad-accum", accumulation, "--save-every", 5,
