@@ -470,6 +470,7 @@ def test_two_machines_end_as_one_with_two_devices(arguments, whole, tmp_path):
     assert out.read_bytes() == (whole / "x.ckpt").read_bytes()
 
 
+@pytest.mark.long
 def test_three_machines_continue_exactly(dataset, tmp_path):
     """Of two numbers the sum is the same in any order; of three it is not."""
     arguments = command("--dataset-path", dataset, "--accelerator", "cpu", "--epochs", 6, "--decode-items", 0)

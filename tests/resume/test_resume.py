@@ -69,7 +69,7 @@ def named(combinations) -> list:
         pytest.param(
             *each,
             id="-".join(map(str, each)) + ("-once_each" if each in ONCE_EACH else ""),
-            marks=[pytest.mark.long] if each[-1] > 1 else [],
+            marks=[pytest.mark.long] if each != FEW[0] else [],
         )
         for each in combinations
     ]

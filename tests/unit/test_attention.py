@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_no_bit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[needs_compiler, pytest.mark.long])])
 @pytest.mark.parametrize("path", ["target", "full", "chunked"])
 def test_compiled(backend, path):
     model = model_of()

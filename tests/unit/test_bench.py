@@ -44,7 +44,7 @@ def test_training(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--adapter", "--samples", 12, "--compile", "aot_eager"],
+        pytest.param(["--adapter", "--samples", 12, "--compile", "aot_eager"], marks=pytest.mark.long),
         ["--model", "w200_wmissing", "--loss-path", "chunked", "--gradient-checkpointing", "--workers", 0],
     ],
 )

@@ -332,6 +332,7 @@ for found in stdpopsim.get_species("AraTha").genetic_maps:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_workflow_with_a_map(cache, tmp_path):
     """Without the map: one message, exit 2, before anything runs, and only if it is needed. With it: it runs."""

@@ -125,6 +125,7 @@ def test_any_flipped_byte_is_found(copy):
             verify_dataset(copy)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_damaged_headers_of_the_archive(copy):
     """Also where no checksum is known yet: every byte of the zip's own records, in every bit."""

@@ -94,7 +94,11 @@ def aratha(seed):
     [
         ({"kind": "constant", "population_size": N, "sequence_length": 50_000, **RATES}, constant),
         ({"kind": "sawtooth", "population_size": N, "magnitude": 3, "sequence_length": 50_000, **RATES}, sawtooth),
-        ({"kind": "island", "population_size": 10_000, "migration_rate": 0.1, "sequence_length": 5_000, **RATES}, island),
+        pytest.param(
+            {"kind": "island", "population_size": 10_000, "migration_rate": 0.1, "sequence_length": 5_000, **RATES},
+            island,
+            marks=pytest.mark.long,
+        ),
         ({"kind": "stdpopsim", "species": "AraTha", "models": ["African2Epoch_1H18"], "sequence_length": 20_000}, aratha),
     ],
     ids=["constant", "sawtooth", "island", "stdpopsim"],

@@ -338,6 +338,7 @@ def test_demes_is_what_msprime_reads(tmp_path):
         spec_of(**MINE | {"demography": {"time_units": "generations", "demes": many}})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_inline_history_is_piecewise_constant():
     """Mean TMRCA of two samples without recombination against the integral of the survival function."""
@@ -423,6 +424,7 @@ def test_from_a_demes_file_to_a_checkpoint(workflow, tmp_path):
     assert checkpoint.record["name"] == "two_islands"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_demes_file_that_changes_changes_the_simulations(workflow, tmp_path):
     """Its content is part of the lineage; words for people are not."""

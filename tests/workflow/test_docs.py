@@ -204,6 +204,7 @@ def test_one_tree_sequence(here, tmp_path):
     assert (tmp_path / out).is_file()
 
 
+@pytest.mark.long
 def test_runs_checkpoints_and_settings(here, tmp_path):
     outputs = {}
     for words in [*commands_of("cxt", "checkpoint"), *commands_of("cxt", "runs")]:

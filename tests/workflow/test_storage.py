@@ -59,7 +59,7 @@ def read_trees(path) -> list[tskit.TableCollection]:
 
 def check_same_results(results: Path, expected: Path) -> None:
     """Check all checkpoints, shards, manifests, settings, evaluations and figures of accuracy to the byte, and all batches."""
-    kinds = ["*.ckpt", "datasets/**/*.zarr.zip", "datasets/*/dataset.json", "settings/**/*.yaml", "masks/*", "evaluation/*"]
+    kinds = ["*.ckpt", "datasets/**/*.zarr.zip", "datasets/*/dataset.json", "settings/**/*.yaml", "masks/*", "evaluation/*.*"]
     for kind in kinds:
         names = sorted(str(path.relative_to(expected)) for path in expected.glob(kind))
         assert names, kind
