@@ -13,9 +13,10 @@ from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
 from cxt.data.pair_dataset import PairDataset
 from cxt.decoding.decode import use_precision
+from cxt.decoding.reading import read_marginals
 from cxt.model.decoder import Decoder
 from cxt.trainer.module import build_loss_function, compile_backend
-from cxt.trainer.optimizers import build_optimizer
+from cxt.trainer.optimizers import build_optimizer, orthogonalise
 
 DEVICE = "cuda"
 NETWORK = ModelConfig(layers=3, heads=2, width=32, windows=130, samples=10, scales=4, dropout=0.0)
@@ -95,10 +96,11 @@ def test_ways_to_compute_a_step(change):
 
 @pytest.mark.parametrize("adapter", [None, ADAPTED], ids=["plain", "adapter"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_compiled_step(adapter, precision):
+@pytest.mark.parametrize("objective", ["autoregressive", "marginal", "joint"])
+def test_compiled_step(adapter, precision, objective):
     """The compiled step, with the default backend of a GPU, against the eager one."""
     model = model_of(NETWORK, adapter, scale=2.0).to(DEVICE).train()
-    training = TrainingConfig()
+    training = TrainingConfig(objective=objective, losses=["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"])
     backend = compile_backend(training, DEVICE)
     assert backend == "inductor"
     loss, batch = build_loss_function(model, training), batch_of(adapter)
@@ -118,6 +120,23 @@ def test_mixed_precision():
     assert actual[0] != expected[0]
     assert actual[0] == pytest.approx(expected[0], rel=0.02)
     assert float(torch.nn.functional.cosine_similarity(actual[1], expected[1], dim=0)) > 0.99
+
+
+def test_muon_in_bfloat16():
+    """A GPU orthogonalises in bfloat16: singular vectors stay, and singular values get near to one."""
+    matrix = torch.randn(96, 384, generator=torch.Generator().manual_seed(1))
+    expected, actual = orthogonalise(matrix), orthogonalise(matrix.to(DEVICE)).cpu()
+    assert float(torch.nn.functional.cosine_similarity(actual.flatten(), expected.flatten(), dim=0)) > 0.99
+    values = torch.linalg.svdvals(actual)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_reading_in_one_pass_is_that_of_a_cpu():
+    model = model_of(NETWORK)
+    x, _ = inputs(NETWORK, items=4)
+    expected = read_marginals(model, x)
+    torch.testing.assert_close(read_marginals(model.to(DEVICE), x.to(DEVICE)).cpu(), expected, atol=1e-5, rtol=1e-3)
 
 
 def test_fused_optimizer_with_clipping():

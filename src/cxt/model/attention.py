@@ -222,5 +222,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
         """Attend within *x* (B, L, D): (B, L, D), or with *targets_only* (B, L - prefix, D)."""
+        q, k, v = self.project(x, table)
+        if prefix == x.shape[1]:  # sources only, which all see each other
+            return self.merge(F.scaled_dot_product_attention(q, k, v))
         attend = flexible_attention if self.flexible else split_attention
-        return self.merge(attend(*self.project(x, table), prefix, targets_only=targets_only))
+        return self.merge(attend(q, k, v, prefix, targets_only=targets_only))
