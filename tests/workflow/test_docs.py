@@ -279,4 +279,4 @@ def test_evaluations_of_another_checkpoint(here):
         words = [word.replace("two_islands", "narrow") if "/" in word else word for word in words]
         words = ["narrow" if word == "broad" else word for word in words]
         done = run_python(*words, cwd=here)
-    assert done.stdout.count("| narrow ") == 4  # two evaluations of one scenario, each with its mean
+    assert done.stdout.count("| narrow ") == 6  # two evaluations of one scenario, each with its mean and recent windows

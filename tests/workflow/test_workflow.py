@@ -83,7 +83,7 @@ def test_everything_is_there(workflow):
         scores = json.loads((results / "evaluation" / f"{model}.json").read_text())
         for figures in scores["scenarios"].values():
             assert {"mse", "mse_se", "r", "bias", "coverage95", "baseline"} <= figures.keys()
-            assert {"heterozygosity", "constant"} == figures["baseline"].keys()
+            assert {"heterozygosity", "hmm", "constant"} == figures["baseline"].keys()
         for figure in ("tracks", "scatter"):
             assert (results / "evaluation" / f"{model}-{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "published" in (results / "logs" / "train" / f"{model}.log").read_text()
