@@ -77,7 +77,24 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     return (wide.T if x.shape[0] > x.shape[1] else wide).type_as(matrix)
 
 
-class Muon(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer):
+    """An optimizer whose `_update` changes the parameters, given their gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None):
+        """Update all parameters, after computing the gradients with *closure* if it is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+
+class Muon(_Optimizer):
     """Muon (Jordan et al. 2024): the orthogonalised momentum of each matrix, with decoupled weight decay.
 
     It is `torch.optim.Muon`, which computes in bfloat16 everywhere, and is ten times slower on a CPU.
@@ -93,13 +110,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], *, momentum: float, nesterov: bool):
         super().__init__(groups, {"momentum": momentum, "nesterov": nesterov})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
-        """Update all matrices, after computing the gradients with *closure* if it is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         for group in self.param_groups:
             beta = group["momentum"]
             for parameter in group["params"]:
@@ -113,10 +124,9 @@ class Muon(torch.optim.Optimizer):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(update, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
-        return loss
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonWithAdamW(_Optimizer):
     """Muon for some matrices and AdamW for all other parameters, as one optimizer.
 
     Parameters
@@ -154,16 +164,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state = {parameter: state for part in self.parts for parameter, state in part.state.items()}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
-        """Update all parameters, after computing the gradients with *closure* if it is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         for part in self.parts:
             part.step()
-        return loss
 
     def state_dict(self) -> dict:
         """Return the state of both parts."""
@@ -176,7 +179,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self._share_groups()
 
 
-class Lion(torch.optim.Optimizer):
+class Lion(_Optimizer):
     """Lion (Chen et al. 2023): the sign of an interpolation between momentum and gradient, with decoupled weight decay.
 
     Parameters
@@ -190,13 +193,7 @@ class Lion(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], *, betas: tuple[float, float]):
         super().__init__(groups, {"betas": betas})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None):
-        """Update all parameters, after computing the gradients with *closure* if it is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _update(self) -> None:
         for group in self.param_groups:
             update_beta, decay_beta = group["betas"]
             for parameter in group["params"]:
@@ -209,7 +206,6 @@ class Lion(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.sub_(momentum.lerp(parameter.grad, 1 - update_beta).sign_(), alpha=group["lr"])
                 momentum.lerp_(parameter.grad, 1 - decay_beta)
-        return loss
 
 
 def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.Optimizer:
