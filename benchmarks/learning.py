@@ -68,9 +68,18 @@ def score(checkpoint: Path, dataset, *, items: int, replicates: int) -> dict:
     truth = grid.centres[batch.tokens[:, 1:].numpy() - SPECIAL_TOKENS]
     torch.set_num_threads(1)
     began = time.monotonic()
-    read = decode(model, batch.counts, batch.missing, grid=grid, replicates=replicates, batch_size=20, seed=1)
+    settings = {"grid": grid, "replicates": replicates, "batch_size": 20, "seed": 1}
+    read = decode(model, batch.counts, batch.missing, rates=batch.rates, **settings)
     seconds = time.monotonic() - began
     about = [test.describe(int(item)) for item in chosen]
+    result = score_reading(read, truth, about) | {"items": len(chosen), "read_seconds": seconds}
+    if config.reads_rates:
+        result["rates_inferred"] = score_reading(decode(model, batch.counts, batch.missing, **settings), truth, about)
+    return result
+
+
+def score_reading(read, truth: np.ndarray, about: list) -> dict:
+    """Accuracy by scenario and in the mean, given summaries, true ln TMRCA (examples, windows), and what each example is."""
     rows = {}
     for scenario in sorted({example.scenario for example in about}):
         mine = np.array([example.scenario == scenario for example in about])
@@ -85,7 +94,7 @@ def score(checkpoint: Path, dataset, *, items: int, replicates: int) -> dict:
     mean = {key: float(np.mean([row[key] for row in rows.values()])) for key in ("mse", "r", "coverage95")}
     mean["mse_se"] = float(np.sqrt(np.sum([row["mse_se"] ** 2 for row in rows.values()])) / len(rows))
     mean["recent"] = score_recent(truth, read.mean, read.low, read.high)
-    return {"mean": mean, "scenarios": rows, "items": len(chosen), "read_seconds": seconds}
+    return {"mean": mean, "scenarios": rows}
 
 
 def run(args) -> None:

@@ -328,7 +328,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
 
 
 def test_out_of_memory(dataset, tmp_path, monkeypatch):
-    def loss(self, x, y, *, path, criterion):
+    def loss(self, x, y, rates, *, path, criterion):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr("cxt.model.transformer.CoalescenceModel.loss", loss)
@@ -563,7 +563,7 @@ def plain_losses(dataset, arguments) -> list[float]:
             for chosen in window:
                 torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
                 number += 1
-                counts, missing, tokens = items.batch(chosen)
+                counts, missing, tokens, _ = items.batch(chosen)
                 loss = model.loss(compute_model_input(counts, missing), tokens) / training.grad_accum
                 loss.backward()
                 total = total + loss.detach()
@@ -659,7 +659,7 @@ def test_bfloat16_network(dataset):
     """Everything in bfloat16, as on a GPU with precision bf16-true."""
     request = request_for(*SMALL, "--dataset-path", dataset)
     model = build_starting_model(request).to(torch.bfloat16)
-    counts, missing, tokens = build_data(request).train_set.batch(range(4))
+    counts, missing, tokens, _ = build_data(request).train_set.batch(range(4))
     loss = model.loss(compute_model_input(counts, missing), tokens)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}

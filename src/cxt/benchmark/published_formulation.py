@@ -28,7 +28,7 @@ def compute_dense_loss(model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor
     """Compute `model.loss(x, y)` by the published formulation."""
     backbone = model.backbone
     windows = x.shape[3]
-    source = backbone.source_embedding(model.adapt_input(x))  # (B, W, D)
+    source = backbone.embed_sources(model.adapt_input(x), None)  # (B, W, D)
     h = backbone.dropout(torch.cat([source, backbone.token_embedding(y)], dim=1))  # (B, 2W + 1, D)
     mask = build_dense_mask(windows, windows + int(model.config.start_token_in_prefix), x.device)
     mask = mask.expand(len(x), 1, -1, -1).contiguous()  # (B, 1, 2W + 1, 2W + 1)

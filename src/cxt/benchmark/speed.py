@@ -113,7 +113,7 @@ class Loader:
 
 def build_dense_loss(model):
     """A function from (counts, missing, tokens) to the loss, by the published formulation."""
-    return lambda counts, missing, tokens: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
+    return lambda counts, missing, tokens, rates: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
 
 
 class Steps:

@@ -1,6 +1,7 @@
 """Networks and adapters: their sizes, the published presets, and checks that they fit datasets and parents."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
@@ -39,9 +40,12 @@ class Architecture(Section):
     start_token_in_prefix: Flag = False
     """Let sources attend to the start token during training, as the published models did. Only for published weights: decoding
     never does."""
+    reads_rates: Flag = False
+    """Read the mutation rate and the recombination rate of an example, where they are known. A model can add it to what its
+    parent reads."""
 
 
-SIZES = ("layers", "heads", "width", "dropout")
+SIZES = ("layers", "heads", "width", "dropout", "reads_rates")
 """Settings that a model inherits from its parent."""
 
 
@@ -125,6 +129,12 @@ Preset = Literal["narrow", "broad", "broad_w200", "w200_wmissing"]
 assert get_args(Preset) == tuple(PRESETS)
 
 
+def log_rates(mutation_rate: float | None, recombination_rate: float | None) -> tuple[float, float]:
+    """Natural logarithms of two rates per base pair and generation, as a network reads them; NaN if unknown, None or zero."""
+    mutation, recombination = (math.log(rate) if rate else math.nan for rate in (mutation_rate, recombination_rate))
+    return mutation, recombination
+
+
 def count_pairs(samples: int) -> int:
     """Number of different pairs of *samples* haplotypes."""
     return samples * (samples - 1) // 2
@@ -196,6 +206,8 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             raise BadRequest(
                 f"{child.name}: {key} is {child_value}, but its parent '{parent.name}' has {parent_value}; they must be equal"
             )
+    if parent.network.reads_rates and not child.network.reads_rates:
+        raise BadRequest(f"{child.name}: its parent '{parent.name}' reads rates, so that reads_rates cannot be false")
     if child.network.windows != parent.network.windows:
         raise BadRequest(
             f"{child.name}: dataset '{child.dataset}' has {child.network.windows} windows, but its parent '{parent.name}' was "

@@ -58,6 +58,13 @@ class TrainingFields(Section):
     `joint`, both. The networks have the same tensors, so that any of them can start from any other."""
     joint_weight: NonNegative = 0.5
     """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
+    rates_dropout: Fraction = 0.5
+    """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
+    also learns to do without."""
+    rates_shift: NonNegative = 1.0
+    """For a network that reads rates: standard deviation of a random number that is added to the true ln TMRCA of a training
+    example and subtracted from its ln rates, if the mutation rate is not hidden. Genotypes stay as likely, so that the network
+    learns how times depend on rates, also on rates that no scenario has."""
     losses: LossTerms = [LossTerm(name="cross_entropy")]
     """Terms of the loss, which are added."""
     optimizer: AnyOptimizer = Optimizer()
@@ -179,14 +186,21 @@ class TrainingOverrides(TrainingSection):
     only_given: ClassVar[bool] = True
 
 
-SETTINGS_SINCE_FORMAT_1 = ("objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive")
+SETTINGS_SINCE_FORMAT_1 = (
+    "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
+    "rates_shift",
+)  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
 
 
+ARCHITECTURE_SINCE_FORMAT_1 = {"reads_rates": False}
+"""The same for settings of the network, with their defaults."""
+
+
 def drop_later_defaults(settings: dict) -> dict:
-    """Leave out those of `SETTINGS_SINCE_FORMAT_1` that have their default values."""
-    defaults = TrainingConfig().model_dump(include=set(SETTINGS_SINCE_FORMAT_1))
+    """Leave out settings that were added since format 1 and have their default values."""
+    defaults = TrainingConfig().model_dump(include=set(SETTINGS_SINCE_FORMAT_1)) | ARCHITECTURE_SINCE_FORMAT_1
     return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 

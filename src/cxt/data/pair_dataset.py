@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cxt.config.network import SPECIAL_TOKENS, START_TOKEN
+from cxt.config.network import SPECIAL_TOKENS, START_TOKEN, log_rates
 from cxt.config.training import Storage
 from cxt.data.features import compute_missing_fraction, find_first_sites
 from cxt.data.grid import Grid
@@ -58,6 +58,7 @@ class Batch(NamedTuple):
     counts: torch.Tensor  # (B, 2, scales, windows, samples) int16 or int32, bin 0 zero
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
     tokens: torch.Tensor  # (B, windows + 1) int64
+    rates: torch.Tensor | None = None  # (B, 2) float32 from `log_rates`, or None if all are unknown
 
     def first(self, examples: int) -> "Batch":
         """A batch of the first *examples*, sharing memory."""
@@ -106,7 +107,8 @@ class ExampleDataset(Dataset):
         counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
         fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
         tokens = torch.full((examples, self.windows + 1), START_TOKEN, dtype=torch.int64)
-        return Batch(*(part.pin_memory() if pin and part is not None else part for part in (counts, fractions, tokens)))
+        parts = (counts, fractions, tokens, torch.empty((examples, 2)))
+        return Batch(*(part.pin_memory() if pin and part is not None else part for part in parts))
 
     def _room_for(self, examples: int, out: Batch | None) -> Batch:
         """The first *examples* places of *out*, or a new batch; ValueError if *out* is too small."""
@@ -118,8 +120,8 @@ class ExampleDataset(Dataset):
 
     def __getitems__(self, examples) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the examples of a batch, computed at once; called by torch's loaders."""
-        counts, missing, tokens = self.batch(examples)
-        return list(zip(compute_model_input(counts, missing), tokens, strict=True))
+        batch = self.batch(examples)
+        return list(zip(compute_model_input(batch.counts, batch.missing), batch.tokens, strict=True))
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.__getitems__([i])[0]
@@ -212,6 +214,7 @@ class PairDataset(ExampleDataset):
             "pairs": (np.uint16, (rows, self.pairs_per_simulation, 2)),
             "bins": (np.uint64, (rows, self.pairs_per_simulation, bin_words)),
             "missing": (np.float32, (rows if self.manifest["missing"] else 0, len(self.scales), self.windows)),
+            "rates": (np.float32, (rows, 2)),
             "index": (np.int64, (rows,)),
             "start": (np.int64, (rows,)),
         }
@@ -293,6 +296,7 @@ class PairDataset(ExampleDataset):
             pack_bins(self.grid.find_bins(arrays["log_tmrca"][i]), self._width, self._bins[row])
             for key, column in (("pairs", self._pairs), ("index", self._index), ("start", self._start)):
                 column[row] = arrays[key][i]
+            self._rates[row] = log_rates(arrays["mutation_rate"][i], arrays["recombination_rate"][i])
             if self.manifest["missing"]:
                 mask = np.unpackbits(arrays["mask"][i], count=length, bitorder="little")
                 self._missing[row] = compute_missing_fraction(
@@ -330,6 +334,7 @@ class PairDataset(ExampleDataset):
         bins += SPECIAL_TOKENS
         if batch.missing is not None:
             np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
+        np.take(self._rates, rows, axis=0, out=batch.rates.numpy())
         return batch
 
 

@@ -7,6 +7,7 @@ examples are held out for validation, and those after them are for training.
 import numpy as np
 import torch
 
+from cxt.config.network import log_rates
 from cxt.data.features import compute_pair_counts
 from cxt.data.grid import Grid
 from cxt.data.pair_dataset import Batch, Example, ExampleDataset
@@ -120,6 +121,7 @@ class SimulatedDataset(ExampleDataset):
                 scales=self.scales,
                 out=batch.counts[row : row + 1].numpy(),
             )
+            batch.rates[row] = torch.tensor(log_rates(simulation.mutation_rate, simulation.recombination_rate))
             # Rounded to float32, as stored targets are.
             batch.tokens[row] = torch.from_numpy(self.grid.tokens(simulation.log_tmrca.astype(np.float32))[0])
         return batch

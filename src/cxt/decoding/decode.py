@@ -42,6 +42,7 @@ def decode(
     counts,
     missing,
     *,
+    rates: torch.Tensor | np.ndarray | None = None,
     grid: Grid,
     replicates: int,
     batch_size: int,
@@ -67,6 +68,8 @@ def decode(
         Raw counts.
     missing : array (examples, scales, windows), optional
         Missing fractions.
+    rates : float32 array (examples, 2), optional
+        Ln mutation and recombination rate, NaN where unknown, for a network that reads rates; by default none is known.
     grid : Grid
         The model's grid of ln TMRCA.
     replicates : int
@@ -95,7 +98,8 @@ def decode(
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
-        distribution = read(x, range(start, start + len(x)))
+        part_rates = None if rates is None else torch.as_tensor(rates[part], dtype=torch.float32, device=device)
+        distribution = read(x, part_rates, range(start, start + len(x)))
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
         summaries = [posterior_mean(distribution, grid), *quantiles]
         if truth is not None:

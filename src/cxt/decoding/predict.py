@@ -98,7 +98,8 @@ def predict(
     mask : (>= sequence_length,) bool array, optional
         True = *in*accessible, for each base of the region. A model that was trained with missing data needs it.
     mutation_rate, recombination_rate : float, optional
-        Per base pair and generation, to be compared with those of the training data.
+        Per base pair and generation. They are compared with those of the training data, and a model with `reads_rates` uses
+        them; it infers those that are not given.
     reading : str, optional
         `marginal` reads a pair's windows in one pass, `sampled` averages the predictive distributions of sampled sequences. By
         default the one that the model was trained for.
@@ -325,7 +326,7 @@ def _decode_region(
             outside |= dict.fromkeys(str(warning.message) for warning in caught)
             ids = [hash_key("predict", first, *sorted(map(int, pair))) - 2**63 for pair in region.pairs[rows]]
             with use_precision(model.precision, device):
-                average = read(x, ids)
+                average = read(x, model.repeat_rates(**rates, examples=len(x)), ids)
             # `known` windows come from the pieces before, of which the last piece may repeat some.
             distribution[rows, known : first + length] = average[:, known - first :].float().cpu().numpy()
             done += len(x)

@@ -14,8 +14,8 @@ from cxt.config.network import SPECIAL_TOKENS
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
-Reader = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-"""(network input (B, 2, S, W, n), ids of the examples) -> distribution of each window (B, W, bins) float64."""
+Reader = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], torch.Tensor]
+"""(network input (B, 2, S, W, n), ln rates (B, 2) or None, ids of the examples) -> distributions (B, W, bins) float64."""
 
 
 def build_reader(
@@ -41,22 +41,25 @@ def build_reader(
     Returns
     -------
     callable
-        Given the network's input (B, 2, S, W, n) and whole numbers that identify the examples, it returns float64 (B, W, bins).
+        Given the network's input (B, 2, S, W, n), ln rates (B, 2) or None, and whole numbers that identify the examples, it
+        returns float64 (B, W, bins).
     """
     if reading == "marginal":
-        return lambda x, example_ids: read_marginals(model, x)
+        return lambda x, rates, example_ids: read_marginals(model, x, rates)
     decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
-    return lambda x, example_ids: average_replicates(decoder, x, example_ids=example_ids)
+    return lambda x, rates, example_ids: average_replicates(decoder, x, rates, example_ids=example_ids)
 
 
 @torch.no_grad()
-def read_marginals(model: CoalescenceModel, x: torch.Tensor) -> torch.Tensor:
+def read_marginals(model: CoalescenceModel, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
     """The distribution of each window given the sources, in one pass: (B, W, bins) float64."""
-    logits = model.marginal_logits(x)[..., SPECIAL_TOKENS:]
+    logits = model.marginal_logits(x, rates)[..., SPECIAL_TOKENS:]
     return logits.double().softmax(-1)
 
 
-def average_replicates(decoder: Decoder, x: torch.Tensor, *, example_ids: Sequence[int]) -> torch.Tensor:
+def average_replicates(
+    decoder: Decoder, x: torch.Tensor, rates: torch.Tensor | None = None, *, example_ids: Sequence[int]
+) -> torch.Tensor:
     """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
-    _, probabilities = decoder.decode(x, example_ids=example_ids)
+    _, probabilities = decoder.decode(x, rates=rates, example_ids=example_ids)
     return probabilities.mean(dim=1, dtype=torch.float64)

@@ -1,20 +1,22 @@
 """Evaluating a checkpoint: input from held-out simulations, decoding, and the metrics of each variant."""
 
 import time
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from cxt.config.bounds import BasePairs, PositiveInteger, Seed
 from cxt.config.datasets import DatasetSamples
 from cxt.config.learning import READINGS, choose_reading
+from cxt.config.learning import Reading as Way
+from cxt.config.network import log_rates
 from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import PreprocessedSimulation
 from cxt.errors import BadRequest
 from cxt.evaluation.metrics import average_scenarios, score_variant
-from cxt.evaluation.table import format_or_dash
+from cxt.evaluation.table import READING_TITLES, format_or_dash
 from cxt.io import digest
 from cxt.lineage import check_lineage
 from cxt.random_seeds import check_seed
@@ -60,6 +62,29 @@ def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[s
         expected = {key: batch[key] for key in ("start", "count", "scenario")}
         for ts in read_batch(batch["path"], **expected, lineage=batch.get("lineage")):
             result.setdefault(batch["scenario"], []).append(preprocess_simulation(ts, spec, mask=mask))
+    return result
+
+
+class Reading(NamedTuple):
+    """One way in which an evaluation reads a checkpoint.
+
+    *name* is its key in the result, None for the main one. *way* is `marginal` or `sampled`; with *rates*, a network that
+    reads rates is given those of the simulations.
+    """
+
+    name: str | None
+    way: Way
+    rates: bool
+
+
+def list_evaluated(objective: str, requested: str, *, reads_rates: bool, checkpoint: str) -> list[Reading]:
+    """The ways to read a checkpoint: as requested, and without rates if it reads them, and by sampling if it can do both."""
+    way = choose_reading(objective, requested, name=checkpoint)
+    result = [Reading(None, way, reads_rates)]
+    if reads_rates:
+        result.append(Reading("rates_inferred", way, False))
+    if requested == "auto" and way != "sampled" and "sampled" in READINGS[objective]:
+        result.append(Reading("sampled", "sampled", reads_rates))
     return result
 
 
@@ -128,8 +153,8 @@ def evaluate(
     Returns
     -------
     result : dict
-        Settings, and the metrics of each variant (`scenarios`) and over all (`overall`); of a checkpoint that is read both
-        ways, also those of `sampled`.
+        Settings, and the metrics of each variant (`scenarios`) and over all (`overall`); also those of `sampled` for a
+        checkpoint that is read both ways, and `rates_inferred` for one that reads rates, without them.
     tracks : dict
         Truth, mean, low and high of each variant, to draw: (simulations, pairs, windows) ln TMRCA each.
 
@@ -167,28 +192,30 @@ def evaluate(
         raise BadRequest(f"{path} was trained with {expected}, but the evaluation requests {requested}")
     model = load_model(path, device=device)
     grid = Grid(stored.model.grid_low, stored.model.grid_high, stored.model.bins)
-    requested_reading = spec.get("reading", "auto")
-    reading = choose_reading(model.objective, requested_reading, name=str(path))
-    readings = READINGS[model.objective] if requested_reading == "auto" else (reading,)
-    scenarios: dict[str, dict] = {way: {} for way in readings}
+    readings = list_evaluated(
+        model.objective, spec.get("reading", "auto"), reads_rates=stored.model.reads_rates, checkpoint=str(path)
+    )
+    scenarios: list[dict[str, dict]] = [{} for _ in readings]
     tracks = {}
     for name, simulations in read_evaluation_simulations(batches, spec, mask).items():
         counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
         truth = np.stack([simulation.log_tmrca for simulation in simulations])
-        for way in readings:
+        rates = np.repeat([log_rates(one.mutation_rate, one.recombination_rate) for one in simulations], spec["pairs"], axis=0)
+        for reading, scores in zip(readings, scenarios, strict=True):
             started = time.monotonic()
             with use_precision(model.precision, device):
                 summaries = decode(
                     model,
                     counts,
                     missing,
+                    rates=rates if reading.rates else None,
                     grid=grid,
                     replicates=spec["replicates"],
                     batch_size=spec["batch_size"],
                     seed=seed,
                     device=device,
-                    reading=way,
+                    reading=reading.way,
                     truth=truth.reshape(-1, windows),
                 )
             mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
@@ -196,13 +223,13 @@ def evaluate(
                 truth, mean, low, high, rank, simulations,
                 window_size=spec["window_size"], windows=windows, samples=spec["samples"],
             )  # fmt: skip
-            scenarios[way][name] = metrics
-            if way == reading:
+            scores[name] = metrics
+            if reading.name is None:
                 tracks[name] = (truth, mean, low, high)
             progress(
                 f"{path}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
                 f"r {format_or_dash(metrics['r'], '.3f')} "
-                f"({way if len(readings) > 1 else ''}{', ' if len(readings) > 1 else ''}{time.monotonic() - started:.0f} s)"
+                f"({f'{READING_TITLES[reading.name]}, ' if reading.name else ''}{time.monotonic() - started:.0f} s)"
             )
     settings = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")}
     result = {
@@ -210,13 +237,12 @@ def evaluate(
         "lineage": lineage,
         "checkpoint_lineage": stored.record["lineage"],
         "device": torch.device(device).type,
-        "settings": settings | {"reading": reading},
-        "estimate": ESTIMATES[reading],
-        "scenarios": scenarios[reading],
-        "overall": average_scenarios(scenarios[reading]),
+        "settings": settings | {"reading": readings[0].way},
+        "estimate": ESTIMATES[readings[0].way],
     }
-    if "sampled" in readings and reading != "sampled":
-        result["sampled"] = {"scenarios": scenarios["sampled"], "overall": average_scenarios(scenarios["sampled"])}
+    for reading, scores in zip(readings, scenarios, strict=True):
+        part = {"scenarios": scores, "overall": average_scenarios(scores)}
+        result |= part if reading.name is None else {reading.name: part}
     return result, tracks
 
 

@@ -7,6 +7,9 @@ from cxt.errors import BadRequest
 from cxt.io import format_columns
 from cxt.lineage import stage_lineage
 
+READING_TITLES = {"sampled": "sampled", "rates_inferred": "rates inferred"}
+"""Other ways in which an evaluation read a checkpoint: titles in the table, by key in its result."""
+
 
 def format_or_dash(value: float | None, form: str) -> str:
     """Format a metric, or "-" if it is not defined."""
@@ -20,8 +23,9 @@ def format_accuracy_table(results: list[dict]) -> str:
     ]
     for result in results:
         rows += _list_rows(result["checkpoint"], result)
-        if "sampled" in result:
-            rows += _list_rows(f"{result['checkpoint']}, sampled", result["sampled"])
+        for key, title in READING_TITLES.items():
+            if key in result:
+                rows += _list_rows(f"{result['checkpoint']}, {title}", result[key])
     header, *lines = [f"| {line} |" for line in format_columns(rows, left=2, separator=" | ")]
     rule = "".join(char if char == "|" else "-" for char in header)
     return "\n".join([header, rule, *lines]) + "\n"

@@ -108,13 +108,19 @@ class Decoder:
 
     @torch.no_grad()
     def decode(
-        self, x: torch.Tensor, *, example_ids=None, tokens: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        *,
+        rates: torch.Tensor | None = None,
+        example_ids=None,
+        tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one batch; the next call overwrites the returned tensors.
 
         Parameters
         ----------
         x : log1p counts (B, 2, S, W, n)
+        rates : ln rates (B, 2), NaN where unknown, for a network that reads rates; by default none is known
         example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
         tokens : (B, R, W + 1); if given, nothing is sampled and the network is fed these (for tests and scoring)
 
@@ -130,7 +136,7 @@ class Decoder:
         )
         # Streams and graphs belong to torch's current GPU, which may not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
+            self._start(x, rates, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -156,11 +162,11 @@ class Decoder:
             raise BadRequest(f"tokens must be whole numbers from 0 to {self.model.config.vocabulary - 1}")
         return tokens.to(self.backbone.head.weight.device)
 
-    def _start(self, x: torch.Tensor, example_ids: list[int], tokens: torch.Tensor | None) -> None:
+    def _start(self, x: torch.Tensor, rates: torch.Tensor | None, example_ids: list[int], tokens: torch.Tensor | None) -> None:
         """Compute the prefix and reset to the first window, reusing memory if the shape is the same as before."""
         batch, windows, device = x.shape[0], x.shape[3], x.device
         uniform = torch.from_numpy(draw_uniforms(self.seed, example_ids, replicates=self.replicates, windows=windows))
-        caches = self._prefill(self.model.adapt_input(x))
+        caches = self._prefill(self.model.adapt_input(x), rates)
         shape = (batch, windows, tokens is None)
         if shape == self._shape:
             for cache, (new_keys, new_values) in zip(self.caches, caches, strict=True):
@@ -186,9 +192,9 @@ class Decoder:
             (batch, self.replicates, windows, self.model.config.bins), dtype=torch.float32, device=device
         )
 
-    def _prefill(self, x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _prefill(self, x: torch.Tensor, rates: torch.Tensor | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the prefix in each block, (B, H, P, hd)."""
-        h = self.backbone.source_embedding(x)  # (B, W, D)
+        h = self.backbone.embed_sources(x, rates)  # (B, W, D)
         table = self.backbone.rotary[:, : h.shape[1]]
         result = []
         for block in self.backbone.blocks:

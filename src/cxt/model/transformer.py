@@ -17,13 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cxt.config.network import ModelConfig
+from cxt.config.network import ModelConfig, log_rates
 from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import check_input, check_shape, check_tokens, convert_input
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
+
+LOG_REFERENCE_RATE = math.log(1e-8)
+"""A usual rate of mutation and recombination per base pair and generation."""
 
 CHUNKS = 8
 """Number of parts of a loss that is computed in chunks."""
@@ -49,6 +52,20 @@ class SourceEmbedding(nn.Module):
         x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
         x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
         return x.transpose(1, 2).flatten(2)  # scale-major within a window
+
+
+class RateEmbedding(nn.Linear):
+    """Maps the rates of an example to a vector that is added to those of all its windows; zero at first."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(4, config.width, bias=False)
+
+    def forward(self, rates: torch.Tensor) -> torch.Tensor:
+        """Embed ln rates (B, 2), NaN where they are unknown: (B, 1, D)."""
+        known = ~rates.isnan()
+        # Relative to 1e-8, so that known rates are small numbers.
+        relative = torch.where(known, rates - LOG_REFERENCE_RATE, 0.0)
+        return super().forward(torch.cat([relative, known], dim=-1).to(self.weight.dtype)).unsqueeze(1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -111,6 +128,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.source_embedding = SourceEmbedding(config)
+        self.rate_embedding = RateEmbedding(config) if config.reads_rates else None
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -122,6 +140,8 @@ class Backbone(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.layers))
+        if self.rate_embedding is not None:
+            nn.init.zeros_(self.rate_embedding.weight)
 
     @staticmethod
     def _initialise(module: nn.Module) -> None:
@@ -145,12 +165,22 @@ class Backbone(nn.Module):
             return checkpoint(block, h, table, prefix, targets_only=targets_only, use_reentrant=False)
         return block(h, table, prefix, targets_only=targets_only)
 
-    def states(self, x: torch.Tensor, y: torch.Tensor, *, all_positions: bool = False) -> torch.Tensor:
-        """The input of the head, (B, W, D), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1).
+    def embed_sources(self, x: torch.Tensor, rates: torch.Tensor | None) -> torch.Tensor:
+        """The prefix, (B, W, D), given log1p counts (B, 2, S, W, n) and ln rates (B, 2); None if no rate is known."""
+        source = self.source_embedding(x)  # (B, W, D)
+        if self.rate_embedding is not None:
+            unknown = torch.full((1, 2), torch.nan, device=x.device)
+            source = source + self.rate_embedding(unknown if rates is None else rates)
+        return source
+
+    def states(
+        self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None, *, all_positions: bool = False
+    ) -> torch.Tensor:
+        """The input of the head, (B, W, D), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates (B, 2).
 
         The last token is not read, because nothing is predicted after it. With *all_positions*, all positions (B, 2W, D).
         """
-        source = self.source_embedding(x)  # (B, W, D)
+        source = self.embed_sources(x, rates)  # (B, W, D)
         target = self.token_embedding(y[:, :-1])  # (B, W, D)
         h = self.dropout(torch.cat([source, target], dim=1))  # (B, 2W, D)
         windows = source.shape[1]
@@ -163,16 +193,16 @@ class Backbone(nn.Module):
         h = self._block(self.blocks[-1], h, prefix)
         return self.norm(h if all_positions else h[:, windows:])
 
-    def source_states(self, x: torch.Tensor) -> torch.Tensor:
-        """The input of the head at the sources, (B, W, D), given log1p counts (B, 2, S, W, n): no token is read."""
-        h = self.dropout(self.source_embedding(x))  # (B, W, D)
+    def source_states(self, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
+        """The input of the head at the sources, (B, W, D), given counts (B, 2, S, W, n) and ln rates: no token is read."""
+        h = self.dropout(self.embed_sources(x, rates))  # (B, W, D)
         for block in self.blocks:
             h = self._block(block, h, h.shape[1])
         return self.norm(h)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (B, W, V) for windows 1..W."""
-        return self.head(self.states(x, y))
+        return self.head(self.states(x, y, rates))
 
 
 class CoalescenceModel(nn.Module):
@@ -213,7 +243,7 @@ class CoalescenceModel(nn.Module):
         x = x.to(self.backbone.head.weight.dtype)  # counts are float32; the network may be in bfloat16
         return x if self.adapter is None else self.adapter(x)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
         """Predict each window's bin from X and the bins of the windows before it.
 
         Parameters
@@ -222,6 +252,8 @@ class CoalescenceModel(nn.Module):
             log1p of the counts that `cxt.pair_features` makes.
         y : int64 tensor (B, W + 1)
             Start token and the token of each window, bin + 2; the last one is not read.
+        rates : float32 tensor (B, 2), optional
+            From `cxt.data.features.log_rates`, for a network that reads rates; by default none is known.
 
         Returns
         -------
@@ -235,12 +267,13 @@ class CoalescenceModel(nn.Module):
         """
         source = self.adapt_input(x)
         check_tokens(self, y, examples=len(source))
-        return self.backbone(source, y)
+        return self.backbone(source, y, rates)
 
     def loss(
         self,
         x: torch.Tensor,
         y: torch.Tensor,
+        rates: torch.Tensor | None = None,
         *,
         path: str = "target",
         criterion: Callable[..., torch.Tensor] = F.cross_entropy,
@@ -255,14 +288,14 @@ class CoalescenceModel(nn.Module):
         check_tokens(self, y, examples=len(x))
         labels = y[:, 1:].flatten()
         if path == "chunked":
-            states = self.backbone.states(x, y).flatten(0, 1)  # (B·W, D)
+            states = self.backbone.states(x, y, rates).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
             partial = [checkpoint(self._compute_partial_loss, criterion, *part, use_reentrant=False) for part in parts]
             return sum(partial) / len(labels)
         if path == "full":
-            logits = self.backbone.head(self.backbone.states(x, y, all_positions=True))[:, -self.config.windows :]
+            logits = self.backbone.head(self.backbone.states(x, y, rates, all_positions=True))[:, -self.config.windows :]
         else:
-            logits = self.backbone(x, y)  # (B, W, V)
+            logits = self.backbone(x, y, rates)  # (B, W, V)
         return criterion(logits.flatten(0, 1).float(), labels, reduction="mean")
 
     def _compute_partial_loss(
@@ -270,21 +303,32 @@ class CoalescenceModel(nn.Module):
     ) -> torch.Tensor:  # (N, D), (N,) -> ()
         return criterion(self.backbone.head(states).float(), labels, reduction="sum")
 
-    def marginal_logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, W, V) of each window given the sources alone, in one pass; X as in `forward`."""
-        return self.backbone.head(self.backbone.source_states(self.adapt_input(x)))
+    def marginal_logits(self, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (B, W, V) of each window given the sources alone, in one pass; X and rates as in `forward`."""
+        return self.backbone.head(self.backbone.source_states(self.adapt_input(x), rates))
 
-    def joint_logits(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def joint_logits(
+        self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of `marginal_logits` and of `forward`, each (B, W, V), from one pass."""
         source = self.adapt_input(x)
         check_tokens(self, y, examples=len(source))
-        logits = self.backbone.head(self.backbone.states(source, y, all_positions=True))
+        logits = self.backbone.head(self.backbone.states(source, y, rates, all_positions=True))
         return logits[:, : self.config.windows], logits[:, self.config.windows :]
 
     def use_flex_attention(self) -> None:
         """Use FlexAttention from now on, which has gradients on GPUs only."""
         for block in self.backbone.blocks:
             block.attention.flexible = True
+
+    def repeat_rates(
+        self, mutation_rate: float | None, recombination_rate: float | None, *, examples: int
+    ) -> torch.Tensor | None:
+        """The rates of one species as input of the network, (examples, 2); None if it does not read rates."""
+        if not self.config.reads_rates:
+            return None
+        rates = torch.tensor(log_rates(mutation_rate, recombination_rate), device=self.backbone.head.weight.device)
+        return rates.expand(examples, 2)
 
     def generate(
         self,
@@ -307,8 +351,8 @@ class CoalescenceModel(nn.Module):
         ----------
         x : log1p of counts from `cxt.pair_features`, tensor or array (B, 2, scales, windows, samples)
         window_size : base pairs per window of X; must equal the model's
-        mutation_rate, recombination_rate : rates per bp and generation of the species of X, if known, to compare with those of
-            the training data
+        mutation_rate, recombination_rate : rates per bp and generation of the species of X, if known; read by a network that
+            reads rates, and compared with those of the training data
         replicates, temperature, top_k, seed, slots : sampling settings, see `cxt.model.decoder.Decoder`
         example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
         tokens : (B, replicates, windows + 1); if given, nothing is sampled and the network is fed these
@@ -336,6 +380,7 @@ class CoalescenceModel(nn.Module):
         self.eval()
         try:
             decoder = Decoder(self, replicates=replicates, temperature=temperature, top_k=top_k, seed=seed, slots=slots)
-            return decoder.decode(x, example_ids=example_ids, tokens=tokens)
+            rates = self.repeat_rates(mutation_rate, recombination_rate, examples=len(x))
+            return decoder.decode(x, rates=rates, example_ids=example_ids, tokens=tokens)
         finally:
             self.train(was_training)

@@ -72,6 +72,9 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
     model.objective = request.training.objective
     if request.parent is not None:
         weights = request.parent.state_dict
+        if model.config.reads_rates and not request.parent.model.reads_rates:
+            name = "backbone.rate_embedding.weight"
+            weights = weights | {name: model.state_dict()[name]}  # zero
         if request.adapter is not None and not request.resumes_adapter:
             backbone = {key.removeprefix("backbone."): value for key, value in weights.items()}
             load_weights(model.backbone, backbone, name=request.parent_file)

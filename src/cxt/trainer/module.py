@@ -10,7 +10,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from cxt.config.network import SPECIAL_TOKENS
 from cxt.config.training import TrainingConfig
+from cxt.data.grid import Grid
 from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
@@ -43,7 +45,7 @@ def check_compiler_cache() -> None:
 
 
 def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
-    """A function from (counts, missing, tokens) to the values of the objective's loss terms, (terms,).
+    """A function from (counts, missing, tokens, rates) to the values of the objective's loss terms, (terms,).
 
     It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device.
     Attention and gradient checkpointing are those of *training*.
@@ -52,19 +54,23 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
     if training.attention == "flex":
         model.use_flex_attention()
 
-    def parts(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        return objective(model, compute_model_input(counts, missing), tokens)
+    def parts(
+        counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return objective(model, compute_model_input(counts, missing), tokens, rates)
 
     return parts
 
 
 def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
-    """A function from (counts, missing, tokens) to the loss of the first step, on the model's device."""
+    """A function from (counts, missing, tokens, rates) to the loss of the first step, on the model's device."""
     objective = build_objective(model, training)
     parts, weights = build_loss_parts(model, training, objective), objective.weights(0.0)
 
-    def loss(counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
-        return add_weighted(parts(counts, missing, tokens), weights)
+    def loss(
+        counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return add_weighted(parts(counts, missing, tokens, rates), weights)
 
     return loss
 
@@ -72,6 +78,26 @@ def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
 def add_weighted(values: torch.Tensor, weights: list[float]) -> torch.Tensor:
     """The weighted sum of loss terms (terms,)."""
     return sum(weight * value for weight, value in zip(weights, values.unbind(), strict=True))
+
+
+def hide_rates(batch: Batch, probability: float) -> Batch:
+    """Make each rate of a batch unknown, NaN, with a *probability*, by torch's global generator."""
+    return batch._replace(rates=batch.rates.masked_fill(torch.rand_like(batch.rates) < probability, torch.nan))
+
+
+def shift_times(batch: Batch, deviation: float, grid: Grid) -> Batch:
+    """Multiply the times of each example by a random factor, and divide its rates by it, which leaves genotypes as likely.
+
+    The logarithm of the factor is normal with standard deviation *deviation*, rounded to whole bins and limited so that all
+    times stay on the grid. Examples with an unknown mutation rate are not changed: there, the factor would only be noise.
+    """
+    mutation_rate = batch.rates[:, :1]
+    shift = (deviation / grid.step * torch.randn_like(mutation_rate)).round()
+    bins = batch.tokens[:, 1:] - SPECIAL_TOKENS
+    low, high = bins.amin(1, keepdim=True), bins.amax(1, keepdim=True)
+    shift = torch.where(mutation_rate.isnan(), 0.0, shift).clamp(min=-low, max=grid.bins - 1 - high)  # (B, 1)
+    tokens = torch.cat([batch.tokens[:, :1], batch.tokens[:, 1:] + shift.long()], dim=1)
+    return batch._replace(tokens=tokens, rates=batch.rates - grid.step * shift)
 
 
 class TrainingModule(pl.LightningModule):
@@ -83,6 +109,7 @@ class TrainingModule(pl.LightningModule):
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
+        self.grid = Grid(model.config.grid_low, model.config.grid_high, model.config.bins)
         self.objective = build_objective(model, training)
         self._parts = self._step_parts = build_loss_parts(model, training, self.objective)
 
@@ -101,6 +128,10 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, _) -> dict[str, torch.Tensor]:
         """Return the loss of one minibatch, and the values of its terms; called by Lightning."""
+        if self.model.config.reads_rates:
+            batch = shift_times(
+                hide_rates(batch, self.training_config.rates_dropout), self.training_config.rates_shift, self.grid
+            )
         values = self._step_parts(*batch)
         return {"loss": self._add(values, self.trainer.global_step), "parts": values.detach()}
 

@@ -23,9 +23,11 @@ class Autoregressive:
         """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
         return self.criterion.weights(progress)
 
-    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
-        return model.loss(x, y, path=self.loss_path, criterion=self.criterion)
+    def __call__(
+        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
+        return model.loss(x, y, rates, path=self.loss_path, criterion=self.criterion)
 
 
 class Marginal:
@@ -39,9 +41,11 @@ class Marginal:
         """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
         return self.criterion.weights(progress)
 
-    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
-        logits = model.marginal_logits(x)  # (B, W, V)
+    def __call__(
+        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
+        logits = model.marginal_logits(x, rates)  # (B, W, V)
         check_tokens(model, y, examples=len(logits))
         return self.criterion(logits.flatten(0, 1).float(), y[:, 1:].flatten())
 
@@ -58,9 +62,11 @@ class Joint:
         weights = self.criterion.weights(progress)
         return [*weights, *(self.joint_weight * weight for weight in weights)]
 
-    def __call__(self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Values of the loss terms, (2 · terms,), given log1p counts (B, 2, S, W, n) and tokens (B, W + 1)."""
-        marginal, autoregressive = model.joint_logits(x, y)  # (B, W, V) each
+    def __call__(
+        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values of the loss terms, (2 · terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
+        marginal, autoregressive = model.joint_logits(x, y, rates)  # (B, W, V) each
         labels = y[:, 1:].flatten()
         values = [self.criterion(logits.flatten(0, 1).float(), labels) for logits in (autoregressive, marginal)]
         return torch.cat(values)

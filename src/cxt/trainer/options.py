@@ -68,6 +68,7 @@ class TrainingOptions:
     dropout: float | None
     mask_singletons: bool | None
     start_token_in_prefix: bool | None
+    reads_rates: bool | None
     training: TrainingConfig
 
     @property

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 logger = get_logger(__name__)
 
-NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix")
+NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix", "reads_rates")
 """Flags whose default comes from the preset or, for sizes, from the parent if there is one."""
 
 ADAPTER_FLAGS = {

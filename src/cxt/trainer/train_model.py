@@ -34,6 +34,7 @@ def train_model(
     dropout: float | None = None,
     mask_singletons: bool | None = None,
     start_token_in_prefix: bool | None = None,
+    reads_rates: bool | None = None,
     # The adapter
     adapter: bool | None = None,
     adapter_samples: int | None = None,
@@ -54,6 +55,8 @@ def train_model(
     adaptive: Mapping[str, Any] | None = None,
     objective: Literal["autoregressive", "marginal", "joint"] | None = None,
     joint_weight: float | None = None,
+    rates_dropout: float | None = None,
+    rates_shift: float | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,

@@ -37,7 +37,7 @@ class DecodedExamples:
     def __init__(self, dataset, *, examples: int, grid: Grid):
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
         batch = dataset.batch([int(example) for example in chosen])
-        self.counts, self.missing, self.grid = batch.counts, batch.missing, grid
+        self.counts, self.missing, self.rates, self.grid = batch.counts, batch.missing, batch.rates, grid
         self.truth = grid.centres[batch.tokens[:, 1:].numpy() - SPECIAL_TOKENS]
         self.names = []
         for example in chosen:
@@ -47,8 +47,9 @@ class DecodedExamples:
     def decode(self, model, *, seed: int, device) -> Summaries:
         """Decode the posterior of each window of each example; the same for the same weights."""
         return decode(
-            model, self.counts, self.missing, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device
-        )
+            model, self.counts, self.missing,
+            rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
+        )  # fmt: skip
 
     def scores(self, summaries: Summaries) -> dict[str, float]:
         """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation.

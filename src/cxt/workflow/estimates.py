@@ -125,7 +125,8 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
         network = build_network_config(config, name)
         device = "gpu" if jobs.get_device_count(config, name) else "cpu"
         objective, evaluation = build_training_config(config, name).objective, config["evaluation"]
-        for way in list_readings(objective, evaluation["reading"]):
+        ways = list_readings(objective, evaluation["reading"])
+        for way in (*ways, *ways[:1]) if network.reads_rates else ways:  # once more without rates
             flops[device] += count * reading_flops(network, reading=way, replicates=evaluation["replicates"])
         pairs += count
     counts: dict[str, int] = {}
