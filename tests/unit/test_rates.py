@@ -14,13 +14,13 @@ from helpers.training import train
 import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import load_model
-from cxt.config.network import log_rates
-from cxt.data.grid import Grid
-from cxt.data.pair_dataset import Batch
+from cxt.config.network import ModelConfig, log_rates
+from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.data.shards import read_shard
 from cxt.decoding.decode import decode
 from cxt.errors import BadRequest
-from cxt.trainer.module import hide_rates, shift_times
+from cxt.model.rates import find_scale, scale_tokens
+from cxt.trainer.module import hide_rates
 
 UNKNOWN = math.nan
 
@@ -35,12 +35,12 @@ def model():
 
 
 def test_embedding_is_added_to_every_source(model):
-    """Against the definition: ln(rate / 1e-8) or 0, and whether it is known, times a matrix."""
+    """Against the definition: whether each rate is known, and r relative to µ if that is known, or to 1e-8, times a matrix."""
     x, y = inputs()
-    rates = torch.tensor([[math.log(2e-8), math.log(5e-9)], [UNKNOWN, math.log(3e-8)], [UNKNOWN, UNKNOWN]])
+    rates = torch.tensor([[math.log(2e-8), math.log(5e-9)], [UNKNOWN, math.log(3e-8)], [math.log(2e-8), UNKNOWN]])
     plain = model.backbone.source_embedding(x)
     actual = model.backbone.embed_sources(x, rates)
-    by_hand = [[math.log(2.0), math.log(0.5), 1, 1], [0, math.log(3.0), 0, 1], [0, 0, 0, 0]]
+    by_hand = [[1, 1, math.log(0.25), 0], [0, 1, 0, math.log(3.0)], [1, 0, 0, 0]]
     added = torch.tensor(by_hand) @ model.backbone.rate_embedding.weight.T  # (B, D)
     torch.testing.assert_close(actual - plain, added[:, None].expand_as(plain), atol=2e-5, rtol=1e-4)
     # Unknown rates and no rates are the same.
@@ -75,29 +75,20 @@ def test_hiding():
     assert hide_rates(batch_of(rates), 1.0).rates.isnan().all()
 
 
-def test_shifting_times():
-    """Times and rates change by opposite amounts, of the deviation that was asked for, and stay on the grid."""
-    grid = Grid(3.0, 17.0, 324)
-    torch.manual_seed(1)
-    rates = torch.full((4000, 2), math.log(1e-8))
-    rates[::4, 0] = UNKNOWN
-    rates[1::4, 1] = UNKNOWN
-    batch = batch_of(rates)
-    shifted = shift_times(batch, 0.5, grid)
-    bins = (shifted.tokens - batch.tokens)[:, 1:]
-    assert torch.equal(shifted.tokens[:, 0], batch.tokens[:, 0])
-    assert torch.equal(bins, bins[:, :1].expand_as(bins))
-    assert not bins[::4].any()
-    assert torch.equal(shifted.rates.isnan(), rates.isnan())
-    moved = grid.step * bins[:, :1]
-    known = ~rates.isnan()
-    torch.testing.assert_close((rates - shifted.rates)[known], moved.expand(-1, 2)[known], atol=1e-5, rtol=0)
-    assert float(moved[1::4].std()) == pytest.approx(0.5, rel=0.1)
-    assert float(moved[1::4].mean()) == pytest.approx(0.0, abs=0.06)
-    ends = batch_of(rates[1:2].expand(500, 2), [[1, 2, *[50] * 11]] * 250 + [[1, 325, *[50] * 11]] * 250)
-    at_ends = shift_times(ends, 5.0, grid).tokens[:, 1:]
-    assert (int(at_ends.min()), int(at_ends.max())) == (2, 325)
-    assert torch.equal(shift_times(batch, 0.0, grid).tokens, batch.tokens)
+def test_scaled_tokens():
+    """Each known rate moves times by its logarithm, to the nearest bin, and not beyond the grid."""
+    config = ModelConfig(bins=324)
+    rates = torch.tensor([log_rates(mutation, 1e-8) for mutation in (1e-8, 2e-8, 5e-9, None)])
+    tokens = torch.tensor([[1, 2, 150, 325]]).expand(4, 4)
+    scaled = scale_tokens(tokens, rates, config)
+    bins = round(math.log(2) / (14 / 324))
+    assert scaled.tolist() == [
+        [1, 2, 150, 325],
+        [1, 2 + bins, 150 + bins, 325],
+        [1, 2, 150 - bins, 325 - bins],
+        [1, 2, 150, 325],
+    ]
+    assert find_scale(rates.numpy()).tolist() == pytest.approx([0, math.log(2), -math.log(2), 0], abs=1e-6)
 
 
 def test_datasets_hold_the_rates_of_their_simulations(dataset):
@@ -148,17 +139,42 @@ def test_train_predict_and_warm_start(dataset, tmp_path, monkeypatch):
         assert np.array_equal(known.mean, unknown.mean) == (not reads)
 
 
-def test_predict_uses_given_rates(model):
+def test_predictions_are_inversely_proportional_to_the_mutation_rate(model):
     model.objective = "marginal"
     ts = msprime.sim_mutations(
         msprime.sim_ancestry(5, population_size=1e4, sequence_length=24_000, recombination_rate=1e-8, random_seed=1),
         rate=1e-7,
         random_seed=1,
     )
-    without, slow, fast = (cxt.predict_ts(model, ts, [(0, 1)], mutation_rate=rate) for rate in (None, 1e-9, 1e-8))
-    assert not np.allclose(slow.distribution, fast.distribution)
+
+    def predict(mutation_rate, recombination_rate=None, model=model):
+        return cxt.predict_ts(model, ts, [(0, 1)], mutation_rate=mutation_rate, recombination_rate=recombination_rate)
+
+    without, slow, fast = predict(None), predict(1e-9), predict(3e-9)
+    np.testing.assert_array_equal(slow.distribution, fast.distribution)
+    np.testing.assert_allclose(slow.tmrca / fast.tmrca, 3.0)
+    np.testing.assert_allclose(slow.log_tmrca - fast.log_tmrca, math.log(3.0))
     assert not np.allclose(without.distribution, fast.distribution)
+    np.testing.assert_allclose(predict(1e-9, 2e-9).log_tmrca - predict(1e-8, 2e-8).log_tmrca, math.log(10.0), atol=1e-5)
     plain = model_of(SMALL)
     plain.objective = "marginal"
-    first, second = (cxt.predict_ts(plain, ts, [(0, 1)], mutation_rate=rate) for rate in (None, 1e-8))
-    assert np.array_equal(first.distribution, second.distribution)
+    assert np.array_equal(predict(None, model=plain).log_tmrca, predict(1e-9, 1e-8, model=plain).log_tmrca)
+
+
+def test_evaluation_reads_with_and_without_rates(dataset, tmp_path, monkeypatch):
+    """Truth, mean, interval and rank on the scale of generations, by the network's own distribution."""
+    path = tmp_path / "x.ckpt"
+    train(monkeypatch, *FLAGS, "--dataset-path", dataset, "--objective", "marginal", "--reads-rates", "true", "--rates-dropout",
+          "0", "--out", path, "--run-dir", tmp_path / "run")  # fmt: skip
+    model, items = load_model(path), cxt.PairDataset(dataset, "test")
+    batch, settings = items.batch(range(4)), {"grid": items.grid, "replicates": 1, "batch_size": 3, "seed": 1}
+    truth = np.full((4, items.windows), 10.0)
+    summaries = decode(model, batch.counts, batch.missing, rates=batch.rates, truth=truth, **settings)
+    with torch.no_grad():
+        logits = model.marginal_logits(compute_model_input(batch.counts, batch.missing), batch.rates)
+    distribution = logits[..., 2:].double().softmax(-1).numpy()
+    scale = float(batch.rates[0, 0]) - math.log(1e-8)
+    np.testing.assert_allclose(summaries.mean, distribution @ items.grid.centres - scale, rtol=1e-5)
+    below = distribution[..., items.grid.edges[1:] <= 10.0 + scale].sum(-1)
+    at_most = distribution[..., items.grid.edges[:-1] <= 10.0 + scale].sum(-1)
+    assert ((below - 1e-9 <= summaries.rank) & (summaries.rank <= at_most + 1e-9)).all()

@@ -61,10 +61,6 @@ class TrainingFields(Section):
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
-    rates_shift: NonNegative = 1.0
-    """For a network that reads rates: standard deviation of a random number that is added to the true ln TMRCA of a training
-    example and subtracted from its ln rates, if the mutation rate is not hidden. Genotypes stay as likely, so that the network
-    learns how times depend on rates, also on rates that no scenario has."""
     losses: LossTerms = [LossTerm(name="cross_entropy")]
     """Terms of the loss, which are added."""
     optimizer: AnyOptimizer = Optimizer()
@@ -188,7 +184,6 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "rates_shift",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

@@ -11,6 +11,7 @@ from cxt.data.grid import Grid
 from cxt.data.pair_dataset import compute_model_input
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.decoding.reading import build_reader
+from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
@@ -70,6 +71,7 @@ def decode(
         Missing fractions.
     rates : float32 array (examples, 2), optional
         Ln mutation and recombination rate, NaN where unknown, for a network that reads rates; by default none is known.
+        Results are in ln generations in any case.
     grid : Grid
         The model's grid of ln TMRCA.
     replicates : int
@@ -99,10 +101,14 @@ def decode(
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
         part_rates = None if rates is None else torch.as_tensor(rates[part], dtype=torch.float32, device=device)
+        scale = np.zeros((len(x), 1))
+        if model.config.reads_rates and part_rates is not None:
+            scale = find_scale(part_rates.cpu().numpy())[:, None]
         distribution = read(x, part_rates, range(start, start + len(x)))
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
-        summaries = [posterior_mean(distribution, grid), *quantiles]
+        summaries = [summary.cpu().numpy() - scale for summary in (posterior_mean(distribution, grid), *quantiles)]
         if truth is not None:
-            summaries.append(posterior_rank(distribution, grid, torch.as_tensor(truth[part], device=distribution.device)))
-        parts.append([summary.cpu().numpy() for summary in summaries])
+            scaled = torch.as_tensor(truth[part] + scale, device=distribution.device)
+            summaries.append(posterior_rank(distribution, grid, scaled).cpu().numpy())
+        parts.append(summaries)
     return Summaries(*map(np.concatenate, zip(*parts, strict=True)))

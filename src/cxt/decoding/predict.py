@@ -15,6 +15,7 @@ import tskit
 from numpy.typing import ArrayLike
 
 from cxt.config.learning import Reading, choose_reading
+from cxt.config.network import log_rates
 from cxt.console import get_logger
 from cxt.data.features import (
     SCALES,
@@ -35,6 +36,7 @@ from cxt.decoding.posterior import Posterior
 from cxt.decoding.reading import build_reader
 from cxt.errors import BadRequest
 from cxt.model.inputs import OutsideTraining, check_input, reads_missingness
+from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import check_seed, hash_key
 
@@ -99,7 +101,7 @@ def predict(
         True = *in*accessible, for each base of the region. A model that was trained with missing data needs it.
     mutation_rate, recombination_rate : float, optional
         Per base pair and generation. They are compared with those of the training data, and a model with `reads_rates` uses
-        them; it infers those that are not given.
+        them: times are inversely proportional to the mutation rate. It infers those that are not given.
     reading : str, optional
         `marginal` reads a pair's windows in one pass, `sampled` averages the predictive distributions of sampled sequences. By
         default the one that the model was trained for.
@@ -249,7 +251,7 @@ def _predict(
             stacklevel=3,  # the caller of `predict` or `predict_ts`
         )
     edges = start + np.minimum(np.arange(distribution.shape[1] + 1) * float(size), region.length)
-    return Posterior(distribution, _get_grid(model), region.pairs, edges)
+    return Posterior(distribution, _get_grid(model, rates), region.pairs, edges)
 
 
 def _check_region(model, genotypes, positions, pairs, sequence_length, start, mask) -> _Region:
@@ -292,8 +294,11 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
     return _Region(genotypes, positions, pairs, mask, int(sequence_length))
 
 
-def _get_grid(model: CoalescenceModel) -> Grid:
-    return Grid(model.config.grid_low, model.config.grid_high, model.config.bins)
+def _get_grid(model: CoalescenceModel, rates: dict[str, float | None]) -> Grid:
+    """The grid of ln TMRCA of a network that was given *rates*."""
+    config = model.config
+    scale = float(find_scale(np.array(log_rates(**rates)))) if config.reads_rates else 0.0
+    return Grid(config.grid_low - scale, config.grid_high - scale, config.bins)
 
 
 def _decode_region(

@@ -21,12 +21,10 @@ from cxt.config.network import ModelConfig, log_rates
 from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import check_input, check_shape, check_tokens, convert_input
+from cxt.model.rates import RateEmbedding
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
 """Fixed weights of the XOR and XNOR channels in the source embedding."""
-
-LOG_REFERENCE_RATE = math.log(1e-8)
-"""A usual rate of mutation and recombination per base pair and generation."""
 
 CHUNKS = 8
 """Number of parts of a loss that is computed in chunks."""
@@ -52,20 +50,6 @@ class SourceEmbedding(nn.Module):
         x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
         x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
         return x.transpose(1, 2).flatten(2)  # scale-major within a window
-
-
-class RateEmbedding(nn.Linear):
-    """Maps the rates of an example to a vector that is added to those of all its windows; zero at first."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(4, config.width, bias=False)
-
-    def forward(self, rates: torch.Tensor) -> torch.Tensor:
-        """Embed ln rates (B, 2), NaN where they are unknown: (B, 1, D)."""
-        known = ~rates.isnan()
-        # Relative to 1e-8, so that known rates are small numbers.
-        relative = torch.where(known, rates - LOG_REFERENCE_RATE, 0.0)
-        return super().forward(torch.cat([relative, known], dim=-1).to(self.weight.dtype)).unsqueeze(1)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -128,7 +112,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.source_embedding = SourceEmbedding(config)
-        self.rate_embedding = RateEmbedding(config) if config.reads_rates else None
+        self.rate_embedding = RateEmbedding(config.width) if config.reads_rates else None
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -253,7 +237,8 @@ class CoalescenceModel(nn.Module):
         y : int64 tensor (B, W + 1)
             Start token and the token of each window, bin + 2; the last one is not read.
         rates : float32 tensor (B, 2), optional
-            From `cxt.data.features.log_rates`, for a network that reads rates; by default none is known.
+            From `cxt.config.network.log_rates`, for a network that reads rates; by default none is known. Tokens are those of
+            scaled times, see `cxt.model.rates`.
 
         Returns
         -------
@@ -351,8 +336,9 @@ class CoalescenceModel(nn.Module):
         ----------
         x : log1p of counts from `cxt.pair_features`, tensor or array (B, 2, scales, windows, samples)
         window_size : base pairs per window of X; must equal the model's
-        mutation_rate, recombination_rate : rates per bp and generation of the species of X, if known; read by a network that
-            reads rates, and compared with those of the training data
+        mutation_rate, recombination_rate : rates per bp and generation of the species of X, if known, to compare with those of
+            the training data; a network that reads rates uses them, and its bins are then those of ln(TMRCA · µ / 1e-8), see
+            `cxt.model.rates`
         replicates, temperature, top_k, seed, slots : sampling settings, see `cxt.model.decoder.Decoder`
         example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
         tokens : (B, replicates, windows + 1); if given, nothing is sampled and the network is fed these

@@ -10,12 +10,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.config.network import SPECIAL_TOKENS
 from cxt.config.training import TrainingConfig
-from cxt.data.grid import Grid
 from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
+from cxt.model.rates import scale_tokens
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 from cxt.trainer.objectives import AnyObjective, build_objective
@@ -47,8 +46,9 @@ def check_compiler_cache() -> None:
 def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
     """A function from (counts, missing, tokens, rates) to the values of the objective's loss terms, (terms,).
 
-    It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device.
-    Attention and gradient checkpointing are those of *training*.
+    It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device. If the
+    network reads rates, it also converts tokens to the network's scale. Attention and gradient checkpointing are those of
+    *training*.
     """
     model.backbone.gradient_checkpointing = training.gradient_checkpointing
     if training.attention == "flex":
@@ -57,6 +57,8 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
     def parts(
         counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor, rates: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if rates is not None and model.config.reads_rates:
+            tokens = scale_tokens(tokens, rates, model.config)
         return objective(model, compute_model_input(counts, missing), tokens, rates)
 
     return parts
@@ -85,21 +87,6 @@ def hide_rates(batch: Batch, probability: float) -> Batch:
     return batch._replace(rates=batch.rates.masked_fill(torch.rand_like(batch.rates) < probability, torch.nan))
 
 
-def shift_times(batch: Batch, deviation: float, grid: Grid) -> Batch:
-    """Multiply the times of each example by a random factor, and divide its rates by it, which leaves genotypes as likely.
-
-    The logarithm of the factor is normal with standard deviation *deviation*, rounded to whole bins and limited so that all
-    times stay on the grid. Examples with an unknown mutation rate are not changed: there, the factor would only be noise.
-    """
-    mutation_rate = batch.rates[:, :1]
-    shift = (deviation / grid.step * torch.randn_like(mutation_rate)).round()
-    bins = batch.tokens[:, 1:] - SPECIAL_TOKENS
-    low, high = bins.amin(1, keepdim=True), bins.amax(1, keepdim=True)
-    shift = torch.where(mutation_rate.isnan(), 0.0, shift).clamp(min=-low, max=grid.bins - 1 - high)  # (B, 1)
-    tokens = torch.cat([batch.tokens[:, :1], batch.tokens[:, 1:] + shift.long()], dim=1)
-    return batch._replace(tokens=tokens, rates=batch.rates - grid.step * shift)
-
-
 class TrainingModule(pl.LightningModule):
     """Trains a CoalescenceModel, plain or with an adapter; *record* goes into every training state."""
 
@@ -109,7 +96,6 @@ class TrainingModule(pl.LightningModule):
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
-        self.grid = Grid(model.config.grid_low, model.config.grid_high, model.config.bins)
         self.objective = build_objective(model, training)
         self._parts = self._step_parts = build_loss_parts(model, training, self.objective)
 
@@ -129,9 +115,7 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Batch, _) -> dict[str, torch.Tensor]:
         """Return the loss of one minibatch, and the values of its terms; called by Lightning."""
         if self.model.config.reads_rates:
-            batch = shift_times(
-                hide_rates(batch, self.training_config.rates_dropout), self.training_config.rates_shift, self.grid
-            )
+            batch = hide_rates(batch, self.training_config.rates_dropout)
         values = self._step_parts(*batch)
         return {"loss": self._add(values, self.trainer.global_step), "parts": values.detach()}
 

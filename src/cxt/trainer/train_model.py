@@ -56,7 +56,6 @@ def train_model(
     objective: Literal["autoregressive", "marginal", "joint"] | None = None,
     joint_weight: float | None = None,
     rates_dropout: float | None = None,
-    rates_shift: float | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
