@@ -132,7 +132,7 @@ def test_null_removes_keys_and_entries():
 def test_children_inherit_sizes_but_not_masking():
     config = load()
     assert build_network_config(config, "w200_wmissing_adapter") == ModelConfig(
-        layers=4, width=128, dropout=0.0, windows=100, window_size=200, mask_singletons=False
+        layers=4, width=128, dropout=0.0, windows=100, window_size=200, mask_singletons=False, reads_rates=True
     )
     assert build_adapter_config(config, "w200_wmissing_adapter").samples == 10
     assert build_adapter_config(config, "broad_w200") is None
@@ -174,7 +174,7 @@ BAD = [
     ({"datasets": {"processed_small_window": {"sequence_length": 10000}}}, "has 50 windows, but its parent 'broad' was trained with 100"),  # noqa: E501
     ({"datasets": {"processed_small_window": {"mask": {}}}}, "carries missingness in bin 0, which this model masks"),
     ({"models": {"w200_wmissing": {"dataset": "processed_small_window"}}}, "dataset 'processed_small_window' has none"),
-    ({"training": {"min_lr": 1.0}}, "lr 0.0015 is below min_lr 1"),
+    ({"training": {"min_lr": 1.0}}, "lr 0.02 is below min_lr 1"),
     ({"training": {"epoch": 3}}, "training.epoch: unknown key; did you mean 'epochs'"),
     ({"evaluation": {"simulations_of": {"constnat": 3}}}, "unknown scenario 'constnat'"),
     ({"models": {"broad": {"evaluation": ["sawtoth"]}}}, "unknown scenario 'sawtoth'; did you mean 'sawtooth'"),
@@ -183,7 +183,7 @@ BAD = [
     ({"training": {"devices": 1025}}, "devices must be an integer from 0 to 1024, got 1025"),
     ({"training": {"lr": float("nan")}}, "lr must be a finite positive number, got nan"),
     ({"training": {"epochs": 10**30}}, "training.epochs must be an integer from 1 to 1000000000, got 1000"),
-    ({"training": {"min_lr": 1.0}}, "^training, of models.narrow: lr 0.0015 is below"),
+    ({"training": {"min_lr": 1.0}}, "^training, of models.narrow: lr 0.02 is below"),
     ({"models": {"broad_w200": {"training": {"lr": 1e-9}}}}, "^models.broad_w200.training: lr 1e-09 is below min_lr"),
     ({"models": {"broad": {"architecture": {"width": 130}}}}, "^models.broad.architecture: width 130 is not a multiple"),
     ({"models": {"broad": {"training": {"backbone_lr_factor": 0.1}}}}, "^models.broad.training: backbone_lr_factor cannot"),
