@@ -118,16 +118,16 @@ def run(args) -> None:
 def table(args) -> None:
     """Print the results as a Markdown table, best first."""
     results = sorted((json.loads(path.read_text()) for path in args.results.glob("*.json")), key=lambda r: r["mean"]["mse"])
-    print("| trial | seed | steps | core-minutes | MSE | ± | r | cover 95% | MSE below 1000 gen. | read (s) | note |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("| trial | what | steps | core-minutes | MSE | ± | r | cover 95% | MSE below 1000 gen. | MSE, rates inferred |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for result in results:
         mean, settings = result["mean"], result["settings"]
-        recent = mean["recent"]["mse"]
+        recent, inferred = mean["recent"]["mse"], result.get("rates_inferred")
         cells = (
-            result["name"], settings.get("seed", 1), result["step"], f"{result['core_minutes']:.1f}", f"{mean['mse']:.3f}",
+            result["name"], settings.get("note", ""), result["step"], f"{result['core_minutes']:.1f}", f"{mean['mse']:.3f}",
             f"{mean['mse_se']:.3f}", f"{mean['r']:.3f}", f"{mean['coverage95']:.1%}",
             "-" if recent is None else f"{recent:.2f}",
-            f"{result['read_seconds']:.0f}", settings.get("note", ""),
+            "" if inferred is None else f"{inferred['mean']['mse']:.3f}",
         )  # fmt: skip
         print(f"| {' | '.join(map(str, cells))} |")
 

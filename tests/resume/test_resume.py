@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
 
 
-KINDS = ("plain", "adapter", "resume_adapter", "simulate")
+KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive")
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,21 @@ def parents(dataset, dataset_n10, tmp_path_factory):
     return {
         "simulate": ["--simulate", "little", "--configfile", live, "--window-size", 1000, "--eval-samples", 8],
         "plain": ["--dataset-path", dataset],
+        "recipe": [
+            "--dataset-path", dataset, "--objective", "marginal", "--optimizer", "muon", "--losses", "label_smoothing",
+            "--reads-rates", "true",
+        ],
+        "joint": [
+            "--dataset-path", dataset, "--objective", "joint", "--optimizer", "muon",
+            "--losses", "[{name: cross_entropy}, {name: emd, final_weight: 0}]",
+        ],
+        "adaptive": [
+            "--dataset-path", dataset, "--schedule", "adaptive", "--validate-every", 7,
+            "--adaptive", "{patience_up: 1, patience_down: 1, cooldown: 0}",
+        ],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
-    }
+    }  # fmt: skip
 
 
 MATRIX = [
@@ -59,8 +71,11 @@ MATRIX = [
     for accumulation in (1, 3)
     for ranks in (1, 2)
 ]  # fmt: skip
-FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2)]
-ONCE_EACH = [("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1)]
+FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2)]
+ONCE_EACH = [
+    ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
+    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1),
+]  # fmt: skip
 
 
 def named(combinations) -> list:
@@ -77,7 +92,7 @@ def named(combinations) -> list:
 
 def arguments_of(parents, kind: str, workers: int, accumulation: int, ranks: int, *, steps: int) -> list[str]:
     devices = ["--devices", 0] if ranks == 1 else ["--accelerator", "cpu", "--devices", 2]
-    epochs = math.ceil(steps / ((100 if kind == "plain" else 50) // ranks // 4 // accumulation))
+    epochs = math.ceil(steps / ((50 if "adapter" in kind else 100) // ranks // 4 // accumulation))
     return command(
         *parents[kind], *devices, "--workers", workers, "--grad-accum", accumulation, "--max-steps", steps,
         *([] if kind == "simulate" else ["--epochs", epochs]),

@@ -62,3 +62,11 @@ def test_public_names():
     assert re.match(r"\d+\.\d+|0\+unknown", cxt.__version__)
     assert set(cxt.__all__) <= set(dir(cxt))
     assert (REPOSITORY / "src" / "cxt" / "py.typed").exists()
+
+
+def test_table_of_trials():
+    """docs/learning.md holds what `benchmarks/learning.py table` prints."""
+    benchmarks = REPOSITORY / "benchmarks"
+    printed = run_python(benchmarks / "learning.py", "table", "--results", benchmarks / "learning").stdout
+    assert printed.count("\n") > 20
+    assert printed in (REPOSITORY / "docs" / "learning.md").read_text()
