@@ -1,6 +1,7 @@
 """Rates as input: what the network makes of them, hiding them in training, and the data they come from."""
 
 import math
+import warnings
 from pathlib import Path
 
 import msprime
@@ -14,11 +15,13 @@ from helpers.training import train
 import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import load_model
-from cxt.config.network import ModelConfig, log_rates
+from cxt.config.network import AdapterConfig, ModelConfig, log_rates
 from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.data.shards import read_shard
 from cxt.decoding.decode import decode
 from cxt.errors import BadRequest
+from cxt.model.adapter import build_model, freeze_backbone
+from cxt.model.inputs import TrainedOn, check_input
 from cxt.model.rates import find_scale, scale_tokens
 from cxt.trainer.module import hide_rates
 
@@ -178,3 +181,27 @@ def test_evaluation_reads_with_and_without_rates(dataset, tmp_path, monkeypatch)
     below = distribution[..., items.grid.edges[1:] <= 10.0 + scale].sum(-1)
     at_most = distribution[..., items.grid.edges[:-1] <= 10.0 + scale].sum(-1)
     assert ((below - 1e-9 <= summaries.rank) & (summaries.rank <= at_most + 1e-9)).all()
+
+
+def test_warnings_are_about_the_ratio_of_rates(model):
+    """The same factor on both rates is no reason to warn; another ratio is."""
+    x, _ = inputs()
+    ranges = {"mutation_rate": [1e-8, 2e-8], "recombination_rate": [1e-8, 1e-8]}
+    model.trained_on = TrainedOn(scales=(1, 1, 1, 1), ranges=ranges)
+
+    def warned(mutation_rate, recombination_rate):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_input(model, x, window_size=2000, mutation_rate=mutation_rate, recombination_rate=recombination_rate)
+        return " ".join(str(warning.message) for warning in caught)
+
+    assert "rate" not in warned(1e-9, 1e-9).replace("training", "").replace("accuracy of estimates", "")
+    assert "recombination per mutation 5, trained on 0.5 to 1" in warned(1e-9, 5e-9)
+    assert "recombination rate 5e-08, trained on 1e-08 to 1e-08" in warned(None, 5e-8)
+
+
+def test_adapters_train_the_embedding():
+    backbone = SMALL.replace(reads_rates=True)
+    model = build_model(backbone, AdapterConfig(samples=5, unfreeze_strategy="none"))
+    freeze_backbone(model)
+    assert [name for name, p in model.backbone.named_parameters() if p.requires_grad] == ["rate_embedding.weight"]

@@ -56,12 +56,15 @@ def build_model(config: ModelConfig, adapter: AdapterConfig | None = None) -> Co
 
 
 def is_trainable(name: str, config: AdapterConfig, layers: int) -> bool:
-    """Whether the backbone parameter *name* is trained along with the adapter, according to the adapter's strategy."""
+    """Whether the backbone parameter *name* is trained along with the adapter, according to the adapter's strategy.
+
+    The embedding of rates always is: a parent may not have had one.
+    """
     norms = config.unfreeze_strategy in ("ln", "ln_lastN") and "norm" in name
     last = config.unfreeze_strategy in ("lastN", "ln_lastN") and any(
         name.startswith(f"blocks.{i}.") for i in range(max(0, layers - config.last_n), layers)
     )
-    return norms or last or config.unfreeze_strategy == "all"
+    return norms or last or config.unfreeze_strategy == "all" or name.startswith("rate_embedding.")
 
 
 def freeze_backbone(model: CoalescenceModel) -> None:

@@ -127,6 +127,10 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
         "diversity": _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
         "missingness": inaccessible.tolist(),
     }
+    if model.config.reads_rates and mutation_rate:
+        # Such a network depends on their ratio only, see `cxt.model.rates`.
+        rates = {"recombination_per_mutation": None if recombination_rate is None else recombination_rate / mutation_rate}
+        ranges = ranges | {"recombination_per_mutation": _divide_ranges(ranges)}
     measured |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
     outside = [
         description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
@@ -209,6 +213,14 @@ def _compute_diversity(spectrum: torch.Tensor, inaccessible: torch.Tensor, *, ba
     derived = torch.arange(1, samples, dtype=torch.float64, device=spectrum.device)
     pairs_that_differ = derived * (samples - derived) / (samples * (samples - 1) / 2)
     return spectrum @ pairs_that_differ / ((1 - inaccessible.double()) * bases).clamp(min=1)
+
+
+def _divide_ranges(ranges) -> list[float] | None:
+    """The range of the ratio of recombination rate to mutation rate, if each is in its range; None if that is not known."""
+    recombination, mutation = ranges.get("recombination_rate"), ranges.get("mutation_rate")
+    if recombination is None or mutation is None or not mutation[0]:
+        return None
+    return [recombination[0] / mutation[1], recombination[1] / mutation[0]]
 
 
 def _describe_outside(name: str, values: list[float], limits) -> str | None:
