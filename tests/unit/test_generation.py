@@ -197,3 +197,13 @@ def test_most_probable_bins():
     assert top_k_filter(logits, None) is logits
     ties = torch.zeros(1, 6)
     assert int(torch.isfinite(top_k_filter(ties, 2)).sum()) == 2
+
+
+def test_a_model_that_was_not_trained_to_sample_is_refused():
+    model = model_of()
+    x, _ = inputs()
+    model.objective = "marginal"
+    with pytest.raises(BadRequest, match="trained with the objective marginal, so that reading must be marginal"):
+        model.generate(x, window_size=2000)
+    model.objective = "joint"
+    model.generate(x, window_size=2000)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from cxt.config.learning import choose_reading
 from cxt.config.network import ModelConfig, log_rates
 from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
@@ -351,8 +352,8 @@ class CoalescenceModel(nn.Module):
         Raises
         ------
         BadRequest
-            If X has the wrong shape or window size, is not log1p of counts, lacks missingness that the model reads, or a
-            setting is not valid.
+            If the model was trained with the objective `marginal`, so that it cannot be sampled; X has the wrong shape or window
+            size, is not log1p of counts, or lacks missingness that the model reads; or a setting is not valid.
 
         Warns
         -----
@@ -360,6 +361,7 @@ class CoalescenceModel(nn.Module):
             If diversity, missingness or a given rate is outside the range of the training data, which is stored in the
             checkpoint: diversity and rates by more than a factor of 1.5, missingness by more than 0.05.
         """
+        choose_reading(self.objective, "sampled")
         x = convert_input(self, x)
         check_input(self, x, window_size=window_size, mutation_rate=mutation_rate, recombination_rate=recombination_rate)
         was_training = self.training
