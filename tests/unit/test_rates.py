@@ -130,6 +130,8 @@ def test_train_predict_and_warm_start(dataset, tmp_path, monkeypatch):
     fit(child, "--checkpoint", parent, "--reads-rates", "true", "--rates-dropout", "0.2", "--lr", "1e-2")
     fit(grandchild, "--checkpoint", child)  # inherits it
     assert [read_checkpoint(path).model.reads_rates for path in (parent, child, grandchild)] == [False, True, True]
+    with pytest.raises(BadRequest, match="bf16-true would round the rates"):
+        fit(tmp_path / "x.ckpt", "--checkpoint", child, "--precision", "bf16-true")
     with pytest.raises(BadRequest, match="reads rates, so that reads_rates cannot be false"):
         fit(tmp_path / "x.ckpt", "--checkpoint", child, "--reads-rates", "false")
     items = cxt.PairDataset(dataset, "test")
@@ -198,6 +200,7 @@ def test_warnings_are_about_the_ratio_of_rates(model):
     assert "rate" not in warned(1e-9, 1e-9).replace("training", "").replace("accuracy of estimates", "")
     assert "recombination per mutation 5, trained on 0.5 to 1" in warned(1e-9, 5e-9)
     assert "recombination rate 5e-08, trained on 1e-08 to 1e-08" in warned(None, 5e-8)
+    assert "mutation rate 1.29, which is no usual rate" in warned(1.29, None)
 
 
 def test_adapters_train_the_embedding():

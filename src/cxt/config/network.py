@@ -102,7 +102,8 @@ class Adapter(Section):
     dropout: Fraction = 0.0
     """Dropout in the gated branch."""
     unfreeze_strategy: Literal["none", "ln", "lastN", "ln_lastN", "all"] = "ln_lastN"
-    """Backbone parameters to train along with the adapter: none, layer norms, the last blocks, both, or all parameters."""
+    """Backbone parameters to train along with the adapter: none, layer norms, the last blocks, both, or all parameters. The
+    embedding of rates, if there is one, always is."""
     last_n: LastBlocks = 2
     """Number of last blocks for `lastN` and `ln_lastN`."""
     overwrite_bin0: Flag = False

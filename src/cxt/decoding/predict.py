@@ -100,8 +100,10 @@ def predict(
     mask : (>= sequence_length,) bool array, optional
         True = *in*accessible, for each base of the region. A model that was trained with missing data needs it.
     mutation_rate, recombination_rate : float, optional
-        Per base pair and generation. They are compared with those of the training data, and a model with `reads_rates` uses
-        them: times are inversely proportional to the mutation rate. It infers those that are not given.
+        Per base pair and generation, to be compared with those of the training data. A model with `reads_rates` uses them:
+        times are inversely proportional to the mutation rate (if the recombination rate keeps its ratio to it, or is not
+        given), and only the ratio of both is compared. The model infers rates that are not given; a rate of 0 is read as not
+        given.
     reading : str, optional
         `marginal` reads a pair's windows in one pass, `sampled` averages the predictive distributions of sampled sequences. By
         default the one that the model was trained for.
@@ -152,7 +154,7 @@ def predict_ts(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Posterior:
-    """Predict the TMRCA of pairs of samples of a tree sequence, from its genotypes alone.
+    """Predict the TMRCA of pairs of samples of a tree sequence, from its genotypes and rates that are given, not its trees.
 
     Parameters
     ----------

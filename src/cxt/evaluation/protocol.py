@@ -7,8 +7,7 @@ import numpy as np
 
 from cxt.config.bounds import BasePairs, PositiveInteger, Seed
 from cxt.config.datasets import DatasetSamples
-from cxt.config.learning import READINGS, choose_reading
-from cxt.config.learning import Reading as Way
+from cxt.config.learning import READINGS, Reading, choose_reading
 from cxt.config.network import log_rates
 from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
@@ -65,7 +64,7 @@ def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[s
     return result
 
 
-class Reading(NamedTuple):
+class Readout(NamedTuple):
     """One way in which an evaluation reads a checkpoint.
 
     *name* is its key in the result, None for the main one. *way* is `marginal` or `sampled`; with *rates*, a network that
@@ -73,18 +72,18 @@ class Reading(NamedTuple):
     """
 
     name: str | None
-    way: Way
+    way: Reading
     rates: bool
 
 
-def list_evaluated(objective: str, requested: str, *, reads_rates: bool, checkpoint: str) -> list[Reading]:
+def list_evaluated(objective: str, requested: str, *, reads_rates: bool, checkpoint: str) -> list[Readout]:
     """The ways to read a checkpoint: as requested, and without rates if it reads them, and by sampling if it can do both."""
     way = choose_reading(objective, requested, name=checkpoint)
-    result = [Reading(None, way, reads_rates)]
+    result = [Readout(None, way, reads_rates)]
     if reads_rates:
-        result.append(Reading("rates_inferred", way, False))
+        result.append(Readout("rates_inferred", way, False))
     if requested == "auto" and way != "sampled" and "sampled" in READINGS[objective]:
-        result.append(Reading("sampled", "sampled", reads_rates))
+        result.append(Readout("sampled", "sampled", reads_rates))
     return result
 
 

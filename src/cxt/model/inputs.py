@@ -19,6 +19,9 @@ RANGE_FACTOR = 1.5
 MISSING_MARGIN = 0.05
 """Missing fractions may be this much below or above the range of the training data without a warning."""
 
+PLAUSIBLE_MUTATION_RATES = (1e-11, 1e-6)
+"""Mutation rates per base pair and generation that a network that reads rates is given without a warning."""
+
 PRECISION = 2.0**-8
 """Relative error of a logarithm rounded to bfloat16."""
 
@@ -127,12 +130,15 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
         "diversity": _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
         "missingness": inaccessible.tolist(),
     }
+    outside: list[str] = []
     if model.config.reads_rates and mutation_rate:
         # Such a network depends on their ratio only, see `cxt.model.rates`.
+        if not PLAUSIBLE_MUTATION_RATES[0] <= mutation_rate <= PLAUSIBLE_MUTATION_RATES[1]:
+            outside.append(f"mutation rate {mutation_rate:.3g}, which is no usual rate per base pair and generation")
         rates = {"recombination_per_mutation": None if recombination_rate is None else recombination_rate / mutation_rate}
         ranges = ranges | {"recombination_per_mutation": _divide_ranges(ranges)}
     measured |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
-    outside = [
+    outside += [
         description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
     ]
     if not _hold_same_sites(spectra):

@@ -2,8 +2,8 @@
 
 Genotypes stay as likely if all times are multiplied by a factor and all rates divided by it. A network that reads rates has
 this built in: given a mutation rate µ, its bins are those of ln(TMRCA · µ / 1e-8), and it sees the recombination rate relative
-to µ. A factor on µ then moves its estimates of ln TMRCA, and changes nothing else. Without a mutation rate its bins are those
-of ln TMRCA, as in other networks.
+to µ. A factor on both rates then moves its estimates of ln TMRCA, and changes nothing else. Without a mutation rate its bins
+are those of ln TMRCA, as in other networks. A rate of 0 is read as unknown.
 """
 
 import math

@@ -352,8 +352,8 @@ class CoalescenceModel(nn.Module):
         Raises
         ------
         BadRequest
-            If the model was trained with the objective `marginal`, so that it cannot be sampled; X has the wrong shape or window
-            size, is not log1p of counts, or lacks missingness that the model reads; or a setting is not valid.
+            If the model was trained with the objective `marginal`, so that it cannot be sampled; X has the wrong shape or
+            window size, is not log1p of counts, or lacks missingness that the model reads; or a setting is not valid.
 
         Warns
         -----

@@ -201,6 +201,10 @@ def build_request(options: TrainingOptions) -> RunRequest:
             "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "
             "objective autoregressive or marginal"
         )
+    if network.reads_rates and training.precision == "bf16-true":
+        raise BadRequest(
+            "precision bf16-true would round the rates that this network reads; use bf16-mixed, or --reads-rates false"
+        )
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
     steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     if not examples["test"] and (training.patience or training.export == "best"):
