@@ -380,7 +380,7 @@ def test_times_only_and_touch(copy, tmp_path, monkeypatch):
     assert follow(log, "--forceall", cwd=copy, configfile=changed).returncode == 0
     assert "lineage of 'narrow'" in verify("results/narrow.ckpt", configfiles=files)
     # Settings alone: what `verify` says is enough, after --touch, too.
-    slower = overlay(tmp_path / "y.yaml", datasets={"processed_narrow": {"pairs": 5}}, training={"lr": 1e-4})
+    slower = overlay(tmp_path / "y.yaml", datasets={"processed_narrow": {"pairs": 5}}, training={"lr": 1e-3})
     snakemake("results/narrow.ckpt", "--touch", cwd=copy, configfile=slower)
     with pytest.raises(Failed) as error:
         verify("results/narrow.ckpt", configfiles=[TINY, slower])
