@@ -1,5 +1,6 @@
 """Optimizers, and the groups of parameters that they treat alike."""
 
+import abc
 from collections.abc import Callable
 
 import torch
@@ -77,7 +78,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     return (wide.T if x.shape[0] > x.shape[1] else wide).type_as(matrix)
 
 
-class _Optimizer(torch.optim.Optimizer):
+class _Optimizer(torch.optim.Optimizer, abc.ABC):
     """An optimizer whose `_update` changes the parameters, given their gradients."""
 
     @torch.no_grad()
@@ -90,8 +91,9 @@ class _Optimizer(torch.optim.Optimizer):
         self._update()
         return loss
 
+    @abc.abstractmethod
     def _update(self) -> None:
-        raise NotImplementedError
+        """Change the parameters; called without gradients being recorded."""
 
 
 class Muon(_Optimizer):
