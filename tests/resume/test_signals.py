@@ -68,8 +68,8 @@ def arguments(dataset, tmp_path) -> list[str]:
 
 @pytest.mark.parametrize(("number", "seconds"), list(zip(HEARD, (0.0, 0.3, 1.5, 4.0), strict=False)))
 def test_while_it_starts(arguments, tmp_path, number, seconds):
-    """While it imports or reads; three in a row, as of someone who is impatient. The same command then does it."""
-    process = start("-m", "cxt.train", *arguments)
+    """While it imports, reads or begins to train, with epochs enough; three in a row, as of someone who is impatient."""
+    process = start("-m", "cxt.train", *arguments, "--epochs", 1000)
     wait_for(lambda: listens(process.pid), process)
     time.sleep(seconds)
     for _ in range(3):
