@@ -39,16 +39,17 @@ def model():
 
 def test_embedding_is_added_to_every_source(model):
     """Against the definition: whether each rate is known, and r relative to µ if that is known, or to 1e-8, times a matrix."""
-    x, y = inputs()
-    rates = torch.tensor([[math.log(2e-8), math.log(5e-9)], [UNKNOWN, math.log(3e-8)], [math.log(2e-8), UNKNOWN]])
+    x, y = inputs(items=6)
+    known = [(2e-8, 5e-9), (None, 3e-8), (2e-8, None), (2e-8, 0.0), (None, 0.0), (1e-9, 1e-6)]
+    rates = torch.tensor([log_rates(*pair) for pair in known])
     plain = model.backbone.source_embedding(x)
     actual = model.backbone.embed_sources(x, rates)
-    by_hand = [[1, 1, math.log(0.25), 0], [0, 1, 0, math.log(3.0)], [1, 0, 0, 0]]
+    by_hand = [[1, 1, math.log(0.25), 0], [0, 1, 0, math.log(3.0)], [1, 0, 0, 0], [1, 1, -5, 0], [0, 1, 0, -5], [1, 1, 5, 0]]
     added = torch.tensor(by_hand) @ model.backbone.rate_embedding.weight.T  # (B, D)
     torch.testing.assert_close(actual - plain, added[:, None].expand_as(plain), atol=2e-5, rtol=1e-4)
     # Unknown rates and no rates are the same.
     for compute in (lambda r: model(x, y, r), lambda r: model.marginal_logits(x, r), lambda r: model.loss(x, y, r)):
-        assert torch.equal(compute(torch.full((3, 2), UNKNOWN)), compute(None))
+        assert torch.equal(compute(torch.full((6, 2), UNKNOWN)), compute(None))
         assert not torch.allclose(compute(rates), compute(None))
 
 
@@ -105,7 +106,7 @@ def test_datasets_hold_the_rates_of_their_simulations(dataset):
     rows = [item // items.pairs_per_simulation for item in chosen]
     np.testing.assert_allclose(np.exp(rates), np.stack([mutation[rows], recombination[rows]], axis=1), rtol=1e-5)
     assert all(map(math.isnan, log_rates(0.0, None)))
-    assert log_rates(1e-8, 0.0)[0] == math.log(1e-8)
+    assert log_rates(1e-8, 0.0) == (math.log(1e-8), -math.inf)
 
 
 def test_sampling_reads_rates(model):

@@ -131,9 +131,15 @@ assert get_args(Preset) == tuple(PRESETS)
 
 
 def log_rates(mutation_rate: float | None, recombination_rate: float | None) -> tuple[float, float]:
-    """Natural logarithms of two rates per base pair and generation, as a network reads them; NaN if unknown, None or zero."""
-    mutation, recombination = (math.log(rate) if rate else math.nan for rate in (mutation_rate, recombination_rate))
-    return mutation, recombination
+    """Natural logarithms of two rates per base pair and generation, as a network reads them; NaN for None.
+
+    A recombination rate of 0, as of a Y chromosome, gives minus infinity. A mutation rate of 0, with which nothing could be
+    inferred, counts as unknown.
+    """
+    mutation = math.log(mutation_rate) if mutation_rate else math.nan
+    if recombination_rate is None:
+        return mutation, math.nan
+    return mutation, math.log(recombination_rate) if recombination_rate else -math.inf
 
 
 def count_pairs(samples: int) -> int:

@@ -3,7 +3,7 @@
 Genotypes stay as likely if all times are multiplied by a factor and all rates divided by it. A network that reads rates has
 this built in: given a mutation rate µ, its bins are those of ln(TMRCA · µ / 1e-8), and it sees the recombination rate relative
 to µ. A factor on both rates then moves its estimates of ln TMRCA, and changes nothing else. Without a mutation rate its bins
-are those of ln TMRCA, as in other networks. A rate of 0 is read as unknown.
+are those of ln TMRCA, as in other networks.
 """
 
 import math
@@ -16,6 +16,9 @@ from cxt.config.network import SPECIAL_TOKENS, ModelConfig
 
 LOG_REFERENCE_RATE = math.log(1e-8)
 """A usual rate of mutation and recombination per base pair and generation."""
+
+LARGEST_LOG_RATIO = 5.0
+"""Recombination rates that are further from the mutation rate, in natural logarithms, are read as this far: also one of 0."""
 
 
 def find_scale(rates: np.ndarray) -> np.ndarray:
@@ -51,6 +54,6 @@ class RateEmbedding(nn.Linear):
         """Embed ln rates (B, 2), NaN where they are unknown: (B, 1, D)."""
         known = ~rates.isnan()  # (B, 2)
         mutation, recombination = torch.nan_to_num(rates - LOG_REFERENCE_RATE).unbind(-1)
-        relative = torch.where(known[:, 1], recombination - mutation, 0.0)
+        relative = torch.where(known[:, 1], recombination - mutation, 0.0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         features = [known[:, 0], known[:, 1], relative * known[:, 0], relative * ~known[:, 0]]
         return super().forward(torch.stack(features, dim=-1).to(self.weight.dtype)).unsqueeze(1)
