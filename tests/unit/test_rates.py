@@ -16,6 +16,7 @@ import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import load_model
 from cxt.config.network import AdapterConfig, ModelConfig, log_rates
+from cxt.data.grid import Grid
 from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.data.shards import read_shard
 from cxt.decoding.decode import decode
@@ -81,18 +82,23 @@ def test_hiding():
 
 def test_scaled_tokens():
     """Each known rate moves times by its logarithm, to the nearest bin, and not beyond the grid."""
-    config = ModelConfig(bins=324)
-    rates = torch.tensor([log_rates(mutation, 1e-8) for mutation in (1e-8, 2e-8, 5e-9, None)])
-    tokens = torch.tensor([[1, 2, 150, 325]]).expand(4, 4)
+    config, grid = ModelConfig(bins=324), Grid()
+    rates = torch.tensor([log_rates(mutation, 1e-8) for mutation in (1e-8, 2e-8, 5e-9, 1e-6, None)])
+    tokens = torch.tensor([[1, 2, 150, 325]]).expand(5, 4)
     scaled = scale_tokens(tokens, rates, config)
-    bins = round(math.log(2) / (14 / 324))
+    moved = grid.centres + math.log(2)
+    assert (
+        scaled[1, 2] - 2 == grid.find_bins(moved)[148] and scaled[3, 2] - 2 == grid.find_bins(grid.centres + math.log(100))[148]
+    )
+    bins, many = 16, 106
     assert scaled.tolist() == [
         [1, 2, 150, 325],
         [1, 2 + bins, 150 + bins, 325],
         [1, 2, 150 - bins, 325 - bins],
+        [1, 2 + many, 150 + many, 325],
         [1, 2, 150, 325],
     ]
-    assert find_scale(rates.numpy()).tolist() == pytest.approx([0, math.log(2), -math.log(2), 0], abs=1e-6)
+    assert find_scale(rates.numpy()).tolist() == pytest.approx([0, math.log(2), -math.log(2), math.log(100), 0], abs=1e-6)
 
 
 def test_datasets_hold_the_rates_of_their_simulations(dataset):

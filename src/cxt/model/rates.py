@@ -38,7 +38,7 @@ def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig)
     config : ModelConfig
         Its grid.
     """
-    step = (config.grid_high - config.grid_low) / config.bins
+    step = (config.grid_high - config.grid_low) / (config.bins - 1)
     shift = torch.nan_to_num((rates[:, :1] - LOG_REFERENCE_RATE) / step).round().long()  # (B, 1)
     scaled = (tokens[:, 1:] + shift).clamp(SPECIAL_TOKENS, config.vocabulary - 1)
     return torch.cat([tokens[:, :1], scaled], dim=1)
