@@ -40,5 +40,6 @@ rule all:
 include: "rules/settings.smk"
 include: "rules/simulate.smk"
 include: "rules/preprocess.smk"
+include: "rules/teach.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"

@@ -16,15 +16,17 @@ from cxt.workflow.resources import (
     preprocessing_memory_mb,
     request_gpus,
     request_machines,
+    teaching_memory_mb,
     training_memory_mb,
     training_minutes,
     training_threads,
 )
 from cxt.config.file import locate_files, merge, resolve
-from cxt.config.models import build_training_config, get_parent
+from cxt.config.models import build_training_config, count_input_samples, get_parent
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.scenarios.indices import SPLITS
 
 
 def checked(config):
@@ -173,6 +175,10 @@ def shard_lineage(wildcards):
     return lineages.shard_lineage(config, wildcards.dataset, *variant_and_start(wildcards))
 
 
+def soft_target_lineage(wildcards):
+    return lineages.soft_target_lineage(config, wildcards.model, *variant_and_start(wildcards))
+
+
 def mask_of_dataset(dataset):
     """The mask file of a dataset as a list of inputs: one file or none."""
     path = paths.mask_path(config, dataset)
@@ -292,6 +298,51 @@ def checked_parent(wildcards):
             print(f"cxt: {error}", file=sys.stderr)
             sys.exit(2)
     return parent_of(wildcards.model)
+
+
+def teacher_batch(wildcards):
+    """The simulation batch of a model's soft targets as a list of inputs; none if the teacher reads what the shards hold."""
+    model = config["models"][wildcards.model]
+    if count_input_samples(config, model["teacher"]) == count_input_samples(
+        config, wildcards.model
+    ):
+        return []
+    return [paths.batch_path(wildcards.variant, int(wildcards.start))]
+
+
+def teacher_batch_flags(wildcards, input):
+    """The flags and file of that simulation batch, for a job whose input `batch` has it, or nothing."""
+    if not input.batch:
+        return []
+    count = batch_count(wildcards)
+    lineage = batch_lineage(wildcards)
+    return [
+        "--batch",
+        *input.batch,
+        "--start",
+        wildcards.start,
+        "--count",
+        count,
+        "--batch-lineage",
+        lineage,
+    ]
+
+
+def taught_shards(wildcards):
+    """The shards of a model's dataset that are made from one simulation batch."""
+    directory = paths.dataset_directory(dataset_of(wildcards.model))
+    return [
+        f"{directory}/{split}/{wildcards.variant}-{wildcards.start}.zarr.zip" for split in SPLITS
+    ]
+
+
+def soft_target_flag(wildcards, input):
+    """The flag and directory of soft targets, for a model with a teacher, or nothing."""
+    return (
+        ["--soft-targets", paths.soft_target_directory(wildcards.model)]
+        if input.soft_targets
+        else []
+    )
 
 
 def parent_flag(wildcards, input):

@@ -9,6 +9,7 @@ rule train:
         # Training reads what the manifest lists; a shard matters only when it is gone.
         shards=lambda wildcards: ancient(paths.shard_paths(config, dataset_of(wildcards.model))),
         parent=checked_parent,
+        soft_targets=lambda wildcards: paths.soft_target_paths(config, wildcards.model),
     output:
         "results/{model}.ckpt",
     log:
@@ -30,6 +31,7 @@ rule train:
     params:
         dataset=lambda wildcards, input: os.path.dirname(input.manifest),
         parent=parent_flag,
+        soft_targets=soft_target_flag,
         # Snakemake does not compare params that depend on `output`: these settings change no result.
         neutral=lambda wildcards, output: settings.neutral_training_flags(config, wildcards.model),
         launch=launcher,
@@ -48,7 +50,8 @@ rule train:
         " exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log.text:q}) 2>&1;"
         ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}"; [ -z {params.note:q} ] || echo {params.note:q};'
         " exec {params.launch:q} python -m cxt.train"
-        " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.neutral:q}"
+        " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.soft_targets:q}"
+        " {params.neutral:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --log-out {log.steps:q} --out {output:q}"
         " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"
 

@@ -12,6 +12,7 @@ COMMANDS = {
     "trees": ("cxt.commands.trees", "extract one tree sequence from a simulation batch"),
     "preprocess": ("cxt.preprocess", "make the shards, the manifest and the synthetic mask of a dataset"),
     "dataset": ("cxt.commands.dataset", "show, verify and export a dataset"),
+    "teach": ("cxt.teach", "read the examples of a dataset with a teacher's checkpoint, for distillation"),
     "train": ("cxt.train", "train one checkpoint"),
     "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
     "report": ("cxt.commands.report", "write the tables of the workflow's report"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from cxt.errors import BadRequest
 from cxt.io import digest
 
-STAGE_VERSION = {"simulate": 3, "preprocess": 4, "train": 3, "evaluate": 5}
+STAGE_VERSION = {"simulate": 3, "preprocess": 4, "teach": 1, "train": 3, "evaluate": 5}
 """Raising one of these rebuilds everything from that stage on."""
 
 
@@ -45,6 +45,16 @@ def derive_shard_lineage(spec: dict, *, batch: str | None, mask: str | None) -> 
 def combine_shard_lineages(shards: list[str | None]) -> str | None:
     """Combine the lineages of shards, in any order, into one; None if a shard has none."""
     return None if None in shards else stage_lineage("preprocess", sorted(map(str, shards)))
+
+
+def derive_soft_target_lineage(spec: dict, *, shard: str | None, checkpoint: str | None) -> str:
+    """Lineage of the soft targets of a shard: of how the teacher is read, and the lineages of shard and teacher."""
+    return stage_lineage("teach", spec, shard, checkpoint)
+
+
+def combine_soft_target_lineages(files: list[str]) -> str:
+    """Combine the lineages of all soft targets of a dataset, in any order, into one."""
+    return stage_lineage("teach", sorted(files))
 
 
 def derive_evaluation_lineage(spec: dict, *, batches: list[str | None], mask: str | None, checkpoint: str | None) -> str:

@@ -22,6 +22,7 @@ STAGES = {
     "synthetic_mask": ("preprocess", "masks"),
     "preprocess": ("preprocess", "preprocessed batches"),
     "manifest": ("preprocess", "datasets"),
+    "teach": ("teach", "taught batches"),
     "train": ("train", "checkpoints"),
     "evaluate": ("evaluate", "checkpoints"),
 }

@@ -248,5 +248,5 @@ def test_regions_that_do_not_fit():
         "scales": [2],
         "regions_per_simulation": 2,
     }
-    with pytest.raises(BadRequest, match="region 1 of 15000 bp begins at 10000; the tree sequence has only 20000 bp"):
+    with pytest.raises(BadRequest, match="15000 bp requested from 10000 on; the tree sequence has only 20000 bp"):
         preprocess_simulation(ts, spec, region=1)

@@ -86,10 +86,8 @@ def test_scaled_tokens():
     rates = torch.tensor([log_rates(mutation, 1e-8) for mutation in (1e-8, 2e-8, 5e-9, 1e-6, None)])
     tokens = torch.tensor([[1, 2, 150, 325]]).expand(5, 4)
     scaled = scale_tokens(tokens, rates, config)
-    moved = grid.centres + math.log(2)
-    assert (
-        scaled[1, 2] - 2 == grid.find_bins(moved)[148] and scaled[3, 2] - 2 == grid.find_bins(grid.centres + math.log(100))[148]
-    )
+    for row, factor in ((1, 2), (3, 100)):
+        assert scaled[row, 2] - 2 == grid.find_bins(grid.centres + math.log(factor))[148]
     bins, many = 16, 106
     assert scaled.tolist() == [
         [1, 2, 150, 325],

@@ -21,8 +21,8 @@ NONE = type(None)
 RECORD_KEYS = {
     "format": WHOLE, "model": TABLE, "adapter": (dict, NONE),
     "name": (str, NONE), "preset": (str, NONE), "lineage": (str, NONE),
-    "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "versions": TABLE, "published": TABLE,
-    "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
+    "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "teacher": TABLE, "versions": TABLE,
+    "published": TABLE, "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
     "processor": (str, NONE), "step": (int, NONE), "epoch": (int, NONE), "val_loss": NUMBER,
 }  # fmt: skip
 """The keys of a record, with the types of their values."""

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cxt.config.demes import read_demes
-from cxt.config.models import build_adapter_config, build_network_config, build_training_config, is_adapter, trace_parents
+from cxt.config.models import (
+    build_adapter_config,
+    build_network_config,
+    build_training_config,
+    check_order,
+    is_adapter,
+    trace_parents,
+)
 from cxt.config.network import TrainedModel, check_adapter_samples, check_inheritance, check_missingness, count_pairs
 from cxt.config.scenarios import complete_parameters
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
@@ -74,6 +81,7 @@ def check_consistency(config: dict) -> None:
         with problems.collect():
             _check_parents(config, name)
     problems.refuse()
+    check_order(config)
     _check_models(config)
 
 
@@ -193,6 +201,9 @@ def _check_parents(config: dict, name: str) -> None:
         raise BadRequest(f"{at}.resume_adapter: '{parents[0]}' has no adapter; use `checkpoint: {parents[0]}`")
     if "adapter" in model and not parents:
         raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone; name one with `checkpoint`")
+    teacher = model.get("teacher")
+    if teacher is not None and teacher not in config["models"]:
+        raise BadRequest(f"{at}.teacher: unknown model '{teacher}'{suggest_nearest(teacher, config['models'])}")
 
 
 def _check_models(config: dict) -> None:
@@ -230,9 +241,43 @@ def _check_models(config: dict) -> None:
                     check_inheritance(model, _trained_model(config, parents[0], name_in_messages=parents[0]))
                 check_missingness(model)
                 check_adapter_samples(model)
+            with problems.collect():
+                _check_teacher(config, name)
         if len(problems.messages) > before:
             wrong.add(name)
     problems.refuse()
+
+
+def _check_teacher(config: dict, name: str) -> None:
+    """BadRequest unless a model that distills has a teacher, which can read the examples of the model's dataset."""
+    model, at = config["models"][name], f"models.{name}"
+    objective, teacher = build_training_config(config, name).objective, model.get("teacher")
+    if objective == "distill" and teacher is None:
+        raise BadRequest(f"{at}: the objective distill needs a teacher; name a model with `teacher`")
+    if teacher is None:
+        return
+    if objective != "distill":
+        raise BadRequest(
+            f"{at}.teacher: a teacher is for the objective distill, not for {objective}; add `training: {{objective: distill}}`"
+        )
+    dataset_name = model["dataset"]
+    dataset, other = config["datasets"][dataset_name], config["datasets"][config["models"][teacher]["dataset"]]
+    for key in ("window_size", "sequence_length", "scales"):
+        if dataset[key] != other[key]:
+            raise BadRequest(
+                f"{at}.teacher: '{teacher}' was trained with {key} {other[key]}, but dataset '{dataset_name}' has "
+                f"{dataset[key]}; choose a teacher with the same windows"
+            )
+    if ("mask" in dataset) != ("mask" in other):
+        which = "with" if "mask" in other else "without"
+        raise BadRequest(f"{at}.teacher: '{teacher}' was trained {which} missingness, unlike dataset '{dataset_name}'")
+    if other["samples"] < dataset["samples"]:
+        raise BadRequest(
+            f"{at}.teacher: '{teacher}' reads {other['samples']} haplotypes, fewer than the {dataset['samples']} of dataset "
+            f"'{dataset_name}'"
+        )
+    for scenario in dataset["scenarios"]:
+        _check_scenario_fits(scenario, config["scenarios"][scenario], f"{at}.teacher", other)
 
 
 def _check_evaluation(config: dict, name: str) -> None:

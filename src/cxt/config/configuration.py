@@ -58,6 +58,9 @@ class Model(Section):
     """Parent model to start from: its weights, with a new optimizer, at step 0."""
     resume_adapter: Text | None = None
     """Parent adapter model to start from: its backbone and adapter weights. Cannot be combined with `checkpoint`."""
+    teacher: Text | None = None
+    """Model whose distributions it learns, with the objective `distill`. The teacher has the same windows, and may read more
+    haplotypes of the same simulations."""
     adapter: Adapter | None = None
     """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
     architecture: Architecture | None = None

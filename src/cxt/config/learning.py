@@ -20,13 +20,14 @@ from cxt.config.type_descriptions import Expected
 from cxt.config.yaml import parse_yaml
 from cxt.errors import BadRequest
 
-Objective = Literal["autoregressive", "marginal", "joint"]
+Objective = Literal["autoregressive", "marginal", "joint", "distill"]
 Reading = Literal["marginal", "sampled"]
 LossName = Literal["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"]
 OptimizerName = Literal["adamw", "muon", "adam", "sgd", "adafactor", "lion"]
 
 READINGS: dict[str, tuple[Reading, ...]] = {
     "autoregressive": ("sampled",), "marginal": ("marginal",), "joint": ("marginal", "sampled"),
+    "distill": ("marginal",),
 }  # fmt: skip
 """Ways to read a network, by the objective that it was trained with; the first is the default."""
 
@@ -125,6 +126,17 @@ class Adaptive(Section):
     """Largest learning rate relative to `lr`. The smallest is `min_lr`."""
 
 
+class Distillation(Section):
+    """How a student learns from its teacher's distributions."""
+
+    weight: NonNegative = 1.0
+    """Weight of the divergence from the teacher's distribution; those of the true bin's losses are in `losses`."""
+    temperature: Positive = 1.0
+    """Temperature at which both distributions are compared: above 1, small probabilities count more."""
+    replicates: PositiveInteger = 12
+    """Sequences that a teacher which is read by sampling decodes for each pair."""
+
+
 def _read_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
@@ -160,6 +172,7 @@ AnyOptimizer = Annotated[
 
 
 AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
+AnyDistillation = Annotated[Distillation, BeforeValidator(_read_text)]
 
 
 def as_json(value: Any) -> Any:

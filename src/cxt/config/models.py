@@ -10,6 +10,11 @@ def get_parent(model: dict) -> str | None:
     return model.get("checkpoint", model.get("resume_adapter"))
 
 
+def list_needed(model: dict) -> list[str]:
+    """Names of the models that must be trained before: its parent and its teacher."""
+    return [name for name in (get_parent(model), model.get("teacher")) if name is not None]
+
+
 def trace_parents(config: dict, name: str) -> list[str]:
     """*name*, its parent, and so on up to a model trained from scratch; BadRequest on unknown parents and cycles."""
     chain = [name]
@@ -20,6 +25,22 @@ def trace_parents(config: dict, name: str) -> list[str]:
             raise BadRequest(f"models: a cycle of parents: {' <- '.join([*chain, parent])}")
         chain.append(parent)
     return chain
+
+
+def check_order(config: dict) -> None:
+    """BadRequest if a model needs itself, by way of parents and teachers."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            raise BadRequest(f"models: a cycle of parents and teachers: {' <- '.join([*path[path.index(name) :], name])}")
+        if name not in done:
+            for needed in list_needed(config["models"][name]):
+                visit(needed, [*path, name])
+            done.add(name)
+
+    for name in config["models"]:
+        visit(name, [])
 
 
 def is_adapter(config: dict, name: str) -> bool:
@@ -61,6 +82,17 @@ def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
     if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig().unfreeze_strategy):
         settings.pop("last_n", None)  # not used
     return AdapterConfig(**settings, samples=config["datasets"][config["models"][name]["dataset"]]["samples"])
+
+
+def build_teaching_spec(config: dict, name: str) -> dict:
+    """How the teacher of model *name* is read: the specification of `cxt.teach`."""
+    training = build_training_config(config, name)
+    return {"reading": "auto", "replicates": training.distill.replicates, "seed": training.seed}
+
+
+def count_input_samples(config: dict, name: str) -> int:
+    """Haplotypes that a model reads: those of its dataset."""
+    return config["datasets"][config["models"][name]["dataset"]]["samples"]
 
 
 def build_training_config(config: dict, name: str) -> TrainingConfig:

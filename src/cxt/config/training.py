@@ -19,7 +19,17 @@ from cxt.config.bounds import (
     Threads,
     Workers,
 )
-from cxt.config.learning import Adaptive, AnyAdaptive, AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
+from cxt.config.learning import (
+    Adaptive,
+    AnyAdaptive,
+    AnyDistillation,
+    AnyOptimizer,
+    Distillation,
+    LossTerm,
+    LossTerms,
+    Objective,
+    Optimizer,
+)
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -55,9 +65,12 @@ class TrainingFields(Section):
     objective: Objective = "autoregressive"
     """What the network learns to predict: `autoregressive`, each window from the sources and the windows before it, as
     published, so that it is read by sampling; `marginal`, each window from the sources alone, so that it is read in one pass;
-    `joint`, both. The networks have the same tensors, so that any of them can start from any other."""
+    `joint`, both; `distill`, as `marginal`, and also what a `teacher` says. The networks have the same tensors, so that any of
+    them can start from any other."""
     joint_weight: NonNegative = 0.5
     """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
+    distill: AnyDistillation = Distillation()
+    """`distill` only: how the teacher is read, and what its distributions count."""
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
@@ -184,6 +197,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
+    "distill",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

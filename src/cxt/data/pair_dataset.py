@@ -31,6 +31,7 @@ from cxt.data.kernels import accumulate, count_all_sites, fill_batch, find_large
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
+from cxt.data.soft_targets import LEVELS, read_soft_targets, soft_targets_path
 from cxt.errors import BadRequest
 from cxt.io import digest, find_directory
 from cxt.scenarios.indices import SPLITS
@@ -59,6 +60,7 @@ class Batch(NamedTuple):
     missing: torch.Tensor | None  # (B, scales, windows) float32 fractions, or None
     tokens: torch.Tensor  # (B, windows + 1) int64
     rates: torch.Tensor | None = None  # (B, 2) float32 from `log_rates`, or None if all are unknown
+    soft_targets: torch.Tensor | None = None  # (B, windows, levels) int16 from `cxt.data.soft_targets`, or None
 
     def first(self, examples: int) -> "Batch":
         """A batch of the first *examples*, sharing memory."""
@@ -91,6 +93,8 @@ class ExampleDataset(Dataset):
     A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and *_dtype*, the integer type of counts.
     """
 
+    has_soft_targets = False
+
     def _from_start(self, i: int) -> int:
         """Convert the index *i*, which may be negative, to one from the start; IndexError if it is out of range."""
         try:
@@ -107,7 +111,8 @@ class ExampleDataset(Dataset):
         counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
         fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
         tokens = torch.full((examples, self.windows + 1), START_TOKEN, dtype=torch.int64)
-        parts = (counts, fractions, tokens, torch.empty((examples, 2)))
+        soft_targets = torch.empty((examples, self.windows, len(LEVELS)), dtype=torch.int16) if self.has_soft_targets else None
+        parts = (counts, fractions, tokens, torch.empty((examples, 2)), soft_targets)
         return Batch(*(part.pin_memory() if pin and part is not None else part for part in parts))
 
     def _room_for(self, examples: int, out: Batch | None) -> Batch:
@@ -147,6 +152,8 @@ class PairDataset(ExampleDataset):
     scratch : str, optional
         Directory for the temporary file that holds the data on disk; the one for temporary files by default. Environment
         variables in it are replaced.
+    soft_targets : path-like, optional
+        Directory of a teacher's soft targets for this dataset, see `cxt.data.soft_targets`.
     progress : callable, optional
         Called with a line of text every 10 seconds and at the end.
 
@@ -165,6 +172,7 @@ class PairDataset(ExampleDataset):
         grid: Grid | None = None,
         storage: Storage = "auto",
         scratch: str | None = None,
+        soft_targets: str | os.PathLike[str] | None = None,
         progress: Callable[[str], None] | None = None,
     ):
         if split not in SPLITS:
@@ -172,7 +180,7 @@ class PairDataset(ExampleDataset):
         if storage not in get_args(Storage):
             raise BadRequest(f"storage must be one of {', '.join(get_args(Storage))}, got '{storage}'")
         began = time.monotonic()
-        self._describe_shape(path, split, read_manifest(path), grid or Grid())
+        self._describe_shape(path, split, read_manifest(path), grid or Grid(), soft_targets)
         free = free_memory()
         size = self._layout()[1]
         on_disk = storage == "disk" or (storage == "auto" and size > LARGEST_SHARE * free)
@@ -187,8 +195,9 @@ class PairDataset(ExampleDataset):
                 f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
             )
 
-    def _describe_shape(self, path, split: str, manifest: dict, grid: Grid) -> None:
+    def _describe_shape(self, path, split: str, manifest: dict, grid: Grid, soft_targets) -> None:
         self.path, self.split, self.grid, self.manifest = Path(path), split, grid, manifest
+        self._soft_target_directory, self.has_soft_targets = soft_targets, soft_targets is not None
         self.windows, self.samples = manifest["windows"], manifest["samples"]
         self.scales = np.minimum(
             np.array(manifest["scales"], dtype=np.int64), self.windows
@@ -215,6 +224,7 @@ class PairDataset(ExampleDataset):
             "bins": (np.uint64, (rows, self.pairs_per_simulation, bin_words)),
             "missing": (np.float32, (rows if self.manifest["missing"] else 0, len(self.scales), self.windows)),
             "rates": (np.float32, (rows, 2)),
+            "soft_targets": (np.int16, (rows * self.has_soft_targets, self.pairs_per_simulation, self.windows, len(LEVELS))),
             "index": (np.int64, (rows,)),
             "start": (np.int64, (rows,)),
         }
@@ -236,6 +246,7 @@ class PairDataset(ExampleDataset):
         return {
             "path": str(self.path.absolute()), "split": self.split, "manifest": digest(self.manifest),
             "grid": dataclasses.astuple(self.grid), "dtype": self._dtype.name, "arena": [self._arena.path, self._arena.size],
+            "soft_targets": self._soft_target_directory,
         }  # fmt: skip
 
     @classmethod
@@ -245,7 +256,7 @@ class PairDataset(ExampleDataset):
         manifest = read_manifest(handle["path"])
         if digest(manifest) != handle["manifest"]:
             raise BadRequest(f"{Path(handle['path']) / MANIFEST} has changed while it was in use; run the command again")
-        self._describe_shape(handle["path"], handle["split"], manifest, Grid(*handle["grid"]))
+        self._describe_shape(handle["path"], handle["split"], manifest, Grid(*handle["grid"]), handle["soft_targets"])
         self._dtype = np.dtype(handle["dtype"])
         self._arena = Arena.attach(*handle["arena"])
         self._attach()
@@ -273,6 +284,10 @@ class PairDataset(ExampleDataset):
         arrays, attributes = read_shard(path, sha256=shard["sha256"])
         check_content(path, arrays, attributes, row=shard, shape=self.manifest)
         widest, length = 0, self.manifest["sequence_length"]
+        if self._soft_target_directory is not None:
+            file = soft_targets_path(self._soft_target_directory, shard["path"])
+            rows = slice(row, row + len(arrays["index"]))
+            self._soft_targets[rows] = read_soft_targets(file, shard=shard["sha256"], shape=arrays["log_tmrca"].shape)
         total = np.empty((self.windows + 1) * self.samples, dtype=np.int32)
         for i in range(len(arrays["index"])):
             sites = slice(arrays["site_offsets"][i], arrays["site_offsets"][i + 1])
@@ -335,6 +350,8 @@ class PairDataset(ExampleDataset):
         if batch.missing is not None:
             np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
         np.take(self._rates, rows, axis=0, out=batch.rates.numpy())
+        if batch.soft_targets is not None:
+            batch.soft_targets.numpy()[:] = self._soft_targets[rows, columns]
         return batch
 
 
@@ -345,12 +362,15 @@ def open_dataset(
     grid: Grid,
     storage: Storage,
     scratch: str | None = None,
+    soft_targets: str | None = None,
     progress: Callable[[str], None],
 ) -> PairDataset:
     """Open a split for training: read by the first process of a machine, and shared with the other ranks that it starts."""
     key = f"CXT_SHARED_{split.upper()}"
     if os.environ.get("LOCAL_RANK", "0") != "0" and key in os.environ:
         return PairDataset.shared(json.loads(os.environ[key]))
-    dataset = PairDataset(path, split, grid=grid, storage=storage, scratch=scratch, progress=progress)
+    dataset = PairDataset(
+        path, split, grid=grid, storage=storage, scratch=scratch, soft_targets=soft_targets, progress=progress
+    )
     os.environ[key] = json.dumps(dataset.handle())
     return dataset

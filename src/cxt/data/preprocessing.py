@@ -42,6 +42,27 @@ def decode_sites(ts: tskit.TreeSequence, length: float) -> tuple[np.ndarray, np.
     return genotypes, positions
 
 
+def cut_region(ts: tskit.TreeSequence, *, samples: int, start: int, length: int) -> tskit.TreeSequence:
+    """The first *samples* haplotypes of a tree sequence in the region [start, start + length), which begins at 0 in the result.
+
+    A region at the start of the sequence may be followed by more sites and trees.
+
+    Raises
+    ------
+    BadRequest
+        If it has too few base pairs or samples.
+    """
+    if start + length > ts.sequence_length:
+        raise BadRequest(f"{length} bp requested from {start} on; the tree sequence has only {ts.sequence_length:g} bp")
+    if ts.num_samples < samples:
+        raise BadRequest(f"{samples} samples requested, but the tree sequence has only {ts.num_samples}")
+    if ts.num_samples > samples:
+        if length < ts.sequence_length:  # makes simplification faster
+            ts = ts.keep_intervals([[start, start + length]], simplify=False)
+        ts = ts.simplify(ts.samples()[:samples])
+    return ts.keep_intervals([[start, start + length]]).trim() if start else ts
+
+
 def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, region: int = 0) -> PreprocessedSimulation:
     """Preprocess one region of a simulation: usable sites, random pairs, and their ln TMRCA.
 
@@ -73,18 +94,7 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
 
     length = spec["sequence_length"]
     start = compute_region_start(region, regions=spec.get("regions_per_simulation", 1), length=ts.sequence_length)
-    if start + length > ts.sequence_length:
-        raise BadRequest(
-            f"region {region} of {length} bp begins at {start}; the tree sequence has only {ts.sequence_length:g} bp"
-        )
-    if ts.num_samples < spec["samples"]:
-        raise BadRequest(f"{spec['samples']} samples requested, but the tree sequence has only {ts.num_samples}")
-    if ts.num_samples > spec["samples"]:
-        if length < ts.sequence_length:  # makes simplification faster
-            ts = ts.keep_intervals([[start, start + length]], simplify=False)
-        ts = ts.simplify(ts.samples()[: spec["samples"]])
-    if start:
-        ts = ts.keep_intervals([[start, start + length]]).trim()
+    ts = cut_region(ts, samples=spec["samples"], start=start, length=length)
     pairs = choose_pairs(rng("pairs"), samples=spec["samples"], pairs=spec["pairs"])
     log_tmrca = pair_log_tmrca(ts, pairs, window_size=spec["window_size"], sequence_length=length)
     crop, offset = None, 0

@@ -34,6 +34,17 @@ def posterior_quantile(distribution: torch.Tensor, grid: Grid, q: float) -> torc
     return (edges[bin_] + grid.step * inside)[..., 0]
 
 
+def posterior_quantiles(distribution: torch.Tensor, grid: Grid, levels: Sequence[float]) -> torch.Tensor:
+    """Several quantiles of ln TMRCA, as `posterior_quantile`, at once: (..., bins) float64 -> (..., levels)."""
+    cumulative = distribution.cumsum(-1)
+    targets = torch.as_tensor(levels, dtype=cumulative.dtype, device=cumulative.device) * cumulative[..., -1:]  # (..., levels)
+    bins = torch.searchsorted(cumulative, targets).clamp(max=grid.bins - 1)
+    mass = distribution.gather(-1, bins)
+    below = cumulative.gather(-1, bins) - mass
+    inside = torch.where(mass > 0, (targets - below) / mass, 0.5).clamp(0, 1)
+    return torch.as_tensor(grid.edges, device=distribution.device)[bins] + grid.step * inside
+
+
 def posterior_rank(distribution: torch.Tensor, grid: Grid, log_tmrca: torch.Tensor) -> torch.Tensor:
     """Probability of a smaller ln TMRCA than *log_tmrca* (...), linear within its bin: (..., bins) float64 -> (...).
 

@@ -102,8 +102,7 @@ def predict(
     mutation_rate, recombination_rate : float, optional
         Per base pair and generation, to be compared with those of the training data. A model with `reads_rates` uses them:
         times are inversely proportional to the mutation rate (if the recombination rate keeps its ratio to it, or is not
-        given), and only the ratio of both is compared. The model infers rates that are not given. A recombination rate of 0 means
-        none.
+        given), and only the ratio of both is compared. The model infers rates that are not given.
     reading : str, optional
         `marginal` reads a pair's windows in one pass, `sampled` averages the predictive distributions of sampled sequences. By
         default the one that the model was trained for.

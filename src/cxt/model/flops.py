@@ -13,14 +13,16 @@ A marginal pass has the W sources only; a joint one applies the head to sources 
 A backward pass takes as much again for the gradients of activations, and once more for those of trained matrices.
 """
 
+from cxt.config.learning import READINGS
 from cxt.config.network import AdapterConfig, ModelConfig
 
 
 def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") -> dict[str, float]:
     """FLOPs of the forward pass of one example, by part: blocks (matrices), attention, head, embedding."""
     windows, width, hidden = network.windows, network.width, network.width // network.scales
-    live = windows**2 if objective == "marginal" else 2 * windows**2 + windows * (windows + 1) / 2
-    tokens = windows if objective == "marginal" else 2 * windows
+    one_pass = READINGS[objective] == ("marginal",)
+    live = windows**2 if one_pass else 2 * windows**2 + windows * (windows + 1) / 2
+    tokens = windows if one_pass else 2 * windows
     predictions = 2 * windows if objective == "joint" else windows
     return {
         "blocks": tokens * 24 * width**2 * network.layers,

@@ -26,6 +26,11 @@ def find_scale(rates: np.ndarray) -> np.ndarray:
     return np.nan_to_num(rates[..., 0].astype(np.float64) - LOG_REFERENCE_RATE)
 
 
+def find_shift(rates: torch.Tensor) -> torch.Tensor:
+    """The same as a tensor: (B, 2) ln rates -> (B,)."""
+    return torch.nan_to_num(rates[:, 0] - LOG_REFERENCE_RATE)
+
+
 def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     """Tokens of the scaled times of each example, to the nearest bin, and at most to the ends of the grid.
 
@@ -39,7 +44,7 @@ def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig)
         Its grid.
     """
     step = (config.grid_high - config.grid_low) / (config.bins - 1)
-    shift = torch.nan_to_num((rates[:, :1] - LOG_REFERENCE_RATE) / step).round().long()  # (B, 1)
+    shift = (find_shift(rates).unsqueeze(1) / step).round().long()  # (B, 1)
     scaled = (tokens[:, 1:] + shift).clamp(SPECIAL_TOKENS, config.vocabulary - 1)
     return torch.cat([tokens[:, :1], scaled], dim=1)
 

@@ -1,11 +1,14 @@
 """The source of a run's examples: a dataset on disk, or scenarios that are simulated on the fly."""
 
 from cxt.config.file import load
-from cxt.config.network import PRESETS
+from cxt.config.network import PRESETS, ModelConfig
 from cxt.config.training import TrainingConfig
 from cxt.config.variants import list_variants
 from cxt.data.features import SCALES
+from cxt.data.soft_targets import read_about, soft_targets_path
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.io import digest
+from cxt.lineage import check_lineage, combine_soft_target_lineages
 from cxt.trainer.options import TrainingOptions
 
 
@@ -30,6 +33,43 @@ def check_source(options: TrainingOptions) -> None:
         raise BadRequest("--simulate needs held-out examples for validation: set either --eval-samples or --eval-max-batches")
     if (held_out := options.eval_max_batches if options.eval_samples is None else options.eval_samples) < 1:
         raise BadRequest(f"--eval-samples and --eval-max-batches must be positive, got {held_out}")
+
+
+def identify_soft_targets(options: TrainingOptions, manifest: dict, network: ModelConfig) -> dict | None:
+    """What identifies the soft targets of a run: their directory, teacher, and a digest; None without a teacher.
+
+    Raises
+    ------
+    BadRequest
+        If there are soft targets without the objective `distill` or the reverse, or they belong to another dataset, another
+        grid or several teachers, or are not the planned ones.
+    """
+    directory, distills = options.soft_targets, options.training.objective == "distill"
+    if distills != (directory is not None):
+        raise BadRequest(
+            "the objective distill needs a teacher: pass the directory of its soft targets, which cxt.teach makes, with "
+            "--soft-targets"
+            if distills
+            else f"--soft-targets is for the objective distill, not for {options.training.objective}; add --objective distill"
+        )
+    if directory is None:
+        return None
+    if options.simulate is not None:
+        raise BadRequest("--soft-targets cannot be used with --simulate, because a teacher reads the examples of a dataset")
+    found = []
+    for part in manifest["splits"].values():
+        for shard in part["shards"]:
+            path = soft_targets_path(directory, shard["path"])
+            about = read_about(path, shard=shard["sha256"])
+            grid = [network.grid_low, network.grid_high, network.bins]
+            if about["grid"] != grid:
+                raise BadRequest(f"{path}: the teacher has the grid {about['grid']}, but this network has {grid}; use the same")
+            if found and about["teacher"] != found[0]["teacher"]:
+                raise BadRequest(f"{directory} holds soft targets of several teachers; make all of them with one")
+            found.append(about)
+    planned, lineage = options.soft_targets_lineage, combine_soft_target_lineages([about["lineage"] for about in found])
+    check_lineage(f"the soft targets {directory}", actual=lineage, planned=planned, target=directory)
+    return {"directory": directory, "digest": digest(found), "teacher": found[0]["teacher"]}
 
 
 def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:

@@ -58,6 +58,7 @@ def build_data(request: RunRequest) -> DataModule:
             grid=grid,
             storage=training.storage,
             scratch=training.scratch,
+            soft_targets=request.soft_targets and request.soft_targets["directory"],
             progress=lambda line: logger.info(f"{request.name}: {line}"),
         )
         for split in ("train", "test")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cxt.config.learning import SMOOTHING_WIDTH, LossTerm
 from cxt.config.network import SPECIAL_TOKENS
 from cxt.data.grid import Grid
+from cxt.data.soft_targets import LEVELS, UNIT
 
 Term = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits (N, V), labels (N,)) -> loss of each window (N,)."""
@@ -45,6 +46,52 @@ def bin_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, SPECIAL_TOKENS:].softmax(-1)
 
 
+def spread_over_bins(quantiles: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The distribution over bins whose cumulative distribution is linear between quantiles at `cxt.data.soft_targets.LEVELS`.
+
+    Probability outside of the grid is added to its first or last bin; that outside of the outermost quantiles, 0.0005 in all,
+    is left out.
+
+    Parameters
+    ----------
+    quantiles : float32 tensor (N, levels)
+        In ln generations, ascending.
+    grid : Grid
+
+    Returns
+    -------
+    float32 tensor (N, bins)
+    """
+    levels = torch.from_numpy((LEVELS - LEVELS[0]) / (LEVELS[-1] - LEVELS[0])).to(quantiles)
+    edges = torch.from_numpy(grid.edges[1:-1]).to(quantiles).expand(len(quantiles), -1).contiguous()
+    after = torch.searchsorted(quantiles.contiguous(), edges, right=True).clamp(1, len(levels) - 1)  # (N, bins - 1)
+    low, high = quantiles.gather(1, after - 1), quantiles.gather(1, after)
+    share = ((edges - low) / (high - low).clamp(min=UNIT)).clamp(0, 1)
+    cumulative = torch.lerp(levels[after - 1], levels[after], share)
+    return F.pad(F.pad(cumulative, (1, 0), value=0.0), (0, 1), value=1.0).diff(dim=1)
+
+
+def compute_distillation_loss(logits: torch.Tensor, target: torch.Tensor, *, temperature: float) -> torch.Tensor:
+    """T² times the divergence KL(teacher ‖ student) at temperature T (Hinton, Vinyals and Dean 2015), mean over windows.
+
+    At temperature T, logarithms of probabilities are divided by T, and distributions normalised again.
+
+    Parameters
+    ----------
+    logits : tensor (N, V)
+        The student's.
+    target : tensor (N, bins)
+        The teacher's distributions.
+    temperature : float
+        T; 1 compares the distributions as they are.
+    """
+    target = target.clamp(min=0) ** (1 / temperature)
+    target = target / target.sum(-1, keepdim=True)
+    student = (logits[:, SPECIAL_TOKENS:] / temperature).log_softmax(-1)
+    divergence = (torch.xlogy(target, target) - target * student).sum(-1)
+    return temperature**2 * divergence.mean()
+
+
 class Criterion:
     """The weighted terms of a loss.
 
@@ -61,7 +108,7 @@ class Criterion:
     def __init__(self, terms: Sequence[LossTerm], grid: Grid):
         self.terms = terms
         self.names = [term.name for term in terms]
-        self._grid = grid
+        self.grid = grid
         self._centres = torch.from_numpy(grid.centres.astype(np.float32))
         self._tables = {term.sigma: smoothed_targets(grid, term.sigma or SMOOTHING_WIDTH) for term in terms}
 
@@ -90,9 +137,9 @@ class Criterion:
         return -(self._tables[term.sigma][labels] * logits.log_softmax(-1)).sum(-1)
 
     def _emd(self, term: LossTerm, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        bins = torch.arange(self._grid.bins, device=logits.device)
+        bins = torch.arange(self.grid.bins, device=logits.device)
         reached = bins >= (labels - SPECIAL_TOKENS).unsqueeze(-1)  # (N, bins)
-        return ((bin_probabilities(logits).cumsum(-1) - reached.float()) ** 2).sum(-1) * self._grid.step
+        return ((bin_probabilities(logits).cumsum(-1) - reached.float()) ** 2).sum(-1) * self.grid.step
 
     def _mse(self, term: LossTerm, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (bin_probabilities(logits) @ self._centres - self._centres[labels - SPECIAL_TOKENS]) ** 2

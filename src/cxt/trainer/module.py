@@ -12,9 +12,10 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.config.training import TrainingConfig
 from cxt.data.pair_dataset import Batch, compute_model_input
+from cxt.data.soft_targets import UNIT
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
-from cxt.model.rates import scale_tokens
+from cxt.model.rates import find_shift, scale_tokens
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 from cxt.trainer.objectives import AnyObjective, build_objective
@@ -44,7 +45,7 @@ def check_compiler_cache() -> None:
 
 
 def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
-    """A function from (counts, missing, tokens, rates) to the values of the objective's loss terms, (terms,).
+    """A function from (counts, missing, tokens, rates, soft targets) to the values of the objective's loss terms, (terms,).
 
     It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device. If the
     network reads rates, it also converts tokens to the network's scale. Attention and gradient checkpointing are those of
@@ -55,11 +56,21 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
         model.use_flex_attention()
 
     def parts(
-        counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor, rates: torch.Tensor | None = None
+        counts: torch.Tensor,
+        missing: torch.Tensor | None,
+        tokens: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        soft_targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if rates is not None and model.config.reads_rates:
+        scaled = rates is not None and model.config.reads_rates
+        if scaled:
             tokens = scale_tokens(tokens, rates, model.config)
-        return objective(model, compute_model_input(counts, missing), tokens, rates)
+        if soft_targets is None:
+            return objective(model, compute_model_input(counts, missing), tokens, rates)
+        quantiles = soft_targets.float() * UNIT  # (B, W, levels)
+        if scaled:
+            quantiles = quantiles + find_shift(rates).view(-1, 1, 1)
+        return objective(model, compute_model_input(counts, missing), tokens, rates, quantiles)
 
     return parts
 

@@ -9,7 +9,7 @@ from cxt.config.training import TrainingConfig
 from cxt.data.grid import Grid
 from cxt.model.inputs import check_tokens
 from cxt.model.transformer import CoalescenceModel
-from cxt.trainer.losses import Criterion
+from cxt.trainer.losses import Criterion, compute_distillation_loss, spread_over_bins
 
 
 class Autoregressive:
@@ -72,8 +72,30 @@ class Joint:
         return torch.cat(values)
 
 
-AnyObjective = Autoregressive | Marginal | Joint
-OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint}
+class Distill:
+    """Predict each window from the sources alone, as a teacher does: its distribution, besides the true bin."""
+
+    def __init__(self, criterion: Criterion, training: TrainingConfig):
+        self.criterion, self.settings = criterion, training.distill
+        self.names = ["distillation", *criterion.names]
+
+    def weights(self, progress: float) -> list[float]:
+        """Weight of each value that the objective returns, when a fraction *progress* of the steps is done."""
+        return [self.settings.weight, *self.criterion.weights(progress)]
+
+    def __call__(
+        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None, quantiles: torch.Tensor
+    ) -> torch.Tensor:
+        """Values of the loss terms, (1 + terms,), given also the teacher's quantiles (B, W, levels) on the network's scale."""
+        logits = model.marginal_logits(x, rates).flatten(0, 1).float()  # (B·W, V)
+        check_tokens(model, y, examples=len(x))
+        target = spread_over_bins(quantiles.flatten(0, 1), self.criterion.grid)  # (B·W, bins)
+        divergence = compute_distillation_loss(logits, target, temperature=self.settings.temperature)
+        return torch.cat([divergence[None], self.criterion(logits, y[:, 1:].flatten())])
+
+
+AnyObjective = Autoregressive | Marginal | Joint | Distill
+OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint, "distill": Distill}
 
 
 def build_objective(model: CoalescenceModel, training: TrainingConfig) -> AnyObjective:

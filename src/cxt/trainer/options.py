@@ -61,6 +61,8 @@ class TrainingOptions:
     settings_lineage: str | None
     dataset_lineage: str | None
     parent_lineage: str | None
+    soft_targets: str | None
+    soft_targets_lineage: str | None
     wait_for_lock: float
     layers: int | None
     heads: int | None
@@ -110,6 +112,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
     add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
+    add("--soft-targets", type=str | None, help="directory of a teacher's soft targets for the dataset, made by cxt.teach")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
     add("--configfile", type=str, nargs="+", default=[], help="overlays on the default configuration, for --simulate")
     add("--window-size", type=int | None, help="base pairs per window, for --simulate (default: the preset's)")
@@ -182,6 +185,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     )
     add("--dataset-lineage", type=str | None, help="expected lineage of the dataset")
     add("--parent-lineage", type=str | None, help="expected lineage of --checkpoint or --resume-adapter")
+    add("--soft-targets-lineage", type=str | None, help="expected lineage of the soft targets")
     add("--wait-for-lock", type=float, default=0.0, help="minutes to wait for another trainer that uses the run directory")
     for name, field in Architecture.model_fields.items():
         defaults = {"mask_singletons": "the preset's", "start_token_in_prefix": "the parent's"}
@@ -217,7 +221,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
 
-STRUCTURED = ("losses", "optimizer", "adaptive")
+STRUCTURED = ("losses", "optimizer", "adaptive", "distill")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 NUMBERS = {

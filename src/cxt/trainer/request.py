@@ -15,7 +15,7 @@ from cxt.data.shards import MANIFEST
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import file_sha256
 from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
-from cxt.trainer.data_source import check_source, plan_simulations
+from cxt.trainer.data_source import check_source, identify_soft_targets, plan_simulations
 from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
@@ -27,12 +27,12 @@ logger = get_logger(__name__)
 
 RUN_CONTROL_OPTIONS = (
     "resume", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
-    "dataset_lineage", "parent_lineage", "wait_for_lock",
+    "dataset_lineage", "parent_lineage", "soft_targets_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 
 OPTIONS_IDENTIFIED_OTHERWISE = (
-    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
+    "dataset_path", "soft_targets", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
 )  # fmt: skip
 """Settings that are in a run's identity in another form: files by digest, devices by number."""
 
@@ -55,6 +55,8 @@ class RunRequest:
         Variants to simulate on the fly; None for a dataset on disk.
     network, adapter, training : ModelConfig, AdapterConfig or None, TrainingConfig
         Settings; *adapter* is None for a plain model.
+    soft_targets : dict or None
+        directory, digest, and teacher of the soft targets; None without a teacher.
     parent : Checkpoint or None
         The checkpoint to start from.
     parent_file, parent_sha256 : str or None
@@ -86,6 +88,7 @@ class RunRequest:
     network: ModelConfig
     adapter: AdapterConfig | None
     training: TrainingConfig
+    soft_targets: dict | None
     parent: "Checkpoint | None"
     parent_file: str | None
     parent_sha256: str | None
@@ -196,6 +199,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
+    soft_targets = identify_soft_targets(options, manifest, network)
     if network.start_token_in_prefix and training.objective == "joint":
         raise BadRequest(
             "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "
@@ -222,7 +226,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         "lineage": options.lineage,
         "dataset": data_digest,
         "parent": parent_digest,
-    }
+    } | ({} if soft_targets is None else {"soft_targets": soft_targets["digest"]})
     request = RunRequest(
         name=options.name or options.model,
         preset=options.model,
@@ -233,6 +237,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         network=network,
         adapter=adapter,
         training=training,
+        soft_targets=soft_targets,
         parent=parent,
         parent_file=None if parent_file is None else str(parent_file),
         parent_sha256=parent_digest,
@@ -309,6 +314,8 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     for name in ("cycles", "cycle_decay"):
         if getattr(training, name) != getattr(TrainingConfig(), name) and training.schedule != "cosine_restarts":
             notes.append(f"{name} {getattr(training, name):g} has no effect with the schedule {training.schedule}")
+    if training.distill != TrainingConfig().distill and training.objective != "distill":
+        notes.append(f"distill has no effect with the objective {training.objective}")
     if training.adaptive != TrainingConfig().adaptive and training.schedule != "adaptive":
         notes.append(f"adaptive has no effect with the schedule {training.schedule}")
     if training.min_delta and not training.patience:

@@ -40,6 +40,7 @@ def build_record(request: RunRequest) -> dict:
             "lineage": request.parent.record.get("lineage"),
             "sha256": request.parent_sha256,
         },
+        **({} if request.soft_targets is None else {"teacher": request.soft_targets["teacher"]}),
         accelerator=request.accelerator,
         devices=request.world,
         precision=request.precision,

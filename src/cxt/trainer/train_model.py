@@ -17,6 +17,7 @@ def train_model(
     model: str | None = None,
     name: str | None = None,
     dataset_path: str | PathLike[str] | None = None,
+    soft_targets: str | PathLike[str] | None = None,
     simulate: str | Sequence[str] | None = None,
     configfile: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
     window_size: int | None = None,
@@ -53,8 +54,9 @@ def train_model(
     cycles: int | None = None,
     cycle_decay: float | None = None,
     adaptive: Mapping[str, Any] | None = None,
-    objective: Literal["autoregressive", "marginal", "joint"] | None = None,
+    objective: Literal["autoregressive", "marginal", "joint", "distill"] | None = None,
     joint_weight: float | None = None,
+    distill: Mapping[str, Any] | None = None,
     rates_dropout: float | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
@@ -106,6 +108,7 @@ def train_model(
     settings_lineage: str | None = None,
     dataset_lineage: str | None = None,
     parent_lineage: str | None = None,
+    soft_targets_lineage: str | None = None,
     **unknown: Never,
 ) -> Path:
     """Train one checkpoint, as `python -m cxt.train` does with flags of the same names.

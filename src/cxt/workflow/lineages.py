@@ -2,16 +2,18 @@
 
 import functools
 
-from cxt.config.models import build_training_settings, get_parent
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
 from cxt.io import file_sha256
 from cxt.lineage import (
     combine_shard_lineages,
+    combine_soft_target_lineages,
     derive_batch_lineage,
     derive_evaluation_lineage,
     derive_mask_file_lineage,
     derive_shard_lineage,
+    derive_soft_target_lineage,
     derive_synthetic_mask_lineage,
     stage_lineage,
 )
@@ -99,9 +101,35 @@ def model_lineage(config: dict, name: str) -> str:
     settings = build_training_settings(config, name)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
     settings = drop_later_defaults(settings)
+    taught = [] if "teacher" not in model else [soft_targets_lineage(config, name)]
     devices, machines = get_device_count(config, name), get_machine_count(config, name)
     placement = devices if machines == 1 else [devices, machines]  # as it was before there were several machines
-    return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited)
+    return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited, *taught)
+
+
+def soft_target_lineage(config: dict, name: str, variant: Variant, start: int) -> str:
+    """Lineage of the soft targets of the shards that are made from one simulation batch, for model *name*."""
+    model = config["models"][name]
+    return derive_soft_target_lineage(
+        build_teaching_spec(config, name),
+        shard=shard_lineage(config, model["dataset"], variant, start),
+        checkpoint=model_lineage(config, model["teacher"]),
+    )
+
+
+@derived_once
+def soft_targets_lineage(config: dict, name: str) -> str:
+    """Lineage of all soft targets of model *name*."""
+    variants = collect_variants(config, config["datasets"][config["models"][name]["dataset"]]["scenarios"])
+    return combine_soft_target_lineages(
+        [
+            soft_target_lineage(config, name, variant, start)
+            for variant in variants
+            for start, count in simulation_batches(simulations=variant.simulations, batch=variant.batch)
+            for split in SPLITS
+            if count_in_split(start, count, split)
+        ]
+    )
 
 
 @derived_once

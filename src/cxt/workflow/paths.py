@@ -4,6 +4,7 @@ import os
 
 from cxt.config.variants import Variant
 from cxt.data.manifest import plan_shards
+from cxt.data.soft_targets import soft_targets_path
 from cxt.errors import BadRequest
 from cxt.io import expand_path
 from cxt.scenarios.genetic_maps import check_map_available
@@ -83,6 +84,19 @@ def shard_paths(config: dict, dataset: str) -> list[str]:
     """All shards of a dataset."""
     planned = plan_shards(variant_table(config, dataset))
     return [f"{dataset_directory(dataset)}/{name}" for names in planned.values() for name in names]
+
+
+def soft_target_directory(model: str) -> str:
+    """The directory of the soft targets that a model's teacher makes."""
+    return f"results/soft_targets/{model}"
+
+
+def soft_target_paths(config: dict, model: str) -> list[str]:
+    """All files of soft targets for a model: one for each shard of its dataset; none without a teacher."""
+    if "teacher" not in config["models"][model]:
+        return []
+    planned = plan_shards(variant_table(config, config["models"][model]["dataset"]))
+    return [str(soft_targets_path(soft_target_directory(model), name)) for names in planned.values() for name in names]
 
 
 def checkpoint_path(model: str) -> str:

@@ -2,6 +2,7 @@
 
 from cxt.config.models import build_network_config, build_training_config
 from cxt.config.yaml import read_yaml
+from cxt.data.soft_targets import LEVELS
 from cxt.errors import BadRequest
 from cxt.workflow.jobs import collect_variants, get_device_count, get_machine_count
 
@@ -17,11 +18,19 @@ def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_byte
     return 2000 + int((1.5 * kept + 20 * tree_bytes) / 1e6)
 
 
+def teaching_memory_mb(config: dict, name: str, simulations: int) -> int:
+    """Memory to request for soft targets: torch and the teacher, one tree sequence, and the quantiles of a shard, twice."""
+    dataset = config["datasets"][config["models"][name]["dataset"]]
+    windows = dataset["sequence_length"] // dataset["window_size"]
+    examples = simulations * dataset["regions_per_simulation"] * dataset["pairs"]
+    return 4000 + int(examples * windows * len(LEVELS) * (8 + 4) / 1e6)
+
+
 def training_memory_mb(config: dict, name: str) -> int:
     """Memory to request for training: torch, the network and batches for each device, and the dataset once.
 
-    Per region, as `PairDataset` holds it: about 9 bits per target, one bit per genotype (20 000 sites are many), and window
-    counts.
+    Per region, as `PairDataset` holds it: about 9 bits per target, one bit per genotype (20 000 sites are many), window
+    counts, and a teacher's quantiles.
     """
     if given := config["models"][name].get("resources", {}).get("mem_mb"):
         return given
@@ -29,6 +38,8 @@ def training_memory_mb(config: dict, name: str) -> int:
     simulations = sum(variant.simulations for variant in collect_variants(config, dataset["scenarios"]))
     windows, samples = dataset["sequence_length"] // dataset["window_size"], dataset["samples"]
     per_region = 1.2 * dataset["pairs"] * windows + 20_000 * (samples / 8 + 1) + 2 * windows * samples
+    if "teacher" in config["models"][name]:
+        per_region += 2 * dataset["pairs"] * windows * len(LEVELS)
     return 4000 * max(1, get_device_count(config, name)) + int(
         1.2 * simulations * dataset["regions_per_simulation"] * per_region / 1e6
     )

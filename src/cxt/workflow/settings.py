@@ -6,7 +6,7 @@ planned and the moment when it starts. The keys are the names of the stage's fla
 
 import yaml
 
-from cxt.config.models import build_training_settings, get_parent
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
 from cxt.workflow.lineages import (
@@ -15,6 +15,7 @@ from cxt.workflow.lineages import (
     file_digest,
     mask_lineage,
     model_lineage,
+    soft_targets_lineage,
     variant_table_with_lineages,
 )
 
@@ -52,8 +53,15 @@ def _model(config: dict, model: str) -> dict:
     }
     if (machines := get_machine_count(config, model)) > 1:
         settings["nodes"] = machines
+    if "teacher" in config["models"][model]:
+        settings["soft_targets_lineage"] = soft_targets_lineage(config, model)
     parent = get_parent(config["models"][model])
     return settings if parent is None else settings | {"parent_lineage": model_lineage(config, parent)}
+
+
+def _teaching(config: dict, model: str) -> dict:
+    teacher = config["models"][model]["teacher"]
+    return {"spec": build_teaching_spec(config, model), "checkpoint_lineage": model_lineage(config, teacher)}
 
 
 def _evaluation(config: dict, model: str) -> dict:
@@ -79,6 +87,7 @@ KINDS = {
     "masks": _mask,
     "datasets": _dataset,
     "shards": _shards,
+    "teachings": _teaching,
     "models": _model,
     "evaluations": _evaluation,
 }
