@@ -22,6 +22,7 @@ from helpers.interruptions import (
     kill_at_a_random_moment,
     signal_at_a_random_moment,
 )
+from helpers.repository import run_python
 from helpers.simulations import constant_scenario
 
 from cxt.signals import STATUS
@@ -30,7 +31,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
 
 
-KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive")
+KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,12 @@ def parents(dataset, dataset_n10, tmp_path_factory):
     finish(command("--dataset-path", dataset, *few, "--run-dir", directory / "plain", "--out", plain))
     on_plain = ["--dataset-path", dataset_n10, "--adapter", "--adapter-bottleneck", 4, "--adapter-dropout", 0.1, "--last-n", 1]
     finish(command(*on_plain, "--checkpoint", plain, *few, "--run-dir", directory / "adapter", "--out", adapter))
+    shards = [dataset_n10 / f"{split}/constant-0.zarr.zip" for split in ("train", "test")]
+    soft = [directory / f"soft/{split}/constant-0.npz" for split in ("train", "test")]
+    for file in soft:
+        file.parent.mkdir(parents=True)
+    batch = ["--batch", dataset_n10 / "batch", "--start", 0, "--count", 20]
+    run_python("-m", "cxt.teach", "--checkpoint", plain, "--shards", *shards, "--out", *soft, *batch)
     live = directory / "live.yaml"
     live.write_text(yaml.safe_dump({"scenarios": {"little": constant_scenario(sequence_length=10_000)}}))
     return {
@@ -59,6 +66,10 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--dataset-path", dataset, "--schedule", "adaptive", "--validate-every", 7,
             "--adaptive", "{patience_up: 1, patience_down: 1, cooldown: 0}",
         ],
+        "distill": [
+            "--dataset-path", dataset_n10, "--objective", "distill", "--soft-targets", directory / "soft",
+            "--optimizer", "muon", "--reads-rates", "true",
+        ],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -74,7 +85,7 @@ MATRIX = [
 FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2)]
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
-    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1),
+    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1),
 ]  # fmt: skip
 
 
