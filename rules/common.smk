@@ -338,11 +338,9 @@ def taught_shards(wildcards):
 
 def soft_target_flag(wildcards, input):
     """The flag and directory of soft targets, for a model with a teacher, or nothing."""
-    return (
-        ["--soft-targets", paths.soft_target_directory(wildcards.model)]
-        if input.soft_targets
-        else []
-    )
+    if not input.soft_targets:
+        return []
+    return ["--soft-targets", os.path.dirname(os.path.dirname(input.soft_targets[0]))]
 
 
 def parent_flag(wildcards, input):
