@@ -28,6 +28,8 @@ from cxt.errors import BadRequest
 from cxt.model.rates import find_shift
 from cxt.scenarios.batches import read_batch
 from cxt.trainer.losses import compute_distillation_loss, spread_over_bins
+from cxt.workflow.costs import Costs
+from cxt.workflow.estimates import estimate_costs
 from cxt.workflow.lineages import model_lineage, soft_targets_lineage
 from cxt.workflow.paths import soft_target_paths
 
@@ -280,6 +282,16 @@ def test_teacher_with_fewer_haplotypes(tmp_path):
     path.write_text(json.dumps({"models": {"student": student}}))
     with pytest.raises(BadRequest, match="reads 10 haplotypes, fewer than the 50 of dataset 'processed'"):
         load([path])
+
+
+def test_the_plan_counts_the_teachers_reading(tmp_path):
+    path = tmp_path / "overlay.yaml"
+    path.write_text(json.dumps(overlay()))
+    costs = Costs()
+    with_teacher, without = (estimate_costs(load(files), costs)["models"]["broad_adapter"] for files in ([path], []))
+    assert with_teacher["flops"] == without["flops"]
+    assert with_teacher["hours"] == without["hours"]
+    assert 1.1 < with_teacher["core_hours"] / without["core_hours"] < 3
 
 
 def test_the_workflow_plans_a_teacher(tmp_path):

@@ -1,6 +1,7 @@
 """The whole workflow on a tiny configuration, and what is made again after which change."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -175,6 +176,24 @@ def test_replaced_checkpoint(copy):
     after = read_checkpoint(copy / "results" / "broad_w200.ckpt").state_dict
     assert not torch.equal(before["backbone.head.weight"], after["backbone.head.weight"])
     assert re.search(r"parent \w{12} instead of \w{12}", (copy / "results" / "logs" / "train" / "broad_w200.log").read_text())
+
+
+@pytest.mark.long
+def test_a_student_learns_from_its_teacher(copy, tmp_path):
+    """Soft targets of ten haplotypes by a teacher that reads fifty; what is made again after a change of either."""
+    student = {"teacher": "broad", "training": {"objective": "distill"}}
+    more = overlay(tmp_path / "x.yaml", models={"broad_adapter": student})
+    again = {"teach": 3, "train_broad_adapter": 1, "train_w200_wmissing_adapter": 1}
+    jobs = planned(copy, "results/w200_wmissing_adapter.ckpt", configfile=more)
+    assert jobs == again
+    snakemake("results/broad_adapter.ckpt", cwd=copy, configfile=more)
+    record = read_checkpoint(copy / "results" / "broad_adapter.ckpt").record
+    assert record["teacher"]["sha256"] == hashlib.sha256((copy / "results" / "broad.ckpt").read_bytes()).hexdigest()
+    assert planned(copy, "results/broad_adapter.ckpt", configfile=more) == {}
+    assert "intact" in verify(copy / "results" / "broad_adapter.ckpt", configfiles=[more])
+    gentler = {"teacher": "broad", "training": {"objective": "distill", "distill": {"weight": 0.5}}}
+    gentler = overlay(tmp_path / "y.yaml", models={"broad_adapter": gentler})
+    assert planned(copy, "results/broad_adapter.ckpt", configfile=gentler) == {"train_broad_adapter": 1}
 
 
 def test_deleted_shard_is_rebuilt_when_training_needs_it(copy):

@@ -1,13 +1,13 @@
 """Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
-from cxt.config.learning import list_readings
+from cxt.config.learning import choose_reading, list_readings
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
 from cxt.io import format_columns
 from cxt.model.flops import forward_flops, reading_flops, training_flops
-from cxt.scenarios.indices import count_in_split
+from cxt.scenarios.indices import SPLITS, count_in_split
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.workflow import jobs, lineages
 from cxt.workflow.costs import Costs
@@ -102,16 +102,28 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     checking = sum(forward_flops(network, objective=training.objective).values())
     flops = trained * training_flops(network, adapter, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
+    total = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
     return {
         "devices": devices,
         "nodes": machines,
         "steps": training.epochs * steps,
         "effective_batch": training.batch_size * training.grad_accum * world,
         "flops": flops,
-        "gpu_hours": seconds / 3600 if devices else 0.0,
-        "core_hours": 0.0 if devices else seconds / 3600,
+        "gpu_hours": total / 3600 if devices else 0.0,
+        "core_hours": 0.0 if devices else total / 3600,
         "hours": seconds / 3600 / machines / (devices or training.threads),
     }
+
+
+def _teaching_flops(config: dict, name: str) -> float:
+    """FLOPs with which the teacher of a model reads all examples of the model's dataset; 0 without a teacher."""
+    model = config["models"][name]
+    if "teacher" not in model:
+        return 0.0
+    examples = sum(jobs.count_examples(config, model["dataset"], split) for split in SPLITS)
+    reading = choose_reading(build_training_config(config, model["teacher"]).objective, None)
+    replicates = build_training_config(config, name).distill.replicates
+    return examples * reading_flops(build_network_config(config, model["teacher"]), reading=reading, replicates=replicates)
 
 
 def _evaluation_part(config: dict, costs: Costs) -> dict:
@@ -148,7 +160,8 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
     dict
         ``simulations`` is the number that datasets use; ``simulate`` and ``evaluation`` hold core-hours and bytes;
         ``datasets[name]`` has train and test simulations and examples, bytes and core-hours (None if not measured);
-        ``models[name]`` has steps, effective batch, FLOPs, and GPU-hours or core-hours.
+        ``models[name]`` has steps, effective batch, FLOPs of training, and GPU-hours or core-hours, those in which its teacher
+        reads the examples included.
 
     Raises
     ------
