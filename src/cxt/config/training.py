@@ -19,7 +19,7 @@ from cxt.config.bounds import (
     Threads,
     Workers,
 )
-from cxt.config.learning import Adaptive, AnyAdaptive, AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
+from cxt.config.learning import Adaptive, AnyAdaptive, AnyNoise, AnyOptimizer, LossTerm, LossTerms, Noise, Objective, Optimizer
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -61,6 +61,8 @@ class TrainingFields(Section):
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
+    noise: AnyNoise = Noise()
+    """Errors of real data that training examples get, off by default."""
     losses: LossTerms = [LossTerm(name="cross_entropy")]
     """Terms of the loss, which are added."""
     optimizer: AnyOptimizer = Optimizer()
@@ -183,7 +185,7 @@ class TrainingOverrides(TrainingSection):
 
 
 SETTINGS_SINCE_FORMAT_1 = (
-    "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
+    "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout", "noise",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

@@ -56,6 +56,7 @@ def train_model(
     objective: Literal["autoregressive", "marginal", "joint"] | None = None,
     joint_weight: float | None = None,
     rates_dropout: float | None = None,
+    noise: Mapping[str, Any] | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
