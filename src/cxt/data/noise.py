@@ -86,7 +86,10 @@ def _switch_phases(rng, probability, lost, words):
 @compiled
 def _count_derived(lost, words, derived):
     """Fill *derived* (sites,), with 0 for sites that are lost or do not segregate, whose bits are set to 0 in *words*."""
-    digits = np.empty(17, np.uint64)  # binary digits of the counts of 64 sites; there are at most 2^16 haplotypes
+    length = 1  # of a count of all haplotypes in binary digits
+    while len(words) >> length:
+        length += 1
+    digits = np.empty(length, np.uint64)  # each has the bits of 64 sites
     for w in range(words.shape[1]):
         digits[:] = 0
         for h in range(len(words)):
@@ -97,7 +100,7 @@ def _count_derived(lost, words, derived):
         segregating = np.uint64(0)
         for site in range(64 * w, min(64 * w + 64, len(derived))):
             bit, count = np.uint64(site & 63), 0
-            for place in range(len(digits)):
+            for place in range(length):
                 count += np.int64((digits[place] >> bit) & np.uint64(1)) << place
             derived[site] = count if count < len(words) else 0
             segregating |= np.uint64(derived[site] > 0) << bit
