@@ -70,3 +70,11 @@ def test_table_of_trials():
     printed = run_python(benchmarks / "learning.py", "table", "--results", benchmarks / "learning").stdout
     assert printed.count("\n") > 20
     assert printed in (REPOSITORY / "docs" / "learning.md").read_text()
+
+
+def test_table_of_errors_in_genotypes():
+    """docs/trust.md holds what `benchmarks/robustness.py table` prints."""
+    benchmarks = REPOSITORY / "benchmarks"
+    printed = run_python(benchmarks / "robustness.py", "table", "--results", benchmarks / "robustness").stdout
+    assert printed.count("\n") > 10
+    assert printed in (REPOSITORY / "docs" / "trust.md").read_text()

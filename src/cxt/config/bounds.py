@@ -73,6 +73,7 @@ Positive = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0), float
 NonNegative = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0), float_validator]
 Fraction = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, lt=1), float_validator]
 FactorUpToOne = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=1), float_validator]
+ShareUpToOne = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=1), float_validator]
 PositiveRate = Annotated[float, Field(strict=True, allow_inf_nan=False, gt=0, le=0.5), float_validator]
 Rate = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=0.5), float_validator]
 

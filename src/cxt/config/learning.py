@@ -13,6 +13,7 @@ from cxt.config.bounds import (
     NonNegativeInteger,
     Positive,
     PositiveInteger,
+    ShareUpToOne,
     float_validator,
 )
 from cxt.config.section import Section
@@ -137,6 +138,42 @@ class Distillation(Section):
     """Sequences that a teacher which is read by sampling decodes for each pair."""
 
 
+NOISE_RATES = ("thinning", "mispolarised", "genotype_errors", "missing_genotypes", "phase_switches")
+"""The rates of `Noise`, in the order in which they are applied."""
+
+
+class Noise(Section):
+    """Errors of real data that are added to the sites of training examples, in the order of the first five keys.
+
+    Sites at which all haplotypes then agree are dropped. Each example has its own errors, others in each epoch. Validation has
+    none, and targets do not change.
+    """
+
+    thinning: Fraction = 0.0
+    """Probability with which a site is lost, from all haplotypes."""
+    mispolarised: Fraction = 0.0
+    """Probability with which the ancestral and the derived allele of a site are exchanged."""
+    genotype_errors: Fraction = 0.0
+    """Probability with which an allele of a haplotype is flipped, at a site that segregates in the simulation."""
+    missing_genotypes: Fraction = 0.0
+    """Probability with which an allele of a haplotype is missing. It is read as ancestral, as in genotypes without a code for
+    missing data."""
+    phase_switches: Fraction = 0.0
+    """Switch error rate: for each site at which the haplotypes 2i and 2i + 1 (of one diploid individual) differ, the
+    probability with which they are exchanged from this site on."""
+    initial_factor: ShareUpToOne = 1.0
+    """Factor of all rates at the first optimizer step."""
+    final_factor: ShareUpToOne = 1.0
+    """Factor at the last step."""
+    factor_schedule: Literal["linear", "cosine"] = "linear"
+    """How the factor changes between them."""
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no example ever has noise."""
+        return not (any(getattr(self, name) for name in NOISE_RATES) and (self.initial_factor or self.final_factor))
+
+
 def _read_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
@@ -173,6 +210,7 @@ AnyOptimizer = Annotated[
 
 AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
 AnyDistillation = Annotated[Distillation, BeforeValidator(_read_text)]
+AnyNoise = Annotated[Noise, BeforeValidator(_read_text)]
 
 
 def as_json(value: Any) -> Any:

@@ -23,10 +23,12 @@ from cxt.config.learning import (
     Adaptive,
     AnyAdaptive,
     AnyDistillation,
+    AnyNoise,
     AnyOptimizer,
     Distillation,
     LossTerm,
     LossTerms,
+    Noise,
     Objective,
     Optimizer,
 )
@@ -74,6 +76,8 @@ class TrainingFields(Section):
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
+    noise: AnyNoise = Noise()
+    """Errors of real data that training examples get, off by default."""
     losses: LossTerms = [LossTerm(name="cross_entropy")]
     """Terms of the loss, which are added."""
     optimizer: AnyOptimizer = Optimizer()
@@ -197,7 +201,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill",
+    "distill", "noise",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

@@ -19,17 +19,24 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cxt.data.pair_dataset import Batch
+from cxt.data.noise import BatchNoise, NoiseSchedule
+from cxt.data.pair_dataset import Batch, ExampleDataset
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.random_seeds import torch_seed
 from cxt.signals import block_signals, end_with_parent, ignore
 
 
 class EpochBatchSampler(Sampler):
-    """Batches (lists of examples) of one rank in one epoch; examples that do not fill a batch are dropped."""
+    """Batches (lists of examples) of one rank in one epoch; examples that do not fill a batch are dropped.
 
-    def __init__(self, *, examples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+    With *noise*, iterating gives each batch with its noise, for a `NoisyDataset`.
+    """
+
+    def __init__(
+        self, *, examples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, noise: NoiseSchedule | None = None
+    ):
         self.examples, self.batch_size, self.seed, self.rank, self.world = examples, batch_size, seed, rank, world
+        self.noise = noise
         self.epoch = 0
         self.skip = 0
 
@@ -48,10 +55,11 @@ class EpochBatchSampler(Sampler):
         return [int(example) for example in examples[batch * self.batch_size : (batch + 1) * self.batch_size]]
 
     def __iter__(self):
-        rank_examples = self._select_rank_examples(self.epoch)
+        epoch, rank_examples = self.epoch, self._select_rank_examples(self.epoch)
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
-            yield self._part(rank_examples, batch)
+            examples = self._part(rank_examples, batch)
+            yield examples if self.noise is None else (examples, self.noise.at(epoch, batch))
 
     def batch(self, epoch: int, number: int) -> list[int]:
         """The examples of one batch, independent of the state of iteration."""
@@ -66,6 +74,22 @@ class SequentialBatchSampler(EpochBatchSampler):
 
     def _order(self, epoch: int) -> range:
         return range(self.examples)
+
+
+class NoisyDataset:
+    """The examples of *dataset* with noise: its batches are asked for by (examples, noise)."""
+
+    def __init__(self, dataset: ExampleDataset):
+        self.dataset = dataset
+
+    def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
+        """A batch that `batch` can fill repeatedly, see `ExampleDataset.empty_batch`."""
+        return self.dataset.empty_batch(examples, pin=pin, noisy=True)
+
+    def batch(self, wanted: tuple[list[int], BatchNoise], *, out: Batch | None = None) -> Batch:
+        """Compute several examples at once; into the first places of *out* if given."""
+        examples, noise = wanted
+        return self.dataset.batch(examples, noise=noise, out=out)
 
 
 class _TimedLoader:
@@ -222,16 +246,18 @@ class DataModule(pl.LightningDataModule):
     """Training and validation loaders of two datasets; *order* is the class of the training sampler.
 
     *workers* threads prepare batches; with *in_processes*, processes do, for slow examples that hold Python's global lock.
-    *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all.
+    *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all. *noise* is that of training
+    batches.
     """
 
     def __init__(
-        self, train, test, *, batch_size, seed, workers, validation_items, order=EpochBatchSampler, in_processes=False
-    ):
+        self, train, test, *, batch_size, seed, workers, validation_items, noise=None, order=EpochBatchSampler,
+        in_processes=False,
+    ):  # fmt: skip
         super().__init__()
         self.train_set, self.test_set = train, test
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.order, self.in_processes = order, in_processes
+        self.noise, self.order, self.in_processes = noise, order, in_processes
         self.validation_items = validation_items
         self.start = (0, 0)  # epoch, and number of its batches that are done
         self._loaders: dict[bool, PrefetchLoader] = {}
@@ -244,10 +270,11 @@ class DataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
+            noise=self.noise,
         )
         # The epoch is set here too, because batches may be requested before Lightning calls set_epoch.
         sampler.epoch, sampler.skip = self.start
-        return self._loader(True, self.train_set, sampler)
+        return self._loader(True, self.train_set if self.noise is None else NoisyDataset(self.train_set), sampler)
 
     def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
         """Return the loader of this rank's validation batches, with the same number of examples on all ranks.

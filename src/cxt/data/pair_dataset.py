@@ -27,8 +27,17 @@ from cxt.config.network import SPECIAL_TOKENS, START_TOKEN, log_rates
 from cxt.config.training import Storage
 from cxt.data.features import compute_missing_fraction, find_first_sites
 from cxt.data.grid import Grid
-from cxt.data.kernels import accumulate, count_all_sites, fill_batch, find_largest_count, pack_bins, pack_haplotype_words
+from cxt.data.kernels import (
+    accumulate,
+    count_all_sites,
+    fill_batch,
+    find_largest_count,
+    pack_bins,
+    pack_haplotype_words,
+    unpack_bins,
+)
 from cxt.data.manifest import read_manifest
+from cxt.data.noise import BatchNoise
 from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
 from cxt.data.soft_targets import LEVELS, read_soft_targets, soft_targets_path
@@ -90,7 +99,8 @@ def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> t
 class ExampleDataset(Dataset):
     """Base class of datasets; a single example is computed as a batch of one.
 
-    A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and *_dtype*, the integer type of counts.
+    A subclass has `batch`, `__len__`, *windows*, *samples*, *scales*, *manifest*, and *_dtype* and *_noisy_dtype*, the integer
+    types of counts without and with noise.
     """
 
     has_soft_targets = False
@@ -105,20 +115,22 @@ class ExampleDataset(Dataset):
             raise IndexError(f"example {i} of {len(self)}")
         return i % len(self)
 
-    def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
-        """A batch that `batch` can fill repeatedly; *pin* pins its memory for copies to a GPU."""
+    def empty_batch(self, examples: int, *, pin: bool = False, noisy: bool = False) -> Batch:
+        """A batch that `batch` can fill repeatedly, with noise if *noisy*; *pin* pins its memory for copies to a GPU."""
         shape = (examples, 2, len(self.scales), self.windows, self.samples)
-        counts = torch.from_numpy(np.empty(shape, dtype=self._dtype))
+        counts = torch.from_numpy(np.empty(shape, dtype=self._noisy_dtype if noisy else self._dtype))
         fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
         tokens = torch.full((examples, self.windows + 1), START_TOKEN, dtype=torch.int64)
         soft_targets = torch.empty((examples, self.windows, len(LEVELS)), dtype=torch.int16) if self.has_soft_targets else None
         parts = (counts, fractions, tokens, torch.empty((examples, 2)), soft_targets)
         return Batch(*(part.pin_memory() if pin and part is not None else part for part in parts))
 
-    def _room_for(self, examples: int, out: Batch | None) -> Batch:
-        """The first *examples* places of *out*, or a new batch; ValueError if *out* is too small."""
+    def _room_for(self, examples: int, out: Batch | None, *, noisy: bool) -> Batch:
+        """The first *examples* places of *out*, or a new batch; ValueError if *out* is too small, or not for noise."""
         if out is None:
-            return self.empty_batch(examples)
+            return self.empty_batch(examples, noisy=noisy)
+        if noisy and out.counts.numpy().dtype < self._noisy_dtype:
+            raise ValueError("this batch cannot hold the counts of examples with noise; use empty_batch(…, noisy=True)")
         if len(out.tokens) < examples:
             raise ValueError(f"{examples} examples do not fit into a batch of {len(out.tokens)}")
         return out.first(examples)
@@ -336,16 +348,22 @@ class PairDataset(ExampleDataset):
     def _locate(self, i: int) -> tuple[int, int]:
         return divmod(self._from_start(i), self.pairs_per_simulation)
 
-    def batch(self, examples: Sequence[int], *, out: Batch | None = None) -> Batch:
-        """Compute several examples at once, as small integers; into the first places of *out* if given."""
+    @functools.cached_property
+    def _noisy_dtype(self) -> np.dtype:
+        """int32 if a window has more sites than int16 can count, since noise may bring all of them into one bin."""
+        widest = self.scales.max()
+        most = max((int((first[widest:] - first[:-widest]).max()) for first in self._first_site), default=0)
+        return np.promote_types(self._dtype, np.int32 if most > np.iinfo(np.int16).max else np.int16)
+
+    def batch(self, examples: Sequence[int], *, noise: BatchNoise | None = None, out: Batch | None = None) -> Batch:
+        """Compute several examples at once, as small integers, with *noise*, and into the first places of *out*, if given."""
         rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
-        batch = self._room_for(len(rows), out)
+        batch = self._room_for(len(rows), out, noisy=noise is not None)
         bins = batch.tokens.numpy()[:, 1:]
-        data = (
-            self._words, self._word_offsets, self._derived, self._site_offsets, self._first_site, self._totals,
-            self._total_fits, self._pairs, self._bins,
-        )  # fmt: skip
-        fill_batch(rows, columns, data, self.scales, self._width, batch.counts.numpy(), bins)
+        if noise is None:
+            self._fill(rows, columns, batch.counts.numpy(), bins)
+        else:
+            self._fill_noisy(rows, columns, noise, batch.counts.numpy(), bins)
         bins += SPECIAL_TOKENS
         if batch.missing is not None:
             np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
@@ -353,6 +371,23 @@ class PairDataset(ExampleDataset):
         if batch.soft_targets is not None:
             batch.soft_targets.numpy()[:] = self._soft_targets[rows, columns]
         return batch
+
+    def _fill(self, rows: np.ndarray, columns: np.ndarray, counts: np.ndarray, bins: np.ndarray) -> None:
+        data = (
+            self._words, self._word_offsets, self._derived, self._site_offsets, self._first_site, self._totals,
+            self._total_fits, self._pairs, self._bins,
+        )  # fmt: skip
+        fill_batch(rows, columns, data, self.scales, self._width, counts, bins)
+
+    def _fill_noisy(
+        self, rows: np.ndarray, columns: np.ndarray, noise: BatchNoise, counts: np.ndarray, bins: np.ndarray
+    ) -> None:
+        for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+            words = self._words[self._word_offsets[row] : self._word_offsets[row + 1]].reshape(self.samples, -1)
+            example = row * self.pairs_per_simulation + column
+            pair = self._pairs[row, column]
+            noise.count_pair(words, self._first_site[row], pair, scales=self.scales, example=example, out=counts[i])
+            unpack_bins(self._bins[row, column], self._width, bins[i])
 
 
 def open_dataset(

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 
 from cxt.config.network import log_rates
-from cxt.data.features import compute_pair_counts
+from cxt.data.features import compute_pair_counts, find_first_sites
 from cxt.data.grid import Grid
+from cxt.data.kernels import pack_haplotype_words
+from cxt.data.noise import BatchNoise
 from cxt.data.pair_dataset import Batch, Example, ExampleDataset
 from cxt.data.preprocessing import preprocess_simulation
+from cxt.data.shards import PreprocessedSimulation
 from cxt.errors import BadRequest
 from cxt.scenarios.indices import SPLITS
 from cxt.scenarios.registry import simulate_tree_sequence
@@ -89,7 +92,7 @@ class SimulatedDataset(ExampleDataset):
         self._first = 0 if split == "test" else manifest["splits"]["test"]["items"]
         self._spec = {key: manifest[key] for key in ("window_size", "sequence_length", "samples", "pairs")}
 
-        self._dtype = np.dtype(np.int32)
+        self._dtype = self._noisy_dtype = np.dtype(np.int32)
 
     def __len__(self) -> int:
         return self.manifest["splits"][self.split]["items"]
@@ -105,23 +108,26 @@ class SimulatedDataset(ExampleDataset):
         simulation = self._simulate(i)
         return Example(simulation.scenario, simulation.index, tuple(map(int, simulation.pairs[0])))
 
-    def batch(self, examples, *, out: Batch | None = None) -> Batch:
-        """Compute several examples at once; into the first places of *out* if given."""
+    def batch(self, examples, *, noise: BatchNoise | None = None, out: Batch | None = None) -> Batch:
+        """Compute several examples at once, with *noise*, and into the first places of *out*, if given."""
         examples = list(examples)
-        batch = self._room_for(len(examples), out)
+        batch = self._room_for(len(examples), out, noisy=noise is not None)
         for row, i in enumerate(examples):
             simulation = self._simulate(i)
-            compute_pair_counts(
-                simulation.genotypes,
-                simulation.positions,
-                simulation.pairs,
-                window_size=self._spec["window_size"],
-                windows=self.windows,
-                samples=self.samples,
-                scales=self.scales,
-                out=batch.counts[row : row + 1].numpy(),
-            )
+            self._count(simulation, self._from_start(i), noise, batch.counts[row : row + 1].numpy())
             batch.rates[row] = torch.tensor(log_rates(simulation.mutation_rate, simulation.recombination_rate))
             # Rounded to float32, as stored targets are.
             batch.tokens[row] = torch.from_numpy(self.grid.tokens(simulation.log_tmrca.astype(np.float32))[0])
         return batch
+
+    def _count(self, simulation: PreprocessedSimulation, example: int, noise: BatchNoise | None, counts: np.ndarray) -> None:
+        """Fill *counts* (1, 2, scales, windows, samples) of an example."""
+        packed, positions, pairs = simulation.genotypes, simulation.positions, simulation.pairs
+        shape = {"window_size": self._spec["window_size"], "windows": self.windows}
+        if noise is None:
+            compute_pair_counts(packed, positions, pairs, **shape, samples=self.samples, scales=self.scales, out=counts)
+            return
+        words = np.empty((self.samples, -(-len(packed) // 64)), dtype=np.uint64)
+        pack_haplotype_words(packed, words)
+        scales = np.minimum(np.array(self.scales, dtype=np.int64), self.windows)  # wider windows end at the same place
+        noise.count_pair(words, find_first_sites(positions, **shape), pairs[0], scales=scales, example=example, out=counts[0])

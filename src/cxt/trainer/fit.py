@@ -18,6 +18,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
 from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
+from cxt.data.noise import NoiseSchedule
 from cxt.data.pair_dataset import open_dataset
 from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, try_drawing
@@ -40,10 +41,15 @@ STATE_VARIABLE = "CXT_TRAINING_STATE"
 
 def build_data(request: RunRequest) -> DataModule:
     """The training and test examples of a run, from a dataset or to be simulated."""
-    grid, training = request.grid, request.training
+    grid, training, noise = request.grid, request.training, None
+    if not training.noise.is_off:
+        noise = NoiseSchedule(
+            noise=training.noise, seed=training.seed, grad_accum=training.grad_accum, steps_per_epoch=request.steps_per_epoch,
+            total_steps=request.total_steps,
+        )  # fmt: skip
     settings = {
         "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
-        "validation_items": training.validation_items,
+        "validation_items": training.validation_items, "noise": noise,
     }  # fmt: skip
     if request.simulated is not None:
         train, test = (

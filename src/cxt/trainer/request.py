@@ -318,6 +318,8 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(f"distill has no effect with the objective {training.objective}")
     if training.adaptive != TrainingConfig().adaptive and training.schedule != "adaptive":
         notes.append(f"adaptive has no effect with the schedule {training.schedule}")
+    if training.noise != TrainingConfig().noise and training.noise.is_off:
+        notes.append("noise has no effect, because all of its rates, or both of its factors, are 0")
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:

@@ -58,6 +58,7 @@ def train_model(
     joint_weight: float | None = None,
     distill: Mapping[str, Any] | None = None,
     rates_dropout: float | None = None,
+    noise: Mapping[str, Any] | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
