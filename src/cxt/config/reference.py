@@ -9,7 +9,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, Resources
 from cxt.config.datasets import Dataset, Mask
-from cxt.config.learning import Adaptive, LossName, LossTerm, Optimizer, OptimizerName
+from cxt.config.learning import Adaptive, LossName, LossTerm, Masking, Optimizer, OptimizerName
 from cxt.config.network import Adapter, Architecture
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
@@ -42,6 +42,7 @@ TITLES: dict[str, type[Section]] = {
     "`training.losses`, each term": LossTerm,
     "`training.optimizer`": Optimizer,
     "`training.adaptive`": Adaptive,
+    "`training.masked`": Masking,
     "`models.<name>.resources`": Resources,
     "`cluster`": Cluster,
     "`evaluation`": Evaluation,

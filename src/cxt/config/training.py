@@ -19,7 +19,17 @@ from cxt.config.bounds import (
     Threads,
     Workers,
 )
-from cxt.config.learning import Adaptive, AnyAdaptive, AnyOptimizer, LossTerm, LossTerms, Objective, Optimizer
+from cxt.config.learning import (
+    Adaptive,
+    AnyAdaptive,
+    AnyMasking,
+    AnyOptimizer,
+    LossTerm,
+    LossTerms,
+    Masking,
+    Objective,
+    Optimizer,
+)
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -55,9 +65,13 @@ class TrainingFields(Section):
     objective: Objective = "autoregressive"
     """What the network learns to predict: `autoregressive`, each window from the sources and the windows before it, as
     published, so that it is read by sampling; `marginal`, each window from the sources alone, so that it is read in one pass;
-    `joint`, both. The networks have the same tensors, so that any of them can start from any other."""
+    `joint`, both. `masked`, for research, hides windows of the input and predicts their counts, so that it needs no times; its
+    networks are starting points for others, and cannot be read themselves. All networks have the same tensors, so that any of
+    them can start from any other."""
     joint_weight: NonNegative = 0.5
     """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
+    masked: AnyMasking = Masking()
+    """`masked` only: which windows are hidden."""
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
@@ -184,6 +198,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
+    "masked",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

@@ -217,7 +217,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
 
-STRUCTURED = ("losses", "optimizer", "adaptive")
+STRUCTURED = ("losses", "optimizer", "adaptive", "masked")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 NUMBERS = {
