@@ -2,7 +2,6 @@
 
 import math
 
-import cxt
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from helpers.network import inputs, model_of
 from helpers.simulations import build_dataset, constant_scenario
 from helpers.training import FINE, SMALL, equal, train, weights
 
+import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
@@ -292,7 +292,9 @@ def test_notes_on_settings_without_effect(dataset, tmp_path, monkeypatch, caplog
     arguments = [*SMALL, *FINE, "--layers", 1, "--dataset-path", dataset, "--max-steps", 1]
     train(monkeypatch, *arguments, "--masked", "{share: 0.2}", "--run-dir", tmp_path / "one")
     assert "masked has no effect with the objective autoregressive" in caplog.text
-    train(monkeypatch, *arguments, "--objective", "masked", "--losses", "emd", "--decode-items", 4, "--run-dir", tmp_path / "two")
+    train(
+        monkeypatch, *arguments, "--objective", "masked", "--losses", "emd", "--decode-items", 4, "--run-dir", tmp_path / "two"
+    )
     assert "losses has no effect with the objective masked" in caplog.text
     assert "decode_items 4 has no effect with the objective masked" in caplog.text
 

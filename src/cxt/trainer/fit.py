@@ -184,9 +184,7 @@ def fit(
     training = request.training
     model = build_starting_model(request)
     record = build_record(request)
-    module = TrainingModule(
-        model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"]
-    )
+    module = TrainingModule(model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"])
     terms = module.objective.names if len(module.objective.names) > 1 else ()
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,

@@ -80,9 +80,7 @@ AnyObjective = Autoregressive | Marginal | Joint | Masked
 OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint}
 
 
-def build_objective(
-    model: CoalescenceModel, training: TrainingConfig, *, scales: Sequence[int] | None = None
-) -> AnyObjective:
+def build_objective(model: CoalescenceModel, training: TrainingConfig, *, scales: Sequence[int] | None = None) -> AnyObjective:
     """The objective of a training, on the model's device.
 
     Parameters

@@ -15,9 +15,7 @@ OTHER_LR_FACTOR = 0.15
 """Muon's default learning rate of all other parameters, relative to that of the matrices in the blocks."""
 
 
-def parameter_groups(
-    model: CoalescenceModel, training: TrainingConfig, others: Sequence[nn.Parameter] = ()
-) -> list[dict]:
+def parameter_groups(model: CoalescenceModel, training: TrainingConfig, others: Sequence[nn.Parameter] = ()) -> list[dict]:
     """Parameter groups for AdamW, with weight decay on tensors of two or more dimensions only.
 
     With an adapter, there is first a group of all adapter parameters (with weight decay, at the full learning rate); those of

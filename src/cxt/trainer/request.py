@@ -295,8 +295,15 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)
-        if name == "decode_items" and number and number != TrainingConfig().decode_items and not is_readable(training.objective):
-            notes.append(f"decode_items {number} has no effect with the objective {training.objective}, which predicts no times")
+        if (
+            name == "decode_items"
+            and number
+            and number != TrainingConfig().decode_items
+            and not is_readable(training.objective)
+        ):
+            notes.append(
+                f"decode_items {number} has no effect with the objective {training.objective}, which predicts no times"
+            )
         elif number > examples and number != getattr(TrainingConfig(), name):
             notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
     if training.joint_weight != TrainingConfig().joint_weight and training.objective != "joint":
