@@ -84,7 +84,7 @@ class Masked(nn.Module):
         nn.init.zeros_(self.head.bias)
         # The feature window of scale s at window v shares base pairs with the narrowest at w if first <= w < end.
         start, widths = torch.arange(windows), torch.tensor(list(scales))[:, None]
-        self.register_buffer("_first", (start - min(scales) + 1).clamp(min=0).expand(len(scales), -1), persistent=False)
+        self.register_buffer("_first", (start - min(scales) + 1).clamp(min=0).repeat(len(scales), 1), persistent=False)
         self.register_buffer("_end", (start + widths).clamp(max=windows), persistent=False)
         self.to(model.backbone.head.weight.device)
 

@@ -295,22 +295,16 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)
-        if (
-            name == "decode_items"
-            and number
-            and number != TrainingConfig().decode_items
-            and not is_readable(training.objective)
-        ):
-            notes.append(
-                f"decode_items {number} has no effect with the objective {training.objective}, which predicts no times"
-            )
-        elif number > examples and number != getattr(TrainingConfig(), name):
+        if number > examples and number != getattr(TrainingConfig(), name):
             notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
     if training.joint_weight != TrainingConfig().joint_weight and training.objective != "joint":
         notes.append(f"joint_weight {training.joint_weight:g} has no effect with the objective {training.objective}")
-    if training.masked != TrainingConfig().masked and training.objective != "masked":
+    defaults = TrainingConfig()
+    if training.decode_items not in (0, defaults.decode_items) and not is_readable(training.objective):
+        notes.append(f"decode_items has no effect with the objective {training.objective}, which predicts no times")
+    if training.masked != defaults.masked and training.objective != "masked":
         notes.append(f"masked has no effect with the objective {training.objective}")
-    if training.losses != TrainingConfig().losses and training.objective == "masked":
+    if training.losses != defaults.losses and training.objective == "masked":
         notes.append("losses has no effect with the objective masked, which has a loss of its own")
     for name in ("cycles", "cycle_decay"):
         if getattr(training, name) != getattr(TrainingConfig(), name) and training.schedule != "cosine_restarts":
