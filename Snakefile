@@ -31,10 +31,9 @@ include: "rules/common.smk"
 rule all:
     input:
         [paths.checkpoint_path(model) for model in config["models"]],
-        [f"results/evaluation/{model}.json" for model in config["models"]],
-        "results/evaluation/table.md",
+        [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
         [f"results/report/{model}-training.png" for model in config["models"]],
-        "results/report/cost.html",
+        ["results/evaluation/table.md", "results/report/cost.html"] if jobs.evaluated_models(config) else [],
 
 
 include: "rules/settings.smk"

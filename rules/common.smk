@@ -76,6 +76,16 @@ def check_targets(config):
                 raise BadRequest(
                     f"unknown {section[:-1]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
+        evaluation = re.fullmatch(r"results/evaluation/([^/-]+)(\.json|-.*)", target)
+        if (
+            evaluation
+            and evaluation[1] in config["models"]
+            and evaluation[1] not in jobs.evaluated_models(config)
+        ):
+            raise BadRequest(
+                f"model '{evaluation[1]}' cannot be evaluated, because its objective predicts no times; evaluate a model that "
+                "is trained from it"
+            )
         if match := re.fullmatch(r"results/simulations/([^/]+)/(\d+)\.trees\.batch", target):
             variants = [
                 variant.name for variant in jobs.collect_variants(config, list(config["scenarios"]))

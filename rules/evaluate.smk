@@ -65,7 +65,7 @@ rule evaluate:
 
 rule accuracy_table:
     input:
-        [f"results/evaluation/{model}.json" for model in config["models"]],
+        [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
     output:
         "results/evaluation/table.md",
     log:

@@ -31,7 +31,9 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
 
 
-KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise")
+KINDS = (
+    "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--dataset-path", dataset,
             "--noise", "{thinning: 0.2, genotype_errors: 0.01, phase_switches: 0.1, initial_factor: 0}",
         ],
+        "masked": ["--dataset-path", dataset, "--objective", "masked", "--masked", "{span: 3}", "--optimizer", "muon"],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -86,10 +89,13 @@ MATRIX = [
     for accumulation in (1, 3)
     for ranks in (1, 2)
 ]  # fmt: skip
-FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("noise", 2, 3, 1)]
+FEW = [
+    ("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("noise", 2, 3, 1),
+    ("masked", 0, 1, 2),
+]  # fmt: skip
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
-    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1),
+    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
 ]  # fmt: skip
 
 

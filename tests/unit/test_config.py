@@ -200,6 +200,19 @@ BAD = [
     ({"scenarios": {"y" * 100: {"kind": "constant", "simulations": 3, "mutation_rate": [1.2345678901234567e-8, 2e-8],
                                 "population_size": [12345.678901234567, 2], "individuals": 20,
                                 "recombination_rate": [1.2345678901234567e-8, 2e-8]}}}, "a name of 2[0-9]{2} characters"),
+    ({"training": {"objective": "maskd"}}, "training.objective .*'maskd'.*did you mean 'masked'"),
+    ({"training": {"schedule": "cosin"}}, "training.schedule .*'cosin'.*did you mean 'cosine'"),
+    ({"models": {"broad": {"training": {"losses": "z_los"}}}}, "losses.0.name 'z_los'; did you mean 'z_loss'"),
+    ({"models": {"broad": {"training": {"optimizer": "moun"}}}}, "optimizer.name 'moun'; did you mean 'muon'"),
+    ({"training": {"masked": {"shar": 0.1}}}, "training.masked.shar: unknown key; did you mean 'share'"),
+    ({"models": {"broad": {"training": {"objective": "marginal", "loss_path": "full"}}}}, "^models.broad: loss_path full is for the objective autoregressive, not for marginal"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"objective": "joint"}, "architecture": {"start_token_in_prefix": True}}}}, "^models.narrow: the objective joint needs sources"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"precision": "bf16-true"}, "architecture": {"reads_rates": True}}}}, "^models.narrow: precision bf16-true would round the rates"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"attention": "flex"}}}}, "^models.narrow: attention flex trains on GPUs only"),
+    ({"models": {"broad_adapter": {"training": {"objective": "masked"}}}}, "^models.broad_adapter: the objective masked cannot train an adapter"),  # noqa: E501
+    ({"models": {"broad": {"training": {"objective": "masked"}}, "broad_adapter": {"adapter": {"unfreeze_strategy": "ln"}}}}, "^models.broad_adapter: .* does not train the head"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"objective": "masked"}, "evaluation": ["constant"]}}}, "^models.narrow: `evaluation` cannot be used with the objective masked"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"objective": "autoregressive"}}}, "evaluation": {"reading": "marginal"}}, "^evaluation.reading: models.narrow was trained with the objective autoregressive"),  # noqa: E501
     ({"trainning": {}}, "trainning: unknown key; did you mean 'training'"),
 ]  # fmt: skip
 

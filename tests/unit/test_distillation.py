@@ -276,6 +276,13 @@ def test_bad_configurations(tmp_path, changes, message):
         load([path])
 
 
+def test_teacher_without_times(tmp_path):
+    path = tmp_path / "overlay.yaml"
+    path.write_text(json.dumps({"models": overlay()["models"] | {"broad": {"training": {"objective": "masked"}}}}))
+    with pytest.raises(BadRequest, match="'broad' cannot teach, because its objective masked predicts no times"):
+        load([path])
+
+
 def test_teacher_with_fewer_haplotypes(tmp_path):
     path = tmp_path / "overlay.yaml"
     student = {"preset": "broad", "dataset": "processed", "teacher": "broad_adapter", "training": {"objective": "distill"}}

@@ -304,6 +304,26 @@ def test_unknown_target_on_the_command_line(tmp_path, target, message):
     assert message in done.stderr
 
 
+def test_a_model_that_cannot_be_read_is_not_evaluated(tmp_path):
+    """The default target trains it and evaluates the others; where there are none, there is no table."""
+    child = {"preset": "narrow", "dataset": "processed_narrow", "checkpoint": "narrow", "training": {"objective": "marginal"}}
+    masked = {"narrow": {"training": {"objective": "masked"}}} | dict.fromkeys(MODELS[1:])
+    path = overlay(tmp_path / "x.yaml", models=masked | {"child": child})
+    jobs = planned(tmp_path, configfile=path)
+    assert trained(jobs) == {"narrow", "child"}
+    assert [jobs[rule] for rule in ("evaluate", "accuracy_table", "training_curves")] == [1, 1, 2]
+    for target in ("narrow.json", "narrow-tracks.png"):
+        done = snakemake("-n", f"results/evaluation/{target}", cwd=tmp_path, configfile=path, check=False)
+        assert done.returncode == 2
+        assert "model 'narrow' cannot be evaluated, because its objective predicts no times" in done.stderr
+    path = overlay(tmp_path / "y.yaml", models=masked)
+    jobs = planned(tmp_path, configfile=path)
+    assert trained(jobs) == {"narrow"}
+    assert not {"evaluate", "accuracy_table", "report_tables"} & jobs.keys()
+    plan = run_python("-m", "cxt.plan", "--configfile", path, env={"PYTHONPATH": str(REPOSITORY / "src")}).stdout
+    assert "0 simulations of 0 variants for evaluation, 0 pairs decoded" in plan
+
+
 def test_truncated_batch_is_named(copy):
     batch = copy / "results" / "simulations" / "constant" / "10.trees.batch"
     batch.write_bytes(batch.read_bytes()[:-5000])

@@ -98,7 +98,9 @@ def read_checkpoint(path) -> Checkpoint:
         network, adapter, record = check_record(record)
         check_tensors(weights)
         if "pytorch-lightning_version" in content:
-            weights = {key.removeprefix("model."): value for key, value in weights.items()}
+            weights = {  # an objective may have parameters of its own
+                key.removeprefix("model."): value for key, value in weights.items() if not key.startswith("objective.")
+            }
             for key, name in (("step", "global_step"), ("epoch", "epoch")):
                 if type(content.get(name)) is not int:
                     raise BadRequest(f"it is a training state without its {name}")

@@ -4,7 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from cxt.config.contradictions import check_training
 from cxt.config.demes import read_demes
+from cxt.config.learning import choose_reading, is_readable
 from cxt.config.models import (
     build_adapter_config,
     build_network_config,
@@ -243,6 +245,9 @@ def _check_models(config: dict) -> None:
                 check_adapter_samples(model)
             with problems.collect():
                 _check_teacher(config, name)
+            if not shared_training_is_wrong:
+                with problems.collect():
+                    _check_training(config, name)
         if len(problems.messages) > before:
             wrong.add(name)
     problems.refuse()
@@ -260,6 +265,8 @@ def _check_teacher(config: dict, name: str) -> None:
         raise BadRequest(
             f"{at}.teacher: a teacher is for the objective distill, not for {objective}; add `training: {{objective: distill}}`"
         )
+    if not is_readable(taught := build_training_config(config, teacher).objective):
+        raise BadRequest(f"{at}.teacher: '{teacher}' cannot teach, because its objective {taught} predicts no times")
     dataset_name = model["dataset"]
     dataset, other = config["datasets"][dataset_name], config["datasets"][config["models"][teacher]["dataset"]]
     for key in ("window_size", "sequence_length", "scales"):
@@ -278,6 +285,25 @@ def _check_teacher(config: dict, name: str) -> None:
         )
     for scenario in dataset["scenarios"]:
         _check_scenario_fits(scenario, config["scenarios"][scenario], f"{at}.teacher", other)
+
+
+def _check_training(config: dict, name: str) -> None:
+    """BadRequest if settings of a model's training contradict each other, or the way in which it is to be read."""
+    _, *parents = trace_parents(config, name)
+    model, training = config["models"][name], build_training_config(config, name)
+    with _prefix_errors(f"models.{name}"):
+        check_training(
+            training,
+            build_network_config(config, name),
+            build_adapter_config(config, name),
+            parent_objective=build_training_config(config, parents[0]).objective if parents else None,
+            on_gpu=model.get("training", {}).get("devices", config["training"]["devices"]) > 0,
+        )
+        if not is_readable(training.objective) and "evaluation" in model:
+            raise BadRequest(f"`evaluation` cannot be used with the objective {training.objective}, which predicts no times")
+    if is_readable(training.objective):
+        with _prefix_errors("evaluation.reading"):
+            choose_reading(training.objective, config["evaluation"]["reading"], name=f"models.{name}")
 
 
 def _check_evaluation(config: dict, name: str) -> None:

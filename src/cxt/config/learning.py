@@ -21,16 +21,16 @@ from cxt.config.type_descriptions import Expected
 from cxt.config.yaml import parse_yaml
 from cxt.errors import BadRequest
 
-Objective = Literal["autoregressive", "marginal", "joint", "distill"]
+Objective = Literal["autoregressive", "marginal", "joint", "distill", "masked"]
 Reading = Literal["marginal", "sampled"]
 LossName = Literal["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"]
 OptimizerName = Literal["adamw", "muon", "adam", "sgd", "adafactor", "lion"]
 
 READINGS: dict[str, tuple[Reading, ...]] = {
     "autoregressive": ("sampled",), "marginal": ("marginal",), "joint": ("marginal", "sampled"),
-    "distill": ("marginal",),
+    "distill": ("marginal",), "masked": (),
 }  # fmt: skip
-"""Ways to read a network, by the objective that it was trained with; the first is the default."""
+"""Ways to read times from a network, by the objective that it was trained with; the first is the default."""
 
 SMOOTHING_WIDTH = 0.15
 """Standard deviation of smoothed targets in ln generations; about three and a half bins of the published grid."""
@@ -174,6 +174,18 @@ class Noise(Section):
         return not (any(getattr(self, name) for name in NOISE_RATES) and (self.initial_factor or self.final_factor))
 
 
+class Masking(Section):
+    """Which windows the objective `masked` hides. Sequences are cut into spans of windows, and whole spans are chosen."""
+
+    share: FactorUpToOne = 0.15
+    """Probability with which a span is chosen; at least one of each example is."""
+    span: PositiveInteger = 16
+    """Windows of a span. The shorter spans are, the fewer wide feature windows contain no hidden site."""
+    all: Flag = False
+    """Whether all chosen spans are replaced by the mask vector. Otherwise 80% are; 10% are replaced by the vectors of other
+    random windows, and 10% stay as they are."""
+
+
 def _read_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
@@ -211,6 +223,7 @@ AnyOptimizer = Annotated[
 AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
 AnyDistillation = Annotated[Distillation, BeforeValidator(_read_text)]
 AnyNoise = Annotated[Noise, BeforeValidator(_read_text)]
+AnyMasking = Annotated[Masking, BeforeValidator(_read_text)]
 
 
 def as_json(value: Any) -> Any:
@@ -229,9 +242,14 @@ def choose_reading(objective: str, reading: str | None, *, name: str = "this mod
     Raises
     ------
     BadRequest
-        If it cannot be read in this way; the message calls it *name*.
+        If it cannot be read in this way, or at all; the message calls it *name*.
     """
     possible = READINGS[objective]
+    if not possible:
+        raise BadRequest(
+            f"{name} was trained with the objective {objective}, which predicts no times, so that it cannot be read; train a "
+            "model from it with another objective (`checkpoint:`), and read that one"
+        )
     if reading in (None, "auto"):
         return possible[0]
     for way in possible:
@@ -246,3 +264,8 @@ def choose_reading(objective: str, reading: str | None, *, name: str = "this mod
 def list_readings(objective: str, reading: str) -> tuple[Reading, ...]:
     """The ways in which an evaluation with the setting *reading* reads a network; BadRequest as for `choose_reading`."""
     return READINGS[objective] if reading == "auto" else (choose_reading(objective, reading),)
+
+
+def is_readable(objective: str) -> bool:
+    """Whether times can be read from a network that was trained with *objective*."""
+    return bool(READINGS[objective])

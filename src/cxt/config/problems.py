@@ -153,7 +153,14 @@ def _explain_detail(section: type[BaseModel], detail: Any, values: Any, at: str)
 def _must_be(name: str, place: _Place, value: Any) -> str:
     """Describe a wrong *value*, as `"lr must be a positive number, got -1"`."""
     quotes = _advise_quotes(_parse_number_text(place.annotation, place.value)) if holds_text(place.annotation) else ""
-    return f"{name} must be {_expected(place)}, got {_shorten_repr(value)}{quotes}"
+    return f"{name} must be {_expected(place)}, got {_shorten_repr(value)}{quotes or _did_you_mean(place.annotation, value)}"
+
+
+def _did_you_mean(annotation: Any, value: Any) -> str:
+    """The choice that a misspelt word is similar to, if there is one; the message lists all of them already."""
+    choices = list_choices(annotation) if isinstance(value, str) else ()
+    nearest = suggest_nearest(value, choices) if choices else ""
+    return nearest if nearest.startswith("; did you mean") else ""
 
 
 def _expected(place: _Place) -> str:

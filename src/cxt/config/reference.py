@@ -9,7 +9,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, Resources
 from cxt.config.datasets import Dataset, Mask
-from cxt.config.learning import Adaptive, Distillation, LossName, LossTerm, Noise, Optimizer, OptimizerName
+from cxt.config.learning import Adaptive, Distillation, LossName, LossTerm, Masking, Noise, Optimizer, OptimizerName
 from cxt.config.network import Adapter, Architecture
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
@@ -44,6 +44,7 @@ TITLES: dict[str, type[Section]] = {
     "`training.adaptive`": Adaptive,
     "`training.distill`": Distillation,
     "`training.noise`": Noise,
+    "`training.masked`": Masking,
     "`models.<name>.resources`": Resources,
     "`cluster`": Cluster,
     "`evaluation`": Evaluation,

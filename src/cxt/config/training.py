@@ -23,11 +23,13 @@ from cxt.config.learning import (
     Adaptive,
     AnyAdaptive,
     AnyDistillation,
+    AnyMasking,
     AnyNoise,
     AnyOptimizer,
     Distillation,
     LossTerm,
     LossTerms,
+    Masking,
     Noise,
     Objective,
     Optimizer,
@@ -67,12 +69,15 @@ class TrainingFields(Section):
     objective: Objective = "autoregressive"
     """What the network learns to predict: `autoregressive`, each window from the sources and the windows before it, as
     published, so that it is read by sampling; `marginal`, each window from the sources alone, so that it is read in one pass;
-    `joint`, both; `distill`, as `marginal`, and also what a `teacher` says. The networks have the same tensors, so that any of
-    them can start from any other."""
+    `joint`, both; `distill`, as `marginal`, and also what a `teacher` says. `masked`, for research, hides windows of the input
+    and predicts their counts, so that it needs no times; its networks are starting points for others, and cannot be read
+    themselves. All networks have the same tensors, so that any of them can start from any other."""
     joint_weight: NonNegative = 0.5
     """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
     distill: AnyDistillation = Distillation()
     """`distill` only: how the teacher is read, and what its distributions count."""
+    masked: AnyMasking = Masking()
+    """`masked` only: which windows are hidden."""
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
@@ -201,7 +206,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "noise",
+    "distill", "masked", "noise",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

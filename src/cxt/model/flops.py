@@ -8,7 +8,7 @@ attend. A forward pass over one example, for W windows, width D, L blocks, H sca
     head        2·W·D·vocabulary
     embedding   2 channels × H·W × 2·(n·D/H + (D/H)²)
 
-A marginal pass has the W sources only; a joint one applies the head to sources and targets.
+A marginal or masked pass has the W sources only; a joint one applies the head to sources and targets.
 
 A backward pass takes as much again for the gradients of activations, and once more for those of trained matrices.
 """
@@ -20,14 +20,15 @@ from cxt.config.network import AdapterConfig, ModelConfig
 def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") -> dict[str, float]:
     """FLOPs of the forward pass of one example, by part: blocks (matrices), attention, head, embedding."""
     windows, width, hidden = network.windows, network.width, network.width // network.scales
-    one_pass = READINGS[objective] == ("marginal",)
-    live = windows**2 if one_pass else 2 * windows**2 + windows * (windows + 1) / 2
-    tokens = windows if one_pass else 2 * windows
+    sources_only = READINGS[objective] == ("marginal",) or objective == "masked"
+    live = windows**2 if sources_only else 2 * windows**2 + windows * (windows + 1) / 2
+    tokens = windows if sources_only else 2 * windows
     predictions = 2 * windows if objective == "joint" else windows
+    outputs = 2 * (network.samples - 1) if objective == "masked" else network.vocabulary
     return {
         "blocks": tokens * 24 * width**2 * network.layers,
         "attention": 4 * width * live * network.layers,
-        "head": 2 * predictions * width * network.vocabulary,
+        "head": 2 * predictions * width * outputs,
         "embedding": 2 * network.scales * windows * 2 * (network.samples * hidden + hidden**2),
     }
 

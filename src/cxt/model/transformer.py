@@ -180,7 +180,11 @@ class Backbone(nn.Module):
 
     def source_states(self, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
         """The input of the head at the sources, (B, W, D), given counts (B, 2, S, W, n) and ln rates: no token is read."""
-        h = self.dropout(self.embed_sources(x, rates))  # (B, W, D)
+        return self.encode(self.embed_sources(x, rates))
+
+    def encode(self, source: torch.Tensor) -> torch.Tensor:
+        """The states of embedded sources, from `embed_sources`, that see each other and no token: (B, W, D) -> (B, W, D)."""
+        h = self.dropout(source)
         for block in self.blocks:
             h = self._block(block, h, h.shape[1])
         return self.norm(h)

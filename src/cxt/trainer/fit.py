@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from cxt.checkpoints.file import load_weights, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
+from cxt.config.learning import is_readable
 from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
 from cxt.data.noise import NoiseSchedule
@@ -190,7 +191,7 @@ def fit(
     training = request.training
     model = build_starting_model(request)
     record = build_record(request)
-    module = TrainingModule(model, training, record=record, total_steps=request.total_steps)
+    module = TrainingModule(model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"])
     terms = module.objective.names if len(module.objective.names) > 1 else ()
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
@@ -198,7 +199,7 @@ def fit(
         validates=request.validates_after, terms=terms, checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
     examples = None
-    if training.decode_items and len(data.test_set):
+    if training.decode_items and len(data.test_set) and is_readable(training.objective):
         examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid)
     validation = Validation(
         run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,

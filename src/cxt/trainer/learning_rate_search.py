@@ -96,7 +96,10 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
 
     quieten()
     set_up_torch(request)
-    module = TrainingModule(build_starting_model(request), request.training, record={}, total_steps=request.total_steps)
+    module = TrainingModule(
+        build_starting_model(request), request.training, record={}, total_steps=request.total_steps,
+        scales=request.manifest["scales"],
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(
             accelerator=request.accelerator,

@@ -5,6 +5,7 @@ The loss is that of an objective, see `cxt.trainer.objectives`; `build_loss_func
 
 import os
 import tempfile
+from collections.abc import Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -75,9 +76,9 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
     return parts
 
 
-def build_loss_function(model: CoalescenceModel, training: TrainingConfig):
-    """A function from (counts, missing, tokens, rates) to the loss of the first step, on the model's device."""
-    objective = build_objective(model, training)
+def build_loss_function(model: CoalescenceModel, training: TrainingConfig, *, scales: Sequence[int] | None = None):
+    """A function from (counts, missing, tokens, rates) to the loss of the first step; *scales* as for `build_objective`."""
+    objective = build_objective(model, training, scales=scales)
     parts, weights = build_loss_parts(model, training, objective), objective.weights(0.0)
 
     def loss(
@@ -99,21 +100,27 @@ def hide_rates(batch: Batch, probability: float) -> Batch:
 
 
 class TrainingModule(pl.LightningModule):
-    """Trains a CoalescenceModel, plain or with an adapter; *record* goes into every training state."""
+    """Trains a CoalescenceModel, plain or with an adapter, on features of some *scales*.
 
-    def __init__(self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int):
+    *record* goes into every training state. If the objective has parameters of its own, so do they.
+    """
+
+    def __init__(
+        self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int, scales: Sequence[int]
+    ):
         super().__init__()
         self.adaptive_rate = AdaptiveRate(training)
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
             freeze_backbone(model)
-        self.objective = build_objective(model, training)
+        self.objective = build_objective(model, training, scales=scales)
         self._parts = self._step_parts = build_loss_parts(model, training, self.objective)
 
     def setup(self, stage: str) -> None:
         """Compile the training step if the settings ask for it; BadRequest if the compiler's cache cannot be written."""
         device = self.trainer.strategy.root_device
-        self.objective.criterion.to(device)
+        if self.objective.criterion is not None:
+            self.objective.criterion.to(device)
         backend = compile_backend(self.training_config, device.type)
         if backend is not None:
             check_compiler_cache()
@@ -147,7 +154,8 @@ class TrainingModule(pl.LightningModule):
         training = self.training_config
         # With a gradient scaler, a fused optimizer unscales by itself, too late for clipping and for the logged norm.
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        optimizer = build_optimizer(self.model, training, fused=fused)
+        own = list(self.objective.parameters()) if isinstance(self.objective, torch.nn.Module) else []
+        optimizer = build_optimizer(self.model, training, fused=fused, others=own)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: self.adaptive_rate.factor * learning_rate_factor(step, training, total_steps=self.total_steps),
@@ -166,7 +174,10 @@ class TrainingModule(pl.LightningModule):
 
 
 class Reseed(Callback):
-    """Seeds dropout by (seed, batch number, rank), so that a resumed run draws the same numbers."""
+    """Seeds dropout and masks by (seed, batch number, rank), so that a resumed run draws the same numbers.
+
+    All validations draw the same ones, so that their losses can be compared.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -175,3 +186,7 @@ class Reseed(Callback):
         """Seed torch's global generator for the dropout of this batch."""
         number = trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(torch_seed(self.seed, "dropout", trainer.global_rank, number=number))
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_index, dataloader_index=0) -> None:
+        """Seed it for the masks of a validation batch."""
+        torch.manual_seed(torch_seed(self.seed, "validation", trainer.global_rank, number=batch_index))

@@ -1,7 +1,10 @@
 """Objectives: what a network learns to predict, from which positions.
 
 An objective takes a batch and returns the values of its loss terms. The loss is their sum, each times its weight.
+The one that needs no times is in `cxt.trainer.masked`.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +13,7 @@ from cxt.data.grid import Grid
 from cxt.model.inputs import check_tokens
 from cxt.model.transformer import CoalescenceModel
 from cxt.trainer.losses import Criterion, compute_distillation_loss, spread_over_bins
+from cxt.trainer.masked import Masked
 
 
 class Autoregressive:
@@ -94,12 +98,25 @@ class Distill:
         return torch.cat([divergence[None], self.criterion(logits, y[:, 1:].flatten())])
 
 
-AnyObjective = Autoregressive | Marginal | Joint | Distill
+AnyObjective = Autoregressive | Marginal | Joint | Distill | Masked
 OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint, "distill": Distill}
 
 
-def build_objective(model: CoalescenceModel, training: TrainingConfig) -> AnyObjective:
-    """The objective of a training, with its loss terms on the model's grid and device."""
+def build_objective(model: CoalescenceModel, training: TrainingConfig, *, scales: Sequence[int] | None = None) -> AnyObjective:
+    """The objective of a training, on the model's device.
+
+    Parameters
+    ----------
+    model : CoalescenceModel
+    training : TrainingConfig
+        Its `objective`, and the settings of that.
+    scales : sequence of int, optional
+        Widths of the feature windows, in base windows; required by `masked` only.
+    """
+    if training.objective == "masked":
+        if scales is None:
+            raise TypeError("the objective masked needs the scales of the input")
+        return Masked(model, training, scales=scales)
     config = model.config
     criterion = Criterion(training.losses, Grid(config.grid_low, config.grid_high, config.bins))
     return OBJECTIVES[training.objective](criterion.to(model.backbone.head.weight.device), training)

@@ -1,7 +1,7 @@
 """Optimizers, and the groups of parameters that they treat alike."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,11 +15,11 @@ OTHER_LR_FACTOR = 0.15
 """Muon's default learning rate of all other parameters, relative to that of the matrices in the blocks."""
 
 
-def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[dict]:
+def parameter_groups(model: CoalescenceModel, training: TrainingConfig, others: Sequence[nn.Parameter] = ()) -> list[dict]:
     """Parameter groups for AdamW, with weight decay on tensors of two or more dimensions only.
 
     With an adapter, there is first a group of all adapter parameters (with weight decay, at the full learning rate); those of
-    the unfrozen backbone are at `backbone_lr_factor` of it.
+    the unfrozen backbone are at `backbone_lr_factor` of it. The last ones are of *others*, the parameters of an objective.
     """
     factor = 1.0
     groups = []
@@ -27,14 +27,15 @@ def parameter_groups(model: CoalescenceModel, training: TrainingConfig) -> list[
         factor = training.backbone_lr_factor
         groups.append({"params": list(model.adapter.parameters()), "weight_decay": training.weight_decay, "lr": training.lr})
     backbone = [p for p in model.backbone.parameters() if p.requires_grad]
-    for decayed in (True, False):
-        groups.append(
-            {
-                "params": [p for p in backbone if (p.ndim >= 2) == decayed],
-                "weight_decay": training.weight_decay if decayed else 0.0,
-                "lr": factor * training.lr,
-            }
-        )
+    for parameters, lr in ((backbone, factor * training.lr), (others, training.lr)):
+        for decayed in (True, False):
+            groups.append(
+                {
+                    "params": [p for p in parameters if (p.ndim >= 2) == decayed],
+                    "weight_decay": training.weight_decay if decayed else 0.0,
+                    "lr": lr,
+                }
+            )
     return [group for group in groups if group["params"]]
 
 
@@ -210,7 +211,9 @@ class Lion(_Optimizer):
                 momentum.lerp_(parameter.grad, 1 - decay_beta)
 
 
-def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: CoalescenceModel, training: TrainingConfig, *, fused: bool, others: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """The optimizer of the trainable parameters; with an adapter, the backbone is first frozen by the adapter's strategy.
 
     Parameters
@@ -220,10 +223,13 @@ def build_optimizer(model: CoalescenceModel, training: TrainingConfig, *, fused:
         Its `optimizer`, learning rate, weight decay, and AdamW's coefficients.
     fused : bool
         Whether Adam, AdamW and SGD update all parameters in one kernel.
+    others : sequence of parameters
+        Parameters that are not the model's: those of an objective.
     """
     if model.adapter is not None:
         freeze_backbone(model)
-    groups, settings, betas = parameter_groups(model, training), training.optimizer, (training.beta1, training.beta2)
+    groups, settings = parameter_groups(model, training, others), training.optimizer
+    betas = (training.beta1, training.beta2)
     match settings.name:
         case "adamw":
             return torch.optim.AdamW(groups, betas=betas, fused=fused)

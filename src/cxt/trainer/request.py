@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cxt.config.contradictions import check_training
 from cxt.config.flags import note_more_than_cores
+from cxt.config.learning import is_readable
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
 from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
 from cxt.console import get_logger
@@ -180,13 +182,6 @@ def build_request(options: TrainingOptions) -> RunRequest:
     check_adapter_flags(options)
     accelerator, devices = choose_devices(options)
     training = options.training
-    if training.attention == "flex" and accelerator == "cpu":
-        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; use attention split")
-    if training.objective != "autoregressive" and training.loss_path != "target":
-        raise BadRequest(
-            f"loss_path {training.loss_path} is for the objective autoregressive, not for {training.objective}; use loss_path "
-            "target"
-        )
     world = options.nodes * count_devices(devices)
     if options.simulate is None:
         simulated, manifest = None, read_manifest(options.dataset_path)
@@ -199,16 +194,14 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
+    check_training(
+        training,
+        network,
+        adapter,
+        parent_objective=None if parent is None else (parent.record["training"] or {}).get("objective", "autoregressive"),
+        on_gpu=accelerator == "gpu",
+    )
     soft_targets = identify_soft_targets(options, manifest, network)
-    if network.start_token_in_prefix and training.objective == "joint":
-        raise BadRequest(
-            "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "
-            "objective autoregressive or marginal"
-        )
-    if network.reads_rates and training.precision == "bf16-true":
-        raise BadRequest(
-            "precision bf16-true would round the rates that this network reads; use bf16-mixed, or --reads-rates false"
-        )
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
     steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     if not examples["test"] and (training.patience or training.export == "best"):
@@ -311,6 +304,13 @@ def _note_settings_without_effect(request: RunRequest) -> None:
             notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
     if training.joint_weight != TrainingConfig().joint_weight and training.objective != "joint":
         notes.append(f"joint_weight {training.joint_weight:g} has no effect with the objective {training.objective}")
+    defaults = TrainingConfig()
+    if training.decode_items not in (0, defaults.decode_items) and not is_readable(training.objective):
+        notes.append(f"decode_items has no effect with the objective {training.objective}, which predicts no times")
+    if training.masked != defaults.masked and training.objective != "masked":
+        notes.append(f"masked has no effect with the objective {training.objective}")
+    if training.losses != defaults.losses and training.objective == "masked":
+        notes.append("losses has no effect with the objective masked, which has a loss of its own")
     for name in ("cycles", "cycle_decay"):
         if getattr(training, name) != getattr(TrainingConfig(), name) and training.schedule != "cosine_restarts":
             notes.append(f"{name} {getattr(training, name):g} has no effect with the schedule {training.schedule}")

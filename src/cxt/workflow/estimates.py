@@ -130,7 +130,7 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     """Evaluation simulations (counted once, even if several models use them) and decoding."""
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
-    for name in config["models"]:
+    for name in jobs.evaluated_models(config):
         model_batches = lineages.evaluation_batches(config, name)
         batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in model_batches}
         count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cxt.config.learning import is_readable
 from cxt.config.models import build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, get_scenario_name, list_variants
@@ -191,6 +192,11 @@ def get_world_size(config: dict, model: str) -> int:
 
 
 # Stage 4
+
+
+def evaluated_models(config: dict) -> list[str]:
+    """The models that can be evaluated: those from which times can be read."""
+    return [name for name in config["models"] if is_readable(build_training_config(config, name).objective)]
 
 
 def evaluation_scenarios(config: dict, name: str) -> list[str]:

@@ -24,6 +24,7 @@ from cxt.workflow.jobs import (
     batch_count,
     collect_variants,
     dataset_spec,
+    evaluated_models,
     evaluation_scenarios,
     evaluation_spec,
     get_device_count,
@@ -162,7 +163,7 @@ def evaluation_lineage(config: dict, model: str) -> str:
 
 def table_lineage(config: dict) -> str:
     """Lineage of the table of all evaluations."""
-    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in config["models"]))
+    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in evaluated_models(config)))
 
 
 def run_directory(config: dict, name: str) -> str:

@@ -1,0 +1,58 @@
+"""Settings of a training that contradict each other, refused on the command line and when the workflow is planned."""
+
+from cxt.config.network import AdapterConfig, ModelConfig
+from cxt.config.training import TrainingConfig
+from cxt.errors import BadRequest
+
+
+def check_training(
+    training: TrainingConfig,
+    network: ModelConfig,
+    adapter: AdapterConfig | None,
+    *,
+    parent_objective: str | None,
+    on_gpu: bool,
+) -> None:
+    """Refuse settings of a training that cannot be fulfilled together.
+
+    Parameters
+    ----------
+    training, network : TrainingConfig, ModelConfig
+    adapter : AdapterConfig or None
+        None for a plain model.
+    parent_objective : str or None
+        What the parent was trained to predict; None for random weights.
+    on_gpu : bool
+        Whether it trains on GPUs.
+
+    Raises
+    ------
+    BadRequest
+        Naming the first contradiction.
+    """
+    objective = training.objective
+    if training.attention == "flex" and not on_gpu:
+        raise BadRequest("attention flex trains on GPUs only: FlexAttention has no gradients on a CPU; use attention split")
+    if objective != "autoregressive" and training.loss_path != "target":
+        raise BadRequest(
+            f"loss_path {training.loss_path} is for the objective autoregressive, not for {objective}; use loss_path target"
+        )
+    if objective == "joint" and network.start_token_in_prefix:
+        raise BadRequest(
+            "the objective joint needs sources that do not see the start token; set start_token_in_prefix to false, or use the "
+            "objective autoregressive or marginal"
+        )
+    if network.reads_rates and training.precision == "bf16-true":
+        raise BadRequest(
+            "precision bf16-true would round the rates that this network reads; use bf16-mixed, or set reads_rates to false"
+        )
+    if objective == "masked" and adapter is not None:
+        raise BadRequest(
+            "the objective masked cannot train an adapter, which mixes the counts of all windows, also of hidden ones; use "
+            "another objective, or train the backbone without an adapter"
+        )
+    if parent_objective == "masked" and adapter is not None and adapter.unfreeze_strategy != "all":
+        raise BadRequest(
+            "the parent was trained with the objective masked, which does not train the head, and this adapter would leave it "
+            "frozen; use unfreeze_strategy all, or first train a model from the parent without an adapter"
+        )
