@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
-from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
+from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
 from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
 from cxt.console import get_logger
 from cxt.data.grid import Grid
@@ -18,7 +18,15 @@ from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage
 from cxt.trainer.data_source import check_source, plan_simulations
 from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
-from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
+from cxt.trainer.parents import (
+    ADAPTER_FLAGS,
+    NETWORK_FLAGS,
+    check_adapter_flags,
+    inherit,
+    read_parent,
+    resolve_lora,
+    resolve_network,
+)
 
 if TYPE_CHECKING:  # importing torch takes seconds
     from cxt.checkpoints.file import Checkpoint
@@ -32,7 +40,7 @@ RUN_CONTROL_OPTIONS = (
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 
 OPTIONS_IDENTIFIED_OTHERWISE = (
-    "dataset_path", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
+    "dataset_path", "configfile", "checkpoint", "resume_adapter", "lora_of", "gpus", "devices", "nodes", "accelerator",
 )  # fmt: skip
 """Settings that are in a run's identity in another form: files by digest, devices by number."""
 
@@ -53,8 +61,8 @@ class RunRequest:
         Digest of the manifest.
     simulated : list of dict or None
         Variants to simulate on the fly; None for a dataset on disk.
-    network, adapter, training : ModelConfig, AdapterConfig or None, TrainingConfig
-        Settings; *adapter* is None for a plain model.
+    network, adapter, lora, training : ModelConfig, AdapterConfig or None, LoraConfig or None, TrainingConfig
+        Settings; *adapter* is None for a plain model, and *lora* if all weights are trained.
     parent : Checkpoint or None
         The checkpoint to start from.
     parent_file, parent_sha256 : str or None
@@ -85,6 +93,7 @@ class RunRequest:
     simulated: list[dict] | None
     network: ModelConfig
     adapter: AdapterConfig | None
+    lora: LoraConfig | None
     training: TrainingConfig
     parent: "Checkpoint | None"
     parent_file: str | None
@@ -196,6 +205,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
+    lora = resolve_lora(options, network, parent)
     if network.start_token_in_prefix and training.objective == "joint":
         raise BadRequest(
             "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "
@@ -232,6 +242,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         simulated=simulated,
         network=network,
         adapter=adapter,
+        lora=lora,
         training=training,
         parent=parent,
         parent_file=None if parent_file is None else str(parent_file),
@@ -277,7 +288,7 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
     if options.parent_lineage is not None:
         if parent is None:
-            raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
+            raise BadRequest("--parent-lineage needs --checkpoint, --resume-adapter or --lora-of")
         checked.append((f"parent {options.parent}", parent.record.get("lineage"), options.parent_lineage))
     problems = [
         f"{what}: {describe_difference(lineage, planned)}"

@@ -27,6 +27,11 @@ def train_model(
     # The checkpoint to start from
     checkpoint: str | PathLike[str] | None = None,
     resume_adapter: str | PathLike[str] | None = None,
+    lora_of: str | PathLike[str] | None = None,
+    # LoRA
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Literal["attention", "mlp", "all"] | None = None,
     # The network
     layers: int | None = None,
     heads: int | None = None,
@@ -125,6 +130,8 @@ def train_model(
         Directory of a dataset, with train/ and test/; alternatively, *simulate* names scenarios.
     checkpoint, resume_adapter : path-like
         Checkpoint to start from, by name or path, without or with adapter weights.
+    lora_of : path-like
+        Checkpoint to train a LoRA of, whose rank, alpha and targets are *lora_rank*, *lora_alpha* and *lora_targets*.
     epochs : int
         Passes over the training examples.
     gpus, devices : list of int, int
