@@ -191,6 +191,8 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig 
                 f"its training.objective must be one of {', '.join(get_args(Objective))}, got {_format_value(objective)}; "
                 "update cxt if the file is newer"
             )
+        if type(bits := record["training"].get("quantized_bits", 0)) is not int or bits not in (0, *range(2, 9)):
+            raise BadRequest(f"its training.quantized_bits must be 0 or from 2 to 8, got {_format_value(bits)}")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
     network = _build_configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")

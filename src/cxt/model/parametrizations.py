@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from cxt.config.network import LoraConfig
+from cxt.model.quantization import round_matrix
 from cxt.model.transformer import CoalescenceModel
 
 ORIGINAL = ".parametrizations.weight.original"
@@ -45,6 +46,38 @@ class LoRA(nn.Module):
             return torch.addmm(weight, self.b, self.a, alpha=self.factor)
 
 
+class WeightNoise(nn.Module):
+    """Normal noise on a matrix, in training mode only, new each time it is read; the gradient is that of the matrix.
+
+    *relative* is the standard deviation of the noise relative to that of the matrix.
+    """
+
+    def __init__(self, relative: float):
+        super().__init__()
+        self.relative = relative
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The matrix with noise (out, in)."""
+        if not self.training:
+            return weight
+        return weight + self.relative * weight.detach().std() * torch.randn_like(weight)
+
+
+class Rounding(nn.Module):
+    """Rounding of each row of a matrix to integers of *bits* bits times a scale (see `cxt.model.quantization`).
+
+    The gradient passes as if nothing were rounded (the straight-through estimator, Bengio et al. 2013).
+    """
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """The rounded matrix (out, in)."""
+        return round_matrix(weight, bits=self.bits) + (weight - weight.detach())  # the difference is exactly 0
+
+
 def list_matrices(model: CoalescenceModel, targets: str = "all") -> Iterator[nn.Linear]:
     """The linear maps of the blocks: those of `attention`, of the `mlp`, or `all`."""
     for block in model.backbone.blocks:
@@ -54,8 +87,8 @@ def list_matrices(model: CoalescenceModel, targets: str = "all") -> Iterator[nn.
             yield from (block.mlp.up, block.mlp.down)
 
 
-def attach(model: CoalescenceModel, *, lora: LoraConfig | None = None) -> None:
-    """Parametrise the matrices of the blocks, in place.
+def attach(model: CoalescenceModel, *, lora: LoraConfig | None = None, noise: float = 0.0, bits: int = 0) -> None:
+    """Parametrise the matrices of the blocks, in place: changed by LoRA first, then noisy, then rounded.
 
     Parameters
     ----------
@@ -63,12 +96,25 @@ def attach(model: CoalescenceModel, *, lora: LoraConfig | None = None) -> None:
         With the weights that are parametrised.
     lora : LoraConfig, optional
         Change chosen matrices by LoRA, with new random A, and freeze all other parameters.
+    noise : float
+        Standard deviation of `WeightNoise`; 0 = none.
+    bits : int
+        Bits of `Rounding`; 0 = none.
     """
     if lora is not None:
         model.requires_grad_(False)
         for linear in list_matrices(model, lora.targets):
-            # Unsafe only skips computing the weight once to check its shape, which the meta device cannot.
-            parametrize.register_parametrization(linear, "weight", LoRA(linear.weight, lora), unsafe=True)
+            _register(linear, LoRA(linear.weight, lora))
+    for linear in list_matrices(model):
+        if noise:
+            _register(linear, WeightNoise(noise))
+        if bits:
+            _register(linear, Rounding(bits))
+
+
+def _register(linear: nn.Linear, parametrization: nn.Module) -> None:
+    # Unsafe only skips computing the weight once to check its shape, which is not possible on the meta device.
+    parametrize.register_parametrization(linear, "weight", parametrization, unsafe=True)
 
 
 def merge(model: CoalescenceModel) -> None:
@@ -83,6 +129,18 @@ def list_lora_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {name: value for name, value in tensors.items() if ".parametrizations." in name and not name.endswith(ORIGINAL)}
 
 
-def select_published_tensors(tensors: dict[str, torch.Tensor], *, has_lora: bool) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a state dict: all tensors, or with LoRA the matrices A and B only."""
-    return list_lora_tensors(tensors) if has_lora else tensors
+def select_published_tensors(tensors: dict[str, torch.Tensor], *, has_lora: bool, bits: int) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the state dict of a network that may be parametrised.
+
+    With LoRA, these are the matrices A and B only. Without, they are all tensors by their own names, without noise, and
+    matrices rounded to *bits* bits if these were in training; 0 = not rounded.
+    """
+    if has_lora:
+        return list_lora_tensors(tensors)
+    published = {}
+    for name, value in tensors.items():
+        if name.endswith(ORIGINAL):
+            name = f"{name.removesuffix(ORIGINAL)}.weight"
+            value = round_matrix(value, bits=bits) if bits and value.ndim == 2 else value
+        published[name] = value
+    return published

@@ -37,11 +37,26 @@ def round_to_integers(weight: torch.Tensor, *, bits: int = 8) -> tuple[torch.Ten
         raise ValueError(f"bits must be from 2 to {MAX_BITS}, got {bits}")
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight must be a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
+    if not torch.isfinite(weight).all():
+        raise ValueError("weight has values that are not finite")
+    integers, scales = _round_rows(weight, bits=bits)
+    return integers.to(torch.int8), scales
+
+
+def _round_rows(weight: torch.Tensor, *, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The integers of `round_to_integers`, as float32, and the scales."""
     weight = weight.detach().float()
     largest = 2 ** (bits - 1) - 1
     scales = weight.abs().amax(dim=1, keepdim=True) / largest  # (out, 1)
-    if not torch.isfinite(scales).all():
-        raise ValueError("weight has values that are not finite")
     scales = torch.where(scales > 0, scales, 1.0)  # also where the largest weight is too small to be divided
     # A subnormal scale is rounded itself, so that a quotient may exceed the largest integer.
-    return (weight / scales).round().clamp(-largest, largest).to(torch.int8), scales
+    return (weight / scales).round().clamp(-largest, largest), scales
+
+
+def round_matrix(weight: torch.Tensor, *, bits: int) -> torch.Tensor:
+    """The rounded matrix: the product of what `round_to_integers` returns, in the type of *weight*, (out, in).
+
+    It checks nothing, because the answer of a GPU would have to be awaited. Numbers that are not finite remain so.
+    """
+    integers, scales = _round_rows(weight, bits=bits)
+    return (integers * scales).to(weight.dtype)

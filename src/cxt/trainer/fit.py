@@ -81,7 +81,7 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
             load_weights(model.backbone, backbone, name=request.parent_file)
         else:
             load_weights(model, weights, name=request.parent_file)
-    attach(model, lora=request.lora)
+    attach(model, lora=request.lora, noise=request.training.weight_noise, bits=request.training.quantized_bits)
     return model
 
 

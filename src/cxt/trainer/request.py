@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
-from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
+from cxt.config.training import (
+    TrainingConfig,
+    check_weight_settings,
+    drop_later_defaults,
+    list_result_neutral_settings,
+    steps_per_epoch,
+)
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -206,6 +212,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
     lora = resolve_lora(options, network, parent)
+    check_weight_settings(training, has_adapter=adapter is not None, has_lora=lora is not None)
     if network.start_token_in_prefix and training.objective == "joint":
         raise BadRequest(
             "the objective joint needs sources that do not see the start token; add --start-token-in-prefix false, or use the "

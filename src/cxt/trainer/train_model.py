@@ -69,6 +69,8 @@ def train_model(
     weight_decay: float | None = None,
     beta1: float | None = None,
     beta2: float | None = None,
+    weight_noise: float | None = None,
+    quantized_bits: int | None = None,
     backbone_lr_factor: float | None = None,
     seed: int | None = None,
     # How it is computed
