@@ -33,7 +33,9 @@ rule all:
         [paths.checkpoint_path(model) for model in config["models"]],
         [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
         [f"results/report/{model}-training.png" for model in config["models"]],
-        ["results/evaluation/table.md", "results/report/cost.html"] if jobs.evaluated_models(config) else [],
+        ["results/evaluation/table.md", "results/report/cost.html"]
+        if jobs.evaluated_models(config)
+        else [],
 
 
 include: "rules/settings.smk"

@@ -22,7 +22,12 @@ from cxt.workflow.resources import (
     training_threads,
 )
 from cxt.config.file import locate_files, merge, resolve
-from cxt.config.models import build_training_config, count_input_samples, get_parent
+from cxt.config.models import (
+    build_training_config,
+    count_input_samples,
+    get_parent,
+    get_parent_key,
+)
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
@@ -281,9 +286,15 @@ def note_on_lost_machine(wildcards, output):
 
 
 def parent_of(model):
-    """The checkpoint that a model starts from as a list of inputs: one file or none."""
+    """The checkpoint that a model starts from as a list of inputs: none, or one file and the base of its LoRA."""
     parent = get_parent(config["models"][model])
-    return [] if parent is None else [paths.checkpoint_path(parent)]
+    return [] if parent is None else [paths.checkpoint_path(parent), *base_of(parent)]
+
+
+def base_of(model):
+    """The checkpoint that is needed to use a model's checkpoint as a list of inputs: that of the base of a LoRA, or none."""
+    entry = config["models"][model]
+    return [paths.checkpoint_path(entry["lora_of"])] if "lora_of" in entry else []
 
 
 def checked_parent(wildcards):
@@ -355,7 +366,7 @@ def soft_target_flag(wildcards, input):
 
 def parent_flag(wildcards, input):
     """The flag and file of the checkpoint to start from, or nothing."""
-    flag = (
-        "--checkpoint" if "checkpoint" in config["models"][wildcards.model] else "--resume-adapter"
-    )
-    return [flag, *input.parent] if input.parent else []
+    if not input.parent:
+        return []
+    key = get_parent_key(config["models"][wildcards.model])
+    return [f"--{key.replace('_', '-')}", input.parent[0]]

@@ -6,6 +6,7 @@ rule evaluate:
     input:
         settings="results/settings/evaluations/{model}.yaml",
         checkpoint="results/{model}.ckpt",
+        base=lambda wildcards: base_of(wildcards.model),
         batches=lambda wildcards: [
             paths.batch_path(batch["scenario"], batch["start"])
             for batch in lineages.evaluation_batches(config, wildcards.model)

@@ -32,7 +32,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 
 
 KINDS = (
-    "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked",
+    "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked", "lora",
 )  # fmt: skip
 
 
@@ -77,6 +77,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--noise", "{thinning: 0.2, genotype_errors: 0.01, phase_switches: 0.1, initial_factor: 0}",
         ],
         "masked": ["--dataset-path", dataset, "--objective", "masked", "--masked", "{span: 3}", "--optimizer", "muon"],
+        "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -91,11 +92,12 @@ MATRIX = [
 ]  # fmt: skip
 FEW = [
     ("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("noise", 2, 3, 1),
-    ("masked", 0, 1, 2),
+    ("masked", 0, 1, 2), ("lora", 0, 1, 2),
 ]  # fmt: skip
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
     ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
+    ("lora", 2, 3, 1),
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from helpers.repository import run_python
 
 from cxt.benchmark.memory import measure_peak_memory
 from cxt.commands.bench import main
-from cxt.config.network import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
 
@@ -122,6 +122,19 @@ def test_memory_at_the_peak():
         return float(third[0, 0])
 
     assert measure_peak_memory(work, "cpu") == pytest.approx(8e6, rel=0.01)
+
+
+def test_flops_of_a_lora_are_fewer():
+    """The embedding, the head and the matrices that are not changed need no gradients of their own."""
+    from cxt.model.flops import training_flops
+
+    network = ModelConfig()
+    parts, whole = forward_flops(network), training_flops(network)
+    saved = {t: whole - training_flops(network, lora=LoraConfig(targets=t)) for t in ("all", "mlp", "attention")}
+    outside = parts["head"] + parts["embedding"]
+    assert saved == pytest.approx(
+        {"all": outside, "mlp": outside + parts["blocks"] / 3, "attention": outside + parts["blocks"] / 1.5}
+    )
 
 
 def test_flops_of_an_adapter_are_fewer():

@@ -20,6 +20,7 @@ from cxt.config.yaml import read_yaml
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.registry import SIMULATORS
 from cxt.workflow.lineages import model_lineage
+from cxt.workflow.settings import write_settings
 
 
 def with_changes(**sections) -> dict:
@@ -140,6 +141,8 @@ def test_children_inherit_sizes_but_not_masking():
 
 SMALL = {"sequence_length": 20_000, "simulations": 20}
 
+LORA = {"preset": "broad", "dataset": "processed", "lora_of": "broad", "lora": {}}
+
 BAD = [
     ({"scenarios": {"constant": {"simulation": 3}}}, "scenarios.constant.simulation: unknown key; did you mean 'simulations'"),
     ({"scenarios": {"constant": {"kind": "constnat"}}}, "unknown kind 'constnat'; did you mean 'constant'"),
@@ -213,8 +216,34 @@ BAD = [
     ({"models": {"broad": {"training": {"objective": "masked"}}, "broad_adapter": {"adapter": {"unfreeze_strategy": "ln"}}}}, "^models.broad_adapter: .* does not train the head"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "masked"}, "evaluation": ["constant"]}}}, "^models.narrow: `evaluation` cannot be used with the objective masked"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "autoregressive"}}}, "evaluation": {"reading": "marginal"}}, "^evaluation.reading: models.narrow was trained with the objective autoregressive"),  # noqa: E501
+    ({"models": {"lora": LORA | {"lora_of": None}}}, "^models.lora.lora: LoRA needs a trained base; name one with `lora_of`"),
+    ({"models": {"lora": LORA | {"lora": None}}}, "^models.lora.lora_of: it needs `lora`; add `lora: {}`"),
+    ({"models": {"lora": LORA | {"checkpoint": "broad"}}}, "models.lora: `checkpoint` and `lora_of` cannot be used together"),
+    ({"models": {"lora": LORA | {"adapter": {}}}}, "models.lora: `adapter` and `lora` cannot be used together"),
+    ({"models": {"lora": LORA | {"lora_of": "brod"}}}, "models.lora: unknown parent 'brod'; did you mean 'broad'"),
+    ({"models": {"lora": LORA | {"lora_of": "broad_adapter", "dataset": "processed_n10"}}}, "'broad_adapter' is an adapter model"),  # noqa: E501
+    ({"models": {"lora": LORA, "of_lora": LORA | {"lora_of": "lora"}}}, "'lora' is itself a LoRA of 'broad'; use `lora_of: broad`"),  # noqa: E501
+    ({"models": {"lora": LORA, "x": {"preset": "broad", "dataset": "processed", "resume_adapter": "lora"}}}, "'lora' has no adapter"),  # noqa: E501
+    ({"models": {"lora": LORA | {"lora": {"rank": 128}}}}, "^models.lora: the rank of LoRA must be below the width .* 128, got 128"),  # noqa: E501
+    ({"models": {"lora": LORA | {"lora": {"rank": 0}}}}, "models.lora.lora.rank must be an integer from 1"),
+    ({"models": {"lora": LORA | {"lora": {"targets": "heads"}}}}, "targets must be one of attention, mlp, all, got 'heads'"),
+    ({"models": {"lora": LORA | {"lora": {"alhpa": 2}}}}, "models.lora.lora.alhpa: unknown key; did you mean 'alpha'"),
+    ({"models": {"lora": LORA | {"architecture": {"start_token_in_prefix": True}}}}, "start_token_in_prefix is True, but the base"),  # noqa: E501
+    ({"models": {"lora": LORA | {"dataset": "processed_n10"}}}, "has 10 samples, but its parent 'broad' takes 50"),
     ({"trainning": {}}, "trainning: unknown key; did you mean 'training'"),
 ]  # fmt: skip
+
+
+def test_a_lora_in_the_configuration():
+    plain, config = load(), with_changes(models={"lora": LORA, "other": LORA | {"lora": {"rank": 2}}})
+    settings = yaml.safe_load(write_settings(config, "models", "lora"))
+    assert {key: value for key, value in settings.items() if "lora" in key} == {
+        "lora_rank": 8, "lora_alpha": 16.0, "lora_targets": "all",
+    }  # fmt: skip
+    assert settings["parent_lineage"] == model_lineage(config, "broad") == model_lineage(plain, "broad")
+    lineages = {model_lineage(config, name) for name in ("broad", "lora", "other")}
+    assert len(lineages) == 3
+    assert model_lineage(with_changes(models={"lora": LORA | {"lora": {"rank": 8}}}), "lora") == model_lineage(config, "lora")
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:40] for _, message in BAD])

@@ -5,10 +5,11 @@
     cxt checkpoint diff results/broad.ckpt old/broad.ckpt
     cxt checkpoint import published.ckpt --out broad.ckpt
     cxt checkpoint export broad --out exported
+    cxt checkpoint merge results/lora.ckpt merged.ckpt
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), which
-loads under `weights_only=True`. Training states, which hold more, files of the original package (see
-`cxt.checkpoints.published`) and exported directories can be read as well.
+loads under `weights_only=True`. That of a LoRA holds only its matrices (see `cxt.checkpoints.lora`). Training states, which
+hold more, files of the original package (see `cxt.checkpoints.published`) and exported directories can be read as well.
 """
 
 import sys
@@ -21,21 +22,23 @@ from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
 from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors
 from cxt.checkpoints.safetensors import CONFIG, read_export
-from cxt.config.network import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write, check_writable
 from cxt.model.adapter import build_model
 from cxt.model.inputs import TrainedOn
+from cxt.model.parametrizations import select_published_tensors
 from cxt.model.transformer import CoalescenceModel
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's weights, network configuration and record."""
+    """A checkpoint's weights, network configuration and record; with *lora*, the weights are its low-rank matrices only."""
 
     state_dict: dict[str, torch.Tensor]
     model: ModelConfig
     adapter: AdapterConfig | None
     record: dict
+    lora: LoraConfig | None = None
 
 
 def _intern_strings(value):
@@ -48,9 +51,14 @@ def _intern_strings(value):
 
 
 def write_checkpoint(path, state_dict: dict, record: dict) -> None:
-    """Write a checkpoint atomically."""
-    tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
+    """Write a checkpoint atomically, with what it holds of the network's state dict."""
+    tensors = {key: value.detach().cpu() for key, value in _select_published(state_dict, record).items()}
     atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors}))
+
+
+def _select_published(state_dict: dict[str, torch.Tensor], record: dict) -> dict[str, torch.Tensor]:
+    bits = (record.get("training") or {}).get("quantized_bits", 0)
+    return select_published_tensors(state_dict, has_lora=record.get("lora") is not None, bits=bits)
 
 
 def _read_torch_file(path):
@@ -95,19 +103,20 @@ def read_checkpoint(path) -> Checkpoint:
             raise BadRequest(f"{path} is not a cxt checkpoint: it has no `cxt` entry")
         weights, record = content["state_dict"], content["cxt"]
     try:
-        network, adapter, record = check_record(record)
+        network, adapter, lora, record = check_record(record)
         check_tensors(weights)
         if "pytorch-lightning_version" in content:
             weights = {  # an objective may have parameters of its own
                 key.removeprefix("model."): value for key, value in weights.items() if not key.startswith("objective.")
             }
+            weights = _select_published(weights, record)
             for key, name in (("step", "global_step"), ("epoch", "epoch")):
                 if type(content.get(name)) is not int:
                     raise BadRequest(f"it is a training state without its {name}")
                 record[key] = content[name]
     except BadRequest as error:
         raise BadRequest(f"checkpoint {path} cannot be used: {error}") from None
-    return Checkpoint(weights, network, adapter, record)
+    return Checkpoint(weights, network, adapter, record, lora)
 
 
 def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, name) -> None:

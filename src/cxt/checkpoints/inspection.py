@@ -3,6 +3,7 @@
 import torch
 
 from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint
+from cxt.checkpoints.load import read_usable_checkpoint
 from cxt.errors import Failed
 
 
@@ -53,22 +54,25 @@ def describe_checkpoint(path) -> str:
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
+    if checkpoint.lora is not None:
+        settings = ", ".join(f"{k} {v}" for k, v in checkpoint.lora)
+        rows["lora"] = f"{settings}; the file holds low-rank changes of its parent only"
     if published is not None:
         rows["imported"] = f"from {published['file']}, {published['sha256']}"
     return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])
 
 
 def read_verified_checkpoint(path) -> Checkpoint:
-    """Read a checkpoint, and check that its weights are finite and fit its network.
+    """Read a checkpoint, and check that its weights are finite and fit its network; a LoRA is merged into its base.
 
     Raises
     ------
     BadRequest
-        If it cannot be read, or its weights do not fit.
+        If it cannot be read, its weights do not fit, or the base of a LoRA is missing.
     Failed
         If a weight is not finite.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_usable_checkpoint(path)
     build_checkpoint_model(checkpoint, name=path)
     bad = [key for key, value in checkpoint.state_dict.items() if not torch.isfinite(value).all()]
     if bad:
@@ -79,9 +83,9 @@ def read_verified_checkpoint(path) -> Checkpoint:
 def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
     """Whether the weights of two checkpoints are close, and a description of how the two differ.
 
-    They are close, as in `torch.allclose`, if abs(a - b) <= atol + rtol · abs(b) everywhere.
+    They are close, as in `torch.allclose`, if abs(a - b) <= atol + rtol · abs(b) everywhere. A LoRA is merged into its base.
     """
-    first, second = read_checkpoint(a), read_checkpoint(b)
+    first, second = read_usable_checkpoint(a), read_usable_checkpoint(b)
     lines = []
     for key in sorted(first.record.keys() | second.record.keys()):
         one, other = first.record.get(key), second.record.get(key)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from cxt.checkpoints.file import build_checkpoint_model, read_checkpoint
+from cxt.checkpoints.file import Checkpoint, build_checkpoint_model
+from cxt.checkpoints.lora import read_merged_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_export
 from cxt.console import get_logger
@@ -25,7 +26,7 @@ def load_model(
     name_or_path : str or path-like
         A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/` and
         `~/.cache/cxt/checkpoints`; or the path of a `.ckpt` file (also of the original package), a run directory, or an
-        exported directory.
+        exported directory. A LoRA is merged into its base, which is looked for beside it and in the same directories.
     device : str or torch device
         Where to put it.
     best : bool
@@ -41,11 +42,12 @@ def load_model(
     Raises
     ------
     BadRequest
-        If there is no such checkpoint, it is damaged or has non-finite weights, or torch cannot use *device*.
+        If there is no such checkpoint, it is damaged or has non-finite weights, the base of a LoRA is missing or another one,
+        or torch cannot use *device*.
     """
     device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
-    model = build_checkpoint_model(read_checkpoint(path), name=path).eval()
+    model = build_checkpoint_model(read_usable_checkpoint(path), name=path).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
@@ -73,6 +75,17 @@ def checkpoint_directories() -> list[Path]:
     if os.environ.get("CXT_CHECKPOINT_CACHE"):
         directories.insert(0, Path(os.environ["CXT_CHECKPOINT_CACHE"]))
     return directories
+
+
+def read_usable_checkpoint(path) -> Checkpoint:
+    """Read a checkpoint with all weights of its network: a LoRA is merged into its base.
+
+    Raises
+    ------
+    BadRequest
+        If it cannot be read, or the base of a LoRA is neither beside it nor in `checkpoint_directories`.
+    """
+    return read_merged_checkpoint(path, checkpoint_directories())
 
 
 def _find_run_checkpoint(path: Path, *, best: bool) -> Path:

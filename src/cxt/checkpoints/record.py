@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 
 from cxt.config.learning import Objective
-from cxt.config.network import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
 from cxt.errors import BadRequest
 
 FORMAT = 1
@@ -19,7 +19,7 @@ TEXT, NUMBER, WHOLE, FLAG, TABLE, LIST = (str,), (int, float), (int,), (bool,), 
 NONE = type(None)
 
 RECORD_KEYS = {
-    "format": WHOLE, "model": TABLE, "adapter": (dict, NONE),
+    "format": WHOLE, "model": TABLE, "adapter": (dict, NONE), "lora": (dict, NONE),
     "name": (str, NONE), "preset": (str, NONE), "lineage": (str, NONE),
     "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "teacher": TABLE, "versions": TABLE,
     "published": TABLE, "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
@@ -43,7 +43,7 @@ OPTIONAL_DATASET_KEYS = {
 
 LARGEST_SIZES = {
     "layers": 1000, "heads": 1000, "width": 100_000, "windows": 100_000, "samples": 100_000, "scales": 1000, "bins": 1_000_000,
-    "window_size": 10**9, "bottleneck": 100_000,
+    "window_size": 10**9, "bottleneck": 100_000, "rank": 100_000,
 }  # fmt: skip
 """Bounds far above any real network, so that a damaged file cannot allocate unlimited memory."""
 
@@ -121,7 +121,7 @@ def _check_required(table: dict, expected, *, within: str) -> None:
 
 
 def _build_configuration(kind, table: dict, *, within: str):
-    """Build the ModelConfig or AdapterConfig described by a table of a record."""
+    """Build the ModelConfig, AdapterConfig or LoraConfig described by a table of a record."""
     accepted = {int: WHOLE, float: NUMBER, bool: (bool,)}
     fields = {name: accepted.get(field.annotation, TEXT) for name, field in kind.model_fields.items()}
     _check_known(table, fields, within=within)
@@ -135,7 +135,7 @@ def _build_configuration(kind, table: dict, *, within: str):
     return configuration
 
 
-def check_sizes(configuration: ModelConfig | AdapterConfig) -> None:
+def check_sizes(configuration: ModelConfig | AdapterConfig | LoraConfig) -> None:
     """BadRequest for sizes that no real network has, before memory is allocated."""
     for name, value in configuration:
         largest = LARGEST_SIZES.get(name)
@@ -157,8 +157,8 @@ def _check_ranges(ranges: dict) -> None:
             raise BadRequest(f"its dataset.ranges.{name} must be two numbers, the smaller first, got {_format_value(pair)}")
 
 
-def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
-    """Check a record; return network, adapter, and the record with None for keys that a file of an earlier version lacks.
+def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig | None, dict]:
+    """Check a record; return network, adapter, LoRA, and the record with None for keys that an earlier version's file lacks.
 
     Raises
     ------
@@ -191,9 +191,12 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
                 f"its training.objective must be one of {', '.join(get_args(Objective))}, got {_format_value(objective)}; "
                 "update cxt if the file is newer"
             )
+        if type(bits := record["training"].get("quantized_bits", 0)) is not int or bits not in (0, *range(2, 9)):
+            raise BadRequest(f"its training.quantized_bits must be 0 or from 2 to 8, got {_format_value(bits)}")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
     network = _build_configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")
+    lora = _build_lora(record)
     _check_types(record["dataset"], OPTIONAL_DATASET_KEYS, within="dataset.")
     record["dataset"] = dict.fromkeys(OPTIONAL_DATASET_KEYS) | record["dataset"]
     scales = record["dataset"]["scales"]
@@ -202,7 +205,19 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, dict]:
     if not all(_has_type(name, TEXT) for name in record["dataset"]["simulated"] or []):
         raise BadRequest("its dataset.simulated must be a list of names")
     _check_ranges(record["dataset"]["ranges"] or {})
-    return network, adapter, record
+    return network, adapter, lora, record
+
+
+def _build_lora(record: dict) -> LoraConfig | None:
+    """The LoRA of a record; BadRequest unless its base can be identified, by a name without directories and a digest."""
+    if record.get("lora") is None:
+        return None
+    parent = record["parent"] or {}
+    if record["adapter"] is not None or not all(parent.get(key) for key in ("name", "sha256")):
+        raise BadRequest("its lora needs a parent with a name and a sha256, and no adapter")
+    if "/" in parent["name"] or "\0" in parent["name"]:
+        raise BadRequest(f"its parent.name must be a name without directories, got {_format_value(parent['name'])}")
+    return _build_configuration(LoraConfig, record["lora"], within="lora.")
 
 
 def check_tensors(weights) -> None:

@@ -1,4 +1,4 @@
-"""Show, verify, compare, import and export checkpoints."""
+"""Show, verify, compare, import, export and merge checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt checkpoint`: show, verify, compare, import or export checkpoints.
+    """Run `cxt checkpoint`: show, verify, compare, import, export or merge checkpoints.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
-        description="Show, verify, compare, import and export checkpoints.",
+        description="Show, verify, compare, import, export and merge checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     accepted = "name, file, run directory or exported directory"
@@ -43,6 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("--out", required=True, help="directory to write them to")
+    command = commands.add_parser("merge", help="merge a LoRA into its base: a plain checkpoint, which works without the base")
+    command.add_argument("checkpoint", help="the LoRA, by its name, file or run directory")
+    command.add_argument("out", help="checkpoint to write")
     args = parser.parse_args(argv)
     check_flags(args, rtol=NonNegative, atol=NonNegative)
     run(args)
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the subcommand."""
     from cxt.checkpoints.file import import_published
     from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
-    from cxt.checkpoints.load import find_checkpoint
+    from cxt.checkpoints.load import checkpoint_directories, find_checkpoint
+    from cxt.checkpoints.lora import write_merged
     from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
     from cxt.workflow.verification import verify
 
@@ -70,6 +74,9 @@ def run(args: argparse.Namespace) -> None:
         check_writable(Path(args.out) / CONFIG)
         write_export(args.out, checkpoint.state_dict, checkpoint.record)
         print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
+    elif args.command == "merge":
+        base = write_merged(path, args.out, checkpoint_directories())
+        print(f"{path}: merged into {base}, as {args.out}")
     else:
         close, text = compare_checkpoints(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
         print(text)

@@ -8,15 +8,25 @@ from cxt.config.contradictions import check_training
 from cxt.config.demes import read_demes
 from cxt.config.learning import choose_reading, is_readable
 from cxt.config.models import (
+    PARENT_KEYS,
     build_adapter_config,
+    build_lora_config,
     build_network_config,
     build_training_config,
     check_order,
     is_adapter,
     trace_parents,
 )
-from cxt.config.network import TrainedModel, check_adapter_samples, check_inheritance, check_missingness, count_pairs
+from cxt.config.network import (
+    TrainedModel,
+    check_adapter_samples,
+    check_inheritance,
+    check_lora,
+    check_missingness,
+    count_pairs,
+)
 from cxt.config.scenarios import complete_parameters
+from cxt.config.training import check_weight_settings
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
 
@@ -194,8 +204,9 @@ def _check_parents(config: dict, name: str) -> None:
         raise BadRequest(
             f"{at}.dataset: unknown dataset '{model['dataset']}'{suggest_nearest(model['dataset'], config['datasets'])}"
         )
-    if "checkpoint" in model and "resume_adapter" in model:
-        raise BadRequest(f"{at}: `checkpoint` and `resume_adapter` cannot be used together")
+    keys = [f"`{key}`" for key in PARENT_KEYS if key in model]
+    if len(keys) > 1:
+        raise BadRequest(f"{at}: {' and '.join(keys)} cannot be used together")
     _, *parents = trace_parents(config, name)
     if "checkpoint" in model and is_adapter(config, parents[0]):
         raise BadRequest(f"{at}.checkpoint: '{parents[0]}' is an adapter model; use `resume_adapter: {parents[0]}`")
@@ -206,6 +217,28 @@ def _check_parents(config: dict, name: str) -> None:
     teacher = model.get("teacher")
     if teacher is not None and teacher not in config["models"]:
         raise BadRequest(f"{at}.teacher: unknown model '{teacher}'{suggest_nearest(teacher, config['models'])}")
+    _check_lora_keys(config, name, parents)
+
+
+def _check_lora_keys(config: dict, name: str, parents: list[str]) -> None:
+    """BadRequest unless `lora` and `lora_of` come together, without adapter, and the base is a plain model."""
+    model, at = config["models"][name], f"models.{name}"
+    if "lora" in model and "lora_of" not in model:
+        raise BadRequest(f"{at}.lora: LoRA needs a trained base; name one with `lora_of`")
+    if "lora_of" not in model:
+        return
+    if "lora" not in model:
+        raise BadRequest(f"{at}.lora_of: it needs `lora`; add `lora: {{}}` for the default rank, alpha and targets")
+    if "adapter" in model:
+        raise BadRequest(f"{at}: `adapter` and `lora` cannot be used together")
+    base = parents[0]
+    if is_adapter(config, base):
+        raise BadRequest(f"{at}.lora_of: '{base}' is an adapter model, which cannot be the base of LoRA")
+    if "lora" in config["models"][base]:
+        raise BadRequest(
+            f"{at}.lora_of: '{base}' is itself a LoRA of '{parents[1]}'; use `lora_of: {parents[1]}`, or train all weights "
+            f"from the merged ones with `checkpoint: {base}`"
+        )
 
 
 def _check_models(config: dict) -> None:
@@ -240,7 +273,10 @@ def _check_models(config: dict) -> None:
             with problems.collect():
                 model = _trained_model(config, name)
                 if parents:
-                    check_inheritance(model, _trained_model(config, parents[0], name_in_messages=parents[0]))
+                    parent = _trained_model(config, parents[0], name_in_messages=parents[0])
+                    check_inheritance(model, parent)
+                    if (lora := build_lora_config(config, name)) is not None:
+                        check_lora(lora, model.network, parent.network, name=model.name, base_name=parent.name)
                 check_missingness(model)
                 check_adapter_samples(model)
             with problems.collect():
@@ -248,6 +284,9 @@ def _check_models(config: dict) -> None:
             if not shared_training_is_wrong:
                 with problems.collect():
                     _check_training(config, name)
+            with problems.collect(), _prefix_errors(f"models.{name}.training"):
+                training, has_lora = build_training_config(config, name), "lora" in config["models"][name]
+                check_weight_settings(training, has_adapter=model.has_adapter, has_lora=has_lora)
         if len(problems.messages) > before:
             wrong.add(name)
     problems.refuse()
@@ -296,6 +335,7 @@ def _check_training(config: dict, name: str) -> None:
             training,
             build_network_config(config, name),
             build_adapter_config(config, name),
+            has_lora="lora" in model,
             parent_objective=build_training_config(config, parents[0]).objective if parents else None,
             on_gpu=model.get("training", {}).get("devices", config["training"]["devices"]) > 0,
         )

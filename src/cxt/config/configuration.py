@@ -6,7 +6,7 @@ from pydantic import Field
 
 from cxt.config.bounds import PositiveInteger, Seed, Text, integer_validator
 from cxt.config.datasets import Dataset, ScenarioNames
-from cxt.config.network import Adapter, Architecture, Preset
+from cxt.config.network import Adapter, Architecture, Lora, Preset
 from cxt.config.scenarios import AnyScenario
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
@@ -63,6 +63,11 @@ class Model(Section):
     haplotypes of the same simulations."""
     adapter: Adapter | None = None
     """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
+    lora_of: Text | None = None
+    """Base model, which stays frozen while low-rank changes of its matrices are trained. The checkpoint holds these only, and
+    needs that of the base to be used. Needs `lora`, and cannot be combined with another parent."""
+    lora: Lora | None = None
+    """Low-rank changes of the base named by `lora_of`; `{}` for the defaults."""
     architecture: Architecture | None = None
     """Sizes of the network that differ from the preset's."""
     training: TrainingOverrides | None = None

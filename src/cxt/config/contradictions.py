@@ -10,6 +10,7 @@ def check_training(
     network: ModelConfig,
     adapter: AdapterConfig | None,
     *,
+    has_lora: bool,
     parent_objective: str | None,
     on_gpu: bool,
 ) -> None:
@@ -20,6 +21,8 @@ def check_training(
     training, network : TrainingConfig, ModelConfig
     adapter : AdapterConfig or None
         None for a plain model.
+    has_lora : bool
+        Whether it trains a LoRA.
     parent_objective : str or None
         What the parent was trained to predict; None for random weights.
     on_gpu : bool
@@ -55,4 +58,9 @@ def check_training(
         raise BadRequest(
             "the parent was trained with the objective masked, which does not train the head, and this adapter would leave it "
             "frozen; use unfreeze_strategy all, or first train a model from the parent without an adapter"
+        )
+    if has_lora and "masked" in (objective, parent_objective):
+        raise BadRequest(
+            "the objective masked trains no head for times, and LoRA leaves the head as it is; train all weights, with "
+            "`checkpoint` instead of `lora_of`"
         )

@@ -1,13 +1,22 @@
 """Each model of the configuration: its parents, network, adapter and training settings."""
 
-from cxt.config.network import PRESETS, SIZES, AdapterConfig, ModelConfig
+from cxt.config.network import PRESETS, SIZES, AdapterConfig, LoraConfig, ModelConfig
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
+
+PARENT_KEYS = ("checkpoint", "resume_adapter", "lora_of")
+"""Keys of a model that name its parent; a model has at most one of them."""
+
+
+def get_parent_key(model: dict) -> str | None:
+    """The key that names the model's parent, or None."""
+    return next((key for key in PARENT_KEYS if key in model), None)
 
 
 def get_parent(model: dict) -> str | None:
     """Name of the parent model, or None."""
-    return model.get("checkpoint", model.get("resume_adapter"))
+    key = get_parent_key(model)
+    return None if key is None else model[key]
 
 
 def list_needed(model: dict) -> list[str]:
@@ -95,6 +104,12 @@ def count_input_samples(config: dict, name: str) -> int:
     return config["datasets"][config["models"][name]["dataset"]]["samples"]
 
 
+def build_lora_config(config: dict, name: str) -> LoraConfig | None:
+    """The low-rank changes of model *name*; None for a model without."""
+    settings = config["models"][name].get("lora")
+    return None if settings is None else LoraConfig(**settings)
+
+
 def build_training_config(config: dict, name: str) -> TrainingConfig:
     """The training settings of model *name*; `devices` and `nodes` are resources of the rule, not settings of the trainer."""
     settings = config["training"] | config["models"][name].get("training", {})
@@ -122,4 +137,5 @@ def build_training_settings(config: dict, name: str) -> dict:
         }
     else:
         del settings["backbone_lr_factor"]  # not a setting of plain models
-    return settings
+    lora = build_lora_config(config, name)
+    return settings if lora is None else settings | {f"lora_{key}": value for key, value in lora}

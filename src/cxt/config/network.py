@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
-from cxt.config.bounds import BasePairs, Flag, Fraction, Number, Samples, integer_validator
+from cxt.config.bounds import BasePairs, Flag, Fraction, Number, Positive, Samples, integer_validator
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
 
@@ -118,6 +118,25 @@ class AdapterConfig(Settings, Adapter):
     """Haplotypes in its input."""
 
 
+Rank = Annotated[int, Field(strict=True, ge=1, le=65536), integer_validator]
+LoraTargets = Literal["attention", "mlp", "all"]
+
+
+class Lora(Section):
+    """Low-rank changes of a frozen base's matrices (LoRA); a model with this section is trained from its `lora_of`."""
+
+    rank: Rank = 8
+    """Rank of the change of each matrix; below the width of the network."""
+    alpha: Positive = 16.0
+    """The change is multiplied by alpha / rank."""
+    targets: LoraTargets = "all"
+    """Matrices of the blocks that are changed: those of `attention`, those of the feed-forward part (`mlp`), or `all`."""
+
+
+class LoraConfig(Settings, Lora):
+    """Everything that determines the low-rank changes."""
+
+
 PRESETS = {
     "narrow": ModelConfig(layers=6),
     "broad": ModelConfig(),
@@ -192,6 +211,19 @@ def check_adapter_samples(model: TrainedModel) -> None:
             f"{model.name}: an adapter needs fewer samples than its backbone's {model.network.samples}, but dataset "
             f"'{model.dataset}' has {model.samples}"
         )
+
+
+def check_lora(lora: LoraConfig, network: ModelConfig, base: ModelConfig, *, name: str, base_name: str) -> None:
+    """BadRequest if *lora* does not fit *network*, or this reads another input than *base*; sizes were checked before."""
+    if lora.rank >= network.width:
+        raise BadRequest(f"{name}: the rank of LoRA must be below the width of the network, {network.width}, got {lora.rank}")
+    for key in ("reads_rates", "mask_singletons", "start_token_in_prefix"):
+        value, frozen = getattr(network, key), getattr(base, key)
+        if value != frozen:
+            raise BadRequest(
+                f"{name}: {key} is {value}, but the base of its LoRA, '{base_name}', has {frozen}; they must be equal, because "
+                "the base is frozen"
+            )
 
 
 def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:

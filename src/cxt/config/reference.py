@@ -10,7 +10,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, Resources
 from cxt.config.datasets import Dataset, Mask
 from cxt.config.learning import Adaptive, Distillation, LossName, LossTerm, Masking, Noise, Optimizer, OptimizerName
-from cxt.config.network import Adapter, Architecture
+from cxt.config.network import Adapter, Architecture, Lora
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
@@ -38,6 +38,7 @@ TITLES: dict[str, type[Section]] = {
     "`models.<name>`": Model,
     "`models.<name>.architecture`": Architecture,
     "`models.<name>.adapter`": Adapter,
+    "`models.<name>.lora`": Lora,
     "`training`, and `models.<name>.training`": TrainingSection,
     "`training.losses`, each term": LossTerm,
     "`training.optimizer`": Optimizer,

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from cxt.config.bounds import (
     Devices,
@@ -18,6 +18,7 @@ from cxt.config.bounds import (
     Text,
     Threads,
     Workers,
+    integer_validator,
 )
 from cxt.config.learning import (
     Adaptive,
@@ -52,6 +53,7 @@ def _parse_precision(value: Any) -> Any:
     return next((name for name, others in PRECISIONS.items() if word in (name, *others)), value)
 
 
+QuantizedBits = Annotated[int, Field(strict=True, ge=0, le=8), integer_validator]
 Schedule = Literal["cosine", "linear", "constant", "wsd", "log_linear", "rex", "cosine_restarts", "adaptive"]
 Compile = Literal["auto", "none", "inductor", "aot_eager", "eager"]
 Attention = Literal["split", "flex"]
@@ -118,6 +120,12 @@ class TrainingFields(Section):
     """AdamW's first coefficient."""
     beta2: Fraction = 0.95
     """AdamW's second coefficient."""
+    weight_noise: NonNegative = 0.0
+    """Standard deviation of noise on the matrices of the blocks in training, relative to that of each matrix; new in every
+    micro-batch. The checkpoint holds the weights without noise. 0 = off."""
+    quantized_bits: QuantizedBits = 0
+    """Train for weights of 2 to 8 bits: the matrices of the blocks are rounded in every forward pass, to integers times one
+    scale for each row, and the checkpoint holds the rounded weights. 0 = off."""
     backbone_lr_factor: NonNegative = 0.05
     """Adapter training: learning rate of the unfrozen backbone relative to `lr`."""
     precision: Precision = "bf16-mixed"
@@ -186,6 +194,8 @@ class TrainingConfig(Settings, TrainingFields):
             )
         if self.schedule == "log_linear" and not self.min_lr:
             raise BadRequest("the schedule log_linear cannot end at min_lr 0; raise min_lr, or use linear")
+        if self.quantized_bits == 1:
+            raise BadRequest("quantized_bits must be 0 (off) or from 2 to 8, got 1: one bit would leave zeros only")
         return self
 
 
@@ -206,7 +216,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "masked", "noise",
+    "distill", "masked", "noise", "weight_noise", "quantized_bits",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -220,6 +230,19 @@ def drop_later_defaults(settings: dict) -> dict:
     """Leave out settings that were added since format 1 and have their default values."""
     defaults = TrainingConfig().model_dump(include=set(SETTINGS_SINCE_FORMAT_1)) | ARCHITECTURE_SINCE_FORMAT_1
     return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
+
+
+def check_weight_settings(training: TrainingConfig, *, has_adapter: bool, has_lora: bool) -> None:
+    """BadRequest for noise on weights with an adapter, or quantisation with LoRA."""
+    if training.weight_noise and has_adapter:
+        raise BadRequest(
+            "weight_noise cannot be used with an adapter, whose backbone is trained without dropout and noise; set it to 0"
+        )
+    if training.quantized_bits and has_lora:
+        raise BadRequest(
+            "quantized_bits cannot be used with LoRA, whose checkpoint holds no rounded weights; set it to 0, or train from "
+            "the merged weights"
+        )
 
 
 RESULT_NEUTRAL_SETTINGS = (

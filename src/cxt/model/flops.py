@@ -14,7 +14,7 @@ A backward pass takes as much again for the gradients of activations, and once m
 """
 
 from cxt.config.learning import READINGS
-from cxt.config.network import AdapterConfig, ModelConfig
+from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
 
 
 def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") -> dict[str, float]:
@@ -33,9 +33,24 @@ def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") ->
     }
 
 
-def training_flops(network: ModelConfig, adapter: AdapterConfig | None = None, *, objective: str = "autoregressive") -> float:
-    """FLOPs of one training example, forward and backward; a frozen matrix needs no gradient of its own."""
+SHARES = {"attention": 4 / 12, "mlp": 8 / 12, "all": 1.0}
+"""Share of the FLOPs of the blocks' matrices, by targets of LoRA."""
+
+
+def training_flops(
+    network: ModelConfig,
+    adapter: AdapterConfig | None = None,
+    lora: LoraConfig | None = None,
+    *,
+    objective: str = "autoregressive",
+) -> float:
+    """FLOPs of one training example, forward and backward; a frozen matrix needs no gradient of its own.
+
+    One that LoRA changes does: the gradients of A and B are computed from it.
+    """
     parts = forward_flops(network, objective=objective)
+    if lora is not None:
+        return 3 * sum(parts.values()) - parts["head"] - parts["embedding"] - (1 - SHARES[lora.targets]) * parts["blocks"]
     if adapter is None:
         return 3 * sum(parts.values())
     if adapter.unfreeze_strategy == "all":

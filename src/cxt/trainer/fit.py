@@ -24,6 +24,7 @@ from cxt.data.pair_dataset import open_dataset
 from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
+from cxt.model.parametrizations import attach
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
 from cxt.trainer.log import TrainingLog
@@ -88,6 +89,7 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
             load_weights(model.backbone, backbone, name=request.parent_file)
         else:
             load_weights(model, weights, name=request.parent_file)
+    attach(model, lora=request.lora, noise=request.training.weight_noise, bits=request.training.quantized_bits)
     return model
 
 

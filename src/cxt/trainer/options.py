@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
 from cxt.config.flags import check_flags, read_config_file, take_config_files
 from cxt.config.learning import as_json
-from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks
+from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks, Lora, LoraTargets, Rank
 from cxt.config.training import TrainingConfig
 from cxt.config.type_descriptions import list_choices
 from cxt.errors import BadRequest, suggest_nearest
@@ -43,6 +43,10 @@ class TrainingOptions:
     accelerator: str
     checkpoint: str | None
     resume_adapter: str | None
+    lora_of: str | None
+    lora_rank: int | None
+    lora_alpha: float | None
+    lora_targets: str | None
     resume: bool | str
     restart: bool
     adapter: bool
@@ -76,7 +80,7 @@ class TrainingOptions:
     @property
     def parent(self) -> str | None:
         """The checkpoint to start from, by the name or path that was given."""
-        return self.checkpoint or self.resume_adapter
+        return self.checkpoint or self.resume_adapter or self.lora_of
 
     @property
     def has_adapter(self) -> bool:
@@ -136,6 +140,9 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     )
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
+    add("--lora-of", type=str | None, help="train low-rank changes (LoRA) of this checkpoint, which stays frozen")
+    for name, field in Lora.model_fields.items():
+        _add_setting(parser, f"lora_{name}", field, default=f"{field.default}")
     add(
         "--resume",
         type=bool | str,
@@ -184,7 +191,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         help="lineage for which the --config file was written; must equal --lineage",
     )
     add("--dataset-lineage", type=str | None, help="expected lineage of the dataset")
-    add("--parent-lineage", type=str | None, help="expected lineage of --checkpoint or --resume-adapter")
+    add("--parent-lineage", type=str | None, help="expected lineage of the checkpoint to start from")
     add("--soft-targets-lineage", type=str | None, help="expected lineage of the soft targets")
     add("--wait-for-lock", type=float, default=0.0, help="minutes to wait for another trainer that uses the run directory")
     for name, field in Architecture.model_fields.items():
@@ -228,12 +235,13 @@ NUMBERS = {
     "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
     "max_steps": PositiveInteger, "devices": Devices, "nodes": Machines, "max_minutes": Positive,
     "adapter_samples": Samples, "adapter_bottleneck": Bottleneck, "adapter_dropout": Fraction, "last_n": LastBlocks,
+    "lora_rank": Rank, "lora_alpha": Positive, "lora_targets": LoraTargets,
 }  # fmt: skip
-"""Accepted types of numbers that are not settings of the network or of `TrainingConfig`, which check their own."""
+"""Accepted types of numbers and choices that are not settings of the network or of `TrainingConfig`, which check their own."""
 
 
 def check_numbers(args) -> None:
-    """BadRequest for flags with numbers out of range, except settings of networks and training, and for a bad --name."""
+    """BadRequest for flags with values out of range, except settings of networks and training, and for a bad --name."""
     check_flags(args, **NUMBERS)
     name = args.name
     if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):

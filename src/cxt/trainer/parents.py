@@ -9,10 +9,13 @@ from cxt.config.network import (
     SIZES,
     Adapter,
     AdapterConfig,
+    Lora,
+    LoraConfig,
     ModelConfig,
     TrainedModel,
     check_adapter_samples,
     check_inheritance,
+    check_lora,
     check_missingness,
 )
 from cxt.config.training import TrainingFields
@@ -39,13 +42,23 @@ ADAPTER_FLAGS = {
 """Flags that apply to an adapter, with their defaults if no adapter is resumed."""
 
 
+LORA_FLAGS = {f"lora_{name}": field.default for name, field in Lora.model_fields.items()}
+"""Flags that apply to LoRA, with their defaults."""
+
+
 def check_adapter_flags(options: TrainingOptions) -> None:
-    """BadRequest for adapter flags without an adapter; default values, which a file may contain, are accepted."""
+    """BadRequest for adapter flags without an adapter; default values, which a file may contain, are accepted.
+
+    Also for flags of LoRA without a base.
+    """
     values = options.flatten()
     given = [name for name, default in ADAPTER_FLAGS.items() if values[name] not in (None, default)]
     if given and not options.has_adapter:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise BadRequest(f"{flags} cannot be used without --adapter or --resume-adapter")
+    given = [f"--{name.replace('_', '-')}" for name in LORA_FLAGS if values[name] is not None]
+    if given and options.lora_of is None:
+        raise BadRequest(f"{', '.join(given)} cannot be used without --lora-of, the checkpoint to train a LoRA of")
 
 
 def _describe_parent(parent: "Checkpoint", *, name: str) -> TrainedModel:
@@ -143,24 +156,56 @@ def read_parent(options: TrainingOptions) -> "tuple[Path, Checkpoint] | tuple[No
         If it cannot be read, or has an adapter where none is expected, or the other way round.
     """
     from cxt.checkpoints.file import read_checkpoint
-    from cxt.checkpoints.load import find_checkpoint
+    from cxt.checkpoints.load import find_checkpoint, read_usable_checkpoint
 
-    if options.checkpoint is not None and options.resume_adapter is not None:
-        raise BadRequest("--checkpoint and --resume-adapter cannot be used together")
+    starts = ("checkpoint", "resume_adapter", "lora_of")
+    given = [f"--{start.replace('_', '-')}" for start in starts if getattr(options, start) is not None]
+    if len(given) > 1:
+        raise BadRequest(f"{' and '.join(given)} cannot be used together")
     if options.resume and options.restart:
         raise BadRequest("--resume and --restart cannot be used together")
-    if options.adapter and options.checkpoint is None and options.resume_adapter is None:
+    if options.adapter and options.parent is None:
         raise BadRequest("--adapter needs a trained backbone; name one with --checkpoint, or an adapter with --resume-adapter")
-    name = options.checkpoint or options.resume_adapter
+    if options.adapter and options.lora_of is not None:
+        raise BadRequest("--adapter and --lora-of cannot be used together")
+    name = options.parent
     if name is None:
         return None, None
     path = find_checkpoint(name)
-    parent = read_checkpoint(path)
+    if options.lora_of is not None:
+        parent = read_checkpoint(path)
+        _check_base(path, parent)
+        return path, parent
+    parent = read_usable_checkpoint(path)
     if options.checkpoint is not None and parent.adapter is not None:
         raise BadRequest(f"{path} is an adapter model; use --resume-adapter {name}")
     if options.resume_adapter is not None and parent.adapter is None:
         raise BadRequest(f"{path} has no adapter weights; use --checkpoint {name} --adapter")
     return path, parent
+
+
+def _check_base(path: Path, base: "Checkpoint") -> None:
+    """BadRequest unless a LoRA of the checkpoint *base* can be trained, and can find it again by its name and file."""
+    if base.adapter is not None:
+        raise BadRequest(f"{path} is an adapter model, which cannot be the base of LoRA")
+    if base.lora is not None:
+        raise BadRequest(
+            f"{path} is itself a LoRA of '{base.record['parent']['name']}'; merge it (cxt checkpoint merge) and use the merged "
+            "checkpoint, or use that base"
+        )
+    if path.suffix != ".ckpt" or not base.record["name"]:
+        raise BadRequest(
+            f"the base of LoRA must be a .ckpt file with the name of its model, by which the LoRA finds it again, got {path}"
+        )
+
+
+def resolve_lora(options: TrainingOptions, network: ModelConfig, parent: "Checkpoint | None") -> LoraConfig | None:
+    """The LoRA of this run, checked against its base, *parent*; None for a run without."""
+    if options.lora_of is None or parent is None:
+        return None
+    lora = LoraConfig(rank=options.lora_rank, alpha=options.lora_alpha, targets=options.lora_targets)
+    check_lora(lora, network, parent.model, name=f"--lora-of {options.lora_of}", base_name=options.lora_of)
+    return lora
 
 
 def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOptions:
@@ -171,7 +216,7 @@ def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOp
     Returns
     -------
     TrainingOptions
-        A copy in which all adapter settings are set, if an adapter is trained.
+        A copy in which all settings of an adapter or LoRA are set, if one is trained.
     """
     inherited: dict[str, Any] = {}
 
@@ -198,6 +243,8 @@ def inherit(options: TrainingOptions, parent: "Checkpoint | None") -> TrainingOp
         logger.warning(
             f"note: as in {options.parent}, sources attend to the start token; --start-token-in-prefix false turns this off"
         )
+    if options.lora_of is not None:
+        inherited |= {name: default for name, default in LORA_FLAGS.items() if getattr(options, name) is None}
     if options.has_adapter:
         if options.overwrite_bin0 is None and options.resume_adapter is not None and parent.adapter.overwrite_bin0:
             inherited["overwrite_bin0"] = True

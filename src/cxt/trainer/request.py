@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 from cxt.config.contradictions import check_training
 from cxt.config.flags import note_more_than_cores
 from cxt.config.learning import is_readable
-from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
-from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
+from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.training import (
+    TrainingConfig,
+    check_weight_settings,
+    drop_later_defaults,
+    list_result_neutral_settings,
+    steps_per_epoch,
+)
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -20,7 +26,15 @@ from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage
 from cxt.trainer.data_source import check_source, identify_soft_targets, plan_simulations
 from cxt.trainer.devices import choose_devices
 from cxt.trainer.options import TrainingOptions
-from cxt.trainer.parents import ADAPTER_FLAGS, NETWORK_FLAGS, check_adapter_flags, inherit, read_parent, resolve_network
+from cxt.trainer.parents import (
+    ADAPTER_FLAGS,
+    NETWORK_FLAGS,
+    check_adapter_flags,
+    inherit,
+    read_parent,
+    resolve_lora,
+    resolve_network,
+)
 
 if TYPE_CHECKING:  # importing torch takes seconds
     from cxt.checkpoints.file import Checkpoint
@@ -34,7 +48,8 @@ RUN_CONTROL_OPTIONS = (
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 
 OPTIONS_IDENTIFIED_OTHERWISE = (
-    "dataset_path", "soft_targets", "configfile", "checkpoint", "resume_adapter", "gpus", "devices", "nodes", "accelerator",
+    "dataset_path", "soft_targets", "configfile", "checkpoint", "resume_adapter", "lora_of", "gpus", "devices", "nodes",
+    "accelerator",
 )  # fmt: skip
 """Settings that are in a run's identity in another form: files by digest, devices by number."""
 
@@ -55,8 +70,8 @@ class RunRequest:
         Digest of the manifest.
     simulated : list of dict or None
         Variants to simulate on the fly; None for a dataset on disk.
-    network, adapter, training : ModelConfig, AdapterConfig or None, TrainingConfig
-        Settings; *adapter* is None for a plain model.
+    network, adapter, lora, training : ModelConfig, AdapterConfig or None, LoraConfig or None, TrainingConfig
+        Settings; *adapter* is None for a plain model, and *lora* if all weights are trained.
     soft_targets : dict or None
         directory, digest, and teacher of the soft targets; None without a teacher.
     parent : Checkpoint or None
@@ -89,6 +104,7 @@ class RunRequest:
     simulated: list[dict] | None
     network: ModelConfig
     adapter: AdapterConfig | None
+    lora: LoraConfig | None
     training: TrainingConfig
     soft_targets: dict | None
     parent: "Checkpoint | None"
@@ -194,10 +210,13 @@ def build_request(options: TrainingOptions) -> RunRequest:
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
+    lora = resolve_lora(options, network, parent)
+    check_weight_settings(training, has_adapter=adapter is not None, has_lora=lora is not None)
     check_training(
         training,
         network,
         adapter,
+        has_lora=lora is not None,
         parent_objective=None if parent is None else (parent.record["training"] or {}).get("objective", "autoregressive"),
         on_gpu=accelerator == "gpu",
     )
@@ -229,6 +248,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         simulated=simulated,
         network=network,
         adapter=adapter,
+        lora=lora,
         training=training,
         soft_targets=soft_targets,
         parent=parent,
@@ -275,7 +295,7 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
     if options.parent_lineage is not None:
         if parent is None:
-            raise BadRequest("--parent-lineage needs --checkpoint or --resume-adapter")
+            raise BadRequest("--parent-lineage needs --checkpoint, --resume-adapter or --lora-of")
         checked.append((f"parent {options.parent}", parent.record.get("lineage"), options.parent_lineage))
     problems = [
         f"{what}: {describe_difference(lineage, planned)}"

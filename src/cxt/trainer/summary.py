@@ -18,6 +18,7 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "ms
 
 def build_record(request: RunRequest) -> dict:
     """The record of the checkpoint: plain dicts, lists, numbers and strings."""
+    lora = {} if request.lora is None else {"lora": request.lora.model_dump()}
     shape = ("window_size", "sequence_length", "samples", "missing", "scales")
     return build_checkpoint_record(
         request.network,
@@ -47,6 +48,7 @@ def build_record(request: RunRequest) -> dict:
         threads=request.training.threads,
         processor=platform.processor() or platform.machine(),
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
+        **lora,
     )
 
 
@@ -56,7 +58,7 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 2 if request.precision == "bf16-true" else 4
     moments = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(request.training.optimizer.name, 2)
-    flops = training_flops(request.network, request.adapter, objective=request.training.objective)
+    flops = training_flops(request.network, request.adapter, request.lora, objective=request.training.objective)
     return {
         "parameters": total,
         "trainable_parameters": trainable,

@@ -28,6 +28,11 @@ def train_model(
     # The checkpoint to start from
     checkpoint: str | PathLike[str] | None = None,
     resume_adapter: str | PathLike[str] | None = None,
+    lora_of: str | PathLike[str] | None = None,
+    # LoRA
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Literal["attention", "mlp", "all"] | None = None,
     # The network
     layers: int | None = None,
     heads: int | None = None,
@@ -68,6 +73,8 @@ def train_model(
     weight_decay: float | None = None,
     beta1: float | None = None,
     beta2: float | None = None,
+    weight_noise: float | None = None,
+    quantized_bits: int | None = None,
     backbone_lr_factor: float | None = None,
     seed: int | None = None,
     # How it is computed
@@ -130,6 +137,8 @@ def train_model(
         Directory of a dataset, with train/ and test/; alternatively, *simulate* names scenarios.
     checkpoint, resume_adapter : path-like
         Checkpoint to start from, by name or path, without or with adapter weights.
+    lora_of : path-like
+        Checkpoint to train a LoRA of, whose rank, alpha and targets are *lora_rank*, *lora_alpha* and *lora_targets*.
     epochs : int
         Passes over the training examples.
     gpus, devices : list of int, int

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch.nn.utils import parametrize
 
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
@@ -46,10 +47,11 @@ class DecodedExamples:
 
     def decode(self, model, *, seed: int, device) -> Summaries:
         """Decode the posterior of each window of each example; the same for the same weights."""
-        return decode(
-            model, self.counts, self.missing,
-            rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
-        )  # fmt: skip
+        with torch.no_grad(), parametrize.cached():  # otherwise parametrised weights are computed for each window
+            return decode(
+                model, self.counts, self.missing,
+                rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
+            )  # fmt: skip
 
     def scores(self, summaries: Summaries) -> dict[str, float]:
         """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation.

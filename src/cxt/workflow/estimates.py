@@ -1,7 +1,7 @@
 """Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
 from cxt.config.learning import choose_reading, list_readings
-from cxt.config.models import build_adapter_config, build_network_config, build_training_config
+from cxt.config.models import build_adapter_config, build_lora_config, build_network_config, build_training_config
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
@@ -85,7 +85,7 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
     training, network = build_training_config(config, name), build_network_config(config, name)
-    adapter = build_adapter_config(config, name)
+    adapter, lora = build_adapter_config(config, name), build_lora_config(config, name)
     dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
     world, machines = jobs.get_world_size(config, name), jobs.get_machine_count(config, name)
     examples = jobs.count_examples(config, dataset, "train")
@@ -100,7 +100,7 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     validations = -(-training.epochs * steps // every)  # the last step is always validated
     trained = training.epochs * batches * training.batch_size
     checking = sum(forward_flops(network, objective=training.objective).values())
-    flops = trained * training_flops(network, adapter, objective=training.objective) + validations * checked * checking
+    flops = trained * training_flops(network, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     total = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
     return {

@@ -2,7 +2,7 @@
 
 import functools
 
-from cxt.config.models import build_teaching_spec, build_training_settings, get_parent
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_key
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
 from cxt.io import file_sha256
@@ -96,9 +96,7 @@ def model_lineage(config: dict, name: str) -> str:
     """Digest of everything that checkpoint *name* depends on, including its ancestors."""
     model = config["models"][name]
     parent = get_parent(model)
-    inherited = (
-        None if parent is None else ["checkpoint" if "checkpoint" in model else "resume_adapter", model_lineage(config, parent)]
-    )
+    inherited = None if parent is None else [get_parent_key(model), model_lineage(config, parent)]
     settings = build_training_settings(config, name)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
     settings = drop_later_defaults(settings)
