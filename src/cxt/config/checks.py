@@ -26,7 +26,6 @@ from cxt.config.network import (
     count_pairs,
 )
 from cxt.config.scenarios import complete_parameters
-from cxt.config.training import check_weight_settings
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
 
@@ -279,14 +278,11 @@ def _check_models(config: dict) -> None:
                         check_lora(lora, model.network, parent.network, name=model.name, base_name=parent.name)
                 check_missingness(model)
                 check_adapter_samples(model)
-            with problems.collect():
-                _check_teacher(config, name)
             if not shared_training_is_wrong:
                 with problems.collect():
                     _check_training(config, name)
-            with problems.collect(), _prefix_errors(f"models.{name}.training"):
-                training, has_lora = build_training_config(config, name), "lora" in config["models"][name]
-                check_weight_settings(training, has_adapter=model.has_adapter, has_lora=has_lora)
+                with problems.collect():
+                    _check_teacher(config, name)
         if len(problems.messages) > before:
             wrong.add(name)
     problems.refuse()

@@ -59,6 +59,15 @@ def check_training(
             "the parent was trained with the objective masked, which does not train the head, and this adapter would leave it "
             "frozen; use unfreeze_strategy all, or first train a model from the parent without an adapter"
         )
+    if training.weight_noise and adapter is not None:
+        raise BadRequest(
+            "weight_noise cannot be used with an adapter, whose backbone is trained without dropout and noise; set it to 0"
+        )
+    if training.quantized_bits and has_lora:
+        raise BadRequest(
+            "quantized_bits cannot be used with LoRA, whose checkpoint holds no rounded weights; set it to 0, or train from "
+            "the merged weights"
+        )
     if has_lora and "masked" in (objective, parent_objective):
         raise BadRequest(
             "the objective masked trains no head for times, and LoRA leaves the head as it is; train all weights, with "

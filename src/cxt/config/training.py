@@ -232,19 +232,6 @@ def drop_later_defaults(settings: dict) -> dict:
     return {key: value for key, value in settings.items() if key not in defaults or value != defaults[key]}
 
 
-def check_weight_settings(training: TrainingConfig, *, has_adapter: bool, has_lora: bool) -> None:
-    """BadRequest for noise on weights with an adapter, or quantisation with LoRA."""
-    if training.weight_noise and has_adapter:
-        raise BadRequest(
-            "weight_noise cannot be used with an adapter, whose backbone is trained without dropout and noise; set it to 0"
-        )
-    if training.quantized_bits and has_lora:
-        raise BadRequest(
-            "quantized_bits cannot be used with LoRA, whose checkpoint holds no rounded weights; set it to 0, or train from "
-            "the merged weights"
-        )
-
-
 RESULT_NEUTRAL_SETTINGS = (
     "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage", "scratch",
 )  # fmt: skip

@@ -11,7 +11,6 @@ from cxt.config.learning import is_readable
 from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
 from cxt.config.training import (
     TrainingConfig,
-    check_weight_settings,
     drop_later_defaults,
     list_result_neutral_settings,
     steps_per_epoch,
@@ -211,7 +210,6 @@ def build_request(options: TrainingOptions) -> RunRequest:
     options = inherit(options, parent)
     network, adapter = resolve_network(options, manifest, parent)
     lora = resolve_lora(options, network, parent)
-    check_weight_settings(training, has_adapter=adapter is not None, has_lora=lora is not None)
     check_training(
         training,
         network,
