@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
 
 
-KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive")
+KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "ema", "ema_adapter")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,8 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--dataset-path", dataset, "--schedule", "adaptive", "--validate-every", 7,
             "--adaptive", "{patience_up: 1, patience_down: 1, cooldown: 0}",
         ],
+        "ema": ["--dataset-path", dataset, "--optimizer", "muon", "--ema-decay", 0.95, "--export", "best"],
+        "ema_adapter": [*on_plain, "--checkpoint", plain, "--ema-decay", 0.95],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -71,10 +73,10 @@ MATRIX = [
     for accumulation in (1, 3)
     for ranks in (1, 2)
 ]  # fmt: skip
-FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2)]
+FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("ema", 0, 3, 1)]
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
-    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1),
+    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1),
 ]  # fmt: skip
 
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from cxt.config.flags import note_more_than_cores
 from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
-from cxt.config.training import TrainingConfig, drop_later_defaults, list_result_neutral_settings, steps_per_epoch
+from cxt.config.training import (
+    TrainingConfig,
+    averaging_decay,
+    drop_later_defaults,
+    list_result_neutral_settings,
+    steps_per_epoch,
+)
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.data.manifest import read_manifest
@@ -311,6 +317,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
             notes.append(f"{name} {getattr(training, name):g} has no effect with the schedule {training.schedule}")
     if training.adaptive != TrainingConfig().adaptive and training.schedule != "adaptive":
         notes.append(f"adaptive has no effect with the schedule {training.schedule}")
+    if (reached := averaging_decay(request.total_steps, training.ema_decay)) < training.ema_decay:
+        notes.append(
+            f"ema_decay {training.ema_decay:g} is not reached in {request.total_steps} steps, because the decay warms up to "
+            f"{reached:.4g} in them"
+        )
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:

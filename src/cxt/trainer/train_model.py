@@ -64,6 +64,7 @@ def train_model(
     weight_decay: float | None = None,
     beta1: float | None = None,
     beta2: float | None = None,
+    ema_decay: float | None = None,
     backbone_lr_factor: float | None = None,
     seed: int | None = None,
     # How it is computed
