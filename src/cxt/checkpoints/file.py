@@ -5,6 +5,7 @@
     cxt checkpoint diff results/broad.ckpt old/broad.ckpt
     cxt checkpoint import published.ckpt --out broad.ckpt
     cxt checkpoint export broad --out exported
+    cxt checkpoint quantize broad broad-int8.ckpt
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), which
 loads under `weights_only=True`. Training states, which hold more, files of the original package (see
@@ -19,7 +20,7 @@ import torch
 
 from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
-from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors
+from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors, restore_matrices
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
@@ -30,7 +31,7 @@ from cxt.model.transformer import CoalescenceModel
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's weights, network configuration and record."""
+    """A checkpoint's weights, network configuration and record; the weights of a quantised one are floats here, too."""
 
     state_dict: dict[str, torch.Tensor]
     model: ModelConfig
@@ -47,10 +48,11 @@ def _intern_strings(value):
     return sys.intern(value) if type(value) is str else value
 
 
-def write_checkpoint(path, state_dict: dict, record: dict) -> None:
-    """Write a checkpoint atomically."""
+def write_checkpoint(path, state_dict: dict, record: dict, *, scales: dict | None = None) -> None:
+    """Write a checkpoint atomically; *scales* are those of a quantised one, see `cxt.checkpoints.quantized`."""
     tensors = {key: value.detach().cpu() for key, value in state_dict.items()}
-    atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors}))
+    more = {} if scales is None else {"scales": scales}
+    atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors} | more))
 
 
 def _read_torch_file(path):
@@ -96,6 +98,10 @@ def read_checkpoint(path) -> Checkpoint:
         weights, record = content["state_dict"], content["cxt"]
     try:
         network, adapter, record = check_record(record)
+        if "scales" in content and "quantization" not in record:
+            raise BadRequest("it has scales, but its record does not say that it is quantised")
+        if "quantization" in record and Path(path).name != CONFIG:  # an export has floats
+            weights = restore_matrices(weights, content.get("scales"))
         check_tensors(weights)
         if "pytorch-lightning_version" in content:
             weights = {key.removeprefix("model."): value for key, value in weights.items()}

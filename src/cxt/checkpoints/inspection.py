@@ -53,6 +53,8 @@ def describe_checkpoint(path) -> str:
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
+    if (quantization := record.get("quantization")) is not None:
+        rows["weights"] = f"matrices rounded to {quantization['bits']} bits, from {quantization['source']}"
     if published is not None:
         rows["imported"] = f"from {published['file']}, {published['sha256']}"
     return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])

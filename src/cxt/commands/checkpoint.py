@@ -1,4 +1,4 @@
-"""Show, verify, compare, import and export checkpoints."""
+"""Show, verify, compare, import, export and quantise checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt checkpoint`: show, verify, compare, import or export checkpoints.
+    """Run `cxt checkpoint`: show, verify, compare, import, export or quantise checkpoints.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
-        description="Show, verify, compare, import and export checkpoints.",
+        description="Show, verify, compare, import, export and quantise checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     accepted = "name, file, run directory or exported directory"
@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     command.add_argument("checkpoint", help=accepted)
     command.add_argument("--out", required=True, help="directory to write them to")
+    command = commands.add_parser(
+        "quantize", help="write a copy of a quarter of the size, its matrices rounded to int8, which can be used as any other"
+    )
+    command.add_argument("checkpoint", help=accepted)
+    command.add_argument("out", help="checkpoint to write")
     args = parser.parse_args(argv)
     check_flags(args, rtol=NonNegative, atol=NonNegative)
     run(args)
@@ -53,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from cxt.checkpoints.file import import_published
     from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
     from cxt.checkpoints.load import find_checkpoint
+    from cxt.checkpoints.quantized import quantize_checkpoint
     from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
     from cxt.workflow.verification import verify
 
@@ -70,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
         check_writable(Path(args.out) / CONFIG)
         write_export(args.out, checkpoint.state_dict, checkpoint.record)
         print(f"{path}: exported to {Path(args.out) / WEIGHTS} and {CONFIG}")
+    elif args.command == "quantize":
+        quantize_checkpoint(path, args.out)
+        print(describe_checkpoint(args.out))
     else:
         close, text = compare_checkpoints(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
         print(text)
