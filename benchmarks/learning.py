@@ -1,6 +1,6 @@
 """What training learns per second: trials of settings, compared on held-out validation simulations.
 
-    python benchmarks/learning.py run  benchmarks/trials.yaml --results DIR [NAME ...]
+    python benchmarks/learning.py run  benchmarks/trials.yaml [NAME ...] --results DIR
     python benchmarks/learning.py table --results DIR
 
 `run` trains each trial of the file (all, or those named) with `python -m cxt.train`, unless it has a result, and reads the

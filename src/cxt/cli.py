@@ -17,7 +17,7 @@ COMMANDS = {
     "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
     "report": ("cxt.commands.report", "write the tables of the workflow's report"),
     "runs": ("cxt.commands.runs", "list run directories, and remove old ones"),
-    "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import and export checkpoints"),
+    "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import, export, merge and quantise checkpoints"),
     "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),
     "bench": ("cxt.commands.bench", "measure how fast this machine trains and decodes"),
     "catalogue": ("cxt.commands.catalogue", "fetch a genetic map of stdpopsim's catalogue"),

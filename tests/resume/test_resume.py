@@ -33,6 +33,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 
 KINDS = (
     "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked", "lora",
+    "ema", "ema_adapter",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
     soft = [directory / f"soft/{split}/constant-0.npz" for split in ("train", "test")]
     for file in soft:
         file.parent.mkdir(parents=True)
-    batch = ["--batch", dataset_n10 / "batch", "--start", 0, "--count", 20]
+    batch = ["--batch", dataset_n10 / "batch", "--start", 0, "--count", 20, "--spec", '{"replicates": 2}']
     run_python("-m", "cxt.teach", "--checkpoint", plain, "--shards", *shards, "--out", *soft, *batch)
     live = directory / "live.yaml"
     live.write_text(yaml.safe_dump({"scenarios": {"little": constant_scenario(sequence_length=10_000)}}))
@@ -78,6 +79,8 @@ def parents(dataset, dataset_n10, tmp_path_factory):
         ],
         "masked": ["--dataset-path", dataset, "--objective", "masked", "--masked", "{span: 3}", "--optimizer", "muon"],
         "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
+        "ema": ["--dataset-path", dataset, "--optimizer", "muon", "--ema-decay", 0.95, "--export", "best"],
+        "ema_adapter": [*on_plain, "--checkpoint", plain, "--ema-decay", 0.95],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -92,12 +95,12 @@ MATRIX = [
 ]  # fmt: skip
 FEW = [
     ("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("noise", 2, 3, 1),
-    ("masked", 0, 1, 2), ("lora", 0, 1, 2),
+    ("masked", 0, 1, 2), ("lora", 0, 1, 2), ("ema", 0, 3, 1),
 ]  # fmt: skip
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
     ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
-    ("lora", 2, 3, 1),
+    ("lora", 2, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@
     cxt checkpoint import published.ckpt --out broad.ckpt
     cxt checkpoint export broad --out exported
     cxt checkpoint merge results/lora.ckpt merged.ckpt
+    cxt checkpoint quantize broad broad-int8.ckpt
 
 A checkpoint is a torch file with two entries, `state_dict` and `cxt` (plain dicts, lists, numbers and strings), which
 loads under `weights_only=True`. That of a LoRA holds only its matrices (see `cxt.checkpoints.lora`). Training states, which
@@ -20,7 +21,7 @@ import torch
 
 from cxt.checkpoints.archive import UNREADABLE, open_verified, pack
 from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, is_published, read_published
-from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors
+from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors, restore_matrices
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
 from cxt.errors import BadRequest, first_line
@@ -32,7 +33,10 @@ from cxt.model.transformer import CoalescenceModel
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's weights, network configuration and record; with *lora*, the weights are its low-rank matrices only."""
+    """A checkpoint's weights, network configuration and record.
+
+    The weights of a quantised one are floats here, too. With *lora*, they are its low-rank matrices only.
+    """
 
     state_dict: dict[str, torch.Tensor]
     model: ModelConfig
@@ -50,10 +54,15 @@ def _intern_strings(value):
     return sys.intern(value) if type(value) is str else value
 
 
-def write_checkpoint(path, state_dict: dict, record: dict) -> None:
-    """Write a checkpoint atomically, with what it holds of the network's state dict."""
-    tensors = {key: value.detach().cpu() for key, value in _select_published(state_dict, record).items()}
-    atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors}))
+def write_checkpoint(path, state_dict: dict, record: dict, *, scales: dict | None = None) -> None:
+    """Write a checkpoint atomically, with what it holds of the network's state dict.
+
+    *scales* are those of a quantised one, whose matrices are integers, see `cxt.checkpoints.quantized`.
+    """
+    published = _select_published(state_dict, record) if scales is None else state_dict
+    tensors = {key: value.detach().cpu() for key, value in published.items()}
+    more = {} if scales is None else {"scales": scales}
+    atomic_write(path, pack({"cxt": _intern_strings(record), "state_dict": tensors} | more))
 
 
 def _select_published(state_dict: dict[str, torch.Tensor], record: dict) -> dict[str, torch.Tensor]:
@@ -104,6 +113,10 @@ def read_checkpoint(path) -> Checkpoint:
         weights, record = content["state_dict"], content["cxt"]
     try:
         network, adapter, lora, record = check_record(record)
+        if "scales" in content and "quantization" not in record:
+            raise BadRequest("it has scales, but its record does not say that it is quantised")
+        if "quantization" in record and Path(path).name != CONFIG:  # an export has floats
+            weights = restore_matrices(weights, content.get("scales"))
         check_tensors(weights)
         if "pytorch-lightning_version" in content:
             weights = {  # an objective may have parameters of its own

@@ -57,6 +57,8 @@ def describe_checkpoint(path) -> str:
     if checkpoint.lora is not None:
         settings = ", ".join(f"{k} {v}" for k, v in checkpoint.lora)
         rows["lora"] = f"{settings}; the file holds low-rank changes of its parent only"
+    if (quantization := record.get("quantization")) is not None:
+        rows["weights"] = f"matrices rounded to {quantization['bits']} bits, from {quantization['source']}"
     if published is not None:
         rows["imported"] = f"from {published['file']}, {published['sha256']}"
     return "\n".join([str(path), *(f"  {key:10s}{value}" for key, value in rows.items())])

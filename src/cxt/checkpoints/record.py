@@ -22,7 +22,8 @@ RECORD_KEYS = {
     "format": WHOLE, "model": TABLE, "adapter": (dict, NONE), "lora": (dict, NONE),
     "name": (str, NONE), "preset": (str, NONE), "lineage": (str, NONE),
     "training": (dict, NONE), "dataset": TABLE, "parent": (dict, NONE), "teacher": TABLE, "versions": TABLE,
-    "published": TABLE, "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE), "threads": (int, NONE),
+    "published": TABLE, "quantization": TABLE, "accelerator": (str, NONE), "devices": (int, NONE), "precision": (str, NONE),
+    "threads": (int, NONE),
     "processor": (str, NONE), "step": (int, NONE), "epoch": (int, NONE), "val_loss": NUMBER,
 }  # fmt: skip
 """The keys of a record, with the types of their values."""
@@ -32,6 +33,7 @@ TABLE_KEYS = {
     "dataset": {"scales": LIST, "missing": FLAG},
     "parent": {"name": (str, NONE), "sha256": (str, NONE)},
     "published": {"file": TEXT, "sha256": TEXT, "hyper_parameters": TABLE},
+    "quantization": {"bits": WHOLE, "source": TEXT, "lineage": (str, NONE)},
 }  # fmt: skip
 """Required keys of a record's tables, with the types of their values; tables may have more keys."""
 
@@ -46,6 +48,9 @@ LARGEST_SIZES = {
     "window_size": 10**9, "bottleneck": 100_000, "rank": 100_000,
 }  # fmt: skip
 """Bounds far above any real network, so that a damaged file cannot allocate unlimited memory."""
+
+QUANTIZATION_BITS = 8
+"""Bits of a weight in a quantised checkpoint."""
 
 MAX_VALUES = 100_000
 """Largest number of values in a record, including those in tables and lists; one that contains itself would be endless."""
@@ -193,6 +198,11 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig 
             )
         if type(bits := record["training"].get("quantized_bits", 0)) is not int or bits not in (0, *range(2, 9)):
             raise BadRequest(f"its training.quantized_bits must be 0 or from 2 to 8, got {_format_value(bits)}")
+    if "quantization" in record:
+        _check_known(record["quantization"], TABLE_KEYS["quantization"], within="quantization.")
+        if record["quantization"]["bits"] != QUANTIZATION_BITS:
+            bits = _format_value(record["quantization"]["bits"])
+            raise BadRequest(f"its quantization.bits must be {QUANTIZATION_BITS}, got {bits}; update cxt if the file is newer")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
     network = _build_configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")
@@ -220,20 +230,61 @@ def _build_lora(record: dict) -> LoraConfig | None:
     return _build_configuration(LoraConfig, record["lora"], within="lora.")
 
 
-def check_tensors(weights) -> None:
-    """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all stored in the file."""
+def check_tensors(weights, *, within: str = "") -> None:
+    """BadRequest unless *weights* are tensors by name, of floating-point numbers that are all stored in the file.
+
+    They are the weights, or what *within* says.
+    """
+    entry = "scales" if within else "state_dict"
     if not isinstance(weights, dict):
-        raise BadRequest(f"its `state_dict` must be tensors by name, got {_format_value(weights)}")
+        raise BadRequest(f"its `{entry}` must be tensors by name, got {_format_value(weights)}")
     for key, value in weights.items():
         if type(key) is not str:
-            raise BadRequest(f"its `state_dict` must have text as keys, got {_format_value(key)}")
+            raise BadRequest(f"its `{entry}` must have text as keys, got {_format_value(key)}")
         if not isinstance(value, torch.Tensor):
-            raise BadRequest(f"its {key} must be a tensor, got {_format_value(value)}")
+            raise BadRequest(f"its {within}{key} must be a tensor, got {_format_value(value)}")
         is_dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_quantized
         if not (is_dense and value.is_floating_point()):
             raise BadRequest(
-                f"its {key} must be a dense tensor of floats, got one of {value.dtype} ({value.layout}, {value.device})"
+                f"its {within}{key} must be a dense tensor of floats, got one of {value.dtype} ({value.layout}, {value.device})"
             )
-        # A tensor of any size can be a view of a single stored number.
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise BadRequest(f"its {key} claims shape {tuple(value.shape)}, more numbers than the file contains")
+        _check_stored(f"{within}{key}", value)
+
+
+def _check_stored(name: str, value: torch.Tensor) -> None:
+    # A tensor of any size can be a view of a single stored number.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise BadRequest(f"its {name} claims shape {tuple(value.shape)}, more numbers than the file contains")
+
+
+def restore_matrices(weights: dict, scales) -> dict[str, torch.Tensor]:
+    """The weights of a quantised checkpoint as floats, given its `state_dict` and `scales`.
+
+    Raises
+    ------
+    BadRequest
+        Unless every matrix is of int8 and has float32 scales, one positive number for each row, and nothing else has.
+    """
+    if not isinstance(weights, dict):
+        raise BadRequest(f"its `state_dict` must be tensors by name, got {_format_value(weights)}")
+    check_tensors(scales, within="scales of ")
+    restored = dict(weights)
+    for name in scales:
+        value, scale = weights.get(name), scales[name]
+        if (
+            not isinstance(value, torch.Tensor)
+            or value.dtype != torch.int8
+            or value.layout is not torch.strided
+            or value.ndim != 2
+        ):
+            raise BadRequest(f"its {name} has scales, but is not a matrix of int8")
+        _check_stored(name, value)
+        if scale.dtype != torch.float32 or scale.shape != (len(value), 1):
+            raise BadRequest(f"its scales of {name} must be {len(value)} float32 numbers, one for each row")
+        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise BadRequest(f"its scales of {name} must be finite and positive")
+        restored[name] = value * scale
+    matrices = [name for name, value in weights.items() if isinstance(value, torch.Tensor) and value.ndim == 2]
+    if without := [name for name in matrices if name not in scales]:
+        raise BadRequest(f"it is quantised, but has no scales of {without[0]}")
+    return restored

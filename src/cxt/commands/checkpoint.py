@@ -1,4 +1,4 @@
-"""Show, verify, compare, import, export and merge checkpoints."""
+"""Show, verify, compare, import, export, merge and quantise checkpoints."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ from cxt.io import check_writable
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt checkpoint`: show, verify, compare, import, export or merge checkpoints.
+    """Run `cxt checkpoint`: show, verify, compare, import, export, merge or quantise checkpoints.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(
         prog="cxt checkpoint",
-        description="Show, verify, compare, import, export and merge checkpoints.",
+        description="Show, verify, compare, import, export, merge and quantise checkpoints.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     accepted = "name, file, run directory or exported directory"
@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     command = commands.add_parser("merge", help="merge a LoRA into its base: a plain checkpoint, which works without the base")
     command.add_argument("checkpoint", help="the LoRA, by its name, file or run directory")
     command.add_argument("out", help="checkpoint to write")
+    command = commands.add_parser(
+        "quantize", help="write a copy of a quarter of the size, its matrices rounded to int8, which can be used as any other"
+    )
+    command.add_argument("checkpoint", help=accepted)
+    command.add_argument("out", help="checkpoint to write")
     args = parser.parse_args(argv)
     check_flags(args, rtol=NonNegative, atol=NonNegative)
     run(args)
@@ -57,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
     from cxt.checkpoints.load import checkpoint_directories, find_checkpoint
     from cxt.checkpoints.lora import write_merged
+    from cxt.checkpoints.quantized import quantize_checkpoint
     from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
     from cxt.workflow.verification import verify
 
@@ -77,6 +83,9 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "merge":
         base = write_merged(path, args.out, checkpoint_directories())
         print(f"{path}: merged into {base}, as {args.out}")
+    elif args.command == "quantize":
+        quantize_checkpoint(path, args.out)
+        print(describe_checkpoint(args.out))
     else:
         close, text = compare_checkpoints(path, find_checkpoint(args.other), rtol=args.rtol, atol=args.atol)
         print(text)

@@ -126,6 +126,10 @@ class TrainingFields(Section):
     quantized_bits: QuantizedBits = 0
     """Train for weights of 2 to 8 bits: the matrices of the blocks are rounded in every forward pass, to integers times one
     scale for each row, and the checkpoint holds the rounded weights. 0 = off."""
+    ema_decay: Fraction = 0.0
+    """Validate, decode and publish an exponential moving average of the weights, in which those of each optimizer step count
+    1 - `ema_decay`; 0 = off, the weights themselves. At step t of a run the decay is at most (1 + t) / (10 + t), so that its
+    first steps are forgotten soon."""
     backbone_lr_factor: NonNegative = 0.05
     """Adapter training: learning rate of the unfrozen backbone relative to `lr`."""
     precision: Precision = "bf16-mixed"
@@ -216,7 +220,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "masked", "noise", "weight_noise", "quantized_bits",
+    "distill", "masked", "noise", "weight_noise", "quantized_bits", "ema_decay",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -246,6 +250,15 @@ def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:
     decides = settings.get("patience") or settings.get("export", "last") != "last" or settings.get("schedule") == "adaptive"
     without = () if settings.get("patience") else ("min_delta",)
     return RESULT_NEUTRAL_SETTINGS + without if decides else RESULT_NEUTRAL_SETTINGS + without + VALIDATION
+
+
+def averaging_decay(step: int, decay: float) -> float:
+    """Weight of the earlier average at an optimizer step, counted from 1: at most (1 + step) / (10 + step).
+
+    Without this warm-up, which is that of TensorFlow's `ExponentialMovingAverage`, the initial weights would remain in the
+    average for about 1 / (1 - decay) steps.
+    """
+    return min(decay, (1 + step) / (10 + step))
 
 
 def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int) -> int:

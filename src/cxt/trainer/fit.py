@@ -1,5 +1,6 @@
 """Train one run, from its request to a finished checkpoint in its run directory."""
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -27,6 +28,7 @@ from cxt.model.adapter import build_model
 from cxt.model.parametrizations import attach
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import torch_seed
+from cxt.trainer.averaging import WeightAverage
 from cxt.trainer.log import TrainingLog
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
@@ -207,11 +209,14 @@ def fit(
         run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
+    average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
     state_saver = StateSaver(
         run, request.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
         total_steps=request.total_steps, validates=request.validates_after, refuse=log.stop_if_bad, deadline=deadline,
+        validated_weights=contextlib.nullcontext if average is None else average.averaged,
     )  # fmt: skip
-    trainer = build_trainer(request, run, [Reseed(training.seed), log, validation, module.adaptive_rate, state_saver])
+    callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, state_saver]
+    trainer = build_trainer(request, run, [callback for callback in callbacks if callback is not None])
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's handlers would replace ours
     last = None
     if trainer.is_global_zero:
@@ -233,6 +238,8 @@ def fit(
         run_trainer(trainer, request, module, data, last)
     if trainer.global_step != request.total_steps and not validation.stopped:
         raise RuntimeError(f"{request.name}: training stopped at step {trainer.global_step} of {request.total_steps}")
+    if average is not None:
+        average.load_average()
     if not all(torch.isfinite(value).all() for value in model.state_dict().values()):
         raise Failed(
             f"{request.name}: the trained weights are not finite; lower the learning rate, or clip the gradient "

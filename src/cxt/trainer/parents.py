@@ -153,7 +153,7 @@ def read_parent(options: TrainingOptions) -> "tuple[Path, Checkpoint] | tuple[No
     Raises
     ------
     BadRequest
-        If it cannot be read, or has an adapter where none is expected, or the other way round.
+        If it cannot be read, is quantised, or has an adapter where none is expected, or the other way round.
     """
     from cxt.checkpoints.file import read_checkpoint
     from cxt.checkpoints.load import find_checkpoint, read_usable_checkpoint
@@ -172,11 +172,15 @@ def read_parent(options: TrainingOptions) -> "tuple[Path, Checkpoint] | tuple[No
     if name is None:
         return None, None
     path = find_checkpoint(name)
+    parent = read_checkpoint(path) if options.lora_of is not None else read_usable_checkpoint(path)
+    if (quantization := parent.record.get("quantization")) is not None:
+        raise BadRequest(
+            f"{path} is quantised: its weights were rounded to {quantization['bits']} bits, to be used and not to be trained "
+            f"from; start from its source, the checkpoint of sha256 {quantization['source']}"
+        )
     if options.lora_of is not None:
-        parent = read_checkpoint(path)
         _check_base(path, parent)
         return path, parent
-    parent = read_usable_checkpoint(path)
     if options.checkpoint is not None and parent.adapter is not None:
         raise BadRequest(f"{path} is an adapter model; use --resume-adapter {name}")
     if options.resume_adapter is not None and parent.adapter is None:

@@ -11,6 +11,7 @@ from cxt.config.learning import is_readable
 from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
 from cxt.config.training import (
     TrainingConfig,
+    averaging_decay,
     drop_later_defaults,
     list_result_neutral_settings,
     steps_per_epoch,
@@ -338,6 +339,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(f"adaptive has no effect with the schedule {training.schedule}")
     if training.noise != TrainingConfig().noise and training.noise.is_off:
         notes.append("noise has no effect, because all of its rates, or both of its factors, are 0")
+    if (reached := averaging_decay(request.total_steps, training.ema_decay)) < training.ema_decay:
+        notes.append(
+            f"ema_decay {training.ema_decay:g} is not reached in {request.total_steps} steps, because the decay warms up to "
+            f"{reached:.4g} in them"
+        )
     if training.min_delta and not training.patience:
         notes.append(f"min_delta {training.min_delta:g} has no effect without patience")
     for note in notes:

@@ -75,6 +75,7 @@ def train_model(
     beta2: float | None = None,
     weight_noise: float | None = None,
     quantized_bits: int | None = None,
+    ema_decay: float | None = None,
     backbone_lr_factor: float | None = None,
     seed: int | None = None,
     # How it is computed

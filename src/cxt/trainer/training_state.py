@@ -90,6 +90,8 @@ class StateSaver(Callback):
         Called with the trainer before a state is saved; raises if it must not be saved.
     deadline : float, optional
         Time of `time.monotonic` after which the run saves and ends with status 75.
+    validated_weights : callable, optional
+        Returns a context manager within which the model has the weights to validate.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class StateSaver(Callback):
         validates: Callable[[int], bool],
         refuse: Callable[[pl.Trainer], None],
         deadline: float | None = None,
+        validated_weights: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
         self.run, self.name, self.validates, self.refuse = run, name, validates, refuse
+        self.validated_weights = validated_weights
         self.every_steps, self.every_seconds, self.keep = every_steps, 60 * every_minutes, keep
         self.total_steps, self.deadline = total_steps, deadline
         self._signal = None
@@ -162,7 +166,8 @@ class StateSaver(Callback):
         self._saved_step = trainer.global_step if trainer.ckpt_path else None
         self._saved_at = time.monotonic()
         if self._validation_left:
-            validate_now(trainer)
+            with self.validated_weights():
+                validate_now(trainer)
             self._validation_left = False
 
     def _due(self, trainer, step: int) -> int:
@@ -198,7 +203,8 @@ class StateSaver(Callback):
         if not last and due >= STOP:
             self._stop(trainer, due - STOP)
         if self._validation_left:
-            validate_now(trainer)
+            with self.validated_weights():
+                validate_now(trainer)
             self._validation_left = False
         if last:  # Lightning does nothing more when resumed from this state, so validation comes first
             self._save(trainer, step)

@@ -27,7 +27,7 @@ def _effective_batch(config: dict, name: str) -> int:
 def verify(path, *, configfiles) -> str:
     """Check that a checkpoint is intact, finite and of the configuration's lineage; return a line about what was checked.
 
-    Weights of the original package have no lineage, so that it is not checked.
+    Weights of the original package and quantised ones have no lineage, so that it is not checked.
 
     Raises
     ------
@@ -46,6 +46,11 @@ def verify(path, *, configfiles) -> str:
     if "published" in checkpoint.record:
         file = checkpoint.record["published"]["file"]
         return f"{path}: intact and finite; imported from {file}, so there is no configuration to compare it with"
+    if (quantization := checkpoint.record.get("quantization")) is not None:
+        return (
+            f"{path}: intact and finite; quantised, so there is no configuration to compare it with; verify its source, of "
+            f"sha256 {quantization['source']}"
+        )
     name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
     config = load(configfiles)
     if name not in config["models"]:
