@@ -11,6 +11,7 @@ from helpers.simulations import build_dataset, constant_scenario
 from helpers.training import FINE, SMALL, equal, train, weights
 
 import cxt
+from cxt.benchmark.speed import bench_training
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
@@ -308,6 +309,13 @@ def test_notes_on_settings_without_effect(dataset, tmp_path, monkeypatch, caplog
     train(monkeypatch, *arguments)
     assert "losses has no effect with the objective masked" in caplog.text
     assert "decode_items has no effect with the objective masked" in caplog.text
+
+
+def test_its_cost_can_be_measured():
+    """As `cxt plan --calibrate` does for the models of a configuration."""
+    training = TrainingConfig(objective="masked", batch_size=4, compile="none")
+    network = NETWORK.replace(windows=20, window_size=500, mask_singletons=True)
+    assert bench_training(network, None, training, device="cpu", seconds=0.1)["items_per_second"] > 0
 
 
 @pytest.mark.slow

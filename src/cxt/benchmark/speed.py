@@ -16,6 +16,7 @@ from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import compute_dense_loss
 from cxt.config.network import START_TOKEN, AdapterConfig, ModelConfig, count_pairs
 from cxt.config.training import TrainingConfig
+from cxt.data.features import SCALES
 from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
 from cxt.data.pair_dataset import Batch, PairDataset, compute_model_input
@@ -52,7 +53,6 @@ def synchronize(device: str) -> None:
 def simulate_examples(network: ModelConfig, adapter: AdapterConfig | None, *, batch_size: int):
     """Training examples of the network's shape: pairs of constant-size simulations, in a temporary directory."""
     from cxt.config.variants import list_variants
-    from cxt.data.features import SCALES
     from cxt.data.manifest import write_manifest
     from cxt.data.preprocessing import preprocess_batch
     from cxt.scenarios.batches import write_batch
@@ -206,7 +206,7 @@ def bench_training(
     if precision == "bf16-true":
         model.to(torch.bfloat16)
         autocast = "32-true"  # no autocast, because the network itself is in 16 bits
-    loss = plain = build_loss_function(model, training)
+    loss = plain = build_loss_function(model, training, scales=SCALES[: network.scales])
     optimizer = build_optimizer(model, training, fused=device == "cuda" and precision != "16-mixed")
     backend = compile_backend(training, device)
     if backend is not None:

@@ -176,7 +176,7 @@ class TrainingModule(pl.LightningModule):
 class Reseed(Callback):
     """Seeds dropout and masks by (seed, batch number, rank), so that a resumed run draws the same numbers.
 
-    All validations draw the same ones, so that their losses can be compared.
+    All validations draw the same masks, so that their losses can be compared.
     """
 
     def __init__(self, seed: int):
@@ -188,5 +188,6 @@ class Reseed(Callback):
         torch.manual_seed(torch_seed(self.seed, "dropout", trainer.global_rank, number=number))
 
     def on_validation_batch_start(self, trainer, module, batch, batch_index, dataloader_index=0) -> None:
-        """Seed it for the masks of a validation batch."""
-        torch.manual_seed(torch_seed(self.seed, "validation", trainer.global_rank, number=batch_index))
+        """Seed it for the masks of a validation batch; other objectives draw nothing there."""
+        if module.training_config.objective == "masked":
+            torch.manual_seed(torch_seed(self.seed, "validation", trainer.global_rank, number=batch_index))
