@@ -14,6 +14,7 @@ from cxt.config.network import ModelConfig
 from cxt.config.variants import list_variants
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
+from cxt.data.targets import pair_log_moments
 from cxt.decoding.decode import Summaries, decode
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.errors import BadRequest, Failed
@@ -31,6 +32,7 @@ from cxt.evaluation.metrics import (
     pearson_per_pair,
     score_heterozygosity,
     score_recent,
+    score_sites,
     score_variant,
 )
 from cxt.evaluation.protocol import evaluate
@@ -103,6 +105,37 @@ def test_baseline_takes_the_constant_where_nothing_is_accessible():
     assert score_heterozygosity(entries, window_size=1000, windows=20)["mse"] == pytest.approx(plain)
 
 
+@pytest.mark.parametrize("samples", [10, 20])
+def test_correlation_along_base_pairs(samples):
+    """Against ln TMRCA written out at every base pair, from tskit's trees."""
+    ts = simulate_tree_sequence(SPEC, index=3, seed=2)
+    assert ts.num_samples == 20
+    entry = preprocess_simulation(ts, SHAPE | {"samples": samples})
+    few = ts.simplify(ts.samples()[:samples])
+    means, variances = pair_log_moments(few, entry.pairs, window_size=1000, sequence_length=20_000)
+    estimate = entry.log_tmrca + np.random.default_rng(1).normal(0, 0.5, entry.log_tmrca.shape)
+    estimate[0] = 10.0  # does not vary, and is left out
+    expected, limits = [], []
+    for p, (a, b) in enumerate(entry.pairs):
+        truth = np.full(20_000, np.nan)
+        for tree in few.trees():
+            left, right = (min(20_000, int(end)) for end in tree.interval)
+            assert (left, right) == tuple(min(20_000, end) for end in tree.interval)
+            truth[left:right] = np.log(tree.tmrca(a, b))
+        windows = truth.reshape(20, 1000)
+        np.testing.assert_allclose(means[p], windows.mean(axis=1), rtol=1e-9)
+        np.testing.assert_allclose(variances[p], truth.var(), rtol=1e-6, atol=1e-10)
+        if p and truth.var() > 0:
+            expected.append(np.corrcoef(truth, np.repeat(estimate[p], 1000))[0, 1])
+            limits.append(np.corrcoef(truth, np.repeat(windows.mean(axis=1), 1000))[0, 1])
+    assert len(expected) >= 3
+    scores = score_sites(estimate, means, variances)
+    assert scores == pytest.approx({"r": np.mean(expected), "r_limit": np.mean(limits)}, rel=1e-6)
+    assert scores["r"] < scores["r_limit"]
+    perfect = score_sites(means[1:], means[1:], variances[1:])
+    assert perfect["r"] == pytest.approx(perfect["r_limit"])
+
+
 def plain_estimate(entry, width, *, constant):
     """The baseline of a 20 kb entry with a mask, window by window from the packed haplotypes."""
     bits = np.unpackbits(entry.genotypes, axis=1, bitorder="little")
@@ -124,8 +157,12 @@ def test_what_is_not_known_is_null(tmp_path):
     rank = np.linspace(0, 1, truth.size).reshape(truth.shape)
     flat = score_variant(truth, truth + 0.1, truth, truth + 1, rank, [entry], window_size=1000, windows=20, samples=10)
     assert flat["r"] is flat["mse_se"] is flat["baseline"]["heterozygosity"]["r"] is None
-    both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1}}
+    flat["site"] = score_sites(truth + 0.1, truth, np.zeros(truth.shape[:-1]))
+    assert flat["site"] == {"r": None, "r_limit": None}
+    assert average_scenarios({"flat": flat})["site"] == flat["site"]
+    both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1, "site": {"r": 0.25, "r_limit": 0.75}}}
     assert average_scenarios(both)["r"] == 0.5
+    assert average_scenarios(both)["site"] == {"r": 0.25, "r_limit": 0.75}
     result = {"checkpoint": "x", "scenarios": both, "overall": average_scenarios({"flat": flat})}
     assert result["overall"]["recent"] == flat["recent"] == {"windows": 0, "mse": None, "bias": None, "coverage95": None}
     assert json.loads(json_text(result), parse_constant=pytest.fail) == result

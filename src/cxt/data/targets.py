@@ -180,6 +180,47 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int
         If times are not in generations, a sample is ancient, a tree has several roots, or *ts* is shorter than
         *sequence_length*.
     """
+    total, lengths = _integrate(ts, pairs, ts.nodes_time, window_size=window_size, sequence_length=sequence_length)
+    return np.log(total / lengths)
+
+
+def pair_log_moments(
+    ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int, sequence_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of ln TMRCA over the base pairs of each window, and its variance over all base pairs, of pairs of samples.
+
+    With the TMRCA T(x) of a pair at base pair x, these are the mean of ln T(x) in each window (not the logarithm of the mean,
+    as `pair_log_tmrca`), and the mean of (ln T(x))² less the squared mean of ln T(x).
+
+    Parameters
+    ----------
+    ts, pairs, window_size, sequence_length
+        As for `pair_log_tmrca`, which raises the same.
+
+    Returns
+    -------
+    means : float64 array (pairs, windows)
+    variances : float64 array (pairs,)
+    """
+    with np.errstate(divide="ignore"):  # -inf of the samples, which are ancestors of no pair
+        logarithms = np.log(ts.nodes_time)
+    total, lengths = _integrate(ts, pairs, logarithms, window_size=window_size, sequence_length=sequence_length)
+    squares, _ = _integrate(ts, pairs, logarithms**2, window_size=sequence_length, sequence_length=sequence_length)
+    mean = total.sum(axis=1) / sequence_length
+    return total / lengths, np.maximum(squares[:, 0] / sequence_length - mean**2, 0.0)
+
+
+def _integrate(
+    ts: tskit.TreeSequence, pairs: ArrayLike, values: np.ndarray, *, window_size: int, sequence_length: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Integrals over each window of the value of each pair's most recent common ancestor, given *values* of all nodes.
+
+    Returns
+    -------
+    integrals : array (pairs, windows)
+    lengths : array (windows,)
+        Base pairs of each window.
+    """
     pairs = check_pairs(pairs, ts.num_samples)
     windows = count_windows(window_size=window_size, sequence_length=sequence_length)
     if ts.sequence_length < sequence_length:
@@ -193,7 +234,7 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int
         (ts.edges_left, ts.edges_right, ts.edges_parent, ts.edges_child),
         ts.indexes_edge_insertion_order,
         ts.indexes_edge_removal_order,
-        ts.nodes_time,
+        values,
         ts.samples(),
         pairs,
         float(sequence_length),
@@ -207,4 +248,4 @@ def pair_log_tmrca(ts: tskit.TreeSequence, pairs: ArrayLike, *, window_size: int
             "simulate until all samples have coalesced"
         )
     edges = np.minimum(np.arange(total.shape[1] + 1) * float(window_size), float(sequence_length))
-    return np.log(total / np.diff(edges))
+    return total, np.diff(edges)

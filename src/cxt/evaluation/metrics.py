@@ -37,6 +37,35 @@ def pearson_per_pair(truth: np.ndarray, estimate: np.ndarray) -> float:
     return float(r.mean()) if r.size else float("nan")
 
 
+def score_sites(estimate: np.ndarray, means: np.ndarray, variances: np.ndarray) -> dict:
+    """Score an estimate of windows at every base pair: the mean over pairs of Pearson's r along the base pairs.
+
+    The truth is ln TMRCA at each base pair, which varies within windows; the estimate is that of its window. With the
+    estimates e and true means m of windows of one size, and the variance v of the truth over base pairs,
+    r = cov(e, m) / sqrt(var(e) · v). It is at most sqrt(var(m) / v), where the estimate is the mean of each window.
+
+    Parameters
+    ----------
+    estimate, means : arrays (…, windows)
+        Estimated ln TMRCA, and the mean of the true ln TMRCA over the base pairs of each window.
+    variances : array (…)
+        Variance of the true ln TMRCA over all base pairs of each pair.
+
+    Returns
+    -------
+    dict
+        `r`, and `r_limit`, the largest r of any estimate that is constant in windows, over the same pairs; both None if no
+        pair varies. Pairs without variation in either are excluded.
+    """
+    t, e = (values - values.mean(axis=-1, keepdims=True) for values in (means, estimate))
+    varies = (np.ptp(estimate, axis=-1) > MIN_VARIATION) & (variances > MIN_VARIATION)
+    if not varies.any():
+        return {"r": None, "r_limit": None}
+    t, e, deviation = t[varies], e[varies], np.sqrt(variances[varies])
+    r = (t * e).mean(-1) / (np.sqrt((e**2).mean(-1)) * deviation)
+    return {"r": float(r.mean()), "r_limit": float((np.sqrt((t**2).mean(-1)) / deviation).mean())}
+
+
 def none_if_nan(value: float) -> float | None:
     """Convert NaN to None, for undefined metrics: a correlation without variation, a standard error of one simulation."""
     return None if np.isnan(value) else value
@@ -52,9 +81,11 @@ def average_scenarios(scenarios: dict) -> dict:
     """Average metrics over scenarios, with equal weights: MSEs of model and baselines, coverage, and r where it is defined."""
     rows = list(scenarios.values())
     correlations = [row["r"] for row in rows if row["r"] is not None]
+    at_sites = [row["site"] for row in rows if row["site"]["r"] is not None]
     return {
         "mse": float(np.mean([row["mse"] for row in rows])),
         "r": float(np.mean(correlations)) if correlations else None,
+        "site": {key: float(np.mean([row[key] for row in at_sites])) if at_sites else None for key in ("r", "r_limit")},
         "coverage95": float(np.mean([row["coverage95"] for row in rows])),
         "hmm_mse": float(np.mean([row["baseline"]["hmm"]["mse"] for row in rows])),
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),

@@ -13,8 +13,9 @@ from cxt.data.features import compute_missing_fraction, compute_pair_counts
 from cxt.data.grid import Grid
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import PreprocessedSimulation
+from cxt.data.targets import pair_log_moments
 from cxt.errors import BadRequest
-from cxt.evaluation.metrics import average_scenarios, score_variant
+from cxt.evaluation.metrics import average_scenarios, score_sites, score_variant
 from cxt.evaluation.table import READING_TITLES, format_or_dash
 from cxt.io import digest
 from cxt.lineage import check_lineage
@@ -40,7 +41,15 @@ ESTIMATES = {
 """What is compared with the truth, by the way in which a checkpoint is read."""
 
 
-def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[str, list[PreprocessedSimulation]]:
+class EvaluationSimulation(NamedTuple):
+    """A preprocessed simulation, and its ln TMRCA at base pairs as from `pair_log_moments`."""
+
+    preprocessed: PreprocessedSimulation
+    site_means: np.ndarray
+    site_variances: np.ndarray
+
+
+def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[str, list[EvaluationSimulation]]:
     """Read and preprocess the evaluation simulations of each variant.
 
     Parameters
@@ -54,13 +63,18 @@ def read_evaluation_simulations(batches: list[dict], spec: dict, mask) -> dict[s
 
     Returns
     -------
-    dict of str to list of PreprocessedSimulation
+    dict of str to list of EvaluationSimulation
     """
-    result: dict[str, list[PreprocessedSimulation]] = {}
+    result: dict[str, list[EvaluationSimulation]] = {}
+    shape = {key: spec[key] for key in ("window_size", "sequence_length")}
     for batch in batches:
         expected = {key: batch[key] for key in ("start", "count", "scenario")}
         for ts in read_batch(batch["path"], **expected, lineage=batch.get("lineage")):
-            result.setdefault(batch["scenario"], []).append(preprocess_simulation(ts, spec, mask=mask))
+            one = preprocess_simulation(ts, spec, mask=mask)
+            if ts.num_samples > spec["samples"]:
+                ts = ts.simplify(ts.samples()[: spec["samples"]])
+            moments = pair_log_moments(ts, one.pairs, **shape)
+            result.setdefault(batch["scenario"], []).append(EvaluationSimulation(one, *moments))
     return result
 
 
@@ -196,7 +210,9 @@ def evaluate(
     )
     scenarios: list[dict[str, dict]] = [{} for _ in readings]
     tracks = {}
-    for name, simulations in read_evaluation_simulations(batches, spec, mask).items():
+    for name, rows in read_evaluation_simulations(batches, spec, mask).items():
+        simulations = [row.preprocessed for row in rows]
+        site_means, site_variances = (np.stack(moments) for moments in list(zip(*rows, strict=True))[1:])
         counts, missing = compute_features(simulations, spec, windows)
         seed = int(digest([spec["seed"], name]), 16)
         truth = np.stack([simulation.log_tmrca for simulation in simulations])
@@ -222,6 +238,7 @@ def evaluate(
                 truth, mean, low, high, rank, simulations,
                 window_size=spec["window_size"], windows=windows, samples=spec["samples"],
             )  # fmt: skip
+            metrics["site"] = score_sites(mean, site_means, site_variances)
             scores[name] = metrics
             if reading.name is None:
                 tracks[name] = (truth, mean, low, high)
