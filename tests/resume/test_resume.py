@@ -30,7 +30,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 """Kills of every combination of the matrix; 0 runs three combinations with two kills."""
 
 
-KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "lora")
+KINDS = ("plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "lora", "noise")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--dataset-path", dataset, "--schedule", "adaptive", "--validate-every", 7,
             "--adaptive", "{patience_up: 1, patience_down: 1, cooldown: 0}",
         ],
+        "noise": ["--dataset-path", dataset, "--weight-noise", 0.1, "--quantized-bits", 4],
         "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
@@ -75,7 +76,7 @@ MATRIX = [
 FEW = [("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("lora", 0, 1, 2)]
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
-    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("lora", 2, 3, 1),
+    ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("lora", 2, 3, 1), ("noise", 0, 3, 1),
 ]  # fmt: skip
 
 

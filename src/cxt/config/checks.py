@@ -255,7 +255,8 @@ def _check_models(config: dict) -> None:
         if own_training or not shared_training_is_wrong:
             at = f"models.{name}.training" if own_training else f"training, of models.{name}"
             with problems.collect(), _prefix_errors(at):
-                build_training_config(config, name)
+                training, has_lora = build_training_config(config, name), "lora" in config["models"][name]
+                check_weight_settings(training, has_adapter=is_adapter(config, name), has_lora=has_lora)
             shared_training_is_wrong = any(message.startswith("training, of ") for message in problems.messages)
         with problems.collect():
             if "backbone_lr_factor" in own_training and not is_adapter(config, name):
@@ -272,9 +273,6 @@ def _check_models(config: dict) -> None:
                         check_lora(lora, model.network, parent.network, name=model.name, base_name=parent.name)
                 check_missingness(model)
                 check_adapter_samples(model)
-            with problems.collect(), _prefix_errors(f"models.{name}.training"):
-                training, has_lora = build_training_config(config, name), "lora" in config["models"][name]
-                check_weight_settings(training, has_adapter=model.has_adapter, has_lora=has_lora)
         if len(problems.messages) > before:
             wrong.add(name)
     problems.refuse()
