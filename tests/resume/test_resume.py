@@ -33,7 +33,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 
 KINDS = (
     "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked", "lora",
-    "ema", "ema_adapter",
+    "weights", "ema", "ema_adapter",
 )  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--noise", "{thinning: 0.2, genotype_errors: 0.01, phase_switches: 0.1, initial_factor: 0}",
         ],
         "masked": ["--dataset-path", dataset, "--objective", "masked", "--masked", "{span: 3}", "--optimizer", "muon"],
+        "weights": ["--dataset-path", dataset, "--weight-noise", 0.1, "--quantized-bits", 4],
         "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
         "ema": ["--dataset-path", dataset, "--optimizer", "muon", "--ema-decay", 0.95, "--export", "best"],
         "ema_adapter": [*on_plain, "--checkpoint", plain, "--ema-decay", 0.95],
@@ -100,7 +101,7 @@ FEW = [
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
     ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
-    ("lora", 2, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1),
+    ("lora", 2, 3, 1), ("weights", 0, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1),
 ]  # fmt: skip
 
 

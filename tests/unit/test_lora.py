@@ -236,6 +236,8 @@ def test_from_python(results, dataset, tmp_path):
         (["--lora-of", "{lora}"], "is itself a LoRA of 'base'; merge it"),
         (["--lora-of", "{base}", "--reads-rates", "true"], "reads_rates is True, but the base .* has False"),
         (["--resume-adapter", "{lora}"], "has no adapter weights"),
+        (["--lora-of", "{base}", "--quantized-bits", 8], "quantized_bits cannot be used with LoRA"),
+        (["--quantized-bits", 1], "quantized_bits must be 0 .off. or from 2 to 8"),
     ],
 )
 def test_refused(results, dataset, tmp_path, monkeypatch, arguments, message):
