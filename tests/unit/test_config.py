@@ -230,7 +230,7 @@ BAD = [
     ({"models": {"lora": LORA | {"lora": {"alhpa": 2}}}}, "models.lora.lora.alhpa: unknown key; did you mean 'alpha'"),
     ({"models": {"lora": LORA | {"architecture": {"start_token_in_prefix": True}}}}, "start_token_in_prefix is True, but the base"),  # noqa: E501
     ({"models": {"lora": LORA | {"dataset": "processed_n10"}}}, "has 10 samples, but its parent 'broad' takes 50"),
-    ({"models": {"lora": LORA | {"training": {"quantized_bits": 8}}}}, "^models.lora: quantized_bits cannot be used with"),  # noqa: E501
+    ({"models": {"lora": LORA | {"training": {"quantized_bits": 8}}}}, "^models.lora: quantized_bits cannot be used with"),
     ({"models": {"broad_adapter": {"training": {"weight_noise": 0.1}}}}, "^models.broad_adapter: weight_noise cannot"),
     ({"models": {"lora": LORA}, "training": {"quantized_bits": 8}}, "^models.lora: quantized_bits cannot be used"),
     ({"training": {"quantized_bits": 1}}, "quantized_bits must be 0 .off. or from 2 to 8, got 1"),
