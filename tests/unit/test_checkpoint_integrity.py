@@ -78,7 +78,10 @@ def refused(path) -> None:
         lambda path: compare_checkpoints(path, path, rtol=0, atol=0),
         lambda path: import_published(path, path.with_name("imported.ckpt")),
         lambda path: read_parent(
-            SimpleNamespace(checkpoint=str(path), resume_adapter=None, resume=False, restart=False, adapter=False)
+            SimpleNamespace(
+                checkpoint=str(path), resume_adapter=None, lora_of=None, parent=str(path), resume=False, restart=False,
+                adapter=False,
+            )
         ),
     ):  # fmt: skip
         with pytest.raises(BadRequest, match="cannot be read, it is damaged"):

@@ -66,6 +66,8 @@ def write_checkpoint(path, state_dict: dict, record: dict, *, scales: dict | Non
 
 
 def _select_published(state_dict: dict[str, torch.Tensor], record: dict) -> dict[str, torch.Tensor]:
+    if not any(".parametrizations." in str(key) for key in state_dict):
+        return state_dict
     bits = (record.get("training") or {}).get("quantized_bits", 0)
     return select_published_tensors(state_dict, has_lora=record.get("lora") is not None, bits=bits)
 
