@@ -99,9 +99,9 @@ def read_examples(model, sites, arrays: dict, attributes: dict, spec: dict, *, d
 
     from cxt.config.learning import choose_reading
     from cxt.config.network import log_rates
+    from cxt.data.examples import compute_model_input
     from cxt.data.features import compute_missing_fraction, compute_pair_counts
     from cxt.data.grid import Grid
-    from cxt.data.pair_dataset import compute_model_input
     from cxt.data.soft_targets import LEVELS
     from cxt.decoding.posterior import posterior_quantiles
     from cxt.decoding.reading import build_reader

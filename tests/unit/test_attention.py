@@ -9,7 +9,7 @@ from helpers.network import SMALL, dense_logits, inputs, model_of, slow_rotate
 from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import build_dense_mask, compute_dense_loss
 from cxt.config.training import TrainingConfig
-from cxt.data.pair_dataset import compute_model_input
+from cxt.data.examples import compute_model_input
 from cxt.model import attention
 from cxt.model.attention import build_rotary_table, flexible_attention, rotate, split_attention
 from cxt.trainer.module import build_loss_function

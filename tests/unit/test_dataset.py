@@ -11,9 +11,9 @@ from helpers.simulations import build_dataset, constant_scenario, damage_shard
 
 from cxt import PairDataset, pair_features, pair_log_tmrca
 from cxt.config.variants import list_variants
+from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
 from cxt.data.manifest import plan_shards, read_manifest, write_manifest
-from cxt.data.pair_dataset import compute_model_input
 from cxt.data.preprocessing import preprocess_batch, preprocess_simulation
 from cxt.data.shards import read_shard
 from cxt.errors import BadRequest

@@ -19,8 +19,8 @@ from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.file import load
 from cxt.config.models import list_needed
 from cxt.config.network import ModelConfig
+from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import compute_model_input
 from cxt.data.shards import read_shard
 from cxt.data.soft_targets import LEVELS, UNIT, read_soft_targets, write_soft_targets
 from cxt.decoding.posterior import posterior_quantile, posterior_quantiles

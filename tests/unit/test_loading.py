@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from cxt import PairDataset
 from cxt.data import shared_memory as arena
+from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
 from cxt.data.kernels import find_lowest_bit, pack_bins, unpack_bins
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader, SequentialBatchSampler
-from cxt.data.pair_dataset import compute_model_input, open_dataset
+from cxt.data.pair_dataset import open_dataset
 from cxt.data.shards import read_shard
 from cxt.data.shared_memory import Arena, free_memory
 from cxt.errors import BadRequest
@@ -41,7 +42,7 @@ def test_threads_make_the_same_batches(masked_dataset, threads):
     assert len(loader) == len(expected) == 15
     count = 0
     for batch, wanted in zip(loader, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(batch[:4], wanted[:4], strict=True))
         count += 1
     assert count == 15
 

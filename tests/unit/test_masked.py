@@ -17,7 +17,8 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
 from cxt.config.learning import Masking
 from cxt.config.training import TrainingConfig, drop_later_defaults
-from cxt.data.pair_dataset import PairDataset, compute_model_input
+from cxt.data.examples import compute_model_input
+from cxt.data.pair_dataset import PairDataset
 from cxt.decoding.decode import decode
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model

@@ -163,7 +163,7 @@ def test_rates_of_zero_change_nothing(masked_dataset):
     items = PairDataset(masked_dataset, "train")
     noise = build_noise(Noise(**EVERY, initial_factor=0.0), seed=1, progress=0.0)
     assert noise.rates == (0,) * 5
-    for clean, noisy in zip(items.batch(range(20)), items.batch(range(20), noise=noise), strict=True):
+    for clean, noisy in zip(items.batch(range(20))[:4], items.batch(range(20), noise=noise)[:4], strict=True):
         assert torch.equal(clean, noisy)
 
 

@@ -16,8 +16,8 @@ import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import load_model
 from cxt.config.network import AdapterConfig, ModelConfig, log_rates
+from cxt.data.examples import Batch, compute_model_input
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import Batch, compute_model_input
 from cxt.data.shards import read_shard
 from cxt.decoding.decode import decode
 from cxt.errors import BadRequest

@@ -30,8 +30,9 @@ from cxt.commands import runs as runs_stage
 from cxt.config.file import load
 from cxt.config.models import build_training_settings
 from cxt.config.training import PRECISIONS, RESULT_NEUTRAL_SETTINGS, TrainingConfig, list_result_neutral_settings
+from cxt.data.examples import compute_model_input
 from cxt.data.loaders import EpochBatchSampler
-from cxt.data.pair_dataset import PairDataset, compute_model_input
+from cxt.data.pair_dataset import PairDataset
 from cxt.errors import BadRequest, Failed
 from cxt.io import acquire_lock
 from cxt.random_seeds import torch_seed

@@ -16,10 +16,11 @@ from cxt.benchmark.memory import measure_peak_memory
 from cxt.benchmark.published_formulation import compute_dense_loss
 from cxt.config.network import START_TOKEN, AdapterConfig, ModelConfig, count_pairs
 from cxt.config.training import TrainingConfig
+from cxt.data.examples import Batch, compute_model_input
 from cxt.data.features import SCALES
 from cxt.data.grid import Grid
 from cxt.data.loaders import EpochBatchSampler, PrefetchLoader
-from cxt.data.pair_dataset import Batch, PairDataset, compute_model_input
+from cxt.data.pair_dataset import PairDataset
 from cxt.decoding.decode import use_precision
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model

@@ -19,8 +19,8 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cxt.data.examples import Batch, ExampleDataset
 from cxt.data.noise import BatchNoise, NoiseSchedule
-from cxt.data.pair_dataset import Batch, ExampleDataset
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.random_seeds import torch_seed
 from cxt.signals import block_signals, end_with_parent, ignore

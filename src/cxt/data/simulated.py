@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from cxt.config.network import log_rates
+from cxt.data.examples import Batch, Example, ExampleDataset
 from cxt.data.features import compute_pair_counts, find_first_sites
 from cxt.data.grid import Grid
 from cxt.data.kernels import pack_haplotype_words
 from cxt.data.noise import BatchNoise
-from cxt.data.pair_dataset import Batch, Example, ExampleDataset
 from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import PreprocessedSimulation
 from cxt.errors import BadRequest

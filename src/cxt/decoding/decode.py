@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from cxt.config.learning import choose_reading
+from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import compute_model_input
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.decoding.reading import build_reader
 from cxt.model.rates import find_scale

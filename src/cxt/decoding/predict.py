@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from cxt.config.learning import Reading, choose_reading
 from cxt.config.network import log_rates
 from cxt.console import get_logger
+from cxt.data.examples import compute_model_input
 from cxt.data.features import (
     SCALES,
     check_genotypes,
@@ -30,7 +31,6 @@ from cxt.data.features import (
     select_usable_sites,
 )
 from cxt.data.grid import Grid
-from cxt.data.pair_dataset import compute_model_input
 from cxt.decoding.decode import use_precision
 from cxt.decoding.posterior import Posterior
 from cxt.decoding.reading import build_reader

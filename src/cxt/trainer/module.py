@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.config.training import TrainingConfig
-from cxt.data.pair_dataset import Batch, compute_model_input
+from cxt.data.examples import Batch, compute_model_input
 from cxt.data.soft_targets import UNIT
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
