@@ -7,8 +7,10 @@ import torch
 from helpers.repository import run_python
 
 from cxt.benchmark.memory import measure_peak_memory
+from cxt.benchmark.speed import bench_training
 from cxt.commands.bench import main
 from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.training import TrainingConfig
 from cxt.errors import Failed
 from cxt.model.flops import forward_flops
 
@@ -38,6 +40,16 @@ def test_training(tmp_path):
     assert min(result["ratios"]) <= result["ratio"] <= max(result["ratios"])
     for word in ("examples/s", "windows/s", "of a matrix product here", "memory", "waiting for data", "times as fast"):
         assert word in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["marginal", "distill"])
+def test_one_pass_counts_its_own_operations(objective):
+    network = ModelConfig(layers=2, heads=2, width=16, windows=20, samples=10)
+    training = TrainingConfig(objective=objective, batch_size=4)
+    result = bench_training(network, None, training, device="cpu", seconds=0.1)
+    flops = 3 * sum(forward_flops(network, objective="marginal").values())
+    assert result["flops_per_second"] == pytest.approx(flops * result["items_per_second"])
 
 
 @pytest.mark.slow

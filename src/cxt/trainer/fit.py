@@ -311,5 +311,5 @@ def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, exampl
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")
     if examples is not None:
-        tracks = build_tracks(examples, model, seed=request.training.seed)
+        tracks = build_tracks(examples, model.eval(), seed=request.training.seed)
         draw_tracks(tracks, run.path / "tracks.png", title=request.name, window_size=request.manifest["window_size"])
