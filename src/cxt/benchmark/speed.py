@@ -113,8 +113,8 @@ class Loader:
 
 
 def build_dense_loss(model):
-    """A function from (counts, missing, tokens) to the loss, by the published formulation."""
-    return lambda counts, missing, tokens, rates: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
+    """A function of the parts of a batch that gives the loss by the published formulation, which reads the first three."""
+    return lambda counts, missing, tokens, *others: compute_dense_loss(model, compute_model_input(counts, missing), tokens)
 
 
 class Steps:

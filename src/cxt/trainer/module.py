@@ -77,14 +77,18 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
 
 
 def build_loss_function(model: CoalescenceModel, training: TrainingConfig, *, scales: Sequence[int] | None = None):
-    """A function from (counts, missing, tokens, rates) to the loss of the first step; *scales* as for `build_objective`."""
+    """A function of the parts of a batch that gives the loss of the first step; *scales* as for `build_objective`."""
     objective = build_objective(model, training, scales=scales)
     parts, weights = build_loss_parts(model, training, objective), objective.weights(0.0)
 
     def loss(
-        counts: torch.Tensor, missing: torch.Tensor | None, tokens: torch.Tensor, rates: torch.Tensor | None = None
+        counts: torch.Tensor,
+        missing: torch.Tensor | None,
+        tokens: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        soft_targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return add_weighted(parts(counts, missing, tokens, rates), weights)
+        return add_weighted(parts(counts, missing, tokens, rates, soft_targets), weights)
 
     return loss
 
