@@ -231,6 +231,7 @@ def test_scratch_changes_no_weights(dataset, tmp_path, monkeypatch, capsys):
             ],
             marks=pytest.mark.long,
         ),
+        pytest.param(3, ["--weight-noise", "0.1", "--quantized-bits", "4"], marks=pytest.mark.slow),
     ],
 )
 def test_killed_run_continues_bit_for_bit(dataset, tmp_path, monkeypatch, accumulation, settings):

@@ -45,6 +45,7 @@ def test_from_simulations_to_evaluations(tmp_path):
     # Both the training of a child and an evaluation need the base.
     moved = shutil.move(results / "broad.ckpt", tmp_path / "moved.ckpt")
     for target in ("results/child.ckpt", "results/evaluation/baboons.json"):
+        (tmp_path / target).unlink()
         text = snakemake("-n", target, "--rerun-triggers", "mtime", cwd=tmp_path, configfile=configfile)
         assert "output: results/broad.ckpt" in text.stdout + text.stderr
     shutil.move(moved, results / "broad.ckpt")
