@@ -660,7 +660,7 @@ def test_bfloat16_network(dataset):
     """Everything in bfloat16, as on a GPU with precision bf16-true."""
     request = request_for(*SMALL, "--dataset-path", dataset)
     model = build_starting_model(request).to(torch.bfloat16)
-    counts, missing, tokens, _ = build_data(request).train_set.batch(range(4))
+    counts, missing, tokens, *_ = build_data(request).train_set.batch(range(4))
     loss = model.loss(compute_model_input(counts, missing), tokens)
     loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
