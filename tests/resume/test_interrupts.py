@@ -232,7 +232,7 @@ def test_not_finite_ends_the_run_and_what_would_follow(copy, long, tmp_path):
     code = (
         "import sys\n"
         "if 'cxt.train' in sys.orig_argv:\n"
-        "    import cxt.data.pair_dataset as d\n"
+        "    import cxt.data.examples as d\n"
         "    original, calls = d.compute_model_input, []\n"
         "    def compute_model_input(counts, missing):\n"
         "        x = original(counts, missing)\n"

@@ -564,7 +564,7 @@ def plain_losses(dataset, arguments) -> list[float]:
             for chosen in window:
                 torch.manual_seed(torch_seed(training.seed, "dropout", 0, number=number))
                 number += 1
-                counts, missing, tokens, _ = items.batch(chosen)
+                counts, missing, tokens, *_ = items.batch(chosen)
                 loss = model.loss(compute_model_input(counts, missing), tokens) / training.grad_accum
                 loss.backward()
                 total = total + loss.detach()
