@@ -517,7 +517,8 @@ OPTIONAL = {
     "schedule": "cosine", "patience": 0, "min_delta": 0.0, "export": "last", "grad_clip": 0.0, "validate_every": 0,
     "validation_items": 0, "decode_items": 0, "keep_saves": 2, "save_minutes": 10.0, "log_every": 10, "storage": "auto",
     "workers": 0, "save_every": 200, "compile": "auto", "attention": "split", "loss_path": "target",
-    "gradient_checkpointing": False,
+    "gradient_checkpointing": False, "objective": "autoregressive", "weight_noise": 0.0, "quantized_bits": 0, "ema_decay": 0.0,
+    "rates_dropout": 0.5, "joint_weight": 0.5,
 }  # fmt: skip
 RECIPES = {  # spec: layers, epochs, learning rate
     "narrow": (6, 6, 3e-4), "broad": (10, 2, 3e-4), "broad_w200": (10, 2, 3e-5), "broad_adapter": (10, 3, 3e-4),
