@@ -31,16 +31,21 @@ SPEC_RANGES = {"reading": Literal["auto", "marginal", "sampled"], "replicates": 
 PAIRS_AT_ONCE = 40
 
 
-def check_teacher(model, attributes: dict, *, checkpoint, batch) -> None:
+def check_teacher(model, record: dict, attributes: dict, *, checkpoint, batch) -> None:
     """BadRequest unless a teacher can read the examples of a shard with these attributes, from it or from a batch."""
-    windows = attributes["sequence_length"] // attributes["window_size"]
+    trained_on = record["dataset"]
     expected = {
         "windows": model.config.windows,
         "window_size": model.config.window_size,
-        "scales": list(model.trained_on.scales),
+        "scales": trained_on["scales"],
+        "missingness": trained_on["missing"],
     }
-    found = {"windows": windows, "window_size": attributes["window_size"], "scales": attributes["scales"]}
-    expected["missingness"], found["missingness"] = not model.config.mask_singletons, attributes["missing"]
+    found = {
+        "windows": attributes["sequence_length"] // attributes["window_size"],
+        "window_size": attributes["window_size"],
+        "scales": attributes["scales"],
+        "missingness": attributes["missing"],
+    }
     if wrong := [f"{key} {found[key]} instead of {expected[key]}" for key in found if found[key] != expected[key]]:
         raise BadRequest(f"the teacher {checkpoint} cannot read this dataset: {', '.join(wrong)}")
     if model.samples < attributes["samples"]:
@@ -157,7 +162,7 @@ def teach(args, spec: dict) -> None:
     grid = [model.config.grid_low, model.config.grid_high, model.config.bins]
     for shard, out in zip(args.shards, args.out, strict=True):
         arrays, attributes = read_shard(shard)
-        check_teacher(model, attributes, checkpoint=path, batch=args.batch)
+        check_teacher(model, record, attributes, checkpoint=path, batch=args.batch)
         lineage = derive_soft_target_lineage(spec, shard=attributes.get("lineage"), checkpoint=record.get("lineage"))
         check_planned(lineage, args.lineage, target=out)
         if model.samples == attributes["samples"]:
