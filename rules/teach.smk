@@ -9,6 +9,7 @@ rule teach:
         checkpoint=lambda wildcards: paths.checkpoint_path(
             config["models"][wildcards.model]["teacher"]
         ),
+        base=lambda wildcards: base_of(config["models"][wildcards.model]["teacher"]),
         shards=taught_shards,
         batch=teacher_batch,
     output:
@@ -20,7 +21,7 @@ rule teach:
         "results/benchmarks/teach/{model}/{variant}-{start}.tsv"
     conda:
         "../envs/evaluate.yaml"
-    threads: 1
+    threads: lambda wildcards: build_training_config(config, wildcards.model).threads
     resources:
         **gpu_resources(evaluation_devices),
         mem_mb=lambda wildcards: teaching_memory_mb(config, wildcards.model, batch_count(wildcards)),
@@ -29,8 +30,10 @@ rule teach:
     params:
         batch=teacher_batch_flags,
         devices=lambda wildcards, resources: resources.get("gpu", evaluation_devices(wildcards)),
+        # Rounding depends on it, so that it comes from the settings, not from the cores that there are.
+        threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
         lineage=soft_target_lineage,
     shell:
         "exec &> {log:q}; exec python -m cxt.teach"
         " --config {input.settings:q} --checkpoint {input.checkpoint:q} --shards {input.shards:q} {params.batch:q}"
-        " --devices {params.devices} --threads {threads} --lineage {params.lineage} --out {output:q}"
+        " --devices {params.devices} --threads {params.threads} --lineage {params.lineage} --out {output:q}"

@@ -108,6 +108,7 @@ def read_examples(model, sites, arrays: dict, attributes: dict, spec: dict, *, d
     from cxt.data.features import compute_missing_fraction, compute_pair_counts
     from cxt.data.grid import Grid
     from cxt.data.soft_targets import LEVELS
+    from cxt.decoding.decode import use_precision
     from cxt.decoding.posterior import posterior_quantiles
     from cxt.decoding.reading import build_reader
     from cxt.model.rates import find_scale
@@ -134,7 +135,8 @@ def read_examples(model, sites, arrays: dict, attributes: dict, spec: dict, *, d
             part = torch.from_numpy(counts[first : first + PAIRS_AT_ONCE]).to(device)
             x = compute_model_input(part, None if missing is None else missing.expand(len(part), -1, -1))
             ids = range(int(row) * shape[1] + first, int(row) * shape[1] + first + len(part))
-            distribution = read(x, model.repeat_rates(**known, examples=len(part)), ids)
+            with use_precision(model.precision, device):
+                distribution = read(x, model.repeat_rates(**known, examples=len(part)), ids)
             quantiles = posterior_quantiles(distribution, grid, LEVELS.tolist())
             result[row, first : first + len(part)] = quantiles.cpu().numpy() - scale
     return result

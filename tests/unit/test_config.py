@@ -214,6 +214,7 @@ BAD = [
     ({"models": {"narrow": {"training": {"attention": "flex"}}}}, "^models.narrow: attention flex trains on GPUs only"),
     ({"models": {"broad_adapter": {"training": {"objective": "masked"}}}}, "^models.broad_adapter: the objective masked cannot train an adapter"),  # noqa: E501
     ({"models": {"broad": {"training": {"objective": "masked"}}, "broad_adapter": {"adapter": {"unfreeze_strategy": "ln"}}}}, "^models.broad_adapter: .* does not train the head"),  # noqa: E501
+    ({"models": {"narrow": {"training": {"objective": "masked", "ema_decay": 0.9}}}}, "^models.narrow: ema_decay cannot be used"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "masked"}, "evaluation": ["constant"]}}}, "^models.narrow: `evaluation` cannot be used with the objective masked"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "autoregressive"}}}, "evaluation": {"reading": "marginal"}}, "^evaluation.reading: models.narrow was trained with the objective autoregressive"),  # noqa: E501
     ({"models": {"lora": LORA | {"lora_of": None}}}, "^models.lora.lora: LoRA needs a trained base; name one with `lora_of`"),

@@ -11,6 +11,7 @@ from helpers.training import FINE, SMALL, equal, train, weights
 import cxt
 from cxt import load_model
 from cxt.checkpoints.file import read_checkpoint, write_checkpoint
+from cxt.checkpoints.quantized import quantize_checkpoint
 from cxt.commands.checkpoint import main as checkpoint_command
 from cxt.config.network import LoraConfig
 from cxt.config.training import TrainingConfig
@@ -205,6 +206,19 @@ def test_files_that_do_not_fit(results, change, message):
     with pytest.raises(BadRequest, match=message):
         load_model(results / "other.ckpt")
     (results / "other.ckpt").unlink()
+
+
+def test_a_quantised_lora(results, tmp_path):
+    """It holds the merged weights, and does not replace the base, which the LoRA needs."""
+    before = (results / "base.ckpt").read_bytes()
+    with pytest.raises(BadRequest, match=r"base.ckpt is the checkpoint that .*lora.ckpt was trained from"):
+        quantize_checkpoint(results / "lora.ckpt", results / "base.ckpt")
+    assert (results / "base.ckpt").read_bytes() == before
+    quantize_checkpoint(results / "lora.ckpt", tmp_path / "small.ckpt")
+    merged, small = load_model(results / "lora.ckpt").state_dict(), load_model(tmp_path / "small.ckpt").state_dict()
+    for name, value in merged.items():
+        largest = value.abs().amax(-1, keepdim=True) if value.ndim == 2 else torch.zeros(())
+        assert ((value - small[name]).abs() <= largest / 127 / 2 + 1e-7).all()
 
 
 def test_a_child_of_a_lora(results, dataset, tmp_path, monkeypatch):

@@ -213,6 +213,7 @@ def test_schedule():
         assert rates["thinning"] == pytest.approx(0.4 * 0.5 * (1 - step / 8))
         assert rates["phase_switches"] == pytest.approx(0.1 * 0.5 * (1 - step / 8))
         assert rates["mispolarised"] == 0
+    assert schedule.at(3, 5).rates == schedule.at(2, 4).rates  # prepared in advance, after the last step
     assert schedule.at(0, 0).key == schedule.at(0, 5).key != schedule.at(1, 0).key
     cosine = Noise(thinning=0.4, initial_factor=0, factor_schedule="cosine")
     values = [build_noise(cosine, seed=1, progress=progress).rates[0] for progress in (0, 0.25, 0.5, 1)]

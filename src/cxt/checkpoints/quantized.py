@@ -15,6 +15,7 @@ import torch
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.inspection import read_verified_checkpoint
 from cxt.checkpoints.record import QUANTIZATION_BITS
+from cxt.checkpoints.safetensors import CONFIG, WEIGHTS
 from cxt.errors import BadRequest
 from cxt.io import check_writable, file_sha256
 from cxt.model.quantization import round_to_integers
@@ -42,7 +43,7 @@ def quantize_checkpoint(path, out) -> None:
     Raises
     ------
     BadRequest
-        If *path* is quantised already or cannot be read, or *out* is *path* or cannot be written.
+        If *path* is quantised already or cannot be read, or *out* is *path*, its parent, or cannot be written.
     Failed
         If a weight is not finite.
     """
@@ -52,8 +53,11 @@ def quantize_checkpoint(path, out) -> None:
         raise BadRequest(f"{path} is quantised already, from a checkpoint of sha256 {record['quantization']['source']}")
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"{out} is the checkpoint to quantise; choose another name for the result")
+    if Path(out).is_file() and file_sha256(out) == (record["parent"] or {}).get("sha256"):
+        raise BadRequest(f"{out} is the checkpoint that {path} was trained from; choose another name for the result")
     check_writable(out)
-    source = {"bits": QUANTIZATION_BITS, "source": file_sha256(path), "lineage": record["lineage"]}
+    weights_file = Path(path).with_name(WEIGHTS) if Path(path).name == CONFIG else path
+    source = {"bits": QUANTIZATION_BITS, "source": file_sha256(weights_file), "lineage": record["lineage"]}
     name = None if record["name"] is None else f"{record['name']}-int{QUANTIZATION_BITS}"
     weights, scales = quantize_matrices(checkpoint.state_dict)
     write_checkpoint(out, weights, record | {"name": name, "lineage": None, "quantization": source}, scales=scales)

@@ -59,6 +59,10 @@ def check_training(
             "the parent was trained with the objective masked, which does not train the head, and this adapter would leave it "
             "frozen; use unfreeze_strategy all, or first train a model from the parent without an adapter"
         )
+    if objective == "masked" and training.ema_decay:
+        raise BadRequest(
+            "ema_decay cannot be used with the objective masked, whose head and mask vector are not averaged; set it to 0"
+        )
     if training.weight_noise and adapter is not None:
         raise BadRequest(
             "weight_noise cannot be used with an adapter, whose backbone is trained without dropout and noise; set it to 0"

@@ -199,12 +199,14 @@ def build_noise(noise: Noise, *, seed: int, epoch: int = 0, progress: float = 1.
     seed, epoch : int
         Each seed and epoch has its own random numbers.
     progress : float
-        Fraction of the optimizer steps that are done, from 0 to 1.
+        Fraction of the optimizer steps that are done. Above 1, as for batches that are prepared in advance after the last step,
+        it counts as 1.
 
     Returns
     -------
     BatchNoise
     """
+    progress = min(progress, 1.0)
     share = 0.5 * (1 - math.cos(math.pi * progress)) if noise.factor_schedule == "cosine" else progress
     factor = noise.initial_factor + (noise.final_factor - noise.initial_factor) * share
     return BatchNoise(tuple(factor * float(getattr(noise, name)) for name in NOISE_RATES), hash_key(seed, "noise", epoch))

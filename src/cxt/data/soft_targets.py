@@ -3,12 +3,13 @@
 Each shard of a dataset has a file of soft targets, of the same name but for its ending .npz, in another directory:
 
     quantiles  (simulations, pairs, windows, levels) int16   in thousandths of ln generations
-    about      JSON: the shard's sha256, the teacher, how it was read, and the lineage
+    about      JSON: the shard's sha256, the teacher, how it was read, the digest of the quantiles, and the lineage
 
 Quantiles take a sixth of the memory of probabilities, do not depend on a grid, and are shifted by addition.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import statistics
@@ -41,10 +42,12 @@ def write_soft_targets(path, quantiles: np.ndarray, about: dict) -> None:
     quantiles : float array (simulations, pairs, windows, levels)
         In ln generations, at the probabilities `LEVELS`.
     about : dict
-        `shard`, the sha256 of the shard, `teacher` {name, lineage, sha256}, how it was read, and lineage.
+        `shard`, the sha256 of the shard, `teacher` {name, lineage, sha256}, how it was read, and lineage. The digest of the
+        quantiles is added, so that it tells these soft targets from others.
     """
     limits = np.iinfo(np.int16)
     stored = np.clip(np.round(quantiles / UNIT), limits.min, limits.max).astype(np.int16)
+    about = about | {"quantiles": hashlib.sha256(stored.tobytes()).hexdigest()}
     out = io.BytesIO()
     np.savez_compressed(out, quantiles=stored, about=np.array(canonical_json(about)))
     atomic_write(path, out.getvalue())

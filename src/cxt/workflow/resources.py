@@ -19,11 +19,11 @@ def preprocessing_memory_mb(config: dict, name: str, simulations: int, tree_byte
 
 
 def teaching_memory_mb(config: dict, name: str, simulations: int) -> int:
-    """Memory to request for soft targets: torch and the teacher, one tree sequence, and the quantiles of a shard, twice."""
+    """Memory to request for soft targets: torch and the teacher, one tree sequence, and a shard's quantiles three times."""
     dataset = config["datasets"][config["models"][name]["dataset"]]
     windows = dataset["sequence_length"] // dataset["window_size"]
     examples = simulations * dataset["regions_per_simulation"] * dataset["pairs"]
-    return 4000 + int(examples * windows * len(LEVELS) * (8 + 4) / 1e6)
+    return 4000 + int(examples * windows * len(LEVELS) * 3 * 8 / 1e6)
 
 
 def training_memory_mb(config: dict, name: str) -> int:
