@@ -85,6 +85,7 @@ def test_everything_is_there(workflow):
         for figures in scores["scenarios"].values():
             assert {"mse", "mse_se", "r", "bias", "coverage95", "baseline"} <= figures.keys()
             assert {"heterozygosity", "hmm", "constant"} == figures["baseline"].keys()
+        assert scores["settings"]["rates"] == "those of the simulations"  # its models read them
         for figure in ("tracks", "scatter"):
             assert (results / "evaluation" / f"{model}-{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert "published" in (results / "logs" / "train" / f"{model}.log").read_text()

@@ -248,12 +248,15 @@ def evaluate(
                 f"({f'{READING_TITLES[reading.name]}, ' if reading.name else ''}{time.monotonic() - started:.0f} s)"
             )
     settings = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")}
+    settings |= {"reading": readings[0].way}
+    if readings[0].rates:
+        settings["rates"] = "those of the simulations"
     result = {
         "checkpoint": stored.record["name"],
         "lineage": lineage,
         "checkpoint_lineage": stored.record["lineage"],
         "device": torch.device(device).type,
-        "settings": settings | {"reading": readings[0].way},
+        "settings": settings,
         "estimate": ESTIMATES[readings[0].way],
     }
     for reading, scores in zip(readings, scenarios, strict=True):
