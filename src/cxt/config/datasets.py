@@ -1,10 +1,10 @@
 """Datasets of the configuration, and their accessibility masks."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from cxt.config.bounds import BasePairs, NonEmpty, Positive, PositiveInteger, Text, integer_validator
+from cxt.config.bounds import BasePairs, NonEmpty, NonNegative, Positive, PositiveInteger, Text, integer_validator
 from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 
@@ -32,11 +32,27 @@ class Mask(Section):
     last interval of a BED file is taken as the end of the sequence."""
     length: PositiveInteger = 5_000_000
     """Length of the synthetic mask in base pairs."""
-    accessible_run: Positive = 500
-    """Synthetic mask: mean length of an accessible run in base pairs (log-normal, sigma 1.2)."""
-    inaccessible_run: Positive = 200
+    accessible_run: Annotated[
+        Positive | Annotated[list[Positive], Field(strict=True, min_length=1)],
+        Expected("a positive number, or a list of positive numbers"),
+    ] = 500
+    """Synthetic mask: mean length of an accessible run in base pairs (log-normal, sigma 1.2). A list divides the mask into equal
+    parts, one for each value."""
+    inaccessible_run: Annotated[
+        Positive | Annotated[list[NonNegative], Field(strict=True, min_length=1)],
+        Expected("a positive number, or a list of numbers of at least 0"),
+    ] = 200
     """Synthetic mask: mean length of an inaccessible run in base pairs (log-normal, sigma 1.5: many short gaps, few repeats of
-    kilobases)."""
+    kilobases). A list has one value for each part, and 0 for parts that are accessible throughout."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        accessible, inaccessible = self.accessible_run, self.inaccessible_run
+        if isinstance(accessible, list) != isinstance(inaccessible, list) or (
+            isinstance(accessible, list) and isinstance(inaccessible, list) and len(accessible) != len(inaccessible)
+        ):
+            raise ValueError("`accessible_run` and `inaccessible_run` must be two numbers, or two lists of the same length")
+        return self
 
 
 class Layout(Section):

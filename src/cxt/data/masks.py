@@ -204,24 +204,30 @@ def draw_synthetic_mask(spec: dict, *, seed: int) -> np.ndarray:
     """Draw a mask of alternating accessible and inaccessible runs with log-normal lengths, True = inaccessible.
 
     *spec* holds `length` and the mean runs `accessible_run` and `inaccessible_run`, all in base pairs. With the defaults
-    (500 and 200) about 29% of the bases are inaccessible.
+    (500 and 200) about 29% of the bases are inaccessible. Two lists of runs divide the mask into equal parts.
     """
     rng = build_random_generator(seed=seed, spec=spec, index=0, purpose="synthetic mask")
-    mean = spec["accessible_run"] + spec["inaccessible_run"]
+    accessible, inaccessible = spec["accessible_run"], spec["inaccessible_run"]
+    parts = list(zip(accessible, inaccessible, strict=True)) if isinstance(accessible, list) else [(accessible, inaccessible)]
     mask = np.zeros(spec["length"], dtype=bool)
+    for part, runs in zip(np.array_split(mask, len(parts)), parts, strict=True):  # views of the mask
+        if runs[1]:
+            _draw_runs(part, runs, rng)
+    return mask
+
+
+def _draw_runs(mask: np.ndarray, means: tuple[float, float], rng: np.random.Generator) -> None:
+    """Mark inaccessible runs in *mask*, in place; *means* are those of the accessible and the inaccessible runs."""
     at = 0
     while at < len(mask):
-        count = int(2 * (len(mask) - at) / mean) + 10
+        count = int(2 * (len(mask) - at) / sum(means)) + 10
         runs = np.empty(2 * count)
-        for i, (length, sigma) in enumerate(
-            ((spec["accessible_run"], ACCESSIBLE_SIGMA), (spec["inaccessible_run"], INACCESSIBLE_SIGMA))
-        ):
+        for i, (length, sigma) in enumerate(zip(means, (ACCESSIBLE_SIGMA, INACCESSIBLE_SIGMA), strict=True)):
             runs[i::2] = rng.lognormal(np.log(length) - sigma**2 / 2, sigma, size=count)
         edges = at + np.concatenate([[0], np.cumsum(np.maximum(1, np.rint(runs)).astype(np.int64))])
         for left, right in zip(edges[1:-1:2], edges[2::2], strict=True):
             mask[left:right] = True
         at = int(edges[-1])
-    return mask
 
 
 def write_mask(path, mask: np.ndarray, *, lineage: str | None = None) -> None:
