@@ -1,0 +1,152 @@
+"""Usable genotypes on disk: what is left of a user's file after reading, in one form for all formats.
+
+A directory in Zarr format. It is read by region, so that memory does not grow with the chromosome.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import zarr
+
+from cxt.errors import BadRequest
+from cxt.genotypes.records import Contig, Haplotype
+
+VERSION = 1
+
+CHUNK_SITES = 16_384
+"""Sites of a chunk on disk."""
+
+
+class Sites(NamedTuple):
+    """Biallelic sites of a region.
+
+    positions : int64 (sites,), base pairs counted from 0, strictly ascending
+    derived : uint8 (sites, haplotypes), 1 = derived allele, 0 = ancestral or missing
+    missing : bool (sites, haplotypes)
+    """
+
+    positions: np.ndarray
+    derived: np.ndarray
+    missing: np.ndarray
+
+
+class GenotypeStore:
+    """Genotypes that `GenotypeWriter` wrote.
+
+    Parameters
+    ----------
+    path : path-like
+        Directory.
+
+    Attributes
+    ----------
+    haplotypes : list of Haplotype
+        Columns of the genotypes.
+    contigs : list of Contig
+        With lengths.
+    report : dict
+        What was read and dropped, see `cxt.genotypes.filters`.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self._group = zarr.open_group(self.path, mode="r")
+            attributes = dict(self._group.attrs)
+        except (OSError, KeyError, ValueError) as error:
+            raise BadRequest(f"{path} does not hold genotypes that were read before: {error}") from None
+        if attributes.get("cxt_genotypes") != VERSION:
+            raise BadRequest(f"{path} holds genotypes of another version; delete it, and the file is read again")
+        self.haplotypes = [Haplotype(*row) for row in attributes["haplotypes"]]
+        self.contigs = [Contig(*row) for row in attributes["contigs"]]
+        self.report: dict = attributes["report"]
+        self._positions: dict[str, np.ndarray] = {}
+
+    def positions(self, contig: str) -> np.ndarray:
+        """Positions of all sites of a contig, (sites,) int64."""
+        if contig not in self._positions:
+            group = str([name for name, _ in self.contigs].index(contig))
+            self._positions = {contig: np.asarray(self._group[f"{group}/positions"][:])}  # of one contig at a time
+        return self._positions[contig]
+
+    def load(self, contig: str, start: int, end: int) -> Sites:
+        """The sites of a contig in [start, end)."""
+        positions = self.positions(contig)
+        left, right = np.searchsorted(positions, [start, end])
+        group = str([name for name, _ in self.contigs].index(contig))
+        derived, missing = (
+            np.unpackbits(
+                np.asarray(self._group[f"{group}/{name}"][left:right]), axis=1, count=len(self.haplotypes), bitorder="little"
+            )
+            for name in ("derived", "missing")
+        )
+        return Sites(positions[left:right], derived, missing.astype(bool))
+
+
+class GenotypeWriter:
+    """Writes a `GenotypeStore`: `add_contig`, then `append` its sites, and so on; `finish` renames it to its final name.
+
+    Parameters
+    ----------
+    path : path-like
+        Final name of the directory.
+    haplotypes : sequence of Haplotype
+    """
+
+    def __init__(self, path, haplotypes: Sequence[Haplotype]):
+        self.path = Path(path)
+        self.temporary = self.path.with_name(f".{self.path.name}.part")
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.parent.mkdir(parents=True, exist_ok=True)
+        self.haplotypes = list(haplotypes)
+        self.contigs: list[Contig] = []
+        self._group = zarr.open_group(self.temporary, mode="w", zarr_format=3)
+        self._pending: list[Sites] = []
+
+    def add_contig(self, name: str, length: int | None) -> None:
+        """Begin a contig; its length may be set later, by `set_length`."""
+        self._flush()
+        columns = -(-len(self.haplotypes) // 8)
+        place = str(len(self.contigs))
+        self.contigs.append(Contig(name, length))
+        self._group.create_array(f"{place}/positions", shape=(0,), chunks=(CHUNK_SITES,), dtype="int64")
+        for array in ("derived", "missing"):
+            self._group.create_array(f"{place}/{array}", shape=(0, columns), chunks=(CHUNK_SITES, columns), dtype="uint8")
+
+    def set_length(self, length: int) -> None:
+        """Set the length of the contig that was added last."""
+        self.contigs[-1] = Contig(self.contigs[-1].name, length)
+
+    def append(self, positions: np.ndarray, derived: np.ndarray, missing: np.ndarray) -> None:
+        """Append sites to the contig that was added last; see `Sites` for the arrays."""
+        self._pending.append(Sites(positions, derived, missing))
+        if sum(len(sites.positions) for sites in self._pending) >= CHUNK_SITES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        place = str(len(self.contigs) - 1)
+        positions, derived, missing = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        self._pending = []
+        self._group[f"{place}/positions"].append(positions.astype(np.int64))
+        for name, values in (("derived", derived), ("missing", missing)):
+            packed = np.packbits(values.astype(np.uint8), axis=1, bitorder="little")
+            self._group[f"{place}/{name}"].append(packed)
+
+    def finish(self, report: dict) -> GenotypeStore:
+        """Write the *report* and rename the directory to its final name."""
+        self._flush()
+        self._group.attrs.update({
+            "cxt_genotypes": VERSION,
+            "haplotypes": [list(haplotype) for haplotype in self.haplotypes],
+            "contigs": [list(contig) for contig in self.contigs],
+            "report": json.loads(json.dumps(report)),
+        })
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.temporary.rename(self.path)
+        return GenotypeStore(self.path)

@@ -1,0 +1,1 @@
+"""Translate a user's genotypes into TMRCA tracks."""
