@@ -5,16 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cxt.console import get_logger
+from cxt.config.translation import Translation
 from cxt.errors import BadRequest
 from cxt.genotypes.records import Region
 from cxt.genotypes.store import GenotypeStore
 from cxt.model.transformer import CoalescenceModel
 from cxt.translation.accessibility import Windows, count_accessible, find_gaps
 from cxt.translation.blocks import Block, choose_flank, list_blocks
-from cxt.translation.request import Request, check_haplotypes, check_short_contig
-
-logger = get_logger(__name__)
+from cxt.translation.request import check_haplotypes, check_short_contig
 
 LEAST_PRESENT = 0.5
 """Haplotypes with fewer called genotypes on a contig than this share are not drawn into panels: a male's second X, say."""
@@ -60,7 +58,7 @@ def extend_regions(regions: Sequence[Region], *, context: int) -> list[Region]:
 def plan_contigs(
     store: GenotypeStore,
     model: CoalescenceModel,
-    request: Request,
+    request: Translation,
     *,
     pairs: np.ndarray,
     regions: Sequence[Region],
@@ -72,7 +70,7 @@ def plan_contigs(
     ----------
     store : GenotypeStore
     model : CoalescenceModel
-    request : Request
+    request : Translation
     pairs : integer array (pairs, 2)
         Columns of the genotypes.
     regions : sequence of Region

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cxt.config.translation import Translation
 from cxt.console import get_logger
 from cxt.genotypes.store import GenotypeStore
 from cxt.io import atomic_write, json_text
@@ -12,7 +13,7 @@ from cxt.translation.contigs import ContigPlan
 from cxt.translation.estimates import COLUMNS, LEVELS, Reader
 from cxt.translation.job import Unit, gather
 from cxt.translation.rates import write_ne
-from cxt.translation.request import Request, describe_time_scale
+from cxt.translation.request import choose_calibration, describe_time_scale
 from cxt.translation.tables import write_bigwigs, write_table
 from cxt.translation.tracks import Tracks, TrackWriter
 
@@ -26,7 +27,7 @@ def write_output(
     units: list[Unit],
     plans: list[ContigPlan],
     *,
-    request: Request,
+    request: Translation,
     reader: Reader,
     store: GenotypeStore,
     pairs: np.ndarray,
@@ -35,7 +36,7 @@ def write_output(
     bigwig: bool,
 ) -> Tracks:
     """Write everything to *directory*; `summary.json` comes last, and says that the translation is finished."""
-    method = request.choose_calibration(reader.model)
+    method = choose_calibration(request, reader.model)
     used, columns = np.unique(pairs, return_inverse=True)
     haplotypes = [store.haplotypes[i] for i in used]
     names = [(store.haplotypes[a].name, store.haplotypes[b].name) for a, b in pairs]

@@ -11,6 +11,7 @@ import torch
 
 from cxt.checkpoints.load import find_checkpoint, load_model
 from cxt.config.learning import choose_reading
+from cxt.config.translation import Translation
 from cxt.console import get_logger
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
@@ -27,7 +28,7 @@ from cxt.translation.contigs import ContigPlan, extend_regions, plan_contigs
 from cxt.translation.estimates import Reader
 from cxt.translation.job import list_units, run_units
 from cxt.translation.output import write_output
-from cxt.translation.request import Request, check_model
+from cxt.translation.request import identify
 from cxt.translation.tracks import Tracks
 
 logger = get_logger(__name__)
@@ -66,9 +67,7 @@ def translate(
     batch_size: int | str = "auto",
     bigwig: bool = False,
     force: bool = False,
-    step: str = "all",
-    part: tuple[int, int] = (1, 1),
-) -> Tracks | None:
+) -> Tracks:
     """Estimate the TMRCA of pairs of haplotypes along the genome, from a file of genotypes.
 
     Run again after an interruption with the same arguments, it goes on where it was; the result is the same to the byte.
@@ -131,14 +130,10 @@ def translate(
         Also write `bigwig/<pair>.bw`.
     force : bool
         Replace a translation of other settings, or a finished one, in *out*.
-    step : str
-        `read` only reads the genotypes, `blocks` then translates the *part*, `finish` writes the output; `all` does all.
-    part : (int, int)
-        Which part of how many the step `blocks` translates, counted from 1.
 
     Returns
     -------
-    Tracks, or None unless the last step is done
+    Tracks
 
     Raises
     ------
@@ -148,47 +143,84 @@ def translate(
     Failed
         If a part of an interrupted translation is damaged.
     """
-    request = Request(
-        input=os.fspath(input), model=os.fspath(model), regions=(regions,) if isinstance(regions, str) else tuple(regions),
-        samples=samples if samples is None or isinstance(samples, str) else tuple(samples),
-        populations=None if populations is None else os.fspath(populations), pairs=str(pairs), assume_phased=assume_phased,
+    request = Translation(
+        input=os.fspath(input), model=os.fspath(model), regions=_as_list(regions), samples=_as_list(samples, split=False),
+        populations=None if populations is None else os.fspath(populations), pairs=pairs, assume_phased=assume_phased,
         mask=None if mask is None else os.fspath(mask), mask_marks=mask_marks, ancestral=os.fspath(ancestral),
         mutation_rate=mutation_rate, recombination_rate=recombination_rate, generation_time=generation_time,
         calibration=calibration, reading=reading, replicates=replicates, panels=panels, min_accessible=min_accessible,
         max_gap=max_gap, flank=flank, seed=seed,
     )  # fmt: skip
-    request.check()
+    tracks = run_translation(
+        request, Path(out), device=device, batch_size=batch_size, bigwig=bigwig, force=force, step="all", part=(1, 1)
+    )
+    assert tracks is not None
+    return tracks
+
+
+def run_translation(
+    request: Translation,
+    directory: Path,
+    *,
+    device: str,
+    batch_size: int | str,
+    bigwig: bool,
+    force: bool,
+    step: str,
+    part: tuple[int, int],
+) -> Tracks | None:
+    """Run one step of a translation, or all of them; see `translate`.
+
+    Parameters
+    ----------
+    request : Translation
+    directory : Path
+        Where to write.
+    device, batch_size, bigwig, force
+        As in `translate`.
+    step : str
+        `read` only reads the genotypes, `blocks` then translates the *part*, `finish` writes the output; `all` does all.
+    part : (int, int)
+        Which part of how many the step `blocks` translates, counted from 1.
+
+    Returns
+    -------
+    Tracks, or None unless the last step is done
+    """
     if step not in STEPS:
         raise BadRequest(f"step must be one of {', '.join(STEPS)}, got '{step}'")
     if not 1 <= part[0] <= part[1]:
         raise BadRequest(f"part must be from 1 to the number of parts, got {part[0]} of {part[1]}")
     checkpoint = find_checkpoint(request.model)
     network = load_model(checkpoint, device=_choose_device(device))
-    check_model(network, request, name=request.model)
-    regions_read = [parse_region(text) for text in request.regions]
-    directory = Path(out)
-    work = _open_directory(directory, request.identify(file_sha256(checkpoint)), force=force)
+    way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
+    wanted = [parse_region(text) for text in request.regions or ()]
+    work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
         if step != "blocks":  # whose parts run at the same time
             stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
-        store = _read(request, network, regions_read, work)
+        store = _read(request, network, wanted, work)
         if step == "read":
             return None
         chosen = choose_pairs(
-            store.haplotypes, request.pairs, seed=seed, unphased=store.report["unphased"], assume_phased=assume_phased
+            store.haplotypes,
+            request.pairs,
+            seed=request.seed,
+            unphased=store.report["unphased"],
+            assume_phased=request.assume_phased,
         )
         plans = plan_contigs(
             store,
             network,
             request,
             pairs=chosen,
-            regions=regions_read,
+            regions=wanted,
             read_mask=lambda contig: _load_mask(request, contig, len(store.contigs)),
         )
         _warn(network, request, plans)
         units = list_units(plans, pairs=len(chosen))
         reader = Reader(
-            network, choose_reading(network.objective, reading), mutation_rate, recombination_rate, replicates, panels,
+            network, way, mutation_rate, recombination_rate, replicates, panels,
             _choose_batch(batch_size, network), seed,
         )  # fmt: skip
         if step in ("all", "blocks"):
@@ -203,6 +235,13 @@ def translate(
         )  # fmt: skip
     shutil.rmtree(work)
     return tracks
+
+
+def _as_list(values: Sequence[str] | str | None, *, split: bool = True) -> list[str] | str | None:
+    """One text or several as a list, or None for none; without *split*, one text is kept."""
+    if isinstance(values, str):
+        return [values] if split else values
+    return list(values) if values else None
 
 
 def _choose_device(device: str) -> str:
@@ -257,7 +296,7 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     return work
 
 
-def _read(request: Request, network: CoalescenceModel, regions: list[Region], work: Path) -> GenotypeStore:
+def _read(request: Translation, network: CoalescenceModel, regions: list[Region], work: Path) -> GenotypeStore:
     """The genotypes, read before or now."""
     path = work / "genotypes.zarr"
     if path.is_dir():
@@ -274,7 +313,7 @@ def _read(request: Request, network: CoalescenceModel, regions: list[Region], wo
     )
 
 
-def _load_mask(request: Request, contig: str, contigs: int) -> np.ndarray | None:
+def _load_mask(request: Translation, contig: str, contigs: int) -> np.ndarray | None:
     """The mask of a contig, True = inaccessible."""
     if request.mask is None or request.mask_marks is None:
         return None
@@ -286,7 +325,7 @@ def _load_mask(request: Request, contig: str, contigs: int) -> np.ndarray | None
     return mask
 
 
-def _warn(network: CoalescenceModel, request: Request, plans: list[ContigPlan]) -> None:
+def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPlan]) -> None:
     """Log what a user has to know before the work starts."""
     if network.config.reads_rates and request.mutation_rate is None:
         logger.warning("no mutation_rate was given: the network infers it, and times are in the training scenarios' rate")
