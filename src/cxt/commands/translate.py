@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of `cxt translate`: a flag for each setting of `Translation`, and those that change no result."""
     parser = argparse.ArgumentParser(
         prog="cxt translate",
-        description="Estimate the TMRCA of pairs of haplotypes along the genome, from a file of genotypes.",
+        description="Estimate the TMRCA of pairs of haplotypes along the genome from a file of genotypes.",
     )
     parser.add_argument("file", nargs="?", help="the file of genotypes (or --input)")
     add_config_flag(parser)
@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         if field.default is False:
             settings.add_argument(flag, nargs="?", const="true", help=text)
         elif name in LISTS:
-            settings.add_argument(flag, nargs="+", help=text)
+            settings.add_argument(flag, nargs="+", action="extend", help=text)
         else:
             default = "" if field.is_required() or field.default is None else f" Default: {field.default}."
             settings.add_argument(flag, help=f"{text}{default}")

@@ -26,8 +26,8 @@ class Translation(Settings):
     """What to translate, and how: everything that the tracks depend on, apart from the bytes of the files."""
 
     input: Text
-    """VCF, BCF, VCF Zarr, tree sequence (`.trees`, `.tsz`) or `.npz` file. In a configuration, a path that begins with `results/`
-    is a file that the workflow makes. Of a simulation batch, the first simulation is read."""
+    """VCF, BCF, VCF Zarr, tree sequence (`.trees`, `.tsz`) or `.npz` file. In a configuration, a path that begins with
+    `results/` is a file that the workflow makes. Of a simulation batch, the first simulation is read."""
     model: Text
     """Name or path of a checkpoint, such as `small`, or in a configuration, one of its models."""
     regions: Annotated[Texts | None, Expected("a list of regions, such as [chr1, 'chr2:1-2000000']")] = None
@@ -87,7 +87,8 @@ class Translation(Settings):
             )
         if self.mask is not None and self.mask_marks is None:
             raise BadRequest(
-                f"mask {self.mask}: say whether its intervals, or true values, are accessible or inaccessible: give mask_marks, too"
+                f"mask {self.mask}: give mask_marks, too, to say whether its intervals, or true values, are accessible or "
+                "inaccessible"
             )
         if self.mask is None and self.mask_marks is not None:
             raise BadRequest("mask_marks cannot be used without mask")

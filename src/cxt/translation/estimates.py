@@ -8,6 +8,7 @@ import torch
 
 from cxt.config.learning import Reading
 from cxt.config.network import log_rates
+from cxt.config.translation import Translation
 from cxt.data.examples import compute_model_input
 from cxt.data.features import SCALES
 from cxt.data.grid import Grid
@@ -32,19 +33,15 @@ COLUMNS = ("mean", "sd", "log_mean", *(f"q{level}" for level in LEVELS))
 class Reader(NamedTuple):
     """A network and how it is read.
 
-    mutation_rate, recombination_rate : per bp and generation, or None
-    panels : random subsets of haplotypes that are averaged, where there are more than the network reads
+    reading : in one pass or by sampling
+    request : with the rates, replicates, panels and seed
     batch_size : pairs that are read together
     """
 
     model: CoalescenceModel
     reading: Reading
-    mutation_rate: float | None
-    recombination_rate: float | None
-    replicates: int
-    panels: int
+    request: Translation
     batch_size: int
-    seed: int
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +51,8 @@ class Reader(NamedTuple):
     @property
     def rates(self) -> dict[str, float | None]:
         """Keyword arguments with the rates."""
-        return {"mutation_rate": self.mutation_rate, "recombination_rate": self.recombination_rate}
+        request = self.request
+        return {"mutation_rate": request.mutation_rate, "recombination_rate": request.recombination_rate}
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -94,7 +92,6 @@ def read_block(
     candidates: np.ndarray,
     accessible: np.ndarray,
     widths: np.ndarray,
-    min_accessible: float,
 ) -> Estimates:
     """Estimate the TMRCA of pairs in a block.
 
@@ -112,28 +109,26 @@ def read_block(
         Columns of the haplotypes that panels are drawn from.
     accessible, widths : int64 arrays (windows of the network,)
         Accessible and all bases of the windows that it reads.
-    min_accessible : float
-        Windows of which less than this share is accessible, to a pair, are missing.
 
     Returns
     -------
     Estimates
     """
-    model, size = reader.model, reader.model.config.window_size
+    model, request, size = reader.model, reader.request, reader.model.config.window_size
     shape = {"start": block.first * size, "window_size": size, "windows": model.config.windows}
-    panels = range(reader.panels if len(candidates) > model.samples else 1)
+    panels = range(request.panels if len(candidates) > model.samples else 1)
     rows = [(row, panel) for row in range(len(pairs)) for panel in panels]
     inputs = []
     for row, panel in rows:
         pair = tuple(pairs[row])
-        columns = choose_panel(pair, candidates, samples=model.samples, seed=reader.seed, panel=panel)
+        columns = choose_panel(pair, candidates, samples=model.samples, seed=request.seed, panel=panel)
         inputs.append(count_pair_sites(sites, pair, columns, scales=reader.scales, **shape))
     # To a pair, a site that is not called is what a site in the mask is to all.
     present = 1 - compute_missing(accessible, widths, reader.scales)  # (S, W)
     missing = np.stack([1 - present * one.called for one in inputs]).astype(np.float32)
     keep = slice(block.keep_from - block.first, block.keep_to - block.first)
     distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
-    read = build_reader(model, reader.reading, replicates=reader.replicates, seed=reader.seed)
+    read = build_reader(model, reader.reading, replicates=request.replicates, seed=request.seed)
     texts: dict[str, None] = {}
     for begin in range(0, len(rows), reader.batch_size):
         batch = slice(begin, begin + reader.batch_size)
@@ -154,7 +149,7 @@ def read_block(
     called = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
     bases = accessible[keep] * called[:, keep]
     values = summarise(torch.from_numpy(distribution), reader.grid)
-    values[bases < min_accessible * widths[keep]] = np.nan
+    values[bases < request.min_accessible * widths[keep]] = np.nan
     differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
     return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), list(texts))
 

@@ -51,9 +51,7 @@ def list_units(plans: list[ContigPlan], *, pairs: int) -> list[Unit]:
     ]
 
 
-def run_units(
-    units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs: np.ndarray, work: Path, min_accessible: float
-) -> None:
+def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs: np.ndarray, work: Path) -> None:
     """Estimate the units whose file does not exist, and log how far it is and how long it will take."""
     left = [unit for unit in units if not (work / unit.file_name).is_file()]
     if len(left) < len(units):
@@ -74,7 +72,6 @@ def run_units(
             candidates=plan.candidates,
             accessible=np.pad(plan.windows.accessible[first:last], (0, beyond)),
             widths=np.pad(plan.windows.widths[first:last], (0, beyond), constant_values=size),
-            min_accessible=min_accessible,
         )
         with atomic_file(work / unit.file_name) as file:
             np.savez(

@@ -219,14 +219,11 @@ def run_translation(
         )
         _warn(network, request, plans)
         units = list_units(plans, pairs=len(chosen))
-        reader = Reader(
-            network, way, mutation_rate, recombination_rate, replicates, panels,
-            _choose_batch(batch_size, network), seed,
-        )  # fmt: skip
+        reader = Reader(network, way, request, _choose_batch(batch_size, network))
         if step in ("all", "blocks"):
             mine = units[part[0] - 1 :: part[1]]
             logger.info(f"translating {len(chosen)} pairs in {len({u.block for u in units})} blocks on {reader.device}")
-            run_units(mine, reader=reader, store=store, pairs=chosen, work=work, min_accessible=min_accessible)
+            run_units(mine, reader=reader, store=store, pairs=chosen, work=work)
         if step == "blocks":
             return None
         tracks = write_output(
