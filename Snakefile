@@ -33,6 +33,11 @@ rule all:
         [paths.checkpoint_path(model) for model in config["models"]],
         [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
         [f"results/report/{model}-training.png" for model in config["models"]],
+        [
+            f"results/translate/{name}/{file}"
+            for name in config["translate"]
+            for file in ("summary.json", "tracks.png")
+        ],
         ["results/evaluation/table.md", "results/report/cost.html"]
         if jobs.evaluated_models(config)
         else [],
@@ -44,3 +49,4 @@ include: "rules/preprocess.smk"
 include: "rules/teach.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"
+include: "rules/translate.smk"

@@ -7,7 +7,7 @@ import sys
 
 from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
-from cxt.workflow import jobs, lineages, paths, settings
+from cxt.workflow import jobs, lineages, paths, settings, translations
 from cxt.workflow.frozen import FrozenConfiguration
 from cxt.workflow.resources import (
     check_placement,
@@ -48,6 +48,7 @@ def checked(config):
         config = FrozenConfiguration(resolve(config))
         if workflow.is_main_process:  # a job compares lineages, and need not load stdpopsim
             jobs.check_plan(config)
+            translations.check_translations(config)
         paths.runs_directory(config)
         if not IS_MODULE:
             check_targets(config)
@@ -67,6 +68,9 @@ def check_module():
         )
 
 
+SECTION_ENTRIES = {"models": "model", "datasets": "dataset", "translate": "translation"}
+
+
 def check_targets(config):
     """Refuse a checkpoint, evaluation or dataset on the command line that the configuration does not have."""
     for target in sys.argv[1:]:
@@ -75,11 +79,12 @@ def check_targets(config):
             (r"results/evaluation/([^/]+)\.json", "models"),
             (r"results/settings/models/([^/]+)\.yaml", "models"),
             (r"results/datasets/([^/]+)/.*", "datasets"),
+            (r"results/translate/([^/]+)/.*", "translate"),
         ):
             match = re.fullmatch(pattern, target)
             if match and match[1] not in config[section]:
                 raise BadRequest(
-                    f"unknown {section[:-1]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
+                    f"unknown {SECTION_ENTRIES[section]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
         evaluation = re.fullmatch(r"results/evaluation/([^/-]+)(\.json|-.*)", target)
         if (
@@ -129,6 +134,9 @@ wildcard_constraints:
     start=r"\d+",
     dataset=one_of(config["datasets"]),
     model=one_of(config["models"]),
+    translation=one_of(config["translate"]),
+    part=r"\d+",
+    parts=r"\d+",
     kind=one_of(settings.KINDS),
 
 
@@ -255,6 +263,17 @@ def launcher(wildcards, output):
 
 def evaluation_devices(wildcards):
     return min(1, training_devices(wildcards))
+
+
+def translation_devices(wildcards):
+    return config["translate"][wildcards.translation]["devices"]
+
+
+def translation_parts(wildcards):
+    """What says that each part of a translation is done."""
+    parts = config["translate"][wildcards.translation]["parts"]
+    directory = f"results/translation_steps/{wildcards.translation}"
+    return [f"{directory}/part-{part}-of-{parts}" for part in range(1, parts + 1)]
 
 
 def log_of_tries(wildcards, output):

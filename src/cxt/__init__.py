@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from cxt.errors import BadRequest, Failed
     from cxt.model.inputs import OutsideTraining
     from cxt.trainer.train_model import train_model
+    from cxt.translation.tracks import Tracks
+    from cxt.translation.translate import translate
 
     __version__: str
 
@@ -28,16 +30,18 @@ _MODULES = {
     "OutsideTraining": "cxt.model.inputs",
     "PairDataset": "cxt.data.pair_dataset",
     "Posterior": "cxt.decoding.posterior",
+    "Tracks": "cxt.translation.tracks",
     "load_model": "cxt.checkpoints.load",
     "pair_features": "cxt.data.features",
     "pair_log_tmrca": "cxt.data.targets",
     "predict": "cxt.decoding.predict",
     "predict_ts": "cxt.decoding.predict",
     "train_model": "cxt.trainer.train_model",
+    "translate": "cxt.translation.translate",
 }
 __all__ = [
-    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "__version__", "load_model", "pair_features",
-    "pair_log_tmrca", "predict", "predict_ts", "train_model",
+    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "Tracks", "__version__", "load_model",
+    "pair_features", "pair_log_tmrca", "predict", "predict_ts", "train_model", "translate",
 ]  # fmt: skip
 
 

@@ -19,6 +19,8 @@ COMMANDS = {
     "runs": ("cxt.commands.runs", "list run directories, and remove old ones"),
     "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import, export, merge and quantise checkpoints"),
     "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),
+    "translate": ("cxt.commands.translate", "estimate TMRCA tracks from a VCF, VCF Zarr, tree sequence or arrays"),
+    "plot": ("cxt.commands.plot", "draw the tracks of a translation"),
     "bench": ("cxt.commands.bench", "measure how fast this machine trains and decodes"),
     "catalogue": ("cxt.commands.catalogue", "fetch a genetic map of stdpopsim's catalogue"),
     "schema": ("cxt.commands.schema", "print config/README.md, the reference of all configuration keys"),

@@ -9,6 +9,7 @@ from cxt.checkpoints.file import Checkpoint, build_checkpoint_model
 from cxt.checkpoints.lora import read_merged_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_export
+from cxt.config.shipped import checkpoint_directory
 from cxt.console import get_logger
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.model.transformer import CoalescenceModel
@@ -24,8 +25,8 @@ def load_model(
     Parameters
     ----------
     name_or_path : str or path-like
-        A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/` and
-        `~/.cache/cxt/checkpoints`; or the path of a `.ckpt` file (also of the original package), a run directory, or an
+        A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/`,
+        `~/.cache/cxt/checkpoints` and among the checkpoints that come with cxt, such as "small"; or the path of a `.ckpt` file (also of the original package), a run directory, or an
         exported directory. A LoRA is merged into its base, which is looked for beside it and in the same directories.
     device : str or torch device
         Where to put it.
@@ -71,7 +72,7 @@ def _parse_device(device: str | torch.device) -> torch.device:
 
 def checkpoint_directories() -> list[Path]:
     """Directories in which `load_model` looks for a name, in order."""
-    directories = [Path("results"), Path.home() / ".cache" / "cxt" / "checkpoints"]
+    directories = [Path("results"), Path.home() / ".cache" / "cxt" / "checkpoints", checkpoint_directory()]
     if os.environ.get("CXT_CHECKPOINT_CACHE"):
         directories.insert(0, Path(os.environ["CXT_CHECKPOINT_CACHE"]))
     return directories
@@ -123,7 +124,8 @@ def find_checkpoint(name_or_path, *, best: bool = False) -> Path:
 
     For a run directory, this is the finished checkpoint or else the last training state; with *best*, the weights of the lowest
     validation loss. For an exported directory, it is config.json, which contains the digest of the weights. A name is looked up
-    as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`.
+    as `<name>.ckpt` in $CXT_CHECKPOINT_CACHE, then `results/`, then `~/.cache/cxt/checkpoints`, and last among those
+    that come with cxt.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from cxt.config.network import Adapter, Architecture, Lora, Preset
 from cxt.config.scenarios import AnyScenario
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
+from cxt.config.translation import TranslationEntry
 from cxt.config.type_descriptions import Expected
 
 Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$")]
@@ -120,3 +121,5 @@ class Configuration(Section):
     """What a cluster's scheduler is asked for; no result depends on it. Partitions and account are in the profile."""
     evaluation: Evaluation = Evaluation()
     """Held-out evaluation of every checkpoint."""
+    translate: dict[Name, TranslationEntry] = {}
+    """Files of genotypes to translate into TMRCA tracks, by name. Each is written to `results/translate/<name>/`."""

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from cxt.config.bounds import BasePairs, NonEmpty, NonNegative, Positive, PositiveInteger, Text, integer_validator
 from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
+from cxt.errors import BadRequest
 
 ScenarioNames = Annotated[Text | NonEmpty[Text], Expected("the name of a scenario or of a scenario set, or a list of them")]
 
@@ -36,8 +37,8 @@ class Mask(Section):
         Positive | Annotated[list[Positive], Field(strict=True, min_length=1)],
         Expected("a positive number, or a list of positive numbers"),
     ] = 500
-    """Synthetic mask: mean length of an accessible run in base pairs (log-normal, sigma 1.2). A list divides the mask into equal
-    parts, one for each value."""
+    """Synthetic mask: mean length of an accessible run in base pairs (log-normal, sigma 1.2). A list divides the mask into
+    equal parts, one for each value."""
     inaccessible_run: Annotated[
         Positive | Annotated[list[NonNegative], Field(strict=True, min_length=1)],
         Expected("a positive number, or a list of numbers of at least 0"),
@@ -51,7 +52,7 @@ class Mask(Section):
         if isinstance(accessible, list) != isinstance(inaccessible, list) or (
             isinstance(accessible, list) and isinstance(inaccessible, list) and len(accessible) != len(inaccessible)
         ):
-            raise ValueError("`accessible_run` and `inaccessible_run` must be two numbers, or two lists of the same length")
+            raise BadRequest("`accessible_run` and `inaccessible_run` must be two numbers, or two lists of the same length")
         return self
 
 

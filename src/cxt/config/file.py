@@ -8,6 +8,7 @@ from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
 from cxt.config.shipped import default_configfile, find_configfile
 from cxt.config.yaml import read_yaml
+from cxt.lineage import RESULTS
 
 DEFAULT_CONFIG = default_configfile()
 
@@ -28,8 +29,14 @@ def without_nulls(value):
     return value
 
 
-NAMED_FILES = (("scenarios", "demography"), ("datasets", "mask", "path"))
+NAMED_FILES = (
+    ("scenarios", "demography"), ("datasets", "mask", "path"),
+    ("translate", "input"), ("translate", "populations"), ("translate", "mask"),
+)  # fmt: skip
 """Where a configuration names files: section, then keys of each of its entries."""
+
+FILES_OR_NAMES = tuple(("translate", key) for key in ("model", "samples", "pairs", "ancestral"))
+"""Where it names files or something else: a text is a path if there is such a file."""
 
 
 def locate_files(config: dict, configfiles: Sequence) -> dict:
@@ -43,13 +50,15 @@ def locate_files(config: dict, configfiles: Sequence) -> dict:
         In the order in which they were merged.
     """
     contents = [(Path(path).absolute().parent, read_yaml(path)) for path in configfiles]
-    for section, *keys in NAMED_FILES:
+    for section, *keys in NAMED_FILES + FILES_OR_NAMES:
         entries = config.get(section)
         for name in entries if isinstance(entries, dict) else ():
             found = _look_up(config, [section, name, *keys])
-            if not isinstance(found, str) or os.path.isabs(found):
+            if not isinstance(found, str) or os.path.isabs(found) or found.startswith(f"{RESULTS}/"):
                 continue
             directories = [where for where, content in contents if _look_up(content, [section, name, *keys]) == found]
+            if (section, *keys) in FILES_OR_NAMES:
+                directories = [where for where in directories if (where / found).is_file()]
             if directories:
                 path = os.path.relpath(directories[-1] / found)
                 path = os.path.abspath(path) if path.startswith(os.pardir) else path

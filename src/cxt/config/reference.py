@@ -14,6 +14,7 @@ from cxt.config.network import Adapter, Architecture, Lora
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
+from cxt.config.translation import TranslationEntry
 from cxt.config.type_descriptions import describe_type
 
 INTRODUCTION = """\
@@ -49,6 +50,7 @@ TITLES: dict[str, type[Section]] = {
     "`models.<name>.resources`": Resources,
     "`cluster`": Cluster,
     "`evaluation`": Evaluation,
+    "`translate.<name>`": TranslationEntry,
 }
 
 

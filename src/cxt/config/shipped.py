@@ -1,24 +1,28 @@
-"""The configuration files that come with cxt: `config/` of a checkout, or its copy inside an installed package."""
+"""The configuration files and checkpoints that come with cxt: those of a checkout, or their copies in an installed package."""
 
 import importlib.resources
 from pathlib import Path
 
-COPIED_TO = "shipped_files"
-"""Directory of this package into which the build of a wheel copies `config/` (see pyproject.toml)."""
+COPIED_TO = {"config": "shipped_files", "checkpoints": "shipped_checkpoints"}
+"""Directories of this package into which the build of a wheel copies those of a checkout (see pyproject.toml)."""
+
+
+def _shipped_directory(name: str) -> Path:
+    """The directory *name* of the checkout that this package is run from; otherwise the installed copy."""
+    checkout = Path(__file__).resolve().parents[3]
+    if (checkout / "pyproject.toml").is_file() and (checkout / "config" / "config.yaml").is_file():
+        return checkout / name
+    return Path(str(importlib.resources.files("cxt.config") / COPIED_TO[name]))
 
 
 def config_directory() -> Path:
-    """Directory of config.yaml, paper.yaml and the examples.
+    """Directory of config.yaml, paper.yaml and the examples; in a checkout, users edit it."""
+    return _shipped_directory("config")
 
-    Returns
-    -------
-    Path
-        `config/` of the checkout that this package is run from, where users edit it; otherwise the installed copy.
-    """
-    checkout = Path(__file__).resolve().parents[3]
-    if (checkout / "pyproject.toml").is_file() and (checkout / "config" / "config.yaml").is_file():
-        return checkout / "config"
-    return Path(str(importlib.resources.files("cxt.config") / COPIED_TO))
+
+def checkpoint_directory() -> Path:
+    """Directory of the checkpoints that come with cxt, such as `small.ckpt`."""
+    return _shipped_directory("checkpoints")
 
 
 def default_configfile() -> Path:

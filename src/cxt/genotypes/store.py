@@ -5,7 +5,7 @@ A directory in Zarr format. It is read by region, so that memory does not grow w
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +72,13 @@ class GenotypeStore:
             group = str([name for name, _ in self.contigs].index(contig))
             self._positions = {contig: np.asarray(self._group[f"{group}/positions"][:])}  # of one contig at a time
         return self._positions[contig]
+
+    def iterate_missing(self, place: int) -> Iterator[np.ndarray]:
+        """Yield which genotypes are missing, bool (sites, haplotypes), of consecutive sites of the contig at *place*."""
+        array = self._group[f"{place}/missing"]
+        for begin in range(0, array.shape[0], CHUNK_SITES):
+            packed = np.asarray(array[begin : begin + CHUNK_SITES])
+            yield np.unpackbits(packed, axis=1, count=len(self.haplotypes), bitorder="little").astype(bool)
 
     def load(self, contig: str, start: int, end: int) -> Sites:
         """The sites of a contig in [start, end)."""
@@ -141,12 +148,14 @@ class GenotypeWriter:
     def finish(self, report: dict) -> GenotypeStore:
         """Write the *report* and rename the directory to its final name."""
         self._flush()
-        self._group.attrs.update({
-            "cxt_genotypes": VERSION,
-            "haplotypes": [list(haplotype) for haplotype in self.haplotypes],
-            "contigs": [list(contig) for contig in self.contigs],
-            "report": json.loads(json.dumps(report)),
-        })
+        self._group.attrs.update(
+            {
+                "cxt_genotypes": VERSION,
+                "haplotypes": [list(haplotype) for haplotype in self.haplotypes],
+                "contigs": [list(contig) for contig in self.contigs],
+                "report": json.loads(json.dumps(report)),
+            }
+        )
         shutil.rmtree(self.path, ignore_errors=True)
         self.temporary.rename(self.path)
         return GenotypeStore(self.path)

@@ -18,6 +18,7 @@ from cxt.workflow.lineages import (
     soft_targets_lineage,
     variant_table_with_lineages,
 )
+from cxt.workflow.translations import build_translation_settings
 
 
 def write_settings(config: dict, kind: str, name: str) -> str:
@@ -90,6 +91,7 @@ KINDS = {
     "teachings": _teaching,
     "models": _model,
     "evaluations": _evaluation,
+    "translations": build_translation_settings,
 }
 """{kind: function that builds the content of a settings file of that kind}."""
 

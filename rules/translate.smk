@@ -1,0 +1,126 @@
+# After stage 3, for the entries of `translate:`. Inputs: the files of genotypes, masks and tables that an entry names, and the checkpoint.
+# Outputs: results/translate/<name>/, which also has the tracks in Zarr format. What is done so far is in a directory there, which is
+# no output.
+
+
+# One job reads the genotypes, and the jobs of the parts find them in the work directory. The files that say that a step is done are
+# temporary: they go with the work directory.
+rule translate_read:
+    input:
+        settings="results/settings/translations/{translation}.yaml",
+        checkpoint=lambda wildcards: translations.find_translation_checkpoint(
+            config, wildcards.translation
+        ),
+        files=lambda wildcards: translations.list_translation_files(config, wildcards.translation),
+    output:
+        temp("results/translation_steps/{translation}/read"),
+    log:
+        "results/logs/translate/{translation}/read.log",
+    benchmark:
+        "results/benchmarks/translate/{translation}-read.tsv"
+    conda:
+        "../envs/translate.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=720,
+        gpu=0,
+    params:
+        directory=lambda wildcards: f"results/translate/{wildcards.translation}",
+        lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
+    shell:
+        "exec &> {log:q}; python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"
+        " --step read --force --threads {threads} && touch {output:q}"
+
+
+rule translate_blocks:
+    input:
+        settings="results/settings/translations/{translation}.yaml",
+        read="results/translation_steps/{translation}/read",
+    output:
+        temp("results/translation_steps/{translation}/part-{part}-of-{parts}"),
+    log:
+        "results/logs/translate/{translation}/part-{part}-of-{parts}.log",
+    benchmark:
+        "results/benchmarks/translate/{translation}-part-{part}-of-{parts}.tsv"
+    conda:
+        "../envs/translate.yaml"
+    threads: 1
+    resources:
+        **gpu_resources(translation_devices),
+        mem_mb=6000,
+        runtime=1440,
+        nodes=1,
+    params:
+        directory=lambda wildcards: f"results/translate/{wildcards.translation}",
+        device=lambda wildcards, resources: (
+            "cuda" if resources.get("gpu", translation_devices(wildcards)) else "cpu"
+        ),
+        lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
+    shell:
+        "exec &> {log:q}; python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"
+        " --step blocks --part {wildcards.part}/{wildcards.parts} --device {params.device} --threads {threads}"
+        " && touch {output:q}"
+
+
+rule translate:
+    input:
+        settings="results/settings/translations/{translation}.yaml",
+        parts=translation_parts,
+    output:
+        summary="results/translate/{translation}/summary.json",
+        table="results/translate/{translation}/tracks.tsv.gz",
+        index="results/translate/{translation}/tracks.tsv.gz.tbi",
+        ne="results/translate/{translation}/ne.csv",
+    log:
+        "results/logs/translate/{translation}/finish.log",
+    benchmark:
+        "results/benchmarks/translate/{translation}.tsv"
+    conda:
+        "../envs/translate.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=720,
+        gpu=0,
+    params:
+        directory=lambda wildcards: f"results/translate/{wildcards.translation}",
+        bigwig=lambda wildcards: (
+            ["--bigwig"] if config["translate"][wildcards.translation]["bigwig"] else []
+        ),
+        lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
+    shell:
+        "exec &> {log:q}; exec python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"
+        " --step finish {params.bigwig} --threads {threads}"
+
+
+rule translation_figures:
+    input:
+        "results/translate/{translation}/summary.json",
+    output:
+        report(
+            multiext(
+                "results/translate/{translation}/",
+                "tracks.png",
+                "pairs.png",
+                "distribution.png",
+                "ne.png",
+            ),
+            caption="../workflow/report/translation.rst",
+            category="Translations",
+            labels={"translation": "{translation}"},
+        ),
+    log:
+        "results/logs/translate/{translation}/figures.log",
+    localrule: True
+    conda:
+        "../envs/translate.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=30,
+        gpu=0,
+    params:
+        directory=lambda wildcards: f"results/translate/{wildcards.translation}",
+    shell:
+        "exec &> {log:q}; exec python -m cxt.commands.plot {params.directory:q}"

@@ -1,1 +1,0 @@
-"""Translate a user's genotypes into TMRCA tracks."""

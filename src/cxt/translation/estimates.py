@@ -1,0 +1,165 @@
+"""Posterior summaries of pairs in one block."""
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cxt.config.learning import Reading
+from cxt.config.network import log_rates
+from cxt.config.translation import Translation
+from cxt.data.examples import compute_model_input
+from cxt.data.features import SCALES
+from cxt.data.grid import Grid
+from cxt.decoding.decode import use_precision
+from cxt.decoding.posterior import posterior_mean, posterior_quantiles
+from cxt.decoding.reading import build_reader
+from cxt.genotypes.store import Sites
+from cxt.model.inputs import check_input, reads_missingness
+from cxt.model.rates import find_scale
+from cxt.model.transformer import CoalescenceModel
+from cxt.random_seeds import hash_key
+from cxt.translation.blocks import Block
+from cxt.translation.pair_input import choose_panel, compute_missing, count_differences, count_pair_sites
+
+LEVELS = (0.025, 0.25, 0.5, 0.75, 0.975)
+"""Quantiles that are written."""
+
+COLUMNS = ("mean", "sd", "log_mean", *(f"q{level}" for level in LEVELS))
+"""Summaries of ln TMRCA of a window: mean, standard deviation, ln of the mean TMRCA, and quantiles."""
+
+
+class Reader(NamedTuple):
+    """A network and how it is read.
+
+    reading : in one pass or by sampling
+    request : with the rates, replicates, panels and seed
+    batch_size : pairs that are read together
+    """
+
+    model: CoalescenceModel
+    reading: Reading
+    request: Translation
+    batch_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.model.backbone.head.weight.device
+
+    @property
+    def rates(self) -> dict[str, float | None]:
+        """Keyword arguments with the rates."""
+        request = self.request
+        return {"mutation_rate": request.mutation_rate, "recombination_rate": request.recombination_rate}
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Widths of the feature windows, in windows."""
+        return SCALES if self.model.trained_on is None else self.model.trained_on.scales
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of ln TMRCA in generations, given the rates."""
+        config = self.model.config
+        scale = float(find_scale(np.array(log_rates(**self.rates)))) if config.reads_rates else 0.0
+        return Grid(config.grid_low - scale, config.grid_high - scale, config.bins)
+
+
+class Estimates(NamedTuple):
+    """Estimates of pairs in the windows of a block that are kept.
+
+    values : float32 (pairs, windows, COLUMNS), NaN where too little is accessible
+    differences : int64 (pairs, windows), sites at which the pair differs
+    bases : float32 (pairs, windows), accessible bases times the share of sites at which both haplotypes are called
+    warnings : texts about input outside of the range of the training data
+    """
+
+    values: np.ndarray
+    differences: np.ndarray
+    bases: np.ndarray
+    warnings: list[str]
+
+
+def read_block(
+    reader: Reader,
+    sites: Sites,
+    pairs: np.ndarray,
+    block: Block,
+    *,
+    contig: str,
+    candidates: np.ndarray,
+    accessible: np.ndarray,
+    widths: np.ndarray,
+) -> Estimates:
+    """Estimate the TMRCA of pairs in a block.
+
+    Parameters
+    ----------
+    reader : Reader
+    sites : Sites
+        Those of the windows that the network reads.
+    pairs : integer array (pairs, 2)
+        Columns of the genotypes.
+    block : Block
+    contig : str
+        Its name.
+    candidates : integer array
+        Columns of the haplotypes that panels are drawn from.
+    accessible, widths : int64 arrays (windows of the network,)
+        Accessible and all bases of the windows that it reads.
+
+    Returns
+    -------
+    Estimates
+    """
+    model, request, size = reader.model, reader.request, reader.model.config.window_size
+    shape = {"start": block.first * size, "window_size": size, "windows": model.config.windows}
+    panels = range(request.panels if len(candidates) > model.samples else 1)
+    rows = [(row, panel) for row in range(len(pairs)) for panel in panels]
+    inputs = []
+    for row, panel in rows:
+        pair = tuple(pairs[row])
+        columns = choose_panel(pair, candidates, samples=model.samples, seed=request.seed, panel=panel)
+        inputs.append(count_pair_sites(sites, pair, columns, scales=reader.scales, **shape))
+    # To a pair, a site that is not called is what a site in the mask is to all.
+    present = 1 - compute_missing(accessible, widths, reader.scales)  # (S, W)
+    missing = np.stack([1 - present * one.called for one in inputs]).astype(np.float32)
+    keep = slice(block.keep_from - block.first, block.keep_to - block.first)
+    distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
+    read = build_reader(model, reader.reading, replicates=request.replicates, seed=request.seed)
+    texts: dict[str, None] = {}
+    for begin in range(0, len(rows), reader.batch_size):
+        batch = slice(begin, begin + reader.batch_size)
+        fractions = torch.from_numpy(missing[batch]) if reads_missingness(model) else None
+        x = compute_model_input(torch.from_numpy(np.stack([one.counts for one in inputs[batch]])), fractions).to(reader.device)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_input(model, x, window_size=size, **reader.rates)
+        texts |= dict.fromkeys(str(warning.message) for warning in caught)
+        ids = [
+            hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63
+            for row, panel in rows[batch]
+        ]
+        with use_precision(model.precision, reader.device):
+            part = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)[:, keep].double().cpu().numpy()
+        for (row, _), one in zip(rows[batch], part, strict=True):
+            distribution[row] += one / len(panels)
+    called = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
+    bases = accessible[keep] * called[:, keep]
+    values = summarise(torch.from_numpy(distribution), reader.grid)
+    values[bases < request.min_accessible * widths[keep]] = np.nan
+    differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
+    return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), list(texts))
+
+
+def summarise(distribution: torch.Tensor, grid: Grid) -> np.ndarray:
+    """Summaries of distributions over bins: (..., bins) float64 -> (..., COLUMNS) float64."""
+    centres = torch.as_tensor(grid.centres)
+    mean = posterior_mean(distribution, grid)
+    # Within a bin, the density is uniform.
+    variance = (distribution * (centres - mean.unsqueeze(-1)) ** 2).sum(-1) + grid.step**2 / 12
+    log_mean = (distribution @ centres.exp()).log()
+    quantiles = posterior_quantiles(distribution, grid, LEVELS)
+    return torch.cat([torch.stack([mean, variance.sqrt(), log_mean], dim=-1), quantiles], dim=-1).numpy()

@@ -1,0 +1,130 @@
+"""One translation: its plan, the blocks that are done and those that are left, and the tracks that are put together at the end.
+
+The estimates of each block and chunk of pairs are a file in the work directory, written atomically. An interrupted translation
+goes on where it was, and several processes or machines can share the blocks.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cxt.console import get_logger
+from cxt.errors import Failed
+from cxt.genotypes.store import GenotypeStore
+from cxt.io import atomic_file
+from cxt.translation.blocks import Block
+from cxt.translation.contigs import ContigPlan
+from cxt.translation.estimates import COLUMNS, Reader, read_block
+
+logger = get_logger(__name__)
+
+PAIRS_PER_FILE = 64
+
+PROGRESS_SECONDS = 10
+"""Seconds between two lines of progress."""
+
+
+class Unit(NamedTuple):
+    """The smallest part of a translation: one block, and the pairs [from_pair, to_pair)."""
+
+    plan: ContigPlan
+    block: Block
+    from_pair: int
+    to_pair: int
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file with its estimates."""
+        return f"{self.plan.place}-{self.block.keep_from}-{self.from_pair}.npz"
+
+
+def list_units(plans: list[ContigPlan], *, pairs: int) -> list[Unit]:
+    """All units, by contig, block and pair."""
+    return [
+        Unit(plan, block, begin, min(begin + PAIRS_PER_FILE, pairs))
+        for plan in plans
+        for block in plan.blocks
+        for begin in range(0, pairs, PAIRS_PER_FILE)
+    ]
+
+
+def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs: np.ndarray, work: Path) -> None:
+    """Estimate the units whose file does not exist, and log how far it is and how long it will take."""
+    left = [unit for unit in units if not (work / unit.file_name).is_file()]
+    if len(left) < len(units):
+        logger.info(f"{len(units) - len(left)} of {len(units)} blocks are done, and are kept")
+    size, windows = reader.model.config.window_size, reader.model.config.windows
+    began = reported = time.monotonic()
+    for done, unit in enumerate(left, 1):
+        plan, block = unit.plan, unit.block
+        first, last = block.first, block.first + windows
+        sites = store.load(plan.name, first * size, min(last * size, plan.length))
+        beyond = max(0, last - len(plan.windows.widths))  # windows after the end of a short contig
+        estimates = read_block(
+            reader,
+            sites,
+            pairs[unit.from_pair : unit.to_pair],
+            block,
+            contig=plan.name,
+            candidates=plan.candidates,
+            accessible=np.pad(plan.windows.accessible[first:last], (0, beyond)),
+            widths=np.pad(plan.windows.widths[first:last], (0, beyond), constant_values=size),
+        )
+        with atomic_file(work / unit.file_name) as file:
+            np.savez(
+                file,
+                values=estimates.values,
+                differences=estimates.differences.astype(np.int32),
+                bases=estimates.bases,
+                warnings=np.array(estimates.warnings, dtype=str),
+            )
+        if time.monotonic() - reported > PROGRESS_SECONDS and done < len(left):
+            reported = time.monotonic()
+            seconds = (reported - began) / done * (len(left) - done)
+            logger.info(f"translated {done / len(left):.0%}, {seconds:.0f} s left")
+
+
+class ContigEstimates(NamedTuple):
+    """Estimates of a chunk of pairs on one contig; arrays as in `cxt.translation.estimates.Estimates`."""
+
+    from_pair: int
+    to_pair: int
+    values: np.ndarray
+    differences: np.ndarray
+    bases: np.ndarray
+
+
+def gather(units: list[Unit], plan: ContigPlan, *, work: Path, warnings: dict[str, int]) -> Iterator[ContigEstimates]:
+    """Yield the estimates of one contig by chunks of pairs; count the *warnings* of the blocks.
+
+    Raises
+    ------
+    Failed
+        If a file is missing or damaged.
+    """
+    own = [unit for unit in units if unit.plan.place == plan.place]
+    kept = plan.kept
+    for begin in sorted({unit.from_pair for unit in own}):
+        chunk = [unit for unit in own if unit.from_pair == begin]
+        pairs = chunk[0].to_pair - begin
+        values = np.full((pairs, len(kept), len(COLUMNS)), np.nan, dtype=np.float32)
+        differences, bases = np.zeros((pairs, len(kept)), dtype=np.int64), np.zeros((pairs, len(kept)), dtype=np.float32)
+        for unit in chunk:
+            path = work / unit.file_name
+            try:
+                with np.load(path) as arrays:
+                    left = int(np.searchsorted(kept, unit.block.keep_from))
+                    columns = slice(left, left + unit.block.keep_to - unit.block.keep_from)
+                    values[:, columns] = arrays["values"]
+                    differences[:, columns] = arrays["differences"]
+                    bases[:, columns] = arrays["bases"]
+                    for text in arrays["warnings"]:
+                        warnings[str(text)] = warnings.get(str(text), 0) + 1
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                raise Failed(
+                    f"{path}, a part of this translation, is missing or damaged ({error}); delete it and run again"
+                ) from None
+        yield ContigEstimates(begin, chunk[0].to_pair, values, differences, bases)

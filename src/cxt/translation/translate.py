@@ -1,0 +1,334 @@
+"""From a user's genotypes to TMRCA tracks: `cxt.translate`, and the steps that a workflow runs one by one."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cxt.checkpoints.load import find_checkpoint, load_model
+from cxt.config.learning import choose_reading
+from cxt.config.translation import Translation
+from cxt.console import get_logger
+from cxt.data.masks import describe_mask, read_mask
+from cxt.errors import BadRequest
+from cxt.genotypes.pairs import choose_pairs
+from cxt.genotypes.read import read_genotypes
+from cxt.genotypes.records import Region
+from cxt.genotypes.selection import parse_region
+from cxt.genotypes.sources import open_source
+from cxt.genotypes.store import GenotypeStore
+from cxt.io import acquire_lock, atomic_write, check_writable, file_sha256
+from cxt.model.inputs import reads_missingness
+from cxt.model.transformer import CoalescenceModel
+from cxt.translation.contigs import ContigPlan, extend_regions, plan_contigs
+from cxt.translation.estimates import Reader
+from cxt.translation.job import list_units, run_units
+from cxt.translation.output import write_output
+from cxt.translation.request import identify
+from cxt.translation.tracks import Tracks
+
+logger = get_logger(__name__)
+
+STEPS = ("all", "read", "blocks", "finish")
+
+CPU_BATCH = 8
+"""Pairs that are read together on a CPU."""
+
+
+def translate(
+    input: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] = "small",
+    out: str | os.PathLike[str],
+    regions: Sequence[str] | str = (),
+    samples: Sequence[str] | str | None = None,
+    populations: str | os.PathLike[str] | None = None,
+    pairs: str | int = "within-individual",
+    assume_phased: bool = False,
+    mask: str | os.PathLike[str] | None = None,
+    mask_marks: str | None = None,
+    ancestral: str = "auto",
+    mutation_rate: float | None = None,
+    recombination_rate: float | None = None,
+    generation_time: float | None = None,
+    calibration: str = "auto",
+    reading: str | None = None,
+    replicates: int = 15,
+    panels: int = 1,
+    min_accessible: float = 0.25,
+    max_gap: int | None = None,
+    flank: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    batch_size: int | str = "auto",
+    bigwig: bool = False,
+    force: bool = False,
+) -> Tracks:
+    """Estimate the TMRCA of pairs of haplotypes along the genome, from a file of genotypes.
+
+    Run again after an interruption with the same arguments, it goes on where it was; the result is the same to the byte.
+
+    Parameters
+    ----------
+    input : path-like
+        VCF or BCF (plain or compressed, with or without an index), VCF Zarr, a tree sequence (`.trees`, `.tsz`), or a `.npz`
+        file of arrays. The format is recognised by the content.
+    model : path-like
+        Name or path of a checkpoint, as for `cxt.load_model`.
+    out : path-like
+        Directory to write: `tracks.zarr`, `tracks.tsv.gz` with its index, `ne.csv` and `summary.json`.
+    regions : sequence of str
+        Such as `chr2` or `chr2:1000001-2000000`, first and last base counted from 1; by default, every contig. Genotypes on
+        both sides are read as context, so that an estimate does not depend on the region that was asked for.
+    samples : sequence of str, or path, optional
+        Individuals to use, or a file with one name a line; by default, all.
+    populations : path-like, optional
+        Table of samples and their populations.
+    pairs : str or int
+        `within-individual` (the two haplotypes of each individual), `all`, `within` or `between` populations, a number of
+        random pairs, or a file with two names a line.
+    assume_phased : bool
+        Take unphased genotypes as phased, for pairs of different individuals.
+    mask : path-like, optional
+        Accessibility mask: BED, or .npz with one value a base.
+    mask_marks : str
+        `accessible` or `inaccessible`: what the intervals or true values of *mask* mean. Required with it.
+    ancestral : str
+        `INFO/AA` or another tag, a FASTA file, `ref`, or `tree`. `auto`: INFO/AA if there is one, the tree sequence's ancestral
+        states, or else the reference allele, with a warning.
+    mutation_rate : float, optional
+        Per base pair and generation. It sets the time scale; without it, times are in the training scenarios' rate.
+    recombination_rate : float, optional
+        Per base pair and generation, for a checkpoint that reads rates.
+    generation_time : float, optional
+        Years, to write years as well.
+    calibration : str
+        With *mutation_rate*: `diversity` multiplies the times of each pair on each contig so that they imply the differences
+        observed; `gamma` does so by a random draw given these; `none` does not. `auto`: `none` for a checkpoint that reads
+        rates and so is given the rate, `diversity` for others.
+    reading, replicates
+        As for `cxt.predict`.
+    panels : int
+        Where there are more haplotypes than the checkpoint reads: random subsets with the pair to average.
+    min_accessible : float
+        Windows of which less than this share can be read are missing in the output.
+    max_gap : int, optional
+        Base pairs without any variant that are taken as inaccessible, see `cxt.translation.accessibility.find_gaps`; 0: none.
+    flank : int, optional
+        Windows on each side of a block that are read and dropped; by default a fifth of what the checkpoint reads.
+    seed : int
+        Of random pairs, subsets, sampled sequences and gamma draws.
+    device : str
+        `auto` is the first GPU if there is one.
+    batch_size : int or "auto"
+        Pairs that are read together. The result does not depend on it, except for rounding on a GPU.
+    bigwig : bool
+        Also write `bigwig/<pair>.bw`.
+    force : bool
+        Replace a translation of other settings, or a finished one, in *out*.
+
+    Returns
+    -------
+    Tracks
+
+    Raises
+    ------
+    BadRequest
+        If a setting or file is not valid, nothing usable was read, the checkpoint does not fit the data, or *out* holds
+        something else.
+    Failed
+        If a part of an interrupted translation is damaged.
+    """
+    request = Translation(
+        input=os.fspath(input), model=os.fspath(model), regions=_as_list(regions), samples=_as_list(samples, split=False),
+        populations=None if populations is None else os.fspath(populations), pairs=pairs, assume_phased=assume_phased,
+        mask=None if mask is None else os.fspath(mask), mask_marks=mask_marks, ancestral=os.fspath(ancestral),
+        mutation_rate=mutation_rate, recombination_rate=recombination_rate, generation_time=generation_time,
+        calibration=calibration, reading=reading, replicates=replicates, panels=panels, min_accessible=min_accessible,
+        max_gap=max_gap, flank=flank, seed=seed,
+    )  # fmt: skip
+    tracks = run_translation(
+        request, Path(out), device=device, batch_size=batch_size, bigwig=bigwig, force=force, step="all", part=(1, 1)
+    )
+    assert tracks is not None
+    return tracks
+
+
+def run_translation(
+    request: Translation,
+    directory: Path,
+    *,
+    device: str,
+    batch_size: int | str,
+    bigwig: bool,
+    force: bool,
+    step: str,
+    part: tuple[int, int],
+) -> Tracks | None:
+    """Run one step of a translation, or all of them; see `translate`.
+
+    Parameters
+    ----------
+    request : Translation
+    directory : Path
+        Where to write.
+    device, batch_size, bigwig, force
+        As in `translate`.
+    step : str
+        `read` only reads the genotypes, `blocks` then translates the *part*, `finish` writes the output; `all` does all.
+    part : (int, int)
+        Which part of how many the step `blocks` translates, counted from 1.
+
+    Returns
+    -------
+    Tracks, or None unless the last step is done
+    """
+    if step not in STEPS:
+        raise BadRequest(f"step must be one of {', '.join(STEPS)}, got '{step}'")
+    if not 1 <= part[0] <= part[1]:
+        raise BadRequest(f"part must be from 1 to the number of parts, got {part[0]} of {part[1]}")
+    checkpoint = find_checkpoint(request.model)
+    network = load_model(checkpoint, device=_choose_device(device))
+    way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
+    wanted = [parse_region(text) for text in request.regions or ()]
+    work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
+    with contextlib.ExitStack() as stack:
+        if step != "blocks":  # whose parts run at the same time
+            stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
+        store = _read(request, network, wanted, work)
+        if step == "read":
+            return None
+        chosen = choose_pairs(
+            store.haplotypes,
+            request.pairs,
+            seed=request.seed,
+            unphased=store.report["unphased"],
+            assume_phased=request.assume_phased,
+        )
+        plans = plan_contigs(
+            store,
+            network,
+            request,
+            pairs=chosen,
+            regions=wanted,
+            read_mask=lambda contig: _load_mask(request, contig, len(store.contigs)),
+        )
+        _warn(network, request, plans)
+        units = list_units(plans, pairs=len(chosen))
+        reader = Reader(network, way, request, _choose_batch(batch_size, network))
+        if step in ("all", "blocks"):
+            mine = units[part[0] - 1 :: part[1]]
+            logger.info(f"translating {len(chosen)} pairs in {len({u.block for u in units})} blocks on {reader.device}")
+            run_units(mine, reader=reader, store=store, pairs=chosen, work=work)
+        if step == "blocks":
+            return None
+        tracks = write_output(
+            directory, units, plans, request=request, reader=reader, store=store, pairs=chosen, work=work,
+            checkpoint_sha256=file_sha256(checkpoint), bigwig=bigwig,
+        )  # fmt: skip
+    shutil.rmtree(work)
+    return tracks
+
+
+def _as_list(values: Sequence[str] | str | None, *, split: bool = True) -> list[str] | str | None:
+    """One text or several as a list, or None for none; without *split*, one text is kept."""
+    if isinstance(values, str):
+        return [values] if split else values
+    return list(values) if values else None
+
+
+def _choose_device(device: str) -> str:
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
+    """Pairs to read together: what was asked for, or what the memory of the device has room for."""
+    if batch_size != "auto":
+        try:
+            number = int(batch_size)
+        except ValueError:
+            number = 0
+        if number < 1:
+            raise BadRequest(f"batch_size must be a positive whole number or auto, got {batch_size!r}")
+        return number
+    device = network.backbone.head.weight.device
+    if device.type != "cuda":
+        return CPU_BATCH
+    config = network.config
+    # Activations of one block at a time, and the distributions in float64.
+    per_pair = config.windows * (16 * config.width + 4 * config.bins) * 8
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(np.clip(free // (4 * per_pair), 1, 512))
+
+
+def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
+    """The work directory in *directory*, new or of the same request; BadRequest if there is anything else."""
+    check_writable(directory / "summary.json")
+    work = directory / ".work"
+    known = work / "request.json"
+    finished = directory / "summary.json"
+    if force:
+        if finished.exists() or (known.is_file() and known.read_text() != identity):
+            for path in (finished, directory / "tracks.zarr", directory / "bigwig", work):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    elif finished.exists():
+        raise BadRequest(
+            f"{directory} holds a finished translation; choose another directory, or replace it with force (--force)"
+        )
+    elif known.is_file() and known.read_text() != identity:
+        raise BadRequest(
+            f"{directory} holds an unfinished translation of other settings or files; finish that one with its own settings, "
+            "choose another directory, or replace it (--force)"
+        )
+    elif not known.is_file() and directory.is_dir() and any(path.name != ".work" for path in directory.iterdir()):
+        raise BadRequest(f"{directory} is not empty and holds no translation; choose a new or an empty directory")
+    if not known.is_file():
+        atomic_write(known, identity.encode())
+    return work
+
+
+def _read(request: Translation, network: CoalescenceModel, regions: list[Region], work: Path) -> GenotypeStore:
+    """The genotypes, read before or now."""
+    path = work / "genotypes.zarr"
+    if path.is_dir():
+        return GenotypeStore(path)
+    source = open_source(request.input, ancestral=request.ancestral)
+    context = network.config.windows * network.config.window_size
+    return read_genotypes(
+        source,
+        out=path,
+        regions=extend_regions(regions, context=context),
+        samples=request.samples,
+        populations=request.populations,
+        masks=lambda contig: _load_mask(request, contig, len(source.contigs)),
+    )
+
+
+def _load_mask(request: Translation, contig: str, contigs: int) -> np.ndarray | None:
+    """The mask of a contig, True = inaccessible."""
+    if request.mask is None or request.mask_marks is None:
+        return None
+    is_array = request.mask.endswith(".npz")
+    if is_array and contigs > 1:
+        raise BadRequest(f"mask {request.mask} has one array, but {request.input} has {contigs} contigs; pass a BED file")
+    mask = read_mask(request.mask, contig=None if is_array else contig, marks=request.mask_marks)
+    logger.info(describe_mask(f"{request.mask}, {contig}", mask))
+    return mask
+
+
+def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPlan]) -> None:
+    """Log what a user has to know before the work starts."""
+    if network.config.reads_rates and request.mutation_rate is None:
+        logger.warning("no mutation_rate was given: the network infers it, and times are in the training scenarios' rate")
+    share = sum(p.windows.accessible.sum() for p in plans) / sum(p.windows.widths.sum() for p in plans)
+    if share < 0.98 and not reads_missingness(network):
+        logger.warning(
+            f"{1 - share:.1%} of the bases are inaccessible, but checkpoint {request.model} does not read missing data: it "
+            "takes them as bases without variants, and times near them are estimated too low; use one that does, such as small"
+        )

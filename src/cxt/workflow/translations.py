@@ -1,0 +1,64 @@
+"""Translations of the configuration: the files that they read, their settings, and checks that they can be made."""
+
+import os
+
+from cxt.config.learning import is_readable
+from cxt.config.models import build_training_config
+from cxt.errors import BadRequest, suggest_nearest
+from cxt.lineage import RESULTS, stage_lineage
+from cxt.workflow.lineages import file_digest, model_lineage
+from cxt.workflow.paths import checkpoint_path
+
+NOT_SETTINGS = ("parts", "devices", "bigwig")
+"""Keys of a translation that its tracks do not depend on."""
+
+
+def find_translation_checkpoint(config: dict, name: str) -> str:
+    """The checkpoint of a translation: that of a model of the configuration, or one that is there already."""
+    model = config["translate"][name]["model"]
+    if model in config["models"]:
+        return checkpoint_path(model)
+    from cxt.checkpoints.load import find_checkpoint  # imports torch
+
+    try:
+        return str(find_checkpoint(model))
+    except BadRequest as error:
+        nearest = suggest_nearest(model, config["models"])
+        raise BadRequest(f"translate.{name}.model: '{model}' is no model of this configuration{nearest}; and {error}") from None
+
+
+def list_translation_files(config: dict, name: str) -> list[str]:
+    """The files that a translation reads, besides its checkpoint."""
+    entry = config["translate"][name]
+    files = [entry[key] for key in ("input", "populations", "mask") if key in entry]
+    maybe = [entry.get(key) for key in ("samples", "pairs", "ancestral")]
+    return files + [text for text in maybe if isinstance(text, str) and os.path.isfile(text)]
+
+
+def build_translation_settings(config: dict, name: str) -> dict:
+    """The settings of a translation, by the names of the flags of `cxt translate`."""
+    entry = config["translate"][name]
+    settings = {key: value for key, value in entry.items() if key not in NOT_SETTINGS}
+    return settings | {"model": find_translation_checkpoint(config, name)}
+
+
+def translation_lineage(config: dict, name: str) -> str:
+    """Lineage of a translation's tracks: of its settings and its checkpoint. Its files are inputs of the job."""
+    model = config["translate"][name]["model"]
+    if model in config["models"]:
+        checkpoint = model_lineage(config, model)
+    else:
+        checkpoint = file_digest(find_translation_checkpoint(config, name))
+    return stage_lineage("translate", build_translation_settings(config, name), checkpoint)
+
+
+def check_translations(config: dict) -> None:
+    """BadRequest if a translation names a checkpoint that cannot be had or read, or a file that is not there."""
+    for name, entry in config["translate"].items():
+        find_translation_checkpoint(config, name)
+        model = entry["model"]
+        if model in config["models"] and not is_readable(objective := build_training_config(config, model).objective):
+            raise BadRequest(f"translate.{name}.model: '{model}' was trained with {objective}, which predicts no times")
+        for path in list_translation_files(config, name):
+            if not path.startswith(f"{RESULTS}/") and not os.path.exists(path):
+                raise BadRequest(f"translate.{name}: there is no file {path}")
