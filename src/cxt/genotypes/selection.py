@@ -63,13 +63,15 @@ def format_region(region: Region) -> str:
     return f"{region.contig}:{region.start + 1:,}-{'' if region.end is None else format(region.end, ',')}"
 
 
-def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig]) -> list[Region]:
+def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig], *, clip: bool = False) -> list[Region]:
     """Check regions against the contigs of a file, sort them in its order, and merge those that overlap or touch.
 
     Parameters
     ----------
     regions : sequence of Region
     contigs : sequence of Contig
+    clip : bool
+        Whether regions that go past the end of a contig are cut there; refused by default.
 
     Returns
     -------
@@ -86,14 +88,14 @@ def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig]) -> lis
         if region.contig not in lengths:
             raise BadRequest(f"region {format_region(region)}: there is no contig '{region.contig}'{_suggest_contig(region.contig, lengths)}")
         length = lengths[region.contig]
-        if length is not None and max(region.start + 1, region.end or 0) > length:
-            raise BadRequest(f"region {format_region(region)} goes past the end of {region.contig}, which has {length:,} bp")
+        if length is not None and max(region.start + 1, 0 if clip else region.end or 0) > length:
+            raise BadRequest(f"region {format_region(region)} goes past the end of contig {region.contig}, which has {length:,} bp")
     order = {name: place for place, name in enumerate(lengths)}
     endless = float("inf")
     merged: list[tuple[str, int, float]] = []
     for region in sorted(regions, key=lambda region: (order[region.contig], region.start)):
         length = lengths[region.contig]
-        end = region.end if region.end is not None else length if length is not None else endless
+        end = min(endless if bound is None else bound for bound in (region.end, length))
         if merged and merged[-1][0] == region.contig and region.start <= merged[-1][2]:
             contig, start, other = merged.pop()
             merged.append((contig, start, max(end, other)))

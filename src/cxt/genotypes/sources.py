@@ -11,7 +11,7 @@ from pathlib import Path
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.genotypes.arrays import ArraySource
 from cxt.genotypes.records import Source
-from cxt.genotypes.trees import TreesSource
+from cxt.genotypes.trees import MAGIC, TreesSource
 from cxt.genotypes.vcf import VcfSource
 from cxt.genotypes.vcf_zarr import METADATA_FILES, VcfZarrSource, find_zarr_root
 
@@ -20,7 +20,7 @@ ACCEPTED = (
     "of genotypes, positions and sequence_length"
 )
 
-TREE_SEQUENCE, BCF, PACKED, ZIP = b"\x89KAS\r\n\x1a\n", b"BCF", b"\x1f\x8b", b"PK\x03\x04"
+BCF, PACKED, ZIP = b"BCF", b"\x1f\x8b", b"PK\x03\x04"
 
 FOREIGN = (
     (b"BAM\x01", "BAM, which holds reads; call genotypes first, for example with bcftools mpileup and bcftools call"),
@@ -60,7 +60,13 @@ def open_source(path, *, ancestral: str = "auto") -> Source:
         If it does not exist, cannot be read, or is something else.
     """
     path = Path(path)
-    return _find_reader(path)(path, ancestral=ancestral)
+    source = _find_reader(path)(path, ancestral=ancestral)
+    if ancestral == "auto" and not source.knows_ancestral:
+        source.notes.append(
+            "the file does not say which alleles are ancestral: the reference allele is taken, which is wrong at some sites and "
+            "makes the estimates less accurate; say where they are known (--ancestral INFO/TAG or a FASTA file)"
+        )
+    return source
 
 
 def _find_reader(path: Path) -> type:
@@ -83,7 +89,7 @@ def _find_reader(path: Path) -> type:
         raise BadRequest(f"{path} cannot be read: {error.strerror or error}") from None
     if not start:
         raise BadRequest(f"{path} is empty (0 bytes)")
-    if start.startswith(TREE_SEQUENCE):
+    if start.startswith(MAGIC):
         return TreesSource
     if start.startswith(ZIP):
         return _find_zip_reader(path)

@@ -12,6 +12,9 @@ from cxt.genotypes.records import ABSENT, Contig, Records, Region
 CONTIG = "1"
 """Name of the only contig of a tree sequence, which is also tskit's when it writes a VCF."""
 
+MAGIC = b"\x89KAS\r\n\x1a\n"
+"""First bytes of a tree sequence."""
+
 CHUNK_GENOTYPES = 2**22
 """Genotypes of a chunk of records, at most."""
 
@@ -36,7 +39,7 @@ class TreesSource:
     Raises
     ------
     BadRequest
-        If the file is not one whole tree sequence, has no samples or no sites, or more sites than base pairs; or for another
+        If the file is not a whole tree sequence, has no samples or no sites, or more sites than base pairs; or for another
         value of *ancestral*.
     """
 
@@ -51,8 +54,11 @@ class TreesSource:
                 f"{path} is a tree sequence, which has the ancestral states of its sites; "
                 f"--ancestral must be tree or auto, got '{ancestral}'"
             )
-        self._ts = ts = _load(self.path)
+        self._ts, has_others = _load(self.path)
+        ts = self._ts
         self.notes: list[str] = []
+        if has_others:
+            self.notes.append("the file holds several tree sequences, of which the first was read; `cxt trees` extracts another")
         if ts.num_sites == 0:
             raise BadRequest(f"{path} has no sites; add mutations, for example with msprime.sim_mutations")
         length = int(ts.sequence_length)
@@ -137,23 +143,21 @@ class TreesSource:
                 )
 
 
-def _load(path: Path) -> tskit.TreeSequence:
-    """Load the tree sequence of a file, compressed or not."""
+def _load(path: Path) -> tuple[tskit.TreeSequence, bool]:
+    """The first tree sequence of a file, compressed or not, and whether others follow, as in a simulation batch."""
     try:
         with open(path, "rb") as file:
             if file.read(2) == b"PK":
-                return _load_compressed(path)
-            file.seek(0)
+                return _load_compressed(path), False
+        with open(path, "rb") as file:
             ts = tskit.load(file)
-            if file.read(1):
-                raise BadRequest(
-                    f"{path} holds more than one tree sequence, as a simulation batch does; "
-                    "`cxt trees FILE.trees.batch --index I --out ONE.trees` extracts one"
-                )
-            return ts
+            following = file.read(len(MAGIC))
     except (tskit.FileFormatError, tskit.LibraryError, OSError, EOFError) as error:
         reason = first_line(error) if str(error) else "it ends too early"
         raise BadRequest(f"{path} cannot be read as a tree sequence: {reason}") from None
+    if following and following != MAGIC:
+        raise BadRequest(f"{path} has other data after the tree sequence; copy or make it again")
+    return ts, bool(following)
 
 
 def _load_compressed(path: Path) -> tskit.TreeSequence:

@@ -81,10 +81,9 @@ class VcfZarrSource:
         for name, shape in expected.items():
             if group[name].shape != shape:
                 raise BadRequest(f"{self.path}, array '{name}': expected shape {shape}, got {group[name].shape}")
-        if group["variant_allele"].ndim != 2 or len(group["variant_allele"]) != records:
-            raise BadRequest(
-                f"{self.path}, array 'variant_allele': expected shape ({records}, alleles), got {group['variant_allele'].shape}"
-            )
+        shape = group["variant_allele"].shape
+        if len(shape) != 2 or shape[0] != records:
+            raise BadRequest(f"{self.path}, array 'variant_allele': expected shape ({records}, alleles), got {shape}")
         if not samples:
             raise BadRequest(f"{self.path} has no samples")
         if not records:
