@@ -8,8 +8,12 @@ import time
 
 import msprime
 import numpy as np
+import pysam
 import pytest
+import tskit
+import tszip
 import torch
+from bio2zarr import vcf as vcf2zarr
 from helpers.repository import run_python
 from helpers.training import objective_record
 
@@ -93,12 +97,44 @@ def test_what_is_written(here, whole):
     assert whole.end[-1] == LENGTH
 
 
-def test_formats_agree(here, whole):
-    translate(here, here / "trees", input="genotypes.trees", pairs="within-individual")
-    files, others = all_bytes(here / "whole"), all_bytes(here / "trees")
+@pytest.fixture(scope="module")
+def formats(here):
+    """Writes the genotypes in all formats."""
+    ts = tskit.load(here / "genotypes.trees")
+    vcf = here / "genotypes.vcf"
+    text = ts.as_vcf(position_transform=lambda x: 1 + np.floor(x))
+    vcf.write_text(text.replace(f"length={LENGTH + 1}", f"length={LENGTH}"))  # tskit transforms the length as well
+    pysam.tabix_compress(str(vcf), str(here / "plain.vcf.gz"))
+    pysam.tabix_compress(str(vcf), str(here / "indexed.vcf.gz"))
+    pysam.tabix_index(str(here / "indexed.vcf.gz"), preset="vcf")
+    with (
+        pysam.VariantFile(str(vcf)) as records,
+        pysam.VariantFile(str(here / "genotypes.bcf"), "wb", header=records.header) as out,
+    ):
+        for record in records:
+            out.write(record)
+    vcf2zarr.convert([str(here / "indexed.vcf.gz")], str(here / "genotypes.vcz"), worker_processes=0)
+    tszip.compress(ts, here / "genotypes.tsz")
+
+
+FORMATS = (
+    "genotypes.trees",
+    "genotypes.tsz",
+    "genotypes.vcf",
+    "plain.vcf.gz",
+    "indexed.vcf.gz",
+    "genotypes.bcf",
+    "genotypes.vcz",
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_agree(here, whole, formats, name):
+    """To the byte; only the summary names the file, its format and what is particular to it."""
+    translate(here, here / f"from {name}", input=name, pairs="within-individual")
+    files, others = all_bytes(here / "whole"), all_bytes(here / f"from {name}")
     assert files.keys() == others.keys()
-    differing = {name for name in files if files[name] != others[name]}
-    assert differing <= {"summary.json"}  # which names the file
+    assert {path for path in files if files[path] != others[path]} <= {"summary.json"}
 
 
 def test_estimates_are_those_of_predict(here, whole):

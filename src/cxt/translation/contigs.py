@@ -111,6 +111,8 @@ def plan_contigs(
         blocks = list_blocks(
             place, total=total, regions=windows, read=find_segments(accessible > 0, flank), windows=network_windows, flank=flank
         )
+        readable = accessible >= np.maximum(request.min_accessible * widths, 1)
+        blocks = [block for block in blocks if readable[block.keep_from : block.keep_to].any()]  # others are missing
         plans.append(ContigPlan(name, length, place, windows, Windows(accessible, widths, gaps), called, candidates, blocks))
     return plans
 
