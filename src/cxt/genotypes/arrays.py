@@ -100,7 +100,9 @@ class ArraySource:
         least, most = int(genotypes.min()), int(genotypes.max())
         if least < ABSENT or most > 1000:
             odd = least if least < ABSENT else most
-            raise BadRequest(f"{self.path}, array 'genotypes': expected 0, 1… for alleles and -1 for missing, got the value {odd}")
+            raise BadRequest(
+                f"{self.path}, array 'genotypes': expected 0, 1… for alleles and -1 for missing, got the value {odd}"
+            )
         ploidy = arrays.get("ploidy")
         if ploidy is None:
             return genotypes if genotypes.ndim == 3 else genotypes[:, :, None]

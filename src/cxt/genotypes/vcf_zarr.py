@@ -100,7 +100,9 @@ class VcfZarrSource:
             raise BadRequest(f"--ancestral '{ancestral}' does not fit {self.path}, which is VCF Zarr; use INFO/TAG or ref")
         tags = [name.removeprefix("variant_") for name in names if name.startswith("variant_")]
         if tag not in tags:
-            raise BadRequest(f"{self.path} has no array 'variant_{tag}' for --ancestral {ancestral}{suggest_nearest(tag, tags)}")
+            raise BadRequest(
+                f"{self.path} has no array 'variant_{tag}' for --ancestral {ancestral}{suggest_nearest(tag, tags)}"
+            )
         array = self._group[f"variant_{tag}"]
         if array.ndim != 1 or array.dtype.kind not in "OUST":
             raise BadRequest(f"{self.path}, array 'variant_{tag}': expected one text for each record, as ancestral allele")
@@ -146,10 +148,16 @@ class VcfZarrSource:
         contigs = self._read("variant_contig", block)[rows]
         positions = self._read("variant_position", block)[rows].astype(np.int64) - 1
         if contigs.min() < 0 or contigs.max() >= len(self.contigs):
-            raise BadRequest(f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'")
+            raise BadRequest(
+                f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'"
+            )
         genotypes = self._read("call_genotype", (block, columns))[rows][:, chosen].astype(np.int16)
         one_copy = (genotypes != ABSENT).sum(axis=2) <= 1
-        phased = one_copy if self._phased is None else one_copy | (self._read("call_genotype_phased", (block, columns))[rows][:, chosen] > 0)
+        phased = (
+            one_copy
+            if self._phased is None
+            else one_copy | (self._read("call_genotype_phased", (block, columns))[rows][:, chosen] > 0)
+        )
         alleles = [[text for text in map(_to_text, row) if text] for row in self._read("variant_allele", block)[rows].tolist()]
         if self._ancestral is None:
             ancestral = [row[0] if row else None for row in alleles]
