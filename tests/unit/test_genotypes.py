@@ -75,7 +75,7 @@ def files(ts, tmp_path_factory) -> Path:
     for name in ("indexed", "csi", "2", "3"):
         (d / name).mkdir()
     ts.dump(d / "a.trees")
-    tszip.compress(ts, d / "a.tsz")
+    tszip.compress(ts, d / "a.tsz", chunk_size=5000)
     write_vcf(ts, d / "a.vcf")
     pysam.tabix_compress(str(d / "a.vcf"), str(d / "a.vcf.gz"))
     pysam.bcftools.view("-Ob", "-o", str(d / "a.bcf"), str(d / "a.vcf"), catch_stdout=False)
@@ -149,6 +149,10 @@ def test_regions_and_samples(name, ts, files, tmp_path):
     assert_equal(store.load("1", 0, LENGTH), [np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
     assert store.report["regions"] == [["1", 5_000, 20_000], ["1", 39_000, LENGTH]]
     assert_equal(store.load("1", 7_000, 8_000), usable(ts, 7_000, 8_000, samples=[2, 3, 6, 7]))
+    if "indexed" not in name and "csi" not in name:
+        inside = sum(5_000 <= position < 20_000 or position >= 39_000 for position in ts.sites_position)
+        assert store.report["total"]["outside"] == ts.num_sites - inside
+        assert store.report["total"]["read"] == ts.num_sites
 
 
 def test_masks(ts, files, tmp_path):
@@ -196,6 +200,13 @@ def test_ancestral_alleles_of_vcf_zarr(ts, files, tmp_path):
         store = read(tmp_path / "aa.vcz", tmp_path, ancestral=ancestral)
         assert_equal(store.load("1", 0, LENGTH), usable(ts))
         assert store.report["notes"] == []
+    states = np.full(LENGTH, "N")
+    states[ts.sites_position.astype(int)] = [site.ancestral_state for site in ts.sites()]
+    (tmp_path / "a.fa").write_text(f">1\n{''.join(states)}\n")
+    for name in ("aa.vcz", "aa.vcf.gz"):
+        assert_equal(read(tmp_path / name, tmp_path, ancestral=str(tmp_path / "a.fa")).load("1", 0, LENGTH), usable(ts))
+    with pytest.raises(BadRequest, match="'a.fasta' is no file"):
+        open_source(tmp_path / "aa.vcz", ancestral="a.fasta")
     flipped = read(tmp_path / "aa.vcz", tmp_path, ancestral="ref").load("1", 0, LENGTH)
     assert 0.3 < np.mean((flipped.derived != usable(ts)[1]).any(axis=1)) < 0.7
     with pytest.raises(BadRequest, match="no array 'variant_BB' for --ancestral INFO/BB"):

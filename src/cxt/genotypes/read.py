@@ -192,7 +192,7 @@ class _Reading:
         assert self.writer is not None
         counts = {contig: self.filter.counts[contig] for contig in self.last}
         for contig in dict.fromkeys(region.contig for region in self.wanted):
-            counts.setdefault(contig, Counts())
+            counts.setdefault(contig, Counts()).outside += self.source.outside.get(contig, 0)
         table = format_counts(counts)
         if not self.with_sites:
             total = sum(counts.values(), Counts())
