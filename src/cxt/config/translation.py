@@ -14,15 +14,16 @@ from cxt.config.bounds import (
     Seed,
     ShareUpToOne,
     Text,
+    integer_validator,
 )
-from cxt.config.section import Settings
+from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
 
 Texts = Annotated[list[Text], Field(strict=True, min_length=1)]
 
 
-class Translation(Settings):
+class Translation(Section):
     """What to translate, and how: everything that the tracks depend on, apart from the bytes of the files."""
 
     input: Text
@@ -102,5 +103,5 @@ class TranslationEntry(Translation):
     """Also write a bigWig file for each pair."""
     parts: PositiveInteger = 1
     """Jobs that share the blocks."""
-    devices: Literal[0, 1] = 0
-    """GPUs of each of these jobs."""
+    devices: Annotated[int, Field(strict=True, ge=0, le=1), integer_validator] = 0
+    """GPUs of each of these jobs: 0 or 1."""

@@ -26,6 +26,7 @@ def read_genotypes(
     samples: Sequence[str] | str | None = None,
     populations: Mapping[str, str] | str | os.PathLike[str] | None = None,
     masks: Callable[[str], np.ndarray | None] | None = None,
+    beyond_mask: bool = True,
 ) -> GenotypeStore:
     """Read a file of genotypes, keep what can be used, and count what is dropped and why.
 
@@ -46,6 +47,8 @@ def read_genotypes(
         {sample: population}, or a file for `read_populations`; by default what the file of genotypes says.
     masks : callable, optional
         From a contig's name to its mask, a bool array, True = inaccessible, or None; see `SiteFilter`.
+    beyond_mask : bool
+        Whether positions beyond the end of a mask are inaccessible.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def read_genotypes(
     elif not isinstance(populations, Mapping):
         populations = read_populations(populations, source.samples)
     wanted = resolve_regions(regions, source.contigs, clip=True)
-    reading = _Reading(source, chosen, populations, wanted, out, masks)
+    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask)
     copies = None
     while True:
         more = reading.run(copies)
@@ -82,9 +85,18 @@ def read_genotypes(
 class _Reading:
     """Passes over a file: another one is needed where a sample turns out to have more copies than the first records have."""
 
-    def __init__(self, source: Source, chosen: list[int], populations: Mapping[str, str], wanted: list[Region], out, masks):
+    def __init__(
+        self,
+        source: Source,
+        chosen: list[int],
+        populations: Mapping[str, str],
+        wanted: list[Region],
+        out,
+        masks,
+        beyond_mask: bool,
+    ):
         self.source, self.chosen, self.populations, self.wanted = source, chosen, populations, wanted
-        self.out, self.masks = out, masks
+        self.out, self.masks, self.beyond_mask = out, masks, beyond_mask
         self.samples = [source.samples[sample] for sample in chosen]
         self.lengths = dict(source.contigs)
 
@@ -141,7 +153,7 @@ class _Reading:
     def _begin(self, copies: int) -> None:
         haplotypes = self._list_haplotypes([copies] * len(self.samples))
         self.writer = GenotypeWriter(self.out, haplotypes)
-        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles)
+        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles, beyond_mask=self.beyond_mask)
 
     def _add(self, records: Records) -> None:
         if records.contig != self.contig:
