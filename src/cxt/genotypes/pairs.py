@@ -211,6 +211,6 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
     )
     count = sum(unphased[name] for name in samples)
     raise BadRequest(
-        f"{count:,} heterozygous genotypes of {names} are unphased (0/1, not 0|1), so that their haplotypes are not known; phase "
-        "the file, choose --pairs within-individual, which needs no phase, or take the haplotypes as they are: --assume-phased"
+        f"{count:,} heterozygous genotypes of {names} are unphased (0/1, not 0|1), so that their haplotypes are not known; "
+        "phase the file, choose --pairs within-individual, which needs no phase, or take them as they are: --assume-phased"
     )

@@ -83,7 +83,7 @@ def read_genotypes(
 
 
 class _Reading:
-    """One or several passes over a file: another one is needed if a sample turns out to have more copies than the first ones."""
+    """Passes over a file: another one is needed where a sample turns out to have more copies than the first records have."""
 
     def __init__(
         self,
@@ -170,7 +170,8 @@ class _Reading:
     def _write(self, sites: Sites | None) -> None:
         if sites is None or not len(sites.positions):
             return
-        assert self.writer is not None and self.contig is not None
+        assert self.writer is not None
+        assert self.contig is not None
         if self.contig not in self.with_sites:
             self.with_sites.add(self.contig)
             self.writer.add_contig(self.contig, None)
@@ -203,10 +204,12 @@ class _Reading:
         assert self.writer is not None
         counts = {contig: self.filter.counts[contig] for contig in self.last}
         for contig in dict.fromkeys(region.contig for region in self.wanted):
-            counts.setdefault(contig, Counts())
+            counts.setdefault(contig, Counts()).outside += self.source.outside.get(contig, 0)
         table = format_counts(counts)
         if not self.with_sites:
-            raise BadRequest(f"no usable site is left{self._where()}:\n{table}")
+            total = sum(counts.values(), Counts())
+            hint = " (--ancestral ref takes the reference allele as ancestral)" if total.ancestral_unknown else ""
+            raise BadRequest(f"no usable site is left{self._where()}{hint}:\n{table}")
         if self.unknown_length:
             names = _list_names(self.unknown_length)
             self.notes.append(f"the file does not say how long {names} is; taken to end with the last record read")

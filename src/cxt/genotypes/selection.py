@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.genotypes.ancestral_fasta import suggest_contig
 from cxt.genotypes.records import Contig, Region
 
 RANGE = re.compile(r"(?P<contig>.+):(?P<start>[\d,]+)-(?P<end>[\d,]*)")
@@ -89,7 +90,7 @@ def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig], *, cli
     for region in regions:
         if region.contig not in lengths:
             raise BadRequest(
-                f"region {format_region(region)}: there is no contig '{region.contig}'{_suggest_contig(region.contig, lengths)}"
+                f"region {format_region(region)}: there is no contig '{region.contig}'{suggest_contig(region.contig, lengths)}"
             )
         length = lengths[region.contig]
         if length is not None and max(region.start + 1, 0 if clip else region.end or 0) > length:
@@ -108,12 +109,6 @@ def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig], *, cli
         else:
             merged.append((region.contig, region.start, end))
     return [Region(contig, start, None if end == endless else int(end)) for contig, start, end in merged]
-
-
-def _suggest_contig(name: str, contigs: Iterable[str]) -> str:
-    """The end of a message about a contig that is not there; the usual mistake is `chr`."""
-    other = name.removeprefix("chr") if name.startswith("chr") else f"chr{name}"
-    return f"; did you mean '{other}'?" if other in contigs else suggest_nearest(name, contigs)
 
 
 def read_sample_names(text: str) -> list[str]:

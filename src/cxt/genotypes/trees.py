@@ -57,6 +57,7 @@ class TreesSource:
         self._ts, has_others = _load(self.path)
         ts = self._ts
         self.notes: list[str] = []
+        self.outside: dict[str, int] = {}
         if has_others:
             self.notes.append(
                 "the file holds several tree sequences, of which the first was read; `cxt trees` extracts another"
@@ -129,9 +130,11 @@ class TreesSource:
         variant = tskit.Variant(ts, samples=np.concatenate(chosen).astype(np.int32))
         phased_row = np.ones(len(chosen), dtype=bool)
         chunk = max(1, CHUNK_GENOTYPES // max(1, len(chosen) * copies))
+        self.outside = {CONTIG: len(self._positions)}
         for region in regions or [Region(CONTIG)]:
             ends = [region.start, self._positions[-1] + 1 if region.end is None else region.end]
-            first, last = np.searchsorted(self._positions, ends)
+            first, last = (int(site) for site in np.searchsorted(self._positions, ends))
+            self.outside[CONTIG] -= last - first
             for start in range(first, last, chunk):
                 stop = min(last, start + chunk)
                 genotypes = np.full((stop - start, len(chosen), copies), ABSENT, dtype=np.int16)
