@@ -17,8 +17,8 @@ from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest
 from cxt.genotypes.pairs import choose_pairs
 from cxt.genotypes.read import read_genotypes
-from cxt.genotypes.records import Region
-from cxt.genotypes.selection import parse_region
+from cxt.genotypes.records import Region, Source
+from cxt.genotypes.selection import parse_region, resolve_regions
 from cxt.genotypes.sources import open_source
 from cxt.genotypes.store import GenotypeStore
 from cxt.io import acquire_lock, atomic_write, check_writable, file_sha256
@@ -196,13 +196,15 @@ def run_translation(
     checkpoint = find_checkpoint(request.model)
     network = load_model(checkpoint, device=_choose_device(device))
     way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
-    wanted = [parse_region(text) for text in request.regions or ()]
     work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_remove_if_refused(directory, work))
         if step != "blocks":  # whose parts run at the same time
             stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
-        store = _read(request, network, wanted, work)
+        source = open_source(request.input, ancestral=request.ancestral)
+        names = [contig.name for contig in source.contigs]
+        wanted = resolve_regions([parse_region(text, names) for text in request.regions or ()], source.contigs)
+        store = _read(request, network, source, wanted, work)
         if step == "read":
             return None
         chosen = choose_pairs(
@@ -309,12 +311,11 @@ def _remove_if_refused(directory: Path, work: Path) -> Iterator[None]:
         raise
 
 
-def _read(request: Translation, network: CoalescenceModel, regions: list[Region], work: Path) -> GenotypeStore:
+def _read(request: Translation, network: CoalescenceModel, source: Source, regions: list[Region], work: Path) -> GenotypeStore:
     """The genotypes, read before or now."""
     path = work / "genotypes.zarr"
     if path.is_dir():
         return GenotypeStore(path)
-    source = open_source(request.input, ancestral=request.ancestral)
     context = network.config.windows * network.config.window_size
     return read_genotypes(
         source,
