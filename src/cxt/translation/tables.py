@@ -85,7 +85,9 @@ def write_table(tracks: Tracks, path) -> None:
         kind = "tbi" if largest <= LARGEST_TBI else "csi"
         made = temporary.with_name(f"{temporary.name}.{kind}")
         shift = {} if kind == "tbi" else {"csi": True, "min_shift": 14}
-        pysam.tabix_index(str(temporary), seq_col=0, start_col=1, end_col=2, zerobased=True, force=True, index=str(made), **shift)
+        pysam.tabix_index(
+            str(temporary), seq_col=0, start_col=1, end_col=2, zerobased=True, force=True, index=str(made), **shift
+        )
         for index in indices.values():  # never an index of another table
             index.unlink(missing_ok=True)
         temporary.replace(path)
@@ -158,7 +160,9 @@ def write_bigwigs(tracks: Tracks, directory) -> None:
     for name, length in tracks.contigs:
         if length is None or not 0 < length <= LARGEST_BIGWIG:
             found = "has no length" if length is None else f"has {length:,} bp"
-            raise BadRequest(f"contig {name} {found}, but bigWig files need lengths up to {LARGEST_BIGWIG:,} bp; leave out --bigwig")
+            raise BadRequest(
+                f"contig {name} {found}, but bigWig files need lengths up to {LARGEST_BIGWIG:,} bp; leave out --bigwig"
+            )
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)

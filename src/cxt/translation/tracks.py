@@ -106,7 +106,9 @@ class Tracks:
         if (version := self.attributes.get("cxt_tracks")) != VERSION:
             found = "has other content" if version is None else f"holds tracks of version {version}, not {VERSION}"
             raise BadRequest(f"{path} {found}; give a directory that `cxt translate --out` wrote with this version of cxt")
-        self.haplotypes: list[tuple[str, str | None]] = [(name, population) for name, population in self.attributes["haplotypes"]]
+        self.haplotypes: list[tuple[str, str | None]] = [
+            (name, population) for name, population in self.attributes["haplotypes"]
+        ]
         self.pairs = np.array(self.attributes["pairs"], dtype=np.int64).reshape(-1, 2)
         self.contigs = [Contig(contig["name"], contig["length"]) for contig in self.attributes["contigs"]]
         for name, _ in self.contigs:
