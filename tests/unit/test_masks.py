@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from cxt.data.features import compute_missing_fraction
+from cxt.config.datasets import Mask
 from cxt.data.masks import cut_mask, describe_mask, draw_synthetic_mask, read_mask, write_mask
 from cxt.errors import BadRequest
 
@@ -76,6 +77,25 @@ def test_synthetic(tmp_path):
     write_mask(tmp_path / "b.npz", mask)
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     assert np.array_equal(read_mask(tmp_path / "a.npz"), mask)
+
+
+def test_synthetic_parts():
+    """Equal parts with runs of their own: open, with short gaps, with long ones."""
+    spec = {"length": 3_000_000, "accessible_run": [1, 500, 5000], "inaccessible_run": [0, 200, 5000]}
+    mask = draw_synthetic_mask(spec, seed=1)
+    first, second, third = mask.reshape(3, -1)
+    assert not first.any()
+    assert second.mean() == pytest.approx(200 / 700, rel=0.1)
+    assert third.mean() == pytest.approx(0.5, rel=0.3)
+    assert np.mean(runs(second, True)) == pytest.approx(200, rel=0.15)
+    assert np.mean(runs(third, True)) > 3000
+
+
+def test_parts_of_different_numbers():
+    message = "`accessible_run` and `inaccessible_run` must be two numbers, or two lists of the same length"
+    for values in ({"accessible_run": [1, 2]}, {"accessible_run": [1, 2], "inaccessible_run": [1]}):
+        with pytest.raises(BadRequest, match=message):
+            Mask.read(values)
 
 
 def test_cut():

@@ -14,6 +14,7 @@ from cxt.config.bounds import (
     Seed,
     ShareUpToOne,
     Text,
+    integer_validator,
 )
 from cxt.config.section import Settings
 from cxt.config.type_descriptions import Expected
@@ -102,5 +103,5 @@ class TranslationEntry(Translation):
     """Also write a bigWig file for each pair."""
     parts: PositiveInteger = 1
     """Jobs that share the blocks."""
-    devices: Literal[0, 1] = 0
-    """GPUs of each of these jobs."""
+    devices: Annotated[int, Field(strict=True, ge=0, le=1), integer_validator] = 0
+    """GPUs of each of these jobs: 0 or 1."""

@@ -63,12 +63,18 @@ class Source(Protocol):
     samples : names of the individuals, in the order of the file
     contigs : in the order of the file
     knows_ancestral : whether records may have an ancestral allele
+    any_alleles : whether any two alleles make a usable site, as in a tree sequence; False if they must be two of ACGT
+    populations : {sample: population} if the file says so
+    notes : what the user should know about the file, for the report
     """
 
     kind: str
     samples: list[str]
     contigs: list[Contig]
     knows_ancestral: bool
+    any_alleles: bool
+    populations: dict[str, str]
+    notes: list[str]
 
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions* in the order of the file, with the genotypes of *samples* (indices)."""

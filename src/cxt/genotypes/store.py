@@ -63,6 +63,8 @@ class GenotypeStore:
             raise BadRequest(f"{path} holds genotypes of another version; delete it, and the file is read again")
         self.haplotypes = [Haplotype(*row) for row in attributes["haplotypes"]]
         self.contigs = [Contig(*row) for row in attributes["contigs"]]
+        self._columns = attributes["columns"]  # of the haplotypes, in the arrays
+        self._has_others = self._columns != list(range(len(self._columns)))
         self.report: dict = attributes["report"]
         self._positions: dict[str, np.ndarray] = {}
 
@@ -77,20 +79,19 @@ class GenotypeStore:
         """Yield which genotypes are missing, bool (sites, haplotypes), of consecutive sites of the contig at *place*."""
         array = self._group[f"{place}/missing"]
         for begin in range(0, array.shape[0], CHUNK_SITES):
-            packed = np.asarray(array[begin : begin + CHUNK_SITES])
-            yield np.unpackbits(packed, axis=1, count=len(self.haplotypes), bitorder="little").astype(bool)
+            yield self._unpack(array[begin : begin + CHUNK_SITES]).astype(bool)
+
+    def _unpack(self, packed) -> np.ndarray:
+        """One value for each of the haplotypes, uint8 (sites, haplotypes)."""
+        values = np.unpackbits(np.asarray(packed), axis=1, count=self._columns[-1] + 1, bitorder="little")
+        return values[:, self._columns] if self._has_others else values
 
     def load(self, contig: str, start: int, end: int) -> Sites:
         """The sites of a contig in [start, end)."""
         positions = self.positions(contig)
         left, right = np.searchsorted(positions, [start, end])
         group = str([name for name, _ in self.contigs].index(contig))
-        derived, missing = (
-            np.unpackbits(
-                np.asarray(self._group[f"{group}/{name}"][left:right]), axis=1, count=len(self.haplotypes), bitorder="little"
-            )
-            for name in ("derived", "missing")
-        )
+        derived, missing = (self._unpack(self._group[f"{group}/{name}"][left:right]) for name in ("derived", "missing"))
         return Sites(positions[left:right], derived, missing.astype(bool))
 
 
@@ -145,13 +146,28 @@ class GenotypeWriter:
             packed = np.packbits(values.astype(np.uint8), axis=1, bitorder="little")
             self._group[f"{place}/{name}"].append(packed)
 
-    def finish(self, report: dict) -> GenotypeStore:
-        """Write the *report* and rename the directory to its final name."""
+    def discard(self) -> None:
+        """Remove what was written."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def finish(self, report: dict, haplotypes: Sequence[Haplotype] | None = None) -> GenotypeStore:
+        """Write the *report* and rename the directory to its final name.
+
+        Parameters
+        ----------
+        report : dict
+        haplotypes : sequence of Haplotype, optional
+            Which ones there are after all, where the number of copies of each sample was not known before. They are columns
+            of those that the writer was made with.
+        """
         self._flush()
+        columns = {(haplotype.sample, haplotype.copy): column for column, haplotype in enumerate(self.haplotypes)}
+        haplotypes = self.haplotypes if haplotypes is None else haplotypes
         self._group.attrs.update(
             {
                 "cxt_genotypes": VERSION,
-                "haplotypes": [list(haplotype) for haplotype in self.haplotypes],
+                "haplotypes": [list(haplotype) for haplotype in haplotypes],
+                "columns": [columns[haplotype.sample, haplotype.copy] for haplotype in haplotypes],
                 "contigs": [list(contig) for contig in self.contigs],
                 "report": json.loads(json.dumps(report)),
             }

@@ -1,0 +1,227 @@
+"""Reading a user's file of any format into a store of usable genotypes."""
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from cxt.console import get_logger
+from cxt.errors import BadRequest
+from cxt.genotypes.filters import Counts, SiteFilter, format_counts
+from cxt.genotypes.records import ABSENT, Haplotype, Records, Region, Source
+from cxt.genotypes.selection import find_samples, format_region, read_populations, read_sample_names, resolve_regions
+from cxt.genotypes.store import GenotypeStore, GenotypeWriter, Sites
+
+logger = get_logger(__name__)
+
+PROGRESS_SECONDS = 10
+
+
+def read_genotypes(
+    source: Source,
+    *,
+    out: str | os.PathLike[str],
+    regions: Sequence[Region] = (),
+    samples: Sequence[str] | str | None = None,
+    populations: Mapping[str, str] | str | os.PathLike[str] | None = None,
+    masks: Callable[[str], np.ndarray | None] | None = None,
+) -> GenotypeStore:
+    """Read a file of genotypes, keep what can be used, and count what is dropped and why.
+
+    Each sample has as many haplotypes as its largest ploidy among the records read; where it has fewer, as on the X chromosome
+    of a male, those that are not there are missing. Haplotypes are in the order of the samples in the file.
+
+    Parameters
+    ----------
+    source : Source
+        From `cxt.genotypes.sources.open_source`.
+    out : path-like
+        Directory to write.
+    regions : sequence of Region
+        What to read; by default everything. An end past that of the contig is cut.
+    samples : sequence of str, or str, optional
+        Names; or as one text, names with commas between them, or a file with one on each line. All samples by default.
+    populations : mapping or path-like, optional
+        {sample: population}, or a file for `read_populations`; by default what the file of genotypes says.
+    masks : callable, optional
+        From a contig's name to its mask, a bool array, True = inaccessible, or None; see `SiteFilter`.
+
+    Returns
+    -------
+    GenotypeStore
+        Its report has the keys `format`; `regions`, as [contig, start, end]; `counts`, of each contig, and `total`, see
+        `Counts`; `unphased`, the number of unphased heterozygous genotypes of each sample that has any; `notes`, texts that
+        were logged as warnings, too.
+
+    Raises
+    ------
+    BadRequest
+        If there is no such contig or sample, a region begins past the end of its contig, records are not sorted or are
+        damaged, or no usable site is left; with a table of the counts.
+    """
+    names = read_sample_names(samples) if isinstance(samples, str) else samples
+    chosen = list(range(len(source.samples))) if names is None else find_samples(names, source.samples)
+    if not chosen:
+        raise BadRequest("there are no samples; expected genotypes of at least one")
+    _check_unique(source.samples)
+    if populations is None:
+        populations = source.populations
+    elif not isinstance(populations, Mapping):
+        populations = read_populations(populations, source.samples)
+    wanted = resolve_regions(regions, source.contigs, clip=True)
+    reading = _Reading(source, chosen, populations, wanted, out, masks)
+    copies = None
+    while True:
+        more = reading.run(copies)
+        if isinstance(more, GenotypeStore):
+            return more
+        copies = more
+
+
+class _Reading:
+    """One or several passes over a file: another one is needed if a sample turns out to have more copies than the first ones."""
+
+    def __init__(self, source: Source, chosen: list[int], populations: Mapping[str, str], wanted: list[Region], out, masks):
+        self.source, self.chosen, self.populations, self.wanted = source, chosen, populations, wanted
+        self.out, self.masks = out, masks
+        self.samples = [source.samples[sample] for sample in chosen]
+        self.lengths = dict(source.contigs)
+
+    def run(self, copies: int | None) -> GenotypeStore | int:
+        """Read the file with *copies* of each sample, by default those of its first records; or return how many it needs."""
+        self.contig: str | None = None
+        self.last: dict[str, int] = {}  # position of each contig
+        self.seen = np.ones(len(self.chosen), dtype=np.int64)  # copies of each sample
+        self.writer: GenotypeWriter | None = None
+        self.with_sites: set[str] = set()
+        self.unknown_length: list[str] = []
+        self.notes = list(self.source.notes)
+        self.records, self.reported = 0, time.monotonic()
+        try:
+            for records in self.source.read(self.wanted, self.chosen):
+                if not len(records.positions):
+                    continue
+                self._look_at_copies(records)
+                if copies is None:
+                    copies = records.genotypes.shape[2]
+                if self.seen.max() > copies:
+                    self._discard()
+                    return max(int(self.seen.max()), copies + 1)
+                if self.writer is None:
+                    self._begin(copies)
+                self._add(records)
+            if self.writer is None:
+                raise BadRequest(f"there are no records{self._where()}")
+            self._finish_contig()
+            return self._finish()
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        if self.writer is not None:
+            self.writer.discard()
+
+    def _where(self) -> str:
+        return f" in {', '.join(map(format_region, self.wanted))}" if self.wanted else ""
+
+    def _look_at_copies(self, records: Records) -> None:
+        is_there = (records.genotypes != ABSENT).any(axis=0)
+        copies = np.where(is_there, np.arange(1, records.genotypes.shape[2] + 1), 1)
+        self.seen = np.maximum(self.seen, copies.max(axis=1))
+
+    def _list_haplotypes(self, copies: Sequence[int]) -> list[Haplotype]:
+        return [
+            Haplotype(sample, copy, int(count), self.populations.get(sample))
+            for sample, count in zip(self.samples, copies, strict=True)
+            for copy in range(count)
+        ]
+
+    def _begin(self, copies: int) -> None:
+        haplotypes = self._list_haplotypes([copies] * len(self.samples))
+        self.writer = GenotypeWriter(self.out, haplotypes)
+        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles)
+
+    def _add(self, records: Records) -> None:
+        if records.contig != self.contig:
+            self._finish_contig()
+            self.contig = records.contig
+            self.filter.mask = self.masks(records.contig) if self.masks is not None else None
+        self._write(self.filter.push(records))
+        self.last[records.contig] = int(records.positions[-1])
+        self.records += len(records.positions)
+        if time.monotonic() - self.reported > PROGRESS_SECONDS:
+            self.reported = time.monotonic()
+            logger.info(f"{self.records:,} records read, up to {records.contig}:{self.last[records.contig] + 1:,}")
+
+    def _write(self, sites: Sites | None) -> None:
+        if sites is None or not len(sites.positions):
+            return
+        assert self.writer is not None and self.contig is not None
+        if self.contig not in self.with_sites:
+            self.with_sites.add(self.contig)
+            self.writer.add_contig(self.contig, None)
+        self.writer.append(*sites)
+
+    def _finish_contig(self) -> None:
+        if self.contig is None:
+            return
+        self._write(self.filter.finish_contig())
+        if self.contig in self.with_sites:
+            self.writer.set_length(self._find_length(self.contig))
+
+    def _find_length(self, contig: str) -> int:
+        """Length of a contig; where the file does not know it, that of what was read."""
+        known = self.lengths.get(contig)
+        after_last = self.last[contig] + 1
+        if known is not None and known >= after_last:
+            return known
+        asked = max((region.end or 0 for region in self.wanted if region.contig == contig), default=0)
+        length = max(after_last, asked)
+        if known is None:
+            self.unknown_length.append(contig)
+        else:
+            self.notes.append(f"contig {contig} has records up to {after_last:,}, past the length that the file states, {known:,}")
+        return length
+
+    def _finish(self) -> GenotypeStore:
+        assert self.writer is not None
+        counts = {contig: self.filter.counts[contig] for contig in self.last}
+        for contig in dict.fromkeys(region.contig for region in self.wanted):
+            counts.setdefault(contig, Counts())
+        table = format_counts(counts)
+        if not self.with_sites:
+            raise BadRequest(f"no usable site is left{self._where()}:\n{table}")
+        if self.unknown_length:
+            names = _list_names(self.unknown_length)
+            self.notes.append(f"the file does not say how long {names} is; taken to end with the last record read")
+        if empty := [contig for contig in counts if contig not in self.with_sites]:
+            self.notes.append(f"no usable site on {_list_names(empty)}: left out")
+        logger.info(table)
+        for note in self.notes:
+            logger.warning(f"note: {note}")
+        lengths = dict(self.writer.contigs)
+        regions = self.wanted or [Region(contig) for contig in lengths]
+        report = {
+            "format": self.source.kind,
+            "regions": [
+                [contig, start, lengths[contig] if end is None else end] for contig, start, end in regions if contig in lengths
+            ],
+            "counts": {contig: one.as_dict() for contig, one in counts.items()},
+            "total": sum(counts.values(), Counts()).as_dict(),
+            "unphased": {sample: number for sample, number in self.filter.unphased.items() if number},
+            "notes": self.notes,
+        }
+        return self.writer.finish(report, self._list_haplotypes(self.seen))
+
+
+def _list_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def _check_unique(samples: Sequence[str]) -> None:
+    """BadRequest if two samples have the same name."""
+    if len(set(samples)) < len(samples):
+        name = next(name for place, name in enumerate(samples) if name in samples[:place])
+        raise BadRequest(f"two samples are called '{name}'; names must be unique")

@@ -1,0 +1,316 @@
+"""`cxt translate` from a file to tracks: the same whatever the format, region, batch, order or interruption."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import msprime
+import numpy as np
+import pytest
+import torch
+from helpers.repository import run_python
+from helpers.training import objective_record
+
+import cxt
+from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.record import build_checkpoint_record
+from cxt.commands.translate import main
+from cxt.config.network import ModelConfig
+from cxt.model.adapter import build_model
+
+SIZE, WINDOWS = 500, 40
+LENGTH = 100_250  # 201 windows, the last of half a width
+
+
+def save_model(path, **changes):
+    """A network with random weights, such that its estimates depend on its input and on the position."""
+    settings = {
+        "layers": 2,
+        "heads": 2,
+        "width": 16,
+        "windows": WINDOWS,
+        "samples": 12,
+        "scales": 4,
+        "bins": 40,
+        "window_size": SIZE,
+    }
+    config = ModelConfig(**settings | {"mask_singletons": False, "reads_rates": True} | changes)
+    torch.manual_seed(3)
+    model = build_model(config, None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": None}
+    record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record("marginal"))
+    write_checkpoint(path, model.state_dict(), record)
+    return path
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A directory with a checkpoint and the genotypes of ten diploids as `.trees`, and as arrays."""
+    directory = tmp_path_factory.mktemp("translate")
+    save_model(directory / "tiny.ckpt")
+    ts = msprime.sim_ancestry(10, population_size=1e4, sequence_length=LENGTH, recombination_rate=1e-8, random_seed=1)
+    ts = msprime.sim_mutations(ts, rate=1e-7, random_seed=1)
+    ts.dump(directory / "genotypes.trees")
+    genotypes = ts.genotype_matrix().reshape(ts.num_sites, 10, 2)
+    np.savez(
+        directory / "genotypes.npz", genotypes=genotypes, positions=ts.sites_position.astype(np.int64), sequence_length=LENGTH
+    )
+    return directory
+
+
+def translate(here, out, *, input="genotypes.npz", **settings):
+    return cxt.translate(here / input, model=here / "tiny.ckpt", out=out, **{"mutation_rate": 1e-7} | settings)
+
+
+def arrays(tracks, name="1"):
+    return tracks.read(name)
+
+
+def all_bytes(directory):
+    """{path: bytes} of everything below a directory."""
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(here):
+    return arrays(translate(here, here / "whole", pairs="within-individual"))
+
+
+def test_what_is_written(here, whole):
+    assert sorted(p.name for p in (here / "whole").iterdir()) == [
+        "ne.csv", "summary.json", "tracks.tsv.gz", "tracks.tsv.gz.tbi", "tracks.zarr",
+    ]  # fmt: skip
+    summary = json.loads((here / "whole/summary.json").read_text())
+    assert summary["pairs"] == 10
+    assert summary["contigs"]["1"]["windows"] == 201
+    assert whole["mean"].shape == (10, 201)
+    assert np.isfinite(whole["mean"]).all()
+    assert (whole["quantiles"][..., 0] < whole["quantiles"][..., -1]).all()
+    assert whole["end"][-1] == LENGTH
+
+
+def test_formats_agree(here, whole):
+    translate(here, here / "trees", input="genotypes.trees", pairs="within-individual")
+    files, others = all_bytes(here / "whole"), all_bytes(here / "trees")
+    assert files.keys() == others.keys()
+    differing = {name for name in files if files[name] != others[name]}
+    assert differing <= {"summary.json"}  # which names the file
+
+
+def test_estimates_are_those_of_predict(here, whole):
+    """In the middle of the first block, which begins where the contig does."""
+    model = cxt.load_model(here / "tiny.ckpt")
+    with np.load(here / "genotypes.npz") as data:
+        genotypes, positions = data["genotypes"].reshape(-1, 20), data["positions"]
+    keep = positions < WINDOWS * SIZE
+    panel = translate(here, here / "twelve", samples=[f"tsk_{i}" for i in range(6)], pairs="within-individual")
+    posterior = cxt.predict(
+        model, genotypes[keep][:, :12], positions[keep], [(2, 3)], sequence_length=WINDOWS * SIZE, mutation_rate=1e-7,
+        mask=np.zeros(WINDOWS * SIZE, dtype=bool),
+    )  # fmt: skip
+    found = arrays(panel)
+    assert found["mean"][1, :32] == pytest.approx(posterior.log_tmrca[0, :32], abs=1e-5)
+    assert found["quantiles"][1, :32, 2] == pytest.approx(posterior.quantile(0.5)[0, :32], abs=1e-5)
+
+
+def test_regions_do_not_change_estimates(here, whole):
+    tracks = translate(here, here / "regions", regions=["1:20001-50000", "1:70001-70500"], pairs="within-individual")
+    found = arrays(tracks)
+    assert found["start"].tolist() == [*range(20_000, 50_000, SIZE), 70_000]
+    for key in ("mean", "sd", "quantiles"):
+        assert np.array_equal(found[key], whole[key][:, [*range(40, 100), 140]])
+
+
+def test_neither_batch_nor_order_of_pairs_matter(here, whole, tmp_path):
+    one = arrays(translate(here, tmp_path / "one", batch_size=1, pairs="within-individual"))
+    (tmp_path / "pairs.txt").write_text("".join(f"tsk_{i}/2 tsk_{i}/1\n" for i in (7, 2, 4)))
+    some = arrays(translate(here, tmp_path / "some", pairs=str(tmp_path / "pairs.txt"), batch_size=5))
+    for key in ("mean", "sd", "quantiles"):
+        assert np.array_equal(one[key], whole[key])
+        assert np.array_equal(some[key], whole[key][[7, 2, 4]])
+
+
+def test_a_wrong_rate_moves_a_track_and_nothing_else(here, tmp_path):
+    for number, (settings, model) in enumerate((({}, {}), ({"calibration": "diversity"}, {"reads_rates": False}))):
+        save_model(tmp_path / f"{number}.ckpt", **model)
+        first, second = (
+            arrays(
+                cxt.translate(
+                    here / "genotypes.npz", model=tmp_path / f"{number}.ckpt", out=tmp_path / f"{number}{rate}", mutation_rate=rate,
+                    **settings,
+                )
+            )
+            for rate in (1e-7, 2.5e-7)
+        )  # fmt: skip
+        assert first["mean"] - second["mean"] == pytest.approx(np.log(2.5), abs=1e-5)
+        assert first["quantiles"] - second["quantiles"] == pytest.approx(np.log(2.5), abs=1e-5)
+        assert np.array_equal(first["sd"], second["sd"])
+
+
+def test_calibration_implies_the_observed_differences(here, tmp_path):
+    translate(here, tmp_path / "x", calibration="diversity")
+    contig = json.loads((tmp_path / "x/summary.json").read_text())["contigs"]["1"]
+    for key in ("min", "mean", "max"):
+        assert contig["implied_differences"][key] == pytest.approx(contig["observed_differences"][key], rel=1e-4)
+
+
+def test_a_masked_stretch_is_missing(here, whole, tmp_path):
+    (tmp_path / "mask.bed").write_text("1\t40000\t55000\n")
+    found = translate(here, tmp_path / "masked", mask=tmp_path / "mask.bed", mask_marks="inaccessible")
+    masked = arrays(found)
+    inside = slice(80, 110)
+    assert np.isnan(masked["mean"][:, inside]).all()
+    assert np.isnan(masked["mean"]).sum() == 10 * 30
+    assert (masked["accessible"][inside] == 0).all()
+    # With and without variants inside the mask.
+    with np.load(here / "genotypes.npz") as data:
+        outside = (data["positions"] < 40_000) | (data["positions"] >= 55_000)
+        np.savez(
+            tmp_path / "without.npz", genotypes=data["genotypes"][outside], positions=data["positions"][outside],
+            sequence_length=LENGTH,
+        )  # fmt: skip
+    without = cxt.translate(
+        tmp_path / "without.npz", model=here / "tiny.ckpt", out=tmp_path / "without", mutation_rate=1e-7,
+        mask=tmp_path / "mask.bed", mask_marks="inaccessible",
+    )  # fmt: skip
+    for key in ("mean", "sd", "quantiles"):
+        assert np.array_equal(arrays(without)[key], masked[key], equal_nan=True)
+    # Also without a mask, because so long a stretch without variants is none by chance.
+    gap = cxt.translate(tmp_path / "without.npz", model=here / "tiny.ckpt", out=tmp_path / "gap", mutation_rate=1e-7)
+    assert np.isnan(arrays(gap)["mean"][:, 81:109]).all()
+    every = cxt.translate(
+        tmp_path / "without.npz", model=here / "tiny.ckpt", out=tmp_path / "every", mutation_rate=1e-7, max_gap=0
+    )
+    assert np.isfinite(arrays(every)["mean"]).all()
+
+
+def test_genotypes_missing_for_one_pair(here, whole, tmp_path):
+    """They make its windows missing where all are, and change no other pair by more than the frequencies do."""
+    with np.load(here / "genotypes.npz") as data:
+        genotypes = data["genotypes"].copy()
+        inside = (data["positions"] >= 40_000) & (data["positions"] < 55_000)
+        genotypes[inside, 3] = -1
+        np.savez(tmp_path / "x.npz", genotypes=genotypes, positions=data["positions"], sequence_length=LENGTH)
+    found = arrays(cxt.translate(tmp_path / "x.npz", model=here / "tiny.ckpt", out=tmp_path / "x", mutation_rate=1e-7))
+    assert np.isnan(found["mean"][3, 80:110]).all()
+    assert np.isfinite(np.delete(found["mean"], 3, axis=0)).all()
+    assert found["called"][3] < found["called"][2] == 1
+
+
+def test_panels_are_averaged(here, tmp_path):
+    panels = [arrays(translate(here, tmp_path / f"{n}", panels=n))["mean"] for n in (1, 2, 8)]
+    assert not np.array_equal(panels[0], panels[1])
+    spread = [np.abs(mean - panels[2]).mean() for mean in panels[:2]]
+    assert spread[1] < spread[0]
+
+
+COMMAND = """
+import sys, time
+import cxt.translation.job as job
+from cxt.commands.translate import main
+from cxt.console import exit_on_bad_request
+read = job.read_block
+def slowly(*args, **kwargs):
+    time.sleep(0.1)
+    return read(*args, **kwargs)
+job.read_block = slowly
+exit_on_bad_request(lambda: main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_interrupted_and_resumed(here, whole, tmp_path):
+    arguments = [
+        str(here / "genotypes.npz"),
+        "--model",
+        str(here / "tiny.ckpt"),
+        "--out",
+        str(tmp_path / "x"),
+        "--mutation-rate",
+        "1e-7",
+    ]
+    rng, kills = np.random.default_rng(1), 0
+    while True:
+        process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "x").glob(".work/*.npz")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.25))
+        number = signal.SIGKILL if kills % 2 else signal.SIGTERM
+        if kills < 4:
+            process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode in (0, -number), err
+        if process.returncode == 0:
+            break
+        kills += 1
+        assert not (tmp_path / "x/summary.json").exists()
+    assert kills >= 2
+    expected = all_bytes(here / "whole")
+    assert all_bytes(tmp_path / "x") == expected
+
+
+def refusal(capsys, *arguments):
+    """The message with which the command refuses its arguments."""
+    from cxt.console import exit_on_bad_request
+
+    with pytest.raises(SystemExit) as caught:
+        exit_on_bad_request(lambda: main([str(a) for a in arguments]))
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input(here, whole, tmp_path, capsys):
+    common = ("--model", here / "tiny.ckpt", "--out", tmp_path / "x")
+    data = here / "genotypes.npz"
+    for arguments, message in (
+        ((data, "--model", here / "tiny.ckpt", "--out", here / "whole"), "holds a finished translation"),
+        ((data, "--out", here), "is not empty and holds no translation"),
+        ((data, *common, "--mutation-rate", "0"), "mutation_rate must be"),
+        ((data, *common, "--generation-time", "25"), "give mutation_rate"),
+        ((data, *common, "--calibration", "gamma"), "needs the mutation rate"),
+        ((data, *common, "--calibration", "diversty"), "calibration"),
+        ((data, *common, "--mask", "x.bed"), "give mask_marks"),
+        ((data, *common, "--flank", "20"), "flank must be from 0 to 19 windows"),
+        ((data, *common, "--samples", "tsk_1", "tsk_22"), "tsk_22"),
+        ((data, *common, "--samples", "tsk_1", "tsk_2"), "reads 12 haplotypes, but contig 1 has 4"),
+        ((data, *common, "--regions", "2"), "2"),
+        ((data, *common, "--regions", "1:200001-300000"), "1"),
+        ((data, *common, "--part", "3"), "--part must be K/N"),
+        ((tmp_path / "nothing.vcf", *common), "there is no file"),
+        ((data, "--model", "smal", "--out", tmp_path / "x"), "no checkpoint 'smal'"),
+        (("--out", tmp_path / "x"), "a file of genotypes must be given"),
+    ):
+        found = refusal(capsys, *arguments)
+        assert message in found, (arguments, found)
+        assert "Traceback" not in found
+        assert not (tmp_path / "x/summary.json").exists()
+        assert not (tmp_path / "x/tracks.zarr").exists()
+
+
+def test_other_settings_need_force(here, tmp_path):
+    out = tmp_path / "x"
+    translate(here, out, regions="1:1-20000")
+    with pytest.raises(cxt.BadRequest, match="finished translation"):
+        translate(here, out, regions="1:1-20000")
+    first = arrays(translate(here, out, regions="1:1-20000", seed=1, force=True))
+    assert first["mean"].shape == (10, 40)
+
+
+def test_steps_and_parts(here, whole, tmp_path):
+    """What the workflow runs as jobs of their own."""
+    (tmp_path / "settings.yaml").write_text(
+        f"input: {here / 'genotypes.npz'}\nmodel: {here / 'tiny.ckpt'}\nmutation_rate: 1.0e-7\nassume_phased: false\n"
+    )
+    common = ["-m", "cxt.commands.translate", "--config", "settings.yaml", "--out", "x"]
+    run_python(*common, "--step", "read", "--force", cwd=tmp_path)
+    failed = run_python(*common, "--step", "finish", cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    for part in ("2/3", "1/3", "3/3"):
+        run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
+    run_python(*common, "--step", "finish", cwd=tmp_path)
+    assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
