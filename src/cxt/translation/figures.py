@@ -1,6 +1,7 @@
 """Figures of tracks: along the genome, all pairs as a heat map, their distribution, and Ne(t)."""
 
 import io
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -230,7 +231,7 @@ def draw_pairs(tracks: Tracks, path, *, segments: Sequence[Segment]) -> None:
         right.spines[["top", "right"]].set_visible(False)
         right.set_ylim(axis.get_ylim())
         edges = [0, *borders, len(groups)]
-        middles = [(a + b) / 2 for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
         gap = 0.03 * len(groups) * 6 / height  # room of a label
         shown = [m for i, m in enumerate(middles) if edges[i + 1] - edges[i] >= gap]
         right.set_yticks(shown, [_name_populations(groups[int(m)]) for m in shown], fontsize=8)

@@ -1,4 +1,4 @@
-"""Where windows are drawn: the segments of contigs side by side on one axis, and windows put together to what can be told apart."""
+"""Where windows are drawn: segments of contigs side by side on one axis, several windows to a column where there are many."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Coalescence rates through time, and the effective population size Ne(t) that they imply, for each pair of populations.
 
-With S(t) the share of the genome whose TMRCA is above t, the rate of coalescence between t1 and t2 is ln(S(t1) / S(t2)) / (t2 - t1),
-and Ne is 1 / (2 rate) in diploid individuals. S is the mean over windows of the posterior probability of a TMRCA above t. That
+With S(t) the share of the genome whose TMRCA is above t, the rate of coalescence from t to u is ln(S(t) / S(u)) / (u - t), and
+Ne is 1 / (2 rate) in diploid individuals. S is the mean over windows of the posterior probability of a TMRCA above t. That
 differs from counting windows whose estimate is above t: estimates vary less than what they estimate, since each is drawn to the
 mean, so that their distribution is too narrow.
 """
@@ -18,15 +18,15 @@ from cxt.io import atomic_write
 from cxt.translation.tracks import CHUNK_PAIRS, CHUNK_WINDOWS, Tracks
 
 EDGES = 10.0 ** (np.arange(9 * 12 + 1) / 12)
-"""Ends of the intervals of time in generations, twelve to a factor of ten, the same for all tracks so that they can be compared."""
+"""Ends of intervals of time in generations, twelve to a factor of ten. They are those of all tracks, which can be compared."""
 
 FEWEST = 0.005, 0.01
-"""Intervals of which the end is below this quantile of the TMRCA in all pairs of populations are one, and so are those that begin
-above (1 - this) quantile."""
+"""The first interval ends where at most the first share of the genome of each pair of populations is younger, and the last one
+begins where less than the second share of each is older."""
 
 TAIL = 0.6
-"""Length of the tails of a posterior beyond its outer quantiles, as a share of the distance to the next quantile. With it, and the
-levels 0.025 and 0.25, the tails of a normal distribution have their mean where it is."""
+"""Length of the tails of a posterior beyond its outer quantiles, as a share of the distance to the next quantile. With levels
+of 0.025 and 0.25, the tails of a normal distribution then have their mean where it is."""
 
 
 class Rates(NamedTuple):
@@ -54,9 +54,9 @@ class Rates(NamedTuple):
 def _add_shares(knots, masses, weights, log_edges, whole, whole_time, above, above_time):
     """Add the weighted probability of a value above each edge, and the expectation of exp(value) there.
 
-    Each row of *knots* (rows, segments + 1), ascending ln times, has the probabilities *masses* (segments,) between them, evenly.
-    What lies across an edge is added to *above* and *above_time* (edges,) at this edge. What lies between two edges counts at all
-    edges below: it is added to *whole* and *whole_time* (edges + 1,) at the number of these.
+    Each row of *knots* (rows, segments + 1), ascending ln times, has the probabilities *masses* (segments,) between them,
+    evenly spread. A segment counts as a whole at all edges below it: it is added to *whole* and *whole_time* (edges + 1,) at
+    the number of these. Its part above an edge that it contains is added to *above* and *above_time* (edges,) at this edge.
     """
     for i in range(len(knots)):
         if np.isnan(knots[i, 0]):
