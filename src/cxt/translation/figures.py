@@ -85,7 +85,7 @@ def _label_positions(axis: Axes, layout: Layout) -> None:
     begins = [0.0, *layout.breaks, total]
     for segment, begin, end in zip(layout.segments, begins[:-1], begins[1:], strict=True):
         label = segment.contig if contigs.count(segment.contig) == 1 else _name_segment(segment)
-        half = 0.003 * len(label) * total  # of a label at this size in a figure of 12 inches
+        half = 0.0037 * len(label) * total  # of a label at this size in a figure of 12 inches
         if (begin + end) / 2 - half >= used:
             middles.append((begin + end) / 2)
             labels.append(label)
