@@ -115,7 +115,7 @@ def as_simulation(ts, pairs, truth) -> PreprocessedSimulation:
 
 def score(truth, tracks) -> dict:
     """Accuracy of tracks (simulations, pairs, windows)."""
-    mean, quantiles = (np.stack([track[key] for track in tracks]) for key in ("mean", "quantiles"))
+    mean, quantiles = (np.stack([getattr(track, key) for track in tracks]) for key in ("mean", "quantiles"))
     truth = np.stack(truth)
     squared = (mean - truth) ** 2
     return {
@@ -182,7 +182,7 @@ def edges(args) -> dict:
         with tempfile.TemporaryDirectory() as directory:
             found = [translate(args.model, ts, directory, flank=flank, **rates_of(ts, "both")) for ts in simulated]
         squared = np.stack(
-            [(tracks["mean"] - truth_of(ts, pairs)) ** 2 for ts, (tracks, pairs) in zip(simulated, found, strict=True)]
+            [(tracks.mean - truth_of(ts, pairs)) ** 2 for ts, (tracks, pairs) in zip(simulated, found, strict=True)]
         )
         windows = squared.mean(axis=(0, 1))
         ends = len(windows) // 20
@@ -196,18 +196,18 @@ def edges(args) -> dict:
         settings = {"pairs": PAIRS, **rates_of(ts, "both")}
         whole, _ = translate(args.model, ts, directory, **settings)
         halves = [
-            translate(args.model, ts, directory, regions=[region], **settings)[0]["mean"]
+            translate(args.model, ts, directory, regions=[region], **settings)[0].mean
             for region in ("1:1-1000000", "1:1000001-2000000")
         ]
-        result["halves"] = float(np.abs(np.concatenate(halves, axis=1) - whole["mean"]).max())
+        result["halves"] = float(np.abs(np.concatenate(halves, axis=1) - whole.mean).max())
         mask = Path(directory) / "mask.bed"
         mask.write_text("1\t950000\t1050000\n")
         masked, _ = translate(args.model, ts, directory, mask=mask, mask_marks="inaccessible", **settings)
         inside = slice(475, 525)
-        difference = np.abs(masked["mean"] - whole["mean"])
+        difference = np.abs(masked.mean - whole.mean)
         distance = np.maximum(475 - np.arange(1000), np.arange(1000) - 524)
         result["mask"] = {
-            "missing": bool(np.isnan(masked["mean"][:, inside]).all() and np.isnan(masked["mean"]).sum() == PAIRS * 50),
+            "missing": bool(np.isnan(masked.mean[:, inside]).all() and np.isnan(masked.mean).sum() == PAIRS * 50),
             **{
                 f"mean change, {low}-{high} kb away": float(difference[:, (distance * 2 > low) & (distance * 2 <= high)].mean())
                 for low, high in ((0, 20), (20, 100), (100, 300), (300, 900))

@@ -8,8 +8,12 @@ import time
 
 import msprime
 import numpy as np
+import pysam
 import pytest
+import tskit
+import tszip
 import torch
+from bio2zarr import vcf as vcf2zarr
 from helpers.repository import run_python
 from helpers.training import objective_record
 
@@ -87,18 +91,50 @@ def test_what_is_written(here, whole):
     summary = json.loads((here / "whole/summary.json").read_text())
     assert summary["pairs"] == 10
     assert summary["contigs"]["1"]["windows"] == 201
-    assert whole["mean"].shape == (10, 201)
-    assert np.isfinite(whole["mean"]).all()
-    assert (whole["quantiles"][..., 0] < whole["quantiles"][..., -1]).all()
-    assert whole["end"][-1] == LENGTH
+    assert whole.mean.shape == (10, 201)
+    assert np.isfinite(whole.mean).all()
+    assert (whole.quantiles[..., 0] < whole.quantiles[..., -1]).all()
+    assert whole.end[-1] == LENGTH
 
 
-def test_formats_agree(here, whole):
-    translate(here, here / "trees", input="genotypes.trees", pairs="within-individual")
-    files, others = all_bytes(here / "whole"), all_bytes(here / "trees")
+@pytest.fixture(scope="module")
+def formats(here):
+    """Writes the genotypes in all formats."""
+    ts = tskit.load(here / "genotypes.trees")
+    vcf = here / "genotypes.vcf"
+    text = ts.as_vcf(position_transform=lambda x: 1 + np.floor(x))
+    vcf.write_text(text.replace(f"length={LENGTH + 1}", f"length={LENGTH}"))  # tskit transforms the length as well
+    pysam.tabix_compress(str(vcf), str(here / "plain.vcf.gz"))
+    pysam.tabix_compress(str(vcf), str(here / "indexed.vcf.gz"))
+    pysam.tabix_index(str(here / "indexed.vcf.gz"), preset="vcf")
+    with (
+        pysam.VariantFile(str(vcf)) as records,
+        pysam.VariantFile(str(here / "genotypes.bcf"), "wb", header=records.header) as out,
+    ):
+        for record in records:
+            out.write(record)
+    vcf2zarr.convert([str(here / "indexed.vcf.gz")], str(here / "genotypes.vcz"), worker_processes=0)
+    tszip.compress(ts, here / "genotypes.tsz")
+
+
+FORMATS = (
+    "genotypes.trees",
+    "genotypes.tsz",
+    "genotypes.vcf",
+    "plain.vcf.gz",
+    "indexed.vcf.gz",
+    "genotypes.bcf",
+    "genotypes.vcz",
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_agree(here, whole, formats, name):
+    """To the byte; only the summary names the file, its format and what is particular to it."""
+    translate(here, here / f"from {name}", input=name, pairs="within-individual")
+    files, others = all_bytes(here / "whole"), all_bytes(here / f"from {name}")
     assert files.keys() == others.keys()
-    differing = {name for name in files if files[name] != others[name]}
-    assert differing <= {"summary.json"}  # which names the file
+    assert {path for path in files if files[path] != others[path]} <= {"summary.json"}
 
 
 def test_estimates_are_those_of_predict(here, whole):
@@ -113,25 +149,25 @@ def test_estimates_are_those_of_predict(here, whole):
         mask=np.zeros(WINDOWS * SIZE, dtype=bool),
     )  # fmt: skip
     found = arrays(panel)
-    assert found["mean"][1, :32] == pytest.approx(posterior.log_tmrca[0, :32], abs=1e-5)
-    assert found["quantiles"][1, :32, 2] == pytest.approx(posterior.quantile(0.5)[0, :32], abs=1e-5)
+    assert found.mean[1, :24] == pytest.approx(posterior.log_tmrca[0, :24], abs=1e-5)
+    assert found.quantiles[1, :24, 2] == pytest.approx(posterior.quantile(0.5)[0, :24], abs=1e-5)
 
 
 def test_regions_do_not_change_estimates(here, whole):
     tracks = translate(here, here / "regions", regions=["1:20001-50000", "1:70001-70500"], pairs="within-individual")
     found = arrays(tracks)
-    assert found["start"].tolist() == [*range(20_000, 50_000, SIZE), 70_000]
+    assert found.start.tolist() == [*range(20_000, 50_000, SIZE), 70_000]
     for key in ("mean", "sd", "quantiles"):
-        assert np.array_equal(found[key], whole[key][:, [*range(40, 100), 140]])
+        assert np.array_equal(getattr(found, key), getattr(whole, key)[:, [*range(40, 100), 140]])
 
 
 def test_neither_batch_nor_order_of_pairs_matter(here, whole, tmp_path):
     one = arrays(translate(here, tmp_path / "one", batch_size=1, pairs="within-individual"))
-    (tmp_path / "pairs.txt").write_text("".join(f"tsk_{i}/2 tsk_{i}/1\n" for i in (7, 2, 4)))
+    (tmp_path / "pairs.txt").write_text("".join(f"tsk_{i}/2 tsk_{i}/1\n" for i in (7, 2, 4)))  # in any order
     some = arrays(translate(here, tmp_path / "some", pairs=str(tmp_path / "pairs.txt"), batch_size=5))
     for key in ("mean", "sd", "quantiles"):
-        assert np.array_equal(one[key], whole[key])
-        assert np.array_equal(some[key], whole[key][[7, 2, 4]])
+        assert np.array_equal(getattr(one, key), getattr(whole, key))
+        assert np.array_equal(getattr(some, key), getattr(whole, key)[[2, 4, 7]])
 
 
 def test_a_wrong_rate_moves_a_track_and_nothing_else(here, tmp_path):
@@ -146,9 +182,9 @@ def test_a_wrong_rate_moves_a_track_and_nothing_else(here, tmp_path):
             )
             for rate in (1e-7, 2.5e-7)
         )  # fmt: skip
-        assert first["mean"] - second["mean"] == pytest.approx(np.log(2.5), abs=1e-5)
-        assert first["quantiles"] - second["quantiles"] == pytest.approx(np.log(2.5), abs=1e-5)
-        assert np.array_equal(first["sd"], second["sd"])
+        assert first.mean - second.mean == pytest.approx(np.log(2.5), abs=1e-5)
+        assert first.quantiles - second.quantiles == pytest.approx(np.log(2.5), abs=1e-5)
+        assert np.array_equal(first.sd, second.sd)
 
 
 def test_calibration_implies_the_observed_differences(here, tmp_path):
@@ -163,9 +199,9 @@ def test_a_masked_stretch_is_missing(here, whole, tmp_path):
     found = translate(here, tmp_path / "masked", mask=tmp_path / "mask.bed", mask_marks="inaccessible")
     masked = arrays(found)
     inside = slice(80, 110)
-    assert np.isnan(masked["mean"][:, inside]).all()
-    assert np.isnan(masked["mean"]).sum() == 10 * 30
-    assert (masked["accessible"][inside] == 0).all()
+    assert np.isnan(masked.mean[:, inside]).all()
+    assert np.isnan(masked.mean).sum() == 10 * 30
+    assert (masked.accessible[inside] == 0).all()
     # With and without variants inside the mask.
     with np.load(here / "genotypes.npz") as data:
         outside = (data["positions"] < 40_000) | (data["positions"] >= 55_000)
@@ -178,14 +214,14 @@ def test_a_masked_stretch_is_missing(here, whole, tmp_path):
         mask=tmp_path / "mask.bed", mask_marks="inaccessible",
     )  # fmt: skip
     for key in ("mean", "sd", "quantiles"):
-        assert np.array_equal(arrays(without)[key], masked[key], equal_nan=True)
+        assert np.array_equal(getattr(arrays(without), key), getattr(masked, key), equal_nan=True)
     # Also without a mask, because so long a stretch without variants is none by chance.
     gap = cxt.translate(tmp_path / "without.npz", model=here / "tiny.ckpt", out=tmp_path / "gap", mutation_rate=1e-7)
-    assert np.isnan(arrays(gap)["mean"][:, 81:109]).all()
+    assert np.isnan(arrays(gap).mean[:, 81:109]).all()
     every = cxt.translate(
         tmp_path / "without.npz", model=here / "tiny.ckpt", out=tmp_path / "every", mutation_rate=1e-7, max_gap=0
     )
-    assert np.isfinite(arrays(every)["mean"]).all()
+    assert np.isfinite(arrays(every).mean).all()
 
 
 def test_genotypes_missing_for_one_pair(here, whole, tmp_path):
@@ -196,13 +232,13 @@ def test_genotypes_missing_for_one_pair(here, whole, tmp_path):
         genotypes[inside, 3] = -1
         np.savez(tmp_path / "x.npz", genotypes=genotypes, positions=data["positions"], sequence_length=LENGTH)
     found = arrays(cxt.translate(tmp_path / "x.npz", model=here / "tiny.ckpt", out=tmp_path / "x", mutation_rate=1e-7))
-    assert np.isnan(found["mean"][3, 80:110]).all()
-    assert np.isfinite(np.delete(found["mean"], 3, axis=0)).all()
-    assert found["called"][3] < found["called"][2] == 1
+    assert np.isnan(found.mean[3, 80:110]).all()
+    assert np.isfinite(np.delete(found.mean, 3, axis=0)).all()
+    assert found.called[3] < found.called[2] == 1
 
 
 def test_panels_are_averaged(here, tmp_path):
-    panels = [arrays(translate(here, tmp_path / f"{n}", panels=n))["mean"] for n in (1, 2, 8)]
+    panels = [arrays(translate(here, tmp_path / f"{n}", panels=n)).mean for n in (1, 2, 8)]
     assert not np.array_equal(panels[0], panels[1])
     spread = [np.abs(mean - panels[2]).mean() for mean in panels[:2]]
     assert spread[1] < spread[0]
@@ -269,7 +305,7 @@ def test_bad_input(here, whole, tmp_path, capsys):
     data = here / "genotypes.npz"
     for arguments, message in (
         ((data, "--model", here / "tiny.ckpt", "--out", here / "whole"), "holds a finished translation"),
-        ((data, "--out", here), "is not empty and holds no translation"),
+        ((data, "--model", here / "tiny.ckpt", "--out", here), "is not empty and holds no translation"),
         ((data, *common, "--mutation-rate", "0"), "mutation_rate must be"),
         ((data, *common, "--generation-time", "25"), "give mutation_rate"),
         ((data, *common, "--calibration", "gamma"), "needs the mutation rate"),
@@ -298,7 +334,7 @@ def test_other_settings_need_force(here, tmp_path):
     with pytest.raises(cxt.BadRequest, match="finished translation"):
         translate(here, out, regions="1:1-20000")
     first = arrays(translate(here, out, regions="1:1-20000", seed=1, force=True))
-    assert first["mean"].shape == (10, 40)
+    assert first.mean.shape == (10, 40)
 
 
 def test_steps_and_parts(here, whole, tmp_path):

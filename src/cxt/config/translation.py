@@ -16,14 +16,14 @@ from cxt.config.bounds import (
     Text,
     integer_validator,
 )
-from cxt.config.section import Settings
+from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
 
 Texts = Annotated[list[Text], Field(strict=True, min_length=1)]
 
 
-class Translation(Settings):
+class Translation(Section):
     """What to translate, and how: everything that the tracks depend on, apart from the bytes of the files."""
 
     input: Text

@@ -69,6 +69,7 @@ class ArraySource:
             raise self._bad("contig", "one name", arrays["contig"])
         self.contigs = [Contig(contig, length)]
         self.notes: list[str] = []
+        self.outside: dict[str, int] = {}
 
     def _bad(self, name: str, expected: str, array: np.ndarray) -> BadRequest:
         found = f"the value {array}" if array.ndim == 0 else f"shape {array.shape} and type {array.dtype}"
@@ -100,7 +101,9 @@ class ArraySource:
         least, most = int(genotypes.min()), int(genotypes.max())
         if least < ABSENT or most > 1000:
             odd = least if least < ABSENT else most
-            raise BadRequest(f"{self.path}, array 'genotypes': expected 0, 1… for alleles and -1 for missing, got the value {odd}")
+            raise BadRequest(
+                f"{self.path}, array 'genotypes': expected 0, 1… for alleles and -1 for missing, got the value {odd}"
+            )
         ploidy = arrays.get("ploidy")
         if ploidy is None:
             return genotypes if genotypes.ndim == 3 else genotypes[:, :, None]
@@ -144,9 +147,11 @@ class ArraySource:
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions*, all if there are none, with the genotypes of *samples* (indices)."""
         contig, length = self.contigs[0]
+        self.outside = {contig: len(self._positions)}
         for region in regions or [Region(contig)]:
             end = length if region.end is None else region.end
             sites = np.flatnonzero((self._positions >= region.start) & (self._positions < end))
+            self.outside[contig] -= len(sites)
             for start in range(0, len(sites), CHUNK_SITES):
                 chosen = sites[start : start + CHUNK_SITES]
                 genotypes = self._genotypes[chosen][:, list(samples)].astype(np.int16)

@@ -184,8 +184,10 @@ class SiteFilter:
     any_alleles : bool
         Whether any two alleles make a site, as in a tree sequence; by default they must be two of ACGT.
     mask : bool array, optional
-        True = *in*accessible, for each base; positions beyond its end are inaccessible. It belongs to one contig: set the
-        attribute before the first records of the next one.
+        True = *in*accessible, for each base. It belongs to one contig: set the attribute before the first records of the next
+        one.
+    beyond_mask : bool
+        Whether positions beyond its end are inaccessible.
 
     Attributes
     ----------
@@ -201,10 +203,11 @@ class SiteFilter:
         *,
         any_alleles: bool = False,
         mask: np.ndarray | None = None,
+        beyond_mask: bool = True,
     ):
         self.samples = list(samples)
         self.any_alleles = any_alleles
-        self.mask = mask
+        self.mask, self.beyond_mask = mask, beyond_mask
         self.counts: defaultdict[str, Counts] = defaultdict(Counts)
         places = {name: place for place, name in enumerate(self.samples)}
         self._columns = np.array([places[haplotype.sample] for haplotype in haplotypes], dtype=np.intp)
@@ -315,10 +318,9 @@ class SiteFilter:
             reasons[(reasons == 0) & condition] = _REASONS[name]
         if self.mask is not None:
             positions = records.positions
-            inside = np.minimum(positions, len(self.mask) - 1)
-            masked = (
-                self.mask[inside] | (positions >= len(self.mask)) if len(self.mask) else np.ones(len(positions), dtype=bool)
-            )
+            masked = np.full(len(positions), self.beyond_mask)
+            covered = positions < len(self.mask)
+            masked[covered] = self.mask[positions[covered]]
             reasons[masked] = _REASONS["masked"]
 
         # A record in which only the reference allele occurs says nothing against another one at the same position.

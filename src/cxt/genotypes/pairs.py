@@ -71,7 +71,9 @@ def choose_pairs(
 
 def _check_number(number: int) -> None:
     if number > MAX_PAIRS:
-        raise BadRequest(f"these are {number:,} pairs, more than {MAX_PAIRS:,}; choose fewer, for example 1000 at random: --pairs 1000")
+        raise BadRequest(
+            f"these are {number:,} pairs, more than {MAX_PAIRS:,}; choose fewer, for example 1000 at random: --pairs 1000"
+        )
 
 
 def _upper_triangle(size: int) -> np.ndarray:
@@ -204,9 +206,11 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
     samples = list(dict.fromkeys(haplotypes[index].sample for index in needed if is_unphased[index]))
     if not samples:
         return
-    names = ", ".join(samples[:MAX_LISTED_SAMPLES]) + (f" and {len(samples) - MAX_LISTED_SAMPLES} more" if len(samples) > MAX_LISTED_SAMPLES else "")
+    names = ", ".join(samples[:MAX_LISTED_SAMPLES]) + (
+        f" and {len(samples) - MAX_LISTED_SAMPLES} more" if len(samples) > MAX_LISTED_SAMPLES else ""
+    )
     count = sum(unphased[name] for name in samples)
     raise BadRequest(
-        f"{count:,} heterozygous genotypes of {names} are unphased (0/1, not 0|1), so that their haplotypes are not known; phase "
-        "the file, choose --pairs within-individual, which needs no phase, or take the haplotypes as they are: --assume-phased"
+        f"{count:,} heterozygous genotypes of {names} are unphased (0/1, not 0|1), so that their haplotypes are not known; "
+        "phase the file, choose --pairs within-individual, which needs no phase, or take them as they are: --assume-phased"
     )

@@ -26,6 +26,7 @@ def read_genotypes(
     samples: Sequence[str] | str | None = None,
     populations: Mapping[str, str] | str | os.PathLike[str] | None = None,
     masks: Callable[[str], np.ndarray | None] | None = None,
+    beyond_mask: bool = True,
 ) -> GenotypeStore:
     """Read a file of genotypes, keep what can be used, and count what is dropped and why.
 
@@ -46,6 +47,8 @@ def read_genotypes(
         {sample: population}, or a file for `read_populations`; by default what the file of genotypes says.
     masks : callable, optional
         From a contig's name to its mask, a bool array, True = inaccessible, or None; see `SiteFilter`.
+    beyond_mask : bool
+        Whether positions beyond the end of a mask are inaccessible.
 
     Returns
     -------
@@ -70,7 +73,7 @@ def read_genotypes(
     elif not isinstance(populations, Mapping):
         populations = read_populations(populations, source.samples)
     wanted = resolve_regions(regions, source.contigs, clip=True)
-    reading = _Reading(source, chosen, populations, wanted, out, masks)
+    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask)
     copies = None
     while True:
         more = reading.run(copies)
@@ -80,11 +83,20 @@ def read_genotypes(
 
 
 class _Reading:
-    """One or several passes over a file: another one is needed if a sample turns out to have more copies than the first ones."""
+    """Passes over a file: another one is needed where a sample turns out to have more copies than the first records have."""
 
-    def __init__(self, source: Source, chosen: list[int], populations: Mapping[str, str], wanted: list[Region], out, masks):
+    def __init__(
+        self,
+        source: Source,
+        chosen: list[int],
+        populations: Mapping[str, str],
+        wanted: list[Region],
+        out,
+        masks,
+        beyond_mask: bool,
+    ):
         self.source, self.chosen, self.populations, self.wanted = source, chosen, populations, wanted
-        self.out, self.masks = out, masks
+        self.out, self.masks, self.beyond_mask = out, masks, beyond_mask
         self.samples = [source.samples[sample] for sample in chosen]
         self.lengths = dict(source.contigs)
 
@@ -141,7 +153,7 @@ class _Reading:
     def _begin(self, copies: int) -> None:
         haplotypes = self._list_haplotypes([copies] * len(self.samples))
         self.writer = GenotypeWriter(self.out, haplotypes)
-        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles)
+        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles, beyond_mask=self.beyond_mask)
 
     def _add(self, records: Records) -> None:
         if records.contig != self.contig:
@@ -158,7 +170,8 @@ class _Reading:
     def _write(self, sites: Sites | None) -> None:
         if sites is None or not len(sites.positions):
             return
-        assert self.writer is not None and self.contig is not None
+        assert self.writer is not None
+        assert self.contig is not None
         if self.contig not in self.with_sites:
             self.with_sites.add(self.contig)
             self.writer.add_contig(self.contig, None)
@@ -182,17 +195,21 @@ class _Reading:
         if known is None:
             self.unknown_length.append(contig)
         else:
-            self.notes.append(f"contig {contig} has records up to {after_last:,}, past the length that the file states, {known:,}")
+            self.notes.append(
+                f"contig {contig} has records up to {after_last:,}, past the length that the file states, {known:,}"
+            )
         return length
 
     def _finish(self) -> GenotypeStore:
         assert self.writer is not None
         counts = {contig: self.filter.counts[contig] for contig in self.last}
         for contig in dict.fromkeys(region.contig for region in self.wanted):
-            counts.setdefault(contig, Counts())
+            counts.setdefault(contig, Counts()).outside += self.source.outside.get(contig, 0)
         table = format_counts(counts)
         if not self.with_sites:
-            raise BadRequest(f"no usable site is left{self._where()}:\n{table}")
+            total = sum(counts.values(), Counts())
+            hint = " (--ancestral ref takes the reference allele as ancestral)" if total.ancestral_unknown else ""
+            raise BadRequest(f"no usable site is left{self._where()}{hint}:\n{table}")
         if self.unknown_length:
             names = _list_names(self.unknown_length)
             self.notes.append(f"the file does not say how long {names} is; taken to end with the last record read")

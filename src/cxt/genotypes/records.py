@@ -66,6 +66,8 @@ class Source(Protocol):
     any_alleles : whether any two alleles make a usable site, as in a tree sequence; False if they must be two of ACGT
     populations : {sample: population} if the file says so
     notes : what the user should know about the file, for the report
+    outside : {contig: records that the last `read` passed over because they are outside the regions}; an index leaves most of
+        them unread, and uncounted
     """
 
     kind: str
@@ -75,6 +77,7 @@ class Source(Protocol):
     any_alleles: bool
     populations: dict[str, str]
     notes: list[str]
+    outside: dict[str, int]
 
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions* in the order of the file, with the genotypes of *samples* (indices)."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.genotypes.ancestral_fasta import suggest_contig
 from cxt.genotypes.records import Contig, Region
 
 RANGE = re.compile(r"(?P<contig>.+):(?P<start>[\d,]+)-(?P<end>[\d,]*)")
@@ -43,7 +44,9 @@ def parse_region(text: str, contigs: Iterable[str] = ()) -> Region:
     match = RANGE.fullmatch(text)
     if not match:
         if not text or re.search(r":[-\d,]*$", text):
-            raise BadRequest(f"region '{text}': expected CONTIG, CONTIG:START-END or CONTIG:START-, such as chr1:1,000,001-2,000,000")
+            raise BadRequest(
+                f"region '{text}': expected CONTIG, CONTIG:START-END or CONTIG:START-, such as chr1:1,000,001-2,000,000"
+            )
         return Region(text)
     contig = match["contig"]
     if braces := re.fullmatch(r"\{(.+)\}", contig):
@@ -86,10 +89,14 @@ def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig], *, cli
     lengths = dict(contigs)
     for region in regions:
         if region.contig not in lengths:
-            raise BadRequest(f"region {format_region(region)}: there is no contig '{region.contig}'{_suggest_contig(region.contig, lengths)}")
+            raise BadRequest(
+                f"region {format_region(region)}: there is no contig '{region.contig}'{suggest_contig(region.contig, lengths)}"
+            )
         length = lengths[region.contig]
         if length is not None and max(region.start + 1, 0 if clip else region.end or 0) > length:
-            raise BadRequest(f"region {format_region(region)} goes past the end of contig {region.contig}, which has {length:,} bp")
+            raise BadRequest(
+                f"region {format_region(region)} goes past the end of contig {region.contig}, which has {length:,} bp"
+            )
     order = {name: place for place, name in enumerate(lengths)}
     endless = float("inf")
     merged: list[tuple[str, int, float]] = []
@@ -102,12 +109,6 @@ def resolve_regions(regions: Sequence[Region], contigs: Sequence[Contig], *, cli
         else:
             merged.append((region.contig, region.start, end))
     return [Region(contig, start, None if end == endless else int(end)) for contig, start, end in merged]
-
-
-def _suggest_contig(name: str, contigs: Iterable[str]) -> str:
-    """The end of a message about a contig that is not there; the usual mistake is `chr`."""
-    other = name.removeprefix("chr") if name.startswith("chr") else f"chr{name}"
-    return f"; did you mean '{other}'?" if other in contigs else suggest_nearest(name, contigs)
 
 
 def read_sample_names(text: str) -> list[str]:
@@ -129,7 +130,9 @@ def read_sample_names(text: str) -> list[str]:
     else:
         names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise BadRequest(f"--samples '{text}' names no samples; give names with commas between them, or a file with one on each line")
+        raise BadRequest(
+            f"--samples '{text}' names no samples; give names with commas between them, or a file with one on each line"
+        )
     return names
 
 
@@ -187,13 +190,17 @@ def read_populations(path, samples: Sequence[str]) -> dict[str, str]:
         if not fields or (fields[0].startswith("#") and fields[0] not in known):
             continue
         if len(fields) != 2 or not all(fields):
-            raise BadRequest(f"populations {path}, line {number}: expected two columns, sample and population, got {len(fields)}")
+            raise BadRequest(
+                f"populations {path}, line {number}: expected two columns, sample and population, got {len(fields)}"
+            )
         sample, population = fields
         was_first, is_first = is_first, False
         if was_first and sample not in known and sample.lower() in HEADER_WORDS:
             continue
         if sample not in known:
-            raise BadRequest(f"populations {path}, line {number}: there is no sample '{sample}'{suggest_nearest(sample, samples)}")
+            raise BadRequest(
+                f"populations {path}, line {number}: there is no sample '{sample}'{suggest_nearest(sample, samples)}"
+            )
         if sample in populations:
             raise BadRequest(f"populations {path}, line {number}: sample '{sample}' is there twice")
         populations[sample] = population

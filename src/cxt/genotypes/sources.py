@@ -16,8 +16,8 @@ from cxt.genotypes.vcf import VcfSource
 from cxt.genotypes.vcf_zarr import METADATA_FILES, VcfZarrSource, find_zarr_root
 
 ACCEPTED = (
-    "VCF or BCF (also compressed by bgzip), VCF Zarr (.vcz, also zipped), a tree sequence (.trees or .tsz), or .npz with arrays "
-    "of genotypes, positions and sequence_length"
+    "VCF or BCF (also compressed by bgzip), VCF Zarr (.vcz, also zipped), a tree sequence (.trees or .tsz), or .npz with "
+    "arrays of genotypes, positions and sequence_length"
 )
 
 BCF, PACKED, ZIP = b"BCF", b"\x1f\x8b", b"PK\x03\x04"
@@ -63,8 +63,8 @@ def open_source(path, *, ancestral: str = "auto") -> Source:
     source = _find_reader(path)(path, ancestral=ancestral)
     if ancestral == "auto" and not source.knows_ancestral:
         source.notes.append(
-            "the file does not say which alleles are ancestral: the reference allele is taken, which is wrong at some sites and "
-            "makes the estimates less accurate; say where they are known (--ancestral INFO/TAG or a FASTA file)"
+            "the file does not say which alleles are ancestral: the reference allele is taken, which is wrong at some sites "
+            "and makes the estimates less accurate; say where they are known (--ancestral INFO/TAG or a FASTA file)"
         )
     return source
 
@@ -151,7 +151,7 @@ def _describe(start: bytes) -> str:
             return f"is {description}"
     lines = start.decode("utf-8", errors="replace").splitlines()
     first = next((line for line in lines if line.strip() and not line.startswith(("track", "browser"))), "")
-    if first.startswith("#CHROM") or first.startswith("##"):
+    if first.startswith(("#CHROM", "##")):
         return "looks like a VCF without its first line, which must be ##fileformat=VCFv4.2 or another version"
     if re.match(r"\S+\s+\d+\s+\d+(\s|$)", first):
         return "looks like BED, which holds intervals; --mask takes one, the input must hold genotypes"

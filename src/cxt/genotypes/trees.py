@@ -57,8 +57,11 @@ class TreesSource:
         self._ts, has_others = _load(self.path)
         ts = self._ts
         self.notes: list[str] = []
+        self.outside: dict[str, int] = {}
         if has_others:
-            self.notes.append("the file holds several tree sequences, of which the first was read; `cxt trees` extracts another")
+            self.notes.append(
+                "the file holds several tree sequences, of which the first was read; `cxt trees` extracts another"
+            )
         if ts.num_sites == 0:
             raise BadRequest(f"{path} has no sites; add mutations, for example with msprime.sim_mutations")
         length = int(ts.sequence_length)
@@ -82,7 +85,9 @@ class TreesSource:
         positions = np.minimum(free, length - len(exact) + order)
         moved = np.count_nonzero(positions != rounded)
         if np.any(rounded != exact):
-            self.notes.append(f"positions are not whole numbers and were rounded down; {moved:,} sites moved to a free base pair")
+            self.notes.append(
+                f"positions are not whole numbers and were rounded down; {moved:,} sites moved to a free base pair"
+            )
         return positions
 
     def _find_nodes(self) -> list[tuple[str, list[int]]]:
@@ -97,7 +102,10 @@ class TreesSource:
         if left_out := int(np.count_nonzero(owners == tskit.NULL)):
             self.notes.append(f"{left_out:,} sample nodes belong to no individual and were left out")
         is_sample = set(samples.tolist())
-        nodes = ((individual.id, [node for node in individual.nodes.tolist() if node in is_sample]) for individual in ts.individuals())
+        nodes = (
+            (individual.id, [node for node in individual.nodes.tolist() if node in is_sample])
+            for individual in ts.individuals()
+        )
         return [(f"tsk_{i}", nodes) for i, nodes in nodes if nodes]
 
     def _name_populations(self) -> dict[str, str]:
@@ -122,9 +130,11 @@ class TreesSource:
         variant = tskit.Variant(ts, samples=np.concatenate(chosen).astype(np.int32))
         phased_row = np.ones(len(chosen), dtype=bool)
         chunk = max(1, CHUNK_GENOTYPES // max(1, len(chosen) * copies))
+        self.outside = {CONTIG: len(self._positions)}
         for region in regions or [Region(CONTIG)]:
             ends = [region.start, self._positions[-1] + 1 if region.end is None else region.end]
-            first, last = np.searchsorted(self._positions, ends)
+            first, last = (int(site) for site in np.searchsorted(self._positions, ends))
+            self.outside[CONTIG] -= last - first
             for start in range(first, last, chunk):
                 stop = min(last, start + chunk)
                 genotypes = np.full((stop - start, len(chosen), copies), ABSENT, dtype=np.int16)

@@ -8,6 +8,7 @@ import numpy as np
 import zarr
 
 from cxt.errors import BadRequest, first_line, suggest_nearest
+from cxt.genotypes.ancestral_fasta import AncestralFasta
 from cxt.genotypes.records import ABSENT, Contig, Records, Region
 
 REQUIRED = ("call_genotype", "contig_id", "sample_id", "variant_allele", "variant_contig", "variant_position")
@@ -34,7 +35,7 @@ class VcfZarrSource:
         A directory or a zip file.
     ancestral : str
         `auto` = `variant_AA` if the file has it, else the reference allele; `ref` = the reference allele;
-        `INFO/TAG` = `variant_TAG`.
+        `INFO/TAG` = `variant_TAG`; or the path of a FASTA file.
 
     Raises
     ------
@@ -60,10 +61,12 @@ class VcfZarrSource:
         lengths = [int(length) for length in self._read("contig_length")] if "contig_length" in names else []
         lengths += [0] * (len(contigs) - len(lengths))
         self.contigs = [Contig(name, length if length > 0 else None) for name, length in zip(contigs, lengths, strict=True)]
+        self._fasta: AncestralFasta | None = None
         self._ancestral = self._find_ancestral(ancestral, names)
-        self.knows_ancestral = self._ancestral is not None
+        self.knows_ancestral = self._ancestral is not None or self._fasta is not None
         self.populations: dict[str, str] = {}
         self.notes: list[str] = []
+        self.outside: dict[str, int] = {}
         if self._phased is None:
             self.notes.append("the file has no array call_genotype_phased: all genotypes count as unphased")
 
@@ -90,17 +93,25 @@ class VcfZarrSource:
             raise BadRequest(f"{self.path} has no records")
 
     def _find_ancestral(self, ancestral: str, names: set[str]) -> str | None:
-        """Name of the array of ancestral alleles; None for the reference allele."""
+        """Name of the array of ancestral alleles; None for the reference allele, or if a FASTA file has them."""
         if ancestral == "auto":
             return "variant_AA" if "variant_AA" in names else None
         if ancestral == "ref":
             return None
         tag = ancestral.removeprefix("INFO/")
         if tag == ancestral:
-            raise BadRequest(f"--ancestral '{ancestral}' does not fit {self.path}, which is VCF Zarr; use INFO/TAG or ref")
+            if not Path(ancestral).is_file():
+                raise BadRequest(
+                    f"--ancestral '{ancestral}' is no file, and {self.path} is VCF Zarr: use INFO/TAG, a FASTA file, or ref"
+                )
+            self._fasta = AncestralFasta(ancestral)
+            self._fasta.check_contigs(contig.name for contig in self.contigs)
+            return None
         tags = [name.removeprefix("variant_") for name in names if name.startswith("variant_")]
         if tag not in tags:
-            raise BadRequest(f"{self.path} has no array 'variant_{tag}' for --ancestral {ancestral}{suggest_nearest(tag, tags)}")
+            raise BadRequest(
+                f"{self.path} has no array 'variant_{tag}' for --ancestral {ancestral}{suggest_nearest(tag, tags)}"
+            )
         array = self._group[f"variant_{tag}"]
         if array.ndim != 1 or array.dtype.kind not in "OUST":
             raise BadRequest(f"{self.path}, array 'variant_{tag}': expected one text for each record, as ancestral allele")
@@ -124,6 +135,7 @@ class VcfZarrSource:
         chunk = self._genotypes.chunks[0]
         step = chunk * max(1, CHUNK_GENOTYPES // (chunk * (columns.stop - columns.start) * copies))
         scan = step * max(1, SCAN_RECORDS // step)
+        self.outside = {region.contig: 0 for region in regions}
         for start in range(0, records, scan):
             contigs = self._read("variant_contig", slice(start, start + scan))
             positions = self._read("variant_position", slice(start, start + scan)).astype(np.int64) - 1
@@ -133,6 +145,8 @@ class VcfZarrSource:
                 wanted |= (contigs == numbers[region.contig]) & (positions >= region.start) & (positions < end)
             if not regions:
                 wanted[:] = True
+            for contig in self.outside:
+                self.outside[contig] += int(np.count_nonzero((contigs == numbers[contig]) & ~wanted))
             for first in range(0, len(positions), step):
                 rows = np.flatnonzero(wanted[first : first + step])
                 if not len(rows):
@@ -146,10 +160,16 @@ class VcfZarrSource:
         contigs = self._read("variant_contig", block)[rows]
         positions = self._read("variant_position", block)[rows].astype(np.int64) - 1
         if contigs.min() < 0 or contigs.max() >= len(self.contigs):
-            raise BadRequest(f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'")
+            raise BadRequest(
+                f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'"
+            )
         genotypes = self._read("call_genotype", (block, columns))[rows][:, chosen].astype(np.int16)
         one_copy = (genotypes != ABSENT).sum(axis=2) <= 1
-        phased = one_copy if self._phased is None else one_copy | (self._read("call_genotype_phased", (block, columns))[rows][:, chosen] > 0)
+        phased = (
+            one_copy
+            if self._phased is None
+            else one_copy | (self._read("call_genotype_phased", (block, columns))[rows][:, chosen] > 0)
+        )
         alleles = [[text for text in map(_to_text, row) if text] for row in self._read("variant_allele", block)[rows].tolist()]
         if self._ancestral is None:
             ancestral = [row[0] if row else None for row in alleles]
@@ -159,8 +179,11 @@ class VcfZarrSource:
         start = 0
         for end in ends:
             part = slice(start, end)
+            contig = self.contigs[contigs[start]].name
+            if self._fasta is not None:
+                ancestral[part] = self._fasta.fetch(contig, positions[part])
             yield Records(
-                contig=self.contigs[contigs[start]].name,
+                contig=contig,
                 positions=positions[part],
                 alleles=alleles[part],
                 genotypes=genotypes[part],

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cxt.errors import BadRequest
 
 GAP_WINDOWS = 25
 """An inner stretch without variants counts as inaccessible if it is this many windows long, and `GAP_SPACINGS` as well."""
@@ -115,9 +114,3 @@ def count_accessible(
                 accessible[k] -= min(inside, accessible[k])
         accessible[first + 1 : last - 1] = 0
     return Windows(accessible, ends - starts, gaps)
-
-
-def check_contig_length(name: str, length: int, *, window_size: int) -> None:
-    """BadRequest if a contig is shorter than one window."""
-    if length < window_size:
-        raise BadRequest(f"contig {name} has {length:,} bp, less than one window of {window_size:,} bp")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cxt.config.translation import Translation
+from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.genotypes.records import Region
 from cxt.genotypes.store import GenotypeStore
@@ -13,6 +14,8 @@ from cxt.model.transformer import CoalescenceModel
 from cxt.translation.accessibility import Windows, count_accessible, find_gaps
 from cxt.translation.blocks import Block, choose_flank, list_blocks
 from cxt.translation.request import check_haplotypes, check_short_contig
+
+logger = get_logger(__name__)
 
 LEAST_PRESENT = 0.5
 """Haplotypes with fewer called genotypes on a contig than this share are not drawn into panels: a male's second X, say."""
@@ -111,7 +114,16 @@ def plan_contigs(
         blocks = list_blocks(
             place, total=total, regions=windows, read=find_segments(accessible > 0, flank), windows=network_windows, flank=flank
         )
+        readable = accessible >= np.maximum(request.min_accessible * widths, 1)
+        blocks = [block for block in blocks if readable[block.keep_from : block.keep_to].any()]  # others are missing
+        if not blocks:
+            logger.warning(f"contig {name} is left out: no window has enough accessible bases (see min_accessible, max_gap)")
+            continue
         plans.append(ContigPlan(name, length, place, windows, Windows(accessible, widths, gaps), called, candidates, blocks))
+    if not plans:
+        raise BadRequest(
+            "no window has enough accessible bases; lower min_accessible, or set max_gap to 0 if sites are that rare"
+        )
     return plans
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -143,14 +143,16 @@ def translate(
     Failed
         If a part of an interrupted translation is damaged.
     """
-    request = Translation(
-        input=os.fspath(input), model=os.fspath(model), regions=_as_list(regions), samples=_as_list(samples, split=False),
-        populations=None if populations is None else os.fspath(populations), pairs=pairs, assume_phased=assume_phased,
-        mask=None if mask is None else os.fspath(mask), mask_marks=mask_marks, ancestral=os.fspath(ancestral),
-        mutation_rate=mutation_rate, recombination_rate=recombination_rate, generation_time=generation_time,
-        calibration=calibration, reading=reading, replicates=replicates, panels=panels, min_accessible=min_accessible,
-        max_gap=max_gap, flank=flank, seed=seed,
-    )  # fmt: skip
+    settings = {
+        "input": os.fspath(input), "model": os.fspath(model), "regions": _as_list(regions),
+        "samples": _as_list(samples, split=False), "populations": None if populations is None else os.fspath(populations),
+        "pairs": pairs, "assume_phased": assume_phased, "mask": None if mask is None else os.fspath(mask),
+        "mask_marks": mask_marks, "ancestral": os.fspath(ancestral), "mutation_rate": mutation_rate,
+        "recombination_rate": recombination_rate, "generation_time": generation_time, "calibration": calibration,
+        "reading": reading, "replicates": replicates, "panels": panels, "min_accessible": min_accessible, "max_gap": max_gap,
+        "flank": flank, "seed": seed,
+    }  # fmt: skip
+    request = Translation.read({name: value for name, value in settings.items() if value is not None})
     tracks = run_translation(
         request, Path(out), device=device, batch_size=batch_size, bigwig=bigwig, force=force, step="all", part=(1, 1)
     )
@@ -197,6 +199,7 @@ def run_translation(
     wanted = [parse_region(text) for text in request.regions or ()]
     work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_remove_if_refused(directory, work))
         if step != "blocks":  # whose parts run at the same time
             stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
         store = _read(request, network, wanted, work)
@@ -215,7 +218,7 @@ def run_translation(
             request,
             pairs=chosen,
             regions=wanted,
-            read_mask=lambda contig: _load_mask(request, contig, len(store.contigs)),
+            read_mask=lambda contig: _load_mask(request, contig, dict(store.contigs)),
         )
         _warn(network, request, plans)
         units = list_units(plans, pairs=len(chosen))
@@ -293,6 +296,19 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     return work
 
 
+@contextlib.contextmanager
+def _remove_if_refused(directory: Path, work: Path) -> Iterator[None]:
+    """Remove the work directory after a BadRequest, unless blocks are done: another request may be made at once."""
+    try:
+        yield
+    except BadRequest:
+        if not any(work.glob("*.npz")):
+            shutil.rmtree(work, ignore_errors=True)
+            with contextlib.suppress(OSError):  # it holds something else
+                directory.rmdir()
+        raise
+
+
 def _read(request: Translation, network: CoalescenceModel, regions: list[Region], work: Path) -> GenotypeStore:
     """The genotypes, read before or now."""
     path = work / "genotypes.zarr"
@@ -306,18 +322,24 @@ def _read(request: Translation, network: CoalescenceModel, regions: list[Region]
         regions=extend_regions(regions, context=context),
         samples=request.samples,
         populations=request.populations,
-        masks=lambda contig: _load_mask(request, contig, len(source.contigs)),
+        masks=lambda contig: _load_mask(request, contig, dict(source.contigs)),
+        beyond_mask=request.mask_marks == "accessible",
     )
 
 
-def _load_mask(request: Translation, contig: str, contigs: int) -> np.ndarray | None:
-    """The mask of a contig, True = inaccessible."""
+def _load_mask(request: Translation, contig: str, lengths: dict[str, int | None]) -> np.ndarray | None:
+    """The mask of a contig, True = inaccessible, to its end if that is known.
+
+    After the last interval of a BED file, everything is inaccessible if intervals mark what is accessible, and the reverse.
+    """
     if request.mask is None or request.mask_marks is None:
         return None
     is_array = request.mask.endswith(".npz")
-    if is_array and contigs > 1:
-        raise BadRequest(f"mask {request.mask} has one array, but {request.input} has {contigs} contigs; pass a BED file")
+    if is_array and len(lengths) > 1:
+        raise BadRequest(f"mask {request.mask} has one array, but {request.input} has {len(lengths)} contigs; pass a BED file")
     mask = read_mask(request.mask, contig=None if is_array else contig, marks=request.mask_marks)
+    length = lengths.get(contig) or len(mask)
+    mask = np.pad(mask[:length], (0, max(0, length - len(mask))), constant_values=request.mask_marks == "accessible")
     logger.info(describe_mask(f"{request.mask}, {contig}", mask))
     return mask
 
