@@ -1,7 +1,7 @@
 """Coalescence rates through time, and the effective population size Ne(t) that they imply, for each pair of populations.
 
-With S(t) the share of the genome whose TMRCA is above t, the rate of coalescence between t1 and t2 is ln(S(t1) / S(t2)) / (t2 - t1),
-and Ne is 1 / (2 rate) in diploid individuals. S is the mean over windows of the posterior probability of a TMRCA above t. That
+With S(t) the share of the genome whose TMRCA is above t, the rate of coalescence from t to u is ln(S(t) / S(u)) / (u - t), and
+Ne is 1 / (2 rate) in diploid individuals. S is the mean over windows of the posterior probability of a TMRCA above t. That
 differs from counting windows whose estimate is above t: estimates vary less than what they estimate, since each is drawn to the
 mean, so that their distribution is too narrow.
 """
@@ -17,15 +17,16 @@ from cxt.data.kernels import compiled
 from cxt.io import atomic_write
 from cxt.translation.tracks import CHUNK_PAIRS, CHUNK_WINDOWS, Tracks
 
-EPOCHS = 41
-"""Intervals of time; the last has no end."""
+EDGES = 10.0 ** (np.arange(9 * 12 + 1) / 12)
+"""Ends of intervals of time in generations, twelve to a factor of ten. They are those of all tracks, which can be compared."""
 
-FIRST_EDGE = 100.0
-"""Where intervals of equal ratio begin, in generations; the first reaches down to 0."""
+FEWEST = 0.005, 0.01
+"""The first interval ends where at most the first share of the genome of each pair of populations is younger, and the last one
+begins where less than the second share of each is older."""
 
 TAIL = 0.6
-"""Length of the tails of a posterior beyond its outer quantiles, as a share of the distance to the next quantile. With it, and the
-levels 0.025 and 0.25, the tails of a normal distribution have their mean where it is."""
+"""Length of the tails of a posterior beyond its outer quantiles, as a share of the distance to the next quantile. With levels
+of 0.025 and 0.25, the tails of a normal distribution then have their mean where it is."""
 
 
 class Rates(NamedTuple):
@@ -49,52 +50,31 @@ class Rates(NamedTuple):
             return 1 / (2 * self.rate)
 
 
-def choose_edges(largest: float) -> np.ndarray:
-    """Edges of the intervals of time: 0, and then of equal ratio from 100 generations to the power of ten below *largest*.
-
-    Parameters
-    ----------
-    largest : float
-        Largest TMRCA in generations. If it is below 1000, the intervals of equal ratio cover the two powers of ten below it.
-
-    Returns
-    -------
-    float64 array (41,)
-    """
-    high = np.floor(np.log10(largest))
-    low = np.log10(FIRST_EDGE) if high >= 3 else high - 2
-    edges = np.logspace(low, high, EPOCHS)
-    edges[0] = 0.0
-    return edges
-
-
 @compiled
-def _add_shares(knots, masses, weights, log_edges, above, above_time):
-    """Add to *above* (edges,) the weighted probability of a value above each edge, and to *above_time* (1,) the mean time there.
+def _add_shares(knots, masses, weights, log_edges, whole, whole_time, above, above_time):
+    """Add the weighted probability of a value above each edge, and the expectation of exp(value) there.
 
-    Each row of *knots* (rows, segments + 1), ascending ln times, has the probabilities *masses* (segments,) between them, evenly.
-    *above_time* is that of the last edge: the expectation of exp(value) where it is above.
+    Each row of *knots* (rows, segments + 1), ascending ln times, has the probabilities *masses* (segments,) between them,
+    evenly spread. A segment counts as a whole at all edges below it: it is added to *whole* and *whole_time* (edges + 1,) at
+    the number of these. Its part above an edge that it contains is added to *above* and *above_time* (edges,) at this edge.
     """
-    last = log_edges[-1]
     for i in range(len(knots)):
         if np.isnan(knots[i, 0]):
             continue
         for j in range(len(masses)):
             low, high = knots[i, j], knots[i, j + 1]
             mass = weights[i] * masses[j]
-            for k in range(len(log_edges)):
-                if log_edges[k] <= low:
-                    above[k] += mass
-                elif log_edges[k] < high:
-                    above[k] += mass * (high - log_edges[k]) / (high - low)
-                else:
-                    break
-            if high > last or low >= last:
-                start = max(low, last)
-                if high - low > 1e-9:
-                    above_time[0] += mass * (np.exp(high) - np.exp(start)) / (high - low)
-                else:
-                    above_time[0] += mass * np.exp(low)
+            k = np.searchsorted(log_edges, low, side="right")
+            whole[k] += mass
+            if high - low < 1e-9:
+                whole_time[k] += mass * np.exp(low)
+                continue
+            density = mass / (high - low)
+            whole_time[k] += density * (np.exp(high) - np.exp(low))
+            while k < len(log_edges) and log_edges[k] < high:
+                above[k] += density * (high - log_edges[k])
+                above_time[k] += density * (np.exp(high) - np.exp(log_edges[k]))
+                k += 1
 
 
 def extend_quantiles(quantiles: np.ndarray, levels: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -120,27 +100,37 @@ def extend_quantiles(quantiles: np.ndarray, levels: Sequence[float]) -> tuple[np
     return np.concatenate([first, values, last], axis=-1), np.diff([0.0, *levels, 1.0])
 
 
-def compute_shares(tracks: Tracks, log_edges: np.ndarray) -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
-    """Share of the genome with a TMRCA above each edge, for each pair of populations.
+class Shares(NamedTuple):
+    """How much of the genome has a TMRCA above given times.
+
+    groups : pairs of populations, in alphabetical order
+    above : float64 (groups, edges), share of the genome with a TMRCA above each edge
+    mean_time : float64 (groups, edges), mean TMRCA of that share in generations; NaN if there is none
+    """
+
+    groups: list[tuple[str, str]]
+    above: np.ndarray
+    mean_time: np.ndarray
+
+
+def compute_shares(tracks: Tracks, edges: np.ndarray) -> Shares:
+    """Share of the genome with a TMRCA above each edge, for each pair of populations that has an estimate anywhere.
 
     Parameters
     ----------
     tracks : Tracks
-    log_edges : float64 array (edges,)
-        In ln generations, ascending; may begin with -inf.
+    edges : float64 array (edges,)
+        In generations, positive and ascending.
 
     Returns
     -------
-    groups : list of (str, str)
-        Pairs of populations in alphabetical order.
-    above : float64 array (groups, edges)
-        NaN for a group without any estimate.
-    mean_time : float64 array (groups,)
-        Mean TMRCA in generations of what is above the last edge.
+    Shares
     """
     pairs = tracks.population_pairs
     groups = sorted(set(pairs))
-    above, above_time, total = np.zeros((len(groups), len(log_edges))), np.zeros((len(groups), 1)), np.zeros(len(groups))
+    log_edges = np.log(edges)
+    whole, whole_time = np.zeros((2, len(groups), len(edges) + 1))
+    above, above_time = np.zeros((2, len(groups), len(edges)))
     for name, _ in tracks.contigs:
         quantiles, start, end = (tracks.array(name, key) for key in ("quantiles", "start", "end"))
         widths = (np.asarray(end[:]) - np.asarray(start[:])).astype(np.float64)
@@ -148,51 +138,43 @@ def compute_shares(tracks: Tracks, log_edges: np.ndarray) -> tuple[list[tuple[st
             for left in range(0, len(widths), 16 * CHUNK_WINDOWS):
                 part = np.asarray(quantiles[begin : begin + CHUNK_PAIRS, left : left + 16 * CHUNK_WINDOWS])
                 width = widths[left : left + 16 * CHUNK_WINDOWS]
-                knots, masses = extend_quantiles(part, tracks.quantile_levels)
-                for row, one in enumerate(knots):
-                    group = groups.index(pairs[begin + row])
-                    total[group] += width[~np.isnan(one[:, 0])].sum()
-                    _add_shares(one, masses, width, log_edges, above[group], above_time[group])
+                for row, values in enumerate(part):
+                    knots, masses = extend_quantiles(values, tracks.quantile_levels)
+                    g = groups.index(pairs[begin + row])
+                    _add_shares(knots, masses, width, log_edges, whole[g], whole_time[g], above[g], above_time[g])
+    total = whole.sum(axis=1)
+    above += whole[:, ::-1].cumsum(axis=1)[:, -2::-1]
+    above_time += whole_time[:, ::-1].cumsum(axis=1)[:, -2::-1]
+    known = total > 0
     with np.errstate(invalid="ignore", divide="ignore"):
-        return groups, above / total[:, None], above_time[:, 0] / above[:, -1]
+        mean_time = (above_time / above)[known]
+    return Shares(
+        [group for group, is_known in zip(groups, known, strict=True) if is_known], above[known] / total[known, None], mean_time
+    )
 
 
 def rates_from_shares(above: np.ndarray, edges: np.ndarray, mean_time: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rates of coalescence, and the share of the genome that coalesces, in each interval.
+    """Rates of coalescence, and the share of the genome that coalesces, in the interval that begins at each edge.
 
     Parameters
     ----------
     above : float array (epochs,)
         Share of the genome with a TMRCA above each edge.
     edges : float array (epochs,)
-        In generations.
+        In generations, from 0.
     mean_time : float
-        Mean TMRCA of what is above the last edge.
+        Mean TMRCA of what is above the last edge. The rate after it is the inverse of the mean time to coalescence from there.
 
     Returns
     -------
     rate, share : float64 arrays (epochs,)
     """
-    # What is left after rounding of sums is nothing.
-    above = np.where(above < 1e-12, 0.0, above)
+    above = np.where(above < 1e-12, 0.0, above)  # what rounding has left
     with np.errstate(divide="ignore", invalid="ignore"):
         rate = np.log(above[:-1] / above[1:]) / np.diff(edges)  # infinite where all that is left coalesces
-        rate = np.where(above[:-1] > 0, rate, np.nan)
-        last = 1 / (mean_time - edges[-1]) if above[-1] > 0 else np.nan
-    return np.append(np.maximum(rate, 0.0), last), np.append(above[:-1] - above[1:], above[-1])
-
-
-def find_largest(tracks: Tracks) -> float | None:
-    """Largest posterior median of the TMRCA in generations, or None if every window is missing."""
-    largest = -np.inf
-    middle = tracks.quantile_levels.index(0.5)
-    for name, _ in tracks.contigs:
-        quantiles = tracks.array(name, "quantiles")
-        for begin in range(0, quantiles.shape[0], CHUNK_PAIRS):
-            for left in range(0, quantiles.shape[1], 16 * CHUNK_WINDOWS):
-                part = np.asarray(quantiles[begin : begin + CHUNK_PAIRS, left : left + 16 * CHUNK_WINDOWS, middle])
-                largest = max(largest, float(np.max(part, initial=-np.inf, where=~np.isnan(part))))
-    return float(np.exp(largest)) if np.isfinite(largest) else None
+    rate = np.where(above[:-1] > 0, np.maximum(rate, 0.0), np.nan)
+    last = 1 / (mean_time - edges[-1]) if above[-1] > 0 else np.nan
+    return np.append(rate, last), np.append(above[:-1] - above[1:], above[-1])
 
 
 def coalescence_rates(tracks: Tracks) -> list[Rates]:
@@ -207,17 +189,17 @@ def coalescence_rates(tracks: Tracks) -> list[Rates]:
     list of Rates
         In alphabetical order, all with the same intervals; empty if every window is missing.
     """
-    largest = find_largest(tracks)
-    if largest is None:
+    groups, above, mean_time = compute_shares(tracks, EDGES)
+    if not groups:
         return []
-    edges = choose_edges(largest)
-    with np.errstate(divide="ignore"):
-        log_edges = np.log(edges)
-    groups, above, mean_time = compute_shares(tracks, log_edges)
+    first = int(np.argmax((above < 1 - FEWEST[0]).any(axis=0))) - 1  # the last edge with almost nothing below it
+    last = int(np.argmax((above < FEWEST[1]).all(axis=0)))  # the first one with almost nothing above it
+    chosen = slice(max(first, 0), last + 1 if last else len(EDGES))
+    edges = np.append(0.0, EDGES[chosen])
     found = []
-    for group, shares, time in zip(groups, above, mean_time, strict=True):
-        if not np.isnan(shares).any():
-            found.append(Rates(group, edges, *rates_from_shares(shares, edges, time)))
+    for group, shares, times in zip(groups, above, mean_time, strict=True):
+        values = rates_from_shares(np.append(1.0, shares[chosen]), edges, times[chosen][-1])
+        found.append(Rates(group, edges, *values))
     return found
 
 

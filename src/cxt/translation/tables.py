@@ -42,8 +42,8 @@ def format_header(tracks: Tracks) -> str:
         f"mutation rate: {_or_none(about.get('mutation_rate'), ' per bp and generation')}",
         f"generation time: {_or_none(years, ' years')}",
         f"calibration: {calibration if isinstance(calibration, str) else _or_none(calibration)}",
-        "units: mean_ln_tmrca and sd_ln_tmrca of the natural logarithm of generations; tmrca_generations (the posterior median), "
-        "tmrca_2.5 and tmrca_97.5 (ends of the 95% interval) in generations",
+        "units: mean_ln_tmrca and sd_ln_tmrca of the natural logarithm of generations; tmrca_generations (the posterior "
+        "median), tmrca_2.5 and tmrca_97.5 (ends of the 95% interval) in generations",
         f"accessible: share of the bases of the window; windows with less than {about.get('min_accessible')} are missing (nan)",
     ]
     return "".join(f"# {_cell(line)}\n" for line in lines) + "\t".join(columns) + "\n"
@@ -61,8 +61,8 @@ def _cell(text: str) -> str:
 def write_table(tracks: Tracks, path) -> None:
     """Write tracks as a table, `tracks.tsv.gz`, with its index.
 
-    Rows are ordered by contig, window and pair. The index is `<path>.tbi`, or `<path>.csi` if a window ends beyond 2^29 bp. Both
-    are put in place when they are complete.
+    Rows are ordered by contig, window and pair. The index is `<path>.tbi`, or `<path>.csi` if a window ends beyond 2^29 bp.
+    Both are put in place when they are complete.
 
     Parameters
     ----------
@@ -142,8 +142,8 @@ def name_files(pair_names: list[tuple[str, str]], suffix: str) -> list[str]:
 def write_bigwigs(tracks: Tracks, directory) -> None:
     """Write one bigWig file for each pair, with the posterior median of the TMRCA in generations, and a list of the files.
 
-    Missing windows are left out. The list, `files.tsv`, has the columns file, haplotype_1 and haplotype_2. The directory gets its
-    name, and replaces an earlier one, when it is complete.
+    Missing windows are left out. The list, `files.tsv`, has the columns file, haplotype_1 and haplotype_2. The directory gets
+    its name, and replaces an earlier one, when it is complete.
 
     Parameters
     ----------

@@ -75,7 +75,7 @@ class Tracks:
     Attributes
     ----------
     attributes : dict
-        How the tracks were made: model, window_size, time_scale, mutation_rate, generation_time (years), calibration, and so on.
+        How the tracks were made: model, window_size, time_scale, mutation_rate, generation_time (years), calibration, etc.
     haplotypes : list of (str, str or None)
         Name and population.
     pairs : int64 array (pairs, 2)
@@ -93,16 +93,13 @@ class Tracks:
         self.path = Path(path)
         if (self.path / "tracks.zarr").is_dir():
             self.path = self.path / "tracks.zarr"
-        if not self.path.is_dir():
+        if not (self.path / "zarr.json").is_file():
             raise BadRequest(f"{path} holds no tracks; give the directory that `cxt translate --out` wrote, or its tracks.zarr")
         try:
             self._group = zarr.open_group(self.path, mode="r", zarr_format=3)
             self.attributes = dict(self._group.attrs)
         except (OSError, KeyError, ValueError) as error:
-            raise BadRequest(
-                f"{path} holds no tracks ({type(error).__name__} on opening it in Zarr format); give the directory that "
-                "`cxt translate --out` wrote, or its tracks.zarr"
-            ) from None
+            raise BadRequest(f"{self.path} cannot be read in Zarr format ({type(error).__name__}: {error})") from None
         if (version := self.attributes.get("cxt_tracks")) != VERSION:
             found = "has other content" if version is None else f"holds tracks of version {version}, not {VERSION}"
             raise BadRequest(f"{path} {found}; give a directory that `cxt translate --out` wrote with this version of cxt")
@@ -118,8 +115,8 @@ class Tracks:
                 if array is not None and array.nchunks_initialized < array.nchunks:
                     lost = array.nchunks - array.nchunks_initialized
                     raise BadRequest(
-                        f"{path} is incomplete: {lost} of {array.nchunks} files of {array.path} are missing; copy it again, as a "
-                        "whole directory"
+                        f"{path} is incomplete: {lost} of {array.nchunks} files of {array.path} are missing; copy it again, as "
+                        "a whole directory"
                     )
 
     def __repr__(self) -> str:
@@ -226,6 +223,7 @@ class TrackWriter:
             "replicate": replicates,
         }
         self._written = np.zeros(self._sizes["pair"], dtype=bool)
+        self._arrays: dict[str, zarr.Array] = {}  # of the last contig; opened again, they would leave out chunks without values
         self._group = zarr.open_group(self.temporary, mode="w", zarr_format=3)
 
     def add_contig(
@@ -255,6 +253,7 @@ class TrackWriter:
                 dimension_names=dimensions,
                 config={"write_empty_chunks": True},  # so that a file that was lost is noticed
             )  # fmt: skip
+            self._arrays[key] = array
             if whole and array.size:
                 array[:] = np.asarray(given[key])
 
@@ -271,9 +270,8 @@ class TrackWriter:
         expected = set(PER_PAIR) - (set() if self.replicates else {"replicates"})
         if set(arrays) != expected:
             raise ValueError(f"arrays {sorted(expected)} are needed, got {sorted(arrays)}")
-        place = len(self.contigs) - 1
         for key, values in arrays.items():
-            array = self._group[f"{place}/{key}"]
+            array = self._arrays[key]
             if array.size:
                 array[(slice(None), rows) if key == "replicates" else rows] = np.asarray(values, dtype=np.float32)
         self._written[rows] = True
