@@ -110,6 +110,8 @@ class Contrastive(nn.Module):
         Widths of the feature windows, in base windows.
     """
 
+    _pooling: torch.Tensor  # (spans, W), the weights of means over spans
+
     def __init__(self, model: CoalescenceModel, training: TrainingConfig, *, criterion: Criterion, scales: Sequence[int]):
         super().__init__()
         width, windows = model.config.width, model.config.windows

@@ -114,13 +114,17 @@ def build_objective(model: CoalescenceModel, training: TrainingConfig, *, scales
     scales : sequence of int, optional
         Widths of the feature windows, in base windows; required by `masked` and `contrastive` only.
     """
-    if training.objective in ("masked", "contrastive") and scales is None:
-        raise TypeError(f"the objective {training.objective} needs the scales of the input")
     if training.objective == "masked":
-        return Masked(model, training, scales=scales)
+        return Masked(model, training, scales=_require_scales(scales, training))
     config = model.config
     criterion = Criterion(training.losses, Grid(config.grid_low, config.grid_high, config.bins))
     criterion.to(model.backbone.head.weight.device)
     if training.objective == "contrastive":
-        return Contrastive(model, training, criterion=criterion, scales=scales)
+        return Contrastive(model, training, criterion=criterion, scales=_require_scales(scales, training))
     return OBJECTIVES[training.objective](criterion, training)
+
+
+def _require_scales(scales: Sequence[int] | None, training: TrainingConfig) -> Sequence[int]:
+    if scales is None:
+        raise TypeError(f"the objective {training.objective} needs the scales of the input")
+    return scales
