@@ -33,7 +33,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 
 KINDS = (
     "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked", "lora",
-    "weights", "ema", "ema_adapter",
+    "weights", "ema", "ema_adapter", "contrastive",
 )  # fmt: skip
 
 
@@ -78,6 +78,10 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--noise", "{thinning: 0.2, genotype_errors: 0.01, phase_switches: 0.1, initial_factor: 0}",
         ],
         "masked": ["--dataset-path", dataset, "--objective", "masked", "--masked", "{span: 3}", "--optimizer", "muon"],
+        "contrastive": [
+            "--dataset-path", dataset, "--objective", "contrastive", "--contrastive", "{span: 5}", "--optimizer", "muon",
+            "--reads-rates", "true",
+        ],
         "weights": ["--dataset-path", dataset, "--weight-noise", 0.1, "--quantized-bits", 4],
         "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
         "ema": ["--dataset-path", dataset, "--optimizer", "muon", "--ema-decay", 0.95, "--export", "best"],
@@ -101,7 +105,7 @@ FEW = [
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
     ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
-    ("lora", 2, 3, 1), ("weights", 0, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1),
+    ("lora", 2, 3, 1), ("weights", 0, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1), ("contrastive", 2, 3, 1),
 ]  # fmt: skip
 
 

@@ -215,6 +215,10 @@ BAD = [
     ({"models": {"broad_adapter": {"training": {"objective": "masked"}}}}, "^models.broad_adapter: the objective masked cannot train an adapter"),  # noqa: E501
     ({"models": {"broad": {"training": {"objective": "masked"}}, "broad_adapter": {"adapter": {"unfreeze_strategy": "ln"}}}}, "^models.broad_adapter: .* does not train the head"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "masked", "ema_decay": 0.9}}}}, "^models.narrow: ema_decay cannot be used"),  # noqa: E501
+    ({"training": {"objective": "contrastiv"}}, "training.objective .*'contrastiv'.*did you mean 'contrastive'"),
+    ({"training": {"contrastive": {"spn": 8}}}, "training.contrastive.spn: unknown key; did you mean 'span'"),
+    ({"models": {"narrow": {"training": {"objective": "contrastive", "batch_size": 1}}}}, "^models.narrow: the objective contrastive compares the examples of a batch, but batch_size is 1"),  # noqa: E501
+    ({"models": {"w200_wmissing": {"training": {"objective": "contrastive"}}}}, "^models.w200_wmissing: the objective contrastive cannot train on a dataset with a mask"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "masked"}, "evaluation": ["constant"]}}}, "^models.narrow: `evaluation` cannot be used with the objective masked"),  # noqa: E501
     ({"models": {"narrow": {"training": {"objective": "autoregressive"}}}, "evaluation": {"reading": "marginal"}}, "^evaluation.reading: models.narrow was trained with the objective autoregressive"),  # noqa: E501
     ({"models": {"lora": LORA | {"lora_of": None}}}, "^models.lora.lora: LoRA needs a trained base; name one with `lora_of`"),

@@ -63,6 +63,8 @@ def check_training(
         raise BadRequest(
             "ema_decay cannot be used with the objective masked, whose head and mask vector are not averaged; set it to 0"
         )
+    if objective == "contrastive":
+        _check_contrastive(training, network)
     if training.weight_noise and adapter is not None:
         raise BadRequest(
             "weight_noise cannot be used with an adapter, whose backbone is trained without dropout and noise; set it to 0"
@@ -76,4 +78,25 @@ def check_training(
         raise BadRequest(
             "the objective masked trains no head for times, and LoRA leaves the head as it is; train all weights, with "
             "`checkpoint` instead of `lora_of`"
+        )
+
+
+def _check_contrastive(training: TrainingConfig, network: ModelConfig) -> None:
+    """BadRequest for what the objective contrastive cannot be combined with."""
+    if training.batch_size == 1:
+        raise BadRequest("the objective contrastive compares the examples of a batch, but batch_size is 1; set it to 2 or more")
+    if not network.mask_singletons:
+        raise BadRequest(
+            "the objective contrastive cannot train on a dataset with a mask: two views of an example have the same "
+            "inaccessible intervals, which alone tell that they belong together; use a dataset without a mask, or another "
+            "objective"
+        )
+    if not any(term.weight or term.final_weight for term in training.losses):
+        raise BadRequest(
+            "all weights in losses are 0, so that the objective contrastive would not train the head for times; give one of "
+            "them a positive weight"
+        )
+    if training.ema_decay:
+        raise BadRequest(
+            "ema_decay cannot be used with the objective contrastive, whose projection is not averaged; set it to 0"
         )

@@ -21,14 +21,14 @@ from cxt.config.type_descriptions import Expected
 from cxt.config.yaml import parse_yaml
 from cxt.errors import BadRequest
 
-Objective = Literal["autoregressive", "marginal", "joint", "distill", "masked"]
+Objective = Literal["autoregressive", "marginal", "joint", "distill", "masked", "contrastive"]
 Reading = Literal["marginal", "sampled"]
 LossName = Literal["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"]
 OptimizerName = Literal["adamw", "muon", "adam", "sgd", "adafactor", "lion"]
 
 READINGS: dict[str, tuple[Reading, ...]] = {
     "autoregressive": ("sampled",), "marginal": ("marginal",), "joint": ("marginal", "sampled"),
-    "distill": ("marginal",), "masked": (),
+    "distill": ("marginal",), "masked": (), "contrastive": ("marginal",),
 }  # fmt: skip
 """Ways to read times from a network, by the objective that it was trained with; the first is the default."""
 
@@ -186,6 +186,18 @@ class Masking(Section):
     random windows, and 10% stay as they are."""
 
 
+class Contrast(Section):
+    """How the objective `contrastive` compares two views of each example."""
+
+    weight: Positive = 0.1
+    """Weight of InfoNCE, the loss of telling which views belong together; those of the losses of times are in `losses`."""
+    temperature: Positive = 0.1
+    """Divides the cosines that are compared: the lower, the more the most similar other views count."""
+    span: PositiveInteger = 16
+    """Windows whose states are averaged, and compared with those of all other spans of the batch. With at least as many as
+    the sequence has, whole sequences are compared."""
+
+
 def _read_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
@@ -224,6 +236,7 @@ AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
 AnyDistillation = Annotated[Distillation, BeforeValidator(_read_text)]
 AnyNoise = Annotated[Noise, BeforeValidator(_read_text)]
 AnyMasking = Annotated[Masking, BeforeValidator(_read_text)]
+AnyContrast = Annotated[Contrast, BeforeValidator(_read_text)]
 
 
 def as_json(value: Any) -> Any:

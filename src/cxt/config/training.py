@@ -23,10 +23,12 @@ from cxt.config.bounds import (
 from cxt.config.learning import (
     Adaptive,
     AnyAdaptive,
+    AnyContrast,
     AnyDistillation,
     AnyMasking,
     AnyNoise,
     AnyOptimizer,
+    Contrast,
     Distillation,
     LossTerm,
     LossTerms,
@@ -73,13 +75,16 @@ class TrainingFields(Section):
     published, so that it is read by sampling; `marginal`, each window from the sources alone, so that it is read in one pass;
     `joint`, both; `distill`, as `marginal`, and also what a `teacher` says. `masked`, for research, hides windows of the input
     and predicts their counts, so that it needs no times; its networks are starting points for others, and cannot be read
-    themselves. All networks have the same tensors, so that any of them can start from any other."""
+    themselves. `contrastive`, for research, is `marginal`, and also learns which halves of the sites are of the same genealogy.
+    All networks have the same tensors, so that any of them can start from any other."""
     joint_weight: NonNegative = 0.5
     """Weight of the marginal losses in the `joint` objective; that of the autoregressive ones is 1."""
     distill: AnyDistillation = Distillation()
     """`distill` only: how the teacher is read, and what its distributions count."""
     masked: AnyMasking = Masking()
     """`masked` only: which windows are hidden."""
+    contrastive: AnyContrast = Contrast()
+    """`contrastive` only: what is compared, and what it counts."""
     rates_dropout: Fraction = 0.5
     """Probability with which each rate of an example is hidden from a network that reads rates, in training only, so that it
     also learns to do without."""
@@ -220,7 +225,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "masked", "noise", "weight_noise", "quantized_bits", "ema_decay",
+    "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""

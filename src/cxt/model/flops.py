@@ -8,7 +8,8 @@ attend. A forward pass over one example, for W windows, width D, L blocks, H sca
     head        2·W·D·vocabulary
     embedding   2 channels × H·W × 2·(n·D/H + (D/H)²)
 
-A marginal or masked pass has the W sources only; a joint one applies the head to sources and targets.
+A marginal or masked pass has the W sources only; a joint one applies the head to sources and targets. A contrastive one is
+a marginal pass, and two more without the head.
 
 A backward pass takes as much again for the gradients of activations, and once more for those of trained matrices.
 """
@@ -25,11 +26,12 @@ def forward_flops(network: ModelConfig, *, objective: str = "autoregressive") ->
     tokens = windows if sources_only else 2 * windows
     predictions = 2 * windows if objective == "joint" else windows
     outputs = 2 * (network.samples - 1) if objective == "masked" else network.vocabulary
+    passes = 3 if objective == "contrastive" else 1
     return {
-        "blocks": tokens * 24 * width**2 * network.layers,
-        "attention": 4 * width * live * network.layers,
+        "blocks": passes * tokens * 24 * width**2 * network.layers,
+        "attention": passes * 4 * width * live * network.layers,
         "head": 2 * predictions * width * outputs,
-        "embedding": 2 * network.scales * windows * 2 * (network.samples * hidden + hidden**2),
+        "embedding": passes * 2 * network.scales * windows * 2 * (network.samples * hidden + hidden**2),
     }
 
 

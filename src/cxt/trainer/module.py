@@ -178,9 +178,9 @@ class TrainingModule(pl.LightningModule):
 
 
 class Reseed(Callback):
-    """Seeds dropout and masks by (seed, batch number, rank), so that a resumed run draws the same numbers.
+    """Seeds dropout, masks and views by (seed, batch number, rank), so that a resumed run draws the same numbers.
 
-    All validations draw the same masks, so that their losses can be compared.
+    All validations draw the same masks and views, so that their losses can be compared.
     """
 
     def __init__(self, seed: int):
@@ -192,6 +192,6 @@ class Reseed(Callback):
         torch.manual_seed(torch_seed(self.seed, "dropout", trainer.global_rank, number=number))
 
     def on_validation_batch_start(self, trainer, module, batch, batch_index, dataloader_index=0) -> None:
-        """Seed it for the masks of a validation batch; other objectives draw nothing there."""
-        if module.training_config.objective == "masked":
+        """Seed it for the masks or views of a validation batch; other objectives draw nothing there."""
+        if module.training_config.objective in ("masked", "contrastive"):
             torch.manual_seed(torch_seed(self.seed, "validation", trainer.global_rank, number=batch_index))

@@ -1,7 +1,7 @@
 """Objectives: what a network learns to predict, from which positions.
 
 An objective takes a batch and returns the values of its loss terms. The loss is their sum, each times its weight.
-The one that needs no times is in `cxt.trainer.masked`.
+Those for research, which have parameters of their own, are in `cxt.trainer.masked` and `cxt.trainer.contrastive`.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from cxt.config.training import TrainingConfig
 from cxt.data.grid import Grid
 from cxt.model.inputs import check_tokens
 from cxt.model.transformer import CoalescenceModel
+from cxt.trainer.contrastive import Contrastive
 from cxt.trainer.losses import Criterion, compute_distillation_loss, spread_over_bins
 from cxt.trainer.masked import Masked
 
@@ -98,7 +99,7 @@ class Distill:
         return torch.cat([divergence[None], self.criterion(logits, y[:, 1:].flatten())])
 
 
-AnyObjective = Autoregressive | Marginal | Joint | Distill | Masked
+AnyObjective = Autoregressive | Marginal | Joint | Distill | Masked | Contrastive
 OBJECTIVES = {"autoregressive": Autoregressive, "marginal": Marginal, "joint": Joint, "distill": Distill}
 
 
@@ -111,12 +112,19 @@ def build_objective(model: CoalescenceModel, training: TrainingConfig, *, scales
     training : TrainingConfig
         Its `objective`, and the settings of that.
     scales : sequence of int, optional
-        Widths of the feature windows, in base windows; required by `masked` only.
+        Widths of the feature windows, in base windows; required by `masked` and `contrastive` only.
     """
     if training.objective == "masked":
-        if scales is None:
-            raise TypeError("the objective masked needs the scales of the input")
-        return Masked(model, training, scales=scales)
+        return Masked(model, training, scales=_require_scales(scales, training))
     config = model.config
     criterion = Criterion(training.losses, Grid(config.grid_low, config.grid_high, config.bins))
-    return OBJECTIVES[training.objective](criterion.to(model.backbone.head.weight.device), training)
+    criterion.to(model.backbone.head.weight.device)
+    if training.objective == "contrastive":
+        return Contrastive(model, training, criterion=criterion, scales=_require_scales(scales, training))
+    return OBJECTIVES[training.objective](criterion, training)
+
+
+def _require_scales(scales: Sequence[int] | None, training: TrainingConfig) -> Sequence[int]:
+    if scales is None:
+        raise TypeError(f"the objective {training.objective} needs the scales of the input")
+    return scales

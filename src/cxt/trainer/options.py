@@ -228,7 +228,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
 
-STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "noise")
+STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 NUMBERS = {

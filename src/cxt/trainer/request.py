@@ -328,6 +328,8 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(f"decode_items has no effect with the objective {training.objective}, which predicts no times")
     if training.masked != defaults.masked and training.objective != "masked":
         notes.append(f"masked has no effect with the objective {training.objective}")
+    if training.contrastive != defaults.contrastive and training.objective != "contrastive":
+        notes.append(f"contrastive has no effect with the objective {training.objective}")
     if training.losses != defaults.losses and training.objective == "masked":
         notes.append("losses has no effect with the objective masked, which has a loss of its own")
     for name in ("cycles", "cycle_decay"):
