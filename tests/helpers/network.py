@@ -37,8 +37,11 @@ def dense_logits(model, x, y):
     if config.mask_singletons:
         x[..., 0] = 0
     embedding = backbone.source_embedding
-    h = F.linear(x, embedding.inner.weight, embedding.inner.bias)
-    h = F.linear(F.gelu(h), embedding.outer.weight, embedding.outer.bias)
+    if config.separate_embeddings:
+        h = embed_separately(embedding, x, config)
+    else:
+        h = F.linear(x, embedding.inner.weight, embedding.inner.bias)
+        h = F.linear(F.gelu(h), embedding.outer.weight, embedding.outer.bias)
     h = 0.7 * h[:, 0] + 0.3 * h[:, 1]  # (B, S, W, D / S)
     source = torch.cat([h[:, s] for s in range(config.scales)], dim=-1)
     h = torch.cat([source, backbone.token_embedding.weight[y]], dim=1)  # (B, 2W + 1, D)
@@ -58,6 +61,18 @@ def dense_logits(model, x, y):
         h = h + block.attention.out(torch.cat(out, dim=-1))
         h = h + block.mlp.down(F.gelu(block.mlp.up(block.norm_mlp(h))))
     return backbone.head(backbone.norm(h))[:, windows:-1]
+
+
+def embed_separately(embedding, x, config):
+    """(B, 2, S, W, n) -> (B, 2, S, W, D / S), by the rows of the weights that belong to each channel and scale."""
+    hidden = config.width // config.scales
+    h = x.new_empty((*x.shape[:-1], hidden))
+    for channel in range(2):
+        for scale in range(config.scales):
+            rows = slice((channel * config.scales + scale) * hidden, (channel * config.scales + scale + 1) * hidden)
+            inner = F.linear(x[:, channel, scale], embedding.inner.weight[rows], embedding.inner.bias[rows])
+            h[:, channel, scale] = F.linear(F.gelu(inner), embedding.outer.weight[rows], embedding.outer.bias[rows])
+    return h
 
 
 def slow_rotate(x):

@@ -133,7 +133,14 @@ def test_null_removes_keys_and_entries():
 def test_children_inherit_sizes_but_not_masking():
     config = load()
     assert build_network_config(config, "w200_wmissing_adapter") == ModelConfig(
-        layers=4, width=128, dropout=0.0, windows=100, window_size=200, mask_singletons=False, reads_rates=True
+        layers=4,
+        width=128,
+        dropout=0.0,
+        windows=100,
+        window_size=200,
+        mask_singletons=False,
+        reads_rates=True,
+        separate_embeddings=True,
     )
     assert build_adapter_config(config, "w200_wmissing_adapter").samples == 10
     assert build_adapter_config(config, "broad_w200") is None

@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from cxt.data.features import compute_missing_fraction
 from cxt.config.datasets import Mask
+from cxt.data.features import compute_missing_fraction
 from cxt.data.masks import cut_mask, describe_mask, draw_synthetic_mask, read_mask, write_mask
 from cxt.errors import BadRequest
 

@@ -14,8 +14,11 @@ from cxt.trainer.optimizers import parameter_groups
 
 @pytest.mark.parametrize("start_token_in_prefix", [False, True])
 @pytest.mark.parametrize("mask_singletons", [False, True])
-def test_equals_dense_mask(start_token_in_prefix, mask_singletons):
-    config = SMALL.replace(start_token_in_prefix=start_token_in_prefix, mask_singletons=mask_singletons)
+@pytest.mark.parametrize("separate_embeddings", [False, True])
+def test_equals_dense_mask(start_token_in_prefix, mask_singletons, separate_embeddings):
+    config = SMALL.replace(
+        start_token_in_prefix=start_token_in_prefix, mask_singletons=mask_singletons, separate_embeddings=separate_embeddings
+    )
     model = model_of(config)
     x, y = inputs()
     given = x.clone()

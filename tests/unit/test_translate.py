@@ -10,9 +10,9 @@ import msprime
 import numpy as np
 import pysam
 import pytest
+import torch
 import tskit
 import tszip
-import torch
 from bio2zarr import vcf as vcf2zarr
 from helpers.repository import run_python
 from helpers.training import objective_record

@@ -43,9 +43,11 @@ class Architecture(Section):
     reads_rates: Flag = False
     """Read the mutation rate and the recombination rate of an example, where they are known. A model can add it to what its
     parent reads."""
+    separate_embeddings: Flag = False
+    """Embed the counts of each channel and scale by weights of their own. The published network has the same weights for all."""
 
 
-SIZES = ("layers", "heads", "width", "dropout", "reads_rates")
+SIZES = ("layers", "heads", "width", "dropout", "reads_rates", "separate_embeddings")
 """Settings that a model inherits from its parent."""
 
 
@@ -239,7 +241,7 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' has "
             f"{parent.scales}"
         )
-    for key in ("layers", "heads", "width", "samples", "bins"):
+    for key in ("layers", "heads", "width", "samples", "bins", "separate_embeddings"):
         child_value, parent_value = getattr(child.network, key), getattr(parent.network, key)
         if child_value != parent_value:
             raise BadRequest(

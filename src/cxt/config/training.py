@@ -231,7 +231,7 @@ SETTINGS_SINCE_FORMAT_1 = (
 current."""
 
 
-ARCHITECTURE_SINCE_FORMAT_1 = {"reads_rates": False}
+ARCHITECTURE_SINCE_FORMAT_1 = {"reads_rates": False, "separate_embeddings": False}
 """The same for settings of the network, with their defaults."""
 
 

@@ -32,13 +32,18 @@ CHUNKS = 8
 
 
 class SourceEmbedding(nn.Module):
-    """Maps the counts of one window to one vector, by the same two-layer perceptron for every channel and scale."""
+    """Maps the counts of one window to one vector, by a two-layer perceptron.
+
+    It is the same for every channel and scale, or one for each with `separate_embeddings`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         hidden = config.width // config.scales
-        self.inner = nn.Linear(config.samples, hidden)
-        self.outer = nn.Linear(hidden, hidden)
+        perceptrons = 2 * config.scales if config.separate_embeddings else 1
+        self.inner = nn.Linear(config.samples, perceptrons * hidden)
+        self.outer = nn.Linear(hidden, perceptrons * hidden)
+        self.is_separate = config.separate_embeddings
         self.dropout = nn.Dropout(config.dropout)
         bins = torch.ones(config.samples)
         bins[0] = 0.0 if config.mask_singletons else 1.0
@@ -47,10 +52,27 @@ class SourceEmbedding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Embed the log1p counts of each window: (B, 2, S, W, n) -> (B, W, D)."""
         # Masking bin 0 in the weights is equivalent to masking it in x, and avoids a copy of x.
-        x = F.linear(x, self.inner.weight * self.bins, self.inner.bias)
-        x = self.dropout(self.outer(F.gelu(x)))  # (B, 2, S, W, D / S)
+        inner = self.inner.weight * self.bins
+        if self.is_separate:
+            x = self._embed_separately(x, inner)
+        else:
+            x = self.outer(F.gelu(F.linear(x, inner, self.inner.bias)))
+        x = self.dropout(x)  # (B, 2, S, W, D / S)
         x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
         return x.transpose(1, 2).flatten(2)  # scale-major within a window
+
+    def _embed_separately(self, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """Embed by the perceptron of each channel and scale: (B, 2, S, W, n) -> (B, 2, S, W, D / S)."""
+        batch, channels, scales, windows, samples = x.shape
+        perceptrons = channels * scales
+        x = x.permute(1, 2, 0, 3, 4).reshape(perceptrons, batch * windows, samples)
+
+        def apply(x, weight, bias):
+            weight = weight.reshape(perceptrons, -1, weight.shape[1]).transpose(1, 2)  # (2 S, in, D / S)
+            return torch.baddbmm(bias.reshape(perceptrons, 1, -1), x, weight)
+
+        x = apply(F.gelu(apply(x, inner, self.inner.bias)), self.outer.weight, self.outer.bias)
+        return x.reshape(channels, scales, batch, windows, -1).permute(2, 0, 1, 3, 4)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -75,6 +75,7 @@ class TrainingOptions:
     mask_singletons: bool | None
     start_token_in_prefix: bool | None
     reads_rates: bool | None
+    separate_embeddings: bool | None
     training: TrainingConfig
 
     @property

@@ -28,7 +28,16 @@ if TYPE_CHECKING:  # importing torch takes seconds
 
 logger = get_logger(__name__)
 
-NETWORK_FLAGS = ("layers", "heads", "width", "dropout", "mask_singletons", "start_token_in_prefix", "reads_rates")
+NETWORK_FLAGS = (
+    "layers",
+    "heads",
+    "width",
+    "dropout",
+    "mask_singletons",
+    "start_token_in_prefix",
+    "reads_rates",
+    "separate_embeddings",
+)
 """Flags whose default comes from the preset or, for sizes, from the parent if there is one."""
 
 ADAPTER_FLAGS = {

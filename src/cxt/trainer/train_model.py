@@ -41,6 +41,7 @@ def train_model(
     mask_singletons: bool | None = None,
     start_token_in_prefix: bool | None = None,
     reads_rates: bool | None = None,
+    separate_embeddings: bool | None = None,
     # The adapter
     adapter: bool | None = None,
     adapter_samples: int | None = None,

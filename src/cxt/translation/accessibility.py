@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 GAP_WINDOWS = 25
 """An inner stretch without variants counts as inaccessible if it is this many windows long, and `GAP_SPACINGS` as well."""
 
