@@ -233,7 +233,8 @@ def cost(args) -> dict:
         del ts
         command = [
             sys.executable, "-m", "cxt.commands.translate", str(path), "--model", args.model, "--out", f"{directory}/tracks",
-            "--pairs", "50", "--mutation-rate", "1.25e-8", "--recombination-rate", "1e-8", "--threads", "1", "--ancestral", "ref",
+            "--pairs", "50", "--mutation-rate", "1.25e-8", "--recombination-rate", "1e-8", "--threads", "1",
+            "--ancestral", "ref",
         ]  # fmt: skip
         subprocess.run(command, check=True)
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)

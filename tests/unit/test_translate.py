@@ -176,8 +176,8 @@ def test_a_wrong_rate_moves_a_track_and_nothing_else(here, tmp_path):
         first, second = (
             arrays(
                 cxt.translate(
-                    here / "genotypes.npz", model=tmp_path / f"{number}.ckpt", out=tmp_path / f"{number}{rate}", mutation_rate=rate,
-                    **settings,
+                    here / "genotypes.npz", model=tmp_path / f"{number}.ckpt", out=tmp_path / f"{number}{rate}",
+                    mutation_rate=rate, **settings,
                 )
             )
             for rate in (1e-7, 2.5e-7)

@@ -42,7 +42,8 @@ def describe_checkpoint(path) -> str:
         "network": f"{network.layers} blocks, {network.heads} heads, width {network.width}, dropout {network.dropout:g}; "
         f"{parameters:,} parameters",
         "input": f"{network.windows} windows of {network.window_size} bp, {network.samples} samples, {network.scales} scales"
-        f"{'' if network.mask_singletons else ', missingness in bin 0'}{', rates' if network.reads_rates else ''}{', separate embeddings' if network.separate_embeddings else ''}"
+        f"{'' if network.mask_singletons else ', missingness in bin 0'}{', rates' if network.reads_rates else ''}"
+        f"{', separate embeddings' if network.separate_embeddings else ''}"
         f"{', start token in the prefix' if network.start_token_in_prefix else ''}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
         "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in adapter),

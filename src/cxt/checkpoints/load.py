@@ -27,7 +27,8 @@ def load_model(
     name_or_path : str or path-like
         A name such as "broad", which is looked up as `broad.ckpt` in `$CXT_CHECKPOINT_CACHE`, `results/`,
         `~/.cache/cxt/checkpoints` and among the checkpoints that come with cxt, such as "small"; or the path of a `.ckpt` file
-        (also of the original package), a run directory, or an exported directory. A LoRA is merged into its base, which is looked for beside it and in the same directories.
+        (also of the original package), a run directory, or an exported directory. A LoRA is merged into its base, which is
+        looked for beside it and in the same directories.
     device : str or torch device
         Where to put it.
     best : bool

@@ -44,7 +44,7 @@ class Architecture(Section):
     """Read the mutation rate and the recombination rate of an example, where they are known. A model can add it to what its
     parent reads."""
     separate_embeddings: Flag = False
-    """Embed the counts of each channel and scale by weights of their own. The published network has the same weights for all."""
+    """Embed the counts of each channel and scale by weights of their own; published: the same for all."""
 
 
 SIZES = ("layers", "heads", "width", "dropout", "reads_rates", "separate_embeddings")

@@ -53,13 +53,14 @@ class SourceEmbedding(nn.Module):
         """Embed the log1p counts of each window: (B, 2, S, W, n) -> (B, W, D)."""
         # Masking bin 0 in the weights is equivalent to masking it in x, and avoids a copy of x.
         inner = self.inner.weight * self.bins
-        if self.is_separate:
-            x = self._embed_separately(x, inner)
-        else:
-            x = self.outer(F.gelu(F.linear(x, inner, self.inner.bias)))
-        x = self.dropout(x)  # (B, 2, S, W, D / S)
+        embedded = self._embed_separately(x, inner) if self.is_separate else self._embed_alike(x, inner)
+        x = self.dropout(embedded)  # (B, 2, S, W, D / S)
         x = CHANNEL_WEIGHTS[0] * x[:, 0] + CHANNEL_WEIGHTS[1] * x[:, 1]  # (B, S, W, D / S)
         return x.transpose(1, 2).flatten(2)  # scale-major within a window
+
+    def _embed_alike(self, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
+        """Embed all by the same perceptron: (B, 2, S, W, n) -> (B, 2, S, W, D / S)."""
+        return self.outer(F.gelu(F.linear(x, inner, self.inner.bias)))
 
     def _embed_separately(self, x: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
         """Embed by the perceptron of each channel and scale: (B, 2, S, W, n) -> (B, 2, S, W, D / S)."""
