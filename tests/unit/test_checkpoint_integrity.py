@@ -22,6 +22,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
 from cxt.commands import checkpoint as checkpoint_stage
 from cxt.config.network import ModelConfig
+from cxt.config.training import ARCHITECTURE_SINCE_FORMAT_1
 from cxt.errors import BadRequest
 from cxt.model.adapter import build_model
 from cxt.trainer.parents import read_parent
@@ -267,6 +268,16 @@ def test_records_that_are_not_understood(change, message, checkpoint, tmp_path):
     for read in readers:
         with pytest.raises(BadRequest, match=message):
             read(checkpoint)
+
+
+def test_records_from_before_a_setting_of_the_network(checkpoint):
+    about = read_checkpoint(checkpoint)
+    earlier = copy.deepcopy(about.record)
+    for key, default in ARCHITECTURE_SINCE_FORMAT_1.items():
+        assert earlier["model"].pop(key) == default
+    write_checkpoint(checkpoint, about.state_dict, earlier)
+    assert read_checkpoint(checkpoint).model == about.model
+    load_model(checkpoint)
 
 
 def test_records_of_other_types(checkpoint):

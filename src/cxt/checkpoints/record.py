@@ -11,6 +11,7 @@ import torch
 
 from cxt.config.learning import Objective
 from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.training import ARCHITECTURE_SINCE_FORMAT_1
 from cxt.errors import BadRequest
 
 FORMAT = 1
@@ -204,6 +205,7 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig 
             bits = _format_value(record["quantization"]["bits"])
             raise BadRequest(f"its quantization.bits must be {QUANTIZATION_BITS}, got {bits}; update cxt if the file is newer")
     _check_types(record["versions"], dict.fromkeys(record["versions"], TEXT), within="versions.")
+    record["model"] = ARCHITECTURE_SINCE_FORMAT_1 | record["model"]
     network = _build_configuration(ModelConfig, record["model"], within="model.")
     adapter = None if record["adapter"] is None else _build_configuration(AdapterConfig, record["adapter"], within="adapter.")
     lora = _build_lora(record)
