@@ -138,6 +138,11 @@ class VcfSource:
             raise BadRequest(f"{self.path} has no records, only a header")
         if "GT" not in self._header.formats and "GT" not in first.FORMAT:
             raise BadRequest(f"{self.path} has no genotypes: there is no GT in the header, nor in the column FORMAT")
+        if first.REF.isdigit():
+            raise BadRequest(
+                f"{self.path}: the reference allele of the first record is '{first.REF}', not a base; if the file was "
+                "written from a tree sequence with alleles 0 and 1, give the tree sequence, or simulate nucleotides"
+            )
         return first
 
     def _stream(self, vcf):
@@ -162,7 +167,7 @@ class VcfSource:
             yield variant
 
     def _query(self, vcf, regions: Sequence[Region]):
-        """Records that overlap *regions*, by the index."""
+        """Records within *regions*, by the index."""
         for region in regions:
             number = self._count(region)
             if not number:
@@ -171,7 +176,8 @@ class VcfSource:
             found = 0
             for variant in vcf(f"{contig}:{region.start + 1}-{'' if region.end is None else region.end}"):
                 found += 1
-                yield variant
+                if variant.start >= region.start:  # and no deletion that begins before it
+                    yield variant
             # cyvcf2 takes an error while it reads a region for its end.
             if found != number:
                 raise BadRequest(
