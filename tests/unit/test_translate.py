@@ -29,7 +29,7 @@ SIZE, WINDOWS = 500, 40
 LENGTH = 100_250  # 201 windows, the last of half a width
 
 
-def save_model(path, **changes):
+def save_model(path, *, ranges=None, **changes):
     """A network with random weights, such that its estimates depend on its input and on the position."""
     settings = {
         "layers": 2,
@@ -46,7 +46,7 @@ def save_model(path, **changes):
     model = build_model(config, None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": None}
+    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": ranges}
     record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record("marginal"))
     write_checkpoint(path, model.state_dict(), record)
     return path
@@ -291,6 +291,17 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
     assert all_bytes(tmp_path / "x") == expected
 
 
+def test_one_warning_of_each_kind(here, tmp_path, capsys):
+    """Their numbers differ from block to block; a chromosome must not give a warning for each."""
+    save_model(tmp_path / "narrow.ckpt", ranges={"diversity": [1e-7, 1e-6], "missingness": [0, 0]})
+    cxt.translate(here / "genotypes.npz", model=tmp_path / "narrow.ckpt", out=tmp_path / "x", batch_size=3, mutation_rate=1e-7)
+    (text, blocks), *others = json.loads((tmp_path / "x/summary.json").read_text())["warnings"].items()
+    assert not others
+    assert "diversity" in text
+    assert blocks == 9
+    assert capsys.readouterr().err.count("outside the range") == 2  # when it is met, and at the end
+
+
 def refusal(capsys, *arguments):
     """The message with which the command refuses its arguments."""
     from cxt.console import exit_on_bad_request
@@ -304,6 +315,8 @@ def refusal(capsys, *arguments):
 def test_bad_input(here, whole, tmp_path, capsys):
     common = ("--model", here / "tiny.ckpt", "--out", tmp_path / "x")
     data = here / "genotypes.npz"
+    everything = tmp_path / "everything.bed"
+    everything.write_text(f"1\t0\t{LENGTH}\n")
     for arguments, message in (
         ((data, "--model", here / "tiny.ckpt", "--out", here / "whole"), "holds a finished translation"),
         ((data, "--model", here / "tiny.ckpt", "--out", here), "is not empty and holds no translation"),
@@ -319,6 +332,13 @@ def test_bad_input(here, whole, tmp_path, capsys):
         ((data, *common, "--regions", "1:200001-300000"), "1"),
         ((data, *common, "--part", "3"), "--part must be K/N"),
         ((tmp_path / "nothing.vcf", *common), "there is no file"),
+        # What is wrong whatever the file holds, before a long file is read.
+        ((tmp_path / "nothing.vcf", *common, "--pairs", "whithin"), "did you mean 'within'?"),
+        ((tmp_path / "nothing.vcf", *common, "--pairs", "0"), "choose at least one pair"),
+        ((tmp_path / "nothing.vcf", *common, "--flank", "20"), "flank must be from 0 to 19 windows"),
+        ((tmp_path / "nothing.vcf", *common, "--batch-size", "0"), "batch_size must be a positive whole number"),
+        ((data, "--model", here / "tiny.ckpt", "--out", data), "is a file; --out must be a directory"),
+        ((data, *common, "--mask", everything, "--mask-marks", "inaccessible"), "does --mask-marks say what"),
         ((data, "--model", "smal", "--out", tmp_path / "x"), "no checkpoint 'smal'"),
         (("--out", tmp_path / "x"), "a file of genotypes must be given"),
     ):
@@ -347,6 +367,8 @@ def test_steps_and_parts(here, whole, tmp_path):
     run_python(*common, "--step", "read", "--force", cwd=tmp_path)
     failed = run_python(*common, "--step", "finish", cwd=tmp_path, check=False)
     assert failed.returncode == 1
+    assert "9 of 9 blocks of x are not translated yet" in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".work"]
     for part in ("2/3", "1/3", "3/3"):
         run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
     run_python(*common, "--step", "finish", cwd=tmp_path)

@@ -219,6 +219,8 @@ class _Reading:
         if not self.with_sites:
             total = sum(counts.values(), Counts())
             hint = " (--ancestral ref takes the reference allele as ancestral)" if total.ancestral_unknown else ""
+            if total.masked and total.masked == total.read:
+                hint = " (all records are inside the mask: does --mask-marks say what its intervals mean?)"
             raise BadRequest(f"no usable site is left{self._where()}{hint}:\n{table}")
         if self.unknown_length:
             names = _list_names(self.unknown_length)

@@ -14,8 +14,8 @@ from cxt.config.learning import choose_reading
 from cxt.config.translation import Translation
 from cxt.console import get_logger
 from cxt.data.masks import describe_mask, read_mask
-from cxt.errors import BadRequest
-from cxt.genotypes.pairs import choose_pairs
+from cxt.errors import BadRequest, Failed
+from cxt.genotypes.pairs import check_pairs, choose_pairs
 from cxt.genotypes.read import read_genotypes
 from cxt.genotypes.records import Region, Source
 from cxt.genotypes.selection import parse_region, resolve_regions
@@ -24,9 +24,10 @@ from cxt.genotypes.store import GenotypeStore
 from cxt.io import acquire_lock, atomic_write, check_writable, file_sha256
 from cxt.model.inputs import reads_missingness
 from cxt.model.transformer import CoalescenceModel
+from cxt.translation.blocks import choose_flank
 from cxt.translation.contigs import ContigPlan, extend_regions, plan_contigs
 from cxt.translation.estimates import Reader
-from cxt.translation.job import list_units, run_units
+from cxt.translation.job import list_missing, list_units, run_units
 from cxt.translation.output import write_output
 from cxt.translation.request import identify
 from cxt.translation.tracks import Tracks
@@ -200,6 +201,10 @@ def run_translation(
     checkpoint = find_checkpoint(request.model)
     network = load_model(checkpoint, device=_choose_device(device))
     way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
+    # What can be known before a long file is read.
+    check_pairs(request.pairs)
+    choose_flank(network.config.windows, request.flank)
+    batch = _choose_batch(batch_size, network)
     work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_remove_if_refused(directory, work))
@@ -228,13 +233,18 @@ def run_translation(
         )
         _warn(network, request, plans)
         units = list_units(plans, pairs=len(chosen))
-        reader = Reader(network, way, request, _choose_batch(batch_size, network))
+        reader = Reader(network, way, request, batch)
         if step in ("all", "blocks"):
             mine = units[part[0] - 1 :: part[1]]
             logger.info(f"translating {len(chosen)} pairs in {len({u.block for u in units})} blocks on {reader.device}")
             run_units(mine, reader=reader, store=store, pairs=chosen, work=work)
         if step == "blocks":
             return None
+        if missing := list_missing(units, work=work):
+            raise Failed(
+                f"{len(missing)} of {len(units)} blocks of {directory} are not translated yet, {missing[0]} among them; run the "
+                "step `blocks` for all of its parts, or all steps"
+            )
         tracks = write_output(
             directory, units, plans, request=request, reader=reader, store=store, pairs=chosen, work=work,
             checkpoint_sha256=file_sha256(checkpoint), bigwig=bigwig,
@@ -278,6 +288,8 @@ def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
 
 def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     """The work directory in *directory*, new or of the same request; BadRequest if there is anything else."""
+    if directory.exists() and not directory.is_dir():
+        raise BadRequest(f"{directory} is a file; --out must be a directory, new or empty")
     check_writable(directory / "summary.json")
     work = directory / ".work"
     known = work / "request.json"
