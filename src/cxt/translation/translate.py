@@ -295,7 +295,8 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     known = work / "request.json"
     finished = directory / "summary.json"
     if force:
-        if finished.exists() or (known.is_file() and known.read_text() != identity):
+        # Without request.json, what is left is of an interrupted removal.
+        if finished.exists() or not known.is_file() or known.read_text() != identity:
             for path in (finished, directory / "tracks.zarr", directory / "bigwig", work):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif finished.exists():
