@@ -226,6 +226,6 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
     else:
         advice = "choose --pairs within-individual, which needs no phase for diploids"
     raise BadRequest(
-        f"{what.format(names)} (0/1, not 0|1), so that the haplotypes are not known; phase the file, or {advice}; or take them "
+        f"{what} unphased (0/1, not 0|1), so that the haplotypes are not known; phase the file, or {advice}; or take them "
         "as they are: --assume-phased"
     )
