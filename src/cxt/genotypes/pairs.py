@@ -218,9 +218,7 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
         f" and {len(samples) - MAX_LISTED_SAMPLES} more" if len(samples) > MAX_LISTED_SAMPLES else ""
     )
     count = sum(unphased[name] for name in samples)
-    what = (
-        "1 heterozygous genotype of {} is unphased" if count == 1 else f"{count:,} heterozygous genotypes of {{}} are unphased"
-    )
+    what = f"1 heterozygous genotype of {names} is" if count == 1 else f"{count:,} heterozygous genotypes of {names} are"
     if (sample[first] == sample[second]).all():
         advice = "the copies of an individual need no phase only if there are two: leave out those that have more (--samples)"
     else:
