@@ -220,7 +220,7 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
     count = sum(unphased[name] for name in samples)
     what = f"1 heterozygous genotype of {names} is" if count == 1 else f"{count:,} heterozygous genotypes of {names} are"
     if (sample[first] == sample[second]).all():
-        advice = "the copies of an individual need no phase only if there are two: leave out those that have more (--samples)"
+        advice = "leave out individuals with more than two copies (--samples), who need phase for this, too"
     else:
         advice = "choose --pairs within-individual, which needs no phase for diploids"
     raise BadRequest(
