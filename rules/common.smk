@@ -265,6 +265,23 @@ def evaluation_devices(wildcards):
     return min(1, training_devices(wildcards))
 
 
+def translation_checkpoint(wildcards):
+    """The checkpoint of a translation as a list of inputs: one file, and the base of its LoRA.
+
+    Exit status 2 with a storage provider: the jobs of a translation share a directory, which is no output.
+    """
+    if STORED_ELSEWHERE:
+        print(
+            "cxt: translate: results in a storage cannot be translated, because the jobs of a translation share files that the "
+            "storage does not keep; remove the section, and use `cxt translate` with the checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    model = config["translate"][wildcards.translation]["model"]
+    path = translations.find_translation_checkpoint(config, wildcards.translation)
+    return [path, *(base_of(model) if model in config["models"] else [])]
+
+
 def translation_devices(wildcards):
     return config["translate"][wildcards.translation]["devices"]
 

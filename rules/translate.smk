@@ -1,6 +1,5 @@
 # After stage 3, for the entries of `translate:`. Inputs: the files of genotypes, masks and tables that an entry names, and the checkpoint.
-# Outputs: results/translate/<name>/, which also has the tracks in Zarr format. What is done so far is in a directory there, which is
-# no output.
+# Outputs: results/translate/<name>/. What is done so far is in a directory there, which is no output.
 
 
 # One job reads the genotypes, and the jobs of the parts find them in the work directory. The files that say that a step is done are
@@ -8,9 +7,7 @@
 rule translate_read:
     input:
         settings="results/settings/translations/{translation}.yaml",
-        checkpoint=lambda wildcards: translations.find_translation_checkpoint(
-            config, wildcards.translation
-        ),
+        checkpoint=translation_checkpoint,
         files=lambda wildcards: translations.list_translation_files(config, wildcards.translation),
     output:
         temp("results/translation_steps/{translation}/read"),
@@ -63,14 +60,36 @@ rule translate_blocks:
         " && touch {output:q}"
 
 
+# A step of its own, so that another number of parts translates nothing again.
+rule translate_join:
+    input:
+        translation_parts,
+    output:
+        temp("results/translation_steps/{translation}/blocks"),
+    log:
+        "results/logs/translate/{translation}/blocks.log",
+    localrule: True
+    conda:
+        "../envs/translate.yaml"
+    threads: 1
+    resources:
+        mem_mb=100,
+        runtime=5,
+        gpu=0,
+    shell:
+        "touch {output:q} 2> {log:q}"
+
+
+# All steps once more: what is done is kept, and what was lost in an accident is made again. The table's index is no output, since
+# its name depends on the lengths of the contigs: .tbi, or .csi beyond 2^29 bp.
 rule translate:
     input:
         settings="results/settings/translations/{translation}.yaml",
-        parts=translation_parts,
+        blocks="results/translation_steps/{translation}/blocks",
     output:
         summary="results/translate/{translation}/summary.json",
         table="results/translate/{translation}/tracks.tsv.gz",
-        index="results/translate/{translation}/tracks.tsv.gz.tbi",
+        tracks=directory("results/translate/{translation}/tracks.zarr"),
         ne="results/translate/{translation}/ne.csv",
     log:
         "results/logs/translate/{translation}/finish.log",
@@ -91,12 +110,13 @@ rule translate:
         lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
     shell:
         "exec &> {log:q}; exec python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"
-        " --step finish {params.bigwig} --threads {threads}"
+        " --force --device cpu {params.bigwig} --threads {threads}"
 
 
 rule translation_figures:
     input:
-        "results/translate/{translation}/summary.json",
+        summary="results/translate/{translation}/summary.json",
+        tracks="results/translate/{translation}/tracks.zarr",
     output:
         report(
             multiext(
@@ -112,7 +132,6 @@ rule translation_figures:
         ),
     log:
         "results/logs/translate/{translation}/figures.log",
-    localrule: True
     conda:
         "../envs/translate.yaml"
     threads: 1

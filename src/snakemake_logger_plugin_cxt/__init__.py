@@ -25,6 +25,8 @@ STAGES = {
     "teach": ("teach", "taught batches"),
     "train": ("train", "checkpoints"),
     "evaluate": ("evaluate", "checkpoints"),
+    "translate_blocks": ("translate", "parts"),
+    "translate": ("translate", "translations"),
 }
 """{rule: (stage, what its jobs make)}. Other rules take seconds."""
 

@@ -1,6 +1,7 @@
 """`cxt translate` from a file to tracks: the same whatever the format, region, batch, order or interruption."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -269,7 +270,7 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
         "--mutation-rate",
         "1e-7",
     ]
-    rng, kills = np.random.default_rng(1), 0
+    rng, kills, wanted = np.random.default_rng(1), 0, int(os.environ.get("CXT_RESUME_KILLS", "4"))
     while True:
         process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
@@ -277,7 +278,7 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.25))
         number = signal.SIGKILL if kills % 2 else signal.SIGTERM
-        if kills < 4:
+        if kills < wanted:
             process.send_signal(number)
         _, err = process.communicate()
         assert process.returncode in (0, -number), err
@@ -285,7 +286,7 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
             break
         kills += 1
         assert not (tmp_path / "x/summary.json").exists()
-    assert kills >= 2
+    assert kills >= wanted // 2  # of nine blocks, the last ones may be done before a signal comes
     expected = all_bytes(here / "whole")
     assert all_bytes(tmp_path / "x") == expected
 

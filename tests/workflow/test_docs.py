@@ -7,7 +7,9 @@ import tomllib
 from functools import cache
 from typing import NamedTuple
 
+import msprime
 import numpy as np
+import pysam
 import pytest
 import yaml
 from helpers.repository import GOLDEN, REPOSITORY, TINY, run_python
@@ -68,7 +70,40 @@ def here(workflow, tmp_path_factory):
     ts = simulate(seed=3, individuals=25, length=400_000, rate=2e-8, discrete=False)
     ts.dump(directory / "sample.trees")
     np.savez(directory / "genotypes.npz", genotypes=ts.genotype_matrix(), positions=ts.sites_position + 5_000_000)
+    write_genomes(directory)
+    # `tracks` of the pages: what their first command makes, of the short contig.
+    run_python(*commands_of("cxt", "translate")[0], "--regions", "chr1", "--threads", 1, cwd=directory)
     return directory
+
+
+CONTIGS = {"chr1": (150_000, 150_000), "chr2": (3_000_000, 1_100_000)}
+"""{contig of my.vcf.gz: (length, where its last record is at most)}; the pages read chr2 beyond its first million."""
+
+
+def write_genomes(directory) -> None:
+    """What the pages call my.vcf.gz, of thirty individuals, and the files beside it."""
+    samples = ["NA12878", "NA12891", *(f"HG{number:05d}" for number in range(96, 124))]
+    header = ["##fileformat=VCFv4.2", '##FORMAT=<ID=GT,Number=1,Type=String,Description="Genotype">']
+    header += [f"##contig=<ID={name},length={length}>" for name, (length, _) in CONTIGS.items()]
+    lines = [*header, "\t".join(["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO", "FORMAT", *samples])]
+    for seed, (name, (_, end)) in enumerate(CONTIGS.items(), 1):
+        demography = msprime.Demography.island_model([5e3, 5e3], 1e-4)
+        ts = msprime.sim_ancestry(
+            {0: 15, 1: 15}, demography=demography, sequence_length=end, recombination_rate=1e-8, random_seed=seed
+        )
+        ts = msprime.sim_mutations(ts, rate=1.25e-8, random_seed=seed, model="binary")
+        for site in ts.variants():
+            calls = [f"{a}|{b}" for a, b in site.genotypes.reshape(-1, 2)]
+            lines.append("\t".join([name, str(int(site.site.position) + 1), ".", "A", "C", ".", "PASS", ".", "GT", *calls]))
+    (directory / "my.vcf").write_text("\n".join(lines) + "\n")
+    pysam.tabix_index(str(directory / "my.vcf"), preset="vcf", force=True)
+    populations = [f"{name}\t{'one' if number < 15 else 'two'}\n" for number, name in enumerate(samples)]
+    (directory / "populations.tsv").write_text("sample\tpopulation\n" + "".join(populations))
+    (directory / "unrelated.txt").write_text("".join(f"{name}\n" for name in samples[:25]))
+    (directory / "pairs.tsv").write_text("NA12878\tNA12891\n")
+    mask = "".join(f"{name}\t{start}\t{start + 9000}\n" for name, (_, end) in CONTIGS.items() for start in range(0, end, 10_000))
+    with pysam.BGZFile(str(directory / "accessible.bed.gz"), "w") as file:
+        file.write(mask.encode())
 
 
 PYTHON = [block for block in blocks() if block.language == "python"]
@@ -113,7 +148,7 @@ def test_commands_are_known():
             assert files or "snakemake" in words, command
             assert all((REPOSITORY / name).is_file() for name in files), command
         else:
-            assert words[0] in ("snakemake", ".", "srun", "git"), command
+            assert words[0] in ("snakemake", ".", "srun", "git", "tabix"), command
 
 
 def dry_runs() -> list[str]:
@@ -197,6 +232,37 @@ def test_datasets(here, tmp_path):
     assert list(tmp_path.rglob("X.npy"))
 
 
+SMALLER = {"chr2:1000001-3000000": "chr2:1000001-1100000"}
+
+
+@pytest.mark.parametrize("words", commands_of("cxt", "translate"), ids=" ".join)
+def test_translations(here, tmp_path, words):
+    """Of a part of the region; without one, of the short contig."""
+    words = [tmp_path / "x" if word == "tracks" else SMALLER.get(word, word) for word in words]
+    words += [] if "--regions" in words else ["--regions", "chr1"]
+    run_python(*words, "--threads", 1, cwd=here)
+    assert (tmp_path / "x/summary.json").is_file()
+
+
+def test_figures_of_tracks(here, tmp_path):
+    found = commands_of("cxt", "plot")
+    assert found
+    for words in found:
+        run_python(*words, "--out", tmp_path, cwd=here)
+    assert {path.name for path in tmp_path.iterdir()} == {"tracks.png", "pairs.png", "distribution.png", "ne.png"}
+
+
+def test_tabix(here):
+    """By the same library."""
+    found = [shlex.split(command) for command in commands() if command.startswith("tabix ")]
+    assert found
+    for *_, path, region in found:
+        with pysam.TabixFile(str(here / path)) as table:
+            assert list(table.header)[-1].startswith("#chrom\tstart\tend")
+            rows = [row.split("\t") for row in table.fetch(region=region)]
+        assert {row[0] for row in rows} == {region.partition(":")[0]}
+
+
 def test_one_tree_sequence(here, tmp_path):
     ((*words, out),) = commands_of("cxt", "trees")
     words = ["7" if word == "17" else word for word in words]  # batches are smaller here
@@ -261,7 +327,7 @@ def test_benchmarks(tmp_path):
 
 def test_layout_is_described():
     text = (REPOSITORY / "results" / "README.md").read_text()
-    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "settings/", "report/"):
+    for word in ("simulations/", "datasets/", "runs/", "evaluation/", "logs/", "masks/", "settings/", "report/", "translate/"):
         assert word in text
     assert yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())["license"] == "MIT"
 

@@ -61,7 +61,7 @@ def describe_dataset(path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-STAGES = ("simulate", "preprocess", "teach", "train", "evaluate")
+STAGES = ("simulate", "preprocess", "teach", "train", "evaluate", "translate")
 COST_COLUMNS = ["stage", "jobs", "hours in all", "longest (min)", "CPU hours", "most memory (GB)"]
 
 

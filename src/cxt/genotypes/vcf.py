@@ -138,6 +138,11 @@ class VcfSource:
             raise BadRequest(f"{self.path} has no records, only a header")
         if "GT" not in self._header.formats and "GT" not in first.FORMAT:
             raise BadRequest(f"{self.path} has no genotypes: there is no GT in the header, nor in the column FORMAT")
+        if first.REF.isdigit():
+            raise BadRequest(
+                f"{self.path}: the reference allele of the first record is '{first.REF}', not a base; if the file was "
+                "written from a tree sequence with alleles 0 and 1, give the tree sequence, or simulate nucleotides"
+            )
         return first
 
     def _stream(self, vcf):
@@ -162,7 +167,7 @@ class VcfSource:
             yield variant
 
     def _query(self, vcf, regions: Sequence[Region]):
-        """Records that overlap *regions*, by the index."""
+        """Records within *regions*, by the index."""
         for region in regions:
             number = self._count(region)
             if not number:
@@ -171,7 +176,8 @@ class VcfSource:
             found = 0
             for variant in vcf(f"{contig}:{region.start + 1}-{'' if region.end is None else region.end}"):
                 found += 1
-                yield variant
+                if variant.start >= region.start:  # and no deletion that begins before it
+                    yield variant
             # cyvcf2 takes an error while it reads a region for its end.
             if found != number:
                 raise BadRequest(
@@ -271,11 +277,13 @@ class _Chunk:
         self.alleles: list[list[str]] = []
         self.ancestral: list[str | None] = []
         self.genotypes: list[np.ndarray | None] = []
+        self.failed: list[bool] = []
 
     def add(self, variant, tag: str | None) -> bool:
         """Add a record, and return whether it has genotypes."""
         self.positions.append(variant.start)
         self.alleles.append([variant.REF, *variant.ALT])
+        self.failed.append(variant.FILTER is not None)  # None also stands for PASS
         if tag is not None:
             text = variant.INFO.get(tag)
             self.ancestral.append(text if isinstance(text, str) else None)
@@ -302,7 +310,8 @@ class _Chunk:
                 phased[k] = array[self.order, -1]
         phased |= (genotypes[:, :, 1:] == ABSENT).all(axis=2)
         positions = np.array(self.positions, dtype=np.int64)
-        return Records(self.contig, positions, self.alleles, genotypes, phased, self.ancestral)
+        failed = np.array(self.failed, dtype=bool)
+        return Records(self.contig, positions, self.alleles, genotypes, phased, self.ancestral, failed)
 
 
 def _correct_phase(variant, genotypes: np.ndarray) -> None:

@@ -52,6 +52,7 @@ def translate(
     assume_phased: bool = False,
     mask: str | os.PathLike[str] | None = None,
     mask_marks: str | None = None,
+    keep_filtered: bool = False,
     ancestral: str = "auto",
     mutation_rate: float | None = None,
     recombination_rate: float | None = None,
@@ -98,6 +99,8 @@ def translate(
         Accessibility mask: BED, or .npz with one value a base.
     mask_marks : str
         `accessible` or `inaccessible`: what the intervals or true values of *mask* mean. Required with it.
+    keep_filtered : bool
+        Use records that failed a filter of the file; they are dropped by default.
     ancestral : str
         `INFO/AA` or another tag, a FASTA file, `ref`, or `tree`. `auto`: INFO/AA if there is one, the tree sequence's ancestral
         states, or else the reference allele, with a warning.
@@ -148,7 +151,8 @@ def translate(
         "input": os.fspath(input), "model": os.fspath(model), "regions": _as_list(regions),
         "samples": _as_list(samples, split=False), "populations": None if populations is None else os.fspath(populations),
         "pairs": pairs, "assume_phased": assume_phased, "mask": None if mask is None else os.fspath(mask),
-        "mask_marks": mask_marks, "ancestral": os.fspath(ancestral), "mutation_rate": mutation_rate,
+        "mask_marks": mask_marks, "keep_filtered": keep_filtered, "ancestral": os.fspath(ancestral),
+        "mutation_rate": mutation_rate,
         "recombination_rate": recombination_rate, "generation_time": generation_time, "calibration": calibration,
         "reading": reading, "replicates": replicates, "panels": panels, "min_accessible": min_accessible, "max_gap": max_gap,
         "flank": flank, "seed": seed,
@@ -291,7 +295,8 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     known = work / "request.json"
     finished = directory / "summary.json"
     if force:
-        if finished.exists() or (known.is_file() and known.read_text() != identity):
+        # Without request.json, what is left is of an interrupted removal.
+        if finished.exists() or not known.is_file() or known.read_text() != identity:
             for path in (finished, directory / "tracks.zarr", directory / "bigwig", work):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     elif finished.exists():
@@ -337,6 +342,7 @@ def _read(request: Translation, network: CoalescenceModel, source: Source, regio
         populations=request.populations,
         masks=lambda contig: _load_mask(request, contig, dict(source.contigs)),
         beyond_mask=request.mask_marks == "accessible",
+        keep_failed=request.keep_filtered,
     )
 
 

@@ -1,11 +1,13 @@
 """Translations of the configuration: the files that they read, their settings, and checks that they can be made."""
 
 import os
+import re
 
 from cxt.config.learning import is_readable
 from cxt.config.models import build_training_config
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.lineage import RESULTS, stage_lineage
+from cxt.workflow.jobs import batch_count, collect_variants, find_variant
 from cxt.workflow.lineages import file_digest, model_lineage
 from cxt.workflow.paths import checkpoint_path
 
@@ -60,5 +62,19 @@ def check_translations(config: dict) -> None:
         if model in config["models"] and not is_readable(objective := build_training_config(config, model).objective):
             raise BadRequest(f"translate.{name}.model: '{model}' was trained with {objective}, which predicts no times")
         for path in list_translation_files(config, name):
-            if not path.startswith(f"{RESULTS}/") and not os.path.exists(path):
-                raise BadRequest(f"translate.{name}: there is no file {path}")
+            if not path.startswith(f"{RESULTS}/"):
+                if not os.path.exists(path):
+                    raise BadRequest(f"translate.{name}: there is no file {path}")
+            elif batch := re.fullmatch(rf"{RESULTS}/simulations/([^/]+)/(\d+)\.trees\.batch", path):
+                _check_batch(config, name, variant=batch[1], start=int(batch[2]))
+
+
+def _check_batch(config: dict, name: str, *, variant: str, start: int) -> None:
+    """BadRequest if the configuration has no such simulation batch."""
+    variants = [known.name for known in collect_variants(config, list(config["scenarios"]))]
+    if variant not in variants:
+        raise BadRequest(f"translate.{name}.input: unknown variant '{variant}'{suggest_nearest(variant, variants)}")
+    try:
+        batch_count(config, find_variant(config, variant), start)
+    except BadRequest as error:
+        raise BadRequest(f"translate.{name}.input: {error}") from None
