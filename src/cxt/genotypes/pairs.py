@@ -218,14 +218,12 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
         f" and {len(samples) - MAX_LISTED_SAMPLES} more" if len(samples) > MAX_LISTED_SAMPLES else ""
     )
     count = sum(unphased[name] for name in samples)
-    what = (
-        "1 heterozygous genotype of {} is unphased" if count == 1 else f"{count:,} heterozygous genotypes of {{}} are unphased"
-    )
+    what = f"1 heterozygous genotype of {names} is" if count == 1 else f"{count:,} heterozygous genotypes of {names} are"
     if (sample[first] == sample[second]).all():
-        advice = "the copies of an individual need no phase only if there are two: leave out those that have more (--samples)"
+        advice = "leave out individuals with more than two copies (--samples), who need phase for this, too"
     else:
         advice = "choose --pairs within-individual, which needs no phase for diploids"
     raise BadRequest(
-        f"{what.format(names)} (0/1, not 0|1), so that the haplotypes are not known; phase the file, or {advice}; or take them "
+        f"{what} unphased (0/1, not 0|1), so that the haplotypes are not known; phase the file, or {advice}; or take them "
         "as they are: --assume-phased"
     )

@@ -242,8 +242,8 @@ def run_translation(
             return None
         if missing := list_missing(units, work=work):
             raise Failed(
-                f"{len(missing)} of {len(units)} blocks of {directory} are not translated yet, {missing[0]} among them; run the "
-                "step `blocks` for all of its parts, or all steps"
+                f"{len(missing)} of {len(units)} blocks of {directory} are not translated yet, {missing[0]} among them; run "
+                "the step `blocks` for all of its parts, or all steps"
             )
         tracks = write_output(
             directory, units, plans, request=request, reader=reader, store=store, pairs=chosen, work=work,
