@@ -155,7 +155,6 @@ def test_another_checkpoint(translated):
 
 def test_a_stage_version(translated, tmp_path):
     repository = copy_with_raised_version("translate", tmp_path / "repository")
-    shutil.copytree(Path(cxt.__file__).parents[2] / "checkpoints", repository / "checkpoints")
     jobs = planned(translated / "w", configfile=translated / "user/user.yaml", repository=repository)
     assert jobs == dict.fromkeys(JOBS, 3) | {"translate_blocks": 4}
 
