@@ -212,6 +212,8 @@ REFUSED = {
         "translate.mine.input: no simulation batch of 'constant' begins at 5; choose from 0, 10",
     ),
     "key": (changed(mutation_rates=1e-8), "mutation_rate"),
+    "pairs": (changed(pairs="withn"), "translate.mine.pairs: 'withn' is no file; did you mean 'within'?"),
+    "ancestral": (changed(ancestral="AA"), "translate.mine.ancestral: 'AA' is no file"),
     "mask": (changed(mask="mask.bed"), "give mask_marks, too"),
 }  # fmt: skip
 """{case: entries, and what the message says}."""
