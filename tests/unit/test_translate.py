@@ -373,3 +373,12 @@ def test_steps_and_parts(here, whole, tmp_path):
         run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
     run_python(*common, "--step", "finish", cwd=tmp_path)
     assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
+
+
+def test_help_lists_what_a_setting_may_be(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--mask-marks {accessible,inaccessible}" in text
+    assert "--calibration {auto,none,diversity,gamma}" in text
+    assert "Default: small." in text

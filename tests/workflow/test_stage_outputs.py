@@ -403,7 +403,10 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 def test_output_is_as_recorded(outputs, part):
     recorded = json.loads(RECORD.read_text())
     wrong = differences(
-        outputs[part], recorded[part], part, smallest=0.0 if part in ("simulate", "preprocess", "plan", "configuration") else SMALLEST
+        outputs[part],
+        recorded[part],
+        part,
+        smallest=0.0 if part in ("simulate", "preprocess", "plan", "configuration") else SMALLEST,
     )
     if not wrong:
         return

@@ -138,7 +138,9 @@ def test_what_changes_no_result_starts_no_job(translated, change):
     assert planned(translated / "w", configfile=config) == {}
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"regions": ["1:1-10000"]}, {"mutation_rate": 3e-8}, {"bigwig": True}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"regions": ["1:1-10000"]}, {"mutation_rate": 3e-8}, {"bigwig": True}], ids=str
+)
 def test_changed_settings(translated, change):
     config = write_overlay(translated / "user/changed.yaml", changed(**change))
     assert planned(translated / "w", configfile=config) == JOBS_OF_MINE
@@ -178,7 +180,9 @@ def test_a_lost_output_and_an_accident_at_the_end(translated, copy):
     """What is lost is made again; a last step that fails, or dies while it cleans up, is repaired by the next run."""
     config = translated / "user/user.yaml"
     directory = copy / "results/translate/mine"
-    expected = {name: (directory / name).read_bytes() for name in ("tracks.tsv.gz", "tracks.tsv.gz.tbi", "ne.csv", "summary.json")}
+    expected = {
+        name: (directory / name).read_bytes() for name in ("tracks.tsv.gz", "tracks.tsv.gz.tbi", "ne.csv", "summary.json")
+    }
     (directory / "tracks.tsv.gz").unlink()
     assert planned(copy, configfile=config) == JOBS_OF_MINE
     blocked = directory / ".tracks.tsv.gz.part"
