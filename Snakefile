@@ -36,7 +36,7 @@ rule all:
         [
             f"results/translate/{name}/{file}"
             for name in config["translate"]
-            for file in ("summary.json", "tracks.png")
+            for file in ("summary.json", "tracks.tsv.gz", "tracks.zarr", "ne.csv", "tracks.png")
         ],
         ["results/evaluation/table.md", "results/report/cost.html"]
         if jobs.evaluated_models(config)

@@ -9,7 +9,7 @@ set -eu
 export DEBIAN_FRONTEND=noninteractive PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 cd /opt/cxt
 # Dockerfile copies the code after the installation, which only needs to know where it will be.
-mkdir -p config src/cxt src/snakemake_logger_plugin_cxt
+mkdir -p checkpoints config src/cxt src/snakemake_logger_plugin_cxt
 touch src/cxt/__init__.py src/snakemake_logger_plugin_cxt/__init__.py
 apt-get update
 # shellcheck disable=SC2086 # words

@@ -60,32 +60,12 @@ rule translate_blocks:
         " && touch {output:q}"
 
 
-# A step of its own, so that another number of parts translates nothing again.
-rule translate_join:
-    input:
-        translation_parts,
-    output:
-        temp("results/translation_steps/{translation}/blocks"),
-    log:
-        "results/logs/translate/{translation}/blocks.log",
-    localrule: True
-    conda:
-        "../envs/translate.yaml"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=5,
-        gpu=0,
-    shell:
-        "touch {output:q} 2> {log:q}"
-
-
 # All steps once more: what is done is kept, and what was lost in an accident is made again. The table's index is no output, since
 # its name depends on the lengths of the contigs: .tbi, or .csi beyond 2^29 bp.
 rule translate:
     input:
         settings="results/settings/translations/{translation}.yaml",
-        blocks="results/translation_steps/{translation}/blocks",
+        parts=translation_parts,
     output:
         summary="results/translate/{translation}/summary.json",
         table="results/translate/{translation}/tracks.tsv.gz",

@@ -52,7 +52,7 @@ def snakemake(*arguments, cwd, configfile=TINY, repository=REPOSITORY, check=Tru
 def copy_with_raised_version(stage: str, directory: Path) -> Path:
     """A copy of the checkout, in a new directory, in which the version of *stage* is another one."""
     directory.mkdir()
-    for part in ("Snakefile", "pyproject.toml", "rules", "src", "config", "envs", "workflow"):
+    for part in ("Snakefile", "pyproject.toml", "checkpoints", "rules", "src", "config", "envs", "workflow"):
         source = REPOSITORY / part
         shutil.copytree(source, directory / part) if source.is_dir() else shutil.copy(source, directory / part)
     lineage = directory / "src" / "cxt" / "lineage.py"

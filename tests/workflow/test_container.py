@@ -24,7 +24,8 @@ def section(name: str) -> list[str]:
 def test_both_hold_the_same_files():
     copied = copied_by_docker()
     assert copied == {line.split()[0] for line in section("files")}
-    needed = {path for path in TRACKED if re.match(r"(config|envs|rules|src|workflow)/|(Snakefile|pyproject\.toml)$", path)}
+    pattern = r"(checkpoints|config|envs|rules|src|workflow)/|(Snakefile|pyproject\.toml)$"
+    needed = {path for path in TRACKED if re.match(pattern, path)}
     for path in copied:
         assert (REPOSITORY / path).exists(), path
     assert not {path for path in needed if path not in copied and path.split("/")[0] not in copied}

@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, packages_distributions, req
 import pytest
 import yaml
 from helpers.repository import REPOSITORY, TINY, run_python
+from helpers.simulations import simulate
 from packaging.requirements import Requirement
 
 ENVS = sorted((REPOSITORY / "envs").glob("*.yaml"))
@@ -65,17 +66,22 @@ def test_stages_import_what_their_environment_has(workflow, tmp_path):
     files = [
         "results/simulations/stdpopsim_papanu/0.trees.batch", "results/datasets/processed/train/stdpopsim_papanu-0.zarr.zip",
         "results/datasets/processed/dataset.json", "results/broad.ckpt", "results/evaluation/broad.json",
-        "results/report/broad-training.png",
+        "results/report/broad-training.png", "results/translate/mine/tracks.png",
     ]  # fmt: skip
-    for name in files:
+    for name in files[:-1]:
         (directory / name).unlink()
+    with (tmp_path / "my.vcf").open("w") as file:
+        simulate(seed=3, individuals=25, length=20_000, rate=2e-8).write_vcf(file, position_transform=lambda x: 1 + x)
+    entry = {"input": "my.vcf", "model": "narrow", "pairs": 1, "mutation_rate": 2e-8, "bigwig": True}
+    configfile = tmp_path / "translated.yaml"
+    configfile.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"translate": {"mine": entry}}))
     environment = {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{REPOSITORY / 'src'}"}
     run_python(
-        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--cores", "2", *files, "--configfile", TINY,
+        "-m", "snakemake", "--snakefile", REPOSITORY / "Snakefile", "--cores", "2", *files, "--configfile", configfile,
         cwd=directory, env=environment,
     )  # fmt: skip
-    envs = {path.stem: with_dependencies(read_env(path)) for path in ENVS} | {"commands": set()}
-    envs["commands"] = envs["evaluate"]  # the report's
+    envs = {path.stem: with_dependencies(read_env(path)) for path in ENVS}
+    envs |= {"commands.runs": envs["evaluate"], "commands.translate": envs["translate"], "commands.plot": envs["translate"]}
     owners = packages_distributions()
     # What others import if it happens to be there does not count.
     source = "".join(path.read_text() for path in (REPOSITORY / "src/cxt").rglob("*.py"))
@@ -84,7 +90,7 @@ def test_stages_import_what_their_environment_has(workflow, tmp_path):
     seen = set()
     for path in (tmp_path / "imported").iterdir():
         argv, names = json.loads(path.read_text())
-        stage = next((word.split(".")[1] for word in argv if re.fullmatch(r"cxt\.\w+(\.\w+)?", word)), None)
+        stage = next((word.removeprefix("cxt.") for word in argv if re.fullmatch(r"cxt\.\w+(\.\w+)?", word)), None)
         if stage is None:
             continue
         seen.add(stage)
@@ -94,4 +100,4 @@ def test_stages_import_what_their_environment_has(workflow, tmp_path):
             if not {owner.lower().replace("_", "-") for owner in owners[name]} & envs[stage]
         }
         assert not lacking, stage
-    assert seen == {"simulate", "preprocess", "train", "evaluate", "commands"}
+    assert seen == {"simulate", "preprocess", "train", "evaluate", "commands.runs", "commands.translate", "commands.plot"}

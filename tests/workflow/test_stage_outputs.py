@@ -402,12 +402,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 @pytest.mark.parametrize("part", [part.__name__ for part in PARTS])
 def test_output_is_as_recorded(outputs, part):
     recorded = json.loads(RECORD.read_text())
-    wrong = differences(
-        outputs[part],
-        recorded[part],
-        part,
-        smallest=0.0 if part in ("simulate", "preprocess", "plan", "configuration") else SMALLEST,
-    )
+    smallest = 0.0 if part in ("simulate", "preprocess", "plan", "configuration") else SMALLEST
+    wrong = differences(outputs[part], recorded[part], part, smallest=smallest)
     if not wrong:
         return
     if part in STAGES:

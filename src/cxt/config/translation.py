@@ -31,7 +31,7 @@ class Translation(Section):
     `results/` is a file that the workflow makes. Of a simulation batch, the first simulation is read."""
     model: Text
     """Name or path of a checkpoint, such as `small`, or in a configuration, one of its models."""
-    regions: Annotated[Texts | None, Expected("a list of regions, such as [chr1, 'chr2:1-2000000']")] = None
+    regions: Annotated[Texts | None, Expected("a list of regions, such as [chr1, '2', 'chr3:1-2000000']")] = None
     """Contigs, or parts of them, with the first and the last base counted from 1. Default: every contig."""
     samples: Annotated[Text | Texts | None, Expected("a list of names, or a file with one name a line")] = None
     """Individuals to use. Default: all."""

@@ -216,8 +216,6 @@ def run_translation(
         names = [contig.name for contig in source.contigs]
         wanted = resolve_regions([parse_region(text, names) for text in request.regions or ()], source.contigs)
         store = _read(request, network, source, wanted, work)
-        if step == "read":
-            return None
         chosen = choose_pairs(
             store.haplotypes,
             request.pairs,
@@ -234,6 +232,8 @@ def run_translation(
             read_mask=lambda contig: _load_mask(request, contig, dict(store.contigs)),
         )
         _warn(network, request, plans)
+        if step == "read":  # and check that pairs and checkpoint fit, before there are many jobs
+            return None
         units = list_units(plans, pairs=len(chosen))
         reader = Reader(network, way, request, batch)
         if step in ("all", "blocks"):

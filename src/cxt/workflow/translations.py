@@ -6,6 +6,7 @@ import re
 from cxt.config.learning import is_readable
 from cxt.config.models import build_training_config
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.genotypes.pairs import KINDS
 from cxt.lineage import RESULTS, stage_lineage
 from cxt.workflow.jobs import batch_count, collect_variants, find_variant
 from cxt.workflow.lineages import file_digest, model_lineage
@@ -61,12 +62,24 @@ def check_translations(config: dict) -> None:
         model = entry["model"]
         if model in config["models"] and not is_readable(objective := build_training_config(config, model).objective):
             raise BadRequest(f"translate.{name}.model: '{model}' was trained with {objective}, which predicts no times")
+        _check_words(name, entry)
         for path in list_translation_files(config, name):
             if not path.startswith(f"{RESULTS}/"):
                 if not os.path.exists(path):
                     raise BadRequest(f"translate.{name}: there is no file {path}")
             elif batch := re.fullmatch(rf"{RESULTS}/simulations/([^/]+)/(\d+)\.trees\.batch", path):
                 _check_batch(config, name, variant=batch[1], start=int(batch[2]))
+
+
+def _check_words(name: str, entry: dict) -> None:
+    """BadRequest if the pairs or the ancestral alleles are neither one of their words nor a file."""
+    pairs, ancestral = str(entry["pairs"]), entry["ancestral"]
+    if not (pairs in KINDS or pairs.isdecimal() or os.path.isfile(pairs)):
+        raise BadRequest(f"translate.{name}.pairs: '{pairs}' is no file{suggest_nearest(pairs, KINDS)}")
+    words = ("auto", "ref", "tree")
+    if not (ancestral in words or ancestral.startswith("INFO/") or os.path.isfile(ancestral)):
+        nearest = suggest_nearest(ancestral, [*words, "INFO/AA"])
+        raise BadRequest(f"translate.{name}.ancestral: '{ancestral}' is no file{nearest}")
 
 
 def _check_batch(config: dict, name: str, *, variant: str, start: int) -> None:
