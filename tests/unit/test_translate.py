@@ -373,3 +373,32 @@ def test_steps_and_parts(here, whole, tmp_path):
         run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
     run_python(*common, "--step", "finish", cwd=tmp_path)
     assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
+
+
+FULL = """
+import resource, sys
+from cxt.commands.translate import main
+from cxt.console import exit_on_bad_request
+exit_on_bad_request(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)), main(sys.argv[1:])))
+"""
+
+
+def test_a_full_disk(here, tmp_path):
+    """A limit on the size of files stands for it. Afterwards the translation can be finished."""
+    arguments = [here / "genotypes.npz", "--model", here / "tiny.ckpt", "--out", "x", "--mutation-rate", "1e-7"]
+    failed = run_python("-c", FULL, *arguments, cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    assert "x cannot be written: File too large; make room, and repeat the command" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".work"]
+    translate(here, tmp_path / "x")
+    assert (tmp_path / "x/summary.json").is_file()
+
+
+def test_help_lists_what_a_setting_may_be(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--mask-marks {accessible,inaccessible}" in text
+    assert "--calibration {auto,none,diversity,gamma}" in text
+    assert "Default: small." in text

@@ -1,6 +1,7 @@
 """From a user's genotypes to TMRCA tracks: `cxt.translate`, and the steps that a workflow runs one by one."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -207,6 +208,7 @@ def run_translation(
     batch = _choose_batch(batch_size, network)
     work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_explain_full_disk(directory))
         stack.enter_context(_remove_if_refused(directory, work))
         if step != "blocks":  # whose parts run at the same time
             stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
@@ -313,6 +315,19 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     if not known.is_file():
         atomic_write(known, identity.encode())
     return work
+
+
+@contextlib.contextmanager
+def _explain_full_disk(directory: Path) -> Iterator[None]:
+    """Failed in place of an OSError because nothing more can be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise Failed(
+            f"{directory} cannot be written: {error.strerror}; make room, and repeat the command, which goes on from here"
+        ) from error
 
 
 @contextlib.contextmanager
