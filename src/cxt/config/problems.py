@@ -144,7 +144,7 @@ def _explain_detail(section: type[BaseModel], detail: Any, values: Any, at: str)
         kinds = [get_args(split_type(member.model_fields["kind"])[0])[0] for member in list_union_members(place.annotation)]
         return f"{path}: `kind` must be one of {', '.join(sorted(kinds))}"
     if kind == "value_error" and isinstance(detail["ctx"]["error"], BadRequest):
-        return f"{path}: {detail['ctx']['error']}"
+        return f"{path}: {detail['ctx']['error']}" if place.path else str(detail["ctx"]["error"])
     if place.path.endswith(".name") and isinstance(place.value, str):
         return f"unknown {place.path} '{place.value}'{suggest_nearest(place.value, list_choices(place.annotation))}"
     return _must_be(path, place, _parse_number_text(place.annotation, place.value))
