@@ -350,3 +350,18 @@ def test_steps_and_parts(here, whole, tmp_path):
         run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
     run_python(*common, "--step", "finish", cwd=tmp_path)
     assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
+
+
+def test_a_region_of_an_accessible_contig_is_accessible(here, tmp_path, capsys):
+    """What was not read beside the region is no reason for a warning."""
+    translate(here, tmp_path / "x", regions="1:1-10000", pairs=1)
+    assert "inaccessible" not in capsys.readouterr().err
+
+
+def test_pairs_are_checked_before_there_are_parts(here, tmp_path):
+    """The step `read` refuses what the steps after it would refuse."""
+    words = ["--input", here / "genotypes.npz", "--model", here / "tiny.ckpt", "--out", tmp_path / "x", "--pairs", "wihtin"]
+    done = run_python("-m", "cxt.commands.translate", *words, "--step", "read", check=False)
+    assert done.returncode == 2
+    assert "did you mean 'within'" in done.stderr
+    assert not (tmp_path / "x").exists()
