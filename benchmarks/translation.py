@@ -114,14 +114,18 @@ def as_simulation(ts, pairs, truth) -> PreprocessedSimulation:
 
 
 def score(truth, tracks) -> dict:
-    """Accuracy of tracks (simulations, pairs, windows)."""
+    """Accuracy of tracks (simulations, pairs, windows), of the windows that are not missing."""
     mean, quantiles = (np.stack([getattr(track, key) for track in tracks]) for key in ("mean", "quantiles"))
     truth = np.stack(truth)
-    squared = (mean - truth) ** 2
+    known = ~np.isnan(mean)
+    squared = np.stack([((m - t) ** 2)[k].mean(keepdims=True) for m, t, k in zip(mean, truth, known, strict=True)])
+    pairs = [(t[k], m[k]) for m, t, k in zip(*(a.reshape(-1, a.shape[-1]) for a in (mean, truth, known)), strict=True)]
+    inside = (truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])
     return {
-        "mse": float(squared.mean()), "mse_se": clustered_standard_error(squared), "r": pearson_per_pair(truth, mean),
-        "bias": float((mean - truth).mean()),
-        "coverage95": float(((truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])).mean()),
+        "mse": float(((mean - truth)[known] ** 2).mean()), "mse_se": clustered_standard_error(squared),
+        "r": float(np.mean([pearson_per_pair(t[None], m[None]) for t, m in pairs])),
+        "bias": float((mean - truth)[known].mean()), "coverage95": float(inside[known].mean()),
+        "missing": float(1 - known.mean()),
     }  # fmt: skip
 
 

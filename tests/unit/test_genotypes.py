@@ -371,6 +371,23 @@ def test_unphased_genotypes(tmp_path):
     assert "call_genotype_phased" in store.report["notes"][0]
 
 
+def test_records_that_failed_a_filter(tmp_path):
+    fields = [record("X", k, "0|1", "1|0", "0|0").split("\t") for k in (1, 2, 3, 4)]
+    for row, text in zip(fields, ("PASS", ".", "q10", "q10;s50"), strict=True):
+        row[6] = text
+    filters = "".join(f'##FILTER=<ID={name},Description="x">\n' for name in ("q10", "s50"))
+    header = VCF_HEADER.replace("##contig", f"{filters}##contig", 1)
+    (tmp_path / "a.vcf").write_text(header + "".join("\t".join(row) for row in fields))
+    pysam.bcftools.view("-Oz", "-o", str(tmp_path / "a.vcf.gz"), str(tmp_path / "a.vcf"), catch_stdout=False)
+    pysam.tabix_index(str(tmp_path / "a.vcf.gz"), preset="vcf")
+    bio2zarr.vcf.convert([tmp_path / "a.vcf.gz"], tmp_path / "a.vcz")
+    for name in ("a.vcf", "a.vcf.gz", "a.vcz"):
+        store = read(tmp_path / name, tmp_path)
+        assert store.positions("X").tolist() == [0, 1], name
+        assert store.report["counts"]["X"]["failed_filter"] == 2
+        assert read(tmp_path / name, tmp_path, keep_failed=True).positions("X").tolist() == [0, 1, 2, 3]
+
+
 def test_haplotypes_that_are_not_there(tmp_path):
     """Copies that no record has are no haplotypes, also where the array of the file has room for them."""
     genotypes = np.array([[[0, -2, -2], [1, 0, -2]], [[1, -2, -2], [-1, 1, -2]], [[1, -2, -2], [0, -1, -2]]])

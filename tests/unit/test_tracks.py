@@ -198,6 +198,17 @@ def test_table(tracks, tmp_path):
         assert not list(table.fetch(region="chr1:100000-120000"))
 
 
+def test_table_in_parts(tracks, tmp_path, monkeypatch):
+    """Parts in which every window is missing are written in another way, and are the same."""
+    tables = []
+    for size in (2**18, 1):
+        monkeypatch.setattr("cxt.translation.tables.VALUES_IN_MEMORY", size)
+        write_table(tracks[0], tmp_path / "tracks.tsv.gz")
+        tables.append(gzip.decompress((tmp_path / "tracks.tsv.gz").read_bytes()))
+    assert tables[0] == tables[1]
+    assert np.isnan(tracks[0].read("chr1").mean).all(axis=0).any()
+
+
 def test_table_without_years_and_far_away(tmp_path):
     """Without a generation time there are no years; positions beyond 2^29 need another index, which replaces the old one."""
     import pysam

@@ -1,6 +1,7 @@
 """`cxt translate` from a file to tracks: the same whatever the format, region, batch, order or interruption."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ SIZE, WINDOWS = 500, 40
 LENGTH = 100_250  # 201 windows, the last of half a width
 
 
-def save_model(path, **changes):
+def save_model(path, *, ranges=None, **changes):
     """A network with random weights, such that its estimates depend on its input and on the position."""
     settings = {
         "layers": 2,
@@ -45,7 +46,7 @@ def save_model(path, **changes):
     model = build_model(config, None)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": None}
+    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": ranges}
     record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record("marginal"))
     write_checkpoint(path, model.state_dict(), record)
     return path
@@ -269,7 +270,7 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
         "--mutation-rate",
         "1e-7",
     ]
-    rng, kills = np.random.default_rng(1), 0
+    rng, kills, wanted = np.random.default_rng(1), 0, int(os.environ.get("CXT_RESUME_KILLS", "4"))
     while True:
         process = subprocess.Popen([sys.executable, "-c", COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
@@ -277,7 +278,7 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.25))
         number = signal.SIGKILL if kills % 2 else signal.SIGTERM
-        if kills < 4:
+        if kills < wanted:
             process.send_signal(number)
         _, err = process.communicate()
         assert process.returncode in (0, -number), err
@@ -285,9 +286,20 @@ def test_interrupted_and_resumed(here, whole, tmp_path):
             break
         kills += 1
         assert not (tmp_path / "x/summary.json").exists()
-    assert kills >= 2
+    assert kills >= wanted // 2  # of nine blocks, the last ones may be done before a signal comes
     expected = all_bytes(here / "whole")
     assert all_bytes(tmp_path / "x") == expected
+
+
+def test_one_warning_of_each_kind(here, tmp_path, capsys):
+    """Their numbers differ from block to block; a chromosome must not give a warning for each."""
+    save_model(tmp_path / "narrow.ckpt", ranges={"diversity": [1e-7, 1e-6], "missingness": [0, 0]})
+    cxt.translate(here / "genotypes.npz", model=tmp_path / "narrow.ckpt", out=tmp_path / "x", batch_size=3, mutation_rate=1e-7)
+    (text, blocks), *others = json.loads((tmp_path / "x/summary.json").read_text())["warnings"].items()
+    assert not others
+    assert "diversity" in text
+    assert blocks == 9
+    assert capsys.readouterr().err.count("outside the range") == 2  # when it is met, and at the end
 
 
 def refusal(capsys, *arguments):
@@ -303,6 +315,8 @@ def refusal(capsys, *arguments):
 def test_bad_input(here, whole, tmp_path, capsys):
     common = ("--model", here / "tiny.ckpt", "--out", tmp_path / "x")
     data = here / "genotypes.npz"
+    everything = tmp_path / "everything.bed"
+    everything.write_text(f"1\t0\t{LENGTH}\n")
     for arguments, message in (
         ((data, "--model", here / "tiny.ckpt", "--out", here / "whole"), "holds a finished translation"),
         ((data, "--model", here / "tiny.ckpt", "--out", here), "is not empty and holds no translation"),
@@ -318,6 +332,13 @@ def test_bad_input(here, whole, tmp_path, capsys):
         ((data, *common, "--regions", "1:200001-300000"), "1"),
         ((data, *common, "--part", "3"), "--part must be K/N"),
         ((tmp_path / "nothing.vcf", *common), "there is no file"),
+        # What is wrong whatever the file holds, before a long file is read.
+        ((tmp_path / "nothing.vcf", *common, "--pairs", "whithin"), "did you mean 'within'?"),
+        ((tmp_path / "nothing.vcf", *common, "--pairs", "0"), "choose at least one pair"),
+        ((tmp_path / "nothing.vcf", *common, "--flank", "20"), "flank must be from 0 to 19 windows"),
+        ((tmp_path / "nothing.vcf", *common, "--batch-size", "0"), "batch_size must be a positive whole number"),
+        ((data, "--model", here / "tiny.ckpt", "--out", data), "is a file; --out must be a directory"),
+        ((data, *common, "--mask", everything, "--mask-marks", "inaccessible"), "does --mask-marks say what"),
         ((data, "--model", "smal", "--out", tmp_path / "x"), "no checkpoint 'smal'"),
         (("--out", tmp_path / "x"), "a file of genotypes must be given"),
     ):
@@ -346,6 +367,8 @@ def test_steps_and_parts(here, whole, tmp_path):
     run_python(*common, "--step", "read", "--force", cwd=tmp_path)
     failed = run_python(*common, "--step", "finish", cwd=tmp_path, check=False)
     assert failed.returncode == 1
+    assert "9 of 9 blocks of x are not translated yet" in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".work"]
     for part in ("2/3", "1/3", "3/3"):
         run_python(*common, "--step", "blocks", "--part", part, cwd=tmp_path)
     run_python(*common, "--step", "finish", cwd=tmp_path)
@@ -353,9 +376,14 @@ def test_steps_and_parts(here, whole, tmp_path):
 
 
 def test_a_region_of_an_accessible_contig_is_accessible(here, tmp_path, capsys):
-    """What was not read beside the region is no reason for a warning."""
-    translate(here, tmp_path / "x", regions="1:1-10000", pairs=1)
-    assert "inaccessible" not in capsys.readouterr().err
+    """What was not read beside the region is no reason for a warning, and a mask is."""
+    model = save_model(tmp_path / "reads_no_missing_data.ckpt", mask_singletons=True)
+    (tmp_path / "mask.bed").write_text("1\t2000\t6000\n")
+    words = [str(here / "genotypes.npz"), "--model", str(model), "--regions", "1:1-10000", "--pairs", "1"]
+    main([*words, "--out", str(tmp_path / "x")])
+    assert "inaccessible" not in "".join(capsys.readouterr())
+    main([*words, "--out", str(tmp_path / "y"), "--mask", str(tmp_path / "mask.bed"), "--mask-marks", "inaccessible"])
+    assert "40.0% of the bases are inaccessible" in "".join(capsys.readouterr())
 
 
 def test_pairs_are_checked_before_there_are_parts(here, tmp_path):
@@ -365,3 +393,32 @@ def test_pairs_are_checked_before_there_are_parts(here, tmp_path):
     assert done.returncode == 2
     assert "did you mean 'within'" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+FULL = """
+import resource, sys
+from cxt.commands.translate import main
+from cxt.console import exit_on_bad_request
+exit_on_bad_request(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500)), main(sys.argv[1:])))
+"""
+
+
+def test_a_full_disk(here, tmp_path):
+    """A limit on the size of files stands for it. Afterwards the translation can be finished."""
+    arguments = [here / "genotypes.npz", "--model", here / "tiny.ckpt", "--out", "x", "--mutation-rate", "1e-7"]
+    failed = run_python("-c", FULL, *arguments, cwd=tmp_path, check=False)
+    assert failed.returncode == 1
+    assert "x cannot be written: File too large; make room, and repeat the command" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert sorted(p.name for p in (tmp_path / "x").iterdir()) == [".work"]
+    translate(here, tmp_path / "x")
+    assert (tmp_path / "x/summary.json").is_file()
+
+
+def test_help_lists_what_a_setting_may_be(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--mask-marks {accessible,inaccessible}" in text
+    assert "--calibration {auto,none,diversity,gamma}" in text
+    assert "Default: small." in text

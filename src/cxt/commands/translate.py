@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from cxt.config.bounds import Threads
 from cxt.config.flags import add_config_flag, check_flags, insert_config
@@ -18,6 +18,8 @@ from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only,
 from cxt.errors import BadRequest
 
 LISTS = ("regions", "samples")
+
+DEFAULT_MODEL = "small"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,8 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
         elif name in LISTS:
             settings.add_argument(flag, nargs="+", action="extend", help=text)
         else:
-            default = "" if field.is_required() or field.default is None else f" Default: {field.default}."
-            settings.add_argument(flag, help=f"{text}{default}")
+            standard = DEFAULT_MODEL if name == "model" else None if field.is_required() else field.default
+            default = "" if standard is None else f" Default: {standard}."
+            choices = _list_choices(field.annotation)
+            settings.add_argument(flag, help=f"{text}{default}", metavar=f"{{{','.join(choices)}}}" if choices else None)
     run = parser.add_argument_group("how to run it")
     run.add_argument("--device", default="auto", help="auto (the first GPU, if there is one), cpu, cuda or cuda:1")
     run.add_argument("--batch-size", default="auto", help="pairs read together (default auto)")
@@ -53,6 +57,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--part", default="1/1", help="K/N: which of N parts of the blocks (default 1/1)")
     add_verbosity_flags(parser)
     return parser
+
+
+def _list_choices(annotation: Any) -> list[str]:
+    """The values of a setting that has one of a few, or none."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _list_choices(part)]
 
 
 def _as_list(words: list[str]) -> list[str] | str:
@@ -79,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.file is not None and args.input is not None:
         raise BadRequest(f"the file of genotypes was given twice: {args.file} and --input {args.input}")
     values: dict[str, Any] = {name: getattr(args, name) for name in Translation.model_fields}
-    values |= {"input": args.file or args.input, "model": args.model or "small"}
+    values |= {"input": args.file or args.input, "model": args.model or DEFAULT_MODEL}
     for name in LISTS:
         if values[name] is not None:
             values[name] = _as_list(values[name])

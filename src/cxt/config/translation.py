@@ -49,6 +49,8 @@ class Translation(Section):
     """Accessibility mask, BED or .npz. Needs `mask_marks`."""
     mask_marks: Literal["accessible", "inaccessible"] | None = None
     """Meaning of the intervals, or true values, of `mask`."""
+    keep_filtered: Flag = False
+    """Use records that failed a filter of the file, whose FILTER is neither PASS nor missing. They are dropped by default."""
     ancestral: Text = "auto"
     """Where the ancestral alleles come from: `INFO/AA` or another tag, a FASTA file, `ref` or `tree`. `auto`: INFO/AA or the
     tree sequence's ancestral states if there are any, and else the reference allele."""

@@ -21,6 +21,7 @@ BLOCKS = ("<NON_REF>", "<*>", "<X>")
 
 DROPPED = {
     "outside": "outside the regions",
+    "failed_filter": "failed a filter of the file (FILTER)",
     "masked": "inside the mask",
     "no_alternative": "no alternative allele (invariant sites, gVCF blocks)",
     "not_snv": "indels and others that are not SNVs",
@@ -48,6 +49,7 @@ class Counts:
 
     used: int = 0
     outside: int = 0
+    failed_filter: int = 0
     masked: int = 0
     no_alternative: int = 0
     not_snv: int = 0
@@ -188,6 +190,8 @@ class SiteFilter:
         one.
     beyond_mask : bool
         Whether positions beyond its end are inaccessible.
+    keep_failed : bool
+        Whether records that failed a filter of the file are used.
 
     Attributes
     ----------
@@ -204,10 +208,11 @@ class SiteFilter:
         any_alleles: bool = False,
         mask: np.ndarray | None = None,
         beyond_mask: bool = True,
+        keep_failed: bool = False,
     ):
         self.samples = list(samples)
         self.any_alleles = any_alleles
-        self.mask, self.beyond_mask = mask, beyond_mask
+        self.mask, self.beyond_mask, self.keep_failed = mask, beyond_mask, keep_failed
         self.counts: defaultdict[str, Counts] = defaultdict(Counts)
         places = {name: place for place, name in enumerate(self.samples)}
         self._columns = np.array([places[haplotype.sample] for haplotype in haplotypes], dtype=np.intp)
@@ -322,6 +327,8 @@ class SiteFilter:
             covered = positions < len(self.mask)
             masked[covered] = self.mask[positions[covered]]
             reasons[masked] = _REASONS["masked"]
+        if records.failed is not None and not self.keep_failed:
+            reasons[records.failed] = _REASONS["failed_filter"]
 
         # A record in which only the reference allele occurs says nothing against another one at the same position.
         varies = np.isin(reasons, [0] + [_REASONS[name] for name in ("multiallelic", "ancestral_unknown", "not_segregating")])

@@ -53,20 +53,29 @@ def choose_pairs(
         For another *spec*; if there are no such pairs, or more than `MAX_PAIRS`; if a pair needs the phase of unphased
         genotypes; if a file has an unknown name, a pair of a haplotype with itself, or a pair twice.
     """
+    check_pairs(spec)
     spec = str(spec)
     if spec in KINDS:
         pairs = _named_pairs(haplotypes, spec)
     elif spec.isdecimal():
         pairs = _random_pairs(len(haplotypes), int(spec), seed=check_seed(seed))
-    elif Path(spec).is_file():
-        pairs = _read_pairs(Path(spec), haplotypes)
     else:
-        raise BadRequest(
-            f"--pairs '{spec}' is neither the name of a set of pairs, nor a number, nor a file{suggest_nearest(spec, KINDS)}"
-        )
+        pairs = _read_pairs(Path(spec), haplotypes)
     if not assume_phased:
         _check_phase(haplotypes, pairs, unphased or {})
     return pairs
+
+
+def check_pairs(spec: str | int) -> None:
+    """BadRequest if *spec* cannot be pairs, whatever the haplotypes are; see `choose_pairs`."""
+    spec = str(spec)
+    if spec.isdecimal():
+        if int(spec) < 1:
+            raise BadRequest(f"--pairs {spec}: choose at least one pair")
+    elif spec not in KINDS and not Path(spec).is_file():
+        raise BadRequest(
+            f"--pairs '{spec}' is neither the name of a set of pairs, nor a number, nor a file{suggest_nearest(spec, KINDS)}"
+        )
 
 
 def _check_number(number: int) -> None:
@@ -122,10 +131,9 @@ def _in_order(pairs: np.ndarray) -> np.ndarray:
 def _random_pairs(haplotypes: int, number: int, *, seed: int) -> np.ndarray:
     """*number* different pairs; the same for a seed with any version of numpy."""
     total = haplotypes * (haplotypes - 1) // 2
-    if number < 1:
-        raise BadRequest("--pairs 0: choose at least one pair")
     if number > total:
-        raise BadRequest(f"--pairs {number}: {haplotypes} haplotypes have {total:,} pairs only; use --pairs all")
+        only = f"{total:,} pair{'' if total == 1 else 's'}"
+        raise BadRequest(f"--pairs {number}: {haplotypes} haplotypes have {only} only; use --pairs all")
     _check_number(number)
     chosen = _draw_distinct(total, number, key=hash_key("pairs", seed))
     row_starts = np.cumsum(np.arange(haplotypes - 1, 0, -1)) - np.arange(haplotypes - 1, 0, -1)  # of the upper triangle
@@ -210,7 +218,12 @@ def _check_phase(haplotypes: Sequence[Haplotype], pairs: np.ndarray, unphased: M
         f" and {len(samples) - MAX_LISTED_SAMPLES} more" if len(samples) > MAX_LISTED_SAMPLES else ""
     )
     count = sum(unphased[name] for name in samples)
+    what = f"1 heterozygous genotype of {names} is" if count == 1 else f"{count:,} heterozygous genotypes of {names} are"
+    if (sample[first] == sample[second]).all():
+        advice = "leave out individuals with more than two copies (--samples), who need phase for this, too"
+    else:
+        advice = "choose --pairs within-individual, which needs no phase for diploids"
     raise BadRequest(
-        f"{count:,} heterozygous genotypes of {names} are unphased (0/1, not 0|1), so that their haplotypes are not known; "
-        "phase the file, choose --pairs within-individual, which needs no phase, or take them as they are: --assume-phased"
+        f"{what} unphased (0/1, not 0|1), so that the haplotypes are not known; phase the file, or {advice}; or take them "
+        "as they are: --assume-phased"
     )

@@ -27,6 +27,7 @@ def read_genotypes(
     populations: Mapping[str, str] | str | os.PathLike[str] | None = None,
     masks: Callable[[str], np.ndarray | None] | None = None,
     beyond_mask: bool = True,
+    keep_failed: bool = False,
 ) -> GenotypeStore:
     """Read a file of genotypes, keep what can be used, and count what is dropped and why.
 
@@ -49,6 +50,8 @@ def read_genotypes(
         From a contig's name to its mask, a bool array, True = inaccessible, or None; see `SiteFilter`.
     beyond_mask : bool
         Whether positions beyond the end of a mask are inaccessible.
+    keep_failed : bool
+        Whether records that failed a filter of the file are used.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def read_genotypes(
     elif not isinstance(populations, Mapping):
         populations = read_populations(populations, source.samples)
     wanted = resolve_regions(regions, source.contigs, clip=True)
-    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask)
+    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask, keep_failed)
     copies = None
     while True:
         more = reading.run(copies)
@@ -94,9 +97,10 @@ class _Reading:
         out,
         masks,
         beyond_mask: bool,
+        keep_failed: bool,
     ):
         self.source, self.chosen, self.populations, self.wanted = source, chosen, populations, wanted
-        self.out, self.masks, self.beyond_mask = out, masks, beyond_mask
+        self.out, self.masks, self.beyond_mask, self.keep_failed = out, masks, beyond_mask, keep_failed
         self.samples = [source.samples[sample] for sample in chosen]
         self.lengths = dict(source.contigs)
 
@@ -153,7 +157,13 @@ class _Reading:
     def _begin(self, copies: int) -> None:
         haplotypes = self._list_haplotypes([copies] * len(self.samples))
         self.writer = GenotypeWriter(self.out, haplotypes)
-        self.filter = SiteFilter(haplotypes, self.samples, any_alleles=self.source.any_alleles, beyond_mask=self.beyond_mask)
+        self.filter = SiteFilter(
+            haplotypes,
+            self.samples,
+            any_alleles=self.source.any_alleles,
+            beyond_mask=self.beyond_mask,
+            keep_failed=self.keep_failed,
+        )
 
     def _add(self, records: Records) -> None:
         if records.contig != self.contig:
@@ -209,6 +219,8 @@ class _Reading:
         if not self.with_sites:
             total = sum(counts.values(), Counts())
             hint = " (--ancestral ref takes the reference allele as ancestral)" if total.ancestral_unknown else ""
+            if total.masked and total.masked == total.read:
+                hint = " (all records are inside the mask: does --mask-marks say what its intervals mean?)"
             raise BadRequest(f"no usable site is left{self._where()}{hint}:\n{table}")
         if self.unknown_length:
             names = _list_names(self.unknown_length)

@@ -46,6 +46,7 @@ class Records(NamedTuple):
     genotypes : int16 (records, samples, copies), index of the allele, `MISSING` or `ABSENT`
     phased : bool (records, samples); True also where phase does not matter, as for one copy
     ancestral : for each record, the ancestral allele as text, or None if it is not known
+    failed : bool (records,), whether a record failed a filter of the file; None if the format has none
     """
 
     contig: str
@@ -54,6 +55,7 @@ class Records(NamedTuple):
     genotypes: np.ndarray
     phased: np.ndarray
     ancestral: Sequence[str | None]
+    failed: np.ndarray | None = None
 
 
 class Source(Protocol):

@@ -67,6 +67,7 @@ class GenotypeStore:
         self._has_others = self._columns != list(range(len(self._columns)))
         self.report: dict = attributes["report"]
         self._positions: dict[str, np.ndarray] = {}
+        self._arrays: dict[str, zarr.Array] = {}  # opened once: to find an array costs more than to read a block of it
 
     def positions(self, contig: str) -> np.ndarray:
         """Positions of all sites of a contig, (sites,) int64."""
@@ -86,12 +87,17 @@ class GenotypeStore:
         values = np.unpackbits(np.asarray(packed), axis=1, count=self._columns[-1] + 1, bitorder="little")
         return values[:, self._columns] if self._has_others else values
 
+    def _open(self, name: str) -> zarr.Array:
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
+
     def load(self, contig: str, start: int, end: int) -> Sites:
         """The sites of a contig in [start, end)."""
         positions = self.positions(contig)
         left, right = np.searchsorted(positions, [start, end])
         group = str([name for name, _ in self.contigs].index(contig))
-        derived, missing = (self._unpack(self._group[f"{group}/{name}"][left:right]) for name in ("derived", "missing"))
+        derived, missing = (self._unpack(self._open(f"{group}/{name}")[left:right]) for name in ("derived", "missing"))
         return Sites(positions[left:right], derived, missing.astype(bool))
 
 

@@ -277,11 +277,13 @@ class _Chunk:
         self.alleles: list[list[str]] = []
         self.ancestral: list[str | None] = []
         self.genotypes: list[np.ndarray | None] = []
+        self.failed: list[bool] = []
 
     def add(self, variant, tag: str | None) -> bool:
         """Add a record, and return whether it has genotypes."""
         self.positions.append(variant.start)
         self.alleles.append([variant.REF, *variant.ALT])
+        self.failed.append(variant.FILTER is not None)  # None also stands for PASS
         if tag is not None:
             text = variant.INFO.get(tag)
             self.ancestral.append(text if isinstance(text, str) else None)
@@ -308,7 +310,8 @@ class _Chunk:
                 phased[k] = array[self.order, -1]
         phased |= (genotypes[:, :, 1:] == ABSENT).all(axis=2)
         positions = np.array(self.positions, dtype=np.int64)
-        return Records(self.contig, positions, self.alleles, genotypes, phased, self.ancestral)
+        failed = np.array(self.failed, dtype=bool)
+        return Records(self.contig, positions, self.alleles, genotypes, phased, self.ancestral, failed)
 
 
 def _correct_phase(variant, genotypes: np.ndarray) -> None:

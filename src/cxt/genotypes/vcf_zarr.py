@@ -61,6 +61,7 @@ class VcfZarrSource:
         lengths = [int(length) for length in self._read("contig_length")] if "contig_length" in names else []
         lengths += [0] * (len(contigs) - len(lengths))
         self.contigs = [Contig(name, length if length > 0 else None) for name, length in zip(contigs, lengths, strict=True)]
+        self._filters = self._find_filters(names)
         self._fasta: AncestralFasta | None = None
         self._ancestral = self._find_ancestral(ancestral, names)
         self.knows_ancestral = self._ancestral is not None or self._fasta is not None
@@ -91,6 +92,15 @@ class VcfZarrSource:
             raise BadRequest(f"{self.path} has no samples")
         if not records:
             raise BadRequest(f"{self.path} has no records")
+
+    def _find_filters(self, names: set[str]) -> np.ndarray | None:
+        """Columns of 'variant_filter' of filters that a record can fail; None if there are none."""
+        if not {"variant_filter", "filter_id"} <= names:
+            return None
+        filters = self._read_names("filter_id")
+        if self._group["variant_filter"].shape != (self._genotypes.shape[0], len(filters)):
+            raise BadRequest(f"{self.path}, array 'variant_filter': expected a column for each of the {len(filters)} filters")
+        return np.flatnonzero([name != "PASS" for name in filters])
 
     def _find_ancestral(self, ancestral: str, names: set[str]) -> str | None:
         """Name of the array of ancestral alleles; None for the reference allele, or if a FASTA file has them."""
@@ -175,6 +185,7 @@ class VcfZarrSource:
             ancestral = [row[0] if row else None for row in alleles]
         else:
             ancestral = [_to_text(text) or None for text in self._read(self._ancestral, block)[rows].tolist()]
+        failed = None if self._filters is None else self._read("variant_filter", block)[rows][:, self._filters].any(axis=1)
         ends = [*(np.flatnonzero(np.diff(contigs)) + 1).tolist(), len(contigs)]
         start = 0
         for end in ends:
@@ -189,6 +200,7 @@ class VcfZarrSource:
                 genotypes=genotypes[part],
                 phased=phased[part],
                 ancestral=ancestral[part],
+                failed=None if failed is None else failed[part],
             )
             start = end
 

@@ -4,6 +4,7 @@ The estimates of each block and chunk of pairs are a file in the work directory,
 goes on where it was, and several processes or machines can share the blocks.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,11 +54,13 @@ def list_units(plans: list[ContigPlan], *, pairs: int) -> list[Unit]:
 
 def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs: np.ndarray, work: Path) -> None:
     """Estimate the units whose file does not exist, and log how far it is and how long it will take."""
-    left = [unit for unit in units if not (work / unit.file_name).is_file()]
+    missing = set(list_missing(units, work=work))
+    left = [unit for unit in units if unit.file_name in missing]
     if len(left) < len(units):
         logger.info(f"{len(units) - len(left)} of {len(units)} blocks are done, and are kept")
     size, windows = reader.model.config.window_size, reader.model.config.windows
     began = reported = time.monotonic()
+    said: set[str] = set()
     for done, unit in enumerate(left, 1):
         plan, block = unit.plan, unit.block
         first, last = block.first, block.first + windows
@@ -73,6 +76,10 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
             accessible=np.pad(plan.windows.accessible[first:last], (0, beyond)),
             widths=np.pad(plan.windows.widths[first:last], (0, beyond), constant_values=size),
         )
+        for text in estimates.warnings:  # at once, and how many blocks it concerns, at the end
+            if (kind := describe_kind(text)) not in said:
+                said.add(kind)
+                logger.warning(f"{plan.name}:{first * size + 1:,}-{min(last * size, plan.length):,}: {text}")
         with atomic_file(work / unit.file_name) as file:
             np.savez(
                 file,
@@ -87,6 +94,16 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
             logger.info(f"translated {done / len(left):.0%}, {seconds:.0f} s left")
 
 
+def describe_kind(text: str) -> str:
+    """A warning without its numbers, which differ from block to block."""
+    return re.sub(r" in \d+ of \d+ examples|\d[\d.e+-]*", "", text)
+
+
+def list_missing(units: list[Unit], *, work: Path) -> list[str]:
+    """Names of the files of units that are not translated yet."""
+    return [unit.file_name for unit in units if not (work / unit.file_name).is_file()]
+
+
 class ContigEstimates(NamedTuple):
     """Estimates of a chunk of pairs on one contig; arrays as in `cxt.translation.estimates.Estimates`."""
 
@@ -98,13 +115,14 @@ class ContigEstimates(NamedTuple):
 
 
 def gather(units: list[Unit], plan: ContigPlan, *, work: Path, warnings: dict[str, int]) -> Iterator[ContigEstimates]:
-    """Yield the estimates of one contig by chunks of pairs; count the *warnings* of the blocks.
+    """Yield the estimates of one contig by chunks of pairs; count the *warnings* of the blocks, by one example of each kind.
 
     Raises
     ------
     Failed
         If a file is missing or damaged.
     """
+    known = {describe_kind(text): text for text in warnings}
     own = [unit for unit in units if unit.plan.place == plan.place]
     kept = plan.kept
     for begin in sorted({unit.from_pair for unit in own}):
@@ -121,8 +139,10 @@ def gather(units: list[Unit], plan: ContigPlan, *, work: Path, warnings: dict[st
                     values[:, columns] = arrays["values"]
                     differences[:, columns] = arrays["differences"]
                     bases[:, columns] = arrays["bases"]
-                    for text in arrays["warnings"]:
-                        warnings[str(text)] = warnings.get(str(text), 0) + 1
+                    kinds = {describe_kind(text): text for text in reversed(arrays["warnings"].tolist())}
+                    for kind, text in kinds.items():
+                        example = known.setdefault(kind, text)
+                        warnings[example] = warnings.get(example, 0) + 1
             except (OSError, ValueError, KeyError, EOFError) as error:
                 raise Failed(
                     f"{path}, a part of this translation, is missing or damaged ({error}); delete it and run again"

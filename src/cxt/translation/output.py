@@ -109,7 +109,7 @@ def write_output(
     if bigwig:
         write_bigwigs(tracks, directory / "bigwig")
     for text, blocks in warnings.items():
-        logger.warning(f"in {blocks} of {len(units)} blocks, {text}")
+        logger.warning(f"in {blocks} of {len(units)} blocks, for example: {text}")
     summary = {
         **{key: value for key, value in attributes.items() if key not in ("haplotypes", "pairs")},
         "input": request.input,

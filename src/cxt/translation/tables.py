@@ -103,7 +103,9 @@ def _format_rows(tracks: Tracks, contig: str) -> Iterator[tuple[str, int]]:
     # A tenth of a generation is resolved, whatever the unit.
     digits = max(0, 1 - math.floor(math.log10(years))) if years else 0
     names = [f"{_cell(first)}\t{_cell(second)}" for first, second in tracks.pair_names]
-    line = f"%s\t%s\t%.4f\t%.4f\t%.1f\t%.1f\t%.1f{f'{chr(9)}%.{digits}f' if years else ''}\t%s\n"
+    numbers = f"%.4f\t%.4f\t%.1f\t%.1f\t%.1f{f'{chr(9)}%.{digits}f' if years else ''}"
+    line = f"%s\t%s\t{numbers}\t%s\n"
+    missing = [f"\t{name}\t{numbers % ((math.nan,) * numbers.count('%'))}\t" for name in names]
     levels = tracks.quantile_levels
     low, middle, high = levels.index(0.025), levels.index(0.5), levels.index(0.975)
     windows = tracks.array(contig, "start").shape[0]
@@ -112,6 +114,12 @@ def _format_rows(tracks: Tracks, contig: str) -> Iterator[tuple[str, int]]:
         part = tracks.read(contig, windows=slice(begin, min(begin + block, windows)))
         places = [f"{_cell(contig)}\t{start}\t{end}" for start, end in zip(part.start, part.end, strict=True)]
         shares = [f"{share:.3f}" for share in part.accessible]
+        if np.isnan(part.mean).all():  # a large part of a chromosome may be missing: the same, quicker
+            lines = [
+                f"{place}{middle_part}{share}\n" for place, share in zip(places, shares, strict=True) for middle_part in missing
+            ]
+            yield "".join(lines), int(part.end[-1])
+            continue
         times = np.exp(part.quantiles[:, :, [middle, low, high]].astype(np.float64))
         columns = [part.mean, part.sd, *times.transpose(2, 0, 1)] + ([times[:, :, 0] * years] if years else [])
         values = np.stack(columns, axis=-1).transpose(1, 0, 2)  # (windows, pairs, columns)

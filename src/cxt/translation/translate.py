@@ -1,6 +1,7 @@
 """From a user's genotypes to TMRCA tracks: `cxt.translate`, and the steps that a workflow runs one by one."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ from cxt.config.learning import choose_reading
 from cxt.config.translation import Translation
 from cxt.console import get_logger
 from cxt.data.masks import describe_mask, read_mask
-from cxt.errors import BadRequest
-from cxt.genotypes.pairs import choose_pairs
+from cxt.errors import BadRequest, Failed
+from cxt.genotypes.pairs import check_pairs, choose_pairs
 from cxt.genotypes.read import read_genotypes
 from cxt.genotypes.records import Region, Source
 from cxt.genotypes.selection import parse_region, resolve_regions
@@ -24,9 +25,10 @@ from cxt.genotypes.store import GenotypeStore
 from cxt.io import acquire_lock, atomic_write, check_writable, file_sha256
 from cxt.model.inputs import reads_missingness
 from cxt.model.transformer import CoalescenceModel
+from cxt.translation.blocks import choose_flank
 from cxt.translation.contigs import ContigPlan, extend_regions, plan_contigs
 from cxt.translation.estimates import Reader
-from cxt.translation.job import list_units, run_units
+from cxt.translation.job import list_missing, list_units, run_units
 from cxt.translation.output import write_output
 from cxt.translation.request import identify
 from cxt.translation.tracks import Tracks
@@ -51,6 +53,7 @@ def translate(
     assume_phased: bool = False,
     mask: str | os.PathLike[str] | None = None,
     mask_marks: str | None = None,
+    keep_filtered: bool = False,
     ancestral: str = "auto",
     mutation_rate: float | None = None,
     recombination_rate: float | None = None,
@@ -97,6 +100,8 @@ def translate(
         Accessibility mask: BED, or .npz with one value a base.
     mask_marks : str
         `accessible` or `inaccessible`: what the intervals or true values of *mask* mean. Required with it.
+    keep_filtered : bool
+        Use records that failed a filter of the file; they are dropped by default.
     ancestral : str
         `INFO/AA` or another tag, a FASTA file, `ref`, or `tree`. `auto`: INFO/AA if there is one, the tree sequence's ancestral
         states, or else the reference allele, with a warning.
@@ -147,7 +152,8 @@ def translate(
         "input": os.fspath(input), "model": os.fspath(model), "regions": _as_list(regions),
         "samples": _as_list(samples, split=False), "populations": None if populations is None else os.fspath(populations),
         "pairs": pairs, "assume_phased": assume_phased, "mask": None if mask is None else os.fspath(mask),
-        "mask_marks": mask_marks, "ancestral": os.fspath(ancestral), "mutation_rate": mutation_rate,
+        "mask_marks": mask_marks, "keep_filtered": keep_filtered, "ancestral": os.fspath(ancestral),
+        "mutation_rate": mutation_rate,
         "recombination_rate": recombination_rate, "generation_time": generation_time, "calibration": calibration,
         "reading": reading, "replicates": replicates, "panels": panels, "min_accessible": min_accessible, "max_gap": max_gap,
         "flank": flank, "seed": seed,
@@ -196,8 +202,13 @@ def run_translation(
     checkpoint = find_checkpoint(request.model)
     network = load_model(checkpoint, device=_choose_device(device))
     way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
+    # What can be known before a long file is read.
+    check_pairs(request.pairs)
+    choose_flank(network.config.windows, request.flank)
+    batch = _choose_batch(batch_size, network)
     work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_explain_full_disk(directory))
         stack.enter_context(_remove_if_refused(directory, work))
         if step != "blocks":  # whose parts run at the same time
             stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
@@ -224,13 +235,18 @@ def run_translation(
         if step == "read":  # and check that pairs and checkpoint fit, before there are many jobs
             return None
         units = list_units(plans, pairs=len(chosen))
-        reader = Reader(network, way, request, _choose_batch(batch_size, network))
+        reader = Reader(network, way, request, batch)
         if step in ("all", "blocks"):
             mine = units[part[0] - 1 :: part[1]]
             logger.info(f"translating {len(chosen)} pairs in {len({u.block for u in units})} blocks on {reader.device}")
             run_units(mine, reader=reader, store=store, pairs=chosen, work=work)
         if step == "blocks":
             return None
+        if missing := list_missing(units, work=work):
+            raise Failed(
+                f"{len(missing)} of {len(units)} blocks of {directory} are not translated yet, {missing[0]} among them; run "
+                "the step `blocks` for all of its parts, or all steps"
+            )
         tracks = write_output(
             directory, units, plans, request=request, reader=reader, store=store, pairs=chosen, work=work,
             checkpoint_sha256=file_sha256(checkpoint), bigwig=bigwig,
@@ -274,6 +290,8 @@ def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
 
 def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     """The work directory in *directory*, new or of the same request; BadRequest if there is anything else."""
+    if directory.exists() and not directory.is_dir():
+        raise BadRequest(f"{directory} is a file; --out must be a directory, new or empty")
     check_writable(directory / "summary.json")
     work = directory / ".work"
     known = work / "request.json"
@@ -297,6 +315,19 @@ def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
     if not known.is_file():
         atomic_write(known, identity.encode())
     return work
+
+
+@contextlib.contextmanager
+def _explain_full_disk(directory: Path) -> Iterator[None]:
+    """Failed in place of an OSError because nothing more can be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise Failed(
+            f"{directory} cannot be written: {error.strerror}; make room, and repeat the command, which goes on from here"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -326,6 +357,7 @@ def _read(request: Translation, network: CoalescenceModel, source: Source, regio
         populations=request.populations,
         masks=lambda contig: _load_mask(request, contig, dict(source.contigs)),
         beyond_mask=request.mask_marks == "accessible",
+        keep_failed=request.keep_filtered,
     )
 
 
