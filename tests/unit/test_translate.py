@@ -375,6 +375,26 @@ def test_steps_and_parts(here, whole, tmp_path):
     assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
 
 
+def test_a_region_of_an_accessible_contig_is_accessible(here, tmp_path, capsys):
+    """What was not read beside the region is no reason for a warning, and a mask is."""
+    model = save_model(tmp_path / "reads_no_missing_data.ckpt", mask_singletons=True)
+    (tmp_path / "mask.bed").write_text("1\t2000\t6000\n")
+    words = [str(here / "genotypes.npz"), "--model", str(model), "--regions", "1:1-10000", "--pairs", "1"]
+    main([*words, "--out", str(tmp_path / "x")])
+    assert "inaccessible" not in "".join(capsys.readouterr())
+    main([*words, "--out", str(tmp_path / "y"), "--mask", str(tmp_path / "mask.bed"), "--mask-marks", "inaccessible"])
+    assert "40.0% of the bases are inaccessible" in "".join(capsys.readouterr())
+
+
+def test_pairs_are_checked_before_there_are_parts(here, tmp_path):
+    """The step `read` refuses what the steps after it would refuse."""
+    words = ["--input", here / "genotypes.npz", "--model", here / "tiny.ckpt", "--out", tmp_path / "x", "--pairs", "wihtin"]
+    done = run_python("-m", "cxt.commands.translate", *words, "--step", "read", check=False)
+    assert done.returncode == 2
+    assert "did you mean 'within'" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
 FULL = """
 import resource, sys
 from cxt.commands.translate import main

@@ -71,7 +71,8 @@ def test_stages_import_what_their_environment_has(workflow, tmp_path):
     for name in files[:-1]:
         (directory / name).unlink()
     with (tmp_path / "my.vcf").open("w") as file:
-        simulate(seed=3, individuals=25, length=20_000, rate=2e-8).write_vcf(file, position_transform=lambda x: 1 + x)
+        ts = simulate(seed=3, individuals=25, length=20_000, rate=2e-8)
+        ts.write_vcf(file, position_transform=lambda x: [1 + int(p) for p in x])
     entry = {"input": "my.vcf", "model": "narrow", "pairs": 1, "mutation_rate": 2e-8, "bigwig": True}
     configfile = tmp_path / "translated.yaml"
     configfile.write_text(yaml.safe_dump(yaml.safe_load(TINY.read_text()) | {"translate": {"mine": entry}}))

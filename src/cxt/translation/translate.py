@@ -382,7 +382,8 @@ def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPla
     """Log what a user has to know before the work starts."""
     if network.config.reads_rates and request.mutation_rate is None:
         logger.warning("no mutation_rate was given: the network infers it, and times are in the training scenarios' rate")
-    share = sum(p.windows.accessible.sum() for p in plans) / sum(p.windows.widths.sum() for p in plans)
+    # Of the windows to estimate: beside the regions that were asked for, nothing was read.
+    share = sum(p.windows.accessible[p.kept].sum() for p in plans) / sum(p.windows.widths[p.kept].sum() for p in plans)
     if share < 0.98 and not reads_missingness(network):
         logger.warning(
             f"{1 - share:.1%} of the bases are inaccessible, but checkpoint {request.model} does not read missing data: it "
