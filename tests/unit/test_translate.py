@@ -24,6 +24,7 @@ from cxt.checkpoints.record import build_checkpoint_record
 from cxt.commands.translate import main
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
+from cxt.translation.directory import hold_directory
 
 SIZE, WINDOWS = 500, 40
 LENGTH = 100_250  # 201 windows, the last of half a width
@@ -422,3 +423,63 @@ def test_help_lists_what_a_setting_may_be(capsys):
     assert "--mask-marks {accessible,inaccessible}" in text
     assert "--calibration {auto,none,diversity,gamma}" in text
     assert "Default: small." in text
+
+
+def test_regions_beside_a_gap(here, tmp_path):
+    (tmp_path / "mask.bed").write_text("1\t40000\t55000\n")
+    mask = {"mask": tmp_path / "mask.bed", "mask_marks": "inaccessible"}
+    whole = arrays(translate(here, tmp_path / "whole", **mask))
+    for number, (low, high) in enumerate(((55_000, 70_000), (36_000, 39_000), (50_000, 60_000))):
+        part = arrays(translate(here, tmp_path / f"{number}", regions=f"1:{low + 1:,}-{high:,}", **mask))
+        assert np.array_equal(part.mean, whole.mean[:, low // SIZE : high // SIZE], equal_nan=True)
+
+
+def test_a_haplotype_that_is_never_called(here, tmp_path):
+    with np.load(here / "genotypes.npz") as data:
+        genotypes, positions = data["genotypes"].copy(), data["positions"]
+    genotypes[:, 3, 1] = -1
+    sparse = (positions // 5000) % 3 != 1  # windows without sites
+    np.savez(tmp_path / "x.npz", genotypes=genotypes[sparse], positions=positions[sparse], sequence_length=LENGTH)
+    found = arrays(cxt.translate(tmp_path / "x.npz", model=here / "tiny.ckpt", out=tmp_path / "x", max_gap=0))
+    assert found.called[3] == 0
+    assert np.isnan(found.mean[3]).all()
+    assert np.isfinite(np.delete(found.mean, 3, axis=0)).all()
+
+
+def test_unknown_ancestral_alleles_lower_the_mutation_rate(here, tmp_path, formats):
+    """As those sites are not there: at a rate that is lower by their share, the others give the same track."""
+    lines = (here / "genotypes.vcf").read_text().splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("#CHROM"))
+    info = '##INFO=<ID=AA,Number=1,Type=String,Description="Ancestral allele">'
+    known, total, polarised, others = 0, 0, [*lines[:first], info, lines[first]], lines[: first + 1]
+    for k, line in enumerate(lines[first + 1 :]):
+        fields = line.split("\t")
+        if len(fields[4]) > 1 or len(set("".join(field.replace("|", "") for field in fields[9:]))) == 1:
+            continue
+        total += 1
+        fields[7] = f"AA={fields[3] if k % 4 else '.'}"
+        polarised.append("\t".join(fields))
+        if k % 4:
+            known += 1
+            others.append(line)
+    (tmp_path / "aa.vcf").write_text("\n".join(polarised) + "\n")
+    (tmp_path / "others.vcf").write_text("\n".join(others) + "\n")
+    model = here / "tiny.ckpt"
+    first_track = arrays(cxt.translate(tmp_path / "aa.vcf", model=model, out=tmp_path / "aa", mutation_rate=1e-7))
+    second = cxt.translate(tmp_path / "others.vcf", model=model, out=tmp_path / "others", mutation_rate=1e-7 * known / total)
+    assert first_track.mean == pytest.approx(arrays(second).mean, abs=1e-5)
+
+
+def test_a_directory_in_use_or_of_something_else(here, tmp_path):
+    out = tmp_path / "x"
+    with hold_directory(out, "another request", force=False, lock=True) as work:
+        (work / "0-0-0.npz").write_bytes(b"")
+        files = here / "genotypes.npz", "--model", here / "tiny.ckpt", "--out", out, "--force"
+        refused = run_python("-m", "cxt.commands.translate", *files, check=False)
+        assert "is in use by process" in refused.stderr
+        assert (work / "0-0-0.npz").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/summary.json").write_text("{}")
+    with pytest.raises(cxt.BadRequest, match="holds no translation"):
+        translate(here, tmp_path / "mine", force=True)
+    assert (tmp_path / "mine/summary.json").read_text() == "{}"

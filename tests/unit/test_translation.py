@@ -89,6 +89,10 @@ def test_blocks_do_not_depend_on_the_region():
 def test_blocks_stay_where_data_are():
     blocks = list_blocks(0, total=1000, regions=[(300, 500)], read=[(300, 500)], windows=100, flank=20)
     assert all(300 <= block.first <= 400 for block in blocks)
+    for block in list_blocks(0, total=1000, regions=[(0, 1000)], read=[(0, 430), (470, 1000)], windows=100, flank=20):
+        for low in range(block.keep_from, block.keep_to, 7):  # a part of the region has the same blocks
+            part = list_blocks(0, total=1000, regions=[(low, low + 1)], read=[(0, 430), (470, 1000)], windows=100, flank=20)
+            assert [one.first for one in part] == [block.first]
     short = list_blocks(0, total=1000, regions=[(300, 350)], read=[(300, 350)], windows=100, flank=20)
     assert {block.first for block in short} == {300}
     assert {block.first for block in list_blocks(0, total=60, regions=[(0, 60)], read=[(0, 60)], windows=100, flank=20)} == {0}
@@ -165,11 +169,12 @@ def test_counts_with_missing_genotypes(sites):
                 counts[0 if derived[a] != derived[b] else 1, i, window, frequency] += 1
     assert np.array_equal(found.counts, counts)
     assert lost.sum() > 100
+    overall = used.sum() / (used.sum() + lost.sum())  # in windows without sites
     for i, scale in enumerate(SCALES):
         for window in range(windows):
             sums = used[window : window + scale].sum(), lost[window : window + scale].sum()
-            assert found.called[i, window] == (sums[0] / sum(sums) if sum(sums) else 1)
-    assert np.array_equal(found.called_once, [u / (u + m) if u + m else 1 for u, m in zip(used, lost, strict=True)])
+            assert found.called[i, window] == (sums[0] / sum(sums) if sum(sums) else overall)
+    assert np.array_equal(found.called_once, [u / (u + m) if u + m else overall for u, m in zip(used, lost, strict=True)])
     differ = [
         position
         for position, derived, missing in zip(*incomplete, strict=True)

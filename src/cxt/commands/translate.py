@@ -72,7 +72,7 @@ def _as_list(words: list[str]) -> list[str] | str:
         return json.loads(words[0])
     if len(words) == 1 and Path(words[0]).is_file():
         return words[0]
-    return [part for word in words for part in word.split(",") if part]
+    return [part for word in words for part in word.split(",") if part]  # of samples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,11 +91,11 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest(f"the file of genotypes was given twice: {args.file} and --input {args.input}")
     values: dict[str, Any] = {name: getattr(args, name) for name in Translation.model_fields}
     values |= {"input": args.file or args.input, "model": args.model or DEFAULT_MODEL}
-    for name in LISTS:
-        if values[name] is not None:
-            values[name] = _as_list(values[name])
-    if isinstance(values["regions"], str):  # a region that is also the name of a file
-        values["regions"] = [values["regions"]]
+    if values["samples"] is not None:
+        values["samples"] = _as_list(values["samples"])
+    regions = values["regions"]
+    if regions is not None and len(regions) == 1 and regions[0].startswith("["):
+        values["regions"] = json.loads(regions[0])  # from a file for --config; commas may also be within numbers
     missing = [what for what, value in (("a file of genotypes", values["input"]), ("--out", args.out)) if value is None]
     if missing:
         raise BadRequest(f"{' and '.join(missing)} must be given, as in `cxt translate my.vcf.gz --out tracks`")

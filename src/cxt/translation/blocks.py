@@ -54,8 +54,8 @@ def list_blocks(
     regions : sequence of (int, int)
         Windows [from, to) to estimate, ascending and disjoint.
     read : sequence of (int, int)
-        Windows [from, to) with data. A block is moved into the one that has all windows to be kept, if there is one, so that it
-        does not read windows without data in place of a flank.
+        Windows [from, to) with data. A block is moved into the only one that overlaps its core, so that it does not read
+        windows without data in place of a flank; if several do, it stays where it is.
     windows : int
         Windows that the network reads.
     flank : int
@@ -69,8 +69,14 @@ def list_blocks(
     blocks = []
     for low, high in regions:
         for number in range(low // core, -(-high // core)):
-            keep_from, keep_to = max(number * core, low), min((number + 1) * core, high)
-            begin, end = next(((a, b) for a, b in read if a <= keep_from and keep_to <= b), (0, total))
-            first = max(begin, min(number * core - flank, end - windows))
-            blocks.append(Block(contig, max(0, min(first, total - windows)), keep_from, keep_to))
+            core_from, core_to = number * core, (number + 1) * core
+            # By the whole core, whatever part of it is asked for, so that estimates do not depend on that.
+            around = [(a, b) for a, b in read if a < core_to and core_from < b]
+            begin, end = around[0] if len(around) == 1 else (0, total)
+            first = max(begin, min(core_from - flank, end - windows))
+            first = max(0, min(first, total - windows))
+            # Windows outside of the segment have no data.
+            keep_from, keep_to = max(core_from, low, first), min(core_to, high, first + windows)
+            if keep_from < keep_to:
+                blocks.append(Block(contig, first, keep_from, keep_to))
     return blocks

@@ -84,16 +84,21 @@ def plan_contigs(
     Raises
     ------
     BadRequest
-        If a contig has too few haplotypes, or is too short for the network.
+        If all contigs have too few haplotypes, or are too short for the network; otherwise such contigs are left out.
     """
     size, network_windows = model.config.window_size, model.config.windows
     flank = choose_flank(network_windows, request.flank)
     plans = []
+    refusals: list[str] = []  # of contigs such as a Y chromosome, which must not stop the others
     for place, (name, length) in enumerate(store.contigs):
         wanted = [region for region in regions if region.contig == name] or [Region(name)]
         assert length is not None
         total = -(-length // size)
-        check_short_contig(model, contig=name, windows=total, name=request.model)
+        try:
+            check_short_contig(model, contig=name, windows=total, name=request.model)
+        except BadRequest as error:
+            refusals.append(str(error))
+            continue
         read = extend_regions(wanted, context=network_windows * size)
         accessible = np.zeros(total, dtype=np.int64)
         gaps: list[tuple[int, int]] = []
@@ -109,7 +114,11 @@ def plan_contigs(
         called, present = share_called(store, place, pairs)
         candidates = np.flatnonzero(present >= LEAST_PRESENT)
         candidates = np.union1d(candidates, pairs[called > 0])
-        check_haplotypes(model, len(candidates), where=f"contig {name}", name=request.model)
+        try:
+            check_haplotypes(model, len(candidates), where=f"contig {name}", name=request.model)
+        except BadRequest as error:
+            refusals.append(str(error))
+            continue
         windows = merge_windows(wanted, size=size, total=total)
         blocks = list_blocks(
             place, total=total, regions=windows, read=find_segments(accessible > 0, flank), windows=network_windows, flank=flank
@@ -120,6 +129,10 @@ def plan_contigs(
             logger.warning(f"contig {name} is left out: no window has enough accessible bases (see min_accessible, max_gap)")
             continue
         plans.append(ContigPlan(name, length, place, windows, Windows(accessible, widths, gaps), called, candidates, blocks))
+    if not plans and refusals:
+        raise BadRequest(refusals[0])
+    for text in refusals:
+        logger.warning(f"left out: {text}")
     if not plans:
         raise BadRequest(
             "no window has enough accessible bases; lower min_accessible, or set max_gap to 0 if sites are that rare"

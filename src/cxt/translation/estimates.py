@@ -36,12 +36,14 @@ class Reader(NamedTuple):
     reading : in one pass or by sampling
     request : with the rates, replicates, panels and seed
     batch_size : pairs that are read together
+    share_polarised : share of the sites that are used, because their ancestral allele is known; it lowers the mutation rate
     """
 
     model: CoalescenceModel
     reading: Reading
     request: Translation
     batch_size: int
+    share_polarised: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -50,9 +52,10 @@ class Reader(NamedTuple):
 
     @property
     def rates(self) -> dict[str, float | None]:
-        """Keyword arguments with the rates."""
-        request = self.request
-        return {"mutation_rate": request.mutation_rate, "recombination_rate": request.recombination_rate}
+        """Keyword arguments with the rates, that of the mutations which can be seen."""
+        rate = self.request.mutation_rate
+        seen = None if rate is None else rate * self.share_polarised
+        return {"mutation_rate": seen, "recombination_rate": self.request.recombination_rate}
 
     @property
     def scales(self) -> tuple[int, ...]:
@@ -89,6 +92,7 @@ def read_block(
     block: Block,
     *,
     contig: str,
+    called: np.ndarray,
     candidates: np.ndarray,
     accessible: np.ndarray,
     widths: np.ndarray,
@@ -105,6 +109,8 @@ def read_block(
     block : Block
     contig : str
         Its name.
+    called : float64 array (pairs,)
+        Share of its sites at which both haplotypes of each pair are called; pairs with 0 are missing.
     candidates : integer array
         Columns of the haplotypes that panels are drawn from.
     accessible, widths : int64 arrays (windows of the network,)
@@ -146,10 +152,10 @@ def read_block(
             part = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)[:, keep].double().cpu().numpy()
         for (row, _), one in zip(rows[batch], part, strict=True):
             distribution[row] += one / len(panels)
-    called = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
-    bases = accessible[keep] * called[:, keep]
+    shares = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
+    bases = accessible[keep] * shares[:, keep] * (called > 0)[:, None]
     values = summarise(torch.from_numpy(distribution), reader.grid)
-    values[bases < request.min_accessible * widths[keep]] = np.nan
+    values[bases < np.maximum(request.min_accessible * widths[keep], 1)] = np.nan
     differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
     return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), list(texts))
 

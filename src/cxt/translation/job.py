@@ -72,6 +72,7 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
             pairs[unit.from_pair : unit.to_pair],
             block,
             contig=plan.name,
+            called=plan.called[unit.from_pair : unit.to_pair],
             candidates=plan.candidates,
             accessible=np.pad(plan.windows.accessible[first:last], (0, beyond)),
             widths=np.pad(plan.windows.widths[first:last], (0, beyond), constant_values=size),

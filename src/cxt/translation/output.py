@@ -76,7 +76,7 @@ def write_output(
             known = ~np.isnan(part.values[..., MEAN])
             diversity = Diversity(
                 (part.differences * known).sum(axis=1),
-                compute_implied(part.values[..., LOG_MEAN], part.bases, mutation_rate=request.mutation_rate or 0.0),
+                compute_implied(part.values[..., LOG_MEAN], part.bases, mutation_rate=reader.rates["mutation_rate"] or 0.0),
             )
             rows = slice(part.from_pair, part.to_pair)
             offsets = compute_offsets(diversity, method=method, seed=request.seed, names=names[rows], contig=plan.name)

@@ -23,7 +23,7 @@ class PairInput(NamedTuple):
 
     counts : int32 (2, scales, windows, samples)
     called : float64 (scales, windows), share of the segregating sites of each window that are used for this pair
-    called_once : float64 (windows,), the same for the windows themselves; 1 where there is no site
+    called_once : float64 (windows,), the same for the windows themselves
     """
 
     counts: np.ndarray
@@ -89,8 +89,12 @@ def count_pair_sites(
 
 
 def _share_called(used: np.ndarray, lost: np.ndarray, scales) -> np.ndarray:
-    """Used sites as a share of used and lost ones, in the windows of each scale: (windows,) twice -> (scales, windows)."""
-    shares = np.ones((len(scales), len(used)))
+    """Used sites as a share of used and lost ones, in the windows of each scale: (windows,) twice -> (scales, windows).
+
+    A window without sites has the share of the whole block.
+    """
+    total = used.sum() + lost.sum()
+    shares = np.full((len(scales), len(used)), used.sum() / total if total else 1.0)
     if lost.any():
         for i, scale in enumerate(scales):
             sums = [sum_windows(values, scale) for values in (used, lost)]

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import checkpoint_directories
 from cxt.config.translation import Translation
@@ -25,7 +26,7 @@ def choose_calibration(request: Translation, model: CoalescenceModel) -> Method:
 
 def identify(request: Translation, checkpoint_sha256: str) -> str:
     """Canonical JSON of the settings and of the state of the files: two requests with the same text have the same tracks."""
-    values = request.resolved() | {"checkpoint": checkpoint_sha256}
+    values = request.resolved() | {"checkpoint": checkpoint_sha256, "version": cxt.__version__}
     for key in FILES:
         if isinstance(path := values.get(key), str) and os.path.exists(path):
             values[f"{key} file"] = describe_file(path)

@@ -1,10 +1,9 @@
 """From a user's genotypes to TMRCA tracks: `cxt.translate`, and the steps that a workflow runs one by one."""
 
-import contextlib
-import errno
+import importlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,12 @@ from cxt.genotypes.records import Region, Source
 from cxt.genotypes.selection import parse_region, resolve_regions
 from cxt.genotypes.sources import open_source
 from cxt.genotypes.store import GenotypeStore
-from cxt.io import acquire_lock, atomic_write, check_writable, file_sha256
+from cxt.io import file_sha256
 from cxt.model.inputs import reads_missingness
 from cxt.model.transformer import CoalescenceModel
 from cxt.translation.blocks import choose_flank
 from cxt.translation.contigs import ContigPlan, extend_regions, plan_contigs
+from cxt.translation.directory import hold_directory
 from cxt.translation.estimates import Reader
 from cxt.translation.job import list_missing, list_units, run_units
 from cxt.translation.output import write_output
@@ -206,12 +206,11 @@ def run_translation(
     check_pairs(request.pairs)
     choose_flank(network.config.windows, request.flank)
     batch = _choose_batch(batch_size, network)
-    work = _open_directory(directory, identify(request, file_sha256(checkpoint)), force=force)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_explain_full_disk(directory))
-        stack.enter_context(_remove_if_refused(directory, work))
-        if step != "blocks":  # whose parts run at the same time
-            stack.enter_context(contextlib.closing(acquire_lock(work / "lock", directory)))
+    _import_writers(bigwig=bigwig)
+    identity = identify(request, file_sha256(checkpoint))
+    with hold_directory(directory, identity, force=force, lock=step != "blocks") as work:
+        if step == "blocks" and not (work / "genotypes.zarr").is_dir():
+            raise Failed(f"the genotypes of {directory} are not read yet; run the step `read` first")
         source = open_source(request.input, ancestral=request.ancestral)
         names = [contig.name for contig in source.contigs]
         wanted = resolve_regions([parse_region(text, names) for text in request.regions or ()], source.contigs)
@@ -231,11 +230,11 @@ def run_translation(
             regions=wanted,
             read_mask=lambda contig: _load_mask(request, contig, dict(store.contigs)),
         )
-        _warn(network, request, plans)
+        _warn(network, request, plans, store)
         if step == "read":  # and check that pairs and checkpoint fit, before there are many jobs
             return None
         units = list_units(plans, pairs=len(chosen))
-        reader = Reader(network, way, request, batch)
+        reader = Reader(network, way, request, batch, share_polarised(store))
         if step in ("all", "blocks"):
             mine = units[part[0] - 1 :: part[1]]
             logger.info(f"translating {len(chosen)} pairs in {len({u.block for u in units})} blocks on {reader.device}")
@@ -251,8 +250,15 @@ def run_translation(
             directory, units, plans, request=request, reader=reader, store=store, pairs=chosen, work=work,
             checkpoint_sha256=file_sha256(checkpoint), bigwig=bigwig,
         )  # fmt: skip
-    shutil.rmtree(work)
+        shutil.rmtree(work)
     return tracks
+
+
+def _import_writers(*, bigwig: bool) -> None:
+    """Import what the output is written with, so that a package that is missing is noticed before the work."""
+    importlib.import_module("pysam")
+    if bigwig:
+        importlib.import_module("pyBigWig")
 
 
 def _as_list(values: Sequence[str] | str | None, *, split: bool = True) -> list[str] | str | None:
@@ -288,74 +294,21 @@ def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
     return int(np.clip(free // (4 * per_pair), 1, 512))
 
 
-def _open_directory(directory: Path, identity: str, *, force: bool) -> Path:
-    """The work directory in *directory*, new or of the same request; BadRequest if there is anything else."""
-    if directory.exists() and not directory.is_dir():
-        raise BadRequest(f"{directory} is a file; --out must be a directory, new or empty")
-    check_writable(directory / "summary.json")
-    work = directory / ".work"
-    known = work / "request.json"
-    finished = directory / "summary.json"
-    if force:
-        # Without request.json, what is left is of an interrupted removal.
-        if finished.exists() or not known.is_file() or known.read_text() != identity:
-            for path in (finished, directory / "tracks.zarr", directory / "bigwig", work):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif finished.exists():
-        raise BadRequest(
-            f"{directory} holds a finished translation; choose another directory, or replace it with force (--force)"
-        )
-    elif known.is_file() and known.read_text() != identity:
-        raise BadRequest(
-            f"{directory} holds an unfinished translation of other settings or files; finish that one with its own settings, "
-            "choose another directory, or replace it (--force)"
-        )
-    elif not known.is_file() and directory.is_dir() and any(path.name != ".work" for path in directory.iterdir()):
-        raise BadRequest(f"{directory} is not empty and holds no translation; choose a new or an empty directory")
-    if not known.is_file():
-        atomic_write(known, identity.encode())
-    return work
-
-
-@contextlib.contextmanager
-def _explain_full_disk(directory: Path) -> Iterator[None]:
-    """Failed in place of an OSError because nothing more can be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise Failed(
-            f"{directory} cannot be written: {error.strerror}; make room, and repeat the command, which goes on from here"
-        ) from error
-
-
-@contextlib.contextmanager
-def _remove_if_refused(directory: Path, work: Path) -> Iterator[None]:
-    """Remove the work directory after a BadRequest, unless blocks are done: another request may be made at once."""
-    try:
-        yield
-    except BadRequest:
-        if not any(work.glob("*.npz")):
-            shutil.rmtree(work, ignore_errors=True)
-            with contextlib.suppress(OSError):  # it holds something else
-                directory.rmdir()
-        raise
-
-
 def _read(request: Translation, network: CoalescenceModel, source: Source, regions: list[Region], work: Path) -> GenotypeStore:
     """The genotypes, read before or now."""
     path = work / "genotypes.zarr"
     if path.is_dir():
         return GenotypeStore(path)
     context = network.config.windows * network.config.window_size
+    read = {region.contig for region in regions}
+    lengths = {name: length for name, length in source.contigs if name in read or not read}
     return read_genotypes(
         source,
         out=path,
         regions=extend_regions(regions, context=context),
         samples=request.samples,
         populations=request.populations,
-        masks=lambda contig: _load_mask(request, contig, dict(source.contigs)),
+        masks=lambda contig: _load_mask(request, contig, lengths),
         beyond_mask=request.mask_marks == "accessible",
         keep_failed=request.keep_filtered,
     )
@@ -378,8 +331,20 @@ def _load_mask(request: Translation, contig: str, lengths: dict[str, int | None]
     return mask
 
 
-def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPlan]) -> None:
+def share_polarised(store: GenotypeStore) -> float:
+    """Share of the sites whose ancestral allele is known, of those that could be used otherwise."""
+    total = store.report["total"]
+    return total["used"] / (total["used"] + total["ancestral_unknown"])
+
+
+def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPlan], store: GenotypeStore) -> None:
     """Log what a user has to know before the work starts."""
+    if (lost := 1 - share_polarised(store)) > 0.02:
+        effect = "the mutation rate is lowered by that share" if request.mutation_rate else "times come out too young by that"
+        logger.warning(
+            f"the ancestral allele is unknown at {lost:.0%} of the sites, which are left out: {effect}; --ancestral names "
+            "another source of ancestral alleles"
+        )
     if network.config.reads_rates and request.mutation_rate is None:
         logger.warning("no mutation_rate was given: the network infers it, and times are in the training scenarios' rate")
     # Of the windows to estimate: beside the regions that were asked for, nothing was read.
