@@ -77,7 +77,7 @@ def _open(directory: Path, work: Path, identity: str, *, force: bool) -> None:
     others = [path.name for path in directory.iterdir() if path.name not in (WORK, LOCK)]
     if others and not work.is_dir() and not (directory / "tracks.zarr" / "zarr.json").is_file():
         raise BadRequest(f"{directory} is not empty and holds no translation; choose a new or an empty directory")
-    is_same = known.is_file() and known.read_text() == identity
+    is_same = known.is_file() and known.read_text(encoding="utf-8") == identity
     if not force and finished.exists():
         raise BadRequest(
             f"{directory} holds a finished translation; choose another directory, or replace it with force (--force)"
