@@ -3,8 +3,9 @@
     python -m cxt.evaluate --checkpoint results/broad.ckpt --config FILE.yaml --out FILE.json --figures PREFIX
     python -m cxt.evaluate --table results/evaluation/*.json
 
-Every estimate is decoded autoregressively from the features alone and compared with the true ln TMRCA of the same
-pairs and windows. Two baselines use the same data: heterozygosity in the best fixed window, and the best constant.
+Every estimate is predicted from the features, and the rates if the checkpoint reads them, and compared with the true ln
+TMRCA of the same pairs and windows. Baselines use the same data: heterozygosity in the best fixed window, a hidden Markov
+model, and the best constant.
 """
 
 import argparse

@@ -1,41 +1,15 @@
-"""Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true.
-
-They are drawn without pyplot, so that they do not depend on a backend (a notebook's `MPLBACKEND`) and do not change it.
-"""
-
-import io
+"""Figures of a run and of an evaluation: losses, tracks along the genome, and predicted against true."""
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cxt.io import atomic_write
+from cxt.drawing import COLORS, ESTIMATE, create_panels, save_figure
 
-TRUTH, ESTIMATE = "#222222", "#1f6fb4"
+TRUTH = "#222222"
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#666666")
-"""Told apart with any colour vision (after Okabe and Ito 2008); more lines than these differ in their markers."""
 
 MARKERS = ("o", "s", "^", "D")
-
-
-def _create_panels(rows: int, columns: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
-    """Create a figure of *size* in inches, and its axes (rows, columns)."""
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **settings)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _save(figure: Figure, path) -> None:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
-    atomic_write(path, out.getvalue())
 
 
 def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
@@ -45,7 +19,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
     names of the two pairs.
     """
     rows = len(tracks)
-    figure, axes = _create_panels(rows, 2, size=(12, 2.0 * rows + 0.8), sharex=True)
+    figure, axes = create_panels(rows, 2, size=(12, 2.0 * rows + 0.8), sharex=True)
     for row, (name, arrays) in enumerate(tracks.items()):
         truth, mean, low, high = (a.reshape(-1, a.shape[-1]) for a in arrays)
         edges = np.arange(truth.shape[1] + 1) * window_size / 1000
@@ -63,7 +37,7 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
         axis.set_xlabel("position (kb)", fontsize=8)
     figure.suptitle(f"{title}: pairs of held-out simulations", fontsize=11)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, ncols=3, loc="outside lower center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_losses(rows: list[dict], path, *, title: str) -> None:
@@ -71,7 +45,7 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
 
     *rows* are those of a training_log.csv, as returned by `cxt.trainer.log.read_log`.
     """
-    figure, axes = _create_panels(2, 3, size=(13, 6), sharex=True)
+    figure, axes = create_panels(2, 3, size=(13, 6), sharex=True)
     panels = (
         ("loss", "cross-entropy (nats per window)", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
         ("MSE of decoded test pairs", "(ln generations)²", (("val_mse", "", TRUTH),)),
@@ -93,12 +67,12 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step", fontsize=8)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
     """Draw loss against learning rate of a search, and the rate that it suggests."""
-    figure, axes = _create_panels(1, 1, size=(7, 4))
+    figure, axes = create_panels(1, 1, size=(7, 4))
     axis = axes[0, 0]
     axis.plot(rates, losses, color=ESTIMATE, lw=1.2)
     at = int(np.argmin(np.abs(np.log(rates) - np.log(suggestion))))
@@ -108,14 +82,14 @@ def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -
     axis.set_ylabel("smoothed training loss (nats per window)", fontsize=9)
     axis.legend(fontsize=9, frameon=False)
     axis.set_title(title, fontsize=11, loc="left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
     """Draw predicted against true ln TMRCA of all windows, one panel per scenario, with one scale of colours."""
     columns = min(4, len(tracks))
     rows = -(-len(tracks) // columns)
-    figure, axes = _create_panels(rows, columns, size=(2.9 * columns + 1, 3.1 * rows + 0.6))
+    figure, axes = create_panels(rows, columns, size=(2.9 * columns + 1, 3.1 * rows + 0.6))
     cells = []
     for axis, (name, (truth, mean, _, _)) in zip(axes.flat, tracks.items(), strict=False):
         low = min(truth.min(), mean.min())
@@ -137,12 +111,12 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
     figure.supxlabel("true ln TMRCA (ln generations)", fontsize=9)
     figure.supylabel("posterior mean (ln generations)", fontsize=9)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_calibration(scenarios: dict, path, *, title: str) -> None:
     """Draw the share of windows whose truth is inside an interval, against the interval's level, a line per scenario."""
-    figure, axes = _create_panels(1, 1, size=(6.5, 4.5))
+    figure, axes = create_panels(1, 1, size=(6.5, 4.5))
     axis = axes[0, 0]
     axis.plot([0, 1], [0, 1], color=TRUTH, lw=0.8, label="calibrated")
     for number, (name, metrics) in enumerate(scenarios.items()):
@@ -159,4 +133,4 @@ def draw_calibration(scenarios: dict, path, *, title: str) -> None:
     axis.set_ylabel("share of windows with the truth inside", fontsize=9)
     figure.suptitle(f"{title}: calibration on held-out simulations", fontsize=11)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,27 +1,20 @@
 """Figures of tracks: along the genome, all pairs as a heat map, their distribution, and Ne(t)."""
 
-import io
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from cxt.drawing import COLORS, ESTIMATE, create_panels, save_figure
 from cxt.errors import BadRequest
-from cxt.io import atomic_write
 from cxt.translation.layout import Layout, Segment, lay_out, read_columns
 from cxt.translation.rates import coalescence_rates, compute_shares
 from cxt.translation.tracks import Tracks
-
-ESTIMATE = "#1f6fb4"
-
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999933", "#666666")
-"""Told apart with any colour vision (after Okabe and Ito 2008)."""
 
 MISSING = "#d9d9d9"
 
@@ -35,23 +28,6 @@ TRACK_COLUMNS = 1000
 
 LEAST_SHARE = 0.002
 """Intervals of time in which a smaller share of the genome coalesces are left out of the figure of Ne."""
-
-
-def _create_figure(rows: int, *, size: tuple[float, float], **settings) -> tuple[Figure, np.ndarray]:
-    """Create a figure of *size* in inches, and its axes (rows,)."""
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 1, squeeze=False, **settings)[:, 0]
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _save(figure: Figure, path) -> None:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
-    atomic_write(path, out.getvalue())
 
 
 def _name_pair(names: tuple[str, str], populations: tuple[str, str], *, width: int = 40) -> str:
@@ -144,7 +120,8 @@ def draw_tracks(tracks: Tracks, path, *, segments: Sequence[Segment], rows: Sequ
     values = np.exp(read_columns(tracks, layout, rows, (0.025, 0.5, 0.975)))
     if np.isnan(values).all():
         raise BadRequest("all windows of these pairs are missing here, so that there is nothing to draw")
-    figure, axes = _create_figure(len(rows), size=(12, 1.55 * len(rows) + 1.1), sharex=True, sharey=True)
+    figure, axes = create_panels(len(rows), 1, size=(12, 1.55 * len(rows) + 1.1), sharex=True, sharey=True)
+    axes = axes[:, 0]
     limits = np.nanmin(values) / 1.3, np.nanmax(values) * 1.3
     for axis, row, one in zip(axes, rows, values, strict=True):
         gone = np.isnan(one[:, 1])
@@ -171,7 +148,7 @@ def draw_tracks(tracks: Tracks, path, *, segments: Sequence[Segment], rows: Sequ
     if np.isnan(values).any():
         handles.append(Patch(color=MISSING, lw=0, label="missing"))
     figure.legend(handles=handles, fontsize=9, frameon=False, ncols=3, loc="outside lower center")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_pairs(tracks: Tracks, path, *, segments: Sequence[Segment]) -> None:
@@ -206,7 +183,7 @@ def draw_pairs(tracks: Tracks, path, *, segments: Sequence[Segment]) -> None:
     values, groups = np.exp(values[order]), [groups[i] for i in order]
     has_names = len(rows) <= 40
     height = float(np.clip(0.17 * len(rows) if has_names else 0.03 * len(rows) + 3, 1.2, 9)) + 1.6
-    figure, (axis,) = _create_figure(1, size=(12, height))
+    figure, ((axis,),) = create_panels(1, 1, size=(12, height))
     low, high = np.nanpercentile(values, [1, 99])
     high = max(high, low * 1.5)
     axis.set_facecolor(MISSING)
@@ -245,7 +222,7 @@ def draw_pairs(tracks: Tracks, path, *, segments: Sequence[Segment]) -> None:
             handles=[Patch(color=MISSING, lw=0, label="missing")], fontsize=9, frameon=False, loc="outside lower center"
         )
     figure.suptitle(f"{_title(tracks, 'Posterior median of the TMRCA')}: {_describe_step(layout, tracks)}", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _add_years(axis: Axes, tracks: Tracks) -> None:
@@ -274,7 +251,7 @@ def draw_distribution(tracks: Tracks, path) -> None:
     cumulative = np.cumsum(density.mean(axis=0) * np.diff(grid))
     first, last = np.searchsorted(cumulative, [0.0005, 0.9995])
     first, last = max(first - 3, 0), min(last + 4, len(grid) - 1)
-    figure, (axis,) = _create_figure(1, size=(8, 4.2))
+    figure, ((axis,),) = create_panels(1, 1, size=(8, 4.2))
     for number, (group, one, shares) in enumerate(zip(groups, density, above, strict=True)):
         median = np.exp(np.interp(0.5, 1 - shares, grid))
         label = f"{_name_populations(group)}: median {median:,.3g}" if median < 1000 else (
@@ -294,7 +271,7 @@ def draw_distribution(tracks: Tracks, path) -> None:
     _add_years(axis, tracks)
     figure.suptitle(_title(tracks, "TMRCA of windows and pairs"), fontsize=11)
     _add_legend(figure, len(groups))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _add_legend(figure: Figure, entries: int) -> None:
@@ -315,7 +292,7 @@ def draw_ne(tracks: Tracks, path) -> None:
     found = coalescence_rates(tracks)
     if not found:
         raise BadRequest("all windows are missing, so that there is nothing to draw")
-    figure, (axis,) = _create_figure(1, size=(8, 4.2))
+    figure, ((axis,),) = create_panels(1, 1, size=(8, 4.2))
     lows, highs = [], []
     for number, one in enumerate(found):
         ends = np.append(one.edges[1:], one.edges[-1] * 2)  # the last interval has no end
@@ -348,4 +325,4 @@ def draw_ne(tracks: Tracks, path) -> None:
     _add_years(axis, tracks)
     figure.suptitle(_title(tracks, "Effective population size from coalescence rates"), fontsize=11)
     _add_legend(figure, len(found))
-    _save(figure, path)
+    save_figure(figure, path)
