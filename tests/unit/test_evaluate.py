@@ -159,6 +159,7 @@ def test_what_is_not_known_is_null(tmp_path):
     assert flat["r"] is flat["mse_se"] is flat["baseline"]["heterozygosity"]["r"] is None
     flat["site"] = score_sites(truth + 0.1, truth, np.zeros(truth.shape[:-1]))
     assert flat["site"] == {"r": None, "r_limit": None}
+    flat["distribution"] = {"crps": 0.25}
     assert average_scenarios({"flat": flat})["site"] == flat["site"]
     both = {"flat": flat, "known": flat | {"r": 0.5, "mse_se": 0.1, "site": {"r": 0.25, "r_limit": 0.75}}}
     assert average_scenarios(both)["r"] == 0.5
@@ -167,7 +168,7 @@ def test_what_is_not_known_is_null(tmp_path):
     assert result["overall"]["recent"] == flat["recent"] == {"windows": 0, "mse": None, "bias": None, "coverage95": None}
     assert json.loads(json_text(result), parse_constant=pytest.fail) == result
     (row,) = [line for line in format_accuracy_table([result]).splitlines() if "| flat" in line]
-    assert [cell.strip() for cell in row.split("|")][3:6] == ["0.010", "-", "-"]
+    assert [cell.strip() for cell in row.split("|")][3:8] == ["0.010", "-", "-", "-", "0.250"]
     draw_scatter(dict.fromkeys(both, (truth, truth + 0.1, truth, truth + 1)), tmp_path / "s.png", title="x", scenarios=both)
     assert (tmp_path / "s.png").stat().st_size > 1000
     assert all(abs(share - float(level)) <= 1 / truth.size + 1e-9 for level, share in flat["coverage"].items())

@@ -18,17 +18,22 @@ the fraction of time spent waiting for data. `seconds` is the time spent trainin
 TERM_PREFIXES = ("train_loss/", "val_loss/")
 """Beginnings of more columns, one for each term of a loss that has several."""
 
+METRIC_PREFIX = "val_"
+"""Beginning of more columns, one for each of the `metrics` of the settings."""
+
 TIMING = ("items_per_s", "data_wait", "seconds")
 """Columns that differ between identical runs."""
 
 
-def format_rows(rows: list[dict], *, header: bool, terms: Sequence[str] = ()) -> str:
-    """*rows* as text of a training_log.csv, after the line with the names of the columns if *header*.
+def list_columns(*, terms: Sequence[str] = (), metrics: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns of the log of a run: `COLUMNS`, and those of the *terms* of a loss that has several and of *metrics*."""
+    of_terms = (prefix + term for prefix in TERM_PREFIXES for term in terms)
+    return (*COLUMNS, *of_terms, *(METRIC_PREFIX + metric for metric in metrics))
 
-    *terms* are the names of the terms of a loss that has several.
-    """
+
+def format_rows(rows: list[dict], *, header: bool, columns: Sequence[str] = COLUMNS) -> str:
+    """*rows* as text of a training_log.csv, after the line with the names of the columns if *header*."""
     out = io.StringIO()
-    columns = [*COLUMNS, *(prefix + term for prefix in TERM_PREFIXES for term in terms)]
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     if header:
         writer.writeheader()
@@ -47,12 +52,18 @@ def read_log(path) -> list[dict]:
     return [{key: None if value != value else value for key, value in row.items()} for row in rows]
 
 
-def keep_rows(path, *, up_to: int, terms: Sequence[str] = ()) -> None:
-    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run will repeat; *terms* as in `format_rows`."""
+def keep_rows(path, *, up_to: int, columns: Sequence[str] = COLUMNS) -> None:
+    """Drop the rows of a training_log.csv after step *up_to*, which a resumed run will repeat.
+
+    The kept rows get *columns*, which differ from those before if the run is continued with other `metrics`: new ones are empty.
+    """
     if not Path(path).exists():
-        return
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= up_to]
-    atomic_write(
-        path, "".join([format_rows([], header=True, terms=terms), *kept]).encode()
-    )  # a full disk may have cut the header
+        return None
+    text = Path(path).read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]
+    names = next(csv.reader(io.StringIO(complete)), [])
+    if "step" not in names:  # a full disk has cut the header
+        return atomic_write(path, format_rows([], header=True, columns=columns).encode())
+    kept = [row for row in csv.DictReader(io.StringIO(complete)) if int(row["step"]) <= up_to]
+    rows = [{name: row.get(name) or "" for name in columns} for row in kept]
+    atomic_write(path, format_rows(rows, header=True, columns=columns).encode())

@@ -14,6 +14,7 @@ from cxt.config.bounds import (
     Positive,
     PositiveInteger,
     ShareUpToOne,
+    Text,
     float_validator,
 )
 from cxt.config.section import Section
@@ -24,6 +25,7 @@ from cxt.errors import BadRequest
 Objective = Literal["autoregressive", "marginal", "joint", "distill", "masked", "contrastive"]
 Reading = Literal["marginal", "sampled"]
 LossName = Literal["cross_entropy", "label_smoothing", "emd", "mse", "z_loss"]
+Metric = Literal["accuracy", "within_one_bin", "perplexity", "crps", "ece"]
 OptimizerName = Literal["adamw", "muon", "adam", "sgd", "adafactor", "lion"]
 
 READINGS: dict[str, tuple[Reading, ...]] = {
@@ -103,6 +105,15 @@ class Optimizer(_Named):
     def _check(self) -> Self:
         self._check_settings(SETTINGS_OF_OPTIMIZERS)
         return self
+
+
+class UserCallback(Section):
+    """A callback of one's own."""
+
+    class_path: Text
+    """Module and class, such as `my_package.callbacks.Histogram`. Python must find the module (`PYTHONPATH`)."""
+    init_args: dict[Text, Any] = {}
+    """Arguments of the class, by name."""
 
 
 class Adaptive(Section):
@@ -231,6 +242,12 @@ AnyOptimizer = Annotated[
     Optimizer, BeforeValidator(_read_optimizer), Expected("the name of an optimizer, or a mapping with `name` and its settings")
 ]
 
+
+UserCallbacks = Annotated[
+    list[UserCallback],
+    BeforeValidator(_read_text),
+    Expected("a list of callbacks, such as `[{class_path: my_package.callbacks.Histogram, init_args: {every: 10}}]`"),
+]
 
 AnyAdaptive = Annotated[Adaptive, BeforeValidator(_read_text)]
 AnyDistillation = Annotated[Distillation, BeforeValidator(_read_text)]

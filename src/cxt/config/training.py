@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from cxt.config.bounds import (
     Devices,
+    Different,
     FactorUpToOne,
     Flag,
     Fraction,
@@ -33,9 +34,11 @@ from cxt.config.learning import (
     LossTerm,
     LossTerms,
     Masking,
+    Metric,
     Noise,
     Objective,
     Optimizer,
+    UserCallbacks,
 )
 from cxt.config.section import Section, Settings
 from cxt.errors import BadRequest
@@ -61,6 +64,7 @@ Compile = Literal["auto", "none", "inductor", "aot_eager", "eager"]
 Attention = Literal["split", "flex"]
 LossPath = Literal["target", "full", "chunked"]
 Export = Literal["last", "best"]
+Profiler = Literal["none", "simple", "advanced", "pytorch"]
 Storage = Literal["auto", "memory", "disk"]
 Precision = Annotated[Literal["bf16-mixed", "16-mixed", "32-true", "bf16-true"], BeforeValidator(_parse_precision)]
 
@@ -168,6 +172,12 @@ class TrainingFields(Section):
     """Optimizer steps between validations; 0 = once per epoch. The last step is always validated."""
     decode_items: NonNegativeInteger = 8
     """Test examples decoded at each validation, to report MSE and correlation of ln TMRCA; 0 = none."""
+    metrics: Different[Metric] = []
+    """More about the distributions of the decoded examples, for columns of `training_log.csv`: `accuracy`, the share of windows
+    whose most probable bin is the true one; `within_one_bin`, the share for which it is the true one or a neighbour;
+    `perplexity`, the exponential of the mean of minus ln of the true bin's probability; `crps`, the continuous ranked
+    probability score in ln generations; `ece`, the expected calibration error of the most probable bin, in 15 classes of its
+    probability."""
     patience: NonNegativeInteger = 0
     """Stop after this many consecutive validations without an improvement of more than `min_delta`; 0 = never."""
     min_delta: NonNegative = 0.0
@@ -182,6 +192,14 @@ class TrainingFields(Section):
     """Number of most recent training states to keep."""
     log_every: PositiveInteger = 10
     """Optimizer steps between rows of `training_log.csv`."""
+    profiler: Profiler = "none"
+    """Measure where the time of the first steps goes, for `profile.txt` in the run directory: `simple`, the parts of a step;
+    `advanced`, every Python function; `pytorch`, every torch operator, with a trace to look at."""
+    profile_batches: PositiveInteger = 50
+    """Micro-batches that are profiled, after the first one."""
+    callbacks: UserCallbacks = []
+    """Lightning callbacks of your own. Their names and arguments are settings of the run, but their code is not: a run is not
+    repeated when it changes."""
     storage: Storage = "auto"
     """Where to hold the dataset: in memory shared by all processes of a machine, or in a temporary file. `auto`: in memory if
     it takes at most 70% of what is free."""
@@ -225,7 +243,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay",
+    "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay", "callbacks",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -242,7 +260,8 @@ def drop_later_defaults(settings: dict) -> dict:
 
 
 RESULT_NEUTRAL_SETTINGS = (
-    "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage", "scratch",
+    "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "metrics", "storage", "scratch",
+    "profiler", "profile_batches",
 )  # fmt: skip
 VALIDATION = ("validation_items", "validate_every")
 

@@ -11,6 +11,7 @@ from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
 from cxt.decoding.reading import build_reader
+from cxt.decoding.scores import WindowScores, score_windows
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
 
@@ -21,13 +22,15 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed
 class Summaries(NamedTuple):
     """Posterior mean and ends of the central 95% interval of ln TMRCA, each (examples, windows) float64.
 
-    *rank* is the probability of a smaller ln TMRCA than the true one, if the truth was given.
+    If the truth was given, *rank* is the probability of a smaller ln TMRCA than the true one, and *scores* those of the
+    distributions.
     """
 
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
     rank: np.ndarray | None = None
+    scores: WindowScores | None = None
 
 
 def use_precision(precision: str, device):
@@ -86,7 +89,7 @@ def decode(
     temperature, top_k : float, int
         Sampling settings, see `cxt.model.decoder.Decoder`.
     truth : array (examples, windows), optional
-        True ln TMRCA, to find its rank.
+        True ln TMRCA, to find its rank and to score the distributions.
 
     Returns
     -------
@@ -95,7 +98,7 @@ def decode(
     read = build_reader(
         model, choose_reading(model.objective, reading), replicates=replicates, seed=seed, temperature=temperature, top_k=top_k
     )
-    parts = []
+    parts, scores = [], []
     for start in range(0, len(counts), batch_size):
         part = slice(start, start + batch_size)
         part_missing = None if missing is None else torch.as_tensor(missing[part], dtype=torch.float32, device=device)
@@ -110,5 +113,7 @@ def decode(
         if truth is not None:
             scaled = torch.as_tensor(truth[part] + scale, device=distribution.device)
             summaries.append(posterior_rank(distribution, grid, scaled).cpu().numpy())
+            scores.append(score_windows(distribution, grid, scaled))
         parts.append(summaries)
-    return Summaries(*map(np.concatenate, zip(*parts, strict=True)))
+    joined = Summaries(*map(np.concatenate, zip(*parts, strict=True)))
+    return joined._replace(scores=WindowScores(*map(np.concatenate, zip(*scores, strict=True)))) if scores else joined

@@ -4,10 +4,20 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import MaxNLocator
 
+from cxt.checkpoints.training_log import METRIC_PREFIX
 from cxt.drawing import COLORS, ESTIMATE, create_panels, save_figure
 
 TRUTH = "#222222"
 
+
+METRIC_TITLES = {
+    "accuracy": ("accuracy", "share of windows in the right bin"),
+    "within_one_bin": ("accuracy within one bin", "share of windows"),
+    "perplexity": ("perplexity", "bins"),
+    "crps": ("continuous ranked probability score", "ln generations"),
+    "ece": ("expected calibration error", "probability"),
+}
+"""Titles and units of the metrics in a training log."""
 
 MARKERS = ("o", "s", "^", "D")
 
@@ -43,18 +53,27 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
 def draw_losses(rows: list[dict], path, *, title: str) -> None:
     """Draw loss, accuracy of decoding, learning rate, gradient norm and speed of a run over its optimizer steps.
 
-    *rows* are those of a training_log.csv, as returned by `cxt.trainer.log.read_log`.
+    *rows* are those of a training_log.csv, as returned by `cxt.checkpoints.training_log.read_log`. Its `metrics` have panels, too.
     """
-    figure, axes = create_panels(2, 3, size=(13, 6), sharex=True)
-    panels = (
+    panels = [
         ("loss", "cross-entropy (nats per window)", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),
         ("MSE of decoded test pairs", "(ln generations)²", (("val_mse", "", TRUTH),)),
         ("correlation of decoded test pairs", "Pearson's r", (("val_r", "", TRUTH),)),
         ("learning rate", "learning rate", (("lr", "", ESTIMATE),)),
         ("gradient norm before clipping", "norm", (("grad_norm", "", ESTIMATE),)),
         ("speed", "examples per second", (("items_per_s", "", ESTIMATE),)),
-    )
-    for axis, (name, unit, lines) in zip(axes.flat, panels, strict=True):
+    ]
+    columns = rows[0].keys() if rows else ()
+    panels += [
+        (f"{title} of decoded test pairs", unit, ((METRIC_PREFIX + metric, "", TRUTH),))
+        for metric, (title, unit) in METRIC_TITLES.items()
+        if METRIC_PREFIX + metric in columns
+    ]
+    lowest = -(-len(panels) // 3)
+    figure, axes = create_panels(lowest, 3, size=(13, 3 * lowest), sharex=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (name, unit, lines) in zip(axes.flat, panels, strict=False):
         for column, label, color in lines:
             points = [(row["step"], row[column]) for row in rows if row[column] is not None]
             if points:
@@ -64,8 +83,9 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
         axis.set_ylabel(unit, fontsize=8)
         if len(lines) > 1 and axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    for axis in axes[-1]:
+    for axis in axes.flat[max(0, len(panels) - 3) : len(panels)]:
         axis.set_xlabel("optimizer step", fontsize=8)
+        axis.tick_params(labelbottom=True)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
 
@@ -115,10 +135,15 @@ def draw_scatter(tracks: dict, path, *, title: str, scenarios: dict) -> None:
 
 
 def draw_calibration(scenarios: dict, path, *, title: str) -> None:
-    """Draw the share of windows whose truth is inside an interval, against the interval's level, a line per scenario."""
-    figure, axes = create_panels(1, 1, size=(6.5, 4.5))
-    axis = axes[0, 0]
+    """Draw how well intervals and ranks of the truth are calibrated, a line per scenario.
+
+    On the left is the share of windows whose truth is inside an interval, against the interval's level; on the right, the
+    histogram of the rank of the truth in its posterior distribution.
+    """
+    figure, axes = create_panels(1, 2, size=(11, 4.5))
+    axis, ranks = axes[0]
     axis.plot([0, 1], [0, 1], color=TRUTH, lw=0.8, label="calibrated")
+    ranks.axhline(1, color=TRUTH, lw=0.8)
     for number, (name, metrics) in enumerate(scenarios.items()):
         levels = [float(level) for level in metrics["coverage"]]
         style = {
@@ -128,9 +153,15 @@ def draw_calibration(scenarios: dict, path, *, title: str) -> None:
             "lw": 1.2,
         }
         axis.plot(levels, list(metrics["coverage"].values()), label=name, **style)
+        classes = len(metrics["ranks"])
+        density = [share * classes for share in metrics["ranks"]]
+        ranks.stairs(density, np.linspace(0, 1, classes + 1), baseline=None, color=style["color"], lw=1.2)
     axis.set(aspect="equal", xlim=(0, 1), ylim=(0, 1))
     axis.set_xlabel("level of the central interval", fontsize=9)
     axis.set_ylabel("share of windows with the truth inside", fontsize=9)
+    ranks.set(xlim=(0, 1), ylim=(0, None))
+    ranks.set_xlabel("rank of the truth in its posterior", fontsize=9)
+    ranks.set_ylabel("windows, relative to equal shares", fontsize=9)
     figure.suptitle(f"{title}: calibration on held-out simulations", fontsize=11)
     figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     save_figure(figure, path)

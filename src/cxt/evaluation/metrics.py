@@ -91,6 +91,7 @@ def average_scenarios(scenarios: dict) -> dict:
         "heterozygosity_mse": float(np.mean([row["baseline"]["heterozygosity"]["mse"] for row in rows])),
         "constant_mse": float(np.mean([row["baseline"]["constant"]["mse"] for row in rows])),
         "recent": combine_recent(scenarios),
+        "distribution": {key: float(np.mean([row["distribution"][key] for row in rows])) for key in rows[0]["distribution"]},
     }
 
 
@@ -203,6 +204,16 @@ def measure_coverage(rank: np.ndarray) -> dict[str, float]:
     return {f"{level:g}": float((np.abs(2 * rank - 1) <= level).mean()) for level in LEVELS}
 
 
+RANK_CLASSES = 20
+"""Classes of equal width of the rank of the truth in its distribution."""
+
+
+def count_ranks(rank: np.ndarray) -> list[float]:
+    """Share of windows in each of `RANK_CLASSES` classes of the rank of the truth; a calibrated posterior has equal shares."""
+    counts, _ = np.histogram(rank, bins=RANK_CLASSES, range=(0, 1))
+    return (counts / rank.size).tolist()
+
+
 def score_hmm(
     truth: np.ndarray, simulations: list[PreprocessedSimulation], *, window_size: int, windows: int, samples: int
 ) -> dict:
@@ -243,6 +254,7 @@ def score_variant(truth, mean, low, high, rank, simulations, *, window_size: int
         "bias": float((mean - truth).mean()),
         "coverage95": float(((truth >= low) & (truth <= high)).mean()),
         "coverage": measure_coverage(rank),
+        "ranks": count_ranks(rank),
         "recent": score_recent(truth, mean, low, high),
         "baseline": {
             "heterozygosity": score_heterozygosity(simulations, window_size=window_size, windows=windows),

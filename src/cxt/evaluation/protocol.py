@@ -182,6 +182,7 @@ def evaluate(
     from cxt.checkpoints.file import read_checkpoint
     from cxt.checkpoints.load import find_checkpoint, load_model
     from cxt.decoding.decode import decode, use_precision
+    from cxt.decoding.scores import score_distributions
 
     check_seed(spec["seed"], name="the evaluation's seed")
     if threads is not None:
@@ -233,12 +234,13 @@ def evaluate(
                     reading=reading.way,
                     truth=truth.reshape(-1, windows),
                 )
-            mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries)
+            mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries[:4])
             metrics = score_variant(
                 truth, mean, low, high, rank, simulations,
                 window_size=spec["window_size"], windows=windows, samples=spec["samples"],
             )  # fmt: skip
             metrics["site"] = score_sites(mean, site_means, site_variances)
+            metrics["distribution"] = score_distributions(summaries.scores)
             scores[name] = metrics
             if reading.name is None:
                 tracks[name] = (truth, mean, low, high)

@@ -19,7 +19,21 @@ def format_or_dash(value: float | None, form: str) -> str:
 def format_accuracy_table(results: list[dict]) -> str:
     """Format evaluations as a Markdown table, with one row for each checkpoint and scenario."""
     rows = [
-        ("checkpoint", "scenario", "MSE", "±", "r", "bias", "cover 95%", "best window MSE", "its r", "HMM MSE", "constant MSE")
+        (
+            "checkpoint",
+            "scenario",
+            "MSE",
+            "±",
+            "r",
+            "r per site",
+            "CRPS",
+            "bias",
+            "cover 95%",
+            "best window MSE",
+            "its r",
+            "HMM MSE",
+            "constant MSE",
+        )  # fmt: skip
     ]
     for result in results:
         rows += _list_rows(result["checkpoint"], result)
@@ -43,6 +57,7 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
                 f"{metrics['mse']:.3f}",
                 format_or_dash(metrics["mse_se"], ".3f"),
                 format_or_dash(metrics["r"], ".3f"),
+                *_format_site_and_crps(metrics),
                 f"{metrics['bias']:+.3f}",
                 f"{metrics['coverage95']:.1%}",
                 f"{window['mse']:.3f}",
@@ -59,6 +74,7 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
             f"{mean['mse']:.3f}",
             "",
             format_or_dash(mean["r"], ".3f"),
+            *_format_site_and_crps(mean),
             "",
             f"{mean['coverage95']:.1%}",
             f"{mean['heterozygosity_mse']:.3f}",
@@ -70,7 +86,13 @@ def _list_rows(name: str, result: dict) -> list[tuple[str, ...]]:
     if recent is None:  # evaluated by an earlier version
         return rows
     scores = [format_or_dash(recent[key], form) for key, form in (("mse", ".3f"), ("bias", "+.3f"), ("coverage95", ".1%"))]
-    return [*rows, (name, "below 1000 gen.", scores[0], "", "", scores[1], scores[2], "", "", "", "")]
+    return [*rows, (name, "below 1000 gen.", scores[0], "", "", "", "", scores[1], scores[2], "", "", "", "")]
+
+
+def _format_site_and_crps(metrics: dict) -> tuple[str, str]:
+    """The correlation per site and the continuous ranked probability score; "-" where an earlier version evaluated."""
+    site, distribution = metrics.get("site", {}), metrics.get("distribution", {})
+    return format_or_dash(site.get("r"), ".3f"), format_or_dash(distribution.get("crps"), ".3f")
 
 
 def combine_evaluation_lineages(evaluations: list[str | None]) -> str | None:

@@ -32,9 +32,11 @@ from cxt.trainer.averaging import WeightAverage
 from cxt.trainer.log import TrainingLog
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
+from cxt.trainer.profiling import Profiling
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
+from cxt.trainer.user_callbacks import build_callbacks
 from cxt.trainer.validation import DecodedExamples, Validation, build_tracks
 
 logger = get_logger(__name__)
@@ -197,14 +199,14 @@ def fit(
     record = build_record(request)
     module = TrainingModule(model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"])
     terms = module.objective.names if len(module.objective.names) > 1 else ()
+    examples = None
+    if training.decode_items and len(data.test_set) and is_readable(training.objective):
+        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid, metrics=training.metrics)
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
         examples_per_batch=training.batch_size * request.world, every=training.log_every,
-        validates=request.validates_after, terms=terms, checks_gradient=request.precision != "16-mixed",
+        validates=request.validates_after, terms=terms, metrics=training.metrics if examples else (), checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
-    examples = None
-    if training.decode_items and len(data.test_set) and is_readable(training.objective):
-        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid)
     validation = Validation(
         run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,
@@ -215,7 +217,11 @@ def fit(
         total_steps=request.total_steps, validates=request.validates_after, refuse=log.stop_if_bad, deadline=deadline,
         validated_weights=contextlib.nullcontext if average is None else average.averaged,
     )  # fmt: skip
-    callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, state_saver]
+    profiling = None
+    if training.profiler != "none" and machines is not None and machines.is_first:
+        profiling = Profiling(run.path, request.name, kind=training.profiler, batches=training.profile_batches)
+    own = build_callbacks(training.callbacks)
+    callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, *own, profiling, state_saver]
     trainer = build_trainer(request, run, [callback for callback in callbacks if callback is not None])
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's handlers would replace ours
     last = None

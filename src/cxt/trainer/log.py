@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from cxt.checkpoints.training_log import format_rows, keep_rows
+from cxt.checkpoints.training_log import format_rows, keep_rows, list_columns
 from cxt.console import get_logger
 from cxt.errors import Failed
 
@@ -33,6 +33,7 @@ class TrainingLog(Callback):
     every : optimizer steps between rows
     validates : callable, whether there is a validation after a step
     terms : names of the terms of the loss, if there are several
+    metrics : names of the metrics of decoded examples, beside their MSE and correlation
     checks_gradient : False with a gradient scaler, which itself skips steps with non-finite gradients
     line_every : seconds to the first progress line; the time between lines then doubles, up to `MAX_LINE_SECONDS`
     """
@@ -48,10 +49,12 @@ class TrainingLog(Callback):
         every,
         validates,
         terms=(),
+        metrics=(),
         checks_gradient=True,
         line_every=15.0,
     ):
         self.path, self.name, self.validates, self.terms = Path(path), name, validates, list(terms)
+        self.columns = list_columns(terms=self.terms, metrics=metrics)
         self.total_steps, self.steps_per_epoch, self.examples_per_batch = total_steps, steps_per_epoch, examples_per_batch
         self.every, self.checks_gradient, self._line_every = every, checks_gradient, line_every
         self._step, self._row, self._seconds = 0, None, 0.0
@@ -78,7 +81,7 @@ class TrainingLog(Callback):
         self._first_bad = torch.tensor(-1, device=module.device)
         if trainer.is_global_zero:
             # The row of the saved step is already in the log, unless its validation is still pending.
-            keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1, terms=self.terms)
+            keep_rows(self.path, up_to=self._step if self._row is None else self._step - 1, columns=self.columns)
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         """Note the learning rate and the gradient norm before clipping, and check that the norm is finite."""
@@ -182,7 +185,7 @@ class TrainingLog(Callback):
             return
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
         trainer.logger.log_metrics(numbers, row["step"])
-        text = format_rows([row], header=not self.path.exists(), terms=self.terms)
+        text = format_rows([row], header=not self.path.exists(), columns=self.columns)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(text)
             file.flush()

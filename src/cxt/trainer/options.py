@@ -216,12 +216,15 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
     kind = field.annotation if field.annotation in (bool, int, float) else str
     text = (field.description or "").replace("`", "")
     options: dict = {"nargs": "?", "const": True} if kind is bool and default is None else {}
+    if field.default == [] and name not in STRUCTURED:
+        options = {"nargs": "*"}
     if choices := list_choices(field):
         options["metavar"] = f"{{{','.join(choices)}}}"
     if name == "precision":
         kind = str | bool | int  # YAML reads `no` and `16` as these
     if default is None:
         value = float(field.default) if kind is float else as_json(field.default)
+        value = "[]" if value == [] and name in STRUCTURED else value
         accepted = kind if value is not None else kind | None
         parser.add_argument(f"--{name.replace('_', '-')}", type=accepted, default=value, help=text, **options)
     else:
@@ -229,7 +232,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
 
-STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise")
+STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise", "callbacks")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 NUMBERS = {

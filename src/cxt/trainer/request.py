@@ -219,6 +219,10 @@ def build_request(options: TrainingOptions) -> RunRequest:
         parent_objective=None if parent is None else (parent.record["training"] or {}).get("objective", "autoregressive"),
         on_gpu=accelerator == "gpu",
     )
+    if training.callbacks:
+        from cxt.trainer.user_callbacks import build_callbacks
+
+        build_callbacks(training.callbacks)  # to refuse wrong ones before any work
     soft_targets = identify_soft_targets(options, manifest, network)
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
     steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)

@@ -92,6 +92,11 @@ def announce(request: RunRequest, summary: dict) -> None:
     training = request.training
     if request.precision != training.precision:
         logger.info(f"{request.name}: precision {training.precision} is for GPUs; training in 32-true on the CPU")
+    for callback in training.callbacks:
+        logger.warning(
+            f"{request.name}: the callback {callback.class_path} is a setting of this run by its name and arguments only; if its "
+            "code changes, start the run again with --restart"
+        )
     if not summary["test_items"]:
         logger.info(f"{request.name}: the dataset has no test examples; training without validation")
     on = f" on {request.machines} machines" if request.machines > 1 else ""

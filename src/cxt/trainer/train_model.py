@@ -99,6 +99,7 @@ def train_model(
     validation_items: int | None = None,
     validate_every: int | None = None,
     decode_items: int | None = None,
+    metrics: Sequence[Literal["accuracy", "within_one_bin", "perplexity", "crps", "ece"]] | None = None,
     patience: int | None = None,
     min_delta: float | None = None,
     export: Literal["last", "best"] | None = None,
@@ -113,6 +114,9 @@ def train_model(
     save_minutes: float | None = None,
     keep_saves: int | None = None,
     log_every: int | None = None,
+    profiler: Literal["none", "simple", "advanced", "pytorch"] | None = None,
+    profile_batches: int | None = None,
+    callbacks: Sequence[Mapping[str, Any]] | None = None,
     max_minutes: float | None = None,
     wait_for_lock: float | None = None,
     # What the workflow has planned

@@ -6,6 +6,7 @@ of training.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from torch.nn.utils import parametrize
 
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
+from cxt.checkpoints.training_log import METRIC_PREFIX
+from cxt.config.learning import Metric
 from cxt.config.network import SPECIAL_TOKENS
 from cxt.console import get_logger
 from cxt.data.grid import Grid
 from cxt.decoding.decode import Summaries, decode
+from cxt.decoding.scores import score_distributions
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
@@ -32,10 +36,12 @@ REPLICATES = 4
 class DecodedExamples:
     """A few test examples, evenly spaced.
 
-    *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures.
+    *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures. *metrics* are scores
+    of their distributions beside MSE and correlation.
     """
 
-    def __init__(self, dataset, *, examples: int, grid: Grid):
+    def __init__(self, dataset, *, examples: int, grid: Grid, metrics: Sequence[Metric] = ()):
+        self.metrics = metrics
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
         batch = dataset.batch([int(example) for example in chosen])
         self.counts, self.missing, self.rates, self.grid = batch.counts, batch.missing, batch.rates, grid
@@ -51,14 +57,18 @@ class DecodedExamples:
             return decode(
                 model, self.counts, self.missing,
                 rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
+                truth=self.truth if self.metrics else None,
             )  # fmt: skip
 
     def scores(self, summaries: Summaries) -> dict[str, float]:
-        """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation.
+        """`val_mse` and `val_r` of the posterior mean of ln TMRCA, defined as `mse` and `r` of an evaluation, and *metrics*.
 
         `val_r` is omitted if no example varies along its windows.
         """
         values = {"val_mse": float(np.mean((summaries.mean - self.truth) ** 2))}
+        if summaries.scores is not None:
+            scores = score_distributions(summaries.scores)
+            values |= {METRIC_PREFIX + metric: scores[metric] for metric in self.metrics}
         r = pearson_per_pair(self.truth, summaries.mean)
         return values if math.isnan(r) else values | {"val_r": r}
 
@@ -102,6 +112,8 @@ class Validation(Callback):
         if trainer.is_global_zero:
             decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
             decoded += f", r {values['val_r']:.3f}" if "val_r" in values else ""
+            if self.examples is not None:
+                decoded += "".join(f", {metric} {values[METRIC_PREFIX + metric]:.3f}" for metric in self.examples.metrics)
             logger.info(f"{self.name}: step {step}, validation loss {loss:.4f}{decoded}")
         if loss < self.best["loss"]:
             self.best |= {"loss": loss, "step": step}

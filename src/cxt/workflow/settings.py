@@ -99,4 +99,11 @@ KINDS = {
 def neutral_training_flags(config: dict, model: str) -> list[str]:
     """The settings of training that change no result, as flags: they are not in the settings file, and start no job."""
     settings = build_training_settings(config, model)
-    return [f"--{key.replace('_', '-')}={settings[key]}" for key in list_result_neutral_settings(settings) if key in settings]
+    words = []
+    for key in list_result_neutral_settings(settings):
+        flag, value = f"--{key.replace('_', '-')}", settings.get(key)
+        if isinstance(value, list):
+            words += [flag, *value] if value else []
+        elif key in settings:
+            words.append(f"{flag}={value}")
+    return words
