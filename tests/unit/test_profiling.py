@@ -86,7 +86,7 @@ def test_a_callback_of_ones_own(dataset, tmp_path, mine, caplog):
     called = [{"class_path": f"{mine}.Count", "init_args": {"path": str(tmp_path / "steps")}}]
     train_model(**SMALL, dataset_path=dataset, run_dir=tmp_path / "run", callbacks=called)
     assert (tmp_path / "steps").read_text() == "12"
-    assert f"the callback {mine}.Count is a setting of this run by its name and arguments only" in caplog.text
+    assert f"the callback {mine}.Count is a setting of this run" in caplog.text
     settings = json.loads((tmp_path / "run/run.json").read_text(encoding="utf-8"))["identity"]["settings"]
     assert settings["callbacks"][0]["class_path"] == f"{mine}.Count"
 

@@ -389,16 +389,17 @@ def test_early_stopping_and_best(tmp_path, finished, losses, patience, min_delta
     module = SimpleNamespace(model=load_model(finished / "broad.ckpt"), device=torch.device("cpu"))
     rows = []
     log = SimpleNamespace(terms=(), validated=lambda trainer, values: rows.append(values))
-    validation = Validation(
-        run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
-    )
+    trackers = SimpleNamespace(validated=lambda *_: None)
+    settings = {
+        "record": about, "examples": None, "trackers": trackers, "seed": 1, "steps_per_epoch": 10, "patience": patience,
+        "min_delta": min_delta,
+    }  # fmt: skip
+    validation = Validation(run, "x", log, **settings)
     stopped = None
     for step, loss in enumerate(losses, 1):
         trainer = Recorder(loss, step)
         state = validation.state_dict()
-        validation = Validation(
-            run, "x", log, record=about, examples=None, seed=1, steps_per_epoch=10, patience=patience, min_delta=min_delta
-        )
+        validation = Validation(run, "x", log, **settings)
         validation.load_state_dict(state)  # as if it had been interrupted before each
         validation.on_validation_end(trainer, module)
         if trainer.should_stop:

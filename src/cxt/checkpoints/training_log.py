@@ -55,15 +55,16 @@ def read_log(path) -> list[dict]:
 def keep_rows(path, *, up_to: int, columns: Sequence[str] = COLUMNS) -> None:
     """Drop the rows of a training_log.csv after step *up_to*, which a resumed run will repeat.
 
-    The kept rows get *columns*, which differ from those before if the run is continued with other `metrics`: new ones are empty.
+    The kept rows get *columns*, which differ from those before if the run is continued with other `metrics`; new columns are
+    empty.
     """
     if not Path(path).exists():
-        return None
+        return
     text = Path(path).read_text(encoding="utf-8")
     complete = text[: text.rfind("\n") + 1]
     names = next(csv.reader(io.StringIO(complete)), [])
-    if "step" not in names:  # a full disk has cut the header
-        return atomic_write(path, format_rows([], header=True, columns=columns).encode())
-    kept = [row for row in csv.DictReader(io.StringIO(complete)) if int(row["step"]) <= up_to]
+    kept = []
+    if "step" in names:  # otherwise a full disk has cut the header
+        kept = [row for row in csv.DictReader(io.StringIO(complete)) if int(row["step"]) <= up_to]
     rows = [{name: row.get(name) or "" for name in columns} for row in kept]
     atomic_write(path, format_rows(rows, header=True, columns=columns).encode())

@@ -192,6 +192,13 @@ class TrainingFields(Section):
     """Number of most recent training states to keep."""
     log_every: PositiveInteger = 10
     """Optimizer steps between rows of `training_log.csv`."""
+    mlflow: Text | None = None
+    """Address of MLflow, such as `sqlite:///mlflow.db`, `file:./mlruns` or `https://server`, which gets settings, metrics,
+    figures and the checkpoint, too. Passwords are taken from `MLFLOW_TRACKING_PASSWORD`."""
+    wandb: Text | None = None
+    """Project at Weights & Biases that gets the same; with `WANDB_MODE=offline`, into the run directory."""
+    histograms: Flag = False
+    """Send histograms of weights and gradients to TensorBoard at each validation."""
     profiler: Profiler = "none"
     """Measure where the time of the first steps goes, for `profile.txt` in the run directory: `simple`, the parts of a step;
     `advanced`, every Python function; `pytorch`, every torch operator, with a trace to look at."""
@@ -261,7 +268,7 @@ def drop_later_defaults(settings: dict) -> dict:
 
 RESULT_NEUTRAL_SETTINGS = (
     "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "metrics", "storage", "scratch",
-    "profiler", "profile_batches",
+    "mlflow", "wandb", "histograms", "profiler", "profile_batches",
 )  # fmt: skip
 VALIDATION = ("validation_items", "validate_every")
 

@@ -53,7 +53,8 @@ def draw_tracks(tracks: dict, path, *, title: str, window_size: int) -> None:
 def draw_losses(rows: list[dict], path, *, title: str) -> None:
     """Draw loss, accuracy of decoding, learning rate, gradient norm and speed of a run over its optimizer steps.
 
-    *rows* are those of a training_log.csv, as returned by `cxt.checkpoints.training_log.read_log`. Its `metrics` have panels, too.
+    *rows* are those of a training_log.csv, as returned by `cxt.checkpoints.training_log.read_log`. Its `metrics` have panels,
+    too.
     """
     panels = [
         ("loss", "cross-entropy (nats per window)", (("train_loss", "training", ESTIMATE), ("val_loss", "validation", TRUTH))),

@@ -33,7 +33,7 @@ def format_accuracy_table(results: list[dict]) -> str:
             "its r",
             "HMM MSE",
             "constant MSE",
-        )  # fmt: skip
+        )
     ]
     for result in results:
         rows += _list_rows(result["checkpoint"], result)

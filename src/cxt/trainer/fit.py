@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from cxt.checkpoints.file import load_weights, write_checkpoint
@@ -35,9 +34,10 @@ from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.profiling import Profiling
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
+from cxt.trainer.trackers import Trackers, build_loggers
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
 from cxt.trainer.user_callbacks import build_callbacks
-from cxt.trainer.validation import DecodedExamples, Validation, build_tracks
+from cxt.trainer.validation import DecodedExamples, Validation
 
 logger = get_logger(__name__)
 
@@ -97,7 +97,7 @@ def build_starting_model(request: RunRequest) -> CoalescenceModel:
     return model
 
 
-def build_trainer(request: RunRequest, run: RunDirectory, callbacks: list) -> pl.Trainer:
+def build_trainer(request: RunRequest, loggers: list, callbacks: list) -> pl.Trainer:
     """Lightning's trainer for this run."""
     training = request.training
     return pl.Trainer(
@@ -118,7 +118,7 @@ def build_trainer(request: RunRequest, run: RunDirectory, callbacks: list) -> pl
         accumulate_grad_batches=training.grad_accum,
         gradient_clip_val=training.grad_clip or None,
         use_distributed_sampler=False,
-        logger=TensorBoardLogger(save_dir=run.path, name="", version="", default_hp_metric=False),
+        logger=loggers,
         callbacks=callbacks,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
@@ -205,11 +205,16 @@ def fit(
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
         examples_per_batch=training.batch_size * request.world, every=training.log_every,
-        validates=request.validates_after, terms=terms, metrics=training.metrics if examples else (), checks_gradient=request.precision != "16-mixed",
+        validates=request.validates_after, terms=terms, metrics=training.metrics if examples else (),
+        checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
+    first = machines is not None and machines.is_first
+    trackers = Trackers(
+        run, request.settings, histograms=training.histograms, name=request.name, window_size=request.manifest["window_size"]
+    )
     validation = Validation(
-        run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
-        patience=training.patience, min_delta=training.min_delta,
+        run, request.name, log, record=record, examples=examples, trackers=trackers, seed=training.seed,
+        steps_per_epoch=request.steps_per_epoch, patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
     average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
     state_saver = StateSaver(
@@ -218,11 +223,12 @@ def fit(
         validated_weights=contextlib.nullcontext if average is None else average.averaged,
     )  # fmt: skip
     profiling = None
-    if training.profiler != "none" and machines is not None and machines.is_first:
+    if training.profiler != "none" and first:
         profiling = Profiling(run.path, request.name, kind=training.profiler, batches=training.profile_batches)
     own = build_callbacks(training.callbacks)
-    callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, *own, profiling, state_saver]
-    trainer = build_trainer(request, run, [callback for callback in callbacks if callback is not None])
+    callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, *own, profiling, trackers, state_saver]
+    loggers = build_loggers(training, run, name=request.name, first=first)
+    trainer = build_trainer(request, loggers, [callback for callback in callbacks if callback is not None])
     trainer._signal_connector.register_signal_handlers = lambda: None  # Lightning's handlers would replace ours
     last = None
     if trainer.is_global_zero:
@@ -253,6 +259,7 @@ def fit(
         )
     if trainer.is_global_zero:
         finish(request, run, module.model, validation, step=trainer.global_step, examples=examples)
+        trackers.finished(trainer, run.finished_checkpoint())
 
 
 def run_trainer(trainer: pl.Trainer, request: RunRequest, module: TrainingModule, data: DataModule, training_state) -> None:
@@ -317,5 +324,6 @@ def draw(request: RunRequest, run: RunDirectory, model: CoalescenceModel, exampl
 
     draw_losses(read_log(run.log), run.path / "losses.png", title=f"{request.name}: training")
     if examples is not None:
-        tracks = build_tracks(examples, model.eval(), seed=request.training.seed)
+        device = next(model.parameters()).device
+        tracks = examples.arrange_tracks(examples.decode(model.eval(), seed=request.training.seed, device=device))
         draw_tracks(tracks, run.path / "tracks.png", title=request.name, window_size=request.manifest["window_size"])

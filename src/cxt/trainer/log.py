@@ -10,6 +10,7 @@ from pytorch_lightning.callbacks import Callback
 from cxt.checkpoints.training_log import format_rows, keep_rows, list_columns
 from cxt.console import get_logger
 from cxt.errors import Failed
+from cxt.trainer.trackers import send
 
 logger = get_logger(__name__)
 
@@ -184,7 +185,7 @@ class TrainingLog(Callback):
         if not trainer.is_global_zero:
             return
         numbers = {key: value for key, value in row.items() if key not in ("step", "epoch")}
-        trainer.logger.log_metrics(numbers, row["step"])
+        send(trainer, lambda tracker: tracker.log_metrics(numbers, row["step"]))
         text = format_rows([row], header=not self.path.exists(), columns=self.columns)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             file.write(text)

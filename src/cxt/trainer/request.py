@@ -219,6 +219,10 @@ def build_request(options: TrainingOptions) -> RunRequest:
         parent_objective=None if parent is None else (parent.record["training"] or {}).get("objective", "autoregressive"),
         on_gpu=accelerator == "gpu",
     )
+    if training.mlflow is not None or training.wandb is not None:
+        from cxt.trainer.trackers import check_trackers
+
+        check_trackers(training)
     if training.callbacks:
         from cxt.trainer.user_callbacks import build_callbacks
 

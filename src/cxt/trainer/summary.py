@@ -15,6 +15,9 @@ logger = get_logger(__name__)
 PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "msprime", "stdpopsim")
 """Packages whose versions are recorded in a checkpoint."""
 
+NOT_RECORDED = {"scratch", "mlflow", "wandb", "histograms", "metrics", "profiler", "profile_batches"}
+"""Settings that are not in a checkpoint: what is observed of a run, and where on one machine."""
+
 
 def build_record(request: RunRequest) -> dict:
     """The record of the checkpoint: plain dicts, lists, numbers and strings."""
@@ -25,7 +28,7 @@ def build_record(request: RunRequest) -> dict:
         request.adapter,
         name=request.name,
         preset=request.preset,
-        training=request.training.model_dump(exclude={"scratch"}),  # a path on one machine
+        training=request.training.model_dump(exclude=NOT_RECORDED),
         lineage=request.lineage,
         dataset={key: request.manifest[key] for key in shape}
         | {
@@ -94,8 +97,8 @@ def announce(request: RunRequest, summary: dict) -> None:
         logger.info(f"{request.name}: precision {training.precision} is for GPUs; training in 32-true on the CPU")
     for callback in training.callbacks:
         logger.warning(
-            f"{request.name}: the callback {callback.class_path} is a setting of this run by its name and arguments only; if its "
-            "code changes, start the run again with --restart"
+            f"{request.name}: the callback {callback.class_path} is a setting of this run by its name and arguments only; if "
+            "its code changes, start the run again with --restart"
         )
     if not summary["test_items"]:
         logger.info(f"{request.name}: the dataset has no test examples; training without validation")

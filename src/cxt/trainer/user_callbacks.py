@@ -25,7 +25,8 @@ def find_callback_class(setting: UserCallback) -> type[Callback]:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise BadRequest(
-            f"callbacks: {path}: the module cannot be imported ({error}); put its directory on PYTHONPATH or install its package"
+            f"callbacks: {path}: the module cannot be imported ({error}); put its directory on PYTHONPATH, or install its "
+            "package"
         ) from None
     kind = getattr(module, name, None)
     if kind is None:

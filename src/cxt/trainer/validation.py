@@ -26,6 +26,7 @@ from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
 from cxt.trainer.log import TrainingLog
+from cxt.trainer.trackers import Trackers
 
 logger = get_logger(__name__)
 
@@ -72,6 +73,14 @@ class DecodedExamples:
         r = pearson_per_pair(self.truth, summaries.mean)
         return values if math.isnan(r) else values | {"val_r": r}
 
+    def arrange_tracks(self, summaries: Summaries) -> dict:
+        """The input of `cxt.evaluation.figures.draw_tracks`: two examples per row, each (truth, mean, low, high)."""
+        arrays = (self.truth, summaries.mean, summaries.low, summaries.high)
+        return {
+            tuple(self.names[first : first + 2]): tuple(array[None, first : first + 2] for array in arrays)
+            for first in range(0, len(self.names), 2)
+        }
+
 
 class Validation(Callback):
     """Completes the log's row after each validation, keeps the weights of the lowest loss, and stops a run without progress.
@@ -79,13 +88,26 @@ class Validation(Callback):
     Parameters
     ----------
     examples : examples to decode; None for none
+    trackers : gets the figure of the decoded examples
     patience, min_delta : stop after *patience* consecutive validations without an improvement of more than *min_delta*;
         0 = never. The best weights are those of the lowest loss, independent of *min_delta*.
     """
 
     def __init__(
-        self, run: RunDirectory, name, log: TrainingLog, *, record, examples, seed, steps_per_epoch, patience, min_delta
+        self,
+        run: RunDirectory,
+        name,
+        log: TrainingLog,
+        *,
+        record,
+        examples: DecodedExamples | None,
+        trackers: Trackers,
+        seed,
+        steps_per_epoch,
+        patience,
+        min_delta,
     ):
+        self.trackers = trackers
         self.run, self.name, self.training_log, self.record, self.examples, self.seed = run, name, log, record, examples, seed
         self.steps_per_epoch, self.patience, self.min_delta = steps_per_epoch, patience, min_delta
         self.best = {"loss": math.inf, "step": 0, "sha256": "", "reference": math.inf, "rounds": 0}
@@ -105,11 +127,15 @@ class Validation(Callback):
         step = trainer.global_step
         values = {"val_loss": loss}
         values |= {f"val_loss/{term}": float(trainer.callback_metrics[f"val_loss/{term}"]) for term in self.training_log.terms}
+        tracks = None
         if self.examples is not None and trainer.is_global_zero:
             with trainer.precision_plugin.forward_context():
-                values |= self.examples.scores(self.examples.decode(module.model, seed=self.seed, device=module.device))
+                summaries = self.examples.decode(module.model, seed=self.seed, device=module.device)
+            values |= self.examples.scores(summaries)
+            tracks = self.examples.arrange_tracks(summaries)
         self.training_log.validated(trainer, values)
         if trainer.is_global_zero:
+            self.trackers.validated(trainer, module, tracks)
             decoded = f", decoded: MSE {values['val_mse']:.3f}" if "val_mse" in values else ""
             decoded += f", r {values['val_r']:.3f}" if "val_r" in values else ""
             if self.examples is not None:
@@ -141,15 +167,3 @@ class Validation(Callback):
                 "published (export: best); to train again, use --restart or, under Snakemake, delete the run directory"
             )
         return self.run.best
-
-
-def build_tracks(examples: DecodedExamples, model, *, seed: int) -> dict:
-    """The input of `cxt.evaluation.figures.draw_tracks`: two examples per row, each (truth, mean, low, high)."""
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        summaries = examples.decode(model, seed=seed, device=device)
-    arrays = (examples.truth, summaries.mean, summaries.low, summaries.high)
-    rows = {}
-    for first in range(0, len(examples.names), 2):
-        rows[tuple(examples.names[first : first + 2])] = tuple(array[None, first : first + 2] for array in arrays)
-    return rows

@@ -1,0 +1,168 @@
+"""TensorBoard, MLflow and Weights & Biases get the numbers of the training log."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cxt.checkpoints.training_log import TIMING, read_log
+from cxt.config.training import TrainingConfig
+from cxt.errors import BadRequest
+from cxt.trainer import trackers
+from cxt.trainer.trackers import check_trackers, describe_hyperparameters, send
+from cxt.trainer.train_model import train_model
+
+SMALL = {
+    "layers": 1, "heads": 2, "width": 16, "devices": 0, "batch_size": 4, "grad_accum": 2, "epochs": 1, "max_steps": 8,
+    "objective": "marginal", "decode_items": 3, "validate_every": 4, "log_every": 2, "metrics": ["crps"],
+}  # fmt: skip
+
+
+def logged(run):
+    """{column: {step: value}} of a training log, without the columns of time."""
+    rows = read_log(run / "training_log.csv")
+    names = [name for name in rows[0] if name not in ("step", "epoch", *TIMING)]
+    return {name: {row["step"]: row[name] for row in rows if row[name] is not None} for name in names}
+
+
+def test_tensorboard(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, "SECONDS_BETWEEN_FIGURES", 0)
+    train_model(**SMALL, dataset_path=dataset, run_dir=tmp_path / "run", histograms=True)
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "histograms": 0, "scalars": 0})
+    events.Reload()
+    expected = logged(tmp_path / "run")
+    assert set(expected["val_crps"]) == {4, 8}
+    for name, values in expected.items():
+        found = {event.step: event.value for event in events.Scalars(name)}
+        assert found == pytest.approx(values, rel=1e-6)  # float32
+    assert [event.step for event in events.Images("tracks")] == [4, 8]
+    tags = events.Tags()["histograms"]
+    assert any(tag.startswith("weights/backbone.") for tag in tags)
+    assert any(tag.startswith("gradients/backbone.") for tag in tags)
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"batch_size" in content
+
+
+def test_figures_are_not_drawn_all_the_time(dataset, tmp_path):
+    train_model(**SMALL, dataset_path=dataset, run_dir=tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Images("tracks")] == [4]
+    assert not events.Tags()["histograms"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sqlite", "file"])
+def test_mlflow(dataset, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    from mlflow import MlflowClient
+
+    address = {"sqlite": "sqlite:///mlflow.db", "file": "file:./mlruns"}[kind]
+    run = tmp_path / "run"
+    train_model(**SMALL, dataset_path=dataset, run_dir=run, mlflow=address, name="mine")
+    client = MlflowClient(address)
+    [experiment] = client.search_experiments(filter_string="name = 'cxt'")
+    [tracked] = client.search_runs([experiment.experiment_id])
+    assert tracked.info.run_id == json.loads((run / "trackers.json").read_text(encoding="utf-8"))["mlflow"]["run"]
+    assert tracked.info.run_name == "mine"
+    assert tracked.info.status == "FINISHED"
+    for name, values in logged(run).items():
+        found = {metric.step: metric.value for metric in client.get_metric_history(tracked.info.run_id, name)}
+        assert found == pytest.approx(values, rel=1e-12)
+    assert tracked.data.params["batch_size"] == "4"
+    files = {file.path for file in client.list_artifacts(tracked.info.run_id)}
+    assert files >= {"config.yaml", "losses.png", "tracks.png", "tracks", "mine_epoch=0-step=8.ckpt"}
+
+
+@pytest.mark.slow
+def test_a_continued_run_goes_on_at_mlflow(dataset, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    address = "sqlite:///mlflow.db"
+    with pytest.raises(Exception, match="step 3") as stopped:
+        train_model(**SMALL, dataset_path=dataset, run_dir=tmp_path / "run", mlflow=address, save_every=1, max_minutes=1e-9)
+    assert stopped.value.status == 75
+    train_model(**SMALL, dataset_path=dataset, run_dir=tmp_path / "run", mlflow=address, save_every=1)
+    client = MlflowClient(address)
+    [experiment] = client.search_experiments(filter_string="name = 'cxt'")
+    [tracked] = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    steps = {metric.step for metric in client.get_metric_history(tracked.info.run_id, "train_loss")}
+    assert steps == set(logged(tmp_path / "run")["train_loss"])
+
+
+@pytest.mark.slow
+def test_wandb_offline(dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "run"
+    train_model(**SMALL, dataset_path=dataset, run_dir=run, wandb="cxt", name="mine")
+    [file] = run.glob("wandb/offline-run-*/run-*.wandb")
+    found = read_wandb(file)
+    for name, values in logged(run).items():
+        assert found[name] == pytest.approx(values, rel=1e-12)
+    assert json.loads((run / "trackers.json").read_text(encoding="utf-8"))["wandb"]["run"] in file.name
+
+
+def read_wandb(file):
+    """{metric: {step: value}} of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    found: dict[str, dict[int, float]] = {}
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            for name, value in row.items():
+                if isinstance(value, int | float) and "trainer/global_step" in row:
+                    found.setdefault(name, {})[row["trainer/global_step"]] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"mlflow": "mlruns"}, "sqlite:///mlflow.db"),
+        ({"mlflow": "https://me:secret@server"}, "must not contain a password"),
+        ({"wandb": "cxt"}, "WANDB_MODE=offline"),
+    ],
+)
+def test_wrong_trackers(settings, says, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(BadRequest, match=says) as refused:
+        check_trackers(TrainingConfig(**settings))
+    assert "secret" not in str(refused.value)
+
+
+def test_a_tracker_that_fails_is_given_up(caplog):
+    class Broken:
+        def log(self):
+            raise OSError("no route to host")
+
+    class Whole:
+        rows = 0
+
+        def log(self):
+            self.rows += 1
+
+    whole = Whole()
+    trainer = SimpleNamespace(loggers=[Broken(), whole])
+    for _ in range(2):
+        send(trainer, lambda tracker: tracker.log())
+    assert whole.rows == 2
+    assert caplog.text.count("no route to host") == 1
+
+
+def test_hyperparameters_are_plain():
+    found = describe_hyperparameters({"lr": 0.1, "losses": [{"name": "emd"}], "gpus": None, "seed": 3, "x": math.pi})
+    assert found == {"lr": 0.1, "losses": '[{"name": "emd"}]', "gpus": "null", "seed": 3, "x": math.pi}
