@@ -210,8 +210,9 @@ def fit(
     )  # fmt: skip
     first = machines is not None and machines.is_first
     trackers = Trackers(
-        run, request.settings, histograms=training.histograms, name=request.name, window_size=request.manifest["window_size"]
-    )
+        run, request.settings, histograms=training.histograms, validates=request.validates_after, name=request.name,
+        window_size=request.manifest["window_size"],
+    )  # fmt: skip
     validation = Validation(
         run, request.name, log, record=record, examples=examples, trackers=trackers, seed=training.seed,
         steps_per_epoch=request.steps_per_epoch, patience=training.patience, min_delta=training.min_delta,

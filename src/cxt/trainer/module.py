@@ -147,7 +147,7 @@ class TrainingModule(pl.LightningModule):
         It has the weights of the last step, so that the losses of different steps can be compared.
         """
         values = self._parts(*batch)
-        about = {"batch_size": len(batch.tokens), "sync_dist": True}
+        about = {"batch_size": len(batch.tokens), "sync_dist": True, "logger": False}
         self.log("val_loss", self._add(values, max(1, self.total_steps - 1)), **about)
         if len(values) > 1:
             for name, value in zip(self.objective.names, values.unbind(), strict=True):

@@ -138,12 +138,23 @@ class Trackers(Callback):
         All settings of the run, its hyper-parameters.
     histograms : bool
         Whether to send histograms of weights and gradients at each validation, to TensorBoard.
+    validates : callable
+        Whether there is a validation after a step.
     name, window_size : str, int
         Title of the figures, and base pairs of a window.
     """
 
-    def __init__(self, run: RunDirectory, settings: Mapping[str, Any], *, histograms: bool, name: str, window_size: int):
-        self.run, self.histograms, self.name, self.window_size = run, histograms, name, window_size
+    def __init__(
+        self,
+        run: RunDirectory,
+        settings: Mapping[str, Any],
+        *,
+        histograms: bool,
+        validates: Callable[[int], bool],
+        name: str,
+        window_size: int,
+    ):
+        self.run, self.histograms, self.validates, self.name, self.window_size = run, histograms, validates, name, window_size
         self.hyperparameters = describe_hyperparameters(settings)
         self._drawn = -float("inf")
 
@@ -151,6 +162,12 @@ class Trackers(Callback):
         """Send the settings."""
         if trainer.is_global_zero:
             send(trainer, self._send_settings)
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        """Send histograms of the gradients, before clipping, if there is a validation after this step, which drops them."""
+        if self.histograms and trainer.is_global_zero and self.validates(trainer.global_step + 1):
+            gradients = {name: p.grad for name, p in module.model.named_parameters() if p.grad is not None}
+            send(trainer, lambda tracker: _send_histograms(tracker, "gradients", gradients, trainer.global_step + 1))
 
     def _send_settings(self, tracker: Logger) -> None:
         if isinstance(tracker, TensorBoardLogger):
@@ -173,7 +190,8 @@ class Trackers(Callback):
         """
         step = trainer.global_step
         if self.histograms:
-            send(trainer, lambda tracker: self._send_histograms(tracker, module.model, step))
+            weights = {name: p.detach() for name, p in module.model.named_parameters() if p.requires_grad}
+            send(trainer, lambda tracker: _send_histograms(tracker, "weights", weights, step))
         if tracks is None or time.monotonic() - self._drawn < SECONDS_BETWEEN_FIGURES:
             return
         from cxt.evaluation.figures import draw_tracks
@@ -214,11 +232,8 @@ class Trackers(Callback):
         elif isinstance(tracker, WandbLogger):
             tracker.log_image("tracks", [str(path)], step=step)
 
-    def _send_histograms(self, tracker: Logger, model: torch.nn.Module, step: int) -> None:
-        if not isinstance(tracker, TensorBoardLogger):
-            return
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                tracker.experiment.add_histogram(f"weights/{name}", parameter.detach().float(), step)
-                if parameter.grad is not None:
-                    tracker.experiment.add_histogram(f"gradients/{name}", parameter.grad.float(), step)
+
+def _send_histograms(tracker: Logger, what: str, values: Mapping[str, torch.Tensor], step: int) -> None:
+    if isinstance(tracker, TensorBoardLogger):
+        for name, value in values.items():
+            tracker.experiment.add_histogram(f"{what}/{name}", value.float(), step)
