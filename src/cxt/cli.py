@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ("cxt.train", "train one checkpoint"),
     "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
     "report": ("cxt.commands.report", "write the tables of the workflow's report"),
-    "runs": ("cxt.commands.runs", "list run directories, and remove old ones"),
+    "runs": ("cxt.commands.runs", "list, compare and tabulate run directories, and remove old ones"),
     "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import, export, merge and quantise checkpoints"),
     "evaluate": ("cxt.evaluate", "evaluate a checkpoint on held-out simulations; print the accuracy table"),
     "translate": ("cxt.commands.translate", "estimate TMRCA tracks from a VCF, VCF Zarr, tree sequence or arrays"),

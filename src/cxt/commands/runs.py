@@ -1,8 +1,10 @@
-"""List the workflow's run directories, and remove those that the configuration no longer uses.
+"""List the workflow's run directories, and remove those that the configuration no longer uses; tables and comparisons of runs.
 
 cxt runs [--configfile my.yaml]             list them
 cxt runs --prune                            remove those of other lineages, after confirmation
 cxt runs --curves RUN --out FILE.png        draw the training curves of one
+cxt runs table DIR --out FILE.csv           the training logs of all runs below a directory, as one table
+cxt runs compare A B [--out FILE.png]       what differs between two runs: settings, data, results
 """
 
 import argparse
@@ -32,7 +34,15 @@ def main(argv: list[str] | None = None) -> None:
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = argparse.ArgumentParser(prog="cxt runs", description="List or remove run directories of the workflow.")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("table", "compare"):
+        (_make_table if argv[0] == "table" else _compare)(argv[1:])
+        return
+    parser = argparse.ArgumentParser(
+        prog="cxt runs",
+        description="List or remove run directories of the workflow. `cxt runs table DIR` writes the training logs of many runs "
+        "as one table, `cxt runs compare A B` shows what differs between two.",
+    )
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration")
     parser.add_argument("--directory", type=Path, help="default: `cluster.runs` of the configuration, or results/runs")
     parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not use")
@@ -61,6 +71,54 @@ def main(argv: list[str] | None = None) -> None:
         print(format_runs(runs) if runs else f"there are no runs in {directory}")
         if not args.configfile and any(run.model is None for run in runs):
             print("Name your overlays, --configfile mine.yaml, if some of these runs are theirs.")
+
+
+def _make_table(argv: list[str]) -> None:
+    """Run `cxt runs table`."""
+    from cxt.logs import read_runs
+
+    parser = argparse.ArgumentParser(prog="cxt runs table", description="Write the training logs of many runs as one table.")
+    parser.add_argument("directory", type=Path, help="a run directory, or one with runs below it, such as results/runs")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.csv; with --per-run, a directory")
+    parser.add_argument("--per-run", action="store_true", help="one file for each run")
+    parser.add_argument("--metrics", nargs="+", help="columns of the training log (default: all)")
+    args = parser.parse_args(argv)
+    logs = read_runs(args.directory).select(metrics=args.metrics)
+    files = logs.to_csv(args.out, per_run=args.per_run)
+    print(f"{len(logs.rows)} values of {len(logs.runs)} runs: {', '.join(map(str, files))}")
+
+
+def _compare(argv: list[str]) -> None:
+    """Run `cxt runs compare`."""
+    from cxt.io import format_columns
+    from cxt.logs import compare_runs
+
+    parser = argparse.ArgumentParser(prog="cxt runs compare", description="Show what differs between two runs.")
+    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="two run directories")
+    parser.add_argument("--out", type=Path, help="draw the curves of both to this file, FILE.png")
+    args = parser.parse_args(argv)
+    comparison = compare_runs(*args.runs)
+    names = [run.name for run in args.runs]
+    for title, part in (
+        ("settings that differ", comparison.settings),
+        ("data and parents that differ", comparison.inputs),
+        ("results", comparison.results),
+    ):
+        rows = [(name, *("-" if value is None else _as_text(value) for value in both)) for name, both in part.items()]
+        print(f"{title}{'' if rows else ': none'}")
+        for line in format_columns([("", *names), *rows], left=1, separator="  ") if rows else []:
+            print(f"  {line}".rstrip())
+    if args.out is not None:
+        from cxt.checkpoints.run_directory import RunDirectory
+        from cxt.checkpoints.training_log import read_log
+        from cxt.evaluation.figures import draw_comparison  # imported late so that --help is quick
+
+        logs = {run.name: read_log(RunDirectory(run).log) for run in args.runs}
+        draw_comparison(logs, args.out)
+
+
+def _as_text(value) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def prune(runs: list, *, yes: bool) -> None:

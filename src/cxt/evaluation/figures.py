@@ -91,6 +91,31 @@ def draw_losses(rows: list[dict], path, *, title: str) -> None:
     save_figure(figure, path)
 
 
+def draw_comparison(logs: dict[str, list[dict]], path) -> None:
+    """Draw losses, accuracy and learning rates of several runs; *logs* is {name: rows of a training_log.csv}."""
+    figure, axes = create_panels(2, 2, size=(11, 6), sharex=True)
+    panels = (
+        ("training loss", "nats per window", "train_loss"),
+        ("validation loss", "nats per window", "val_loss"),
+        ("MSE of decoded test pairs", "(ln generations)²", "val_mse"),
+        ("learning rate", "learning rate", "lr"),
+    )
+    for axis, (title, unit, column) in zip(axes.flat, panels, strict=True):
+        for number, (name, rows) in enumerate(logs.items()):
+            points = [(row["step"], row[column]) for row in rows if row[column] is not None]
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axis.plot(
+                    *zip(*points, strict=True), color=COLORS[number % len(COLORS)], lw=1.2, label=name, marker=marker, ms=4
+                )
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_ylabel(unit, fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("optimizer step", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside lower center")
+    save_figure(figure, path)
+
+
 def draw_learning_rates(rates, losses, suggestion: float, path, *, title: str) -> None:
     """Draw loss against learning rate of a search, and the rate that it suggests."""
     figure, axes = create_panels(1, 1, size=(7, 4))
