@@ -21,8 +21,8 @@ from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import atomic_write
 
 COLUMNS = ("run", "model", "repeat", "step", "metric", "value")
-"""Columns of the table: directory of the run, name of its checkpoint, number of its repeat (empty if it is none), optimizer step,
-column of the training log, and its value there."""
+"""Columns of the table: directory of the run, name of its checkpoint, number of its repeat (empty if it is none), optimizer
+step, column of the training log, and its value there."""
 
 REPEAT = re.compile(r"(?P<model>.+)\.r(?P<repeat>\d+)")
 """Names of the repeats of a model."""

@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     parser = argparse.ArgumentParser(
         prog="cxt runs",
-        description="List or remove run directories of the workflow. `cxt runs table DIR` writes the training logs of many runs "
-        "as one table, `cxt runs compare A B` shows what differs between two.",
+        description="List or remove run directories of the workflow. `cxt runs table DIR` writes the training logs of many "
+        "runs as one table, `cxt runs compare A B` shows what differs between two.",
     )
     parser.add_argument("--configfile", nargs="+", default=[], help="overlays on the default configuration")
     parser.add_argument("--directory", type=Path, help="default: `cluster.runs` of the configuration, or results/runs")
