@@ -1,6 +1,6 @@
 """How good, robust and fast `cxt translate` is, on simulations that no checkpoint was trained on.
 
-    python benchmarks/translation.py accuracy   --model small --out DIR    four scenarios, 200 kb and 1 Mb, with baselines
+    python benchmarks/translation.py accuracy   --model small --out DIR    five scenarios, 200 kb and 1 Mb, with baselines
     python benchmarks/translation.py robustness --model small --out DIR    the same with errors in the genotypes
     python benchmarks/translation.py edges      --model small --out DIR    blocks against one long region; the ends of regions
     python benchmarks/translation.py cost       --model small --out DIR    100 Mb of 100 haplotypes: time and memory
@@ -32,6 +32,12 @@ from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
 
 SCENARIOS = ("constant", "sawtooth", "island", "out_of_africa")
+SMALL_POPULATION = "breed"
+"""A scenario in which a fifth of the pairs share hundreds of kilobases without a difference; for `accuracy`."""
+
+RECENT = np.log(100)
+"""ln generations below which windows are counted as recent."""
+
 LENGTHS = {200_000: 20, 1_000_000: 10}
 """Base pairs of a region, and simulations of each scenario."""
 
@@ -121,11 +127,17 @@ def score(truth, tracks) -> dict:
     squared = np.stack([((m - t) ** 2)[k].mean(keepdims=True) for m, t, k in zip(mean, truth, known, strict=True)])
     pairs = [(t[k], m[k]) for m, t, k in zip(*(a.reshape(-1, a.shape[-1]) for a in (mean, truth, known)), strict=True)]
     inside = (truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])
+    recent = known & (truth < RECENT)
     return {
         "mse": float(((mean - truth)[known] ** 2).mean()), "mse_se": clustered_standard_error(squared),
         "r": float(np.mean([pearson_per_pair(t[None], m[None]) for t, m in pairs])),
         "bias": float((mean - truth)[known].mean()), "coverage95": float(inside[known].mean()),
         "missing": float(1 - known.mean()),
+        "recent": {
+            "share": float(recent.sum() / known.sum()), "mse": float(((mean - truth)[recent] ** 2).mean()),
+            "bias": float((mean - truth)[recent].mean()), "coverage95": float(inside[recent].mean()),
+            "upper": float(np.exp(np.median(quantiles[..., -1][recent]))),
+        } if recent.any() else None,
     }  # fmt: skip
 
 
@@ -137,10 +149,10 @@ def rates_of(ts, known: str) -> dict:
 
 
 def accuracy(args) -> dict:
-    """Four scenarios, 200 kb and 1 Mb, with the rates, with the mutation rate, with its calibration, and without rates."""
+    """Five scenarios, 200 kb and 1 Mb, with the rates, with the mutation rate, with its calibration, and without rates."""
     rows = []
     for length, simulations in LENGTHS.items():
-        for scenario in SCENARIOS:
+        for scenario in args.scenarios:
             simulated = [simulate(scenario, length, i) for i in range(simulations)]
             for known, calibration in (("both", "none"), ("mutation", "none"), ("mutation", "diversity"), ("none", "none")):
                 with tempfile.TemporaryDirectory() as directory:
@@ -320,6 +332,7 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/translation"))
     parser.add_argument("--without-baselines", action="store_true")
+    parser.add_argument("--scenarios", nargs="+", default=[*SCENARIOS, SMALL_POPULATION], help="of `accuracy`")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.name == "tables":
