@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def add_flags(parser: jsonargparse.ArgumentParser) -> None:
     """Turn the trainer's parser into that of `cxt find_lr` by adding the flags of the search."""
-    parser.prog, parser.description = "cxt find_lr", "Find a learning rate for a run."
+    parser.prog, parser.usage = "cxt find_lr", "cxt find_lr [FILE.yaml] [options]"
+    parser.description = "Find a learning rate for a run."
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
     parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")

@@ -92,9 +92,9 @@ def train_model(
     storage: Literal["auto", "memory", "disk"] | None = None,
     scratch: str | PathLike[str] | None = None,
     gpus: int | Sequence[int] | None = None,
-    devices: int | None = None,
+    devices: int | Literal["all"] | None = None,
     nodes: int | None = None,
-    accelerator: Literal["auto", "cpu", "gpu"] | None = None,
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] | None = None,
     # Validation and what is published
     validation_items: int | None = None,
     validate_every: int | None = None,
@@ -145,7 +145,7 @@ def train_model(
     epochs : int
         Passes over the training examples.
     gpus, devices : list of int, int
-        Indices of GPUs, or their number (0 = CPU).
+        Indices of GPUs, or their number (0 = CPU) or `all`.
     run_dir : path-like
         Run directory to start or continue; by default, a new one below *log_dir*.
     out : path-like
