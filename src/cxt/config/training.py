@@ -168,6 +168,10 @@ class TrainingFields(Section):
     """Optimizer steps between validations; 0 = once per epoch. The last step is always validated."""
     decode_items: NonNegativeInteger = 8
     """Test examples decoded at each validation, to report MSE and correlation of ln TMRCA; 0 = none."""
+    batch_size_eval: NonNegativeInteger = 0
+    """Examples per device in a batch of validation and of decoding during training; 0 = `batch_size`, and 8 for decoding.
+    Larger batches are faster if memory allows; losses differ by rounding only, except for `contrastive`, which compares the
+    examples of a batch."""
     patience: NonNegativeInteger = 0
     """Stop after this many consecutive validations without an improvement of more than `min_delta`; 0 = never."""
     min_delta: NonNegative = 0.0
@@ -226,6 +230,7 @@ class TrainingOverrides(TrainingSection):
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
     "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay",
+    "batch_size_eval",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -244,7 +249,7 @@ def drop_later_defaults(settings: dict) -> dict:
 RESULT_NEUTRAL_SETTINGS = (
     "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "storage", "scratch",
 )  # fmt: skip
-VALIDATION = ("validation_items", "validate_every")
+VALIDATION = ("validation_items", "validate_every", "batch_size_eval")
 
 
 def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from cxt.checkpoints.file import load_weights, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
+from cxt.config.flags import cap_workers
 from cxt.config.learning import is_readable
 from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
@@ -52,8 +53,8 @@ def build_data(request: RunRequest) -> DataModule:
             total_steps=request.total_steps,
         )  # fmt: skip
     settings = {
-        "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
-        "validation_items": training.validation_items, "noise": noise,
+        "batch_size": training.batch_size, "seed": training.seed, "workers": cap_workers(training.workers),
+        "validation_items": training.validation_items, "noise": noise, "batch_size_eval": training.batch_size_eval,
     }  # fmt: skip
     if request.simulated is not None:
         train, test = (
@@ -203,8 +204,9 @@ def fit(
         validates=request.validates_after, terms=terms, checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip
     examples = None
+    decoding = {"batch_size": training.batch_size_eval} if training.batch_size_eval else {}
     if training.decode_items and len(data.test_set) and is_readable(training.objective):
-        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid)
+        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid, **decoding)
     validation = Validation(
         run, request.name, log, record=record, examples=examples, seed=training.seed, steps_per_epoch=request.steps_per_epoch,
         patience=training.patience, min_delta=training.min_delta,

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 
 import jsonargparse
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from cxt.config.bounds import (
+    NUMBER,
     BasePairs,
     Devices,
     Flag,
@@ -27,7 +28,7 @@ from cxt.config.bounds import (
 from cxt.config.network import Adapter, Architecture, Lora
 from cxt.config.problems import explain_value
 from cxt.config.training import TrainingConfig
-from cxt.config.type_descriptions import list_choices, split_type
+from cxt.config.type_descriptions import Expected, list_choices, split_type
 
 
 def _annotate(field: FieldInfo) -> Any:
@@ -50,9 +51,14 @@ def _list_scalars() -> dict[str, Any]:
 
 Accelerator = Literal["auto", "cpu", "gpu", "mps"]
 
+DeviceCount = Annotated[
+    Devices, BeforeValidator(lambda value: 1 if value == "all" else value), Expected("an integer from 0 to 1024, or `all`")
+]
+"""A number of GPUs, or all there are."""
+
 OPTION_VALUES: dict[str, Any] = {
     "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
-    "max_steps": PositiveInteger, "gpus": Index, "devices": Devices | Literal["all"], "nodes": Machines,
+    "max_steps": PositiveInteger, "gpus": Index, "devices": DeviceCount, "nodes": Machines,
     "accelerator": Accelerator, "restart": Flag, "adapter": Flag, "adapter_samples": Samples, "max_minutes": Positive,
     "print_config": Flag, "wait_for_lock": NonNegative,
 }  # fmt: skip
@@ -106,7 +112,9 @@ def _pair_words(words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _read_word(text: str) -> Any:
-    """A word as YAML reads it; the word itself if it is no YAML."""
+    """A word as YAML reads it, also a number such as 1e-8; the word itself if it is no YAML."""
+    if NUMBER.fullmatch(text):
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

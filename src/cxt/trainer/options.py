@@ -16,6 +16,7 @@ from cxt.config.network import PRESETS, Adapter, Architecture, Lora
 from cxt.config.problems import refuse
 from cxt.config.training import TrainingConfig
 from cxt.config.type_descriptions import list_choices
+from cxt.console import add_verbosity_flags, set_verbosity
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.trainer.flag_values import FLAG_VALUES, find_wrong_values
 
@@ -90,6 +91,11 @@ class TrainingOptions:
         return self.adapter or self.resume_adapter is not None
 
     @property
+    def checkpoint_name(self) -> str:
+        """Name of the checkpoint: as given, or the preset, followed by `_adapter` for one with an adapter, as published."""
+        return self.name or (f"{self.model}_adapter" if self.has_adapter else self.model)
+
+    @property
     def data(self) -> str:
         """Description of the dataset or the scenarios to train on, for messages."""
         return self.dataset_path or f"--simulate {' '.join(self.simulate or ())}"
@@ -122,7 +128,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         "FILE.yaml as the first argument is the same",
     )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
-    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
+    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset, with _adapter if it has one)")
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
     add("--soft-targets", type=str | None, help="directory of a teacher's soft targets for the dataset, made by cxt.teach")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
@@ -359,7 +365,12 @@ def merge_options(config: str | Path | None, given: Mapping[str, Any]) -> Traini
     for name in given:
         if name not in (*OPTIONS, *TRAINING_SETTINGS):
             raise BadRequest(f"unknown option {name}{suggest_nearest(name, (*OPTIONS, *TRAINING_SETTINGS))}")
-    values = vars(parse_flags([] if config is None else ["--config", str(config)], build_parser()))
+    parser = build_parser()
+    add_verbosity_flags(parser)  # which a file may contain, too
+    args = parse_flags([] if config is None else ["--config", str(config)], parser)
+    if config is not None:
+        set_verbosity(args)
+    values = vars(args)
     options = build_options(values | {name: _check_type(name, value) for name, value in given.items()})
     check_numbers(options)
     return options

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 
 from cxt.checkpoints.record import build_checkpoint_record
+from cxt.config.training import TrainingConfig
 from cxt.console import get_logger
 from cxt.model.flops import training_flops
 from cxt.model.transformer import CoalescenceModel
@@ -25,7 +26,7 @@ def build_record(request: RunRequest) -> dict:
         request.adapter,
         name=request.name,
         preset=request.preset,
-        training=request.training.model_dump(exclude={"scratch"}),  # a path on one machine
+        training=_list_training(request.training),
         lineage=request.lineage,
         dataset={key: request.manifest[key] for key in shape}
         | {
@@ -50,6 +51,12 @@ def build_record(request: RunRequest) -> dict:
         versions={package: importlib.metadata.version(package) for package in PACKAGES},
         **lora,
     )
+
+
+def _list_training(training: TrainingConfig) -> dict:
+    """The settings to record: not a path on one machine, nor what only the speed of validation depends on."""
+    leave_out = {"scratch"} | (set() if training.batch_size_eval else {"batch_size_eval"})
+    return training.model_dump(exclude=leave_out)
 
 
 def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
@@ -87,11 +94,20 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     }  # fmt: skip
 
 
+def describe_other_precision(request: RunRequest) -> str:
+    """Why a run uses another precision than that of its settings."""
+    wanted = request.training.precision
+    if request.accelerator == "gpu":
+        return f"this GPU has no bfloat16, which {wanted} needs; training in {request.precision}"
+    where = "the CPU" if request.accelerator == "cpu" else "this GPU"
+    return f"precision {wanted} is for {'GPUs' if request.accelerator == 'cpu' else 'other GPUs'}; training in 32-true on {where}"
+
+
 def announce(request: RunRequest, summary: dict) -> None:
     """Log what will be trained, on which data and for how long."""
     training = request.training
     if request.precision != training.precision:
-        logger.info(f"{request.name}: precision {training.precision} is for GPUs; training in 32-true on the CPU")
+        logger.info(f"{request.name}: {describe_other_precision(request)}")
     if not summary["test_items"]:
         logger.info(f"{request.name}: the dataset has no test examples; training without validation")
     on = f" on {request.machines} machines" if request.machines > 1 else ""

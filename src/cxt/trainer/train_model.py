@@ -99,6 +99,7 @@ def train_model(
     validation_items: int | None = None,
     validate_every: int | None = None,
     decode_items: int | None = None,
+    batch_size_eval: int | None = None,
     patience: int | None = None,
     min_delta: float | None = None,
     export: Literal["last", "best"] | None = None,

@@ -5,6 +5,7 @@ set of examples, the same at every validation, is decoded as well, on the first 
 of training.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -17,7 +18,7 @@ from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.network import SPECIAL_TOKENS
 from cxt.console import get_logger
 from cxt.data.grid import Grid
-from cxt.decoding.decode import Summaries, decode
+from cxt.decoding.decode import Summaries, decode, has_doubles
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
 from cxt.io import file_sha256
@@ -32,10 +33,12 @@ REPLICATES = 4
 class DecodedExamples:
     """A few test examples, evenly spaced.
 
-    *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures.
+    *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures. *batch_size* of them
+    are decoded together.
     """
 
-    def __init__(self, dataset, *, examples: int, grid: Grid):
+    def __init__(self, dataset, *, examples: int, grid: Grid, batch_size: int = 8):
+        self.batch_size = batch_size
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
         batch = dataset.batch([int(example) for example in chosen])
         self.counts, self.missing, self.rates, self.grid = batch.counts, batch.missing, batch.rates, grid
@@ -47,10 +50,12 @@ class DecodedExamples:
 
     def decode(self, model, *, seed: int, device) -> Summaries:
         """Decode the posterior of each window of each example; the same for the same weights."""
+        if not has_doubles(device):
+            model, device = copy.deepcopy(model).to("cpu"), "cpu"
         with torch.no_grad(), parametrize.cached():  # otherwise parametrised weights are computed for each window
             return decode(
                 model, self.counts, self.missing,
-                rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
+                rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=self.batch_size, seed=seed, device=device,
             )  # fmt: skip
 
     def scores(self, summaries: Summaries) -> dict[str, float]:
