@@ -7,6 +7,7 @@ from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.training import TrainingConfig
 from cxt.console import get_logger
 from cxt.model.flops import training_flops
+from cxt.model.memory import training_memory
 from cxt.model.transformer import CoalescenceModel
 from cxt.trainer.module import compile_backend
 from cxt.trainer.request import RunRequest
@@ -63,18 +64,16 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     """The content of model_summary.json: size, data, length and cost of the run."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = 2 if request.precision == "bf16-true" else 4
-    moments = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(request.training.optimizer.name, 2)
+    memory = training_memory(
+        request.network, request.training, request.adapter, request.lora, precision=request.precision,
+        on_gpu=request.accelerator != "cpu", parameters=total, trained=trainable,
+    )  # fmt: skip
     flops = training_flops(request.network, request.adapter, request.lora, objective=request.training.objective)
     return {
         "parameters": total,
         "trainable_parameters": trainable,
         "precision": request.precision,
-        # AdamW keeps two moments of each trainable parameter, in the parameter's type; Muon mostly one.
-        "memory_mb": {
-            "weights": total * width / 1e6, "gradients": trainable * width / 1e6,
-            "optimizer": moments * trainable * width / 1e6,
-        },
+        "memory_mb": {part: size / 1e6 for part, size in memory.items()},  # of each device
         "train_items": request.manifest["splits"]["train"]["items"],
         "test_items": request.manifest["splits"]["test"]["items"],
         "effective_batch": request.effective_batch,
