@@ -33,7 +33,7 @@ CASES = [
 
 
 def measure(network: ModelConfig, training: TrainingConfig, adapter: AdapterConfig | None, device: str) -> tuple[int, int]:
-    """Measured and counted bytes of activations in one forward and backward pass, in which gradients are added to earlier ones."""
+    """Measured and counted bytes of activations in one forward and backward pass, with gradients from an earlier one."""
     torch.manual_seed(1)
     precision = training.precision if device == "cuda" else "32-true"
     model = build_model(network, adapter).train()
@@ -65,7 +65,9 @@ def main() -> None:
         adapter = AdapterConfig(samples=10) if title == "adapter" else None
         training = TrainingConfig(**settings)
         measured, counted = measure(ModelConfig(**sizes), training, adapter, args.device)
-        rows.append([title, training.batch_size, f"{measured / 1e6:.1f} MB", f"{counted / 1e6:.1f} MB", f"{counted / measured:.2f}"])
+        rows.append(
+            [title, training.batch_size, f"{measured / 1e6:.1f} MB", f"{counted / 1e6:.1f} MB", f"{counted / measured:.2f}"]
+        )
     print("\n".join(format_columns(rows)))
 
 

@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scenarios", nargs="+", help="simulate these scenarios of the configuration, and evaluate on them")
     parser.add_argument("--configfile", nargs="+", help="overlays on the default configuration, for --scenarios")
     for flag, text in SCENARIO_FLAGS.items():
-        parser.add_argument(f"--{flag.replace('_', '-')}", type=int, help=f"for --scenarios: {text} (default: the configuration's)")
+        parser.add_argument(
+            f"--{flag.replace('_', '-')}", type=int, help=f"for --scenarios: {text} (default: the configuration's)"
+        )
     parser.add_argument("--reading", help="for --scenarios: auto, marginal or sampled (default auto)")
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
     add_config_flag(parser)

@@ -38,7 +38,7 @@ def load_model(
     best : bool
         For a run directory, load the weights of the lowest validation loss instead of the last ones.
     dtype : str or torch dtype
-        Type of the weights: `float32`, `bfloat16`, or `stored`, that of the file, which is bfloat16 after training in bf16-true.
+        Type of the weights: `float32`, `bfloat16`, or `stored`, that of the file (bfloat16 after training in bf16-true).
 
     Returns
     -------

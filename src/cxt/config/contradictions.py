@@ -85,7 +85,9 @@ def _check_contrastive(training: TrainingConfig, network: ModelConfig) -> None:
     """BadRequest for what the objective contrastive cannot be combined with."""
     for name in ("batch_size", "batch_size_eval"):
         if getattr(training, name) == 1:
-            raise BadRequest(f"the objective contrastive compares the examples of a batch, but {name} is 1; set it to 2 or more")
+            raise BadRequest(
+                f"the objective contrastive compares the examples of a batch, but {name} is 1; set it to 2 or more"
+            )
     if not network.mask_singletons:
         raise BadRequest(
             "the objective contrastive cannot train on a dataset with a mask: two views of an example have the same "

@@ -2,8 +2,8 @@
 
     cxt evaluate small --scenarios constant island --simulations 4 --pairs 10 --out accuracy
 
-The shape of the input comes from the checkpoint, the scenarios from the configuration. As in the workflow, the simulations are of
-the range of indices that no dataset can reach, so that no checkpoint was trained on them.
+The shape of the input comes from the checkpoint, the scenarios from the configuration. As in the workflow, the indices of the
+simulations are in the range that no dataset can reach, so that no checkpoint was trained on them.
 """
 
 import tempfile

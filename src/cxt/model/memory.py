@@ -8,9 +8,9 @@ example has T = 2W tokens (W for objectives without tokens), and each token keep
                                                      in two layouts (2); the hidden layer before and after the GELU (8)
     2 masks of dropout
 
-In mixed precision, the stream has 4 bytes and the 17 vectors have 2. Where a matrix is frozen, its input is not kept. The counts
-are those without `torch.compile`, which keeps less by computing cheap operations again, and leave out the workspace of single
-operations; benchmarks/memory.py compares them with what was measured.
+In mixed precision, the stream has 4 bytes and the 17 vectors have 2. Where a matrix is frozen, its input is not kept. The last
+block computes the targets only. The counts are those without `torch.compile`, which keeps less by computing cheap operations
+again, and leave out the workspace of single operations; benchmarks/memory.py compares them with what was measured.
 """
 
 from cxt.config.learning import READINGS
@@ -45,7 +45,10 @@ def count_trained_parameters(network: ModelConfig, adapter: AdapterConfig | None
     if adapter is None or adapter.unfreeze_strategy == "all":
         return sum(parts.values())
     last = min(adapter.last_n, network.layers) / network.layers if "lastN" in adapter.unfreeze_strategy else 0.0
-    return round(last * parts["matrices"]) + (parts["norms"] if "ln" in adapter.unfreeze_strategy.split("_") else 0)
+    has_norms = "ln" in adapter.unfreeze_strategy.split("_")
+    norms = parts["norms"] if has_norms else round(last * 2 * network.layers * network.width)
+    rates = 4 * network.width if network.reads_rates else 0  # always trained
+    return round(last * parts["matrices"]) + norms + rates
 
 
 def activation_bytes(
@@ -78,8 +81,6 @@ def activation_bytes(
     blocks = network.layers * block
     if training.objective == "autoregressive" and training.loss_path != "full":  # the last block computes the targets only
         blocks -= windows * width * (stream + 11 * narrow + 2 * mask)
-    if training.gradient_checkpointing:
-        blocks = network.layers * tokens * width * stream + block
     predictions = {"joint": 2 * windows}.get(training.objective, windows)
     if training.loss_path == "full":
         predictions = tokens
@@ -90,6 +91,9 @@ def activation_bytes(
     embedding = (FULL + (narrow if narrow != FULL else 0)) * counted + 2 * windows * width * (2 * narrow + mask)
     head = predictions * width * (stream + narrow) + tokens * width * mask
     passes = 3 if training.objective == "contrastive" else 1
+    if training.gradient_checkpointing:  # a block is computed again when the logits are gone
+        kept = network.layers * tokens * width * stream
+        return round(training.batch_size * (passes * (kept + embedding) + max(block, head + logits)))
     return round(training.batch_size * (passes * (blocks + embedding) + head + logits))
 
 

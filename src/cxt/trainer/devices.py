@@ -26,7 +26,7 @@ def choose_devices(options: TrainingOptions) -> tuple[str, int | list[int]]:
 
 
 def select_devices(options: TrainingOptions, *, gpus_present: int, has_mps: bool) -> tuple[str, int | list[int]]:
-    """As `choose_devices`, on a machine with *gpus_present* GPUs of NVIDIA or AMD, and that of an Apple computer if *has_mps*."""
+    """As `choose_devices`, on a machine with *gpus_present* GPUs of NVIDIA or AMD, or an Apple GPU if *has_mps*."""
     gpus, devices, accelerator = options.gpus, options.devices, options.accelerator
     if gpus is not None and devices is not None:
         raise BadRequest("--gpus and --devices cannot be used together")

@@ -1,7 +1,7 @@
 """The values that the trainer's flags accept, checked word by word before the flags are parsed.
 
-jsonargparse would refuse a value of the wrong type, too, but with the usage of all flags and the names of Python's types. Here a
-wrong value is refused in the words of the configuration: `--beta1 must be a number in [0, 1), got 1.5`.
+jsonargparse would refuse a value of the wrong type, too, but with the usage of all flags and the names of Python's types. Here
+a wrong value is refused in the words of the configuration: `--beta1 must be a number in [0, 1), got 1.5`.
 """
 
 from collections.abc import Iterator

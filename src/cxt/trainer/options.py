@@ -124,11 +124,15 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add(
         "--config",
         type=str | None,
-        help="YAML file whose keys are the names of these flags; null means the default, and the command line takes precedence; "
-        "FILE.yaml as the first argument is the same",
+        help="YAML file whose keys are the names of these flags; null means the default, and the command line takes "
+        "precedence; FILE.yaml as the first argument is the same",
     )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
-    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset, with _adapter if it has one)")
+    add(
+        "--name",
+        type=str | None,
+        help="name of the checkpoint in logs and file names (default: the preset, with _adapter if it has one)",
+    )
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
     add("--soft-targets", type=str | None, help="directory of a teacher's soft targets for the dataset, made by cxt.teach")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
@@ -151,8 +155,8 @@ def build_parser() -> jsonargparse.ArgumentParser:
         type=str,
         default="auto",
         metavar="{auto,cpu,gpu,mps}",
-        help="cpu, with --devices N: N DDP processes on the CPU; mps: the GPU of an Apple computer, always in 32-true; auto: the "
-        "first NVIDIA or AMD GPU, or the CPU",
+        help="cpu, with --devices N: N DDP processes on the CPU; mps: the GPU of an Apple computer, always in 32-true; auto: "
+        "the first NVIDIA or AMD GPU, or the CPU",
     )
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
@@ -247,10 +251,13 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
 STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
+
 def check_numbers(args) -> None:
     """BadRequest for flags with values out of range, except settings of training, which check their own, and a bad --name."""
     settings = TrainingConfig.model_fields.keys()
-    numbers = {name: kind for name, kind in FLAG_VALUES.items() if name not in settings and name not in ("gpus", "print_config")}
+    numbers = {
+        name: kind for name, kind in FLAG_VALUES.items() if name not in settings and name not in ("gpus", "print_config")
+    }
     check_flags(args, **numbers)
     name = args.name
     if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):

@@ -99,7 +99,9 @@ def describe_other_precision(request: RunRequest) -> str:
     if request.accelerator == "gpu":
         return f"this GPU has no bfloat16, which {wanted} needs; training in {request.precision}"
     where = "the CPU" if request.accelerator == "cpu" else "this GPU"
-    return f"precision {wanted} is for {'GPUs' if request.accelerator == 'cpu' else 'other GPUs'}; training in 32-true on {where}"
+    return (
+        f"precision {wanted} is for {'GPUs' if request.accelerator == 'cpu' else 'other GPUs'}; training in 32-true on {where}"
+    )
 
 
 def announce(request: RunRequest, summary: dict) -> None:
