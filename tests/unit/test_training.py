@@ -115,7 +115,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
 
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr("cxt.trainer.module.build_optimizer", on_a_gpu)
-    monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", "bf16-mixed")
+    monkeypatch.setattr("cxt.trainer.request.choose_precision", lambda *words, **more: "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"
     train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", "--grad-clip", 0.01, "--out", out)
@@ -500,9 +500,9 @@ def test_more_threads_than_cores_are_said(capsys, monkeypatch):
     note_more_than_cores(threads=2, workers=0)
     assert not capsys.readouterr().err
     note_more_than_cores(threads=2, workers=64)
-    assert "note: 2 threads and 64 workers, but this process may use only 2 cores" in capsys.readouterr().err
+    assert "note: 64 workers, but this process may use only 2 cores: using 2 workers" in capsys.readouterr().err
     note_more_than_cores(threads=1, processes=3)
-    assert "1 thread and 0 workers in each of 3 processes" in capsys.readouterr().err
+    assert "1 thread in each of 3 processes" in capsys.readouterr().err
 
 
 def test_gpus_that_are_not_there(dataset, tmp_path, monkeypatch):
