@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cxt.decoding.predict import predict, predict_ts
     from cxt.errors import BadRequest, Failed
     from cxt.model.inputs import OutsideTraining
+    from cxt.trainer.find_lr import find_lr
     from cxt.trainer.train_model import train_model
     from cxt.translation.tracks import Tracks
     from cxt.translation.translate import translate
@@ -31,6 +32,7 @@ _MODULES = {
     "PairDataset": "cxt.data.pair_dataset",
     "Posterior": "cxt.decoding.posterior",
     "Tracks": "cxt.translation.tracks",
+    "find_lr": "cxt.trainer.find_lr",
     "load_model": "cxt.checkpoints.load",
     "pair_features": "cxt.data.features",
     "pair_log_tmrca": "cxt.data.targets",
@@ -40,8 +42,8 @@ _MODULES = {
     "translate": "cxt.translation.translate",
 }
 __all__ = [
-    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "Tracks", "__version__", "load_model",
-    "pair_features", "pair_log_tmrca", "predict", "predict_ts", "train_model", "translate",
+    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "Tracks", "__version__", "find_lr",
+    "load_model", "pair_features", "pair_log_tmrca", "predict", "predict_ts", "train_model", "translate",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from cxt.errors import BadRequest, Failed, advise_extra
+from cxt.errors import BadRequest, Failed, advise_extra, suggest_nearest
 
 ON_STDERR = {"on_stderr": True}
 """`extra` of a log record that goes to standard error at any level, for commands that print their result to standard output."""
@@ -20,6 +20,10 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         is_for_stderr = record.levelno >= logging.WARNING or getattr(record, "on_stderr", False)
         print(self.format(record), file=sys.stderr if is_for_stderr else sys.stdout, flush=True)
+
+
+LOG_LEVELS = ("info", "warning", "error")
+"""Levels of messages: progress, notes to the user, and errors."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -42,12 +46,23 @@ def add_verbosity_flags(parser: argparse.ArgumentParser) -> None:
     """Add -v and -q to the flags of a command that reports progress."""
     parser.add_argument("-v", "--verbose", action="store_true", help="begin lines of progress with the time and the module")
     parser.add_argument("-q", "--quiet", action="store_true", help="print warnings and errors only")
+    parser.add_argument(
+        "--log-level", default="info", metavar=f"{{{','.join(LOG_LEVELS)}}}",
+        help="least important messages to print; warning is the same as --quiet, error hides notes, too (default info)",
+    )  # fmt: skip
+
+
+def set_log_level(level: str) -> None:
+    """Print only messages of this *level* or a more important one; BadRequest unless it is one of `LOG_LEVELS`."""
+    if level not in LOG_LEVELS:
+        raise BadRequest(f"unknown log level '{level}'{suggest_nearest(level, LOG_LEVELS)}")
+    get_logger("cxt").setLevel(level.upper())
 
 
 def set_verbosity(args: argparse.Namespace) -> None:
     """Apply the flags of `add_verbosity_flags`."""
     package = get_logger("cxt")
-    package.setLevel(logging.WARNING if args.quiet else logging.INFO)
+    set_log_level("warning" if args.quiet and args.log_level == "info" else args.log_level)
     for handler in package.handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s" if args.verbose else None))
 

@@ -41,7 +41,7 @@ def try_drawing(draw: Callable[[], object]) -> str:
 
 
 MAX_LISTED_NAMES = 12
-"""A message lists at most this many names; if there are more, it lists the five most similar ones."""
+"""A message lists at most this many names; if there are more, it lists up to five that are at least half alike."""
 
 
 def _likeness(name: str, choice: str) -> float:
@@ -63,7 +63,8 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     Returns
     -------
     str
-        ``"; did you mean 'x'?"`` if one of *choices* is similar to *name*, and otherwise a list of choices.
+        ``"; did you mean 'x'?"`` if one of *choices* is similar to *name*, and otherwise a list of choices,
+        unless there are many and none is similar.
     """
     names = sorted(map(str, choices))
     if not names:
@@ -73,7 +74,8 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
         return f"; did you mean '{by_likeness[0]}'?"
     if len(names) <= MAX_LISTED_NAMES:
         return f"; choose from {', '.join(names)}"
-    return f"; the most similar of {len(names)} are {', '.join(by_likeness[:5])}"
+    similar = [choice for choice in by_likeness[:5] if _likeness(str(name)[:200], choice) >= 0.5]
+    return f"; the most similar of {len(names)} are {', '.join(similar)}" if similar else f"; none of {len(names)} is similar"
 
 
 EXTRAS = {

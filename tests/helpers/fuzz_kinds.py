@@ -468,9 +468,7 @@ class Checkpoints:
             ("--resume-adapter", 10, ["--adapter-bottleneck", "4"]),
         ):
             words = [f"--{key.replace('_', '-')}={value}" for key, value in self.settings.items()]
-            args = build_parser(exit_on_error=False).parse_args(
-                [*words, verb, str(path), "--dataset-path", str(self.home / f"n{samples}"), *more]
-            )
+            args = build_parser().parse_args([*words, verb, str(path), "--dataset-path", str(self.home / f"n{samples}"), *more])
             request = attempt(build_request, build_options(vars(args)))
             if request is not None:
                 attempt(build_starting_model, request)

@@ -172,7 +172,7 @@ def test_the_weights_come_back_after_an_error(parent):
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision_continues_exactly(dataset, tmp_path, monkeypatch, precision):
     """In the arithmetic of a GPU, which a CPU has when it is told to: the state holds the average in float32."""
-    monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", precision)
+    monkeypatch.setattr("cxt.trainer.request.choose_precision", lambda *words, **more: precision)
     arguments = [*SETTINGS, *EVERY_STEP, "--dataset-path", dataset, "--ema-decay", 0.9]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(monkeypatch, *arguments, "--run-dir", whole, "--out", tmp_path / "whole.ckpt")

@@ -326,6 +326,8 @@ def test_suggestions_are_near():
     assert suggest_nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
     assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; choose from lr, start-token-in-prefix"
     many = suggest_nearest("banana", [f"scenario_{i}" for i in range(500)])
+    assert many == "; none of 500 is similar"
+    many = suggest_nearest("scenaro", [f"scenario_{i}_of_many" for i in range(500)])
     assert many.startswith("; the most similar of 500 are scenario_")
     assert many.count(",") == 4
     assert suggest_nearest("x", []) == "; none are available"

@@ -115,7 +115,7 @@ def test_clipping_in_the_arithmetic_of_a_gpu(dataset, tmp_path, monkeypatch):
 
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr("cxt.trainer.module.build_optimizer", on_a_gpu)
-    monkeypatch.setattr("cxt.trainer.request.RunRequest.precision", "bf16-mixed")
+    monkeypatch.setattr("cxt.trainer.request.choose_precision", lambda *words, **more: "bf16-mixed")
     monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", clipped)
     out = tmp_path / "clipped.ckpt"
     train(monkeypatch, *SMALL, "--dataset-path", dataset, "--run-dir", tmp_path / "run", "--grad-clip", 0.01, "--out", out)
@@ -374,13 +374,13 @@ REFUSED = [
     (["--dataset-path", "/no/such"], "there is no dataset directory /no/such"),
     (["--dataset-path", "{n10}", "--checkpoint", "{parent}"], "has 10 samples, but its parent .* takes 20; use an adapter"),
     (["--adapter", "--checkpoint", "{parent}"], "an adapter needs fewer samples than its backbone's 20"),
-    (["--lr", 0, "--min-lr", 0], "lr must be a positive number, got 0.0"),
-    (["--heads", 0], "heads must be an integer from 1 to 1024, got 0"),
-    (["--devices", -1], "--devices must be an integer from 0 to 1024, got -1"),
-    (["--precision", "banana"], "unknown precision 'banana'"),
-    (["--compile", "banana"], "unknown compile 'banana'; choose from aot_eager, auto"),
+    (["--lr", 0, "--min-lr", 0], "--lr must be a positive number, got 0"),
+    (["--heads", 0], "--heads must be an integer from 1 to 1024, got 0"),
+    (["--devices", -1], "--devices must be an integer from 0 to 1024, or `all`, got -1"),
+    (["--precision", "banana"], "unknown --precision 'banana'"),
+    (["--compile", "banana"], "unknown --compile 'banana'; choose from aot_eager, auto"),
     (["--attention", "flex"], "attention flex trains on GPUs only"),
-    (["--loss-path", "targt"], "unknown loss_path 'targt'; did you mean 'target'"),
+    (["--loss-path", "targt"], "unknown --loss-path 'targt'; did you mean 'target'"),
     (["--dataset-path", "{masked}"], "carries missingness in bin 0"),
     (["--model", "w200_wmissing"], "reads missingness from bin 0, but dataset"),
     (["--batch-size", 200], "108 training examples, fewer than one batch of 200 on 1 device"),
@@ -388,18 +388,18 @@ REFUSED = [
     (["--width", 15], "not a multiple of the number of scales"),
     (["--resume", "--restart"], "cannot be used together"),
     (["--adapter", "--adapter-samples", 9, "--checkpoint", "{parent}", "--dataset-path", "{n10}"], "--adapter-samples 9, but"),
-    (["--lr", ".nan"], "lr must be a finite positive number, got nan"),
-    (["--lr", ".inf"], "lr must be a finite positive number, got inf"),
-    (["--lr", "1e400"], "lr must be a finite positive number, got inf"),
-    (["--beta1", 1.5], r"beta1 must be a number in \[0, 1\), got 1.5"),
-    (["--beta2", -1], r"beta2 must be a number in \[0, 1\), got -1.0"),
-    (["--threads", 100_000], "threads must be an integer from 1 to 1024, got 100000"),
-    (["--workers", 257], "workers must be an integer from 0 to 256, got 257"),
-    (["--epochs", 10**30], "epochs must be an integer from 1 to 1000000000, got 1000000000000000000000000000000"),
-    (["--min-delta", ".nan"], "min_delta must be a finite non-negative number"),
+    (["--lr", ".nan"], "--lr must be a finite positive number, got nan"),
+    (["--lr", ".inf"], "--lr must be a finite positive number, got inf"),
+    (["--lr", "1e400"], "--lr must be a finite positive number, got inf"),
+    (["--beta1", 1.5], r"--beta1 must be a number in \[0, 1\), got 1.5"),
+    (["--beta2", -1], r"--beta2 must be a number in \[0, 1\), got -1"),
+    (["--threads", 100_000], "--threads must be an integer from 1 to 1024, got 100000"),
+    (["--workers", 257], "--workers must be an integer from 0 to 256, got 257"),
+    (["--epochs", 10**30], "--epochs must be an integer from 1 to 1000000000, got 1000000000000000000000000000000"),
+    (["--min-delta", ".nan"], "--min-delta must be a finite non-negative number"),
     (["--max-minutes", ".inf"], "--max-minutes must be a finite positive number, got inf"),
     (["--max-steps", 0], "--max-steps must be a positive integer, got 0"),
-    (["--devices", 1025], "--devices must be an integer from 0 to 1024, got 1025"),
+    (["--devices", 1025], "--devices must be an integer from 0 to 1024, or `all`, got 1025"),
     (["--name", ""], "--name must have 1 to 100 printable characters.*, got ''"),
     (["--name", "a/b"], "--name must have .* because it is part of file names, got 'a/b'"),
     (["--name", "x" * 300], "part of file names"),
@@ -410,12 +410,12 @@ REFUSED = [
     (["--adapter-dropout", 0.5], "--adapter-dropout cannot be used without"),
     (["--unfreeze-strategy", "ln"], "--unfreeze-strategy cannot be used without"),
     (["--overwrite-bin0", "true"], "--overwrite-bin0 cannot be used without"),
-    ([*ON_N10, "--backbone-lr-factor", -1], "backbone_lr_factor must be a non-negative number, got -1.0"),
+    ([*ON_N10, "--backbone-lr-factor", -1], "--backbone-lr-factor must be a non-negative number, got -1"),
     ([*ON_N10, "--adapter-bottleneck", 0], "--adapter-bottleneck must be an integer from 1 to 65536, got 0"),
-    ([*ON_N10, "--adapter-dropout", 2], r"--adapter-dropout must be a number in \[0, 1\), got 2.0"),
+    ([*ON_N10, "--adapter-dropout", 2], r"--adapter-dropout must be a number in \[0, 1\), got 2"),
     ([*ON_N10, "--last-n", -5], "--last-n must be an integer from 0 to 1000, got -5"),
     ([*ON_N10, "--last-n", 1, "--unfreeze-strategy", "ln"], "--last-n 1 cannot be used with --unfreeze-strategy ln"),
-    ([*ON_N10, "--unfreeze-strategy", "lastn"], "unknown unfreeze_strategy 'lastn'; did you mean 'lastN'"),
+    ([*ON_N10, "--unfreeze-strategy", "lastn"], "unknown --unfreeze-strategy 'lastn'; did you mean 'lastN'"),
     (["--run-dir", "{n10}", "--resume", "latest"], "nothing to resume: there is no run in"),
     (["--resume-adapter", "{adapter}", "--adapter-bottleneck", 32, "--dataset-path", "{n10}"], "bottleneck 32, but .*4"),
 ]  # fmt: skip
@@ -500,9 +500,9 @@ def test_more_threads_than_cores_are_said(capsys, monkeypatch):
     note_more_than_cores(threads=2, workers=0)
     assert not capsys.readouterr().err
     note_more_than_cores(threads=2, workers=64)
-    assert "note: 2 threads and 64 workers, but this process may use only 2 cores" in capsys.readouterr().err
+    assert "note: 64 workers, but this process may use only 2 cores: using 2 workers" in capsys.readouterr().err
     note_more_than_cores(threads=1, processes=3)
-    assert "1 thread and 0 workers in each of 3 processes" in capsys.readouterr().err
+    assert "1 thread in each of 3 processes" in capsys.readouterr().err
 
 
 def test_gpus_that_are_not_there(dataset, tmp_path, monkeypatch):

@@ -340,9 +340,17 @@ def test_readme_is_short_and_its_links_exist():
 
 
 @pytest.mark.slow
+def test_evaluation_on_scenarios(here, tmp_path):
+    (words,) = [words for words in commands_of("cxt", "evaluate") if "--scenarios" in words]
+    words = [tmp_path / word if word == "accuracy" else word for word in words]
+    assert "| island " in run_python(*words, "--threads", 1, cwd=here).stdout
+    assert (tmp_path / "accuracy" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
 def test_evaluations_of_another_checkpoint(here):
     """With names of the tiny workflow in place of those of the example."""
-    found = commands_of("cxt", "evaluate")
+    found = [words for words in commands_of("cxt", "evaluate") if "--scenarios" not in words]
     assert len(found) == 2
     for words in found:
         words = [word.replace("two_islands", "narrow") if "/" in word else word for word in words]

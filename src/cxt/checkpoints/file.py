@@ -134,6 +134,14 @@ def read_checkpoint(path) -> Checkpoint:
     return Checkpoint(weights, network, adapter, record, lora)
 
 
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type in which most of a checkpoint's numbers are stored; that of a quantised one is float32."""
+    sizes: dict[torch.dtype, int] = {}
+    for value in checkpoint.state_dict.values():
+        sizes[value.dtype] = sizes.get(value.dtype, 0) + value.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
 def check_weights(expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], *, name) -> None:
     """Raise BadRequest naming the tensors of *weights* that do not fit the state dict *expected*."""
     problems = [f"{key} is missing" for key in expected if key not in weights]

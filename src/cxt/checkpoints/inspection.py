@@ -2,7 +2,7 @@
 
 import torch
 
-from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint
+from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint, stored_dtype
 from cxt.checkpoints.load import read_usable_checkpoint
 from cxt.errors import Failed
 
@@ -36,11 +36,12 @@ def describe_checkpoint(path) -> str:
     record, network, adapter = checkpoint.record, checkpoint.model, checkpoint.adapter
     data, parent, published = record["dataset"], record["parent"], record.get("published")
     parameters = sum(value.numel() for value in checkpoint.state_dict.values())
+    dtype = str(stored_dtype(checkpoint)).removeprefix("torch.")
     loss = f", validation loss {record['val_loss']:.4f}" if "val_loss" in record else ""
     rows = {
         "model": f"{record['name']} (preset {record['preset']}), step {record['step']}, epoch {record['epoch']}{loss}",
         "network": f"{network.layers} blocks, {network.heads} heads, width {network.width}, dropout {network.dropout:g}; "
-        f"{parameters:,} parameters",
+        f"{parameters:,} parameters{'' if dtype == 'float32' else f' in {dtype}'}",
         "input": f"{network.windows} windows of {network.window_size} bp, {network.samples} samples, {network.scales} scales"
         f"{'' if network.mask_singletons else ', missingness in bin 0'}{', rates' if network.reads_rates else ''}"
         f"{', separate embeddings' if network.separate_embeddings else ''}"

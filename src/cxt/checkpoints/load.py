@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cxt.checkpoints.file import Checkpoint, build_checkpoint_model
+from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, stored_dtype
 from cxt.checkpoints.lora import read_merged_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, is_export
@@ -18,7 +18,11 @@ logger = get_logger(__name__)
 
 
 def load_model(
-    name_or_path: str | os.PathLike[str], *, device: str | torch.device = "cpu", best: bool = False
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    best: bool = False,
+    dtype: str | torch.dtype = "float32",
 ) -> CoalescenceModel:
     """Load a trained model, in eval mode.
 
@@ -33,6 +37,8 @@ def load_model(
         Where to put it.
     best : bool
         For a run directory, load the weights of the lowest validation loss instead of the last ones.
+    dtype : str or torch dtype
+        Type of the weights: `float32`, `bfloat16`, or `stored`, that of the file (bfloat16 after training in bf16-true).
 
     Returns
     -------
@@ -49,13 +55,26 @@ def load_model(
     """
     device = _parse_device(device)
     path = find_checkpoint(name_or_path, best=best)
-    model = build_checkpoint_model(read_usable_checkpoint(path), name=path).eval()
+    checkpoint = read_usable_checkpoint(path)
+    chosen = _choose_dtype(dtype, checkpoint, path)
+    model = build_checkpoint_model(checkpoint, name=path).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:
-        return model.to(device)
+        return model.to(device) if chosen is torch.float32 else model.to(device, dtype=chosen)
     except (RuntimeError, AssertionError) as error:  # torch was built without it
         raise BadRequest(f"device {device}: {first_line(error)}") from None
+
+
+def _choose_dtype(wanted: str | torch.dtype, checkpoint: Checkpoint, path: Path) -> torch.dtype:
+    """The type of weights that is *wanted*; BadRequest if it is no such type, or the network cannot be used in it."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "stored": stored_dtype(checkpoint)}
+    name = str(wanted).removeprefix("torch.")
+    if name not in dtypes:
+        raise BadRequest(f"unknown dtype {name!r}{suggest_nearest(name, dtypes)}")
+    if dtypes[name] is torch.bfloat16 and checkpoint.model.reads_rates:
+        raise BadRequest(f"{path} reads rates, which bfloat16 would round; load it in float32")
+    return dtypes[name] if dtypes[name] is torch.bfloat16 else torch.float32
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

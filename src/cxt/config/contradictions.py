@@ -83,8 +83,11 @@ def check_training(
 
 def _check_contrastive(training: TrainingConfig, network: ModelConfig) -> None:
     """BadRequest for what the objective contrastive cannot be combined with."""
-    if training.batch_size == 1:
-        raise BadRequest("the objective contrastive compares the examples of a batch, but batch_size is 1; set it to 2 or more")
+    for name in ("batch_size", "batch_size_eval"):
+        if getattr(training, name) == 1:
+            raise BadRequest(
+                f"the objective contrastive compares the examples of a batch, but {name} is 1; set it to 2 or more"
+            )
     if not network.mask_singletons:
         raise BadRequest(
             "the objective contrastive cannot train on a dataset with a mask: two views of an example have the same "

@@ -86,11 +86,24 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cap_workers(workers: int) -> int:
+    """At most as many *workers* as there are cores for this process: more of them are slower, and change no batch."""
+    return min(workers, count_cores())
+
+
 def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) -> None:
-    """Note on stderr if *processes* with this many threads and workers each exceed the available cores."""
-    requested, available = processes * max(threads, workers), count_cores()
-    if requested > available:
-        what = f"{threads} thread{'' if threads == 1 else 's'} and {workers} worker{'' if workers == 1 else 's'}"
+    """Note on stderr if *processes* with this many threads and workers each exceed the available cores.
+
+    Workers are capped, see `cap_workers`; threads are not, because results depend on their number.
+    """
+    available = count_cores()
+    cores = f"{available} core{'' if available == 1 else 's'}"
+    if workers > available:
+        logger.warning(f"note: {workers} workers, but this process may use only {cores}: using {available} workers")
+    used = max(threads, cap_workers(workers))
+    if processes * used > available:
+        what = f"{threads} thread{'' if threads == 1 else 's'}"
+        if workers:
+            what += f" and {cap_workers(workers)} worker{'' if cap_workers(workers) == 1 else 's'}"
         each = f" in each of {processes} processes" if processes > 1 else ""
-        logger.warning(f"note: {what}{each}, but this process may use only {available} core{'' if available == 1 else 's'}; "
-              "more threads than cores are slower")  # fmt: skip
+        logger.warning(f"note: {what}{each}, but this process may use only {cores}; more threads than cores are slower")

@@ -178,6 +178,10 @@ class TrainingFields(Section):
     `perplexity`, the exponential of the mean of minus ln of the true bin's probability; `crps`, the continuous ranked
     probability score in ln generations; `ece`, the expected calibration error of the most probable bin, in 15 classes of its
     probability."""
+    batch_size_eval: NonNegativeInteger = 0
+    """Examples per device in a batch of validation and of decoding during training; 0 = `batch_size`, and 8 for decoding.
+    Larger batches are faster if memory allows; losses differ by rounding only, except for `contrastive`, which compares the
+    examples of a batch."""
     patience: NonNegativeInteger = 0
     """Stop after this many consecutive validations without an improvement of more than `min_delta`; 0 = never."""
     min_delta: NonNegative = 0.0
@@ -250,7 +254,7 @@ class TrainingOverrides(TrainingSection):
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
-    "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay", "callbacks",
+    "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay", "callbacks", "batch_size_eval",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -270,7 +274,7 @@ RESULT_NEUTRAL_SETTINGS = (
     "workers", "save_every", "save_minutes", "keep_saves", "log_every", "decode_items", "metrics", "storage", "scratch",
     "mlflow", "wandb", "histograms", "profiler", "profile_batches",
 )  # fmt: skip
-VALIDATION = ("validation_items", "validate_every")
+VALIDATION = ("validation_items", "validate_every", "batch_size_eval")
 
 
 def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:

@@ -246,19 +246,19 @@ class DataModule(pl.LightningDataModule):
     """Training and validation loaders of two datasets; *order* is the class of the training sampler.
 
     *workers* threads prepare batches; with *in_processes*, processes do, for slow examples that hold Python's global lock.
-    *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all. *noise* is that of training
-    batches.
+    *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all. They come in batches of
+    *batch_size_eval*; 0 = *batch_size*. *noise* is that of training batches.
     """
 
     def __init__(
-        self, train, test, *, batch_size, seed, workers, validation_items, noise=None, order=EpochBatchSampler,
-        in_processes=False,
+        self, train, test, *, batch_size, seed, workers, validation_items, batch_size_eval=0, noise=None,
+        order=EpochBatchSampler, in_processes=False,
     ):  # fmt: skip
         super().__init__()
         self.train_set, self.test_set = train, test
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.noise, self.order, self.in_processes = noise, order, in_processes
-        self.validation_items = validation_items
+        self.validation_items, self.batch_size_eval = validation_items, batch_size_eval or batch_size
         self.start = (0, 0)  # epoch, and number of its batches that are done
         self._loaders: dict[bool, PrefetchLoader] = {}
 
@@ -288,14 +288,15 @@ class DataModule(pl.LightningDataModule):
         rank, world = self.trainer.global_rank, self.trainer.world_size
         rank_examples = examples[: chosen // world * world][rank::world] if chosen >= world else examples
         return self._loader(
-            False, self.test_set, [batch.tolist() for batch in rank_examples.split(self.batch_size) if len(batch)]
+            False, self.test_set, [batch.tolist() for batch in rank_examples.split(self.batch_size_eval) if len(batch)]
         )
 
     def _loader(self, training: bool, dataset, sampler) -> PrefetchLoader | ProcessLoader:
         pin = self.trainer.strategy.root_device.type == "cuda"
         if self.in_processes:
             return ProcessLoader(dataset, sampler, processes=self.workers, pin=pin)
-        self._loaders[training] = PrefetchLoader(dataset, sampler, batch_size=self.batch_size, threads=self.workers, pin=pin)
+        batch_size = self.batch_size if training else self.batch_size_eval
+        self._loaders[training] = PrefetchLoader(dataset, sampler, batch_size=batch_size, threads=self.workers, pin=pin)
         return self._loaders[training]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

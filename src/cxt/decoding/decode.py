@@ -33,6 +33,11 @@ class Summaries(NamedTuple):
     scores: WindowScores | None = None
 
 
+def has_doubles(device) -> bool:
+    """Whether a device computes in float64, which sampling and posteriors need; Apple's GPUs (`mps`) do not."""
+    return torch.device(device).type != "mps"
+
+
 def use_precision(precision: str, device):
     """Context in which a network uses a training precision on a GPU; on a CPU it computes in 32 bits, as in training."""
     kind = torch.device(device).type

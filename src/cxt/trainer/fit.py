@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from cxt.checkpoints.file import load_weights, write_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import read_log
+from cxt.config.flags import cap_workers
 from cxt.config.learning import is_readable
 from cxt.console import get_logger
 from cxt.data.loaders import DataModule, SequentialBatchSampler
@@ -54,8 +55,8 @@ def build_data(request: RunRequest) -> DataModule:
             total_steps=request.total_steps,
         )  # fmt: skip
     settings = {
-        "batch_size": training.batch_size, "seed": training.seed, "workers": training.workers,
-        "validation_items": training.validation_items, "noise": noise,
+        "batch_size": training.batch_size, "seed": training.seed, "workers": cap_workers(training.workers),
+        "validation_items": training.validation_items, "noise": noise, "batch_size_eval": training.batch_size_eval,
     }  # fmt: skip
     if request.simulated is not None:
         train, test = (
@@ -200,8 +201,11 @@ def fit(
     module = TrainingModule(model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"])
     terms = module.objective.names if len(module.objective.names) > 1 else ()
     examples = None
+    decoding = {"batch_size": training.batch_size_eval} if training.batch_size_eval else {}
     if training.decode_items and len(data.test_set) and is_readable(training.objective):
-        examples = DecodedExamples(data.test_set, examples=training.decode_items, grid=request.grid, metrics=training.metrics)
+        examples = DecodedExamples(
+            data.test_set, examples=training.decode_items, grid=request.grid, metrics=training.metrics, **decoding
+        )
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
         examples_per_batch=training.batch_size * request.world, every=training.log_every,

@@ -10,13 +10,15 @@ import jsonargparse
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from cxt.config.bounds import BasePairs, Devices, Fraction, Machines, NonNegativeInteger, Positive, PositiveInteger, Samples
 from cxt.config.flags import check_flags, read_config_file, take_config_files
 from cxt.config.learning import as_json
-from cxt.config.network import PRESETS, Adapter, Architecture, Bottleneck, LastBlocks, Lora, LoraTargets, Rank
+from cxt.config.network import PRESETS, Adapter, Architecture, Lora
+from cxt.config.problems import refuse
 from cxt.config.training import TrainingConfig
 from cxt.config.type_descriptions import list_choices
+from cxt.console import add_verbosity_flags, set_verbosity
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.trainer.flag_values import FLAG_VALUES, find_wrong_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class TrainingOptions:
     eval_max_batches: int | None
     max_steps: int | None
     gpus: tuple[int, ...] | None
-    devices: int | None
+    devices: int | str | None
     nodes: int
     accelerator: str
     checkpoint: str | None
@@ -89,6 +91,11 @@ class TrainingOptions:
         return self.adapter or self.resume_adapter is not None
 
     @property
+    def checkpoint_name(self) -> str:
+        """Name of the checkpoint: as given, or the preset, followed by `_adapter` for one with an adapter, as published."""
+        return self.name or (f"{self.model}_adapter" if self.has_adapter else self.model)
+
+    @property
     def data(self) -> str:
         """Description of the dataset or the scenarios to train on, for messages."""
         return self.dataset_path or f"--simulate {' '.join(self.simulate or ())}"
@@ -105,17 +112,27 @@ TRAINING_SETTINGS = tuple(TrainingConfig.model_fields)
 TYPES = get_type_hints(TrainingOptions)
 
 
-def build_parser(**options) -> jsonargparse.ArgumentParser:
+def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of all flags; the keys of a `--config` file are the names of the flags, with underscores."""
-    parser = jsonargparse.ArgumentParser(prog="python -m cxt.train", description="Train one checkpoint.", **options)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m cxt.train",
+        usage="python -m cxt.train [FILE.yaml] [options]",
+        description="Train one checkpoint.",
+        exit_on_error=False,  # `parse_flags` raises BadRequest
+    )
     add = parser.add_argument
     add(
         "--config",
         type=str | None,
-        help="YAML file whose keys are the names of these flags; null means the default, and the command line takes precedence",
+        help="YAML file whose keys are the names of these flags; null means the default, and the command line takes "
+        "precedence; FILE.yaml as the first argument is the same",
     )
     add("--model", default="broad", help=f"preset: {', '.join(PRESETS)}")
-    add("--name", type=str | None, help="name of the checkpoint in logs and file names (default: the preset)")
+    add(
+        "--name",
+        type=str | None,
+        help="name of the checkpoint in logs and file names (default: the preset, with _adapter if it has one)",
+    )
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
     add("--soft-targets", type=str | None, help="directory of a teacher's soft targets for the dataset, made by cxt.teach")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
@@ -126,7 +143,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     add("--eval-max-batches", type=int | None, help="the same, counted in batches of --batch-size")
     add("--max-steps", type=int | None, help="optimizer steps after which training ends; with a dataset, at most its epochs")
     add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
-    add("--devices", type=int | None, help="number of GPUs instead of indices; 0 = CPU")
+    add("--devices", type=int | str | None, help="number of GPUs instead of indices, or `all`; 0 = CPU")
     add(
         "--nodes",
         type=int,
@@ -135,9 +152,11 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     )
     add(
         "--accelerator",
+        type=str,
         default="auto",
-        choices=["auto", "cpu", "gpu"],
-        help="cpu, with --devices N: N DDP processes on the CPU",
+        metavar="{auto,cpu,gpu,mps}",
+        help="cpu, with --devices N: N DDP processes on the CPU; mps: the GPU of an Apple computer, always in 32-true; auto: "
+        "the first NVIDIA or AMD GPU, or the CPU",
     )
     add("--checkpoint", type=str | None, help="start from the weights of this checkpoint")
     add("--resume-adapter", type=str | None, help="start from the backbone and adapter weights of this adapter checkpoint")
@@ -235,18 +254,14 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
 STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise", "callbacks")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
-NUMBERS = {
-    "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
-    "max_steps": PositiveInteger, "devices": Devices, "nodes": Machines, "max_minutes": Positive,
-    "adapter_samples": Samples, "adapter_bottleneck": Bottleneck, "adapter_dropout": Fraction, "last_n": LastBlocks,
-    "lora_rank": Rank, "lora_alpha": Positive, "lora_targets": LoraTargets,
-}  # fmt: skip
-"""Accepted types of numbers and choices that are not settings of the network or of `TrainingConfig`, which check their own."""
-
 
 def check_numbers(args) -> None:
-    """BadRequest for flags with values out of range, except settings of networks and training, and for a bad --name."""
-    check_flags(args, **NUMBERS)
+    """BadRequest for flags with values out of range, except settings of training, which check their own, and a bad --name."""
+    settings = TrainingConfig.model_fields.keys()
+    numbers = {
+        name: kind for name, kind in FLAG_VALUES.items() if name not in settings and name not in ("gpus", "print_config")
+    }
+    check_flags(args, **numbers)
     name = args.name
     if name is not None and (not 0 < len(name) <= 100 or name[0] in ".-" or "/" in name or not name.isprintable()):
         raise BadRequest(
@@ -264,35 +279,57 @@ def _as_words(key: str, value) -> list[str]:
     return [flag, *map(str, value)] if isinstance(value, list | tuple) else [f"{flag}={value}"]
 
 
-def with_config_files(argv: list[str], parser: jsonargparse.ArgumentParser) -> list[str]:
+def with_config_files(
+    argv: list[str], parser: jsonargparse.ArgumentParser, accepted: Mapping[str, Any] = FLAG_VALUES
+) -> list[str]:
     """Replace `--config` files in *argv* by their settings as leading arguments, so that the command line takes precedence.
+
+    A first argument that is not a flag is such a file, too. *accepted* are the types of flags, by name.
 
     Raises
     ------
     BadRequest
-        For an unknown key in such a file, or an unknown flag, with the nearest name.
+        For an unknown key in such a file, or an unknown flag, with the nearest name; and for all values that are out of range.
     """
     flags = {option for action in parser._actions for option in action.option_strings}
+    if argv and not argv[0].startswith("-"):
+        if Path(argv[0]).suffix not in (".yaml", ".yml"):
+            raise BadRequest(f"the first argument must be a flag or a YAML file of settings, FILE.yaml, got {argv[0]!r}")
+        argv = ["--config", *argv]
     files, others = take_config_files(argv)
     for word in others:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in flags:
             raise BadRequest(f"unknown flag {flag}{suggest_nearest(flag, flags)}")
-    settings = []
+    settings, problems = [], []
     for path in files:
+        words = []
         for key, value in read_config_file(path, parser).items():
             nested = isinstance(value, dict) or (
                 isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
             )
             if nested and key not in STRUCTURED:
                 raise BadRequest(f"{path}: {key} must be a value that its flag accepts, not a mapping or a list of lists")
-            settings += _as_words(key, value)
+            words += _as_words(key, value)
+        problems += find_wrong_values(words, parser, dict(accepted), at=path)
+        settings += words
+    refuse(problems + find_wrong_values(others, parser, dict(accepted)))
     return settings + others
 
 
-def parse_flags(argv: list[str], parser: jsonargparse.ArgumentParser):
-    """Parse *argv* and its `--config` files, and check the ranges of numbers."""
-    args = parser.parse_args(with_config_files(argv, parser))
+def parse_flags(argv: list[str], parser: jsonargparse.ArgumentParser, **more: Any):
+    """Parse *argv* and its `--config` files, and check all values; *more* are the types of flags that *parser* has in addition.
+
+    Raises
+    ------
+    BadRequest
+        For anything that is not a valid flag or value.
+    """
+    words = with_config_files(argv, parser, FLAG_VALUES | more)
+    try:
+        args = parser.parse_args(words)
+    except jsonargparse.ArgumentError as error:
+        raise BadRequest(" ".join(str(error).split())) from None
     check_numbers(args)
     return args
 
@@ -338,11 +375,12 @@ def merge_options(config: str | Path | None, given: Mapping[str, Any]) -> Traini
     for name in given:
         if name not in (*OPTIONS, *TRAINING_SETTINGS):
             raise BadRequest(f"unknown option {name}{suggest_nearest(name, (*OPTIONS, *TRAINING_SETTINGS))}")
-    parser = build_parser(exit_on_error=False)
-    try:
-        values = vars(parse_flags([] if config is None else ["--config", str(config)], parser))
-    except jsonargparse.ArgumentError as error:
-        raise BadRequest(str(error)) from None
+    parser = build_parser()
+    add_verbosity_flags(parser)  # which a file may contain, too
+    args = parse_flags([] if config is None else ["--config", str(config)], parser)
+    if config is not None:
+        set_verbosity(args)
+    values = vars(args)
     options = build_options(values | {name: _check_type(name, value) for name, value in given.items()})
     check_numbers(options)
     return options

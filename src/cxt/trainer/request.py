@@ -24,7 +24,7 @@ from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import file_sha256
 from cxt.lineage import STAGE_VERSION, describe_difference, how_to_replan, stage_lineage
 from cxt.trainer.data_source import check_source, identify_soft_targets, plan_simulations
-from cxt.trainer.devices import choose_devices
+from cxt.trainer.devices import choose_devices, choose_precision, has_bfloat16
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.parents import (
     ADAPTER_FLAGS,
@@ -81,9 +81,11 @@ class RunRequest:
     resumes_adapter : bool
         Whether the parent's adapter weights are loaded too.
     accelerator : str
-        `cpu` or `gpu`.
+        `cpu`, `gpu` or `mps`.
     devices : int or list of int
         Number of devices of each machine, or indices of GPUs.
+    precision : str
+        Precision of the arithmetic: that of the settings, if the devices have it.
     machines : int
         Number of machines.
     lineage : str or None
@@ -113,6 +115,7 @@ class RunRequest:
     resumes_adapter: bool
     accelerator: str
     devices: int | list[int]
+    precision: str
     machines: int
     lineage: str | None
     max_steps: int | None
@@ -125,14 +128,9 @@ class RunRequest:
         return self.machines * count_devices(self.devices)
 
     @property
-    def precision(self) -> str:
-        """Precision of the arithmetic: that of the settings on GPUs, 32-true on a CPU."""
-        return self.training.precision if self.accelerator == "gpu" else "32-true"
-
-    @property
     def device_type(self) -> str:
         """Torch's name of the type of device."""
-        return "cuda" if self.accelerator == "gpu" else "cpu"
+        return {"gpu": "cuda"}.get(self.accelerator, self.accelerator)
 
     @property
     def total_steps(self) -> int:
@@ -198,6 +196,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     check_adapter_flags(options)
     accelerator, devices = choose_devices(options)
     training = options.training
+    precision = choose_precision(training.precision, accelerator, has_bfloat16=has_bfloat16(accelerator))
     world = options.nodes * count_devices(devices)
     if options.simulate is None:
         simulated, manifest = None, read_manifest(options.dataset_path)
@@ -241,13 +240,15 @@ def build_request(options: TrainingOptions) -> RunRequest:
     identity = {
         "settings": drop_later_defaults({key: value for key, value in settings.items() if key not in leave_out}),
         # On several machines, GPUs may sum in another order. Earlier runs have recorded the word "nodes".
-        "devices": f"{world} {accelerator}" + (f" on {options.nodes} nodes" if options.nodes > 1 else ""),
+        "devices": f"{world} {accelerator}"
+        + (f" on {options.nodes} nodes" if options.nodes > 1 else "")
+        + (f" in {precision}" if accelerator == "gpu" and precision != training.precision else ""),
         "lineage": options.lineage,
         "dataset": data_digest,
         "parent": parent_digest,
     } | ({} if soft_targets is None else {"soft_targets": soft_targets["digest"]})
     request = RunRequest(
-        name=options.name or options.model,
+        name=options.checkpoint_name,
         preset=options.model,
         dataset_path=options.dataset_path,
         manifest=manifest,
@@ -264,6 +265,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         resumes_adapter=options.resume_adapter is not None,
         accelerator=accelerator,
         devices=devices,
+        precision=precision,
         machines=options.nodes,
         lineage=options.lineage,
         max_steps=options.max_steps,
@@ -298,7 +300,7 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     if options.simulate is not None and (options.dataset_lineage is not None or options.settings_lineage is not None):
         raise BadRequest("--dataset-lineage and --settings-lineage cannot be used with --simulate")
     settings_for = options.settings_lineage and options.lineage
-    checked = [(f"the settings of {options.name or options.model}", options.settings_lineage, settings_for)]
+    checked = [(f"the settings of {options.checkpoint_name}", options.settings_lineage, settings_for)]
     checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
     if options.parent_lineage is not None:
         if parent is None:

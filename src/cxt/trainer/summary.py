@@ -4,8 +4,10 @@ import importlib.metadata
 import platform
 
 from cxt.checkpoints.record import build_checkpoint_record
+from cxt.config.training import TrainingConfig
 from cxt.console import get_logger
 from cxt.model.flops import training_flops
+from cxt.model.memory import training_memory
 from cxt.model.transformer import CoalescenceModel
 from cxt.trainer.module import compile_backend
 from cxt.trainer.request import RunRequest
@@ -28,7 +30,7 @@ def build_record(request: RunRequest) -> dict:
         request.adapter,
         name=request.name,
         preset=request.preset,
-        training=request.training.model_dump(exclude=NOT_RECORDED),
+        training=_list_training(request.training),
         lineage=request.lineage,
         dataset={key: request.manifest[key] for key in shape}
         | {
@@ -55,22 +57,27 @@ def build_record(request: RunRequest) -> dict:
     )
 
 
+def _list_training(training: TrainingConfig) -> dict:
+    """The settings to record: not those of `NOT_RECORDED`, nor later ones that are off."""
+    return training.model_dump(
+        exclude=NOT_RECORDED | {name for name in ("batch_size_eval", "callbacks") if not getattr(training, name)}
+    )
+
+
 def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     """The content of model_summary.json: size, data, length and cost of the run."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = 2 if request.precision == "bf16-true" else 4
-    moments = {"sgd": 1, "lion": 1, "muon": 1, "adafactor": 0}.get(request.training.optimizer.name, 2)
+    memory = training_memory(
+        request.network, request.training, request.adapter, request.lora, precision=request.precision,
+        on_gpu=request.accelerator != "cpu", parameters=total, trained=trainable,
+    )  # fmt: skip
     flops = training_flops(request.network, request.adapter, request.lora, objective=request.training.objective)
     return {
         "parameters": total,
         "trainable_parameters": trainable,
         "precision": request.precision,
-        # AdamW keeps two moments of each trainable parameter, in the parameter's type; Muon mostly one.
-        "memory_mb": {
-            "weights": total * width / 1e6, "gradients": trainable * width / 1e6,
-            "optimizer": moments * trainable * width / 1e6,
-        },
+        "memory_mb": {part: size / 1e6 for part, size in memory.items()},  # of each device
         "train_items": request.manifest["splits"]["train"]["items"],
         "test_items": request.manifest["splits"]["test"]["items"],
         "effective_batch": request.effective_batch,
@@ -90,11 +97,22 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     }  # fmt: skip
 
 
+def describe_other_precision(request: RunRequest) -> str:
+    """Why a run uses another precision than that of its settings."""
+    wanted = request.training.precision
+    if request.accelerator == "gpu":
+        return f"this GPU has no bfloat16, which {wanted} needs; training in {request.precision}"
+    where = "the CPU" if request.accelerator == "cpu" else "this GPU"
+    return (
+        f"precision {wanted} is for {'GPUs' if request.accelerator == 'cpu' else 'other GPUs'}; training in 32-true on {where}"
+    )
+
+
 def announce(request: RunRequest, summary: dict) -> None:
     """Log what will be trained, on which data and for how long."""
     training = request.training
     if request.precision != training.precision:
-        logger.info(f"{request.name}: precision {training.precision} is for GPUs; training in 32-true on the CPU")
+        logger.info(f"{request.name}: {describe_other_precision(request)}")
     for callback in training.callbacks:
         logger.warning(
             f"{request.name}: the callback {callback.class_path} is a setting of this run by its name and arguments only; if "

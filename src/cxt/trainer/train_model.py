@@ -92,14 +92,15 @@ def train_model(
     storage: Literal["auto", "memory", "disk"] | None = None,
     scratch: str | PathLike[str] | None = None,
     gpus: int | Sequence[int] | None = None,
-    devices: int | None = None,
+    devices: int | Literal["all"] | None = None,
     nodes: int | None = None,
-    accelerator: Literal["auto", "cpu", "gpu"] | None = None,
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] | None = None,
     # Validation and what is published
     validation_items: int | None = None,
     validate_every: int | None = None,
     decode_items: int | None = None,
     metrics: Sequence[Literal["accuracy", "within_one_bin", "perplexity", "crps", "ece"]] | None = None,
+    batch_size_eval: int | None = None,
     patience: int | None = None,
     min_delta: float | None = None,
     export: Literal["last", "best"] | None = None,
@@ -152,7 +153,7 @@ def train_model(
     epochs : int
         Passes over the training examples.
     gpus, devices : list of int, int
-        Indices of GPUs, or their number (0 = CPU).
+        Indices of GPUs, or their number (0 = CPU) or `all`.
     run_dir : path-like
         Run directory to start or continue; by default, a new one below *log_dir*.
     out : path-like

@@ -5,6 +5,7 @@ set of examples, the same at every validation, is decoded as well, on the first 
 of training.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ from cxt.config.learning import Metric
 from cxt.config.network import SPECIAL_TOKENS
 from cxt.console import get_logger
 from cxt.data.grid import Grid
-from cxt.decoding.decode import Summaries, decode
+from cxt.decoding.decode import Summaries, decode, has_doubles
 from cxt.decoding.scores import score_distributions
 from cxt.errors import Failed
 from cxt.evaluation.metrics import pearson_per_pair
@@ -38,11 +39,11 @@ class DecodedExamples:
     """A few test examples, evenly spaced.
 
     *truth* (examples, windows) is ln TMRCA at the centres of its bins, *names* are the titles of figures. *metrics* are scores
-    of their distributions beside MSE and correlation.
+    of their distributions beside MSE and correlation. *batch_size* of them are decoded together.
     """
 
-    def __init__(self, dataset, *, examples: int, grid: Grid, metrics: Sequence[Metric] = ()):
-        self.metrics = metrics
+    def __init__(self, dataset, *, examples: int, grid: Grid, metrics: Sequence[Metric] = (), batch_size: int = 8):
+        self.metrics, self.batch_size = metrics, batch_size
         chosen = np.unique(np.linspace(0, len(dataset) - 1, min(examples, len(dataset))).astype(int))
         batch = dataset.batch([int(example) for example in chosen])
         self.counts, self.missing, self.rates, self.grid = batch.counts, batch.missing, batch.rates, grid
@@ -54,10 +55,12 @@ class DecodedExamples:
 
     def decode(self, model, *, seed: int, device) -> Summaries:
         """Decode the posterior of each window of each example; the same for the same weights."""
+        if not has_doubles(device):
+            model, device = copy.deepcopy(model).to("cpu"), "cpu"
         with torch.no_grad(), parametrize.cached():  # otherwise parametrised weights are computed for each window
             return decode(
                 model, self.counts, self.missing,
-                rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=8, seed=seed, device=device,
+                rates=self.rates, grid=self.grid, replicates=REPLICATES, batch_size=self.batch_size, seed=seed, device=device,
                 truth=self.truth if self.metrics else None,
             )  # fmt: skip
 

@@ -7,6 +7,7 @@ from cxt.config.variants import Variant
 from cxt.errors import BadRequest
 from cxt.io import format_columns
 from cxt.model.flops import forward_flops, reading_flops, training_flops
+from cxt.model.memory import training_memory
 from cxt.scenarios.indices import SPLITS, count_in_split
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.workflow import jobs, lineages
@@ -109,6 +110,9 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
         "steps": training.epochs * steps,
         "effective_batch": training.batch_size * training.grad_accum * world,
         "flops": flops,
+        "memory_bytes": training_memory(
+            network, training, adapter, lora, precision=training.precision if devices else "32-true", on_gpu=devices > 0
+        ),
         "gpu_hours": total / 3600 if devices else 0.0,
         "core_hours": 0.0 if devices else total / 3600,
         "hours": seconds / 3600 / machines / (devices or training.threads),
@@ -160,8 +164,8 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
     dict
         ``simulations`` is the number that datasets use; ``simulate`` and ``evaluation`` hold core-hours and bytes;
         ``datasets[name]`` has train and test simulations and examples, bytes and core-hours (None if not measured);
-        ``models[name]`` has steps, effective batch, FLOPs of training, and GPU-hours or core-hours, those in which its teacher
-        reads the examples included.
+        ``models[name]`` has steps, effective batch, FLOPs of training, bytes of memory on each device by part, and GPU-hours or
+        core-hours, those in which its teacher reads the examples included.
 
     Raises
     ------
@@ -244,11 +248,14 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     )
     out.append("")
     rows = [
-        [name, _describe_devices(p), p["steps"], p["effective_batch"], f"{p['flops']:.3g}", _hours(p["hours"]),
+        [name, _describe_devices(p), p["steps"], p["effective_batch"], f"{p['flops']:.3g}",
+         _size(sum(p["memory_bytes"].values())), _hours(p["hours"]),
          _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
         for name, p in planned["models"].items()
     ]  # fmt: skip
-    out += format_columns([["model", "GPUs", "steps", "effective batch", "FLOPs", "time", "GPU time", "core time"], *rows])
+    out += format_columns(
+        [["model", "GPUs", "steps", "effective batch", "FLOPs", "memory", "time", "GPU time", "core time"], *rows]
+    )
     gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
     core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
     disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())
