@@ -38,6 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     command.add_argument("file", help="the Lightning file; no code in it is executed")
     command.add_argument("--out", required=True, help="checkpoint to write")
     command.add_argument("--name", help="name of the model in it (default: the file name up to _epoch=)")
+    command.add_argument(
+        "--as-parent",
+        metavar="SHA256",
+        help="make the workflow's copy of a file that a model starts from, and check its digest; a checkpoint of cxt is copied",
+    )
     command = commands.add_parser(
         "export", help="write weights as safetensors and the rest as JSON, for other programs and cxt.load_model"
     )
@@ -62,10 +67,15 @@ def run(args: argparse.Namespace) -> None:
     from cxt.checkpoints.inspection import compare_checkpoints, describe_checkpoint, read_verified_checkpoint
     from cxt.checkpoints.load import checkpoint_directories, find_checkpoint
     from cxt.checkpoints.lora import write_merged
+    from cxt.checkpoints.parents import import_parent
     from cxt.checkpoints.quantized import quantize_checkpoint
     from cxt.checkpoints.safetensors import CONFIG, WEIGHTS, write_export
     from cxt.workflow.verification import verify
 
+    if args.command == "import" and args.as_parent is not None:
+        import_parent(args.file, args.out, sha256=args.as_parent)
+        print(describe_checkpoint(args.out))
+        return
     if args.command == "import":
         import_published(args.file, args.out, name=args.name)
         print(describe_checkpoint(args.out))

@@ -65,6 +65,7 @@ class TrainingOptions:
     settings_lineage: str | None
     dataset_lineage: str | None
     parent_lineage: str | None
+    parent_sha256: str | None
     soft_targets: str | None
     soft_targets_lineage: str | None
     wait_for_lock: float
@@ -193,6 +194,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
     )
     add("--dataset-lineage", type=str | None, help="expected lineage of the dataset")
     add("--parent-lineage", type=str | None, help="expected lineage of the checkpoint to start from")
+    add("--parent-sha256", type=str | None, help="expected digest of the file that training starts from, or was imported from")
     add("--soft-targets-lineage", type=str | None, help="expected lineage of the soft targets")
     add("--wait-for-lock", type=float, default=0.0, help="minutes to wait for another trainer that uses the run directory")
     for name, field in Architecture.model_fields.items():

@@ -120,6 +120,7 @@ def train_model(
     settings_lineage: str | None = None,
     dataset_lineage: str | None = None,
     parent_lineage: str | None = None,
+    parent_sha256: str | None = None,
     soft_targets_lineage: str | None = None,
     **unknown: Never,
 ) -> Path:
