@@ -48,12 +48,13 @@ def read_parent_file(path: str) -> ParentFile:
     with torch.device("meta"):
         expected = build_model(checkpoint.model, checkpoint.adapter).state_dict()
     check_weights(expected, checkpoint.state_dict, name=file)
-    is_published = "published" in record
+    sha256 = file_sha256(file)
+    is_published = record.get("published", {}).get("sha256") == sha256  # not one that was imported from such a file
     preset = find_nearest_preset(checkpoint.model) + ("" if checkpoint.adapter is None else "_adapter")
     return ParentFile(
         path=path,
         file=str(file),
-        sha256=file_sha256(file),
+        sha256=sha256,
         name=preset if is_published else record["name"] or preset,
         published=is_published,
         network=checkpoint.model,

@@ -235,6 +235,17 @@ def _check_parent_file(model: dict, file: ParentFile, *, at: str) -> None:
         raise BadRequest(f"{at}.lora_of: {file.path} is an adapter model, which cannot be the base of LoRA")
 
 
+def _check_bottleneck(config: dict, name: str, file: ParentFile | None) -> None:
+    """BadRequest if a model resumes the adapter of a file with another width of the gated branch."""
+    adapter = build_adapter_config(config, name)
+    if file is None or file.adapter is None or adapter is None or adapter.bottleneck == file.adapter.bottleneck:
+        return
+    raise BadRequest(
+        f"models.{name}.adapter.bottleneck: {adapter.bottleneck}, but the adapter of {file.path} has {file.adapter.bottleneck}; "
+        "omit `adapter` to inherit its settings, or set the same"
+    )
+
+
 def _check_lora_keys(config: dict, name: str, parents: list[str]) -> None:
     """BadRequest unless `lora` and `lora_of` come together, without adapter, and the base is a plain model."""
     model, at = config["models"][name], f"models.{name}"
@@ -296,6 +307,7 @@ def _check_models(config: dict) -> None:
                     parent = _trained_model(config, parents[0], name_in_messages=parents[0]) if parents else None
                 if parent is not None:
                     check_inheritance(model, parent)
+                    _check_bottleneck(config, name, file)
                     if (lora := build_lora_config(config, name)) is not None:
                         check_lora(lora, model.network, parent.network, name=model.name, base_name=parent.name)
                 check_missingness(model)

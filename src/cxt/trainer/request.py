@@ -318,9 +318,8 @@ def _check_parent_digest(options: TrainingOptions, parent: "Checkpoint | None") 
 
     if parent is None or options.parent is None:
         raise BadRequest("--parent-sha256 needs --checkpoint, --resume-adapter or --lora-of")
-    published = parent.record.get("published")
-    found = published["sha256"] if published is not None else file_sha256(find_checkpoint(options.parent))
-    if found != options.parent_sha256:
+    found = file_sha256(find_checkpoint(options.parent))
+    if options.parent_sha256 not in (found, parent.record.get("published", {}).get("sha256")):
         raise BadRequest(
             f"parent {options.parent} is not the planned one: its sha256 must be {options.parent_sha256}, got {found}; "
             f"{how_to_replan(options.out or options.dataset_path or options.parent)}"
