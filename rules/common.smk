@@ -9,6 +9,7 @@ from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from cxt.workflow import jobs, lineages, paths, settings, translations
 from cxt.workflow.frozen import FrozenConfiguration
+from cxt.workflow.prolonging import find_run_to_prolong
 from cxt.workflow.resources import (
     check_placement,
     evaluation_memory_mb,
@@ -309,6 +310,12 @@ def find_runs(wildcards, output):
     directory = shlex.quote(paths.runs_directory(config))
     advice = "mount it on the machines that train, or create it"
     return f'[ -d {directory} ] || {{ echo "cxt: cluster.runs: there is no directory "{directory}" on $(hostname); {advice}"; exit 2; }}'
+
+
+def prolong_flag(wildcards, output):
+    """The flag and run directory of a finished or interrupted training of fewer epochs that this one continues, or nothing."""
+    run = find_run_to_prolong(config, wildcards.model)
+    return [] if run is None else ["--prolong", run]
 
 
 def note_on_lost_machine(wildcards, output):

@@ -32,6 +32,7 @@ from cxt.trainer.averaging import WeightAverage
 from cxt.trainer.log import TrainingLog
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
+from cxt.trainer.prolonging import Prolonged, begin_with
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
@@ -164,6 +165,7 @@ def fit(
     machines: Machines | None = None,
     deadline: float | None = None,
     wanted_state: Path | None = None,
+    prolonged: Prolonged | None = None,
 ) -> None:
     """Train to the end, from the start or from a training state; rank 0 writes the finished checkpoint and its figures.
 
@@ -181,6 +183,8 @@ def fit(
         Time of `time.monotonic` after which the run saves and ends with status 75.
     wanted_state : Path, optional
         Training state to continue from; by default, the newest that can be read.
+    prolonged : Prolonged, optional
+        A shorter run, with whose training state this one begins.
 
     Raises
     ------
@@ -224,6 +228,8 @@ def fit(
         announce(request, summary)
         if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
+            if prolonged is not None:
+                begin_with(prolonged, run, request, record, terms=terms)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
             logger.info(f"{request.name}: continuing from {last}")

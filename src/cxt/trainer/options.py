@@ -48,6 +48,7 @@ class TrainingOptions:
     lora_alpha: float | None
     lora_targets: str | None
     resume: bool | str
+    prolong: str | None
     restart: bool
     adapter: bool
     adapter_samples: int | None
@@ -154,6 +155,7 @@ def build_parser(**options) -> jsonargparse.ArgumentParser:
         help="continue a run: the newest below --log-dir, the one in --run-dir, or a given run directory or training state; "
         "`latest` requires a run to exist, `auto` starts one if none does",
     )
+    add("--prolong", type=str | None, help="a shorter run of the same settings, with whose training state a new run begins")
     add(
         "--restart",
         type=bool,

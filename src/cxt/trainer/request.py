@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # importing torch takes seconds
 logger = get_logger(__name__)
 
 RUN_CONTROL_OPTIONS = (
-    "resume", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
+    "resume", "prolong", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
     "dataset_lineage", "parent_lineage", "parent_sha256", "soft_targets_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""

@@ -108,6 +108,7 @@ def train_model(
     log_dir: str | PathLike[str] | None = None,
     run_dir: str | PathLike[str] | None = None,
     resume: bool | str | PathLike[str] | None = None,
+    prolong: str | PathLike[str] | None = None,
     restart: bool | None = None,
     save_every: int | None = None,
     save_minutes: float | None = None,
