@@ -25,6 +25,7 @@ def write_published(path, network: ModelConfig, adapter: AdapterConfig | None = 
         hyper |= {"ie_new": adapter.samples, "adapter_bottleneck": adapter.bottleneck, "adapter_dropout": adapter.dropout}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(
-        {"pytorch-lightning_version": "2.0", "hyper_parameters": hyper, "state_dict": tensors, "global_step": 1, "epoch": 0}, path
+        {"pytorch-lightning_version": "2.0", "hyper_parameters": hyper, "state_dict": tensors, "global_step": 1, "epoch": 0},
+        path,
     )
     return path

@@ -20,8 +20,8 @@ from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
 from cxt.workflow import paths
-from cxt.workflow.estimates import estimate_costs, format_estimate
 from cxt.workflow.costs import Costs
+from cxt.workflow.estimates import estimate_costs, format_estimate
 from cxt.workflow.lineages import model_lineage
 from cxt.workflow.settings import write_settings
 
@@ -83,7 +83,7 @@ def test_what_is_inherited(files):
     assert planned["models"]["child"]["parent_file"]["sha256"] == digest
     assert "parent_file" not in planned["models"]["grandchild"]
     text = format_estimate(config, planned, Costs([]))
-    assert f"broad_epoch=1-step=5280.ckpt (published 'narrow': 2 blocks of width 16, 10 windows of 2000 bp" in text
+    assert "broad_epoch=1-step=5280.ckpt (published 'narrow': 2 blocks of width 16, 10 windows of 2000 bp" in text
 
 
 def test_lineage_is_of_the_bytes(files, tmp_path):

@@ -122,7 +122,10 @@ def test_refused(settings, tmp_path):
     run = cxt.train_model(**settings | {"schedule": "cosine", "decay_steps": 0}, run_dir=tmp_path / "run")
     before = (run / "run.json").read_bytes()
     for changes, message in (
-        ({"epochs": 4}, "cannot be prolonged from 9 to 12 steps: the schedule cosine .*choose schedule: constant, or set decay"),
+        (
+            {"epochs": 4},
+            "cannot be prolonged from 9 to 12 steps: the schedule cosine .*choose schedule: constant, or set decay",
+        ),
         ({"epochs": 2}, "planned for 9 steps, and this request is for 6; .*not shorter"),
         ({"max_steps": 5}, "planned for 9 steps, and this request is for 5"),
         ({"epochs": 4, "seed": 2}, "was started with epochs 3 instead of 4, seed 1 instead of 2; omit --resume"),

@@ -16,8 +16,8 @@ from helpers.published import write_published
 from helpers.repository import GOLDEN, REPOSITORY, TINY, run_python
 from helpers.simulations import build_dataset, constant_scenario, maps_taken_as_present, simulate
 
-from cxt.cli import COMMANDS
 from cxt.checkpoints.parents import read_parent_file
+from cxt.cli import COMMANDS
 from cxt.config.file import load
 from cxt.config.models import build_network_config
 from cxt.config.network import ModelConfig

@@ -82,7 +82,9 @@ def import_parent(path, out, *, sha256: str) -> None:
 
     parent = read_parent_file(str(path))
     if parent.sha256 != sha256:
-        raise BadRequest(f"{path} was replaced since this job was planned: its sha256 is {parent.sha256}; run the command again")
+        raise BadRequest(
+            f"{path} was replaced since this job was planned: its sha256 is {parent.sha256}; run the command again"
+        )
     checkpoint = read_verified_checkpoint(parent.file)
     check_writable(out)
     if parent.published:

@@ -241,8 +241,8 @@ def _check_bottleneck(config: dict, name: str, file: ParentFile | None) -> None:
     if file is None or file.adapter is None or adapter is None or adapter.bottleneck == file.adapter.bottleneck:
         return
     raise BadRequest(
-        f"models.{name}.adapter.bottleneck: {adapter.bottleneck}, but the adapter of {file.path} has {file.adapter.bottleneck}; "
-        "omit `adapter` to inherit its settings, or set the same"
+        f"models.{name}.adapter.bottleneck: {adapter.bottleneck}, but the adapter of {file.path} has "
+        f"{file.adapter.bottleneck}; omit `adapter` to inherit its settings, or set the same"
     )
 
 

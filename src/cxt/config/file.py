@@ -89,9 +89,7 @@ def _nest(keys: Sequence[str], value) -> dict:
     return value
 
 
-def load(
-    configfiles=(), *, default=DEFAULT_CONFIG, read_parent: Callable[[str], ParentFile] | None = None
-) -> dict:
+def load(configfiles=(), *, default=DEFAULT_CONFIG, read_parent: Callable[[str], ParentFile] | None = None) -> dict:
     """The checked configuration: the default one, with *configfiles* merged into it in order and defaults filled in.
 
     *read_parent* reads the files that models start from, see `resolve`.
@@ -111,8 +109,8 @@ def resolve(config: dict, *, read_parent: Callable[[str], ParentFile] | None = N
     Demes files are replaced by their content, and scenario sets by their scenarios. The result is JSON-able and keeps numbers
     as they were written, because lineages are digests of it.
 
-    *read_parent* is `cxt.checkpoints.parents.read_parent_file`, which reads the files that models start from. Their descriptions
-    become a section of the result.
+    *read_parent* is `cxt.checkpoints.parents.read_parent_file`, which reads the files that models start from. Their
+    descriptions become a section of the result.
     """
     scenarios = config.get("scenarios")
     removed = {name for name, scenario in scenarios.items() if scenario is None} if isinstance(scenarios, dict) else set()

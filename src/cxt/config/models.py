@@ -1,7 +1,7 @@
 """Each model of the configuration: its parents, network, adapter and training settings."""
 
-from cxt.config.parent_files import SECTION, ParentFile, is_path
 from cxt.config.network import PRESETS, SIZES, AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.parent_files import SECTION, ParentFile, is_path
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 
@@ -35,7 +35,7 @@ def list_needed(model: dict) -> list[str]:
 
 
 def trace_parents(config: dict, name: str) -> list[str]:
-    """*name*, its parent, and so on up to a model without a parent, or with a file; BadRequest on unknown parents and cycles."""
+    """*name*, its parent, and so on up to one without a parent, or with a file; BadRequest on unknown parents and cycles."""
     chain = [name]
     while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:

@@ -1,7 +1,7 @@
 """Checkpoint files that a configuration names as parents of its models, in place of another model.
 
-The configuration knows of such a file what its children inherit. Reading it needs torch, so that whoever resolves a configuration
-passes the function that does (`cxt.checkpoints.parents.read_parent_file`).
+The configuration knows of such a file what its children inherit. Reading it needs torch, so that whoever resolves a
+configuration passes the function that does (`cxt.checkpoints.parents.read_parent_file`).
 """
 
 import dataclasses

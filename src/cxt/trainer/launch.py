@@ -167,9 +167,7 @@ def _fit(
         prolonged = None if prolonged is None else prolonged.moved(old)
         what = "starting afresh" if prolonged is None else "a longer run"
         logger.info(f"{what} ({stale}); the old run is kept as {old}")
-    fit(
-        request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged
-    )
+    fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
 
 
 def _choose_run_to_prolong(

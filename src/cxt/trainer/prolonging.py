@@ -61,23 +61,22 @@ def describe_length_dependence(training: TrainingConfig) -> str | None:
     """What in a training depends on its number of steps, and what to choose instead; None if nothing does."""
     if training.schedule not in ("constant", "adaptive") and not training.decay_steps:
         return (
-            f"the schedule {training.schedule} with decay_steps 0 lowers the learning rate until the last step, so that a longer "
-            "run differs from its first step on; for runs that can be prolonged, choose schedule: constant, or set decay_steps"
+            f"the schedule {training.schedule} with decay_steps 0 lowers the learning rate until the last step, so that a "
+            "longer run differs from its first step on; for runs that can be prolonged, choose schedule: constant, or set "
+            "decay_steps"
         )
     if any(term.final_weight not in (None, term.weight) for term in training.losses):
-        return "a term of the losses has a final_weight, which it reaches at the last step; for runs that can be prolonged, omit it"
+        return "a term of the losses has a final_weight, which it reaches at the last step; to prolong runs, omit it"
     noise = training.noise
     if not noise.is_off and noise.initial_factor != noise.final_factor:
         return (
-            "noise has an initial_factor and a final_factor, which it reaches at the last step; for runs that can be prolonged, "
-            "set both to the same"
+            "noise has an initial_factor and a final_factor, which it reaches at the last step; for runs that can be "
+            "prolonged, set both to the same"
         )
     return None
 
 
-def choose_state_to_prolong(
-    run: RunDirectory, record: dict, request: RunRequest, *, wanted: Path | None = None
-) -> Prolonged:
+def choose_state_to_prolong(run: RunDirectory, record: dict, request: RunRequest, *, wanted: Path | None = None) -> Prolonged:
     """The training state of *run*, a shorter run of the same settings, from which the requested one continues.
 
     Parameters
@@ -101,12 +100,12 @@ def choose_state_to_prolong(
     planned = min(settings.get("max_steps") or planned, planned)
     if request.total_steps <= planned:
         raise BadRequest(
-            f"{run.path} was planned for {planned} steps, and this request is for {request.total_steps}; a run can be made longer, "
-            "but not shorter. Raise epochs or max_steps, or train a shorter one in another run directory"
+            f"{run.path} was planned for {planned} steps, and this request is for {request.total_steps}; a run can be made "
+            "longer, but not shorter. Raise epochs or max_steps, or train a shorter one in another run directory"
         )
     if (reason := describe_length_dependence(request.training)) is not None:
         raise BadRequest(f"{run.path} cannot be prolonged from {planned} to {request.total_steps} steps: {reason}")
-    # After its last step a run is always validated; that must not decide anything unless the longer run is validated there, too.
+    # A run is validated after its last step. That must not decide anything, unless the longer run is validated there, too.
     decides = "validate_every" not in list_result_neutral_settings(request.settings)
     tested = bool(request.manifest["splits"]["test"]["items"])
     last_is_usable = not (decides and tested) or request.validates_after(planned)
@@ -120,10 +119,12 @@ def choose_state_to_prolong(
         logger.info(f"{request.name}: the training state {path} cannot be read ({damage})")
     if states and not usable:
         raise BadRequest(
-            f"{run.path} cannot be prolonged: its last step, {planned}, was validated, which decides about its weights, and a longer "
-            f"run is not validated there; choose validate_every so that {planned} is a multiple of it"
+            f"{run.path} cannot be prolonged: its last step, {planned}, was validated, which decides about its weights, and a "
+            f"longer run is not validated there; choose validate_every so that {planned} is a multiple of it"
         )
-    raise BadRequest(f"{run.path} cannot be prolonged: it has no training state that can be read; omit --resume to start afresh")
+    raise BadRequest(
+        f"{run.path} cannot be prolonged: it has no training state that can be read; omit --resume to start afresh"
+    )
 
 
 def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, record: dict, *, terms=()) -> None:

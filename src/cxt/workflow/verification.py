@@ -36,8 +36,8 @@ def verify(path, *, configfiles) -> str:
     Failed
         If a weight is not finite, or the checkpoint does not match the configuration.
     """
-    from cxt.config.file import load
     from cxt.checkpoints.parents import read_parent_file
+    from cxt.config.file import load
     from cxt.config.models import get_parent, get_parent_file
     from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
