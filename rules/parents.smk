@@ -18,7 +18,9 @@ rule import_parent:
         gpu=0,
     params:
         # Snakemake does not compare params that depend on `output`.
-        source=lambda wildcards, output: os.path.abspath(paths.parent_sources(config)[wildcards.parent]),
+        source=lambda wildcards, output: os.path.abspath(
+            paths.parent_sources(config)[wildcards.parent]
+        ),
         # Of everything that the copy depends on.
         lineage=lambda wildcards: lineages.parent_file_digest(config, wildcards.parent),
     shell:
