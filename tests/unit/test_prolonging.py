@@ -109,7 +109,7 @@ def test_a_chosen_state_and_a_damaged_one(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_from_another_directory(settings, tmp_path):
+def test_from_another_directory(settings, tmp_path, capsys):
     """As the workflow does, which names run directories by lineage; other settings are not prolonged."""
     whole, new = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "new")
     old = cxt.train_model(**settings | {"epochs": 1}, run_dir=tmp_path / "old", lineage="a")
@@ -119,7 +119,7 @@ def test_from_another_directory(settings, tmp_path):
     is_same(whole, new)
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
     fresh = cxt.train_model(**settings | {"seed": 2}, run_dir=tmp_path / "fresh", lineage="b", prolong=old)
-    assert read_log(fresh / "training_log.csv")[0]["step"] == 2
+    assert "is not prolonged, because of epochs 1 instead of 3, seed 1 instead of 2" in capsys.readouterr().out
     assert read_log(fresh / "training_log.csv")[0]["train_loss"] != read_log(whole.log)[0]["train_loss"]
 
 

@@ -186,10 +186,18 @@ def _choose_run_to_prolong(
 
     of_workflow = record is None
     if of_workflow:
-        if options.prolong is None or (record := RunDirectory(options.prolong).read_record()) is None:
+        if options.prolong is None:
             return None
         run = RunDirectory(options.prolong)
+        record = run.read_record()
+        if record is None or is_locked(run.lock_path):
+            why = "there is no run in it" if record is None else "another trainer holds it"
+            logger.info(f"{request.name}: {run.path} is not prolonged, because {why}; training starts from step 0")
+            return None
     if not differs_in_length_only(record["identity"], request.identity, of_workflow=of_workflow):
+        if of_workflow:
+            differences = describe_differences(record["identity"], request.identity)
+            logger.info(f"{request.name}: {run.path} is not prolonged, because of {differences}; training starts from step 0")
         return None
     try:
         return choose_state_to_prolong(run, record, request, wanted=wanted_state)
