@@ -46,6 +46,7 @@ rule all:
 include: "rules/settings.smk"
 include: "rules/simulate.smk"
 include: "rules/preprocess.smk"
+include: "rules/parents.smk"
 include: "rules/teach.smk"
 include: "rules/train.smk"
 include: "rules/evaluate.smk"

@@ -9,6 +9,7 @@ from snakemake_interface_executor_plugins.settings import SharedFSUsage
 
 from cxt.workflow import jobs, lineages, paths, settings, translations
 from cxt.workflow.frozen import FrozenConfiguration
+from cxt.workflow.prolonging import find_run_to_prolong
 from cxt.workflow.resources import (
     check_placement,
     evaluation_memory_mb,
@@ -22,6 +23,7 @@ from cxt.workflow.resources import (
     training_threads,
 )
 from cxt.config.file import locate_files, merge, resolve
+from cxt.checkpoints.parents import read_parent_file
 from cxt.config.models import (
     build_training_config,
     count_input_samples,
@@ -45,7 +47,7 @@ def checked(config):
             for path in workflow.configfiles:
                 read_yaml(path)  # refuses keys given twice, which Snakemake does not
             config = locate_files(config, workflow.configfiles)
-        config = FrozenConfiguration(resolve(config))
+        config = FrozenConfiguration(resolve(config, read_parent=read_parent_file))
         if workflow.is_main_process:  # a job compares lineages, and need not load stdpopsim
             jobs.check_plan(config)
             translations.check_translations(config)
@@ -138,6 +140,7 @@ wildcard_constraints:
     part=r"\d+",
     parts=r"\d+",
     kind=one_of(settings.KINDS),
+    parent=one_of(paths.parent_sources(config)),
 
 
 def variant_and_start(wildcards):
@@ -309,6 +312,12 @@ def find_runs(wildcards, output):
     return f'[ -d {directory} ] || {{ echo "cxt: cluster.runs: there is no directory "{directory}" on $(hostname); {advice}"; exit 2; }}'
 
 
+def prolong_flag(wildcards, output):
+    """The flag and run directory of a finished or interrupted training of fewer epochs that this one continues, or nothing."""
+    run = find_run_to_prolong(config, wildcards.model)
+    return [] if run is None else ["--prolong", run]
+
+
 def note_on_lost_machine(wildcards, output):
     """A line for the log of a training: what happens if its machine is lost, where its state may be only there."""
     shares_files = SharedFSUsage.INPUT_OUTPUT in workflow.storage_settings.shared_fs_usage
@@ -323,14 +332,13 @@ def note_on_lost_machine(wildcards, output):
 
 def parent_of(model):
     """The checkpoint that a model starts from as a list of inputs: none, or one file and the base of its LoRA."""
-    parent = get_parent(config["models"][model])
-    return [] if parent is None else [paths.checkpoint_path(parent), *base_of(parent)]
+    path, parent = paths.parent_path(config, model), get_parent(config["models"][model])
+    return [] if path is None else [path, *([] if parent is None else base_of(parent))]
 
 
 def base_of(model):
     """The checkpoint that is needed to use a model's checkpoint as a list of inputs: that of the base of a LoRA, or none."""
-    entry = config["models"][model]
-    return [paths.checkpoint_path(entry["lora_of"])] if "lora_of" in entry else []
+    return [paths.parent_path(config, model)] if "lora_of" in config["models"][model] else []
 
 
 def checked_parent(wildcards):

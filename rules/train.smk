@@ -37,6 +37,8 @@ rule train:
         launch=launcher,
         # Not an output: Snakemake deletes those of a failed job, and this is what the next try continues from.
         run=lambda wildcards, output: lineages.run_directory(config, wildcards.model),
+        # A shorter training of the same settings, whose training state is the beginning of this one.
+        prolong=prolong_flag,
         find_runs=find_runs,
         tries=log_of_tries,
         note=note_on_lost_machine,
@@ -51,7 +53,7 @@ rule train:
         ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}"; [ -z {params.note:q} ] || echo {params.note:q};'
         " exec {params.launch:q} python -m cxt.train"
         " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.soft_targets:q}"
-        " {params.neutral:q}"
+        " {params.neutral:q} {params.prolong:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --log-out {log.steps:q} --out {output:q}"
         " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"
 

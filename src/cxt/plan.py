@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, flag) is not None and not args.calibrate:
             raise BadRequest(f"--{flag} cannot be used without --calibrate")
 
+    from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load  # imported late so that --help is quick
     from cxt.workflow.costs import LOCAL_COSTS, Costs, format_scenario_table, measure_costs, merge_costs, read_costs
     from cxt.workflow.estimates import estimate_costs, format_estimate, use_devices
     from cxt.workflow.jobs import check_plan
 
-    config = load(args.configfile)
+    config = load(args.configfile, read_parent=read_parent_file)
     if args.devices is not None:
         config = use_devices(config, args.devices)
     check_plan(config)

@@ -52,9 +52,10 @@ def _read_variant(args) -> dict:
         if others or variant.name != spec["name"]:
             raise BadRequest("--spec must be one variant, not a sweep: it has a list of values")
         return variant.spec
+    from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load  # not needed by the workflow's jobs, which pass --spec
 
-    config = load(args.configfile)
+    config = load(args.configfile, read_parent=read_parent_file)
     unswept = {
         variant.name: variant for name, scenario in config["scenarios"].items() for variant in list_variants(name, scenario)
     }

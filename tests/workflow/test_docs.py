@@ -12,11 +12,15 @@ import numpy as np
 import pysam
 import pytest
 import yaml
+from helpers.published import write_published
 from helpers.repository import GOLDEN, REPOSITORY, TINY, run_python
 from helpers.simulations import build_dataset, constant_scenario, maps_taken_as_present, simulate
 
+from cxt.checkpoints.parents import read_parent_file
 from cxt.cli import COMMANDS
 from cxt.config.file import load
+from cxt.config.models import build_network_config
+from cxt.config.network import ModelConfig
 from cxt.trainer.options import build_parser, parse_flags
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -121,8 +125,25 @@ def test_yaml_is_a_configuration(tmp_path):
     assert len({block.text for block in found}) >= 2
     for block in found:
         (tmp_path / "mine.yaml").write_text(block.text)
-        models = load([tmp_path / "mine.yaml"])["models"]
+        write_published(tmp_path / PUBLISHED, STAND_IN)
+        models = load([tmp_path / "mine.yaml"], read_parent=read_parent_file)["models"]
         assert set(yaml.safe_load(block.text).get("models", {})) <= set(models)
+
+
+PUBLISHED = "broad_epoch=1-step=5280.ckpt"
+"""The published file of the pages, for which a small one stands."""
+
+STAND_IN = ModelConfig(layers=2, heads=2, width=80)
+
+
+def test_example_of_a_published_file(tmp_path):
+    shutil.copy(REPOSITORY / "config" / "examples" / "published.yaml", tmp_path)
+    write_published(tmp_path / PUBLISHED, STAND_IN)
+    config = load([tmp_path / "published.yaml"], read_parent=read_parent_file)
+    (block,) = [block for block in blocks() if block.language == "yaml" and PUBLISHED in block.text]
+    written = yaml.safe_load((tmp_path / "published.yaml").read_text(encoding="utf-8"))
+    assert written == yaml.safe_load(block.text)
+    assert build_network_config(config, "my_cattle").layers == 2
 
 
 CONTAINERS = ("docker", "podman", "apptainer")
@@ -177,6 +198,7 @@ def test_workflow_commands_are_planned(command, tmp_path):
         if block.language == "yaml" and block.page == page:
             (tmp_path / re.search(r"--configfile (\S+)", page_text(page)).group(1)).write_text(block.text)
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
+    write_published(tmp_path / PUBLISHED, STAND_IN)
     words = shlex.split(command)[1:]
     at = ["-s", REPOSITORY / "Snakefile", "--directory", tmp_path]
     done = run_python("-m", "snakemake", *at, *({"-n"} - set(words)), *words, cwd=tmp_path)

@@ -4,6 +4,8 @@
     cxt checkpoint verify results/broad.ckpt
     cxt checkpoint diff results/broad.ckpt old/broad.ckpt
     cxt checkpoint import published.ckpt --out broad.ckpt
+    cxt checkpoint import --dir published --out imported
+    cxt checkpoint verify --dir results
     cxt checkpoint export broad --out exported
     cxt checkpoint merge results/lora.ckpt merged.ckpt
     cxt checkpoint quantize broad broad-int8.ckpt
@@ -174,6 +176,11 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
     model.precision = checkpoint.record.get("precision") or "32-true"
     model.objective = (checkpoint.record["training"] or {}).get("objective", "autoregressive")
     return model
+
+
+def is_published_file(path) -> bool:
+    """Whether a torch file is one of the original package; BadRequest if it cannot be read."""
+    return is_published(_read_torch_file(path))
 
 
 def import_published(path, out, *, name: str | None = None) -> None:

@@ -30,6 +30,14 @@ def _describe_ranges(ranges: dict | None) -> str:
     return ", ".join(described) or "not known"
 
 
+def _describe_parent(parent: dict | None) -> str:
+    """Describe the checkpoint that training started from."""
+    if parent is None:
+        return "none"
+    published = f", imported from the published file {parent['published']}" if "published" in parent else ""
+    return f"{parent['name']}, {parent['sha256']}{published}"
+
+
 def describe_checkpoint(path) -> str:
     """Describe a checkpoint as text."""
     checkpoint = read_checkpoint(path)
@@ -52,7 +60,7 @@ def describe_checkpoint(path) -> str:
         "dataset": f"{data['sha256'] or 'not known'}"
         + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
         "ranges": _describe_ranges(data.get("ranges")),
-        "parent": "none" if parent is None else f"{parent['name']}, {parent['sha256']}",
+        "parent": _describe_parent(parent),
         "lineage": record["lineage"] or "none: not trained by the workflow",
         "made with": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }

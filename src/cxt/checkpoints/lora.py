@@ -18,7 +18,8 @@ from cxt.model.parametrizations import attach, list_lora_tensors, merge
 def find_base(path: Path, record: dict, directories: Sequence[Path]) -> Path:
     """The file of the base of a LoRA.
 
-    It is looked up by its name beside the LoRA and in *directories*, and finally under any name beside the LoRA.
+    It is looked up by its name beside the LoRA and in *directories*, and finally under any name beside the LoRA, or in
+    `parents/` there, where the workflow puts copies of the files that models start from.
 
     Parameters
     ----------
@@ -36,7 +37,8 @@ def find_base(path: Path, record: dict, directories: Sequence[Path]) -> Path:
     """
     name, digest = record["parent"]["name"], record["parent"]["sha256"]
     named = list(dict.fromkeys(directory / f"{name}.ckpt" for directory in (path.parent, *directories)))
-    others = [file for file in sorted(path.parent.glob("*.ckpt")) if file not in named and file != path]
+    beside = [*sorted(path.parent.glob("*.ckpt")), *sorted((path.parent / "parents").glob("*.ckpt"))]
+    others = [file for file in beside if file not in named and file != path]
     for file in (*named, *others):
         if file.is_file() and file_sha256(file) == digest:
             return file

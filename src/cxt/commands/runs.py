@@ -58,11 +58,12 @@ def main(argv: list[str] | None = None) -> None:
         _draw_curves(args.curves, args.out)
         return
 
+    from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load  # imported late so that --help is quick
     from cxt.workflow.paths import runs_directory
     from cxt.workflow.runs import format_runs, list_runs
 
-    config = load(args.configfile)
+    config = load(args.configfile, read_parent=read_parent_file)
     directory = args.directory or Path(runs_directory(config))
     runs = list_runs(directory, config)
     if args.prune:

@@ -1,6 +1,7 @@
 """Checks of the whole configuration: names that must be known, and sections that must fit together."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from cxt.config.models import (
     build_network_config,
     build_training_config,
     check_order,
+    get_parent_file,
+    get_parent_key,
     is_adapter,
     trace_parents,
 )
@@ -25,6 +28,7 @@ from cxt.config.network import (
     check_missingness,
     count_pairs,
 )
+from cxt.config.parent_files import ParentFile
 from cxt.config.scenarios import complete_parameters
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
@@ -207,16 +211,39 @@ def _check_parents(config: dict, name: str) -> None:
     if len(keys) > 1:
         raise BadRequest(f"{at}: {' and '.join(keys)} cannot be used together")
     _, *parents = trace_parents(config, name)
-    if "checkpoint" in model and is_adapter(config, parents[0]):
+    if (file := get_parent_file(config, name)) is not None:
+        _check_parent_file(model, file, at=at)
+    elif "checkpoint" in model and is_adapter(config, parents[0]):
         raise BadRequest(f"{at}.checkpoint: '{parents[0]}' is an adapter model; use `resume_adapter: {parents[0]}`")
-    if "resume_adapter" in model and not is_adapter(config, parents[0]):
+    elif "resume_adapter" in model and not is_adapter(config, parents[0]):
         raise BadRequest(f"{at}.resume_adapter: '{parents[0]}' has no adapter; use `checkpoint: {parents[0]}`")
-    if "adapter" in model and not parents:
+    if "adapter" in model and not parents and file is None:
         raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone; name one with `checkpoint`")
     teacher = model.get("teacher")
     if teacher is not None and teacher not in config["models"]:
         raise BadRequest(f"{at}.teacher: unknown model '{teacher}'{suggest_nearest(teacher, config['models'])}")
     _check_lora_keys(config, name, parents)
+
+
+def _check_parent_file(model: dict, file: ParentFile, *, at: str) -> None:
+    """BadRequest unless the file that a model starts from has an adapter if and only if it must."""
+    if "resume_adapter" in model and file.adapter is None:
+        raise BadRequest(f"{at}.resume_adapter: {file.path} has no adapter; use `checkpoint: {file.path}`")
+    if "checkpoint" in model and file.adapter is not None:
+        raise BadRequest(f"{at}.checkpoint: {file.path} is an adapter model; use `resume_adapter: {file.path}`")
+    if "lora_of" in model and file.adapter is not None:
+        raise BadRequest(f"{at}.lora_of: {file.path} is an adapter model, which cannot be the base of LoRA")
+
+
+def _check_bottleneck(config: dict, name: str, file: ParentFile | None) -> None:
+    """BadRequest if a model resumes the adapter of a file with another width of the gated branch."""
+    adapter = build_adapter_config(config, name)
+    if file is None or file.adapter is None or adapter is None or adapter.bottleneck == file.adapter.bottleneck:
+        return
+    raise BadRequest(
+        f"models.{name}.adapter.bottleneck: {adapter.bottleneck}, but the adapter of {file.path} has "
+        f"{file.adapter.bottleneck}; omit `adapter` to inherit its settings, or set the same"
+    )
 
 
 def _check_lora_keys(config: dict, name: str, parents: list[str]) -> None:
@@ -230,6 +257,8 @@ def _check_lora_keys(config: dict, name: str, parents: list[str]) -> None:
         raise BadRequest(f"{at}.lora_of: it needs `lora`; add `lora: {{}}` for the default rank, alpha and targets")
     if "adapter" in model:
         raise BadRequest(f"{at}: `adapter` and `lora` cannot be used together")
+    if not parents:
+        return  # a file
     base = parents[0]
     if is_adapter(config, base):
         raise BadRequest(f"{at}.lora_of: '{base}' is an adapter model, which cannot be the base of LoRA")
@@ -270,10 +299,15 @@ def _check_models(config: dict) -> None:
             build_adapter_config(config, name)
         if len(problems.messages) == before:
             with problems.collect():
-                model = _trained_model(config, name)
-                if parents:
-                    parent = _trained_model(config, parents[0], name_in_messages=parents[0])
+                model, file = _trained_model(config, name), get_parent_file(config, name)
+                if file is not None:
+                    at = f"models.{name}.{get_parent_key(config['models'][name])}"
+                    model, parent = dataclasses.replace(model, name=at), file.trained_model
+                else:
+                    parent = _trained_model(config, parents[0], name_in_messages=parents[0]) if parents else None
+                if parent is not None:
                     check_inheritance(model, parent)
+                    _check_bottleneck(config, name, file)
                     if (lora := build_lora_config(config, name)) is not None:
                         check_lora(lora, model.network, parent.network, name=model.name, base_name=parent.name)
                 check_missingness(model)
@@ -326,13 +360,15 @@ def _check_training(config: dict, name: str) -> None:
     """BadRequest if settings of a model's training contradict each other, or the way in which it is to be read."""
     _, *parents = trace_parents(config, name)
     model, training = config["models"][name], build_training_config(config, name)
+    file = get_parent_file(config, name)
+    parent_objective = None if file is None else file.objective
     with _prefix_errors(f"models.{name}"):
         check_training(
             training,
             build_network_config(config, name),
             build_adapter_config(config, name),
             has_lora="lora" in model,
-            parent_objective=build_training_config(config, parents[0]).objective if parents else None,
+            parent_objective=build_training_config(config, parents[0]).objective if parents else parent_objective,
             on_gpu=model.get("training", {}).get("devices", config["training"]["devices"]) > 0,
         )
         if not is_readable(training.objective) and "evaluation" in model:

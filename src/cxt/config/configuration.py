@@ -56,17 +56,19 @@ class Model(Section):
     dataset: Text
     """Name of the dataset to train on."""
     checkpoint: Text | None = None
-    """Parent model to start from: its weights, with a new optimizer, at step 0."""
+    """Parent model to start from: its weights, with a new optimizer, at step 0. A value with a `/`, or that ends in `.ckpt`, is
+    a file (or run directory) in place of a model, relative to the configuration file; also one of the original package."""
     resume_adapter: Text | None = None
-    """Parent adapter model to start from: its backbone and adapter weights. Cannot be combined with `checkpoint`."""
+    """Parent adapter model to start from, or its file: its backbone and adapter weights. Cannot be combined with
+    `checkpoint`."""
     teacher: Text | None = None
     """Model whose distributions it learns, with the objective `distill`. The teacher has the same windows, and may read more
     haplotypes of the same simulations."""
     adapter: Adapter | None = None
     """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
     lora_of: Text | None = None
-    """Base model, which stays frozen while low-rank changes of its matrices are trained. The checkpoint holds these only, and
-    needs that of the base to be used. Needs `lora`, and cannot be combined with another parent."""
+    """Base model, or its file, which stays frozen while low-rank changes of its matrices are trained. The checkpoint holds
+    these only, and needs that of the base to be used. Needs `lora`, and cannot be combined with another parent."""
     lora: Lora | None = None
     """Low-rank changes of the base named by `lora_of`; `{}` for the defaults."""
     architecture: Architecture | None = None

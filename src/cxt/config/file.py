@@ -1,11 +1,13 @@
 """Reading configuration files, merging overlays, and resolving the configuration."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
+from cxt.config.models import PARENT_KEYS
+from cxt.config.parent_files import ParentFile, fill_parent_files, is_path
 from cxt.config.shipped import default_configfile, find_configfile
 from cxt.config.yaml import read_yaml
 from cxt.lineage import RESULTS
@@ -38,6 +40,9 @@ NAMED_FILES = (
 FILES_OR_NAMES = tuple(("translate", key) for key in ("model", "samples", "pairs", "ancestral"))
 """Where it names files or something else: a text is a path if there is such a file."""
 
+PARENTS = tuple(("models", key) for key in PARENT_KEYS)
+"""Where it names models or files: a text is a path if `is_path` says so."""
+
 
 def locate_files(config: dict, configfiles: Sequence) -> dict:
     """Make the paths in a configuration, which are relative to the file that names them, valid in the working directory.
@@ -50,11 +55,13 @@ def locate_files(config: dict, configfiles: Sequence) -> dict:
         In the order in which they were merged.
     """
     contents = [(Path(path).absolute().parent, read_yaml(path)) for path in configfiles]
-    for section, *keys in NAMED_FILES + FILES_OR_NAMES:
+    for section, *keys in NAMED_FILES + FILES_OR_NAMES + PARENTS:
         entries = config.get(section)
         for name in entries if isinstance(entries, dict) else ():
             found = _look_up(config, [section, name, *keys])
             if not isinstance(found, str) or os.path.isabs(found) or found.startswith(f"{RESULTS}/"):
+                continue
+            if (section, *keys) in PARENTS and not is_path(found):
                 continue
             directories = [where for where, content in contents if _look_up(content, [section, name, *keys]) == found]
             if (section, *keys) in FILES_OR_NAMES:
@@ -62,6 +69,8 @@ def locate_files(config: dict, configfiles: Sequence) -> dict:
             if directories:
                 path = os.path.relpath(directories[-1] / found)
                 path = os.path.abspath(path) if path.startswith(os.pardir) else path
+                if (section, *keys) in PARENTS and not is_path(path):
+                    path = os.path.join(os.curdir, path)  # a run directory here
                 config = merge(config, _nest([section, name, *keys], path))
     return config
 
@@ -80,8 +89,10 @@ def _nest(keys: Sequence[str], value) -> dict:
     return value
 
 
-def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
+def load(configfiles=(), *, default=DEFAULT_CONFIG, read_parent: Callable[[str], ParentFile] | None = None) -> dict:
     """The checked configuration: the default one, with *configfiles* merged into it in order and defaults filled in.
+
+    *read_parent* reads the files that models start from, see `resolve`.
 
     Raises BadRequest for anything that `resolve` refuses.
     """
@@ -89,19 +100,23 @@ def load(configfiles=(), *, default=DEFAULT_CONFIG) -> dict:
     config: dict = {}
     for path in paths:
         config = merge(config, read_yaml(path))
-    return resolve(locate_files(config, paths))
+    return resolve(locate_files(config, paths), read_parent=read_parent)
 
 
-def resolve(config: dict) -> dict:
+def resolve(config: dict, *, read_parent: Callable[[str], ParentFile] | None = None) -> dict:
     """Check *config*, key by key and for consistency, and return it without nulls and with defaults filled in.
 
     Demes files are replaced by their content, and scenario sets by their scenarios. The result is JSON-able and keeps numbers
     as they were written, because lineages are digests of it.
+
+    *read_parent* is `cxt.checkpoints.parents.read_parent_file`, which reads the files that models start from. Their
+    descriptions become a section of the result.
     """
     scenarios = config.get("scenarios")
     removed = {name for name, scenario in scenarios.items() if scenario is None} if isinstance(scenarios, dict) else set()
     read = Configuration.read(without_nulls(config), problem="the configuration is not valid:")
     resolved = read.resolved()
     fill_scenarios(resolved, removed)
+    fill_parent_files(resolved, PARENT_KEYS, read_parent)
     check_consistency(resolved)
     return resolved

@@ -1,22 +1,32 @@
 """Each model of the configuration: its parents, network, adapter and training settings."""
 
 from cxt.config.network import PRESETS, SIZES, AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.parent_files import SECTION, ParentFile, is_path
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 
 PARENT_KEYS = ("checkpoint", "resume_adapter", "lora_of")
-"""Keys of a model that name its parent; a model has at most one of them."""
+"""Keys of a model that name its parent, another model or a file; a model has at most one of them."""
 
 
 def get_parent_key(model: dict) -> str | None:
-    """The key that names the model's parent, or None."""
+    """The key that names the model's parent or its file, or None."""
     return next((key for key in PARENT_KEYS if key in model), None)
 
 
 def get_parent(model: dict) -> str | None:
-    """Name of the parent model, or None."""
+    """Name of the parent model; None without a parent, or if the parent is a file."""
     key = get_parent_key(model)
-    return None if key is None else model[key]
+    return None if key is None or is_path(model[key]) else model[key]
+
+
+def get_parent_file(config: dict, name: str) -> ParentFile | None:
+    """The file that model *name* starts from; None without a parent, or if the parent is another model."""
+    model = config["models"][name]
+    key = get_parent_key(model)
+    if key is None or not is_path(model[key]):
+        return None
+    return ParentFile.from_json(config[SECTION][model[key]])
 
 
 def list_needed(model: dict) -> list[str]:
@@ -25,7 +35,7 @@ def list_needed(model: dict) -> list[str]:
 
 
 def trace_parents(config: dict, name: str) -> list[str]:
-    """*name*, its parent, and so on up to a model trained from scratch; BadRequest on unknown parents and cycles."""
+    """*name*, its parent, and so on up to one without a parent, or with a file; BadRequest on unknown parents and cycles."""
     chain = [name]
     while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
@@ -61,22 +71,27 @@ def is_adapter(config: dict, name: str) -> bool:
 def build_network_config(config: dict, name: str) -> ModelConfig:
     """The network of model *name*: its preset, sizes inherited from its parents, its own sizes, and the dataset's shape."""
     chain = trace_parents(config, name)
-    model = config["models"][name]
-    sizes: dict = {}
+    model, file = config["models"][name], get_parent_file(config, chain[-1])
+    # Behaviour that only published weights have is inherited from a file, as the trainer inherits it from a checkpoint.
+    sizes: dict = {} if file is None else {key: getattr(file.network, key) for key in (*SIZES, "start_token_in_prefix")}
     for ancestor in reversed(chain):
         architecture = config["models"][ancestor].get("architecture", {})
-        if ancestor == chain[-1]:
+        if ancestor == chain[-1] and file is None:
             sizes = {key: getattr(PRESETS[config["models"][ancestor]["preset"]], key) for key in SIZES}
-        sizes |= {key: value for key, value in architecture.items() if key in SIZES}
+        sizes |= {key: value for key, value in architecture.items() if key in sizes}
     own_settings = {key: value for key, value in model.get("architecture", {}).items() if key not in SIZES}
     dataset = config["datasets"][model["dataset"]]
     # The backbone of an adapter model keeps the number of samples that it was first trained with.
-    backbone = next(ancestor for ancestor in chain if not is_adapter(config, ancestor))
+    backbone = next((ancestor for ancestor in chain if not is_adapter(config, ancestor)), None)
+    if backbone is None and file is not None:
+        samples = file.network.samples
+    else:
+        samples = config["datasets"][config["models"][backbone]["dataset"]]["samples"]
     shape = {
         "windows": dataset["sequence_length"] // dataset["window_size"],
         "window_size": dataset["window_size"],
         "scales": len(dataset["scales"]),
-        "samples": config["datasets"][config["models"][backbone]["dataset"]]["samples"],
+        "samples": samples,
     }
     return PRESETS[model["preset"]].replace(**(sizes | own_settings | shape))
 
@@ -85,8 +100,12 @@ def build_adapter_config(config: dict, name: str) -> AdapterConfig | None:
     """The adapter of model *name*, with settings inherited from the adapter it resumes; None for a plain model."""
     if not is_adapter(config, name):
         return None
+    chain = trace_parents(config, name)
+    file = get_parent_file(config, chain[-1])
     settings: dict = {}
-    for ancestor in reversed(trace_parents(config, name)):
+    if file is not None and file.adapter is not None:
+        settings = file.adapter.model_dump(exclude={"samples"})
+    for ancestor in reversed(chain):
         settings |= config["models"][ancestor].get("adapter", {})
     if "lastN" not in settings.get("unfreeze_strategy", AdapterConfig().unfreeze_strategy):
         settings.pop("last_n", None)  # not used

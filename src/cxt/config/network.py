@@ -241,7 +241,7 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             f"{child.name}: dataset '{child.dataset}' has scales {child.scales}, but its parent '{parent.name}' has "
             f"{parent.scales}"
         )
-    for key in ("layers", "heads", "width", "samples", "bins", "separate_embeddings"):
+    for key in ("layers", "heads", "width", "samples", "bins", "grid_low", "grid_high", "separate_embeddings"):
         child_value, parent_value = getattr(child.network, key), getattr(parent.network, key)
         if child_value != parent_value:
             raise BadRequest(

@@ -1,5 +1,6 @@
 """The source of a run's examples: a dataset on disk, or scenarios that are simulated on the fly."""
 
+from cxt.checkpoints.parents import read_parent_file
 from cxt.config.file import load
 from cxt.config.network import PRESETS, ModelConfig
 from cxt.config.training import TrainingConfig
@@ -98,7 +99,7 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
     from cxt.scenarios.genetic_maps import fetch_genetic_map
     from cxt.scenarios.registry import check_variant
 
-    config = load(list(options.configfile))
+    config = load(list(options.configfile), read_parent=read_parent_file)
     specs: list[dict] = []
     for name in options.simulate:
         if name not in config["scenarios"]:

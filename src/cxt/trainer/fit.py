@@ -33,6 +33,7 @@ from cxt.trainer.log import TrainingLog
 from cxt.trainer.machines import Machines
 from cxt.trainer.module import Reseed, TrainingModule
 from cxt.trainer.profiling import Profiling
+from cxt.trainer.prolonging import Prolonged, begin_with
 from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.trackers import Trackers, build_loggers
@@ -167,6 +168,7 @@ def fit(
     machines: Machines | None = None,
     deadline: float | None = None,
     wanted_state: Path | None = None,
+    prolonged: Prolonged | None = None,
 ) -> None:
     """Train to the end, from the start or from a training state; rank 0 writes the finished checkpoint and its figures.
 
@@ -184,6 +186,8 @@ def fit(
         Time of `time.monotonic` after which the run saves and ends with status 75.
     wanted_state : Path, optional
         Training state to continue from; by default, the newest that can be read.
+    prolonged : Prolonged, optional
+        A shorter run, with whose training state this one begins.
 
     Raises
     ------
@@ -241,6 +245,8 @@ def fit(
         announce(request, summary)
         if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
+            if prolonged is not None:
+                begin_with(prolonged, run, request, record, columns=log.columns)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
             logger.info(f"{request.name}: continuing from {last}")

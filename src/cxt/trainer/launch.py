@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cxt.checkpoints.run_directory import RunDirectory, has_versions, newest_version, next_version, target_lock
 from cxt.console import get_logger
@@ -15,6 +16,9 @@ from cxt.trainer.allocation import find_allocation_end
 from cxt.trainer.machines import Machines
 from cxt.trainer.options import TrainingOptions
 from cxt.trainer.request import RunRequest, build_request
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    from cxt.trainer.prolonging import Prolonged
 
 logger = get_logger(__name__)
 
@@ -111,9 +115,13 @@ def _train_on_machine(options: TrainingOptions, machines: Machines, *, deadline:
     os.environ[RUN_DIRECTORY_VARIABLE] = str(path)
     with _released_at_the_end(run):
         stale = open_run(options, run, request.identity, deadline=deadline) if machines.is_first else None
+        prolonged = None
+        if machines.is_first:
+            prolonged = _choose_run_to_prolong(options, run, request, stale=stale, wanted_state=wanted_state)
+            wanted_state = None if prolonged is not None else wanted_state
         is_finished = machines.share(stale is None and run.finished_checkpoint() is not None)
         if not is_finished:
-            _fit(request, run, machines, stale=stale, deadline=deadline, wanted_state=wanted_state)
+            _fit(request, run, machines, stale=stale, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
         elif wanted_state is not None:
             raise BadRequest(
                 f"--resume {wanted_state}: {run.path} is finished; omit the training state, or start afresh with --restart"
@@ -139,8 +147,12 @@ def _fit(
     stale: str | None,
     deadline: float | None,
     wanted_state: Path | None,
+    prolonged: "Prolonged | None",
 ) -> None:
-    """Read the data on all machines, then rename the old run directory if it is *stale*, and train."""
+    """Read the data on all machines, then rename the old run directory if it is *stale*, and train.
+
+    *prolonged* is a shorter run, in that directory or another, with whose training state this one begins.
+    """
     from cxt.trainer.fit import build_data, fit
 
     try:
@@ -151,8 +163,49 @@ def _fit(
             run.discard_if_empty()
         raise
     if stale is not None:
-        logger.info(f"starting afresh ({stale}); the old run is kept as {run.supersede()}")
-    fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state)
+        old = run.supersede()
+        prolonged = None if prolonged is None else prolonged.moved(old)
+        what = "starting afresh" if prolonged is None else "a longer run"
+        logger.info(f"{what} ({stale}); the old run is kept as {old}")
+    fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
+
+
+def _choose_run_to_prolong(
+    options: TrainingOptions, run: RunDirectory, request: RunRequest, *, stale: str | None, wanted_state: Path | None
+) -> "Prolonged | None":
+    """The shorter run with which the requested one begins: that in its directory, or that of `--prolong`; None without any.
+
+    BadRequest if `--resume` asks for a longer run that cannot be had; otherwise that is said, and training starts afresh.
+    """
+    if options.restart:
+        return None
+    record = run.read_record()
+    if record is not None and stale is None:
+        return None  # this very run, which continues
+    from cxt.trainer.prolonging import choose_state_to_prolong, differs_in_length_only  # imports torch
+
+    of_workflow = record is None
+    if of_workflow:
+        if options.prolong is None:
+            return None
+        run = RunDirectory(options.prolong)
+        record = run.read_record()
+        if record is None or is_locked(run.lock_path):
+            why = "there is no run in it" if record is None else "another trainer holds it"
+            logger.info(f"{request.name}: {run.path} is not prolonged, because {why}; training starts from step 0")
+            return None
+    if not differs_in_length_only(record["identity"], request.identity, of_workflow=of_workflow):
+        if of_workflow:
+            differences = describe_differences(record["identity"], request.identity)
+            logger.info(f"{request.name}: {run.path} is not prolonged, because of {differences}; training starts from step 0")
+        return None
+    try:
+        return choose_state_to_prolong(run, record, request, wanted=wanted_state)
+    except BadRequest as error:
+        if options.resume:
+            raise
+        logger.info(f"{request.name}: {error}")
+        return None
 
 
 def choose_run(options: TrainingOptions) -> tuple[Path, Path | None]:
@@ -201,7 +254,7 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict, *, dea
     if record is not None and (options.restart or record["identity"] != identity):
         before = record["identity"]
         reason = "--restart" if options.restart else describe_differences(before, identity)
-        if options.resume:
+        if options.resume and not _differs_in_length(before, identity, options):
             raise BadRequest(f"{run.path} was started with {reason}; omit --resume to start afresh")
         is_on_others = before | {"devices": identity["devices"]} == identity
         if not options.restart and is_on_others and run.last.exists() and run.finished_checkpoint() is None:
@@ -214,6 +267,13 @@ def open_run(options: TrainingOptions, run: RunDirectory, identity: dict, *, dea
     if record is None and options.resume:
         logger.warning(f"nothing to resume in {run.path}: starting from step 0")
     return None
+
+
+def _differs_in_length(before: dict, identity: dict, options: TrainingOptions) -> bool:
+    """Whether the run in the directory is the requested one but for its length, so that it may be prolonged."""
+    from cxt.trainer.prolonging import differs_in_length_only
+
+    return not options.restart and differs_in_length_only(before, identity)
 
 
 def describe_differences(old: dict, new: dict) -> str:

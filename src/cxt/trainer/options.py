@@ -50,6 +50,7 @@ class TrainingOptions:
     lora_alpha: float | None
     lora_targets: str | None
     resume: bool | str
+    prolong: str | None
     restart: bool
     adapter: bool
     adapter_samples: int | None
@@ -67,6 +68,7 @@ class TrainingOptions:
     settings_lineage: str | None
     dataset_lineage: str | None
     parent_lineage: str | None
+    parent_sha256: str | None
     soft_targets: str | None
     soft_targets_lineage: str | None
     wait_for_lock: float
@@ -172,6 +174,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         help="continue a run: the newest below --log-dir, the one in --run-dir, or a given run directory or training state; "
         "`latest` requires a run to exist, `auto` starts one if none does",
     )
+    add("--prolong", type=str | None, help="a shorter run of the same settings, with whose training state a new run begins")
     add(
         "--restart",
         type=bool,
@@ -212,6 +215,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     add("--dataset-lineage", type=str | None, help="expected lineage of the dataset")
     add("--parent-lineage", type=str | None, help="expected lineage of the checkpoint to start from")
+    add("--parent-sha256", type=str | None, help="expected digest of the file that training starts from, or was imported from")
     add("--soft-targets-lineage", type=str | None, help="expected lineage of the soft targets")
     add("--wait-for-lock", type=float, default=0.0, help="minutes to wait for another trainer that uses the run directory")
     for name, field in Architecture.model_fields.items():

@@ -42,8 +42,8 @@ if TYPE_CHECKING:  # importing torch takes seconds
 logger = get_logger(__name__)
 
 RUN_CONTROL_OPTIONS = (
-    "resume", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
-    "dataset_lineage", "parent_lineage", "soft_targets_lineage", "wait_for_lock",
+    "resume", "prolong", "restart", "run_dir", "log_dir", "out", "log_out", "max_minutes", "lineage", "settings_lineage",
+    "dataset_lineage", "parent_lineage", "parent_sha256", "soft_targets_lineage", "wait_for_lock",
 )  # fmt: skip
 """Options that are not settings of a run: its directory, how it starts and ends, and the lineages the workflow expects."""
 
@@ -78,6 +78,8 @@ class RunRequest:
         The checkpoint to start from.
     parent_file, parent_sha256 : str or None
         Its file, and that file's digest.
+    published_sha256 : str or None
+        Digest of the published file that the workflow imported the parent from.
     resumes_adapter : bool
         Whether the parent's adapter weights are loaded too.
     accelerator : str
@@ -112,6 +114,7 @@ class RunRequest:
     parent: "Checkpoint | None"
     parent_file: str | None
     parent_sha256: str | None
+    published_sha256: str | None
     resumes_adapter: bool
     accelerator: str
     devices: int | list[int]
@@ -262,6 +265,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         parent=parent,
         parent_file=None if parent_file is None else str(parent_file),
         parent_sha256=parent_digest,
+        published_sha256=None if options.parent_sha256 == parent_digest else options.parent_sha256,
         resumes_adapter=options.resume_adapter is not None,
         accelerator=accelerator,
         devices=devices,
@@ -306,6 +310,8 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
         if parent is None:
             raise BadRequest("--parent-lineage needs --checkpoint, --resume-adapter or --lora-of")
         checked.append((f"parent {options.parent}", parent.record.get("lineage"), options.parent_lineage))
+    if options.parent_sha256 is not None:
+        _check_parent_digest(options, parent)
     problems = [
         f"{what}: {describe_difference(lineage, planned)}"
         for what, lineage, planned in checked
@@ -314,6 +320,20 @@ def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoin
     if problems:
         target = options.out or options.dataset_path or options.parent
         raise BadRequest(f"the inputs of training are not the planned ones: {'; '.join(problems)}; {how_to_replan(target)}")
+
+
+def _check_parent_digest(options: TrainingOptions, parent: "Checkpoint | None") -> None:
+    """BadRequest unless the parent is the planned file, or was imported from it."""
+    from cxt.checkpoints.load import find_checkpoint  # imports torch
+
+    if parent is None or options.parent is None:
+        raise BadRequest("--parent-sha256 needs --checkpoint, --resume-adapter or --lora-of")
+    found = file_sha256(find_checkpoint(options.parent))
+    if options.parent_sha256 not in (found, parent.record.get("published", {}).get("sha256")):
+        raise BadRequest(
+            f"parent {options.parent} is not the planned one: its sha256 must be {options.parent_sha256}, got {found}; "
+            f"{how_to_replan(options.out or options.dataset_path or options.parent)}"
+        )
 
 
 def _note_settings_without_effect(request: RunRequest) -> None:

@@ -45,7 +45,8 @@ def build_record(request: RunRequest) -> dict:
             "name": request.parent.record["name"],
             "lineage": request.parent.record.get("lineage"),
             "sha256": request.parent_sha256,
-        },
+        }
+        | ({} if request.published_sha256 is None else {"published": request.published_sha256}),
         **({} if request.soft_targets is None else {"teacher": request.soft_targets["teacher"]}),
         accelerator=request.accelerator,
         devices=request.world,

@@ -110,6 +110,7 @@ def train_model(
     log_dir: str | PathLike[str] | None = None,
     run_dir: str | PathLike[str] | None = None,
     resume: bool | str | PathLike[str] | None = None,
+    prolong: str | PathLike[str] | None = None,
     restart: bool | None = None,
     save_every: int | None = None,
     save_minutes: float | None = None,
@@ -128,6 +129,7 @@ def train_model(
     settings_lineage: str | None = None,
     dataset_lineage: str | None = None,
     parent_lineage: str | None = None,
+    parent_sha256: str | None = None,
     soft_targets_lineage: str | None = None,
     **unknown: Never,
 ) -> Path:

@@ -257,7 +257,12 @@ def list_training_states(run: RunDirectory) -> list[Path]:
     return sorted(steps, key=lambda path: -steps[path])
 
 
-def _find_damage(path: Path) -> str | None:
+def get_step(path: Path) -> int:
+    """The optimizer step of a training state, by the name of its file."""
+    return int(path.stem.removeprefix("step="))
+
+
+def find_damage(path: Path) -> str | None:
     """Describe why a training state cannot be read; None if it can."""
     try:
         with open_verified(path, sealed=True) as file:
@@ -300,7 +305,7 @@ def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None 
             names = ", ".join(path.name for path in states)
             choice = f"choose from {names}" if names else "it has none"
             raise BadRequest(f"{wanted} is not one of the training states of {run.path}; {choice}")
-        if (damage := _find_damage(wanted)) is not None:
+        if (damage := find_damage(wanted)) is not None:
             raise BadRequest(f"{wanted} cannot be continued from: {damage}")
     problems = []
     for path in list_training_states(run):
@@ -309,7 +314,7 @@ def find_state_to_continue(run: RunDirectory, name: str, *, wanted: Path | None 
                 logger.info(f"{name}: discarding the newer training state {path.name}; its steps will be repeated")
             path.unlink()
             continue
-        if (damage := _find_damage(path)) is None:
+        if (damage := find_damage(path)) is None:
             for newer in problems:
                 logger.info(f"{name}: {newer}; continuing from the one before")
             atomic_link(run.last, path.name)

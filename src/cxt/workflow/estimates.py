@@ -1,7 +1,13 @@
 """Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
 from cxt.config.learning import choose_reading, list_readings
-from cxt.config.models import build_adapter_config, build_lora_config, build_network_config, build_training_config
+from cxt.config.models import (
+    build_adapter_config,
+    build_lora_config,
+    build_network_config,
+    build_training_config,
+    get_parent_file,
+)
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
@@ -104,7 +110,8 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     flops = trained * training_flops(network, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     total = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
-    return {
+    file = get_parent_file(config, name)
+    return ({} if file is None else {"parent_file": {"path": file.path, "sha256": file.sha256}}) | {
         "devices": devices,
         "nodes": machines,
         "steps": training.epochs * steps,
@@ -256,6 +263,9 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     out += format_columns(
         [["model", "GPUs", "steps", "effective batch", "FLOPs", "memory", "time", "GPU time", "core time"], *rows]
     )
+    files = {name: get_parent_file(config, name) for name in config["models"]}
+    if any(files.values()):
+        out += ["", *(f"{name} starts from {file.describe()}" for name, file in files.items() if file is not None)]
     gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
     core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
     disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())

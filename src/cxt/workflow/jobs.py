@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from cxt.config.learning import is_readable
-from cxt.config.models import build_training_config
+from cxt.config.models import build_training_config, get_parent_file, get_parent_key
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, get_scenario_name, list_variants
 from cxt.console import ON_STDERR, get_logger
@@ -67,6 +67,8 @@ def check_plan(config: dict) -> None:
                     f"{dataset['sequence_length']}"
                 )
     for name, model in config["models"].items():
+        if (file := get_parent_file(config, name)) is not None:
+            logger.info(f"cxt: models.{name}.{get_parent_key(model)}: {file.describe()}", extra=ON_STDERR)
         training = build_training_config(config, name)
         try:
             steps_per_epoch(

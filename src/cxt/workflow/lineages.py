@@ -2,7 +2,8 @@
 
 import functools
 
-from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_key
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file, get_parent_key
+from cxt.config.parent_files import list_parent_files
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
 from cxt.io import file_sha256
@@ -97,6 +98,8 @@ def model_lineage(config: dict, name: str) -> str:
     model = config["models"][name]
     parent = get_parent(model)
     inherited = None if parent is None else [get_parent_key(model), model_lineage(config, parent)]
+    if (file := get_parent_file(config, name)) is not None:
+        inherited = [get_parent_key(model), file.sha256]
     settings = build_training_settings(config, name)
     settings = {key: value for key, value in settings.items() if key not in list_result_neutral_settings(settings)}
     settings = drop_later_defaults(settings)
@@ -104,6 +107,11 @@ def model_lineage(config: dict, name: str) -> str:
     devices, machines = get_device_count(config, name), get_machine_count(config, name)
     placement = devices if machines == 1 else [devices, machines]  # as it was before there were several machines
     return stage_lineage("train", settings, placement, dataset_lineage(config, model["dataset"]), inherited, *taught)
+
+
+def parent_file_digest(config: dict, label: str) -> str:
+    """Lineage of the copy of a file that models start from, by its label: the sha256 of the file."""
+    return next(file.sha256 for file in list_parent_files(config) if file.label == label)
 
 
 def soft_target_lineage(config: dict, name: str, variant: Variant, start: int) -> str:

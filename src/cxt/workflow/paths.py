@@ -2,6 +2,8 @@
 
 import os
 
+from cxt.config.models import get_parent, get_parent_file
+from cxt.config.parent_files import list_parent_files
 from cxt.config.variants import Variant
 from cxt.data.manifest import plan_shards
 from cxt.data.soft_targets import soft_targets_path
@@ -102,6 +104,24 @@ def soft_target_paths(config: dict, model: str) -> list[str]:
 def checkpoint_path(model: str) -> str:
     """The finished checkpoint of a model."""
     return f"results/{model}.ckpt"
+
+
+def copied_parent_path(label: str) -> str:
+    """The workflow's copy of a file that models start from, by its label (`ParentFile.label`)."""
+    return f"results/parents/{label}.ckpt"
+
+
+def parent_path(config: dict, model: str) -> str | None:
+    """The checkpoint that a model starts from: that of another model, the copy of a file, or None."""
+    if (file := get_parent_file(config, model)) is not None:
+        return copied_parent_path(file.label)
+    parent = get_parent(config["models"][model])
+    return None if parent is None else checkpoint_path(parent)
+
+
+def parent_sources(config: dict) -> dict[str, str]:
+    """{label: file} of all files that models start from; of several with the same content, the first."""
+    return {file.label: file.file for file in reversed(list_parent_files(config))}
 
 
 def settings_path(kind: str, name: str) -> str:

@@ -6,7 +6,7 @@ planned and the moment when it starts. The keys are the names of the stage's fla
 
 import yaml
 
-from cxt.config.models import build_teaching_spec, build_training_settings, get_parent
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
 from cxt.workflow.lineages import (
@@ -56,6 +56,8 @@ def _model(config: dict, model: str) -> dict:
         settings["nodes"] = machines
     if "teacher" in config["models"][model]:
         settings["soft_targets_lineage"] = soft_targets_lineage(config, model)
+    if (file := get_parent_file(config, model)) is not None:
+        return settings | {"parent_sha256": file.sha256}
     parent = get_parent(config["models"][model])
     return settings if parent is None else settings | {"parent_lineage": model_lineage(config, parent)}
 

@@ -36,8 +36,9 @@ def verify(path, *, configfiles) -> str:
     Failed
         If a weight is not finite, or the checkpoint does not match the configuration.
     """
+    from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load
-    from cxt.config.models import get_parent
+    from cxt.config.models import get_parent, get_parent_file
     from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
@@ -52,7 +53,7 @@ def verify(path, *, configfiles) -> str:
             f"sha256 {quantization['source']}"
         )
     name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
-    config = load(configfiles)
+    config = load(configfiles, read_parent=read_parent_file)
     if name not in config["models"]:
         raise Failed(f"{path}: the weights are intact, but the configuration has no model '{name}' to compare it with")
     now = model_lineage(config, name)
@@ -74,10 +75,13 @@ def verify(path, *, configfiles) -> str:
         "parent": record["parent"] and record["parent"].get("lineage"),
         "devices": _devices(record),
     }
+    file = get_parent_file(config, name)
+    if file is not None:  # the digest of the file that was given, where the checkpoint was trained from an import of it
+        recorded["parent"] = record["parent"] and (record["parent"].get("published") or record["parent"]["sha256"])
     kind = "gpu" if get_device_count(config, name) else "cpu"
     expected = {
         "dataset": dataset_lineage(config, model["dataset"]),
-        "parent": parent_name and model_lineage(config, parent_name),
+        "parent": file.sha256 if file is not None else parent_name and model_lineage(config, parent_name),
         "devices": f"{get_world_size(config, name)} {kind}, effective batch {_effective_batch(config, name)}",
     }
     if differences := [
@@ -89,10 +93,12 @@ def verify(path, *, configfiles) -> str:
         )
     message = f"{path}: intact, finite, and the lineage of '{name}' in the configuration"
     parent = record["parent"]
-    if parent is not None and (file := Path(path).parent / f"{parent_name}.ckpt").is_file():
-        if file_sha256(file) != parent["sha256"]:
+    if file is not None:
+        message += f"; its parent is {file.path}"
+    elif parent is not None and (parent_file := Path(path).parent / f"{parent_name}.ckpt").is_file():
+        if file_sha256(parent_file) != parent["sha256"]:
             raise Failed(
-                f"{path}: {file} is not the parent that it was trained from; one of the two was replaced; {make_again}"
+                f"{path}: {parent_file} is not the parent that it was trained from; one of the two was replaced; {make_again}"
             )
-        message += f"; its parent is {file}"
+        message += f"; its parent is {parent_file}"
     return message
