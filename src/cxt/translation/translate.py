@@ -119,8 +119,8 @@ def translate(
     reading : str, optional
         As for `cxt.predict`.
     replicates : int, optional
-        For a checkpoint that is read by sampling: sequences to decode for each pair. Estimates average over them, and they are part
-        of the output (`ContigTracks.replicates`). By default 15, which are not part of it.
+        For a checkpoint that is read by sampling: sequences to decode for each pair. Estimates average over them, and they are
+        part of the output (`ContigTracks.replicates`). By default 15, which are not part of it.
     panels : int
         Where there are more haplotypes than the checkpoint reads: random subsets with the pair to average.
     min_accessible : float
