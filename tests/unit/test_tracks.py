@@ -292,9 +292,7 @@ def test_each_chunk_is_read_once_for_the_table(tmp_path, monkeypatch):
             read.append(place)
             return self.array[place]
 
-    monkeypatch.setattr(
-        Tracks, "array", lambda self, contig, name, array=Tracks.array: Counting(array(self, contig, name))
-    )
+    monkeypatch.setattr(Tracks, "array", lambda self, contig, name, array=Tracks.array: Counting(array(self, contig, name)))
     monkeypatch.setattr("cxt.translation.tables.VALUES_IN_MEMORY", 130 * 100)
     write_table(tracks, tmp_path / "a.tsv.gz")
     assert len(read) <= 3 + 3 * 2 * 3  # start, end, accessible; mean, sd, quantiles in 2 x 3 chunks

@@ -343,7 +343,10 @@ def test_memory_does_not_grow_with_panels(here, tmp_path):
 def test_bigwig_of_a_contig_that_is_too_long(here, tmp_path, capsys):
     """Refused before the genotypes are read, or as soon as the length is known."""
     np.savez(
-        tmp_path / "long.npz", genotypes=np.zeros((1, 10, 2), dtype=np.int8), positions=np.array([2**32]), sequence_length=2**32 + 9
+        tmp_path / "long.npz",
+        genotypes=np.zeros((1, 10, 2), dtype=np.int8),
+        positions=np.array([2**32]),
+        sequence_length=2**32 + 9,
     )
     common = "--model", here / "tiny.ckpt", "--out", tmp_path / "x", "--bigwig"
     found = refusal(capsys, tmp_path / "long.npz", *common)

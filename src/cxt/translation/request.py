@@ -6,7 +6,6 @@ from pathlib import Path
 import cxt
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.load import checkpoint_directories
-from cxt.config.learning import READINGS, Reading
 from cxt.config.translation import Translation
 from cxt.errors import BadRequest
 from cxt.io import canonical_json
@@ -57,22 +56,6 @@ def check_haplotypes(model: CoalescenceModel, found: int, *, where: str, name) -
         "with `adapter: {}` and `checkpoint:` this one"
     )
     raise BadRequest(f"checkpoint {name} reads {model.samples} haplotypes, but {where} has {found}; {advice}")
-
-
-def check_replicates(request: Translation, model: CoalescenceModel, reading: Reading) -> None:
-    """BadRequest if replicates are asked for of a network that is read in one pass, which samples none."""
-    if request.replicates is None or reading == "sampled":
-        return
-    advice = (
-        "or add `reading: sampled` (--reading sampled)"
-        if "sampled" in READINGS[model.objective]
-        else "or use a checkpoint that was trained with `objective: autoregressive` or `joint`, of which the latter also needs "
-        "`reading: sampled`"
-    )
-    raise BadRequest(
-        f"replicates: {request.replicates} was asked for, but checkpoint {request.model} is read in one pass, which samples no "
-        f"tracks; leave replicates out, {advice}"
-    )
 
 
 def list_checkpoints() -> list[tuple[str, int]]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cxt.checkpoints.load import find_checkpoint, load_model
-from cxt.config.learning import choose_reading
+from cxt.config.learning import check_replicates, choose_reading
 from cxt.config.translation import DEFAULT_REPLICATES, Translation
 from cxt.console import get_logger
 from cxt.data.masks import describe_mask, read_mask
@@ -30,7 +30,7 @@ from cxt.translation.directory import hold_directory
 from cxt.translation.estimates import Reader
 from cxt.translation.job import list_missing, list_units, run_units
 from cxt.translation.output import write_output
-from cxt.translation.request import check_replicates, identify
+from cxt.translation.request import identify
 from cxt.translation.tables import check_bigwig
 from cxt.translation.tracks import Tracks
 
@@ -208,7 +208,7 @@ def run_translation(
     way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
     # What can be known before a long file is read.
     check_pairs(request.pairs)
-    check_replicates(request, network, way)
+    check_replicates(request.replicates, network.objective, way, name=f"checkpoint {request.model}")
     choose_flank(network.config.windows, request.flank)
     batch = _choose_batch(batch_size, network, sequences=_count_sequences(request, way))
     _import_writers(bigwig=bigwig)
