@@ -195,8 +195,8 @@ def test_counts_with_missing_genotypes(sites):
 def test_differences_per_base_do_not_depend_on_missing_genotypes(lost):
     """Alleles removed at random: ln ratio of differences per compared base to those of complete data, over pairs.
 
-    The share of the sites that the network is given, by which differences were divided before, is biased: it leaves out sites of
-    which most are missing, and does not see sites that only the missing haplotype shows to vary.
+    The share of the sites that the network is given, by which differences were divided before, is biased: it leaves out sites
+    of which most are missing, and does not see sites that only the missing haplotype shows to vary.
     """
     size, length = 1000, 300_000
     ts = simulate(seed=6, individuals=10, length=length, rate=2e-7)
