@@ -289,6 +289,11 @@ def translation_devices(wildcards):
     return config["translate"][wildcards.translation]["devices"]
 
 
+def translation_bigwig(wildcards):
+    """Flags of the first step, which refuses contigs that the format cannot hold, and of the last one, which writes the files."""
+    return ["--bigwig"] if config["translate"][wildcards.translation]["bigwig"] else []
+
+
 def translation_parts(wildcards):
     """What says that each part of a translation is done."""
     parts = config["translate"][wildcards.translation]["parts"]

@@ -24,10 +24,11 @@ rule translate_read:
         gpu=0,
     params:
         directory=lambda wildcards: f"results/translate/{wildcards.translation}",
+        bigwig=translation_bigwig,
         lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
     shell:
         "exec &> {log:q}; python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"
-        " --step read --force --threads {threads} && touch {output:q}"
+        " --step read --force {params.bigwig} --threads {threads} && touch {output:q}"
 
 
 rule translate_blocks:
@@ -84,9 +85,7 @@ rule translate:
         gpu=0,
     params:
         directory=lambda wildcards: f"results/translate/{wildcards.translation}",
-        bigwig=lambda wildcards: (
-            ["--bigwig"] if config["translate"][wildcards.translation]["bigwig"] else []
-        ),
+        bigwig=translation_bigwig,
         lineage=lambda wildcards: translations.translation_lineage(config, wildcards.translation),
     shell:
         "exec &> {log:q}; exec python -m cxt.commands.translate --config {input.settings:q} --out {params.directory:q}"

@@ -266,6 +266,42 @@ def test_names_of_files():
     assert len(same[3].encode()) < 220
 
 
+def test_names_of_many_files():
+    """In seconds, where comparing each with each would take minutes."""
+    names = name_files([(f"sample{i % 40_000}/1", "x") for i in range(80_000)], ".bw")
+    assert len(set(names)) == 80_000
+    assert names[1] == "sample1_1-x.pair1.bw"
+    # Not those that another pair gets by its number.
+    assert len(set(name_files([("a", "b"), ("a", "b.pair0"), ("A", "b")], ""))) == 3
+
+
+def test_each_chunk_is_read_once_for_the_table(tmp_path, monkeypatch):
+    """The table has all pairs of a window together, and the chunks on disk many windows of some pairs."""
+    rng = np.random.default_rng(1)
+    quantiles = np.sort(rng.normal(9, 1, (130, 2000, 5)), axis=-1).astype(np.float32)
+    names = [[f"s{i}", None] for i in range(17)]
+    pairs = [[i, j] for i in range(17) for j in range(i + 1, 17)][:130]
+    tracks = write(tmp_path / "t", {"1": (2_000_000, np.arange(0, 2_000_000, SIZE), quantiles)}, haplotypes=names, pairs=pairs)
+    read = []
+
+    class Counting:
+        def __init__(self, array):
+            self.array = array
+
+        def __getitem__(self, place):
+            read.append(place)
+            return self.array[place]
+
+    monkeypatch.setattr(Tracks, "array", lambda self, contig, name, array=Tracks.array: Counting(array(self, contig, name)))
+    monkeypatch.setattr("cxt.translation.tables.VALUES_IN_MEMORY", 130 * 100)
+    write_table(tracks, tmp_path / "a.tsv.gz")
+    assert len(read) <= 3 + 3 * 2 * 3  # start, end, accessible; mean, sd, quantiles in 2 x 3 chunks
+    monkeypatch.setattr("cxt.translation.tables.VALUES_IN_FILE", 1)
+    write_table(tracks, tmp_path / "b.tsv.gz")
+    assert (tmp_path / "a.tsv.gz").read_bytes() == (tmp_path / "b.tsv.gz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tsv.gz", "a.tsv.gz.tbi", "b.tsv.gz", "b.tsv.gz.tbi", "t"]
+
+
 def test_shares_against_a_plain_loop(tracks):
     tracks, contigs = tracks
     edges = EDGES[20:60:4]

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import msprime
 import numpy as np
@@ -301,6 +303,56 @@ def test_one_warning_of_each_kind(here, tmp_path, capsys):
     assert "diversity" in text
     assert blocks == 9
     assert capsys.readouterr().err.count("outside the range") == 2  # when it is met, and at the end
+
+
+def test_warnings_do_not_depend_on_batches(here, tmp_path):
+    """Their numbers are those of all pairs of a block."""
+    save_model(tmp_path / "narrow.ckpt", ranges={"diversity": [1e-7, 2e-4], "missingness": [0, 0]})
+    found = []
+    for size in (1, 3, 8):
+        out = tmp_path / f"{size}"
+        cxt.translate(here / "genotypes.npz", model=tmp_path / "narrow.ckpt", out=out, batch_size=size, mutation_rate=1e-7)
+        found.append((out / "summary.json").read_text())
+    assert found[0] == found[1] == found[2]
+    (text,) = json.loads(found[0])["warnings"]
+    assert re.search(r"diversity [\d.]+ in \d+ of 10 examples", text)
+
+
+def test_wide_intervals_are_counted(here, whole, capsys):
+    """In the summary, against the tracks."""
+    found = json.loads((here / "whole/summary.json").read_text())["contigs"]["1"]["wide_intervals"]
+    wide = whole.quantiles[..., -1] - whole.quantiles[..., 0] > 5
+    assert found["longer_than"] == 5
+    assert found["windows"] == wide.sum()
+    assert found["share_of_windows"] == pytest.approx(wide.mean())
+    assert 0 <= found["share_of_mean_tmrca"] <= 1
+    assert (found["share_of_mean_tmrca"] > 0) == (wide.sum() > 0)
+
+
+def test_memory_does_not_grow_with_panels(here, tmp_path):
+    """The input of all pairs and panels of a block would be 4 x 60 x 15 kB."""
+    peaks = []
+    for panels in (2, 60):
+        tracemalloc.start()
+        translate(here, tmp_path / f"{panels}", regions="1:1-10000", pairs=4, panels=panels, batch_size=2)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 1e6
+
+
+def test_bigwig_of_a_contig_that_is_too_long(here, tmp_path, capsys):
+    """Refused before the genotypes are read, or as soon as the length is known."""
+    np.savez(
+        tmp_path / "long.npz",
+        genotypes=np.zeros((1, 10, 2), dtype=np.int8),
+        positions=np.array([2**32]),
+        sequence_length=2**32 + 9,
+    )
+    common = "--model", here / "tiny.ckpt", "--out", tmp_path / "x", "--bigwig"
+    found = refusal(capsys, tmp_path / "long.npz", *common)
+    assert "contig 1 has 4,294,967,305 bp, but bigWig files need lengths up to 4,294,967,295 bp; leave out --bigwig" in found
+    assert "records" not in found
+    assert not (tmp_path / "x").exists()
 
 
 def refusal(capsys, *arguments):

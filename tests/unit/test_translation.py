@@ -15,7 +15,14 @@ from cxt.translation.blocks import choose_flank, list_blocks
 from cxt.translation.calibration import Diversity, compute_implied, compute_offsets
 from cxt.translation.contigs import extend_regions, find_segments, merge_windows
 from cxt.translation.estimates import COLUMNS, LEVELS, summarise
-from cxt.translation.pair_input import choose_panel, compute_missing, count_differences, count_pair_sites
+from cxt.translation.pair_input import (
+    choose_panel,
+    compute_missing,
+    count_alleles,
+    count_differences,
+    count_pair_sites,
+    share_compared,
+)
 
 SCALES = (2, 8, 32, 64)
 
@@ -182,6 +189,50 @@ def test_counts_with_missing_genotypes(sites):
     ]
     expected = np.histogram(differ, np.arange(windows + 1) * size)[0]
     assert np.array_equal(count_differences(incomplete, (a, b), start=0, window_size=size, windows=windows), expected)
+
+
+@pytest.mark.parametrize("lost", [0.1, 0.3, 0.5])
+def test_differences_per_base_do_not_depend_on_missing_genotypes(lost):
+    """Alleles removed at random: ln ratio of differences per compared base to those of complete data, over pairs.
+
+    The share of the sites that the network is given, by which differences were divided before, is biased: it leaves out sites
+    of which most are missing, and does not see sites that only the missing haplotype shows to vary.
+    """
+    size, length = 1000, 300_000
+    ts = simulate(seed=6, individuals=10, length=length, rate=2e-7)
+    genotypes = ts.genotype_matrix()
+    keep = genotypes.max(axis=1) <= 1
+    positions, derived = ts.sites_position[keep].astype(np.int64), genotypes[keep].astype(np.uint8)
+    missing = np.random.default_rng(2).random(derived.shape) < lost
+    incomplete = Sites(positions, derived * ~missing, missing)
+    shape = {"start": 0, "window_size": size, "windows": length // size}
+    totals = count_alleles(incomplete)
+    ratios: dict[str, list[float]] = {"before": [], "after": []}
+    for pair in [(2 * i, 2 * i + 1) for i in range(10)]:
+        true = np.count_nonzero(derived[:, pair[0]] != derived[:, pair[1]])  # in all bases
+        observed = count_differences(incomplete, pair, **shape).sum()
+        before = count_pair_sites(incomplete, pair, np.arange(20), scales=SCALES, **shape).called_once
+        after = share_compared(incomplete, pair, totals, **shape)
+        for name, share in (("before", before), ("after", after)):
+            ratios[name].append(np.log(observed / (share.mean() * true)))
+    bias = {name: np.mean(values) for name, values in ratios.items()}
+    print(lost, bias)
+    assert abs(bias["after"]) < 0.02
+    if lost >= 0.3:
+        assert abs(bias["before"]) > 2 * abs(bias["after"])
+
+
+def test_compared_share_against_a_plain_loop(sites):
+    _, incomplete = sites
+    (a, b), size, windows = (3, 9), 5000, 10
+    used, lost = np.zeros(windows), np.zeros(windows)
+    for position, derived, missing in zip(*incomplete, strict=True):
+        others = [derived[h] for h in range(12) if h not in (a, b) and not missing[h]]
+        if len(set(others)) == 2:
+            (lost if missing[a] or missing[b] else used)[position // size] += 1
+    found = share_compared(incomplete, (a, b), count_alleles(incomplete), start=0, window_size=size, windows=windows)
+    assert (used + lost > 0).all()
+    assert found == pytest.approx(used / (used + lost))
 
 
 def test_panels_contain_the_pair_and_are_reproducible():

@@ -215,6 +215,7 @@ REFUSED = {
     "pairs": (changed(pairs="withn"), "translate.mine.pairs: 'withn' is no file; did you mean 'within'?"),
     "ancestral": (changed(ancestral="AA"), "translate.mine.ancestral: 'AA' is no file"),
     "mask": (changed(mask="mask.bed"), "give mask_marks, too"),
+    "replicates": (changed(replicates=4), "in one pass, which samples no tracks, but replicates is 4; leave replicates out"),
 }  # fmt: skip
 """{case: entries, and what the message says}."""
 

@@ -291,6 +291,21 @@ def choose_reading(objective: str, reading: str | None, *, name: str = "this mod
     )
 
 
+def check_replicates(replicates: int | None, objective: str, reading: Reading, *, name: str) -> None:
+    """BadRequest if sampled tracks are asked for of a network, called *name*, that is read in one pass, which samples none."""
+    if replicates is None or reading == "sampled":
+        return
+    advice = (
+        "add `reading: sampled` (--reading sampled)"
+        if "sampled" in READINGS[objective]
+        else "use a checkpoint that was trained with `objective: autoregressive`, or `joint` and `reading: sampled`"
+    )
+    raise BadRequest(
+        f"{name} is read in one pass, which samples no tracks, but replicates is {replicates}; leave replicates out, or "
+        f"{advice}"
+    )
+
+
 def list_readings(objective: str, reading: str) -> tuple[Reading, ...]:
     """The ways in which an evaluation with the setting *reading* reads a network; BadRequest as for `choose_reading`."""
     return READINGS[objective] if reading == "auto" else (choose_reading(objective, reading),)

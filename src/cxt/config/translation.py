@@ -20,6 +20,9 @@ from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
 
+DEFAULT_REPLICATES = 15
+"""Sequences that are decoded for each pair where their number is not given."""
+
 Texts = Annotated[list[Text], Field(strict=True, min_length=1)]
 
 
@@ -66,8 +69,9 @@ class Translation(Section):
     `diversity`."""
     reading: Literal["marginal", "sampled"] | None = None
     """How to read the checkpoint. Default: as it was trained."""
-    replicates: PositiveInteger = 15
-    """Sequences that `sampled` decodes for each pair."""
+    replicates: PositiveInteger | None = None
+    """For a checkpoint that is read by sampling: sequences to decode for each pair, over which estimates average, and to write,
+    too. Default: 15, which are not written."""
     panels: PositiveInteger = 1
     """Where there are more haplotypes than the checkpoint reads: random subsets with the pair to average."""
     min_accessible: ShareUpToOne = 0.25

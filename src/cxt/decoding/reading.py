@@ -61,5 +61,20 @@ def average_replicates(
     decoder: Decoder, x: torch.Tensor, rates: torch.Tensor | None = None, *, example_ids: Sequence[int]
 ) -> torch.Tensor:
     """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
-    _, probabilities = decoder.decode(x, rates=rates, example_ids=example_ids)
-    return probabilities.mean(dim=1, dtype=torch.float64)
+    return sample_replicates(decoder, x, rates, example_ids=example_ids)[0]
+
+
+def sample_replicates(
+    decoder: Decoder, x: torch.Tensor, rates: torch.Tensor | None = None, *, example_ids: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode a batch; also give what was sampled.
+
+    Returns
+    -------
+    distribution : float64 (examples, windows, bins)
+        The mean over the replicates of each window's distribution.
+    bins : int64 (examples, replicates, windows)
+        The bins of the sampled sequences.
+    """
+    tokens, probabilities = decoder.decode(x, rates=rates, example_ids=example_ids)
+    return probabilities.mean(dim=1, dtype=torch.float64), tokens - SPECIAL_TOKENS

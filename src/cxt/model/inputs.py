@@ -6,6 +6,7 @@ where the accuracy of estimates is unknown, causes a warning.
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,10 +112,32 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
     OutsideTraining
         Once, about everything that is outside the ranges of the training data, and about windows of other scales.
     """
+    measures = measure_input(
+        model, x, window_size=window_size, mutation_rate=mutation_rate, recombination_rate=recombination_rate
+    )
+    text = describe_outside(model, [measures], mutation_rate=mutation_rate, recombination_rate=recombination_rate)
+    if text is not None:
+        warnings.warn(text, OutsideTraining, stacklevel=3)  # the caller of `generate`
+
+
+class Measures(NamedTuple):
+    """What is measured of a batch of input, to compare it with the training data.
+
+    diversity : pairwise differences per accessible bp, of each example
+    missingness : inaccessible share of the region, of each example
+    same_sites : whether the windows of each scale contain the same sites
+    """
+
+    diversity: list[float]
+    missingness: list[float]
+    same_sites: bool
+
+
+def measure_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, recombination_rate=None) -> Measures:
+    """Measure X, after the checks of `check_input` that refuse it; see there."""
     check_shape(model, x)
     _check_window_size(model, window_size)
-    rates = {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}
-    for name, rate in rates.items():
+    for name, rate in {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}.items():
         if rate is not None and not (_is_number(rate) and 0 <= rate < math.inf):
             raise BadRequest(f"{name} must be a number per bp and generation, got {rate!r}")
     if not len(x):
@@ -122,14 +145,20 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
     counts = _recover_counts(x)
     missing = _recover_missing(model, x)  # (B, scales, windows) or None
     if model.trained_on is None:
-        return
-    scales, ranges = model.trained_on
+        return Measures([], [], True)
+    scales = model.trained_on.scales
     spectra = [counts[:, :, i, ::scale].sum(dim=(1, 2), dtype=torch.float64) for i, scale in enumerate(scales)]  # (B, n)
     inaccessible = _mean_missing(missing, scales[0]) if missing is not None else torch.zeros(len(x), device=x.device)
-    measured = {
-        "diversity": _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size).tolist(),
-        "missingness": inaccessible.tolist(),
-    }
+    diversity = _compute_diversity(spectra[0], inaccessible, bases=x.shape[3] * model.config.window_size)
+    return Measures(diversity.tolist(), inaccessible.tolist(), _hold_same_sites(spectra))
+
+
+def describe_outside(model, parts: Sequence[Measures], *, mutation_rate=None, recombination_rate=None) -> str | None:
+    """Describe what is outside the ranges of the training data in all batches together; None if nothing is."""
+    if model.trained_on is None:
+        return None
+    scales, ranges = model.trained_on
+    rates = {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}
     outside: list[str] = []
     if model.config.reads_rates and mutation_rate:
         # Such a network depends on their ratio only, see `cxt.model.rates`.
@@ -137,19 +166,21 @@ def check_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, reco
             outside.append(f"mutation rate {mutation_rate:.3g}, which is no usual rate per base pair and generation")
         rates = {"recombination_per_mutation": None if recombination_rate is None else recombination_rate / mutation_rate}
         ranges = ranges | {"recombination_per_mutation": _divide_ranges(ranges)}
-    measured |= {name: [float(rate)] for name, rate in rates.items() if rate is not None}
+    measured = {
+        "diversity": [value for part in parts for value in part.diversity],
+        "missingness": [value for part in parts for value in part.missingness],
+    } | {name: [float(rate)] for name, rate in rates.items() if rate is not None}
     outside += [
         description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
     ]
-    if not _hold_same_sites(spectra):
+    if not all(part.same_sites for part in parts):
         outside.append(f"its windows do not contain the same sites at each of the scales {', '.join(map(str, scales))}")
-    if outside:
-        warnings.warn(
-            f"the input is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of "
-            "estimates there is unknown",
-            OutsideTraining,
-            stacklevel=3,  # the caller of `generate`
-        )
+    if not outside:
+        return None
+    return (
+        f"the input is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of estimates "
+        "there is unknown"
+    )
 
 
 def _is_number(value) -> bool:

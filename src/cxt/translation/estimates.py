@@ -1,6 +1,6 @@
 """Posterior summaries of pairs in one block."""
 
-import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,20 +8,28 @@ import torch
 
 from cxt.config.learning import Reading
 from cxt.config.network import log_rates
-from cxt.config.translation import Translation
+from cxt.config.translation import DEFAULT_REPLICATES, Translation
 from cxt.data.examples import compute_model_input
 from cxt.data.features import SCALES
 from cxt.data.grid import Grid
 from cxt.decoding.decode import use_precision
 from cxt.decoding.posterior import posterior_mean, posterior_quantiles
-from cxt.decoding.reading import build_reader
+from cxt.decoding.reading import read_marginals, sample_replicates
 from cxt.genotypes.store import Sites
-from cxt.model.inputs import check_input, reads_missingness
+from cxt.model.decoder import Decoder
+from cxt.model.inputs import describe_outside, measure_input, reads_missingness
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import hash_key
 from cxt.translation.blocks import Block
-from cxt.translation.pair_input import choose_panel, compute_missing, count_differences, count_pair_sites
+from cxt.translation.pair_input import (
+    choose_panel,
+    compute_missing,
+    count_alleles,
+    count_differences,
+    count_pair_sites,
+    share_compared,
+)
 
 LEVELS = (0.025, 0.25, 0.5, 0.75, 0.975)
 """Quantiles that are written."""
@@ -44,6 +52,16 @@ class Reader(NamedTuple):
     request: Translation
     batch_size: int
     share_polarised: float = 1.0
+
+    @property
+    def replicates(self) -> int:
+        """Sequences that are sampled for each pair and panel."""
+        return DEFAULT_REPLICATES if self.request.replicates is None else self.request.replicates
+
+    @property
+    def kept_replicates(self) -> int:
+        """Sampled sequences of each pair that are part of the output."""
+        return 0 if self.request.replicates is None else self.request.replicates
 
     @property
     def device(self) -> torch.device:
@@ -77,12 +95,14 @@ class Estimates(NamedTuple):
     differences : int64 (pairs, windows), sites at which the pair differs
     bases : float32 (pairs, windows), accessible bases times the share of sites at which both haplotypes are called
     warnings : texts about input outside of the range of the training data
+    bins : uint16 (pairs, replicates, windows), bins of the sampled sequences that are kept, if any
     """
 
     values: np.ndarray
     differences: np.ndarray
     bases: np.ndarray
     warnings: list[str]
+    bins: np.ndarray
 
 
 def read_block(
@@ -124,40 +144,54 @@ def read_block(
     shape = {"start": block.first * size, "window_size": size, "windows": model.config.windows}
     panels = range(request.panels if len(candidates) > model.samples else 1)
     rows = [(row, panel) for row in range(len(pairs)) for panel in panels]
-    inputs = []
-    for row, panel in rows:
-        pair = tuple(pairs[row])
-        columns = choose_panel(pair, candidates, samples=model.samples, seed=request.seed, panel=panel)
-        inputs.append(count_pair_sites(sites, pair, columns, scales=reader.scales, **shape))
+    keep = slice(block.keep_from - block.first, block.keep_to - block.first)
     # To a pair, a site that is not called is what a site in the mask is to all.
     present = 1 - compute_missing(accessible, widths, reader.scales)  # (S, W)
-    missing = np.stack([1 - present * one.called for one in inputs]).astype(np.float32)
-    keep = slice(block.keep_from - block.first, block.keep_to - block.first)
+    read = _build_reader(reader)
     distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
-    read = build_reader(model, reader.reading, replicates=request.replicates, seed=request.seed)
-    texts: dict[str, None] = {}
-    for begin in range(0, len(rows), reader.batch_size):
-        batch = slice(begin, begin + reader.batch_size)
-        fractions = torch.from_numpy(missing[batch]) if reads_missingness(model) else None
-        x = compute_model_input(torch.from_numpy(np.stack([one.counts for one in inputs[batch]])), fractions).to(reader.device)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            check_input(model, x, window_size=size, **reader.rates)
-        texts |= dict.fromkeys(str(warning.message) for warning in caught)
-        ids = [
-            hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63
-            for row, panel in rows[batch]
-        ]
+    bins = np.zeros((len(pairs), reader.kept_replicates, keep.stop - keep.start), dtype=np.uint16)
+    readable = np.zeros((len(pairs), keep.stop - keep.start))
+    measures = []
+    for begin in range(0, len(rows), reader.batch_size):  # only the input of one batch is in memory
+        batch = rows[begin : begin + reader.batch_size]
+        inputs = []
+        for row, panel in batch:
+            pair = tuple(pairs[row])
+            columns = choose_panel(pair, candidates, samples=model.samples, seed=request.seed, panel=panel)
+            inputs.append(count_pair_sites(sites, pair, columns, scales=reader.scales, **shape))
+        fractions = None
+        if reads_missingness(model):
+            fractions = torch.from_numpy(np.stack([1 - present * one.called for one in inputs]).astype(np.float32))
+        x = compute_model_input(torch.from_numpy(np.stack([one.counts for one in inputs])), fractions).to(reader.device)
+        measures.append(measure_input(model, x, window_size=size, **reader.rates))
+        ids = [hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63 for row, panel in batch]
         with use_precision(model.precision, reader.device):
-            part = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)[:, keep].double().cpu().numpy()
-        for (row, _), one in zip(rows[batch], part, strict=True):
-            distribution[row] += one / len(panels)
-    shares = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
-    bases = accessible[keep] * shares[:, keep] * (called > 0)[:, None]
+            parts, sampled = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)
+        parts, sampled = parts[:, keep].double().cpu().numpy(), sampled[:, : reader.kept_replicates, keep].cpu().numpy()
+        for (row, panel), one, part, sequences in zip(batch, inputs, parts, sampled, strict=True):
+            distribution[row] += part / len(panels)
+            readable[row] += one.called_once[keep] / len(panels)
+            bins[row, panel :: len(panels)] = sequences[panel :: len(panels)]  # of each panel in turn
     values = summarise(torch.from_numpy(distribution), reader.grid)
-    values[bases < np.maximum(request.min_accessible * widths[keep], 1)] = np.nan
+    readable *= accessible[keep] * (called > 0)[:, None]
+    values[readable < np.maximum(request.min_accessible * widths[keep], 1)] = np.nan
     differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
-    return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), list(texts))
+    totals = count_alleles(sites)
+    shares = np.stack([share_compared(sites, tuple(pair), totals, **shape)[keep] for pair in pairs])
+    bases = accessible[keep] * shares * (called > 0)[:, None]
+    text = describe_outside(model, measures, **reader.rates)  # of all pairs, so that it does not depend on the batches
+    return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), [] if text is None else [text], bins)
+
+
+def _build_reader(
+    reader: Reader,
+) -> Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], tuple[torch.Tensor, torch.Tensor]]:
+    """A function that gives distributions (B, W, bins) float64 and sampled bins (B, replicates, W)."""
+    model = reader.model
+    if reader.reading == "marginal":
+        return lambda x, rates, ids: (read_marginals(model, x, rates), x.new_empty((len(x), 0, x.shape[3])))
+    decoder = Decoder(model, replicates=reader.replicates, seed=reader.request.seed)
+    return lambda x, rates, ids: sample_replicates(decoder, x, rates, example_ids=ids)
 
 
 def summarise(distribution: torch.Tensor, grid: Grid) -> np.ndarray:

@@ -4,21 +4,20 @@ The estimates of each block and chunk of pairs are a file in the work directory,
 goes on where it was, and several processes or machines can share the blocks.
 """
 
+import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cxt.console import get_logger
-from cxt.errors import Failed
 from cxt.genotypes.store import GenotypeStore
 from cxt.io import atomic_file
 from cxt.translation.blocks import Block
 from cxt.translation.contigs import ContigPlan
-from cxt.translation.estimates import COLUMNS, Reader, read_block
+from cxt.translation.estimates import Reader, read_block
 
 logger = get_logger(__name__)
 
@@ -61,10 +60,12 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
     size, windows = reader.model.config.window_size, reader.model.config.windows
     began = reported = time.monotonic()
     said: set[str] = set()
+    loaded, sites = None, None
     for done, unit in enumerate(left, 1):
         plan, block = unit.plan, unit.block
         first, last = block.first, block.first + windows
-        sites = store.load(plan.name, first * size, min(last * size, plan.length))
+        if sites is None or loaded != (plan.place, first):  # once for all pairs of a block
+            loaded, sites = (plan.place, first), store.load(plan.name, first * size, min(last * size, plan.length))
         beyond = max(0, last - len(plan.windows.widths))  # windows after the end of a short contig
         estimates = read_block(
             reader,
@@ -88,6 +89,7 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
                 differences=estimates.differences.astype(np.int32),
                 bases=estimates.bases,
                 warnings=np.array(estimates.warnings, dtype=str),
+                **({"bins": estimates.bins} if reader.kept_replicates else {}),
             )
         if time.monotonic() - reported > PROGRESS_SECONDS and done < len(left):
             reported = time.monotonic()
@@ -102,50 +104,5 @@ def describe_kind(text: str) -> str:
 
 def list_missing(units: list[Unit], *, work: Path) -> list[str]:
     """Names of the files of units that are not translated yet."""
-    return [unit.file_name for unit in units if not (work / unit.file_name).is_file()]
-
-
-class ContigEstimates(NamedTuple):
-    """Estimates of a chunk of pairs on one contig; arrays as in `cxt.translation.estimates.Estimates`."""
-
-    from_pair: int
-    to_pair: int
-    values: np.ndarray
-    differences: np.ndarray
-    bases: np.ndarray
-
-
-def gather(units: list[Unit], plan: ContigPlan, *, work: Path, warnings: dict[str, int]) -> Iterator[ContigEstimates]:
-    """Yield the estimates of one contig by chunks of pairs; count the *warnings* of the blocks, by one example of each kind.
-
-    Raises
-    ------
-    Failed
-        If a file is missing or damaged.
-    """
-    known = {describe_kind(text): text for text in warnings}
-    own = [unit for unit in units if unit.plan.place == plan.place]
-    kept = plan.kept
-    for begin in sorted({unit.from_pair for unit in own}):
-        chunk = [unit for unit in own if unit.from_pair == begin]
-        pairs = chunk[0].to_pair - begin
-        values = np.full((pairs, len(kept), len(COLUMNS)), np.nan, dtype=np.float32)
-        differences, bases = np.zeros((pairs, len(kept)), dtype=np.int64), np.zeros((pairs, len(kept)), dtype=np.float32)
-        for unit in chunk:
-            path = work / unit.file_name
-            try:
-                with np.load(path) as arrays:
-                    left = int(np.searchsorted(kept, unit.block.keep_from))
-                    columns = slice(left, left + unit.block.keep_to - unit.block.keep_from)
-                    values[:, columns] = arrays["values"]
-                    differences[:, columns] = arrays["differences"]
-                    bases[:, columns] = arrays["bases"]
-                    kinds = {describe_kind(text): text for text in reversed(arrays["warnings"].tolist())}
-                    for kind, text in kinds.items():
-                        example = known.setdefault(kind, text)
-                        warnings[example] = warnings.get(example, 0) + 1
-            except (OSError, ValueError, KeyError, EOFError) as error:
-                raise Failed(
-                    f"{path}, a part of this translation, is missing or damaged ({error}); delete it and run again"
-                ) from None
-        yield ContigEstimates(begin, chunk[0].to_pair, values, differences, bases)
+    done = {entry.name for entry in os.scandir(work)} if work.is_dir() else set()
+    return [unit.file_name for unit in units if unit.file_name not in done]

@@ -114,6 +114,48 @@ def compute_missing(accessible: np.ndarray, widths: np.ndarray, scales) -> np.nd
     return np.stack([1 - sum_windows(accessible, scale) / sum_windows(widths, scale) for scale in scales])
 
 
+def count_alleles(sites: Sites) -> tuple[np.ndarray, np.ndarray]:
+    """Number of derived alleles, and of called haplotypes, at each site: int64 (sites,) each."""
+    return sites.derived.sum(axis=1, dtype=np.int64), (~sites.missing).sum(axis=1, dtype=np.int64)
+
+
+def share_compared(
+    sites: Sites,
+    pair: tuple[int, int],
+    totals: tuple[np.ndarray, np.ndarray],
+    *,
+    start: int,
+    window_size: int,
+    windows: int,
+) -> np.ndarray:
+    """Share of the sites of each window at which both haplotypes of a pair are called, (windows,) float64.
+
+    It is the share of the differences of the pair that `count_differences` can see. It is found from the sites that segregate
+    among all other haplotypes. A site that only the pair shows to be one is hidden where a genotype of the pair is missing, so
+    that such sites would seem to be called more often than they are.
+
+    Parameters
+    ----------
+    sites : Sites
+    pair : (int, int)
+    totals : (int64 (sites,), int64 (sites,))
+        From `count_alleles`.
+    start, window_size, windows : int
+        As in `count_pair_sites`.
+    """
+    derived, called = totals
+    known = ~sites.missing[:, pair]
+    others_derived = derived - sites.derived[:, pair].sum(axis=1, dtype=np.int64)
+    others_called = called - known.sum(axis=1)
+    segregating = (others_derived >= 1) & (others_derived < others_called)
+    compared = known.all(axis=1)
+    used, lost = (
+        np.bincount((sites.positions[chosen] - start) // window_size, minlength=windows)
+        for chosen in (segregating & compared, segregating & ~compared)
+    )
+    return _share_called(used, lost, [1])[0]
+
+
 def count_differences(sites: Sites, pair: tuple[int, int], *, start: int, window_size: int, windows: int) -> np.ndarray:
     """Sites of each window at which both haplotypes of a pair are called and differ, (windows,) int64."""
     a, b = pair

@@ -128,6 +128,7 @@ def compute_shares(tracks: Tracks, edges: np.ndarray) -> Shares:
     """
     pairs = tracks.population_pairs
     groups = sorted(set(pairs))
+    number_of = {group: number for number, group in enumerate(groups)}
     log_edges = np.log(edges)
     whole, whole_time = np.zeros((2, len(groups), len(edges) + 1))
     above, above_time = np.zeros((2, len(groups), len(edges)))
@@ -140,7 +141,7 @@ def compute_shares(tracks: Tracks, edges: np.ndarray) -> Shares:
                 width = widths[left : left + 16 * CHUNK_WINDOWS]
                 for row, values in enumerate(part):
                     knots, masses = extend_quantiles(values, tracks.quantile_levels)
-                    g = groups.index(pairs[begin + row])
+                    g = number_of[pairs[begin + row]]
                     _add_shares(knots, masses, width, log_edges, whole[g], whole_time[g], above[g], above_time[g])
     total = whole.sum(axis=1)
     above += whole[:, ::-1].cumsum(axis=1)[:, -2::-1]

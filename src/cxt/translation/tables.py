@@ -4,17 +4,24 @@ import contextlib
 import math
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from cxt.errors import BadRequest
+from cxt.genotypes.records import Contig
 from cxt.io import atomic_write
 from cxt.translation.tracks import CHUNK_PAIRS, CHUNK_WINDOWS, Tracks
 
 VALUES_IN_MEMORY = 2**18
 """Pairs times windows that are formatted at once."""
+
+VALUES_IN_FILE = 2**22
+"""Pairs times windows that are turned from chunks of pairs to windows in memory; more are turned in a temporary file."""
 
 LARGEST_TBI = 2**29
 """Largest position that a .tbi index can hold; beyond it, the index is a .csi."""
@@ -79,7 +86,7 @@ def write_table(tracks: Tracks, path) -> None:
         with pysam.BGZFile(str(temporary), "w") as file:
             file.write(format_header(tracks).encode())
             for name, _ in tracks.contigs:
-                for text, last in _format_rows(tracks, name):
+                for text, last in _format_rows(tracks, name, directory=path.parent):
                     file.write(text.encode())
                     largest = max(largest, last)
         kind = "tbi" if largest <= LARGEST_TBI else "csi"
@@ -97,7 +104,7 @@ def write_table(tracks: Tracks, path) -> None:
             one.unlink(missing_ok=True)
 
 
-def _format_rows(tracks: Tracks, contig: str) -> Iterator[tuple[str, int]]:
+def _format_rows(tracks: Tracks, contig: str, *, directory: Path) -> Iterator[tuple[str, int]]:
     """Yield rows of the table, by blocks of windows, and the end of the last window of each block."""
     years = tracks.attributes.get("generation_time")
     # A tenth of a generation is resolved, whatever the unit.
@@ -106,29 +113,61 @@ def _format_rows(tracks: Tracks, contig: str) -> Iterator[tuple[str, int]]:
     numbers = f"%.4f\t%.4f\t%.1f\t%.1f\t%.1f{f'{chr(9)}%.{digits}f' if years else ''}"
     line = f"%s\t%s\t{numbers}\t%s\n"
     missing = [f"\t{name}\t{numbers % ((math.nan,) * numbers.count('%'))}\t" for name in names]
+    start, end, accessible = (np.asarray(tracks.array(contig, key)[:]) for key in ("start", "end", "accessible"))
+    # A chunk on disk has many windows of some pairs, and the table all pairs of a window: each chunk is read once.
+    most = VALUES_IN_MEMORY // max(len(names), 1) // CHUNK_WINDOWS
+    stretch = CHUNK_WINDOWS * min(max(most, 1), 16)
+    for left in range(0, len(start), stretch):
+        right = min(left + stretch, len(start))
+        with tempfile.TemporaryFile(dir=directory) as file:
+            columns = _read_columns(tracks, contig, slice(left, right), file=file)
+            block = max(1, VALUES_IN_MEMORY // max(len(names), 1))
+            for begin in range(left, right, block):
+                part = slice(begin, min(begin + block, right))
+                places = [f"{_cell(contig)}\t{a}\t{b}" for a, b in zip(start[part], end[part], strict=True)]
+                shares = [f"{share:.3f}" for share in accessible[part]]
+                one = columns[part.start - left : part.stop - left]  # (windows, pairs, columns)
+                if np.isnan(one[:, :, 0]).all():  # a large part of a chromosome may be missing: the same, quicker
+                    lines = [
+                        f"{place}{middle_part}{share}\n"
+                        for place, share in zip(places, shares, strict=True)
+                        for middle_part in missing
+                    ]
+                    yield "".join(lines), int(end[part.stop - 1])
+                    continue
+                times = np.exp(one[:, :, 2:].astype(np.float64))
+                values = [one[:, :, :2], times] + ([times[:, :, :1] * years] if years else [])
+                lines = [
+                    line % (place, name, *row, share)
+                    for place, share, rows in zip(places, shares, np.concatenate(values, axis=-1), strict=True)
+                    for name, row in zip(names, rows.tolist(), strict=True)
+                ]
+                yield "".join(lines), int(end[part.stop - 1])
+
+
+def _read_columns(tracks: Tracks, contig: str, windows: slice, *, file: IO[bytes]) -> np.ndarray:
+    """Mean, standard deviation, median and ends of the 95% interval, float32 (windows, pairs, 5).
+
+    Where they are many, they are in *file*.
+    """
     levels = tracks.quantile_levels
-    low, middle, high = levels.index(0.025), levels.index(0.5), levels.index(0.975)
-    windows = tracks.array(contig, "start").shape[0]
-    block = max(1, min(VALUES_IN_MEMORY // max(len(names), 1), 16 * CHUNK_WINDOWS))
-    for begin in range(0, windows, block):
-        part = tracks.read(contig, windows=slice(begin, min(begin + block, windows)))
-        places = [f"{_cell(contig)}\t{start}\t{end}" for start, end in zip(part.start, part.end, strict=True)]
-        shares = [f"{share:.3f}" for share in part.accessible]
-        if np.isnan(part.mean).all():  # a large part of a chromosome may be missing: the same, quicker
-            lines = [
-                f"{place}{middle_part}{share}\n" for place, share in zip(places, shares, strict=True) for middle_part in missing
-            ]
-            yield "".join(lines), int(part.end[-1])
-            continue
-        times = np.exp(part.quantiles[:, :, [middle, low, high]].astype(np.float64))
-        columns = [part.mean, part.sd, *times.transpose(2, 0, 1)] + ([times[:, :, 0] * years] if years else [])
-        values = np.stack(columns, axis=-1).transpose(1, 0, 2)  # (windows, pairs, columns)
-        lines = [
-            line % (place, name, *row, share)
-            for place, share, rows in zip(places, shares, values, strict=True)
-            for name, row in zip(names, rows.tolist(), strict=True)
-        ]
-        yield "".join(lines), int(part.end[-1])
+    places = [levels.index(level) for level in (0.5, 0.025, 0.975)]
+    pairs, number = len(tracks.pairs), windows.stop - windows.start
+    shape = (number, pairs, 2 + len(places))
+    if number * pairs <= VALUES_IN_FILE:
+        out = np.empty(shape, dtype=np.float32)
+    else:
+        out = np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+    arrays = [tracks.array(contig, key) for key in ("mean", "sd", "quantiles")]
+    for begin in range(0, pairs, CHUNK_PAIRS):
+        rows = slice(begin, min(begin + CHUNK_PAIRS, pairs))
+        mean, sd, quantiles = (np.asarray(array[rows, windows]) for array in arrays)
+        out[:, rows] = np.stack([mean, sd, *(quantiles[:, :, place] for place in places)], axis=-1).transpose(1, 0, 2)
+    return out
+
+
+NUMBERED = re.compile(r"\.pair\d+$", flags=re.IGNORECASE)
+"""Names that look as if they ended in the number of a pair."""
 
 
 def name_files(pair_names: list[tuple[str, str]], suffix: str) -> list[str]:
@@ -137,14 +176,25 @@ def name_files(pair_names: list[tuple[str, str]], suffix: str) -> list[str]:
     Names that are too long, or that would then be the same, end in the number of the pair.
     """
     stems = [UNSAFE.sub("_", f"{first}-{second}") for first, second in pair_names]
-    folded = [stem.casefold() for stem in stems]  # some file systems ignore case
+    counts = Counter(stem.casefold() for stem in stems)  # some file systems ignore case
     names = []
     for number, stem in enumerate(stems):
-        is_long, is_known = len(stem.encode()) > 200, folded.count(stem.casefold()) > 1
-        if is_long or is_known:
+        is_long, is_known = len(stem.encode()) > 200, counts[stem.casefold()] > 1
+        if is_long or is_known or NUMBERED.search(stem):
             stem = f"{stem.encode()[:190].decode(errors='ignore')}.pair{number}"
         names.append(f"{stem}{suffix}")
     return names
+
+
+def check_bigwig(contigs: Iterable[Contig]) -> None:
+    """BadRequest if a contig is one that a bigWig file cannot hold: too long, or without a length."""
+    for name, length in contigs:
+        if length is None or not 0 < length <= LARGEST_BIGWIG:
+            found = "has no length" if length is None else f"has {length:,} bp"
+            raise BadRequest(
+                f"contig {name} {found}, but bigWig files need lengths up to {LARGEST_BIGWIG:,} bp; leave out --bigwig, or "
+                "name other contigs (--regions)"
+            )
 
 
 def write_bigwigs(tracks: Tracks, directory) -> None:
@@ -165,12 +215,7 @@ def write_bigwigs(tracks: Tracks, directory) -> None:
     """
     import pyBigWig
 
-    for name, length in tracks.contigs:
-        if length is None or not 0 < length <= LARGEST_BIGWIG:
-            found = "has no length" if length is None else f"has {length:,} bp"
-            raise BadRequest(
-                f"contig {name} {found}, but bigWig files need lengths up to {LARGEST_BIGWIG:,} bp; leave out --bigwig"
-            )
+    check_bigwig(tracks.contigs)
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -193,10 +238,12 @@ def write_bigwigs(tracks: Tracks, directory) -> None:
 
 def _add_medians(tracks: Tracks, contig: str, rows: slice, files: list) -> None:
     """Add the medians of the pairs *rows* on a contig to their files."""
-    windows = tracks.array(contig, "start").shape[0]
+    windows, middle = tracks.array(contig, "start").shape[0], tracks.quantile_levels.index(0.5)
     for begin in range(0, windows, 16 * CHUNK_WINDOWS):
-        part = tracks.read(contig, rows, slice(begin, min(begin + 16 * CHUNK_WINDOWS, windows)))
-        for file, values in zip(files, part.tmrca.astype(np.float64), strict=True):
+        part = slice(begin, min(begin + 16 * CHUNK_WINDOWS, windows))
+        start, end = (np.asarray(tracks.array(contig, key)[part]) for key in ("start", "end"))
+        medians = np.exp(np.asarray(tracks.array(contig, "quantiles")[rows, part])[:, :, middle]).astype(np.float64)
+        for file, values in zip(files, medians, strict=True):
             known = ~np.isnan(values)
             if known.any():
-                file.addEntries([contig] * int(known.sum()), part.start[known], ends=part.end[known], values=values[known])
+                file.addEntries([contig] * int(known.sum()), start[known], ends=end[known], values=values[known])

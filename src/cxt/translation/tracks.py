@@ -4,6 +4,7 @@ Arrays are written and read in parts, so that memory grows neither with the geno
 give the same bytes.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Sequence
@@ -122,12 +123,12 @@ class Tracks:
     def __repr__(self) -> str:
         return f"<Tracks of {len(self.pairs)} pairs on {len(self.contigs)} contigs, by {self.attributes['model']}>"
 
-    @property
+    @functools.cached_property
     def pair_names(self) -> list[tuple[str, str]]:
         """Names of the two haplotypes of each pair."""
         return [(self.haplotypes[i][0], self.haplotypes[j][0]) for i, j in self.pairs]
 
-    @property
+    @functools.cached_property
     def population_pairs(self) -> list[tuple[str, str]]:
         """Populations of each pair, in alphabetical order: ("all", "all") if none is known, `unknown` where one is not."""
         if all(population is None for _, population in self.haplotypes):
@@ -222,7 +223,8 @@ class TrackWriter:
             "quantile": len(self.attributes["quantile_levels"]),
             "replicate": replicates,
         }
-        self._written = np.zeros(self._sizes["pair"], dtype=bool)
+        self._written = np.zeros(self._sizes["pair"], dtype=np.int64)  # windows of each pair
+        self._windows = 0
         self._arrays: dict[str, zarr.Array] = {}  # of the last contig; opened again, they would leave out chunks without values
         self._group = zarr.open_group(self.temporary, mode="w", zarr_format=3)
 
@@ -231,7 +233,7 @@ class TrackWriter:
     ) -> None:
         """Begin a contig, given its arrays that are not written by pairs; see `ContigTracks`."""
         self._check_rows()
-        self._written[:] = False
+        self._written[:], self._windows = 0, len(start)
         place = str(len(self.contigs))
         self.contigs.append(Contig(name, length))
         sizes = self._sizes | {"window": len(start)}
@@ -257,29 +259,32 @@ class TrackWriter:
             if whole and array.size:
                 array[:] = np.asarray(given[key])
 
-    def write_pairs(self, rows: slice, **arrays: np.ndarray) -> None:
-        """Write rows of the contig that was added last.
+    def write_pairs(self, rows: slice, windows: slice | None = None, **arrays: np.ndarray) -> None:
+        """Write rows of the contig that was added last, or a part of them.
 
         Parameters
         ----------
         rows : slice
             Of pairs, without a step. It is quickest if it begins at a multiple of 64 and has as many pairs.
+        windows : slice, optional
+            Without a step; by default all. It is quickest if it begins at a multiple of 1024 and has as many windows.
         **arrays
             mean, sd and quantiles, and replicates if they were announced; see `ContigTracks`.
         """
         expected = set(PER_PAIR) - (set() if self.replicates else {"replicates"})
         if set(arrays) != expected:
             raise ValueError(f"arrays {sorted(expected)} are needed, got {sorted(arrays)}")
+        windows = slice(0, self._windows) if windows is None else windows
         for key, values in arrays.items():
             array = self._arrays[key]
             if array.size:
-                array[(slice(None), rows) if key == "replicates" else rows] = np.asarray(values, dtype=np.float32)
-        self._written[rows] = True
+                place = (slice(None), rows, windows) if key == "replicates" else (rows, windows)
+                array[place] = np.asarray(values, dtype=np.float32)
+        self._written[rows] += windows.stop - windows.start
 
     def _check_rows(self) -> None:
         """ValueError if rows of the last contig were not written, which would look like missing windows."""
-        if self.contigs and not self._written.all():
-            lost = int((~self._written).sum())
+        if self.contigs and (lost := int((self._written < self._windows).sum())):
             raise ValueError(f"{lost} of {len(self._written)} pairs of contig {self.contigs[-1].name} were not written")
 
     def finish(self) -> Tracks:

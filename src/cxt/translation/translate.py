@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from cxt.checkpoints.load import find_checkpoint, load_model
-from cxt.config.learning import choose_reading
-from cxt.config.translation import Translation
+from cxt.config.learning import check_replicates, choose_reading
+from cxt.config.translation import DEFAULT_REPLICATES, Translation
 from cxt.console import get_logger
 from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest, Failed
 from cxt.genotypes.pairs import check_pairs, choose_pairs
 from cxt.genotypes.read import read_genotypes
-from cxt.genotypes.records import Region, Source
+from cxt.genotypes.records import Contig, Region, Source
 from cxt.genotypes.selection import parse_region, resolve_regions
 from cxt.genotypes.sources import open_source
 from cxt.genotypes.store import GenotypeStore
@@ -31,6 +31,7 @@ from cxt.translation.estimates import Reader
 from cxt.translation.job import list_missing, list_units, run_units
 from cxt.translation.output import write_output
 from cxt.translation.request import identify
+from cxt.translation.tables import check_bigwig
 from cxt.translation.tracks import Tracks
 
 logger = get_logger(__name__)
@@ -60,7 +61,7 @@ def translate(
     generation_time: float | None = None,
     calibration: str = "auto",
     reading: str | None = None,
-    replicates: int = 15,
+    replicates: int | None = None,
     panels: int = 1,
     min_accessible: float = 0.25,
     max_gap: int | None = None,
@@ -115,8 +116,11 @@ def translate(
         With *mutation_rate*: `diversity` multiplies the times of each pair on each contig so that they imply the differences
         observed; `gamma` does so by a random draw given these; `none` does not. `auto`: `none` for a checkpoint that reads
         rates and so is given the rate, `diversity` for others.
-    reading, replicates
+    reading : str, optional
         As for `cxt.predict`.
+    replicates : int, optional
+        For a checkpoint that is read by sampling: sequences to decode for each pair. Estimates average over them, and they are
+        part of the output (`ContigTracks.replicates`). By default 15, which are not part of it.
     panels : int
         Where there are more haplotypes than the checkpoint reads: random subsets with the pair to average.
     min_accessible : float
@@ -204,8 +208,9 @@ def run_translation(
     way = choose_reading(network.objective, request.reading, name=f"checkpoint {request.model}")
     # What can be known before a long file is read.
     check_pairs(request.pairs)
+    check_replicates(request.replicates, network.objective, way, name=f"checkpoint {request.model}")
     choose_flank(network.config.windows, request.flank)
-    batch = _choose_batch(batch_size, network)
+    batch = _choose_batch(batch_size, network, sequences=_count_sequences(request, way))
     _import_writers(bigwig=bigwig)
     identity = identify(request, file_sha256(checkpoint))
     with hold_directory(directory, identity, force=force, lock=step != "blocks") as work:
@@ -214,6 +219,9 @@ def run_translation(
         source = open_source(request.input, ancestral=request.ancestral)
         names = [contig.name for contig in source.contigs]
         wanted = resolve_regions([parse_region(text, names) for text in request.regions or ()], source.contigs)
+        if bigwig:
+            chosen_names = {region.contig for region in wanted} or set(names)
+            check_bigwig(c for c in source.contigs if c.name in chosen_names and c.length is not None)
         store = _read(request, network, source, wanted, work)
         chosen = choose_pairs(
             store.haplotypes,
@@ -230,6 +238,8 @@ def run_translation(
             regions=wanted,
             read_mask=lambda contig: _load_mask(request, contig, dict(store.contigs)),
         )
+        if bigwig:  # of contigs, too, whose length was not known before
+            check_bigwig(Contig(plan.name, plan.length) for plan in plans)
         _warn(network, request, plans, store)
         if step == "read":  # and check that pairs and checkpoint fit, before there are many jobs
             return None
@@ -274,7 +284,12 @@ def _choose_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
+def _count_sequences(request: Translation, reading: str) -> int:
+    """Sequences that are sampled for each pair."""
+    return 0 if reading != "sampled" else request.replicates or DEFAULT_REPLICATES
+
+
+def _choose_batch(batch_size: int | str, network: CoalescenceModel, *, sequences: int) -> int:
     """Pairs to read together: what was asked for, or what the memory of the device has room for."""
     if batch_size != "auto":
         try:
@@ -286,10 +301,11 @@ def _choose_batch(batch_size: int | str, network: CoalescenceModel) -> int:
         return number
     device = network.backbone.head.weight.device
     if device.type != "cuda":
-        return CPU_BATCH
+        return int(np.clip(CPU_BATCH * DEFAULT_REPLICATES // max(sequences, 1), 1, CPU_BATCH))
     config = network.config
-    # Activations of one block at a time, and the distributions in float64.
+    # Activations of one block at a time, and the distributions in float64; distributions, keys and values of each sequence.
     per_pair = config.windows * (16 * config.width + 4 * config.bins) * 8
+    per_pair += sequences * config.windows * (config.bins + 2 * config.layers * config.width) * 4
     free, _ = torch.cuda.mem_get_info(device)
     return int(np.clip(free // (4 * per_pair), 1, 512))
 

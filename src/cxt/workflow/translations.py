@@ -3,7 +3,7 @@
 import os
 import re
 
-from cxt.config.learning import is_readable
+from cxt.config.learning import check_replicates, choose_reading, is_readable
 from cxt.config.models import build_training_config
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.genotypes.pairs import KINDS
@@ -60,8 +60,12 @@ def check_translations(config: dict) -> None:
     for name, entry in config["translate"].items():
         find_translation_checkpoint(config, name)
         model = entry["model"]
-        if model in config["models"] and not is_readable(objective := build_training_config(config, model).objective):
-            raise BadRequest(f"translate.{name}.model: '{model}' was trained with {objective}, which predicts no times")
+        if model in config["models"]:
+            objective = build_training_config(config, model).objective
+            if not is_readable(objective):
+                raise BadRequest(f"translate.{name}.model: '{model}' was trained with {objective}, which predicts no times")
+            reading = choose_reading(objective, entry.get("reading"), name=f"translate.{name}.model: '{model}'")
+            check_replicates(entry.get("replicates"), objective, reading, name=f"translate.{name}: checkpoint {model}")
         _check_words(name, entry)
         for path in list_translation_files(config, name):
             if not path.startswith(f"{RESULTS}/"):
