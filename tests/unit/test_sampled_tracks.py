@@ -100,6 +100,7 @@ def test_neither_batches_nor_interruptions_matter(here, whole, tmp_path):
     run_translation(request, out, step="blocks", part=(2, 3), **run)
     (out / ".work" / ".0-0-0.npz.part").write_bytes(b"half")  # what was being written
     tracks = run_translation(request, out, step="all", part=(1, 1), **run)
+    assert tracks is not None
     assert tracks.read("1").replicates.shape[0] == 4
     assert all_bytes(out) == all_bytes(here / "whole")
 
