@@ -234,7 +234,7 @@ class Trees(Scenario):
     ] = None
     """Diploid individuals to take from each population, such as `{p1: 15, p2: 10}`, in place of `individuals` and
     `populations`."""
-    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), integer_validator] | None = None  # type: ignore[assignment]
+    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), integer_validator] | None = None
     """Pieces to use, from the first one on; 0 = for evaluation only. Default: all."""
 
     @model_validator(mode="after")

@@ -69,7 +69,7 @@ def take_piece(spec: dict, seeds: EngineSeeds, *, index: int, rng: np.random.Gen
     tables : tskit.TableCollection
         The piece, with positions from 0 on and times in generations.
     properties : dict
-        Rates (None: unknown), and which piece of which file it is.
+        Rates (None: unknown), the digest of the file, the start of the piece in it, and the sample nodes that were taken.
 
     Raises
     ------
@@ -107,16 +107,12 @@ def take_piece(spec: dict, seeds: EngineSeeds, *, index: int, rng: np.random.Gen
         piece = _overlay_mutations(piece, spec["mutation_rate"], seed=seeds.mutations)
         tables = piece.dump_tables()
         tables.provenances.clear()
-    elif not piece.num_sites:
-        raise BadRequest(
-            f"{path} has no sites that vary on [{left:,}, {left + length:,}), and `mutations: keep` takes those that there are; "
-            "use `mutations: overlay` to add some"
-        )
     return tables, {
         "mutation_rate": float(spec["mutation_rate"]),
         "recombination_rate": float(spec["recombination_rate"]) if "recombination_rate" in spec else None,
         "file_sha256": spec["sha256"][file],
-        "piece": number,
+        "left": left,
+        "nodes": nodes.tolist(),
     }
 
 

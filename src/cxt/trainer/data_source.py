@@ -107,8 +107,8 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
     for spec in specs:
         if spec["kind"] == "trees":
             raise BadRequest(
-                f"--simulate: '{spec['name']}' is cut from files, which have only so many pieces; make a dataset of it, and train "
-                "with --dataset-path"
+                f"--simulate: '{spec['name']}' is cut from files, which have only so many pieces; make a dataset of it, and "
+                "train with --dataset-path"
             )
         check_variant(spec)
         if "genetic_map" in spec:

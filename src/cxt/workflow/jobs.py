@@ -53,8 +53,8 @@ def check_plan(config: dict) -> None:
         for variant in collect_variants(config, [name]):
             if variant.spec["kind"] == "trees" and asked > (held_out := count_held_out_pieces(variant.spec)):
                 raise BadRequest(
-                    f"evaluation.simulations_of.{name}: {asked} requested, but the files of '{name}' have only {held_out} held-out "
-                    "pieces, one of ten; lower it, or add files"
+                    f"evaluation.simulations_of.{name}: {asked} requested, but the files of '{name}' have only {held_out} "
+                    "held-out pieces, one of ten; lower it, or add files"
                 )
     variants = collect_variants(config, list(config["scenarios"]))
     counted = [(variant.spec, list_batches(config, variant)) for variant in variants if variant.spec["kind"] != "trees"]
