@@ -1,5 +1,8 @@
 """Tree sequences as other programs write them: SLiM's before and after recapitation, tsinfer's, msprime's."""
 
+import warnings
+from pathlib import Path
+
 import msprime
 import numpy as np
 import tskit
@@ -61,7 +64,9 @@ def recapitate(ts: tskit.TreeSequence, *, seed=1) -> tskit.TreeSequence:
     demography.add_population(name="ancestral", initial_size=200)
     oldest = float(ts.nodes_time.max())
     demography.add_population_split(time=np.nextafter(oldest, 2 * oldest), derived=["p1", "p2"], ancestral="ancestral")
-    return msprime.sim_ancestry(initial_state=ts, demography=demography, recombination_rate=1e-6, random_seed=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", msprime.TimeUnitsMismatchWarning)
+        return msprime.sim_ancestry(initial_state=ts, demography=demography, recombination_rate=1e-6, random_seed=seed)
 
 
 def as_tsinfer(ts: tskit.TreeSequence) -> tskit.TreeSequence:
@@ -80,3 +85,10 @@ def as_tsdate(ts: tskit.TreeSequence, *, generations: float = 10_000) -> tskit.T
     tables.nodes.time = tables.nodes.time * generations
     tables.time_units = "generations"
     return tables.tree_sequence()
+
+
+def write_own_trees(directory) -> None:
+    """The file that config/examples/trees.yaml takes as given in a working directory, shorter."""
+    path = Path(directory, "results", "trees", "mine.trees")
+    path.parent.mkdir(parents=True)
+    msprime.sim_ancestry(25, sequence_length=2.2e6, population_size=1e3, recombination_rate=1e-8, random_seed=1).dump(path)

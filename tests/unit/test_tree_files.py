@@ -1,6 +1,8 @@
 """Tree sequences of one's own as training data: pieces, targets, mutations, samples, and what is refused of them."""
 
+import dataclasses
 import json
+import shutil
 
 import msprime
 import numpy as np
@@ -10,7 +12,7 @@ import tszip
 from helpers.repository import REPOSITORY, TINY, run_python
 from helpers.tree_files import as_tsdate, as_tsinfer, recapitate, simulate_forwards
 
-from cxt.config.file import load, locate_files, merge, resolve
+from cxt.config.file import locate_files, merge, resolve
 from cxt.config.tree_files import fill_tree_files
 from cxt.config.variants import list_variants
 from cxt.config.yaml import read_yaml
@@ -20,10 +22,14 @@ from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import open_shard, read_arrays
 from cxt.data.tree_dataset import build_tree_dataset
 from cxt.errors import BadRequest
+from cxt.evaluation.hmm import estimate_by_hmm
+from cxt.preprocess import main as preprocess
 from cxt.scenarios.batches import read_batch, write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import simulate_tree_sequence
 from cxt.scenarios.tree_pieces import identify_pieces, inspect_files
+from cxt.trainer.data_source import plan_simulations
+from cxt.trainer.options import read_options
 from cxt.workflow.jobs import check_plan, find_variant, list_batches
 from cxt.workflow.lineages import batch_lineage, dataset_lineage
 
@@ -54,7 +60,7 @@ def pedigree(individuals=12, generations=3, length=65_000) -> tskit.TreeSequence
     builder = msprime.PedigreeBuilder(msprime.Demography.isolated_model([100]))
     parents = [builder.add_individual(time=generations) for _ in range(individuals)]
     for time in range(generations - 1, -1, -1):
-        mates = [rng.choice(parents, size=2, replace=False) for _ in range(individuals)]
+        mates = [rng.choice(parents, size=2, replace=False).astype(np.int32) for _ in range(individuals)]
         parents = [builder.add_individual(time=time, parents=two, is_sample=time == 0) for two in mates]
     ts = msprime.sim_ancestry(
         initial_state=builder.finalise(length), model="fixed_pedigree", recombination_rate=1e-7, random_seed=1
@@ -119,8 +125,9 @@ def test_pieces_are_numbered_in_the_order_of_files(tmp_path):
 
 def test_a_piece_is_a_function_of_its_seed_index_and_stretch(tmp_path):
     """Whatever its file is called, and whatever follows."""
-    one = variant([write(tmp_path / "1.trees", ancestry(seed=1))])
-    two = variant([write(tmp_path / "other.trees", ancestry(seed=1)), write(tmp_path / "2.trees", ancestry(seed=2))])
+    path = write(tmp_path / "1.trees", ancestry(seed=1))
+    one = variant([path])
+    two = variant([str(shutil.copy(path, tmp_path / "other.trees")), write(tmp_path / "2.trees", ancestry(seed=2))])
     a, b, c, d = (
         simulate_tree_sequence(spec, index=index, seed=seed)
         for spec, index, seed in ((one.spec, 2, 1), (two.spec, 2, 1), (one.spec, 2, 2), (one.spec, 3, 1))
@@ -229,7 +236,7 @@ WRONG_FILES = {
     ),
     "no such population": (
         lambda: recapitate(simulate_forwards()), {"generation_time": 1, "populations": ["p3"]},
-        "no population 'p3'; did you mean 'p[12]'",
+        "no population 'p3'; choose from ancestral, p1, p2",
     ),
     "triploid": (lambda: ancestry(individuals=20, ploidy=3), {}, "individuals must all be diploid, or all haploid"),
     "shorter than a piece": (lambda: ancestry(length=9_999), {}, "9,999 bp long, shorter than one piece of 10,000 bp"),
@@ -366,25 +373,39 @@ def test_the_stage_writes_an_ordinary_batch_and_its_message_reproduces_a_piece(t
         assert all(ts.tables == simulate_tree_sequence(mine.spec, index=i, seed=1).tables for i, ts in enumerate(made))
 
 
-def test_a_dataset_without_a_workflow_trains(tmp_path):
-    """Also one of whose files the recombination rate is not known, and with the same targets as the workflow's stages."""
+def test_a_dataset_is_made_without_a_workflow(tmp_path):
+    """Also one of whose files the recombination rate is not known; the same pieces as in the workflow."""
     files = [write(tmp_path / f"{n}.trees", ancestry(seed=n, length=250_000)) for n in (1, 2)]
-    done = run_python(
-        "-m", "cxt.preprocess", "dataset", "--trees", *files, "--mutations", "overlay", "--mutation-rate", 1e-7,
-        "--sequence-length", 10_000, "--window-size", 1000, "--samples", 10, "--pairs", 4, "--out", tmp_path / "dataset",
-    )  # fmt: skip
-    assert "45 pieces for train, 5 pieces for test" in done.stdout + done.stderr
+    preprocess(["dataset", "--trees", *files, *FLAGS, "--out", str(tmp_path / "dataset")])
     manifest = read_manifest(tmp_path / "dataset")
     assert manifest["splits"]["train"]["items"] == 180
+    assert manifest["splits"]["test"]["simulations"] == 5
     assert manifest["ranges"]["recombination_rate"] is None
     assert [entry.name for entry in sorted(tmp_path.iterdir())] == ["1.trees", "2.trees", "dataset"]
     mine = variant(files)
     expected = preprocess_simulation(simulate_tree_sequence(mine.spec | {"name": "trees"}, index=10, seed=1), LAYOUT)
     with open_shard(tmp_path / "dataset" / "test" / "trees-0.zarr.zip") as (group, _):
         arrays = read_arrays("shard", group)
-    assert np.array_equal(arrays["log_tmrca"][1], expected.log_tmrca.astype(np.float32))
     assert arrays["index"][1] == 10
-    assert np.isnan(PairDataset(tmp_path / "dataset", "train").batch([0]).rates[0, 1])
+    assert np.array_equal(arrays["log_tmrca"][1], expected.log_tmrca.astype(np.float32))
+    rates = PairDataset(tmp_path / "dataset", "train").batch([0]).rates
+    assert np.isclose(rates[0, 0], np.log(1e-7))
+    assert np.isnan(rates[0, 1])
+    hmm = estimate_by_hmm(expected, window_size=1000, windows=10, samples=10)
+    known = dataclasses.replace(expected, recombination_rate=1e-7)
+    assert np.array_equal(hmm, estimate_by_hmm(known, window_size=1000, windows=10, samples=10))
+
+
+FLAGS = [
+    "--mutations", "overlay", "--mutation-rate", "1e-7", "--sequence-length", "10000", "--window-size", "1000",
+    "--samples", "10", "--pairs", "4",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_trained_on_such_a_dataset(tmp_path):
+    path = write(tmp_path / "a.trees", ancestry(length=250_000))
+    run_python("-m", "cxt.preprocess", "dataset", "--trees", path, *FLAGS, "--out", tmp_path / "dataset")
     run_python(
         "-m", "cxt.train", "--dataset-path", tmp_path / "dataset", "--devices", 0, "--epochs", 1, "--batch-size", 8,
         "--grad-accum", 1, "--layers", 1, "--heads", 2, "--width", 16, "--out", tmp_path / "mine.ckpt", cwd=tmp_path,
@@ -411,10 +432,7 @@ def test_they_cannot_be_simulated_on_the_fly(tmp_path):
     path = write(tmp_path / "a.trees", ancestry(individuals=25, length=250_000))
     overlay = {"scenarios": {"mine": MINE | {"files": path, "individuals": 25}}}
     (tmp_path / "mine.yaml").write_text(json.dumps(overlay), encoding="utf-8")
-    load([tmp_path / "mine.yaml"])
-    done = run_python(
-        "-m", "cxt.train", "--simulate", "mine", "--configfile", tmp_path / "mine.yaml", "--max-steps", 2, "--eval-samples", 4,
-        "--devices", 0, "--window-size", 1000, check=False, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "'mine' is cut from files" in done.stderr
+    words = ["--simulate", "mine", "--configfile", str(tmp_path / "mine.yaml"), "--max-steps=2", "--eval-samples=4"]
+    options = read_options(words)
+    with pytest.raises(BadRequest, match="'mine' is cut from files"):
+        plan_simulations(options, options.training, world=1)
