@@ -236,7 +236,7 @@ def test_datasets(here, tmp_path):
 
 
 def test_trees_of_ones_own(tmp_path):
-    """The commands of the page on own species, at a tenth of the size; test_workflow_commands_are_planned has the workflow's."""
+    """The commands of the page on own species, at a tenth of the size; those of Snakemake are planned above."""
     (simulate_words,), (dataset_words,) = commands_of("cxt", "simulate"), commands_of("cxt", "preprocess")
     (tmp_path / "results" / "trees").mkdir(parents=True)
     run_python(*(word.replace("10000000", "1000000") for word in simulate_words), cwd=tmp_path)
