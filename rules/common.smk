@@ -34,6 +34,7 @@ from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.scenarios.indices import SPLITS
+from cxt.scenarios.tree_pieces import list_piece_files
 
 
 def checked(config):
@@ -182,10 +183,20 @@ def simulate_minutes(wildcards):
     return 240 if cost is None else max(30, round(simulations * cost["seconds"] / 20))
 
 
+def tree_files(wildcards):
+    """The user's tree sequences that the simulations of a batch are cut from, where a scenario has some."""
+    variant, start = variant_and_start(wildcards)
+    if variant.spec["kind"] != "trees":
+        return []
+    return list_piece_files(variant.spec, start=start, count=batch_count(wildcards))
+
+
 def simulate_memory(wildcards):
-    """One simulation at a time: some twenty times its file."""
+    """One simulation at a time: some twenty times its file, and a file that it is cut from, with copies of its tables."""
     cost, _ = simulation_cost(wildcards)
-    return 4000 if cost is None else max(2000, 1000 + round(20 * cost["bytes"] / 1e6))
+    largest = max(map(os.path.getsize, tree_files(wildcards)), default=0)
+    known = 4000 if cost is None else max(2000, 1000 + round(20 * cost["bytes"] / 1e6))
+    return known + round(6 * largest / 1e6)
 
 
 def batch_count(wildcards):

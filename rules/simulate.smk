@@ -29,6 +29,8 @@ rule simulate:
     input:
         settings="results/settings/simulations/{variant}.yaml",
         genetic_map=find_batch_map,
+        # The user's own files are where they are, also with a storage provider.
+        trees=lambda wildcards: list(map(local, tree_files(wildcards))),
     output:
         "results/simulations/{variant}/{start}.trees.batch",
     log:

@@ -10,7 +10,7 @@ COMMANDS = {
     "plan": ("cxt.plan", "what a configuration will cost: simulations, steps, bytes, hours"),
     "simulate": ("cxt.simulate", "run one simulation batch: consecutive simulations of one variant"),
     "trees": ("cxt.commands.trees", "extract one tree sequence from a simulation batch"),
-    "preprocess": ("cxt.preprocess", "make the shards, the manifest and the synthetic mask of a dataset"),
+    "preprocess": ("cxt.preprocess", "make shards, manifest and mask of a dataset; or a dataset of your tree sequences"),
     "dataset": ("cxt.commands.dataset", "show, verify and export a dataset"),
     "teach": ("cxt.teach", "read the examples of a dataset with a teacher's checkpoint, for distillation"),
     "train": ("cxt.train", "train one checkpoint"),

@@ -3,16 +3,20 @@
 python -m cxt.preprocess shard --batch constant-0.trees.batch --start 0 --count 100 --train A.zarr.zip --test B.zarr.zip
 python -m cxt.preprocess manifest --dataset DIRECTORY [--shards JSON]
 python -m cxt.preprocess mask --spec JSON --seed 1 --out mask.npz
+python -m cxt.preprocess dataset --trees a.trees b.trees --mutations overlay --mutation-rate 1.29e-8 --out DIRECTORY
 """
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 from cxt.config.bounds import Index, PositiveInteger
 from cxt.config.datasets import Layout
 from cxt.config.flags import add_config_flag, check_flags, insert_config
+from cxt.config.scenarios import Trees
+from cxt.config.type_descriptions import list_choices
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import (
     add_mask_flags,
@@ -95,8 +99,66 @@ def _mask(args) -> None:
     logger.info(f"{args.out}: {len(mask)} bp, {mask.mean():.1%} inaccessible")
 
 
+SCENARIO_FLAGS = (
+    "mutations", "mutation_rate", "recombination_rate", "generation_time", "individuals", "populations", "simulations",
+)  # fmt: skip
+OWN_HELP = {
+    "individuals": "diploid individuals to take, drawn at random for each piece (default: as many as --samples needs)",
+    "simulations": "pieces to use, from the first one on (default: all)",
+    "sequence_length": "base pairs of a piece, a multiple of --window-size (default 1000000)",
+    "samples": "haplotypes to keep (default 50)",
+    "pairs": "random pairs of haplotypes from each piece (default 200)",
+}
+"""Help texts that differ from the descriptions in the configuration."""
+
+LAYOUT_FLAGS = ("sequence_length", "window_size", "samples", "pairs")
+
+
+def _dataset(args) -> None:
+    from cxt.data.tree_dataset import build_tree_dataset
+
+    def given(names: tuple[str, ...]) -> dict:
+        return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+]{0,99}", args.name):
+        raise BadRequest(f"--name: '{args.name}' must start with a letter or digit and contain only these, '_', '.' and '+'")
+    manifest = build_tree_dataset(
+        args.out,
+        {"files": args.trees} | given(SCENARIO_FLAGS),
+        given(LAYOUT_FLAGS),
+        name=args.name,
+        seed=check_seed(args.seed, name="--seed"),
+        mask=read_mask_from_flags(args),
+    )
+    parts = (f"{manifest['splits'][split]['simulations']} pieces for {split}" for split in SPLITS)
+    logger.info(f"{args.out}: {', '.join(parts)}, each of {manifest['windows']} windows and {manifest['pairs']} pairs")
+
+
+def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--trees", nargs="+", required=True, help="tree sequences, .trees or .tsz, in the order in which pieces are numbered")
+    add("--out", type=Path, required=True, help="dataset directory to create")
+    for name in (*SCENARIO_FLAGS, *LAYOUT_FLAGS):
+        section = Trees if name in SCENARIO_FLAGS else Layout
+        field = section.model_fields[name]
+        choices = list_choices(field) or None
+        kind = {"individuals": int, "simulations": int, "populations": str, "mutations": str}.get(name)
+        kind = kind or (int if section is Layout else float)
+        text = " ".join((field.description or "").split()).replace("%", "%%")
+        text += "" if section is Trees else f" (default {field.default})"
+        text = OWN_HELP.get(name, text)
+        flag = f"--{name.replace('_', '-')}"
+        if name == "populations":
+            add(flag, nargs="+", help=text)
+        else:
+            add(flag, type=kind, choices=choices, required=field.is_required(), help=text)
+    add("--name", default="trees", help="name of the scenario (default trees); random numbers depend on it and on --seed")
+    add("--seed", type=int, default=1, help="seed of mutations, individuals, pairs and mask offsets (default 1)")
+    add_mask_flags(parser)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run `cxt preprocess`: make a shard, the manifest or a synthetic mask of a dataset.
+    """Run `cxt preprocess`: make a shard, the manifest or a synthetic mask of a dataset, or a dataset of tree sequences.
 
     Parameters
     ----------
@@ -133,6 +195,9 @@ def main(argv: list[str] | None = None) -> None:
     mask.add_argument("--lineage", help="planned lineage of the mask, stored in it")
     mask.add_argument("--out", type=Path, required=True, help=".npz to write")
     mask.set_defaults(run=_mask)
+    dataset = commands.add_parser("dataset", help="make a dataset of tree sequences, without the workflow")
+    _add_dataset_flags(dataset)
+    dataset.set_defaults(run=_dataset)
     for command in commands.choices.values():
         add_config_flag(command)
         add_verbosity_flags(command)

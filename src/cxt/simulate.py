@@ -20,6 +20,7 @@ from pathlib import Path
 from cxt.config.demes import read_demes
 from cxt.config.flags import add_config_flag, insert_config
 from cxt.config.scenarios import complete_parameters
+from cxt.config.tree_files import PLANNED, fill_tree_files
 from cxt.config.variants import list_variants
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, set_verbosity
 from cxt.errors import BadRequest, Failed, suggest_nearest
@@ -28,7 +29,7 @@ from cxt.lineage import check_planned, derive_batch_lineage
 from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import how_to_reproduce, write_batch
 from cxt.scenarios.genetic_maps import catalogue_versions
-from cxt.scenarios.registry import SIMULATORS, check_variant
+from cxt.scenarios.registry import SIMULATORS, check_variant, identify_simulations
 from cxt.scenarios.stdpopsim_catalogue import describe_other_recombination
 from cxt.signals import STATUS, block_signals, end_with_parent, ignore, listen
 
@@ -45,9 +46,14 @@ def _read_variant(args) -> dict:
         if not all(isinstance(text, str) for text in texts) or spec["kind"] not in SIMULATORS:
             raise BadRequest(f"--spec must be a variant with a name and a kind, one of {', '.join(SIMULATORS)}")
         parameters = {key: value for key, value in spec.items() if key != "name"}
+        # Digests and lengths of files that the workflow has planned with; the digests are checked when the files are read.
+        planned = {key: parameters.pop(key) for key in PLANNED if spec["kind"] == "trees" and key in parameters}
         completed = complete_parameters(spec["kind"], parameters, at="--spec")
         if completed["kind"] == "demes":
             completed["demography"] = read_demes(completed["demography"], at="--spec")
+        if completed["kind"] == "trees" and not planned:
+            fill_tree_files(completed, at="--spec")
+        completed |= planned
         (variant, *others) = list_variants(spec["name"], completed | {"simulations": 1, "batch": 10})
         if others or variant.name != spec["name"]:
             raise BadRequest("--spec must be one variant, not a sweep: it has a list of values")
@@ -106,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     check_writable(args.out)
     if args.lineage is not None:
         catalogue = catalogue_versions(spec)
-        computed = derive_batch_lineage(spec, seed=seed, start=args.start, count=args.count, catalogue=catalogue)
+        identity = identify_simulations(spec, start=args.start, count=args.count)
+        computed = derive_batch_lineage(identity, seed=seed, start=args.start, count=args.count, catalogue=catalogue)
         check_planned(computed, args.lineage, target=args.out)
     _simulate_in_child(args.out, spec, start=args.start, count=args.count, seed=seed, lineage=args.lineage)
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from helpers.repository import REPOSITORY, TINY, run_python, snakemake
 from helpers.simulations import check_genealogies, constant_scenario
+from helpers.tree_files import write_own_trees
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.file import load, merge, resolve
@@ -384,13 +385,16 @@ def test_scenario_sets():
         assert message in str(error.value)
 
 
-def test_examples_are_sound():
-    for path in (EXAMPLES / "demes.yaml", EXAMPLES / "msprime.yaml"):
+def test_examples_are_sound(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_own_trees(tmp_path)
+    for path in (EXAMPLES / "demes.yaml", EXAMPLES / "msprime.yaml", EXAMPLES / "trees.yaml"):
         config = load([path])
         check_plan(config)
         name = next(iter(read_yaml(path)["models"]))
         for variant in list_variants(name, config["scenarios"][name]):
             ts = simulate_tree_sequence(variant.spec | {"sequence_length": 10_000}, index=0, seed=1)
+            assert ts.sequence_length == 10_000
             check_genealogies(ts)
             assert ts.num_samples == 50
 

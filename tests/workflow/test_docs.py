@@ -15,13 +15,15 @@ import yaml
 from helpers.published import write_published
 from helpers.repository import GOLDEN, REPOSITORY, TINY, run_python
 from helpers.simulations import build_dataset, constant_scenario, maps_taken_as_present, simulate
+from helpers.tree_files import write_own_trees
 
 from cxt.checkpoints.parents import read_parent_file
 from cxt.cli import COMMANDS
 from cxt.config.file import load
 from cxt.config.models import build_network_config
 from cxt.config.network import ModelConfig
-from cxt.trainer.options import build_parser, parse_flags
+from cxt.data.manifest import read_manifest
+from cxt.trainer.options import build_parser, parse_flags, read_options
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
@@ -199,6 +201,7 @@ def test_workflow_commands_are_planned(command, tmp_path):
             (tmp_path / re.search(r"--configfile (\S+)", page_text(page)).group(1)).write_text(block.text)
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
     write_published(tmp_path / PUBLISHED, STAND_IN)
+    write_own_trees(tmp_path)
     words = shlex.split(command)[1:]
     at = ["-s", REPOSITORY / "Snakefile", "--directory", tmp_path]
     done = run_python("-m", "snakemake", *at, *({"-n"} - set(words)), *words, cwd=tmp_path)
@@ -252,6 +255,17 @@ def test_datasets(here, tmp_path):
     for words in found:
         run_python(*(tmp_path / word if word == "arrays" else word for word in words), cwd=here)
     assert list(tmp_path.rglob("X.npy"))
+
+
+def test_trees_of_ones_own(tmp_path):
+    """The commands of the page on own species, at a tenth of the size; those of Snakemake are planned above."""
+    (simulate_words,), (dataset_words,) = commands_of("cxt", "simulate"), commands_of("cxt", "preprocess")
+    (tmp_path / "results" / "trees").mkdir(parents=True)
+    run_python(*(word.replace("10000000", "1000000") for word in simulate_words), cwd=tmp_path)
+    run_python(*dataset_words, cwd=tmp_path)
+    (train_words,) = [words for words in commands_of("python", "-m", "cxt.train") if "my_dataset" in words]
+    assert read_options(train_words[2:]).dataset_path == "my_dataset"
+    assert read_manifest(tmp_path / "my_dataset")["splits"]["train"]["simulations"] == 4
 
 
 SMALLER = {"chr2:1000001-3000000": "chr2:1000001-1100000"}

@@ -30,6 +30,7 @@ from cxt.config.network import (
 )
 from cxt.config.parent_files import ParentFile
 from cxt.config.scenarios import complete_parameters
+from cxt.config.tree_files import check_shared_files, fill_tree_files
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
 from cxt.errors import BadRequest, suggest_nearest
 
@@ -57,7 +58,7 @@ class _ProblemCollector:
 
 
 def fill_scenarios(config: dict, removed: set[str]) -> None:
-    """Replace paths of Demes files by their content, and scenario sets by their scenarios.
+    """Replace paths of Demes files by their content, and scenario sets by their scenarios; describe files of tree sequences.
 
     Parameters
     ----------
@@ -71,6 +72,7 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
     with problems.collect():
         _check_names(config)
     problems.refuse()
+    check_shared_files(config["scenarios"])
     _fill_sets(config, removed)
     evaluation = config["evaluation"]
     evaluation["simulations_of"] = {k: v for k, v in evaluation["simulations_of"].items() if k not in removed}
@@ -101,13 +103,15 @@ def check_consistency(config: dict) -> None:
 
 
 def _check_scenario(name: str, scenario: dict) -> None:
-    """Check a scenario's sweep, and replace the path of a Demes file by its content."""
+    """Check a scenario's sweep, replace the path of a Demes file by its content, and describe files of tree sequences."""
     at = f"scenarios.{name}"
     base = {key: value for key, value in scenario.items() if key not in NOT_PARAMETERS}
     for row in scenario.get("combinations", []):
         complete_parameters(scenario["kind"], base | row, at=f"{at}.combinations")
     if scenario["kind"] == "demes":
         scenario["demography"] = read_demes(scenario["demography"], at=at)
+    if scenario["kind"] == "trees":
+        fill_tree_files(scenario, at=at)
     check_variants(name, scenario)
 
 
@@ -180,7 +184,7 @@ def _check_dataset(config: dict, name: str, dataset: dict) -> None:
 
 def count_individuals(scenario: dict) -> int:
     """Diploid individuals that a scenario samples."""
-    return sum(scenario["samples"].values()) if scenario["kind"] == "demes" else scenario["individuals"]
+    return sum(scenario["samples"].values()) if "samples" in scenario else scenario["individuals"]
 
 
 def _check_scenario_fits(name: str, scenario: dict, at: str, dataset: dict) -> None:

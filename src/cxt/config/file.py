@@ -32,7 +32,7 @@ def without_nulls(value):
 
 
 NAMED_FILES = (
-    ("scenarios", "demography"), ("datasets", "mask", "path"),
+    ("scenarios", "demography"), ("scenarios", "files"), ("datasets", "mask", "path"),
     ("translate", "input"), ("translate", "populations"), ("translate", "mask"),
 )  # fmt: skip
 """Where a configuration names files: section, then keys of each of its entries."""
@@ -59,7 +59,11 @@ def locate_files(config: dict, configfiles: Sequence) -> dict:
         entries = config.get(section)
         for name in entries if isinstance(entries, dict) else ():
             found = _look_up(config, [section, name, *keys])
-            if not isinstance(found, str) or os.path.isabs(found) or found.startswith(f"{RESULTS}/"):
+            if isinstance(found, list) and (section, *keys) in NAMED_FILES:
+                if directories := [where for where, content in contents if _look_up(content, [section, name, *keys]) == found]:
+                    config = merge(config, _nest([section, name, *keys], [_place(path, directories[-1]) for path in found]))
+                continue
+            if not isinstance(found, str) or _is_placed(found):
                 continue
             if (section, *keys) in PARENTS and not is_path(found):
                 continue
@@ -67,12 +71,24 @@ def locate_files(config: dict, configfiles: Sequence) -> dict:
             if (section, *keys) in FILES_OR_NAMES:
                 directories = [where for where in directories if (where / found).is_file()]
             if directories:
-                path = os.path.relpath(directories[-1] / found)
-                path = os.path.abspath(path) if path.startswith(os.pardir) else path
+                path = _place(found, directories[-1])
                 if (section, *keys) in PARENTS and not is_path(path):
                     path = os.path.join(os.curdir, path)  # a run directory here
                 config = merge(config, _nest([section, name, *keys], path))
     return config
+
+
+def _is_placed(path) -> bool:
+    """Whether a path is absolute, or a file of the workflow, which is relative to the working directory."""
+    return not isinstance(path, str) or os.path.isabs(path) or path.startswith(f"{RESULTS}/")
+
+
+def _place(path, directory: Path):
+    """A path that is relative to *directory*, for the working directory."""
+    if _is_placed(path):
+        return path
+    path = os.path.relpath(directory / path)
+    return os.path.abspath(path) if path.startswith(os.pardir) else path
 
 
 def _look_up(config, keys: Sequence[str]):

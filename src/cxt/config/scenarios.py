@@ -1,6 +1,6 @@
 """Scenarios of the configuration: a section for each kind of demographic model."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
@@ -21,6 +21,7 @@ from cxt.config.problems import refuse
 from cxt.config.section import Section
 from cxt.config.type_descriptions import Expected
 from cxt.config.variants import NOT_PARAMETERS
+from cxt.errors import BadRequest
 
 PositiveRateOrSweep = PositiveRate | NonEmpty[PositiveRate]
 RateOrSweep = Rate | NonEmpty[Rate]
@@ -198,11 +199,58 @@ class Msprime(Sampled, Combined, Coalescent, Scenario):
     """Crossovers per base pair and generation."""
 
 
-AnyScenario = Annotated[Constant | Sawtooth | Island | HardSweep | Stdpopsim | Demes | Msprime, Field(discriminator="kind")]
+class Trees(Scenario):
+    """Tree sequences of one's own, cut into consecutive pieces of `sequence_length` base pairs, which are the simulations.
+
+    Pieces are numbered in the order of the files. Where the last piece of a file would be shorter, it is left out. Those whose
+    number is a multiple of 10 are held out, as in every scenario, and serve the evaluation.
+    """
+
+    kind: Literal["trees"]
+    """Tree sequences of one's own."""
+    files: Annotated[
+        Text | NonEmpty[Text], Expected("a path or pattern of .trees or .tsz files, or a list of paths and patterns")
+    ]
+    """Tree sequences (`.trees`, or `.tsz` compressed by tszip), absolute or relative to the configuration file. A pattern such
+    as `slim/*.trees` stands for all files that match, sorted by name."""
+    mutations: Literal["overlay", "keep"]
+    """`overlay`: mutations of the files are replaced by new ones under the infinite-sites model, at `mutation_rate`. `keep`:
+    sites of the files are taken as they are; of these, the biallelic ones are used."""
+    mutation_rate: PositiveRate
+    """Mutations per base pair and generation: those to overlay, or those that the files were made with."""
+    recombination_rate: Rate | None = None
+    """Crossovers per base pair and generation that the files were made with, if known, for networks that read rates."""
+    generation_time: Positive | None = None
+    """Units of time per generation, for files whose times are not in generations: years per generation for `years`, ticks per
+    generation for SLiM's `ticks` (1 in a Wright-Fisher model)."""
+    individuals: Individuals | None = None
+    """Diploid individuals to take, drawn at random for each piece; each gives two haplotypes. Default: 25. Where individuals
+    are haploid, or there are none, two sample nodes that follow each other count as one."""
+    populations: NonEmpty[Text] | None = None
+    """Names or numbers of the populations to draw them from. Default: all."""
+    samples: Annotated[
+        dict[Text, PositiveInteger] | None,
+        Expected("a mapping from populations to numbers of diploid individuals"),
+    ] = None
+    """Diploid individuals to take from each population, such as `{p1: 15, p2: 10}`, in place of `individuals` and
+    `populations`."""
+    simulations: Annotated[int, Field(strict=True, ge=0, le=10**8), integer_validator] | None = None
+    """Pieces to use, from the first one on; 0 = for evaluation only. Default: all."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.samples is not None and (self.individuals is not None or self.populations is not None):
+            raise BadRequest("`samples` cannot be used with `individuals` or `populations`; remove either")
+        return self
+
+
+AnyScenario = Annotated[
+    Constant | Sawtooth | Island | HardSweep | Stdpopsim | Demes | Msprime | Trees, Field(discriminator="kind")
+]
 
 KIND_SECTIONS: dict[str, type[Scenario]] = {
     "constant": Constant, "sawtooth": Sawtooth, "island": Island, "hard_sweep": HardSweep, "stdpopsim": Stdpopsim,
-    "demes": Demes, "msprime": Msprime,
+    "demes": Demes, "msprime": Msprime, "trees": Trees,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ LONGEST_NAME = 200
 """Largest number of characters of a variant's name, which is part of file names (at most 255)."""
 
 
-NEVER_SWEPT = ("models", "history")
+NEVER_SWEPT = ("models", "history", "populations", "files", "sha256", "lengths")
 """Parameters whose value is a list and not a sweep."""
 
 

@@ -241,7 +241,7 @@ def compute_ranges(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> dic
     values = {
         "diversity": diversity[accessible > 0],
         "mutation_rate": arrays["mutation_rate"],
-        "recombination_rate": arrays["recombination_rate"],
+        "recombination_rate": arrays["recombination_rate"][~np.isnan(arrays["recombination_rate"])],  # NaN: unknown
         "missingness": missing,
     }
     return {

@@ -1,5 +1,6 @@
 """Preprocessing a simulation for a shard: usable sites, random pairs, and their ln TMRCA in windows."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def preprocess_simulation(ts: tskit.TreeSequence, spec: dict, *, mask=None, regi
         index=identity["index"],
         start=start,
         mutation_rate=identity["mutation_rate"],
-        recombination_rate=identity["recombination_rate"],
+        recombination_rate=math.nan if identity["recombination_rate"] is None else identity["recombination_rate"],
         genotypes=pack_haplotypes(genotypes),
         positions=positions,
         pairs=pairs,

@@ -190,7 +190,8 @@ def check_arrays(arrays: Mapping[str, np.ndarray], attributes: Mapping) -> None:
     if (wrong := regions != attributes["regions_per_simulation"]).any():
         raise ShardError(f"it holds {regions[_first_index(wrong)]} regions of simulation {indices[_first_index(wrong)]}")
     for name in ("mutation_rate", "recombination_rate"):
-        if not (np.isfinite(arrays[name]) & (arrays[name] >= 0)).all():
+        unknown = np.isnan(arrays[name]) if name == "recombination_rate" else False
+        if not (unknown | (np.isfinite(arrays[name]) & (arrays[name] >= 0))).all():
             raise ShardError(f"its {name} has a value that is not a rate")
     if attributes["missing"] and length % 8 and (arrays["mask"][:, -1] >> length % 8).any():
         raise ShardError("its mask has bits beyond its end")

@@ -10,7 +10,7 @@ A shard is one Zarr v3 group in one zip file, one array per field:
     index         (simulations,) int64               index of the simulation in its variant
     start         (simulations,) int64               start of the region that is used, in base pairs
     mutation_rate (simulations,) float64
-    recombination_rate (simulations,) float64        mean over the simulation; both per base pair and generation
+    recombination_rate (simulations,) float64        mean over the simulation, NaN if unknown; both per base pair and generation
     mask          (simulations, ceil(length / 8)) uint8, only with missingness: bit 1 = inaccessible
     mask_offset   (simulations,) int64, only with missingness: offset in the accessibility mask
 

@@ -141,7 +141,9 @@ def estimate_by_hmm(simulation: PreprocessedSimulation, *, window_size: int, win
     differences = (derived * (samples - derived)).sum() / (samples * (samples - 1) / 2)  # mean over all pairs of the sample
     mean = max(differences, 0.5) / (2 * simulation.mutation_rate * max(ends[-1], 1.0))
     edges, times, prior = split_time(mean)
-    transitions = build_transitions(edges, times, mean=mean, recombination=simulation.recombination_rate * step)
+    # An unknown rate is taken to be that of mutations, of which it is rarely more than a few times as much or as little.
+    recombination = simulation.mutation_rate if np.isnan(simulation.recombination_rate) else simulation.recombination_rate
+    transitions = build_transitions(edges, times, mean=mean, recombination=recombination * step)
     rates = 2 * simulation.mutation_rate * step * times
     result = np.empty((len(simulation.pairs), windows))
     log_time = np.empty(steps)

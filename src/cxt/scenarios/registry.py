@@ -8,7 +8,7 @@ import tskit
 from cxt.config.variants import list_variants
 from cxt.errors import BadRequest
 from cxt.random_seeds import check_seed
-from cxt.scenarios import msprime_models
+from cxt.scenarios import msprime_models, tree_pieces
 from cxt.scenarios.genetic_maps import get_genetic_map
 from cxt.scenarios.seeds import build_random_generator, derive_engine_seeds
 from cxt.scenarios.stdpopsim_catalogue import list_autosomes, select_models
@@ -19,10 +19,14 @@ METADATA = tskit.MetadataSchema.permissive_json()
 
 @dataclasses.dataclass(frozen=True)
 class ScenarioKind:
-    """How to simulate a kind of scenario, and how to check a variant before anything runs."""
+    """How to simulate a kind of scenario, and how to check a variant before anything runs.
+
+    *inspect* is a check that takes longer, done once when a workflow is planned.
+    """
 
     simulate: Callable
     check: Callable[[dict], None] = lambda spec: None
+    inspect: Callable[[dict], None] = lambda spec: None
 
 
 def _check_catalogue(spec: dict) -> None:
@@ -40,6 +44,7 @@ SIMULATORS = {
     "stdpopsim": ScenarioKind(simulate_segment, _check_catalogue),
     "demes": ScenarioKind(msprime_models.simulate_demes, msprime_models.check_demes),
     "msprime": ScenarioKind(msprime_models.simulate_piecewise, msprime_models.check_history),
+    "trees": ScenarioKind(tree_pieces.take_piece, inspect=tree_pieces.inspect_files),
 }
 """The kinds of scenario, by name."""
 
@@ -50,10 +55,16 @@ def check_variant(spec: dict) -> None:
 
 
 def check_scenarios(config: dict) -> None:
-    """Run `check_variant` for every variant of *config*."""
+    """Run `check_variant` for every variant of *config*, and inspect the files of those that have some."""
     for name, scenario in config["scenarios"].items():
         for variant in list_variants(name, scenario):
             check_variant(variant.spec)
+            SIMULATORS[scenario["kind"]].inspect(variant.spec)
+
+
+def identify_simulations(spec: dict, *, start: int, count: int) -> dict:
+    """What consecutive simulations of a variant depend on besides seed and indices: its parameters, and digests of files."""
+    return tree_pieces.identify_pieces(spec, start=start, count=count) if spec["kind"] == "trees" else spec
 
 
 def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollection:
@@ -62,9 +73,12 @@ def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollecti
     Parameters, metadata and errors are as in `simulate_tree_sequence`.
     """
     seed = check_seed(seed)
-    seeds = derive_engine_seeds(seed=seed, spec=spec, index=index)
+    own = tree_pieces.drop_content(spec) if spec["kind"] == "trees" else spec
+    seeds = derive_engine_seeds(seed=seed, spec=own, index=index)
     if spec["kind"] == "stdpopsim":  # draws a model, a segment and samples
         random = {"rng": build_random_generator(seed=seed, spec=spec, index=index, purpose="simulate")}
+    elif spec["kind"] == "trees":
+        random = {"rng": build_random_generator(seed=seed, spec=own, index=index, purpose="simulate"), "index": index}
     else:
         random = {}
     tables, properties = SIMULATORS[spec["kind"]].simulate(spec, seeds, **random)
@@ -73,8 +87,10 @@ def simulate_tables(spec: dict, *, index: int, seed: int) -> tskit.TableCollecti
             f"'{spec['name']}', index {index}: {tables.sequence_length:g} bp simulated instead of {spec['sequence_length']}"
         )
     tables.metadata_schema = METADATA
-    identity = {"scenario": spec["name"], "index": index, "seed": seed, "spec": spec}
-    tables.metadata = {"cxt": identity | {"ancestry_model": spec.get("ancestry_model", "hudson")} | properties}
+    identity = {"scenario": spec["name"], "index": index, "seed": seed, "spec": own}
+    if spec["kind"] != "trees":
+        identity["ancestry_model"] = spec.get("ancestry_model", "hudson")
+    tables.metadata = {"cxt": identity | properties}
     return tables
 
 

@@ -106,6 +106,11 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
             raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
         specs += [variant.spec for variant in list_variants(name, config["scenarios"][name])]
     for spec in specs:
+        if spec["kind"] == "trees":
+            raise BadRequest(
+                f"--simulate: '{spec['name']}' is cut from files, which have only so many pieces; make a dataset of it, and "
+                "train with --dataset-path"
+            )
         check_variant(spec)
         if "genetic_map" in spec:
             fetch_genetic_map(spec)

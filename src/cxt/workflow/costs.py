@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
+from cxt.config.tree_files import count_pieces
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
 from cxt.errors import BadRequest
@@ -237,7 +238,8 @@ def measure_costs(
         lengths = costs["simulations"].setdefault(variant_key(variant.spec), {})
         asked, made = variant.spec["sequence_length"], []
         try:
-            lengths[str(asked)], made = measure_simulation(variant.spec, budget=seconds, longest=longest)
+            most = min(20, count_pieces(variant.spec)) if variant.spec["kind"] == "trees" else 20
+            lengths[str(asked)], made = measure_simulation(variant.spec, budget=seconds, longest=longest, most=most)
         except BadRequest as error:
             progress(f"skipped: {error}")
             continue

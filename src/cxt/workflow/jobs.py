@@ -19,6 +19,7 @@ from cxt.errors import BadRequest
 from cxt.scenarios.indices import EVALUATION_START, count_in_split, simulation_batches
 from cxt.scenarios.registry import check_scenarios
 from cxt.scenarios.seeds import check_shared_ancestry
+from cxt.scenarios.tree_pieces import count_held_out_pieces
 from cxt.workflow.frozen import derived_once
 
 logger = get_logger(__name__)
@@ -44,10 +45,19 @@ def check_plan(config: dict) -> None:
     ------
     BadRequest
         If a scenario cannot be simulated or has no training simulation for a dataset, two simulations would have the same
-        ancestry, or a model has fewer examples than one batch.
+        ancestry, a scenario of files has fewer pieces than `evaluation.simulations_of` asks for, or a model has fewer examples
+        than one batch.
     """
     check_scenarios(config)
-    counted = [(variant.spec, list_batches(config, variant)) for variant in collect_variants(config, list(config["scenarios"]))]
+    for name, asked in config["evaluation"]["simulations_of"].items():
+        for variant in collect_variants(config, [name]):
+            if variant.spec["kind"] == "trees" and asked > (held_out := count_held_out_pieces(variant.spec)):
+                raise BadRequest(
+                    f"evaluation.simulations_of.{name}: {asked} requested, but the files of '{name}' have only {held_out} "
+                    "held-out pieces, one of ten; lower it, or add files"
+                )
+    variants = collect_variants(config, list(config["scenarios"]))
+    counted = [(variant.spec, list_batches(config, variant)) for variant in variants if variant.spec["kind"] != "trees"]
     check_shared_ancestry(counted, seed=config["seed"])
     for name, dataset in config["datasets"].items():
         for variant in collect_variants(config, dataset["scenarios"]):
@@ -149,6 +159,8 @@ def list_evaluation_batches(config: dict, variant: Variant) -> list[tuple[int, i
     """(first index, count) of the evaluation batches of a variant."""
     evaluation = config["evaluation"]
     simulations = evaluation["simulations_of"].get(get_scenario_name(variant.name), evaluation["simulations"])
+    if variant.spec["kind"] == "trees":
+        simulations = min(simulations, count_held_out_pieces(variant.spec))
     return simulation_batches(simulations=simulations, batch=variant.batch, start=EVALUATION_START)
 
 

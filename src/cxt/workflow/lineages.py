@@ -20,6 +20,7 @@ from cxt.lineage import (
 )
 from cxt.scenarios.genetic_maps import catalogue_versions
 from cxt.scenarios.indices import SPLITS, count_in_split, simulation_batches
+from cxt.scenarios.registry import identify_simulations
 from cxt.workflow.frozen import derived_once
 from cxt.workflow.jobs import (
     batch_count,
@@ -39,7 +40,8 @@ from cxt.workflow.paths import runs_directory
 def batch_lineage(config: dict, variant: Variant, start: int, count: int) -> str:
     """Lineage of *count* simulations of a variant, starting at index *start*."""
     catalogue = catalogue_versions(variant.spec)
-    return derive_batch_lineage(variant.spec, seed=config["seed"], start=start, count=count, catalogue=catalogue)
+    spec = identify_simulations(variant.spec, start=start, count=count)
+    return derive_batch_lineage(spec, seed=config["seed"], start=start, count=count, catalogue=catalogue)
 
 
 @functools.cache
