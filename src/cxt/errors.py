@@ -80,6 +80,7 @@ EXTRAS = {
     "demes": "simulate", "msprime": "simulate", "stdpopsim": "simulate",
     "jsonargparse": "train", "lightning_fabric": "train", "pytorch_lightning": "train", "tensorboard": "train",
     "snakemake": "workflow",
+    "optuna": "sweep",
     "cyvcf2": "vcf", "pyBigWig": "vcf", "pysam": "vcf", "tszip": "vcf",
 }  # fmt: skip
 """{package to import: the extra of cxt that installs it}."""
