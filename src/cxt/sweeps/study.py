@@ -1,7 +1,8 @@
 """The study of a sweep: all its trials in an SQLite database, which several processes and machines may use at a time.
 
 Each process holds the lock `study.lock` while it reads and changes the study, and `trials/<number>.claim` while it trains a
-trial. Both end with the process. A trial that is running in the database but claimed by no process was interrupted, and is continued.
+trial. Both end with the process. A trial that is running in the database but claimed by no process was interrupted, and is
+continued.
 """
 
 import contextlib

@@ -41,7 +41,8 @@ class Outcome:
     value : the metric of a complete trial
     reason : why it is not complete
     steps, seconds : optimizer steps and time that it trained
-    is_refused : whether the trainer refused its values, so that it never began
+    is_refused : whether its values are no valid request
+    never_began : whether its trainer ended before it had built the network, although its values are a valid request
     """
 
     state: str
@@ -50,6 +51,7 @@ class Outcome:
     steps: int = 0
     seconds: float = 0.0
     is_refused: bool = False
+    never_began: bool = False
 
 
 class Interruption:
@@ -236,7 +238,8 @@ class TrialRun:
 
     def _outcome(self, state: str, **about) -> Outcome:
         last = (read_log(self.run.log) or [{"step": 0, "seconds": 0.0}])[-1]
-        return Outcome(state, steps=last["step"], seconds=last["seconds"] or 0.0, **about)
+        never_began = self.run.read_record() is None
+        return Outcome(state, steps=last["step"], seconds=last["seconds"] or 0.0, never_began=never_began, **about)
 
     def _finished(self) -> Outcome:
         metric = self.study.sweep.metric

@@ -19,8 +19,8 @@ logger = get_logger(__name__)
 MAX_DRAWS = 50
 """Combinations that are drawn to find one that can be trained, before a sweep is refused."""
 
-MAX_SAME_FAILURES = 3
-"""Trials that may fail for the same reason one after another: then it is not for their values."""
+MAX_NEVER_BEGAN = 3
+"""Trials that may end one after another before they train: then it is for the data or the machine, not for their values."""
 
 
 def find_trainable(sweep: Sweep, fixed: Fixed, *, seed: int) -> RunRequest:
@@ -74,11 +74,13 @@ def run_sweep(directory: Path, sweep: Sweep, fixed: Fixed, *, count: int, seed: 
     listen(interruption)
     deadline = None if fixed.max_minutes is None else began + 60 * fixed.max_minutes
     request = find_trainable(sweep, fixed, seed=seed)
+    if sweep.metric.startswith("val_") and not request.manifest["splits"]["test"]["items"]:
+        raise BadRequest(f"the metric {sweep.metric} needs validation, but the dataset has no test examples; use train_loss")
     study = Study(directory, sweep, seed=seed, identity=identify(sweep, fixed, request))
     if sweep.method == "grid" and sweep.grid_size < count:
         logger.info(f"the grid has {sweep.grid_size} combinations, fewer than --count {count}")
     logger.info(f"{directory}: {describe_sweep(sweep)}, {count} trials")
-    same, previous = 0, ""
+    never_began = 0
     while True:
         interruption.check()
         if deadline is not None and time.monotonic() >= deadline:
@@ -91,12 +93,11 @@ def run_sweep(directory: Path, sweep: Sweep, fixed: Fixed, *, count: int, seed: 
         study.finish(claim, outcome.state, value=outcome.value, about=about)
         write_results(study, fixed)
         _say(study, claim, outcome, count)
-        same = same + 1 if outcome.reason and outcome.reason == previous else 1
-        previous = outcome.reason if outcome.state == "FAIL" else ""
-        if previous and same >= MAX_SAME_FAILURES:
+        never_began = never_began + 1 if outcome.never_began else 0
+        if never_began == MAX_NEVER_BEGAN:
             raise Failed(
-                f"{same} trials one after another failed for the same reason: {previous}. Their output is in "
-                f"{study.trials_directory}; run the same command again to go on with other trials"
+                f"{never_began} trials one after another ended before they began to train, the last because: {outcome.reason}. "
+                f"Their output is in {study.trials_directory}; run the same command again to go on with other trials"
             )
     _finish(study, fixed)
 
@@ -126,6 +127,8 @@ def _say(study: Study, claim: Claim, outcome: Outcome, count: int) -> None:
     metric = study.sweep.metric
     if outcome.state == "COMPLETE":
         text = f"{metric} {outcome.value:.6g} after {outcome.steps} steps, {_time(outcome.seconds)}"
+    elif outcome.is_refused:
+        text = outcome.reason
     else:
         text = f"{'pruned' if outcome.state == 'PRUNED' else 'failed'} after {outcome.steps} steps: {outcome.reason}"
     so_far = "" if best is None else f"; best: {best.value:.6g} (trial {best.number})"
