@@ -110,7 +110,7 @@ class Study:
 
         self.directory, self.sweep, self.seed = directory, sweep, seed
         self.trials_directory = directory / "trials"
-        check_writable(self.trials_directory / "0")
+        check_writable(self.trials_directory / "0.claim")
         early = sweep.early
         pruner: Any = optuna.pruners.NopPruner()
         if early is not None:
