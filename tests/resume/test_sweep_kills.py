@@ -109,7 +109,7 @@ def test_two_processes_that_are_killed(dataset, tmp_path):
     refused = [row for row in rows if "refused: width 16 is not a multiple of 6" in row["reason"]]
     assert refused
     assert all(row["heads"] == "3" and row["state"] == "pruned" for row in refused)
-    assert any("is worse than the median" in row["reason"] for row in rows)
+    assert any("the best so far is worse than the median" in row["reason"] for row in rows)
     for row in rows:  # interrupted or not, each row of a log is there once
         steps = [entry["step"] for entry in read_log(tmp_path / "out" / "trials" / row["number"] / "training_log.csv")]
         assert steps == sorted(set(steps))

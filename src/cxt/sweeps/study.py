@@ -204,11 +204,19 @@ class Study:
         live = optuna.trial.Trial(self._study, trial._trial_id)
         return Claim(trial.number, self.sweep.decode(trial.params), continues, lock, live)
 
-    def report(self, claim: Claim, validation: int, value: float) -> None:
-        """Record a trial's metric at a validation, counted from 1, unless it is recorded already."""
+    def report(self, claim: Claim, validation: int, value: float) -> bool:
+        """Record a trial's metric at a validation, counted from 1, unless it is recorded already.
+
+        Returns
+        -------
+        bool
+            Whether it is the last one that is recorded: a trial that is continued reports earlier ones again.
+        """
         with self.locked():
-            if validation not in self.trials()[claim.number].intermediate_values:
+            before = self.trials()[claim.number].intermediate_values
+            if validation not in before:
                 claim.trial.report(value, validation)
+        return validation >= max(before, default=0)
 
     def should_prune(self, claim: Claim) -> bool:
         """Whether the trial is worse than the median of the others at its last reported validation."""

@@ -153,8 +153,9 @@ class TrialRun:
             status, pruned_at = self._run_process()
             if pruned_at is not None:
                 metric, place = self.study.sweep.metric, pruned_at
-                reason = f"{metric} at validation {place} is worse than the median of the other trials"
-                return self._outcome("PRUNED", reason=reason)
+                row = self._rows()[place - 1]  # the trainer may have gone a few steps further
+                reason = f"{metric} {row[metric]:.4g} at validation {place}: the best so far is worse than the median"
+                return Outcome("PRUNED", reason=reason, steps=row["step"], seconds=row["seconds"] or 0.0)
             self._wait_for_own_signal(status)
             self.interruption.check()
             if status == 0:
@@ -217,11 +218,11 @@ class TrialRun:
         rows = self._rows()
         planned = self._planned_steps()
         for place, row in enumerate(rows[self._reported :], start=self._reported + 1):
-            self.study.report(self.claim, place, row[self.study.sweep.metric])
+            is_last = self.study.report(self.claim, place, row[self.study.sweep.metric])
             self._reported = place
             self._say(row)
             # A trial that has reached its last step is complete.
-            if row["step"] != planned and self.study.should_prune(self.claim):
+            if is_last and row["step"] != planned and self.study.should_prune(self.claim):
                 return place
         return None
 
