@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -44,15 +45,21 @@ class Worker:
         words = ["-m", "cxt", "sweep", *FLAGS, *flags, "--dataset-path", dataset, "--sweep", directory / "sweep.yaml"]
         words += ["--count", count, "--out", directory / "out"]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
+        self.out, self.began = directory / "out", time.time()
         self.said = directory / f"said-{time.monotonic_ns()}"
         with open(self.said, "w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *map(str, words)], env=environment, stdout=file, stderr=file, start_new_session=True
             )
 
-    def trains(self) -> bool:
-        """Whether a trial of this process has written a row of its log, or the process has ended."""
-        return self.process.poll() is not None or " begins" in self.said.read_text() or " continues" in self.said.read_text()
+    def wait_until_it_trains(self) -> None:
+        """Until a trial of this process has written a row of its log, or the process has ended."""
+        while self.process.poll() is None:
+            begun = re.findall(r"trial (\d+) (?:begins|continues)", self.said.read_text())
+            log = self.out / "trials" / (begun or ["none"])[-1] / "training_log.csv"
+            if log.exists() and log.stat().st_mtime > self.began:
+                return
+            time.sleep(0.02)
 
     def stop(self, number: int) -> int:
         """Send a signal to the sweep's process alone, and see that nothing is left of its group."""
@@ -68,6 +75,11 @@ class Worker:
 def read_rows(directory: Path) -> list[dict]:
     with open(directory / "out" / "sweep.csv", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def continued_states(directory: Path) -> int:
+    """How often a trainer has continued from a training state."""
+    return sum(path.read_text().count("continuing from") for path in (directory / "out" / "trials").glob("*.log"))
 
 
 def assert_best_trains_again(directory: Path, rows: list[dict]) -> None:
@@ -87,9 +99,9 @@ def test_two_processes_that_are_killed(dataset, tmp_path):
     for kill in range(kills):
         place = kill % 2
         worker = workers[place]
-        while not worker.trains():
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 12))
+        if kill > 1:  # the first two start
+            worker.wait_until_it_trains()
+        time.sleep(rng.uniform(0, 3))
         if worker.process.poll() is not None:
             assert worker.process.returncode == 0, worker.said.read_text()
             continue
@@ -106,6 +118,7 @@ def test_two_processes_that_are_killed(dataset, tmp_path):
     assert [int(row["number"]) for row in rows] == list(range(count))
     assert {row["state"] for row in rows} == {"complete", "pruned"}
     assert " continues: " in said
+    assert continued_states(tmp_path)
     refused = [row for row in rows if "refused: width 16 is not a multiple of 6" in row["reason"]]
     assert refused
     assert all(row["heads"] == "3" and row["state"] == "pruned" for row in refused)
@@ -127,13 +140,13 @@ def test_one_process_goes_on_as_if_nothing_had_happened(dataset, tmp_path):
         directory.mkdir()
     for kill in range(4):
         worker = Worker(directories[0], dataset, count=5)
-        while not worker.trains():
-            time.sleep(0.05)
-        time.sleep(2 + 4 * kill)
+        worker.wait_until_it_trains()
+        time.sleep(kill)
         if worker.process.poll() is None:
             worker.stop(signal.SIGKILL)
     for directory in directories:
         assert Worker(directory, dataset, count=5).process.wait(900) == 0
+    assert continued_states(directories[0])
     killed, undisturbed = ([{key: row[key] for key in row if key != "seconds"} for row in read_rows(d)] for d in directories)
     assert killed == undisturbed
 
