@@ -13,7 +13,6 @@ from typing import Any, get_args
 import yaml
 
 from cxt.checkpoints.training_log import TERM_PREFIXES
-from cxt.config.flags import take_config_files
 from cxt.config.learning import LossName, is_readable
 from cxt.config.training import RESULT_NEUTRAL_SETTINGS, drop_later_defaults
 from cxt.errors import BadRequest, suggest_nearest
@@ -86,8 +85,6 @@ def read_fixed(argv: list[str], sweep: Sweep) -> Fixed:
         For flags that a sweep sets itself, for parameters that are no settings or cannot be searched, and for settings that
         are given twice.
     """
-    if len(take_config_files(argv)[0]) and any(word in ("-h", "--help") for word in argv):
-        argv = ["--help"]
     given = list_given_flags(argv)
     refused = sorted(given & ({*RUN_CONTROL_OPTIONS, "print_config"} - {*ALLOWED_CONTROL}))
     if refused:
