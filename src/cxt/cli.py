@@ -15,6 +15,7 @@ COMMANDS = {
     "teach": ("cxt.teach", "read the examples of a dataset with a teacher's checkpoint, for distillation"),
     "train": ("cxt.train", "train one checkpoint"),
     "find_lr": ("cxt.commands.find_lr", "suggest a learning rate"),
+    "sweep": ("cxt.commands.sweep", "search settings of a training: many trials, chosen by their results"),
     "report": ("cxt.commands.report", "write the tables of the workflow's report"),
     "runs": ("cxt.commands.runs", "list, compare and tabulate run directories, and remove old ones"),
     "checkpoint": ("cxt.commands.checkpoint", "show, verify, compare, import, export, merge and quantise checkpoints"),

@@ -83,6 +83,7 @@ EXTRAS = {
     "jsonargparse": "train", "lightning_fabric": "train", "pytorch_lightning": "train", "tensorboard": "train",
     "snakemake": "workflow",
     "mlflow": "tracking", "wandb": "tracking",
+    "optuna": "sweep",
     "cyvcf2": "vcf", "pyBigWig": "vcf", "pysam": "vcf", "tszip": "vcf",
 }  # fmt: skip
 """{package to import: the extra of cxt that installs it}."""

@@ -14,7 +14,7 @@ import numpy as np
 import tskit
 
 EXTRAS = (
-    "demes", "jsonargparse", "lightning_fabric", "msprime", "pygments", "pytorch_lightning", "snakemake", "stdpopsim",
+    "demes", "jsonargparse", "lightning_fabric", "msprime", "optuna", "pygments", "pytorch_lightning", "snakemake", "stdpopsim",
     "tensorboard",
 )  # fmt: skip
 

@@ -24,7 +24,7 @@ def test_base_install_uses_a_checkpoint(dataset, tmp_path):
     assert (tmp_path / "posterior.png").is_file()
 
 
-@pytest.mark.parametrize("command", ["simulate", "train", "plan", "find_lr"])
+@pytest.mark.parametrize("command", ["simulate", "train", "plan", "find_lr", "sweep"])
 def test_missing_extra_is_one_line(command, tmp_path):
     code = (
         "import sys\nfrom helpers import base_install\n"

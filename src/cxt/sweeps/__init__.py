@@ -1,0 +1,1 @@
+"""Searches of training settings: many trials of one training, on one dataset."""
