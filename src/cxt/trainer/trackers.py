@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import matplotlib.image
+import numpy as np
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -24,7 +25,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.config.training import TrainingConfig
 from cxt.console import get_logger
-from cxt.errors import BadRequest, first_line
+from cxt.errors import BadRequest, first_line, try_drawing
 from cxt.io import atomic_write, json_text
 
 logger = get_logger(__name__)
@@ -196,9 +197,16 @@ class Trackers(Callback):
             return
         from cxt.evaluation.figures import draw_tracks
 
-        path = self.run.path / "tracks.png"
-        draw_tracks(tracks, path, title=f"{self.name}, step {step}", window_size=self.window_size)
-        send(trainer, lambda tracker: self._send_figure(tracker, path, step))
+        path, pictures = self.run.path / "tracks.png", []
+
+        def draw() -> None:
+            draw_tracks(tracks, path, title=f"{self.name}, step {step}", window_size=self.window_size)
+            pictures.append(matplotlib.image.imread(path)[..., :3])  # without transparency
+
+        if lost := try_drawing(draw):
+            logger.warning(f"{self.name}: the decoded examples of step {step} could not be drawn ({lost})")
+        else:
+            send(trainer, lambda tracker: _send_figure(tracker, path, pictures[0], step))
         self._drawn = time.monotonic()
 
     def finished(self, trainer, checkpoint: Path) -> None:
@@ -221,16 +229,17 @@ class Trackers(Callback):
             run.log_artifact(artifact)
             run.finish()
 
-    def _send_figure(self, tracker: Logger, path: Path, step: int) -> None:
-        if isinstance(tracker, TensorBoardLogger):
-            tracker.experiment.add_image("tracks", matplotlib.image.imread(path)[..., :3], step, dataformats="HWC")
-        elif isinstance(tracker, MLFlowLogger):
-            with tempfile.TemporaryDirectory() as directory:
-                named = Path(directory) / f"tracks-{step:06d}.png"
-                shutil.copyfile(path, named)
-                tracker.experiment.log_artifact(tracker.run_id, str(named), "tracks")
-        elif isinstance(tracker, WandbLogger):
-            tracker.log_image("tracks", [str(path)], step=step)
+
+def _send_figure(tracker: Logger, path: Path, picture: np.ndarray, step: int) -> None:
+    if isinstance(tracker, TensorBoardLogger):
+        tracker.experiment.add_image("tracks", picture, step, dataformats="HWC")
+    elif isinstance(tracker, MLFlowLogger):
+        with tempfile.TemporaryDirectory() as directory:
+            named = Path(directory) / f"tracks-{step:06d}.png"
+            shutil.copyfile(path, named)
+            tracker.experiment.log_artifact(tracker.run_id, str(named), "tracks")
+    elif isinstance(tracker, WandbLogger):
+        tracker.log_image("tracks", [str(path)], step=step)
 
 
 def _send_histograms(tracker: Logger, what: str, values: Mapping[str, torch.Tensor], step: int) -> None:

@@ -106,6 +106,6 @@ def neutral_training_flags(config: dict, model: str) -> list[str]:
         flag, value = f"--{key.replace('_', '-')}", settings.get(key)
         if isinstance(value, list):
             words += [flag, *value] if value else []
-        elif key in settings:
+        elif value is not None:
             words.append(f"{flag}={value}")
     return words
