@@ -190,6 +190,7 @@ def _evaluate_on_scenarios(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_writable(args.out / "evaluation.json")
 
+    from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load
     from cxt.evaluation.protocol import draw_figures
     from cxt.evaluation.scenario_list import evaluate_on_scenarios
@@ -197,7 +198,7 @@ def _evaluate_on_scenarios(args: argparse.Namespace) -> None:
 
     given = {name: value for name, value in values.items() if value is not None}
     result, tracks = evaluate_on_scenarios(
-        args.checkpoint, load(args.configfile or ()), args.scenarios, **given,
+        args.checkpoint, load(args.configfile or (), read_parent=read_parent_file), args.scenarios, **given,
         mask=read_mask_from_flags(args), device="cuda:0" if args.devices else "cpu", threads=args.threads,
         progress=lambda line: logger.info(line, extra=ON_STDERR),
     )  # fmt: skip
