@@ -212,7 +212,8 @@ def test_bad_parameters_and_flags(tmp_path, parameters, flags, message):
     ("metric", "flags", "message"),
     [
         ("val_los", [], "the metric 'val_los' is not in training_log.csv; did you mean 'val_loss'"),
-        ("accuracy", [], "is not in training_log.csv; choose from train_loss, val_loss, val_mse, val_r"),
+        ("accuracy", [], "is not in training_log.csv; did you mean 'val_accuracy'"),
+        ("val_crps", [], "only in training_log.csv if it is asked for; add --metrics crps"),
         ("val_loss/emdd", [], "did you mean 'val_loss/emd'"),
         ("val_mse", ["--decode-items", "0"], "the metric val_mse needs decoded test examples"),
         ("val_r", ["--objective", "masked"], "the objective masked predicts no times"),

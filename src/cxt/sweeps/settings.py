@@ -12,8 +12,8 @@ from typing import Any, get_args
 
 import yaml
 
-from cxt.checkpoints.training_log import TERM_PREFIXES
-from cxt.config.learning import LossName, is_readable
+from cxt.checkpoints.training_log import METRIC_PREFIX, TERM_PREFIXES
+from cxt.config.learning import LossName, Metric, is_readable
 from cxt.config.training import RESULT_NEUTRAL_SETTINGS, drop_later_defaults
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import atomic_write
@@ -28,7 +28,10 @@ from cxt.trainer.request import (
     list_settings,
 )
 
-METRICS = ("val_loss", "val_mse", "val_r", "train_loss")
+OF_DISTRIBUTIONS = tuple(METRIC_PREFIX + metric for metric in get_args(Metric))
+"""Columns of training_log.csv that it has if the setting `metrics` names them."""
+
+METRICS = ("val_loss", "val_mse", "val_r", "train_loss", *OF_DISTRIBUTIONS)
 """Columns of training_log.csv that a sweep may optimise, beside those of the terms of a loss."""
 
 TERMS = ("info_nce", "distillation", "poisson", *get_args(LossName), *(f"marginal_{name}" for name in get_args(LossName)))
@@ -136,7 +139,10 @@ def _check_metric(sweep: Sweep, settings: Mapping[str, Any]) -> None:
     if name not in METRICS:
         choices = [prefix + term for term in TERMS for prefix in TERM_PREFIXES] if prefix else METRICS
         raise BadRequest(f"the metric '{name}' is not in training_log.csv{suggest_nearest(name, choices)}")
-    if name in ("val_mse", "val_r"):
+    if name in OF_DISTRIBUTIONS and name.removeprefix(METRIC_PREFIX) not in settings["metrics"]:
+        metric = name.removeprefix(METRIC_PREFIX)
+        raise BadRequest(f"the metric {name} is only in training_log.csv if it is asked for; add --metrics {metric}")
+    if name in ("val_mse", "val_r", *OF_DISTRIBUTIONS):
         if not settings["decode_items"]:
             raise BadRequest(f"the metric {name} needs decoded test examples, but decode_items is 0")
         searched = {parameter.name for parameter in sweep.parameters}
