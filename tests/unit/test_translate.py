@@ -24,6 +24,7 @@ from cxt.checkpoints.record import build_checkpoint_record
 from cxt.commands.translate import main
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
+from cxt.translation import estimates, job
 from cxt.translation.directory import hold_directory
 
 SIZE, WINDOWS = 500, 40
@@ -483,6 +484,78 @@ def test_a_directory_in_use_or_of_something_else(here, tmp_path):
     with pytest.raises(cxt.BadRequest, match="holds no translation"):
         translate(here, tmp_path / "mine", force=True)
     assert (tmp_path / "mine/summary.json").read_text() == "{}"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Numbers of the first windows of the blocks that are read, not taken from others like them."""
+    first = []
+    read = job.read_block
+
+    def read_block(*args, **settings):
+        first.append(args[3].first)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(job, "read_block", read_block)
+    return first
+
+
+def test_blocks_without_sites(here, tmp_path, calls, monkeypatch):
+    """They are read once; the output is that of reading each."""
+    long = 30 * LENGTH
+    (tmp_path / "mask.bed").write_text(f"1\t{10 * LENGTH}\t{10 * LENGTH + 333}\n")
+    with np.load(here / "genotypes.npz") as data:
+        np.savez(tmp_path / "x.npz", genotypes=data["genotypes"], positions=data["positions"] + LENGTH, sequence_length=long)
+    settings = {"model": here / "tiny.ckpt", "max_gap": 0, "mask": tmp_path / "mask.bed", "mask_marks": "inaccessible"}
+    cxt.translate(tmp_path / "x.npz", out=tmp_path / "once", **settings)
+    once = len(calls)
+    del calls[:]
+    monkeypatch.setattr(job, "identify_empty", lambda *_, **__: None)
+    cxt.translate(tmp_path / "x.npz", out=tmp_path / "each", **settings)
+    assert len(calls) == 251
+    assert once < 20
+    assert all_bytes(tmp_path / "once") == all_bytes(tmp_path / "each")
+
+
+def test_pairs_without_data_need_no_network(here, tmp_path, monkeypatch):
+    with np.load(here / "genotypes.npz") as data:
+        genotypes = data["genotypes"].copy()
+        genotypes[:, 3, 1] = -1
+        np.savez(tmp_path / "x.npz", genotypes=genotypes, positions=data["positions"], sequence_length=LENGTH)
+    (tmp_path / "pairs").write_text("tsk_3/1 tsk_3/2\ntsk_1/1 tsk_1/2\n")
+    settings = {"model": here / "tiny.ckpt", "pairs": str(tmp_path / "pairs"), "mutation_rate": 1e-7, "batch_size": 1}
+    read = []
+    build = estimates.build_reader
+    monkeypatch.setattr(
+        estimates, "build_reader", lambda *a, **k: lambda x, r, i: read.append(len(x)) or build(*a, **k)(x, r, i)
+    )
+    tracks = arrays(cxt.translate(tmp_path / "x.npz", out=tmp_path / "x", **settings))
+    assert read == [1] * 9  # of the other pair
+    assert np.isnan(tracks.mean[1]).all()
+    assert np.isfinite(tracks.mean[0]).all()
+
+
+def test_a_damaged_block(here, whole, tmp_path, capsys):
+    """Cut off by a crash of the machine: made again. With other bytes: one message."""
+    settings = {"pairs": "within-individual"}
+    words = ["--model", here / "tiny.ckpt", "--mutation-rate", "1e-7", "--out", tmp_path / "x"]
+    command = [str(word) for word in (here / "genotypes.npz", *words)]
+    main([*command, "--step", "read"])
+    main([*command, "--step", "blocks"])
+    first, second, third, *_ = sorted((tmp_path / "x/.work").glob("*.npz"))
+    data = third.read_bytes()
+    first.write_bytes(first.read_bytes()[:-100])
+    second.write_bytes(b"")
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 255
+    third.write_bytes(damaged)
+    capsys.readouterr()
+    with pytest.raises(cxt.Failed, match=f"{third.name}, a part of this translation, is missing or damaged .*; delete it"):
+        translate(here, tmp_path / "x", **settings)
+    assert capsys.readouterr().err.count("is damaged: that block is translated again") == 2
+    third.unlink()
+    translate(here, tmp_path / "x", **settings)
+    assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
 
 
 def test_a_region_of_a_contig_of_unknown_length(here, whole, tmp_path, formats, capsys):

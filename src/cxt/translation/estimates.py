@@ -133,6 +133,9 @@ def read_block(
     present = 1 - compute_missing(accessible, widths, reader.scales)  # (S, W)
     missing = np.stack([1 - present * one.called for one in inputs]).astype(np.float32)
     keep = slice(block.keep_from - block.first, block.keep_to - block.first)
+    shares = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
+    bases = accessible[keep] * shares[:, keep] * (called > 0)[:, None]
+    readable = bases >= np.maximum(request.min_accessible * widths[keep], 1)
     distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
     read = build_reader(model, reader.reading, replicates=request.replicates, seed=request.seed)
     texts: dict[str, None] = {}
@@ -144,6 +147,8 @@ def read_block(
             warnings.simplefilter("always")
             check_input(model, x, window_size=size, **reader.rates)
         texts |= dict.fromkeys(str(warning.message) for warning in caught)
+        if not readable[[row for row, _ in rows[batch]]].any():
+            continue  # all windows of these pairs are missing
         ids = [
             hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63
             for row, panel in rows[batch]
@@ -152,10 +157,8 @@ def read_block(
             part = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)[:, keep].double().cpu().numpy()
         for (row, _), one in zip(rows[batch], part, strict=True):
             distribution[row] += one / len(panels)
-    shares = np.stack([one.called_once for one in inputs]).reshape(len(pairs), len(panels), -1).mean(axis=1)
-    bases = accessible[keep] * shares[:, keep] * (called > 0)[:, None]
     values = summarise(torch.from_numpy(distribution), reader.grid)
-    values[bases < np.maximum(request.min_accessible * widths[keep], 1)] = np.nan
+    values[~readable] = np.nan
     differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
     return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), list(texts))
 
