@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 
 @contextlib.contextmanager
-def atomic_file(path) -> Iterator[BinaryIO]:
+def atomic_file(path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a new binary file for a `with` block, which replaces *path* when the block ends without an exception.
 
     Until then the data is in a temporary file beside *path*, so that concurrent writers do not disturb each other: the last one
@@ -31,10 +31,19 @@ def atomic_file(path) -> Iterator[BinaryIO]:
     *path* is replaced, not followed; links among its directories are followed.
 
     Temporary files left by killed writers of the same *path* are removed; a running writer holds a lock on its own.
+
+    Parameters
+    ----------
+    path : path-like
+    durable : bool
+        False for one of thousands of small files that are made again if they are damaged. Nothing is flushed to disk, so that
+        the file may be empty or cut off after a crash of the machine (not of the process). The directory is not searched for
+        temporary files, which takes longer the more files it has.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned_files(path)
+    if durable:
+        remove_abandoned_files(path)
     temporary, file = _create_temporary(path)
     try:
         with file:
@@ -42,12 +51,16 @@ def atomic_file(path) -> Iterator[BinaryIO]:
             file.flush()
             with contextlib.suppress(OSError):  # a new file, or a file system without permissions
                 os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode) & 0o777)
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
+                temporary.replace(path)
+        if not durable:  # when it is closed, which may be when a network file system finds that the disk is full
             temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    if durable:
+        _sync_directory(path.parent)
 
 
 def atomic_write(path, data) -> None:

@@ -142,6 +142,22 @@ def test_file_and_directory_are_synced(tmp_path, monkeypatch):
     assert [stat.S_ISDIR(status.st_mode) for status, _ in seen] == [True]
 
 
+def test_a_file_of_thousands(tmp_path, monkeypatch):
+    """It replaces another as a whole, without a search of the directory or a flush."""
+    path = tmp_path / "x"
+    path.write_bytes(b"before")
+    for name in ("fsync", "listdir"):
+        monkeypatch.setattr(os, name, lambda *_: pytest.fail("that takes long"))
+    with atomic_file(path, durable=False) as file:
+        file.write(b"after")
+        assert path.read_bytes() == b"before"
+    assert path.read_bytes() == b"after"
+    with pytest.raises(KeyboardInterrupt), atomic_file(path, durable=False) as file:
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"after"
+    assert list(tmp_path.glob("*")) == [path]
+
+
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
     """What one is still writing, what is another file's, and what was never ours, is not."""
     path = tmp_path / "x"

@@ -149,10 +149,11 @@ def test_regions_and_samples(name, ts, files, tmp_path):
     assert_equal(store.load("1", 0, LENGTH), [np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
     assert store.report["regions"] == [["1", 5_000, 20_000], ["1", 39_000, LENGTH]]
     assert_equal(store.load("1", 7_000, 8_000), usable(ts, 7_000, 8_000, samples=[2, 3, 6, 7]))
-    if "indexed" not in name and "csi" not in name:
-        inside = sum(5_000 <= position < 20_000 or position >= 39_000 for position in ts.sites_position)
-        assert store.report["total"]["outside"] == ts.num_sites - inside
-        assert store.report["total"]["read"] == ts.num_sites
+    inside = sum(5_000 <= position < 20_000 or position >= 39_000 for position in ts.sites_position)
+    counted = "indexed" not in name and "csi" not in name
+    for counts in (store.report["total"], store.report["counts"]["1"]):
+        assert counts["read"] == inside
+        assert counts["outside"] == (ts.num_sites - inside if counted else None)
 
 
 def test_masks(ts, files, tmp_path):
@@ -410,8 +411,114 @@ def test_a_store_of_another_version(tmp_path):
         GenotypeStore(tmp_path / "store")
 
 
+def test_files_of_the_store_that_are_lost_or_damaged(ts, files, tmp_path, monkeypatch):
+    """Zarr reads a file that is not there as zeros."""
+    monkeypatch.setattr("cxt.genotypes.store.CHUNK_SITES", 200)
+    read(files / "a.npz", tmp_path)
+    chunks = sorted(path for path in (tmp_path / "store").rglob("c/*") if path.is_file() or (path / "0").is_file())
+    assert len(chunks) == 3 * -(-len(usable(ts)[0]) // 200)
+    for chunk in chunks:
+        shutil.copytree(tmp_path / "store", tmp_path / "copy")
+        copy = tmp_path / "copy" / chunk.relative_to(tmp_path / "store")
+        file = copy / "0" if copy.is_dir() else copy
+        data = file.read_bytes()
+        file.unlink()
+        with pytest.raises(BadRequest, match=r"copy is incomplete: 1 of 6 files of 0/\w+ are missing; delete it"):
+            GenotypeStore(tmp_path / "copy")
+        damaged = bytearray(data)
+        damaged[-8] ^= 255
+        for content in (data[: len(data) // 2], b"", bytes(damaged)):
+            file.write_bytes(content)
+            store = GenotypeStore(tmp_path / "copy")
+            with pytest.raises(BadRequest, match=r"copy is damaged: 0/\w+ cannot be read .*; delete it"):
+                (store.load("1", 0, LENGTH), list(store.iterate_missing(0)))
+        shutil.rmtree(tmp_path / "copy")
+    shutil.rmtree(tmp_path / "store" / "0" / "missing")
+    with pytest.raises(BadRequest, match="is incomplete: 0/missing is missing"):
+        GenotypeStore(tmp_path / "store")
+
+
+def test_order_of_contigs(tmp_path):
+    """That of the header, with an index and without, whatever the order of the records and the regions."""
+    header = VCF_HEADER.replace("ID=X", "ID=a").replace("ID=é", "ID=c,length=900").replace("ID=empty,length=7", "ID=b")
+    text = header + "".join(record(name, p, "0|1", "1|0", "0|0") for name in "bac" for p in (10, 20, 600))
+    (tmp_path / "x.vcf").write_text(text)
+    for name in ("x", "y"):
+        pysam.tabix_compress(str(tmp_path / "x.vcf"), str(tmp_path / f"{name}.vcf.gz"))
+    pysam.tabix_index(str(tmp_path / "y.vcf.gz"), preset="vcf")
+    pysam.bcftools.view("-Ob", "-o", str(tmp_path / "x.bcf"), str(tmp_path / "x.vcf"), catch_stdout=False)
+    bio2zarr.vcf.convert([tmp_path / "y.vcf.gz"], tmp_path / "x.vcz")
+    for names, regions in (
+        ("acb", []),
+        ("acb", [Region("c", 5), Region("a", 0, 700), Region("b")]),
+        ("cb", [Region("b", 5, 700), Region("c")]),
+    ):
+        reports = []
+        for name in ("x.vcf", "x.vcf.gz", "y.vcf.gz", "x.bcf", "x.vcz"):
+            store = read(tmp_path / name, tmp_path, regions=regions)
+            assert [contig for contig, _ in store.contigs] == list(names), name
+            assert list(store.report["counts"]) == list(names), name
+            assert list(dict.fromkeys(contig for contig, *_ in store.report["regions"])) == list(names), name
+            for place, contig in enumerate(names):
+                assert store.positions(contig).tolist() == [9, 19, 599]
+                assert len(next(store.iterate_missing(place))) == 3
+            reports.append([store.report["regions"], store.contigs])
+        assert all(report == reports[0] for report in reports)
+
+
+def test_position_0(tmp_path):
+    """The telomere, before the first base: outside of every region, counted where no index is used."""
+    text = VCF_HEADER + "".join(record("X", p, "0|1", "1|0", "0|0") for p in (0, 1, 5))
+    (tmp_path / "x.vcf").write_text(text)
+    (tmp_path / "z.vcf").write_text(text.replace("X\t0\t", "X\t1\t"))  # bio2zarr refuses position 0
+    for source, name in ("xx", "xy", "zz"):
+        pysam.tabix_compress(str(tmp_path / f"{source}.vcf"), str(tmp_path / f"{name}.vcf.gz"))
+    for name in "yz":
+        pysam.tabix_index(str(tmp_path / f"{name}.vcf.gz"), preset="vcf")
+    bio2zarr.vcf.convert([tmp_path / "z.vcf.gz"], tmp_path / "x.vcz")
+    zarr.open_group(tmp_path / "x.vcz", mode="r+")["variant_position"][0] = 0
+    (tmp_path / "a.fa").write_text(f">X\n{'A' * 1000}\n")
+    mask = np.zeros(1000, dtype=bool)
+    mask[-1] = True  # where a negative index would look
+    for regions in ([], [Region("X")], [Region("X", 0, 3)]):
+        expected = [0, 4] if len(regions) == 0 or regions[0].end is None else [0]
+        for name in ("x.vcf", "x.vcf.gz", "y.vcf.gz", "x.vcz"):
+            for options in ({}, {"ancestral": str(tmp_path / "a.fa")}, {"masks": {"X": mask}.get}):
+                store = read(tmp_path / name, tmp_path, regions=regions, **options)
+                assert store.positions("X").tolist() == expected
+                counts = store.report["counts"]["X"]
+                assert (counts["read"], counts["masked"]) == (len(expected), 0)
+                assert counts["outside"] == (None if name == "y.vcf.gz" and regions else 3 - len(expected)), name
+
+
+def test_a_contig_without_a_length(tmp_path):
+    """It ends with the last record read, or where the caller knows that it goes on."""
+    text = VCF_HEADER + "".join(record("é", p, "0|1", "1|0", "0|0") for p in (10, 50, 90))
+    (tmp_path / "x.vcf").write_text(text)
+    pysam.tabix_compress(str(tmp_path / "x.vcf"), str(tmp_path / "y.vcf.gz"))
+    pysam.tabix_index(str(tmp_path / "y.vcf.gz"), preset="vcf", csi=True)
+    bio2zarr.vcf.convert([tmp_path / "y.vcf.gz"], tmp_path / "x.vcz")
+    for name in ("x.vcf", "y.vcf.gz", "x.vcz"):
+        for region, least, length in (
+            (None, {}, 90),
+            (Region("é", 20), {}, 90),
+            (Region("é", 20, 60), {}, 50),
+            (Region("é", 20, 2000), {"é": 60}, 90),
+            (Region("é", 20, 60), {"é": 60}, 60),
+            (Region("é", 0, 200), {"é": 200}, 200),
+        ):
+            store = read(tmp_path / name, tmp_path, regions=[region] if region else [], least_lengths=least)
+            assert store.contigs == [Contig("é", length)]
+            start = region.start if region else 0
+            end = length if region is None or region.end is None else min(region.end, length)
+            assert store.report["regions"] == [["é", start, end]]
+            assert "the file does not say how long é is" in " ".join(store.report["notes"])
+        with pytest.raises(BadRequest, match="there are no records in é:91-"):
+            read(tmp_path / name, tmp_path, regions=[Region("é", 90)])
+
+
 def test_nothing_left(files, tmp_path):
-    with pytest.raises(BadRequest, match=r"no usable site is left in 1:101-200:\n(.|\n)*inside the mask") as error:
+    with pytest.raises(BadRequest, match=r"no usable site is left in 1:101-200 \(all.*\):\n(.|\n)*inside the mask") as error:
         read(files / "a.trees", tmp_path, regions=[Region("1", 100, 200)], masks=lambda contig: np.ones(5, dtype=bool))
     assert "\nused" in str(error.value)
     same = tmp_path / "same.npz"

@@ -136,7 +136,7 @@ def test_random_records(masked):
     assert found.read == len(rows)
     assert (found.genotypes, found.missing_genotypes) == (8 * len(sites), sum(sum(site[2]) for site in sites))
     assert site_filter.unphased == {name: unphased[name] for name in SAMPLES}
-    others = {"outside", "failed_filter"} | (set() if masked else {"masked"})
+    others = {"failed_filter"} | (set() if masked else {"masked"})
     assert min(counts[name] for name in ("used", *DROPPED) if name not in others) > 10
 
 
@@ -199,12 +199,21 @@ def test_table():
     counts = {"chr1": Counts(used=1200, not_snv=34), "chr2": Counts(used=5, outside=1)}
     assert format_counts(counts).splitlines() == [
         "                                        chr1  chr2  total",
-        "records read                           1,234     6  1,240  100.0%",
-        "- outside the regions                      0     1      1    0.1%",
+        "outside the regions                        0     1      1",
+        "records read                           1,234     5  1,239  100.0%",
         "- indels and others that are not SNVs     34     0     34    2.7%",
-        "used                                   1,200     5  1,205   97.2%",
+        "used                                   1,200     5  1,205   97.3%",
     ]
-    assert sum(counts.values(), Counts()).as_dict()["read"] == 1240
+    total = sum(counts.values(), Counts()).as_dict()
+    assert (total["read"], total["outside"]) == (1239, 1)
+    counts = {"chr1": Counts(used=2, outside=None)}
+    assert format_counts(counts).splitlines() == [
+        "                                                      chr1",
+        "outside the regions (not counted: an index was used)     -",
+        "records read                                             2  100.0%",
+        "used                                                     2  100.0%",
+    ]
+    assert sum(counts.values(), Counts()).as_dict()["outside"] is None
     assert format_counts({}).splitlines()[-1].split() == ["used", "0"]
     many = {f"scaffold{k}": Counts(used=1) for k in range(100)}
     assert format_counts(many).splitlines()[0].split() == ["total"]

@@ -26,6 +26,7 @@ from cxt.checkpoints.record import build_checkpoint_record
 from cxt.commands.translate import main
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
+from cxt.translation import estimates, job
 from cxt.translation.directory import hold_directory
 
 SIZE, WINDOWS = 500, 40
@@ -535,3 +536,139 @@ def test_a_directory_in_use_or_of_something_else(here, tmp_path):
     with pytest.raises(cxt.BadRequest, match="holds no translation"):
         translate(here, tmp_path / "mine", force=True)
     assert (tmp_path / "mine/summary.json").read_text() == "{}"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Numbers of the first windows of the blocks that are read, not taken from others like them."""
+    first = []
+    read = job.read_block
+
+    def read_block(*args, **settings):
+        first.append(args[3].first)
+        return read(*args, **settings)
+
+    monkeypatch.setattr(job, "read_block", read_block)
+    return first
+
+
+def test_blocks_without_sites(here, tmp_path, calls, monkeypatch):
+    """They are read once; the output is that of reading each."""
+    long = 30 * LENGTH
+    (tmp_path / "mask.bed").write_text(f"1\t{10 * LENGTH}\t{10 * LENGTH + 333}\n")
+    with np.load(here / "genotypes.npz") as data:
+        np.savez(tmp_path / "x.npz", genotypes=data["genotypes"], positions=data["positions"] + LENGTH, sequence_length=long)
+    settings = {"model": here / "tiny.ckpt", "max_gap": 0, "mask": tmp_path / "mask.bed", "mask_marks": "inaccessible"}
+    cxt.translate(tmp_path / "x.npz", out=tmp_path / "once", **settings)
+    once = len(calls)
+    del calls[:]
+    monkeypatch.setattr(job, "identify_empty", lambda *_, **__: None)
+    cxt.translate(tmp_path / "x.npz", out=tmp_path / "each", **settings)
+    assert len(calls) == 251
+    assert once < 20
+    assert all_bytes(tmp_path / "once") == all_bytes(tmp_path / "each")
+
+
+def test_pairs_without_data_need_no_network(here, tmp_path, monkeypatch):
+    with np.load(here / "genotypes.npz") as data:
+        genotypes = data["genotypes"].copy()
+        genotypes[:, 3, 1] = -1
+        np.savez(tmp_path / "x.npz", genotypes=genotypes, positions=data["positions"], sequence_length=LENGTH)
+    (tmp_path / "pairs").write_text("tsk_3/1 tsk_3/2\ntsk_1/1 tsk_1/2\n")
+    settings = {"model": here / "tiny.ckpt", "pairs": str(tmp_path / "pairs"), "mutation_rate": 1e-7, "batch_size": 1}
+    read = []
+    build = estimates.build_reader
+    monkeypatch.setattr(
+        estimates, "build_reader", lambda *a, **k: lambda x, r, i: read.append(len(x)) or build(*a, **k)(x, r, i)
+    )
+    tracks = arrays(cxt.translate(tmp_path / "x.npz", out=tmp_path / "x", **settings))
+    assert read == [1] * 9  # of the other pair
+    assert np.isnan(tracks.mean[1]).all()
+    assert np.isfinite(tracks.mean[0]).all()
+
+
+def test_a_damaged_block(here, whole, tmp_path, capsys):
+    """Cut off by a crash of the machine: made again. With other bytes: one message."""
+    settings = {"pairs": "within-individual"}
+    words = ["--model", here / "tiny.ckpt", "--mutation-rate", "1e-7", "--out", tmp_path / "x"]
+    command = [str(word) for word in (here / "genotypes.npz", *words)]
+    main([*command, "--step", "read"])
+    main([*command, "--step", "blocks"])
+    first, second, third, *_ = sorted((tmp_path / "x/.work").glob("*.npz"))
+    data = third.read_bytes()
+    first.write_bytes(first.read_bytes()[:-100])
+    second.write_bytes(b"")
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 255
+    third.write_bytes(damaged)
+    capsys.readouterr()
+    with pytest.raises(cxt.Failed, match=f"{third.name}, a part of this translation, is missing or damaged .*; delete it"):
+        translate(here, tmp_path / "x", **settings)
+    assert capsys.readouterr().err.count("is damaged: that block is translated again") == 2
+    third.unlink()
+    translate(here, tmp_path / "x", **settings)
+    assert all_bytes(tmp_path / "x") == all_bytes(here / "whole")
+
+
+def test_a_region_of_a_contig_of_unknown_length(here, whole, tmp_path, formats, capsys):
+    """Its end is a limit that the user knows; without an end, the contig ends with the last record."""
+    text = (here / "genotypes.vcf").read_text().replace(f",length={LENGTH}", "")
+    (tmp_path / "x.vcf").write_text(text)
+    pysam.tabix_compress(str(tmp_path / "x.vcf"), str(tmp_path / "y.vcf.gz"))
+    pysam.tabix_index(str(tmp_path / "y.vcf.gz"), preset="vcf")
+    last = max(int(line.split("\t")[1]) for line in text.splitlines() if line[0] != "#")
+    for name in ("x.vcf", "y.vcf.gz"):
+        settings = {"model": here / "tiny.ckpt", "mutation_rate": 1e-7}
+        part = cxt.translate(tmp_path / name, out=tmp_path / f"part {name}", regions="1:20001-50000", **settings)
+        assert arrays(part).start.tolist() == list(range(20_000, 50_000, SIZE))
+        assert np.array_equal(arrays(part).mean, whole.mean[:, 40:100])
+        rest = cxt.translate(tmp_path / name, out=tmp_path / f"rest {name}", regions="1:60001-", **settings)
+        assert rest.contigs[0].length == arrays(rest).end[-1] == last
+        full = cxt.translate(tmp_path / name, out=tmp_path / f"full {name}", regions=f"1:60001-{LENGTH}", **settings)
+        assert full.contigs[0].length == arrays(full).end[-1] == LENGTH
+        assert np.array_equal(arrays(full).mean, whole.mean[:, 120:])
+        words = (tmp_path / name, "--model", here / "tiny.ckpt", "--out", tmp_path / "none")
+        message = refusal(capsys, *words, "--regions", f"1:{last + 1}-")
+        assert "begins past the end of contig 1: the file does not say how long it is, and it is taken to end" in message
+        assert "there are no records in" in refusal(capsys, *words, "--regions", "1:500001-600000")
+        assert not (tmp_path / "none").exists()
+
+
+def test_order_of_contigs_and_masks(here, tmp_path, formats, capsys):
+    """Several regions of a file whose records are not in the order of its header: the same bytes with an index and without."""
+    lines = (here / "genotypes.vcf").read_text().splitlines()
+    header = [line for line in lines if line[0] == "#"]
+    place = next(k for k, line in enumerate(header) if line.startswith("##contig"))
+    header[place : place + 1] = [f"##contig=<ID={name},length={LENGTH}>" for name in ("b", "a", "empty")]
+    records = [line[1:] for line in lines if line[0] != "#"]
+    text = "\n".join([*header, *(f"{name}{line}" for name in "ab" for line in records)]) + "\n"
+    (tmp_path / "x.vcf").write_text(text)
+    pysam.tabix_compress(str(tmp_path / "x.vcf"), str(tmp_path / "y.vcf.gz"))
+    pysam.tabix_index(str(tmp_path / "y.vcf.gz"), preset="vcf")
+    (tmp_path / "mask.bed").write_text("a\t40000\t55000\n")
+    settings = {"model": here / "tiny.ckpt", "mutation_rate": 1e-7, "mask": tmp_path / "mask.bed"}
+    results = []
+    for name in ("x.vcf", "y.vcf.gz"):
+        out = tmp_path / f"out {name}"
+        regions = ["a:1-60000", "b:30001-60000"]
+        tracks = cxt.translate(tmp_path / name, out=out, regions=regions, mask_marks="inaccessible", **settings)
+        assert [contig.name for contig in tracks.contigs] == ["b", "a"]
+        assert np.isnan(tracks.read("a").mean).sum() == 10 * 30
+        assert np.isfinite(tracks.read("b").mean).all()  # not named by the mask
+        summary = json.loads((out / "summary.json").read_text())
+        outside = summary["read"]["total"].pop("outside")
+        assert (outside is None) == (name == "y.vcf.gz")
+        for counts in summary["read"]["counts"].values():
+            counts.pop("outside")
+        (rule,) = summary["contigs"]["a"]["gap_rules"]
+        assert (rule["start"], rule["end"]) == (0, 80_000)
+        assert rule["spacing"] < 100
+        files = {path: data for path, data in all_bytes(out).items() if path != "summary.json"}
+        results.append((files, {key: value for key, value in summary.items() if key != "input"}))
+    assert results[0] == results[1]
+    assert "has no intervals on b: as its intervals mark what is inaccessible" in capsys.readouterr().out
+    # Of accessible intervals, what the mask does not name is inaccessible.
+    (tmp_path / "mask.bed").write_text(f"a\t0\t{LENGTH}\n")
+    tracks = cxt.translate(tmp_path / "x.vcf", out=tmp_path / "accessible", mask_marks="accessible", **settings)
+    assert [contig.name for contig in tracks.contigs] == ["a"]
+    assert "has no intervals on b, empty: as its intervals mark what is accessible" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The parts of a translation against plain definitions: gaps, blocks, counts with missing genotypes, calibration."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -27,24 +29,75 @@ from cxt.translation.pair_input import (
 SCALES = (2, 8, 32, 64)
 
 
+def list_gaps(positions, **settings):
+    """The gaps without the rule that they were found by."""
+    return find_gaps(positions, **settings)[0]
+
+
 def test_gaps():
     rng = np.random.default_rng(1)
     positions = np.sort(rng.choice(1_000_000, 4000, replace=False))
-    assert find_gaps(positions, start=0, end=1_000_000, window_size=1000) == []
+    assert list_gaps(positions, start=0, end=1_000_000, window_size=1000) == []
     cut = positions[(positions > 100_000) & ~((positions > 400_000) & (positions < 440_000))]
-    (left, right), (low, high) = find_gaps(cut, start=0, end=1_000_000, window_size=1000)
+    (left, right), (low, high) = list_gaps(cut, start=0, end=1_000_000, window_size=1000)
     assert (left, right) == (0, cut[0])
     assert low == cut[cut < 400_001][-1] + 1
     assert high == cut[cut >= 440_000][0]
     # Less than 25 windows, but more than 50 mean distances: a gap at an end only.
     short = positions[(positions > 15_000) & ~((positions > 400_000) & (positions < 420_000))]
-    assert find_gaps(short, start=0, end=1_000_000, window_size=1000) == [(0, short[0])]
-    assert find_gaps(short, start=0, end=1_000_000, window_size=1000, max_gap=0) == []
-    assert len(find_gaps(short, start=0, end=1_000_000, window_size=1000, max_gap=14_000)) == 2
+    assert list_gaps(short, start=0, end=1_000_000, window_size=1000) == [(0, short[0])]
+    assert list_gaps(short, start=0, end=1_000_000, window_size=1000, max_gap=0) == []
+    assert len(list_gaps(short, start=0, end=1_000_000, window_size=1000, max_gap=14_000)) == 2
     # Low diversity: long distances are usual.
     sparse = np.sort(rng.choice(1_000_000, 20, replace=False))
-    assert find_gaps(sparse, start=0, end=1_000_000, window_size=1000) == []
-    assert find_gaps(np.array([], dtype=np.int64), start=5, end=10, window_size=1000) == [(5, 10)]
+    assert list_gaps(sparse, start=0, end=1_000_000, window_size=1000) == []
+    assert list_gaps(np.array([], dtype=np.int64), start=5, end=10, window_size=1000) == [(5, 10)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_gaps_are_of_accessible_bases(seed, monkeypatch):
+    """Against a loop over bases; the sums of the mask are made in chunks of 97 bases."""
+    monkeypatch.setattr("cxt.translation.accessibility.CHUNK_BASES", 97)
+    rng = np.random.default_rng(seed)
+    length = 3000
+    start, end = sorted(int(i) for i in rng.choice(length, 2, replace=False))
+    mask = np.repeat(rng.random(length // 50) < 0.4, 50)[: int(rng.integers(500, length + 1))]
+    is_open = [base < len(mask) and not mask[base] for base in range(length)]
+    positions = np.arange(start, end)[rng.random(end - start) < 0.02]
+    if seed % 2:  # as they are: sites inside the mask are dropped
+        positions = positions[[is_open[p] for p in positions]]
+    edges = [start - 1, *positions.tolist(), end]
+    stretches = [(a + 1, b) for a, b in itertools.pairwise(edges)]
+    lengths = [sum(is_open[a:b]) for a, b in stretches]
+    for max_gap in (None, 40):
+        found, rule = find_gaps(positions, start=start, end=end, window_size=1, mask=mask, max_gap=max_gap)
+        if len(positions) < 2:
+            assert rule.spacing is None
+            continue
+        spacing = (sum(lengths[1:-1]) + len(positions) - 1) / (len(positions) - 1)
+        assert rule.spacing == pytest.approx(spacing)
+        limits = (max(25, 50 * spacing), max(2, 50 * spacing)) if max_gap is None else (max_gap, max_gap)
+        assert (rule.inner, rule.ends) == pytest.approx(limits)
+        last = len(lengths) - 1
+        expected = [
+            stretch for k, stretch in enumerate(stretches) if lengths[k] >= (limits[1] if k in (0, last) else limits[0])
+        ]
+        assert found == expected
+
+
+def test_a_mask_makes_no_gap():
+    """A stretch that is masked for the most part has no variants for that reason, and the rest of it is not taken away."""
+    rng = np.random.default_rng(3)
+    mask = np.zeros(1_000_000, dtype=bool)
+    mask[400_000:440_000] = True
+    positions = np.sort(rng.choice(1_000_000, 4000, replace=False))
+    positions = positions[~mask[positions]]
+    settings = {"start": 0, "end": 1_000_000, "window_size": 1000}
+    assert len(list_gaps(positions, **settings)) == 1
+    found, rule = find_gaps(positions, mask=mask, **settings)
+    assert found == []
+    assert rule.spacing == pytest.approx(250, rel=0.01)
+    assert find_gaps(positions, mask=np.zeros_like(mask), **settings) == find_gaps(positions, **settings)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -5,6 +5,7 @@ package, a mask is True = *in*accessible.
 """
 
 import argparse
+import contextlib
 import gzip
 import io
 import tokenize
@@ -70,18 +71,22 @@ def read_mask(path, *, key: str = "accessible", contig: str | None = None, marks
     name = path.name.lower()
     if marks not in MARKS:
         raise BadRequest(f"mask {path}: `marks` must be one of {', '.join(MARKS)}, got '{marks}'")
+    with refuse_unreadable(path):
+        marked = _read_npz(path, key) if name.endswith(".npz") else _read_bed(path, contig)
+    return np.logical_not(marked, out=marked) if marks == "accessible" else marked
+
+
+@contextlib.contextmanager
+def refuse_unreadable(path: Path) -> Iterator[None]:
+    """BadRequest, in a `with` block that reads a mask, if the file is damaged or its name is that of another kind of file."""
+    if not path.name.lower().endswith((".npz", ".bed", ".bed.gz", ".bed.bgz")):
+        raise BadRequest(f"mask {path}: the file name must end in .npz, .bed, .bed.gz or .bed.bgz")
     try:
-        if name.endswith(".npz"):
-            marked = _read_npz(path, key)
-        elif name.endswith((".bed", ".bed.gz", ".bed.bgz")):
-            marked = _read_bed(path, contig)
-        else:
-            raise BadRequest(f"mask {path}: the file name must end in .npz, .bed, .bed.gz or .bed.bgz")
+        yield
     except UNREADABLE as error:
         if isinstance(error, BadRequest):
             raise
         raise BadRequest(f"mask {path} cannot be read: {first_line(error)}") from None
-    return np.logical_not(marked, out=marked) if marks == "accessible" else marked
 
 
 def describe_mask(path, mask: np.ndarray) -> str:
@@ -89,7 +94,8 @@ def describe_mask(path, mask: np.ndarray) -> str:
     return f"mask {path}: {1 - mask.mean(dtype=np.float64):.1%} of {len(mask):,} bp accessible"
 
 
-def _check_memory(path: Path, size: int) -> None:
+def check_memory(path: Path, size: int) -> None:
+    """BadRequest if a mask of *size* base pairs does not fit into memory."""
     if size > free_memory():
         raise BadRequest(
             f"mask {path} has {size:,} bp, one byte each, more than the {free_memory() / 1e9:,.1f} GB of free memory"
@@ -101,7 +107,7 @@ def _read_npz(path: Path, key: str) -> np.ndarray:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.filename == f"{key}.npy":
-                _check_memory(path, entry.file_size)
+                check_memory(path, entry.file_size)
     with np.load(path) as arrays:
         if key not in arrays:
             raise BadRequest(f"{path} has no array '{key}'{suggest_nearest(key, arrays.files)}")
@@ -127,7 +133,7 @@ def _is_header(fields: list[str]) -> bool:
     return len(fields) >= 3 and "start" in fields[1].lower() and "end" in fields[2].lower()
 
 
-def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
+def read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
     """(contig, start, end, name or None) of each line of a BED file."""
     with open(path, "rb") as file:
         is_packed = file.read(2) == b"\x1f\x8b"
@@ -152,7 +158,7 @@ def _read_intervals(path: Path) -> Iterator[tuple[str, int, int, str | None]]:
             yield fields[0], left, right, fields[3] if len(fields) > 3 else None
 
 
-def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> None:
+def check_interval_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> None:
     """BadRequest if intervals with different names overlap: they belong to several samples, or are not a mask."""
     ends: dict[str | None, int] = {}  # largest end of the intervals of each name
     farthest, others = None, 0
@@ -176,7 +182,7 @@ def _check_names(path: Path, intervals: list[tuple[int, int, str | None]]) -> No
 def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     """A bool array that is True within the intervals of *contig*."""
     intervals: dict[str, list[tuple[int, int, str | None]]] = {}
-    for name, left, right, label in _read_intervals(path):
+    for name, left, right, label in read_intervals(path):
         contig_intervals = intervals.setdefault(name, [])
         if contig is None or name == contig:
             contig_intervals.append((left, right, label))
@@ -192,8 +198,8 @@ def _read_bed(path: Path, contig: str | None) -> np.ndarray:
     length = max(right for _, right, _ in chosen)
     if all(left == right for left, right, _ in chosen):
         raise BadRequest(f"{path}: all intervals of '{contig}' are empty")
-    _check_names(path, chosen)
-    _check_memory(path, length)
+    check_interval_names(path, chosen)
+    check_memory(path, length)
     marked = np.zeros(length, dtype=bool)
     for left, right, _ in chosen:
         marked[left:right] = True

@@ -1,15 +1,27 @@
 """Ancestral alleles from a FASTA file: one sequence for each contig, with the ancestral base at each position."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cxt.console import get_logger
 from cxt.errors import BadRequest, first_line, suggest_nearest
+from cxt.genotypes.records import Contig
+
+logger = get_logger(__name__)
 
 BLOCK = 2**20
 """Base pairs that are fetched at once."""
+
+ROUNDING = 1
+"""Base pairs by which lengths may differ: where tskit transforms the positions of a VCF, it transforms the length as well."""
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Names for a message, of which there may be thousands."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def suggest_contig(name: str, contigs: Iterable[str]) -> str:
@@ -63,19 +75,53 @@ class AncestralFasta:
         if contigs and not any(name in self._names for name in contigs):
             raise self._explain_missing(contigs[0])
 
-    def _explain_missing(self, contig: str) -> BadRequest:
-        return BadRequest(f"FASTA {self.path} has no sequence called '{contig}'{suggest_contig(contig, self._names)}")
+    def check_request(self, contigs: Sequence[Contig], *, named: bool) -> None:
+        """Check the sequences of the contigs that are asked for, before work starts.
 
-    def fetch(self, contig: str, positions: np.ndarray) -> list[str]:
-        """The base at each of *positions*, counted from 0.
+        Parameters
+        ----------
+        contigs : sequence of Contig
+        named : bool
+            Whether they were asked for by name. Otherwise one without a sequence is not refused, because a header may list
+            contigs without records; the ancestral alleles there are unknown, and a warning says so.
 
         Raises
         ------
         BadRequest
-            If there is no such contig, or it is shorter.
+            If there is no such sequence, it has another length than the contig, or cannot be read.
+        """
+        absent = [name for name, _ in contigs if name not in self._names]
+        if absent and (named or len(absent) == len(contigs)):
+            raise self._explain_missing(absent[0])
+        if absent:
+            logger.warning(
+                f"FASTA {self.path} has no sequences for {list_names(absent)}: the ancestral alleles there are unknown, and "
+                "records are dropped"
+            )
+        for contig, length in contigs:
+            if contig not in self._names:
+                continue
+            found = self._lengths[self._names[contig]]
+            if length is not None and abs(found - length) > ROUNDING:
+                raise BadRequest(
+                    f"FASTA {self.path}: {self._names[contig]} has {found:,} bp, but contig {contig} has {length:,}; is it of "
+                    "another assembly?"
+                )
+            self.fetch(contig, np.array([found - 1]))  # so that a file that was cut off is noticed
+
+    def _explain_missing(self, contig: str) -> BadRequest:
+        return BadRequest(f"FASTA {self.path} has no sequence called '{contig}'{suggest_contig(contig, self._names)}")
+
+    def fetch(self, contig: str, positions: np.ndarray) -> list[str] | list[None]:
+        """The base at each of *positions*, counted from 0; None for a contig without a sequence.
+
+        Raises
+        ------
+        BadRequest
+            If the sequence is shorter, or cannot be read.
         """
         if contig not in self._names:
-            raise self._explain_missing(contig)
+            return [None] * len(positions)
         name = self._names[contig]
         length = self._lengths[name]
         if len(positions) and positions.max() >= length:

@@ -49,6 +49,7 @@ class ArraySource:
     kind = "arrays"
     knows_ancestral = True
     any_alleles = True
+    fasta = None
 
     def __init__(self, path, *, ancestral: str = "auto"):
         self.path = Path(path)
@@ -69,7 +70,7 @@ class ArraySource:
             raise self._bad("contig", "one name", arrays["contig"])
         self.contigs = [Contig(contig, length)]
         self.notes: list[str] = []
-        self.outside: dict[str, int] = {}
+        self.outside: dict[str, int] | None = {}
 
     def _bad(self, name: str, expected: str, array: np.ndarray) -> BadRequest:
         found = f"the value {array}" if array.ndim == 0 else f"shape {array.shape} and type {array.dtype}"
@@ -147,11 +148,11 @@ class ArraySource:
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions*, all if there are none, with the genotypes of *samples* (indices)."""
         contig, length = self.contigs[0]
-        self.outside = {contig: len(self._positions)}
+        outside = len(self._positions)
         for region in regions or [Region(contig)]:
             end = length if region.end is None else region.end
             sites = np.flatnonzero((self._positions >= region.start) & (self._positions < end))
-            self.outside[contig] -= len(sites)
+            outside -= len(sites)
             for start in range(0, len(sites), CHUNK_SITES):
                 chosen = sites[start : start + CHUNK_SITES]
                 genotypes = self._genotypes[chosen][:, list(samples)].astype(np.int16)
@@ -164,3 +165,4 @@ class ArraySource:
                     phased=np.ones(genotypes.shape[:2], dtype=bool),
                     ancestral=["0"] * len(chosen),
                 )
+        self.outside = {contig: outside}

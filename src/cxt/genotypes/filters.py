@@ -20,7 +20,6 @@ BLOCKS = ("<NON_REF>", "<*>", "<X>")
 """Alternative alleles that stand for any other allele. Alone they mark a stretch without variants, as in gVCF."""
 
 DROPPED = {
-    "outside": "outside the regions",
     "failed_filter": "failed a filter of the file (FILTER)",
     "masked": "inside the mask",
     "no_alternative": "no alternative allele (invariant sites, gVCF blocks)",
@@ -44,11 +43,12 @@ TABLE_CONTIGS = 5
 class Counts:
     """What became of the records of a contig, or of several: `used`, or dropped for one of the reasons in `DROPPED`.
 
+    outside : records outside the regions, or before the first base; None if they were not counted, because an index was used
     missing_genotypes and genotypes : of haplotypes, at the used sites
     """
 
     used: int = 0
-    outside: int = 0
+    outside: int | None = 0
     failed_filter: int = 0
     masked: int = 0
     no_alternative: int = 0
@@ -64,16 +64,16 @@ class Counts:
 
     @property
     def read(self) -> int:
-        """Number of records: those used and those dropped."""
+        """Number of records within the regions: those used and those dropped."""
         return self.used + sum(getattr(self, name) for name in DROPPED)
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, int | None]:
         """All counts, for JSON, beginning with the records read."""
         return {"read": self.read} | dataclasses.asdict(self)
 
     def __add__(self, other: "Counts") -> "Counts":
-        names = [field.name for field in dataclasses.fields(self)]
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
+        return Counts(**{name: None if None in (mine[name], others[name]) else mine[name] + others[name] for name in mine})
 
 
 def format_counts(counts: Mapping[str, Counts]) -> str:
@@ -87,23 +87,33 @@ def format_counts(counts: Mapping[str, Counts]) -> str:
     Returns
     -------
     str
-        One line for the records read, one for each reason that records were dropped for, and one for those used; a column
-        for each contig if there are few, and one for the total.
+        One line for the records outside the regions, if there are any or they were not counted; one for the records read, one
+        for each reason that records were dropped for, and one for those used; a column for each contig if there are few, and
+        one for the total.
     """
     total = sum(counts.values(), Counts())
     shown = dict(counts) if 1 < len(counts) <= TABLE_CONTIGS else {}
     columns = [*shown.values(), total]
     header = [*shown, "total" if len(counts) != 1 else next(iter(counts))]
-    rows = [("records read", [column.read for column in columns])]
+    rows: list[tuple[str, list[int | None]]] = []
+    if total.outside != 0:
+        why = " (not counted: an index was used)" if total.outside is None else ""
+        rows.append((f"outside the regions{why}", [column.outside for column in columns]))
+    beside = len(rows)
+    rows.append(("records read", [column.read for column in columns]))
     rows += [
         (f"- {description}", [getattr(column, name) for column in columns])
         for name, description in DROPPED.items()
         if getattr(total, name)
     ]
     rows.append(("used", [column.used for column in columns]))
-    share = [f"{values[-1] / total.read:.1%}" if total.read else "" for _, values in rows]
+    share = [f"{(values[-1] or 0) / total.read:.1%}" if total.read else "" for _, values in rows]
+    share[:beside] = [""] * beside
     cells = [["", *header, ""]]
-    cells += [[name, *(f"{n:,}" for n in values), percent] for (name, values), percent in zip(rows, share, strict=True)]
+    cells += [
+        [name, *("-" if n is None else f"{n:,}" for n in values), percent]
+        for (name, values), percent in zip(rows, share, strict=True)
+    ]
     widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(row[1:], widths[1:], strict=True))]).rstrip()

@@ -2,12 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from cxt.console import get_logger
 from cxt.errors import BadRequest
+from cxt.genotypes.ancestral_fasta import list_names
 from cxt.genotypes.filters import Counts, SiteFilter, format_counts
 from cxt.genotypes.records import ABSENT, Haplotype, Records, Region, Source
 from cxt.genotypes.selection import find_samples, format_region, read_populations, read_sample_names, resolve_regions
@@ -28,11 +29,13 @@ def read_genotypes(
     masks: Callable[[str], np.ndarray | None] | None = None,
     beyond_mask: bool = True,
     keep_failed: bool = False,
+    least_lengths: Mapping[str, int] | None = None,
 ) -> GenotypeStore:
     """Read a file of genotypes, keep what can be used, and count what is dropped and why.
 
     Each sample has as many haplotypes as its largest ploidy among the records read; where it has fewer, as on the X chromosome
-    of a male, those that are not there are missing. Haplotypes are in the order of the samples in the file.
+    of a male, those that are not there are missing. Haplotypes are in the order of the samples in the file, and contigs in the
+    order of its header, whatever the order of the records and of *regions*; those that the header does not have come last.
 
     Parameters
     ----------
@@ -52,22 +55,26 @@ def read_genotypes(
         Whether positions beyond the end of a mask are inaccessible.
     keep_failed : bool
         Whether records that failed a filter of the file are used.
+    least_lengths : mapping, optional
+        {contig: base pairs that it has at least}, used where the file does not say how long it is. Such a contig ends with the
+        last record read, or there if that is farther.
 
     Returns
     -------
     GenotypeStore
         Its report has the keys `format`; `regions`, as [contig, start, end]; `counts`, of each contig, and `total`, see
-        `Counts`; `unphased`, the number of unphased heterozygous genotypes of each sample that has any; `notes`, texts that
-        were logged as warnings, too.
+        `Counts`, of which `outside` is None where an index was used; `unphased`, the number of unphased heterozygous genotypes
+        of each sample that has any; `notes`, texts that were logged as warnings, too.
 
     Raises
     ------
     BadRequest
-        If there is no such contig or sample, a region begins past the end of its contig, records are not sorted or are
+        If there is no such contig or sample, a region begins past the end of its contig, the FASTA file of ancestral alleles
+        does not fit the contigs, records are not sorted or are
         damaged, or no usable site is left; with a table of the counts.
     """
-    names = read_sample_names(samples) if isinstance(samples, str) else samples
-    chosen = list(range(len(source.samples))) if names is None else find_samples(names, source.samples)
+    listed = read_sample_names(samples) if isinstance(samples, str) else samples
+    chosen = list(range(len(source.samples))) if listed is None else find_samples(listed, source.samples)
     if not chosen:
         raise BadRequest("there are no samples; expected genotypes of at least one")
     _check_unique(source.samples)
@@ -76,7 +83,11 @@ def read_genotypes(
     elif not isinstance(populations, Mapping):
         populations = read_populations(populations, source.samples)
     wanted = resolve_regions(regions, source.contigs, clip=True)
-    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask, keep_failed)
+    if source.fasta is not None:
+        names = {region.contig for region in wanted}
+        asked = [contig for contig in source.contigs if contig.name in names or not names]
+        source.fasta.check_request(asked, named=bool(names))
+    reading = _Reading(source, chosen, populations, wanted, out, masks, beyond_mask, keep_failed, least_lengths or {})
     copies = None
     while True:
         more = reading.run(copies)
@@ -98,11 +109,12 @@ class _Reading:
         masks,
         beyond_mask: bool,
         keep_failed: bool,
+        least_lengths: Mapping[str, int],
     ):
         self.source, self.chosen, self.populations, self.wanted = source, chosen, populations, wanted
         self.out, self.masks, self.beyond_mask, self.keep_failed = out, masks, beyond_mask, keep_failed
         self.samples = [source.samples[sample] for sample in chosen]
-        self.lengths = dict(source.contigs)
+        self.lengths, self.least_lengths = dict(source.contigs), least_lengths
 
     def run(self, copies: int | None) -> GenotypeStore | int:
         """Read the file with *copies* of each sample, by default those of its first records; or return how many it needs."""
@@ -200,21 +212,15 @@ class _Reading:
         after_last = self.last[contig] + 1
         if known is not None and known >= after_last:
             return known
-        asked = max((region.end or 0 for region in self.wanted if region.contig == contig), default=0)
-        length = max(after_last, asked)
         if known is None:
             self.unknown_length.append(contig)
-        else:
-            self.notes.append(
-                f"contig {contig} has records up to {after_last:,}, past the length that the file states, {known:,}"
-            )
-        return length
+            return max(after_last, self.least_lengths.get(contig, 0))
+        self.notes.append(f"contig {contig} has records up to {after_last:,}, past the length that the file states, {known:,}")
+        return after_last
 
     def _finish(self) -> GenotypeStore:
         assert self.writer is not None
-        counts = {contig: self.filter.counts[contig] for contig in self.last}
-        for contig in dict.fromkeys(region.contig for region in self.wanted):
-            counts.setdefault(contig, Counts()).outside += self.source.outside.get(contig, 0)
+        counts = self._count()
         table = format_counts(counts)
         if not self.with_sites:
             total = sum(counts.values(), Counts())
@@ -223,30 +229,47 @@ class _Reading:
                 hint = " (all records are inside the mask: does --mask-marks say what its intervals mean?)"
             raise BadRequest(f"no usable site is left{self._where()}{hint}:\n{table}")
         if self.unknown_length:
-            names = _list_names(self.unknown_length)
-            self.notes.append(f"the file does not say how long {names} is; taken to end with the last record read")
+            names = list_names(self.unknown_length)
+            self.notes.append(
+                f"the file does not say how long {names} is; taken to end with the last record read, or with the region that "
+                "was asked for if that is farther"
+            )
         if empty := [contig for contig in counts if contig not in self.with_sites]:
-            self.notes.append(f"no usable site on {_list_names(empty)}: left out")
+            self.notes.append(f"no usable site on {list_names(empty)}: left out")
         logger.info(table)
         for note in self.notes:
             logger.warning(f"note: {note}")
         lengths = dict(self.writer.contigs)
-        regions = self.wanted or [Region(contig) for contig in lengths]
+        regions = self.wanted or [Region(contig) for contig in self._in_order(lengths)]
         report = {
             "format": self.source.kind,
             "regions": [
-                [contig, start, lengths[contig] if end is None else end] for contig, start, end in regions if contig in lengths
+                [contig, start, lengths[contig] if end is None else min(end, lengths[contig])]
+                for contig, start, end in regions
+                if contig in lengths
             ],
             "counts": {contig: one.as_dict() for contig, one in counts.items()},
             "total": sum(counts.values(), Counts()).as_dict(),
             "unphased": {sample: number for sample, number in self.filter.unphased.items() if number},
             "notes": self.notes,
         }
-        return self.writer.finish(report, self._list_haplotypes(self.seen))
+        return self.writer.finish(report, self._list_haplotypes(self.seen), order=self.lengths)
 
+    def _in_order(self, contigs: Iterable[str]) -> list[str]:
+        """Contigs in the order of the header, which with an index is not that in which they are read; others last."""
+        ranks = {name: rank for rank, name in enumerate(self.lengths)}
+        return sorted(contigs, key=lambda contig: ranks.get(contig, len(ranks)))
 
-def _list_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+    def _count(self) -> dict[str, Counts]:
+        """Counts of each contig that was asked for, or has records."""
+        outside = self.source.outside
+        names = dict.fromkeys([*self.last, *(region.contig for region in self.wanted)])
+        if not self.wanted:
+            names |= dict.fromkeys(contig for contig, number in (outside or {}).items() if number)
+        counts = {contig: self.filter.counts[contig] for contig in self._in_order(names)}
+        for contig, one in counts.items():
+            one.outside = None if outside is None else outside.get(contig, 0)
+        return counts
 
 
 def _check_unique(samples: Sequence[str]) -> None:

@@ -1,9 +1,12 @@
 """What the readers of all file formats have in common: regions, contigs, haplotypes, and chunks of records."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:  # it needs the contigs of this module
+    from cxt.genotypes.ancestral_fasta import AncestralFasta
 
 MISSING, ABSENT = -1, -2
 """Codes of a genotype's allele: not called; and not there, because the individual has fewer copies of this contig."""
@@ -67,9 +70,10 @@ class Source(Protocol):
     knows_ancestral : whether records may have an ancestral allele
     any_alleles : whether any two alleles make a usable site, as in a tree sequence; False if they must be two of ACGT
     populations : {sample: population} if the file says so
+    fasta : the FASTA file that ancestral alleles come from, or None
     notes : what the user should know about the file, for the report
-    outside : {contig: records that the last `read` passed over because they are outside the regions}; an index leaves most of
-        them unread, and uncounted
+    outside : {contig: records that the last `read` passed over because they are outside the regions, or before the first
+        base}; None if it did not count them, because an index leaves them unread
     """
 
     kind: str
@@ -78,8 +82,9 @@ class Source(Protocol):
     knows_ancestral: bool
     any_alleles: bool
     populations: dict[str, str]
+    fasta: "AncestralFasta | None"
     notes: list[str]
-    outside: dict[str, int]
+    outside: dict[str, int] | None
 
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions* in the order of the file, with the genotypes of *samples* (indices)."""

@@ -5,17 +5,21 @@ A directory in Zarr format. It is read by region, so that memory does not grow w
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import zarr
+from zarr.codecs import ZstdCodec
 
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, first_line
 from cxt.genotypes.records import Contig, Haplotype
 
-VERSION = 1
+VERSION = 2
+
+ARRAYS = ("positions", "derived", "missing")
+"""Arrays of a contig."""
 
 CHUNK_SITES = 16_384
 """Sites of a chunk on disk."""
@@ -50,6 +54,11 @@ class GenotypeStore:
         With lengths.
     report : dict
         What was read and dropped, see `cxt.genotypes.filters`.
+
+    Raises
+    ------
+    BadRequest
+        If it holds no genotypes, or those of another version, or files are missing; when it is read, if one is damaged.
     """
 
     def __init__(self, path):
@@ -66,38 +75,65 @@ class GenotypeStore:
         self._columns = attributes["columns"]  # of the haplotypes, in the arrays
         self._has_others = self._columns != list(range(len(self._columns)))
         self.report: dict = attributes["report"]
+        self._places: dict[str, int] = {  # of the arrays, which were written in the order of the file
+            name: place for (name, _), place in zip(self.contigs, attributes["places"], strict=True)
+        }
         self._positions: dict[str, np.ndarray] = {}
-        self._arrays: dict[str, zarr.Array] = {}  # opened once: to find an array costs more than to read a block of it
+        self._arrays: dict[tuple[str, str], zarr.Array] = {}  # opened once: that takes longer than to read a block
+        for contig, _ in self.contigs:
+            for name in ARRAYS:
+                self._check_files(contig, name)
+
+    def _check_files(self, contig: str, name: str) -> None:
+        """BadRequest if a file of an array is missing; Zarr would read it as zeros."""
+        array = self._open(contig, name)
+        if (lost := array.nchunks - array.nchunks_initialized) > 0:
+            raise BadRequest(
+                f"{self.path} is incomplete: {lost} of {array.nchunks} files of {array.path} are missing; delete it, and the "
+                "file is read again"
+            )
 
     def positions(self, contig: str) -> np.ndarray:
         """Positions of all sites of a contig, (sites,) int64."""
         if contig not in self._positions:
-            group = str([name for name, _ in self.contigs].index(contig))
-            self._positions = {contig: np.asarray(self._group[f"{group}/positions"][:])}  # of one contig at a time
+            self._positions = {contig: self._read(contig, "positions")}  # of one contig at a time
         return self._positions[contig]
 
     def iterate_missing(self, place: int) -> Iterator[np.ndarray]:
         """Yield which genotypes are missing, bool (sites, haplotypes), of consecutive sites of the contig at *place*."""
-        array = self._group[f"{place}/missing"]
-        for begin in range(0, array.shape[0], CHUNK_SITES):
-            yield self._unpack(array[begin : begin + CHUNK_SITES]).astype(bool)
+        contig = self.contigs[place].name
+        for begin in range(0, self._open(contig, "missing").shape[0], CHUNK_SITES):
+            yield self._unpack(self._read(contig, "missing", slice(begin, begin + CHUNK_SITES))).astype(bool)
 
     def _unpack(self, packed) -> np.ndarray:
         """One value for each of the haplotypes, uint8 (sites, haplotypes)."""
         values = np.unpackbits(np.asarray(packed), axis=1, count=self._columns[-1] + 1, bitorder="little")
         return values[:, self._columns] if self._has_others else values
 
-    def _open(self, name: str) -> zarr.Array:
-        if name not in self._arrays:
-            self._arrays[name] = self._group[name]
-        return self._arrays[name]
+    def _open(self, contig: str, name: str) -> zarr.Array:
+        if (contig, name) not in self._arrays:
+            path = f"{self._places[contig]}/{name}"
+            array = self._group.get(path)
+            if not isinstance(array, zarr.Array):
+                raise BadRequest(f"{self.path} is incomplete: {path} is missing; delete it, and the file is read again")
+            self._arrays[contig, name] = array
+        return self._arrays[contig, name]
+
+    def _read(self, contig: str, name: str, rows: slice = slice(None)) -> np.ndarray:
+        array = self._open(contig, name)
+        try:
+            return np.asarray(array[rows])
+        except Exception as error:  # zarr and its codecs raise any kind for a damaged chunk
+            raise BadRequest(
+                f"{self.path} is damaged: {array.path} cannot be read ({first_line(error)}); delete it, and the file is read "
+                "again"
+            ) from None
 
     def load(self, contig: str, start: int, end: int) -> Sites:
         """The sites of a contig in [start, end)."""
         positions = self.positions(contig)
         left, right = np.searchsorted(positions, [start, end])
-        group = str([name for name, _ in self.contigs].index(contig))
-        derived, missing = (self._unpack(self._open(f"{group}/{name}")[left:right]) for name in ("derived", "missing"))
+        derived, missing = (self._unpack(self._read(contig, name, slice(left, right))) for name in ("derived", "missing"))
         return Sites(positions[left:right], derived, missing.astype(bool))
 
 
@@ -119,6 +155,7 @@ class GenotypeWriter:
         self.haplotypes = list(haplotypes)
         self.contigs: list[Contig] = []
         self._group = zarr.open_group(self.temporary, mode="w", zarr_format=3)
+        self._arrays: dict[str, zarr.Array] = {}  # of the last contig; opened again, they would leave out chunks of zeros
         self._pending: list[Sites] = []
 
     def add_contig(self, name: str, length: int | None) -> None:
@@ -127,9 +164,17 @@ class GenotypeWriter:
         columns = -(-len(self.haplotypes) // 8)
         place = str(len(self.contigs))
         self.contigs.append(Contig(name, length))
-        self._group.create_array(f"{place}/positions", shape=(0,), chunks=(CHUNK_SITES,), dtype="int64")
-        for array in ("derived", "missing"):
-            self._group.create_array(f"{place}/{array}", shape=(0, columns), chunks=(CHUNK_SITES, columns), dtype="uint8")
+        self._arrays = {
+            array: self._group.create_array(
+                f"{place}/{array}",
+                shape=(0, columns)[:dimensions],
+                chunks=(CHUNK_SITES, columns)[:dimensions],
+                dtype=dtype,
+                compressors=[ZstdCodec(level=0, checksum=True)],
+                config={"write_empty_chunks": True},  # so that a file that was lost is noticed
+            )
+            for array, dimensions, dtype in (("positions", 1, "int64"), ("derived", 2, "uint8"), ("missing", 2, "uint8"))
+        }
 
     def set_length(self, length: int) -> None:
         """Set the length of the contig that was added last."""
@@ -144,19 +189,20 @@ class GenotypeWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        place = str(len(self.contigs) - 1)
         positions, derived, missing = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
         self._pending = []
-        self._group[f"{place}/positions"].append(positions.astype(np.int64))
+        self._arrays["positions"].append(positions.astype(np.int64))
         for name, values in (("derived", derived), ("missing", missing)):
             packed = np.packbits(values.astype(np.uint8), axis=1, bitorder="little")
-            self._group[f"{place}/{name}"].append(packed)
+            self._arrays[name].append(packed)
 
     def discard(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
-    def finish(self, report: dict, haplotypes: Sequence[Haplotype] | None = None) -> GenotypeStore:
+    def finish(
+        self, report: dict, haplotypes: Sequence[Haplotype] | None = None, *, order: Iterable[str] = ()
+    ) -> GenotypeStore:
         """Write the *report* and rename the directory to its final name.
 
         Parameters
@@ -165,8 +211,12 @@ class GenotypeWriter:
         haplotypes : sequence of Haplotype, optional
             Which ones there are after all, where the number of copies of each sample was not known before. They are columns
             of those that the writer was made with.
+        order : iterable of str
+            Names of contigs, in the order that `GenotypeStore.contigs` is to have; others follow as they were added.
         """
         self._flush()
+        ranks = {name: rank for rank, name in enumerate(order)}
+        places = sorted(range(len(self.contigs)), key=lambda place: ranks.get(self.contigs[place].name, len(ranks)))
         columns = {(haplotype.sample, haplotype.copy): column for column, haplotype in enumerate(self.haplotypes)}
         haplotypes = self.haplotypes if haplotypes is None else haplotypes
         self._group.attrs.update(
@@ -174,7 +224,8 @@ class GenotypeWriter:
                 "cxt_genotypes": VERSION,
                 "haplotypes": [list(haplotype) for haplotype in haplotypes],
                 "columns": [columns[haplotype.sample, haplotype.copy] for haplotype in haplotypes],
-                "contigs": [list(contig) for contig in self.contigs],
+                "contigs": [list(self.contigs[place]) for place in places],
+                "places": places,
                 "report": json.loads(json.dumps(report)),
             }
         )

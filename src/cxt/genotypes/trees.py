@@ -46,6 +46,7 @@ class TreesSource:
     kind = "tree sequence"
     knows_ancestral = True
     any_alleles = True
+    fasta = None
 
     def __init__(self, path, *, ancestral: str = "auto"):
         self.path = Path(path)
@@ -57,7 +58,7 @@ class TreesSource:
         self._ts, has_others = _load(self.path)
         ts = self._ts
         self.notes: list[str] = []
-        self.outside: dict[str, int] = {}
+        self.outside: dict[str, int] | None = {}
         if has_others:
             self.notes.append(
                 "the file holds several tree sequences, of which the first was read; `cxt trees` extracts another"
@@ -130,11 +131,11 @@ class TreesSource:
         variant = tskit.Variant(ts, samples=np.concatenate(chosen).astype(np.int32))
         phased_row = np.ones(len(chosen), dtype=bool)
         chunk = max(1, CHUNK_GENOTYPES // max(1, len(chosen) * copies))
-        self.outside = {CONTIG: len(self._positions)}
+        outside = len(self._positions)
         for region in regions or [Region(CONTIG)]:
             ends = [region.start, self._positions[-1] + 1 if region.end is None else region.end]
             first, last = (int(site) for site in np.searchsorted(self._positions, ends))
-            self.outside[CONTIG] -= last - first
+            outside -= last - first
             for start in range(first, last, chunk):
                 stop = min(last, start + chunk)
                 genotypes = np.full((stop - start, len(chosen), copies), ABSENT, dtype=np.int16)
@@ -151,6 +152,7 @@ class TreesSource:
                     phased=np.broadcast_to(phased_row, (stop - start, len(chosen))),
                     ancestral=[names[0] for names in alleles],
                 )
+        self.outside = {CONTIG: outside}
 
 
 def _load(path: Path) -> tuple[tskit.TreeSequence, bool]:

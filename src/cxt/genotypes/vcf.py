@@ -35,8 +35,9 @@ class VcfSource:
 
     Attributes
     ----------
-    outside : dict
-        {contig: records outside the regions that were read and skipped}, of the last `read`.
+    outside : dict or None
+        {contig: records that were skipped, because they are outside the regions or at position 0}, of the last `read`; None if
+        it used the index.
 
     Raises
     ------
@@ -54,14 +55,14 @@ class VcfSource:
         self.path = Path(path)
         self.notes: list[str] = []
         self.populations: dict[str, str] = {}
-        self.outside: dict[str, int] = {}
+        self.outside: dict[str, int] | None = {}
         self._header: Header = read_header(self.path)
         self.kind, self.samples = self._header.kind, self._header.samples
         self._index = self._find_index()
         first = self._read_first()
         self.contigs = self._list_contigs(first)
-        self._tag, self._fasta = self._find_ancestral(ancestral)
-        self.knows_ancestral = self._tag is not None or self._fasta is not None
+        self._tag, self.fasta = self._find_ancestral(ancestral)
+        self.knows_ancestral = self._tag is not None or self.fasta is not None
 
     def read(self, regions: Sequence[Region], samples: Sequence[int]) -> Iterator[Records]:
         """Yield the records within *regions*, all if there are none, with the genotypes of *samples* (indices).
@@ -78,7 +79,8 @@ class VcfSource:
         BadRequest
             If the file is damaged, or no record has genotypes.
         """
-        self.outside = {}
+        uses_index = bool(regions) and self._index is not None
+        outside: dict[str, int] = {}
         chosen = [self.samples[sample] for sample in samples]
         vcf = self._open(chosen)
         places = {name: place for place, name in enumerate(vcf.samples)}
@@ -89,11 +91,11 @@ class VcfSource:
         read = with_genotypes = 0
         limit = min(CHUNK_RECORDS, max(1, CHUNK_GENOTYPES // (3 * len(vcf.samples))))
         chunk = _Chunk("", order)
-        for variant in self._query(vcf, regions) if regions and self._index else self._stream(vcf):
+        for variant in self._query(vcf, regions) if uses_index else self._stream(vcf):
             contig, position = variant.CHROM, variant.start
             # Position 0 of a VCF file is the telomere, before the first base.
             if position < 0 or (regions and not any(start <= position < end for start, end in limits.get(contig, ()))):
-                self.outside[contig] = self.outside.get(contig, 0) + 1
+                outside[contig] = outside.get(contig, 0) + 1
                 continue
             if contig != chunk.contig or len(chunk.positions) >= limit:
                 yield from self._finish(chunk)
@@ -101,14 +103,15 @@ class VcfSource:
             read += 1
             with_genotypes += chunk.add(variant, self._tag)
         yield from self._finish(chunk)
+        self.outside = None if uses_index else outside
         if read and not with_genotypes:
             raise BadRequest(f"{self.path} has no genotypes: no record that was read has GT in the column FORMAT")
 
     def _finish(self, chunk: "_Chunk") -> Iterator[Records]:
         if chunk.positions:
             records = chunk.build()
-            if self._fasta is not None:
-                records = records._replace(ancestral=self._fasta.fetch(chunk.contig, records.positions))
+            if self.fasta is not None:
+                records = records._replace(ancestral=self.fasta.fetch(chunk.contig, records.positions))
             elif self._tag is None:
                 records = records._replace(ancestral=[alleles[0] for alleles in records.alleles])
             yield records
@@ -191,9 +194,10 @@ class VcfSource:
 
         verbosity = pysam.set_verbosity(0)
         try:
-            opened = pysam.VariantFile if self.kind == "BCF" else pysam.TabixFile
-            key = "index_filename" if self.kind == "BCF" else "index"
-            file = opened(str(self.path), **{key: str(self._index)})
+            if self.kind == "BCF":
+                file = pysam.VariantFile(str(self.path), index_filename=str(self._index))
+            else:
+                file = pysam.TabixFile(str(self.path), index=str(self._index), encoding="utf-8")
             try:
                 names = file.header.contigs if self.kind == "BCF" else file.contigs
                 if region.contig not in names:

@@ -27,6 +27,7 @@ SCAN_RECORDS = 2**20
 class VcfZarrSource:
     """A VCF Zarr file as a source of genotypes; see `cxt.genotypes.records.Source`.
 
+    Records at position 0, which is the telomere, are outside of every region, as in VCF.
     Genotypes count as unphased where the file does not say that they are phased (`call_genotype_phased`).
 
     Parameters
@@ -62,12 +63,12 @@ class VcfZarrSource:
         lengths += [0] * (len(contigs) - len(lengths))
         self.contigs = [Contig(name, length if length > 0 else None) for name, length in zip(contigs, lengths, strict=True)]
         self._filters = self._find_filters(names)
-        self._fasta: AncestralFasta | None = None
+        self.fasta: AncestralFasta | None = None
         self._ancestral = self._find_ancestral(ancestral, names)
-        self.knows_ancestral = self._ancestral is not None or self._fasta is not None
+        self.knows_ancestral = self._ancestral is not None or self.fasta is not None
         self.populations: dict[str, str] = {}
         self.notes: list[str] = []
-        self.outside: dict[str, int] = {}
+        self.outside: dict[str, int] | None = {}
         if self._phased is None:
             self.notes.append("the file has no array call_genotype_phased: all genotypes count as unphased")
 
@@ -114,8 +115,8 @@ class VcfZarrSource:
                 raise BadRequest(
                     f"--ancestral '{ancestral}' is no file, and {self.path} is VCF Zarr: use INFO/TAG, a FASTA file, or ref"
                 )
-            self._fasta = AncestralFasta(ancestral)
-            self._fasta.check_contigs(contig.name for contig in self.contigs)
+            self.fasta = AncestralFasta(ancestral)
+            self.fasta.check_contigs(contig.name for contig in self.contigs)
             return None
         tags = [name.removeprefix("variant_") for name in names if name.startswith("variant_")]
         if tag not in tags:
@@ -145,7 +146,7 @@ class VcfZarrSource:
         chunk = self._genotypes.chunks[0]
         step = chunk * max(1, CHUNK_GENOTYPES // (chunk * (columns.stop - columns.start) * copies))
         scan = step * max(1, SCAN_RECORDS // step)
-        self.outside = {region.contig: 0 for region in regions}
+        outside = np.zeros(len(self.contigs), dtype=np.int64)
         for start in range(0, records, scan):
             contigs = self._read("variant_contig", slice(start, start + scan))
             positions = self._read("variant_position", slice(start, start + scan)).astype(np.int64) - 1
@@ -154,9 +155,9 @@ class VcfZarrSource:
                 end = np.iinfo(np.int64).max if region.end is None else region.end
                 wanted |= (contigs == numbers[region.contig]) & (positions >= region.start) & (positions < end)
             if not regions:
-                wanted[:] = True
-            for contig in self.outside:
-                self.outside[contig] += int(np.count_nonzero((contigs == numbers[contig]) & ~wanted))
+                wanted[:] = positions >= 0
+            self._check_contigs(contigs)
+            outside += np.bincount(contigs[~wanted], minlength=len(outside))
             for first in range(0, len(positions), step):
                 rows = np.flatnonzero(wanted[first : first + step])
                 if not len(rows):
@@ -164,15 +165,18 @@ class VcfZarrSource:
                 block = slice(start + first + int(rows[0]), start + first + int(rows[-1]) + 1)
                 rows = rows - rows[0]
                 yield from self._read_block(block, rows, columns, chosen)
+        self.outside = {contig.name: count for contig, count in zip(self.contigs, outside.tolist(), strict=True) if count}
+
+    def _check_contigs(self, numbers: np.ndarray) -> None:
+        if numbers.min() < 0 or numbers.max() >= len(self.contigs):
+            raise BadRequest(
+                f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'"
+            )
 
     def _read_block(self, block: slice, rows: np.ndarray, columns: slice, chosen: np.ndarray) -> Iterator[Records]:
         """The records *rows* of the records *block*, one chunk for each run of records of a contig."""
         contigs = self._read("variant_contig", block)[rows]
         positions = self._read("variant_position", block)[rows].astype(np.int64) - 1
-        if contigs.min() < 0 or contigs.max() >= len(self.contigs):
-            raise BadRequest(
-                f"{self.path}, array 'variant_contig': numbers must be below {len(self.contigs)}, the contigs in 'contig_id'"
-            )
         genotypes = self._read("call_genotype", (block, columns))[rows][:, chosen].astype(np.int16)
         one_copy = (genotypes != ABSENT).sum(axis=2) <= 1
         phased = (
@@ -191,8 +195,8 @@ class VcfZarrSource:
         for end in ends:
             part = slice(start, end)
             contig = self.contigs[contigs[start]].name
-            if self._fasta is not None:
-                ancestral[part] = self._fasta.fetch(contig, positions[part])
+            if self.fasta is not None:
+                ancestral[part] = self.fasta.fetch(contig, positions[part])
             yield Records(
                 contig=contig,
                 positions=positions[part],

@@ -13,6 +13,21 @@ END_WINDOWS = 2
 GAP_SPACINGS = 50
 """Mean distances between variants that a stretch without any must be long to count as a gap."""
 
+CHUNK_BASES = 2**20
+"""Bases of a mask that are summed at once, because a cumulative sum takes eight times the memory of the mask."""
+
+
+class GapRule(NamedTuple):
+    """Which stretches without variants count as gaps; all numbers are of bases outside the mask.
+
+    spacing : mean distance between variants of what was read, in base pairs; None if that has fewer than two
+    inner, ends : least base pairs of a gap between two variants, and of one before the first or after the last; None: none is
+    """
+
+    spacing: float | None
+    inner: float | None
+    ends: float | None
+
 
 class Windows(NamedTuple):
     """Accessible bases of the windows of a contig, counted from its start.
@@ -28,13 +43,21 @@ class Windows(NamedTuple):
 
 
 def find_gaps(
-    positions: np.ndarray, *, start: int, end: int, window_size: int, max_gap: int | None = None
-) -> list[tuple[int, int]]:
+    positions: np.ndarray,
+    *,
+    start: int,
+    end: int,
+    window_size: int,
+    mask: np.ndarray | None = None,
+    max_gap: int | None = None,
+) -> tuple[list[tuple[int, int]], GapRule]:
     """Stretches of [start, end) without variants that are too long to be due to chance.
 
     A file of variants does not say where nothing could be called. With ten haplotypes or more, a stretch that is many times
     as long as the mean distance between variants has none because it was not read: a centromere, a gap of the assembly,
     or the part of the chromosome that the file leaves out.
+
+    The mean distance is that of the variants in [start, end), so that it may differ between a part of a contig and the whole.
 
     Parameters
     ----------
@@ -44,6 +67,9 @@ def find_gaps(
         In base pairs.
     window_size : int
         Base pairs of a window.
+    mask : bool array, optional
+        True = *in*accessible, for each base of the contig; what is beyond its end is inaccessible. Only accessible bases count,
+        in distances and in lengths.
     max_gap : int, optional
         Base pairs without variants that count as a gap; 0: none do. By default the larger of 25 windows (2 windows at the
         ends) and 50 times the mean distance between variants.
@@ -52,19 +78,46 @@ def find_gaps(
     -------
     list of (int, int)
         [start, end) of each gap.
+    GapRule
+        What was applied.
     """
-    if max_gap == 0 or not len(positions):
-        return [] if max_gap == 0 else [(start, end)]
+    if not len(positions):
+        return [] if max_gap == 0 else [(start, end)], GapRule(None, max_gap or None, max_gap or None)
     edges = np.concatenate([[start - 1], positions, [end]])
     lengths = np.diff(edges) - 1  # bases between two variants
+    if mask is not None:
+        lengths -= _count_masked(positions, start=start, end=end, mask=mask)
+    # Within the variants, so that a file that was cut does not change the mean.
+    spacing = (int(lengths[1:-1].sum()) + len(positions) - 1) / (len(positions) - 1) if len(positions) > 1 else None
     if max_gap is not None:
-        limits = np.full(len(lengths), max_gap)
+        rule = GapRule(spacing, max_gap or None, max_gap or None)
     else:
-        # Within the variants, so that a file that was cut does not change the mean.
-        spacing = (positions[-1] - positions[0]) / max(len(positions) - 1, 1)
-        limits = np.full(len(lengths), max(GAP_WINDOWS * window_size, GAP_SPACINGS * spacing))
-        limits[[0, -1]] = max(END_WINDOWS * window_size, GAP_SPACINGS * spacing)
-    return [(int(edges[i]) + 1, int(edges[i + 1])) for i in np.flatnonzero(lengths >= limits)]
+        by_chance = GAP_SPACINGS * (spacing or 0)
+        rule = GapRule(spacing, max(GAP_WINDOWS * window_size, by_chance), max(END_WINDOWS * window_size, by_chance))
+    if rule.inner is None:
+        return [], rule
+    limits = np.full(len(lengths), rule.inner)
+    limits[[0, -1]] = rule.ends
+    return [(int(edges[i]) + 1, int(edges[i + 1])) for i in np.flatnonzero(lengths >= limits)], rule
+
+
+def _count_masked(positions: np.ndarray, *, start: int, end: int, mask: np.ndarray) -> np.ndarray:
+    """Inaccessible bases before the first of *positions*, between each and the next, and after the last, (positions + 1,)."""
+    edges = np.concatenate([[start], positions, [end]])
+    known = np.minimum(edges, len(mask))
+    before = np.zeros(len(known), dtype=np.int64)  # inaccessible bases from the start to each edge
+    total = 0
+    for begin in range(int(known[0]), int(known[-1]), CHUNK_BASES):
+        sums = np.cumsum(mask[begin : min(begin + CHUNK_BASES, int(known[-1]))], dtype=np.int64)
+        left, right = np.searchsorted(known, [begin + 1, begin + len(sums) + 1])
+        before[left:right] = total + sums[known[left:right] - begin - 1]
+        total += int(sums[-1])
+    masked = np.diff(before + edges - known)
+    sites = np.ones(len(positions), dtype=np.int64)  # each is the first base of what follows it
+    inside = positions < len(mask)
+    sites[inside] = mask[positions[inside]]
+    masked[1:] -= sites
+    return masked
 
 
 def count_accessible(

@@ -9,9 +9,10 @@ from cxt.config.translation import Translation
 from cxt.console import get_logger
 from cxt.errors import BadRequest
 from cxt.genotypes.records import Region
+from cxt.genotypes.selection import format_region
 from cxt.genotypes.store import GenotypeStore
 from cxt.model.transformer import CoalescenceModel
-from cxt.translation.accessibility import Windows, count_accessible, find_gaps
+from cxt.translation.accessibility import GapRule, Windows, count_accessible, find_gaps
 from cxt.translation.blocks import Block, choose_flank, list_blocks
 from cxt.translation.request import check_haplotypes, check_short_contig
 
@@ -27,6 +28,7 @@ class ContigPlan(NamedTuple):
     regions : windows [from, to) that are estimated
     called : float64 (pairs,), share of the sites at which both haplotypes of each pair are called
     candidates : columns of the haplotypes that panels are drawn from
+    gap_rules : (start, end, rule) of each part that was read
     """
 
     name: str
@@ -37,6 +39,7 @@ class ContigPlan(NamedTuple):
     called: np.ndarray
     candidates: np.ndarray
     blocks: list[Block]
+    gap_rules: list[tuple[int, int, GapRule]]
 
     @property
     def kept(self) -> np.ndarray:
@@ -93,6 +96,7 @@ def plan_contigs(
     for place, (name, length) in enumerate(store.contigs):
         wanted = [region for region in regions if region.contig == name] or [Region(name)]
         assert length is not None
+        check_starts(wanted, length)
         total = -(-length // size)
         try:
             check_short_contig(model, contig=name, windows=total, name=request.model)
@@ -102,12 +106,14 @@ def plan_contigs(
         read = extend_regions(wanted, context=network_windows * size)
         accessible = np.zeros(total, dtype=np.int64)
         gaps: list[tuple[int, int]] = []
+        rules: list[tuple[int, int, GapRule]] = []
         mask = read_mask(name)
         positions = store.positions(name)
         for _, start, end in read:
             end = length if end is None else min(end, length)
             inside = positions[np.searchsorted(positions, start) : np.searchsorted(positions, end)]
-            found = find_gaps(inside, start=start, end=end, window_size=size, max_gap=request.max_gap)
+            found, rule = find_gaps(inside, start=start, end=end, window_size=size, mask=mask, max_gap=request.max_gap)
+            rules.append((start, end, rule))
             counted = count_accessible(length=length, window_size=size, start=start, end=end, mask=mask, gaps=found)
             accessible += counted.accessible
             widths, gaps = counted.widths, gaps + found
@@ -128,7 +134,8 @@ def plan_contigs(
         if not blocks:
             logger.warning(f"contig {name} is left out: no window has enough accessible bases (see min_accessible, max_gap)")
             continue
-        plans.append(ContigPlan(name, length, place, windows, Windows(accessible, widths, gaps), called, candidates, blocks))
+        accessibility = Windows(accessible, widths, gaps)
+        plans.append(ContigPlan(name, length, place, windows, accessibility, called, candidates, blocks, rules))
     if not plans and refusals:
         raise BadRequest(refusals[0])
     for text in refusals:
@@ -138,6 +145,16 @@ def plan_contigs(
             "no window has enough accessible bases; lower min_accessible, or set max_gap to 0 if sites are that rare"
         )
     return plans
+
+
+def check_starts(regions: Sequence[Region], length: int) -> None:
+    """BadRequest for a region that begins past the end of its contig, whose length was not known before it was read."""
+    for region in regions:
+        if region.start >= length:
+            raise BadRequest(
+                f"region {format_region(region)} begins past the end of contig {region.contig}: the file does not say how long "
+                f"it is, and it is taken to end with the last record read, at {length:,}"
+            )
 
 
 def merge_windows(regions: Sequence[Region], *, size: int, total: int) -> list[tuple[int, int]]:

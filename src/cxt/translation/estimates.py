@@ -151,6 +151,7 @@ def read_block(
     distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
     bins = np.zeros((len(pairs), reader.kept_replicates, keep.stop - keep.start), dtype=np.uint16)
     readable = np.zeros((len(pairs), keep.stop - keep.start))
+    needed = np.maximum(request.min_accessible * widths[keep], 1)
     measures = []
     for begin in range(0, len(rows), reader.batch_size):  # only the input of one batch is in memory
         batch = rows[begin : begin + reader.batch_size]
@@ -164,17 +165,23 @@ def read_block(
             fractions = torch.from_numpy(np.stack([1 - present * one.called for one in inputs]).astype(np.float32))
         x = compute_model_input(torch.from_numpy(np.stack([one.counts for one in inputs])), fractions).to(reader.device)
         measures.append(measure_input(model, x, window_size=size, **reader.rates))
+        own = np.array([row for row, _ in batch])
+        shares = np.stack([one.called_once[keep] for one in inputs])
+        np.add.at(readable, own, shares / len(panels))
+        # With several panels, a window may be readable in the mean of all.
+        most = shares if len(panels) == 1 else np.ones_like(shares)
+        if not (most * accessible[keep] * (called[own] > 0)[:, None] >= needed).any():
+            continue  # all windows of these pairs are missing
         ids = [hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63 for row, panel in batch]
         with use_precision(model.precision, reader.device):
             parts, sampled = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)
         parts, sampled = parts[:, keep].double().cpu().numpy(), sampled[:, : reader.kept_replicates, keep].cpu().numpy()
-        for (row, panel), one, part, sequences in zip(batch, inputs, parts, sampled, strict=True):
+        for (row, panel), part, sequences in zip(batch, parts, sampled, strict=True):
             distribution[row] += part / len(panels)
-            readable[row] += one.called_once[keep] / len(panels)
             bins[row, panel :: len(panels)] = sequences[panel :: len(panels)]  # of each panel in turn
     values = summarise(torch.from_numpy(distribution), reader.grid)
     readable *= accessible[keep] * (called > 0)[:, None]
-    values[readable < np.maximum(request.min_accessible * widths[keep], 1)] = np.nan
+    values[readable < needed] = np.nan
     differences = np.stack([count_differences(sites, tuple(pair), **shape)[keep] for pair in pairs])
     totals = count_alleles(sites)
     shares = np.stack([share_compared(sites, tuple(pair), totals, **shape)[keep] for pair in pairs])

@@ -4,6 +4,8 @@ Memory grows with neither: the files of the blocks are read twice, once for sums
 and once to write the tracks.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +80,7 @@ def load_unit(unit: Unit, *, work: Path) -> UnitEstimates:
                 arrays["values"], arrays["differences"], arrays["bases"], arrays["warnings"].tolist(),
                 arrays.get("bins"),
             )  # fmt: skip
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Failed(f"{path}, a part of this translation, is missing or damaged ({error}); delete it and run again") from None
 
 

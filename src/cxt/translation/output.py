@@ -119,6 +119,7 @@ def write_output(
             "missing_windows": missing / max(len(pairs), 1),
             "accessible": float(np.sum(accessible * widths) / widths.sum()),
             "gaps": plan.windows.gaps,
+            "gap_rules": [{"start": start, "end": end} | rule._asdict() for start, end, rule in plan.gap_rules],
             "haplotypes_in_panels": len(plan.candidates),
             "called_share": _describe(plan.called),
             "observed_differences": _describe(np.concatenate([one.diversity.observed for one in sums])),

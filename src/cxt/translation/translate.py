@@ -13,8 +13,8 @@ from cxt.checkpoints.load import find_checkpoint, load_model
 from cxt.config.learning import check_replicates, choose_reading
 from cxt.config.translation import DEFAULT_REPLICATES, Translation
 from cxt.console import get_logger
-from cxt.data.masks import describe_mask, read_mask
 from cxt.errors import BadRequest, Failed
+from cxt.genotypes.mask_file import MaskFile
 from cxt.genotypes.pairs import check_pairs, choose_pairs
 from cxt.genotypes.read import read_genotypes
 from cxt.genotypes.records import Contig, Region, Source
@@ -222,7 +222,8 @@ def run_translation(
         if bigwig:
             chosen_names = {region.contig for region in wanted} or set(names)
             check_bigwig(c for c in source.contigs if c.name in chosen_names and c.length is not None)
-        store = _read(request, network, source, wanted, work)
+        masks = _open_mask(request, source, wanted)
+        store = _read(request, network, source, wanted, masks, work)
         chosen = choose_pairs(
             store.haplotypes,
             request.pairs,
@@ -236,7 +237,7 @@ def run_translation(
             request,
             pairs=chosen,
             regions=wanted,
-            read_mask=lambda contig: _load_mask(request, contig, dict(store.contigs)),
+            read_mask=lambda contig: None if masks is None else masks.load(contig, dict(store.contigs)[contig]),
         )
         if bigwig:  # of contigs, too, whose length was not known before
             check_bigwig(Contig(plan.name, plan.length) for plan in plans)
@@ -310,47 +311,43 @@ def _choose_batch(batch_size: int | str, network: CoalescenceModel, *, sequences
     return int(np.clip(free // (4 * per_pair), 1, 512))
 
 
-def _read(request: Translation, network: CoalescenceModel, source: Source, regions: list[Region], work: Path) -> GenotypeStore:
+def _open_mask(request: Translation, source: Source, regions: list[Region]) -> MaskFile | None:
+    """The mask, checked for all contigs that are asked for."""
+    if request.mask is None or request.mask_marks is None:
+        return None
+    names = {region.contig for region in regions}
+    contigs = [contig for contig in source.contigs if contig.name in names or not names]
+    return MaskFile(request.mask, marks=request.mask_marks, contigs=contigs)
+
+
+def _read(
+    request: Translation, network: CoalescenceModel, source: Source, regions: list[Region], masks: MaskFile | None, work: Path
+) -> GenotypeStore:
     """The genotypes, read before or now."""
     path = work / "genotypes.zarr"
     if path.is_dir():
         return GenotypeStore(path)
     context = network.config.windows * network.config.window_size
-    read = {region.contig for region in regions}
-    lengths = {name: length for name, length in source.contigs if name in read or not read}
+    lengths = dict(source.contigs)
     return read_genotypes(
         source,
         out=path,
         regions=extend_regions(regions, context=context),
         samples=request.samples,
         populations=request.populations,
-        masks=lambda contig: _load_mask(request, contig, lengths),
+        masks=None if masks is None else lambda contig: masks.load(contig, lengths.get(contig)),
         beyond_mask=request.mask_marks == "accessible",
         keep_failed=request.keep_filtered,
+        # A contig of unknown length goes on at least to the end of a region that was asked for.
+        least_lengths={region.contig: region.end for region in regions if region.end is not None},  # the last is the farthest
     )
 
 
-def _load_mask(request: Translation, contig: str, lengths: dict[str, int | None]) -> np.ndarray | None:
-    """The mask of a contig, True = inaccessible, to its end if that is known.
-
-    After the last interval of a BED file, everything is inaccessible if intervals mark what is accessible, and the reverse.
-    """
-    if request.mask is None or request.mask_marks is None:
-        return None
-    is_array = request.mask.endswith(".npz")
-    if is_array and len(lengths) > 1:
-        raise BadRequest(f"mask {request.mask} has one array, but {request.input} has {len(lengths)} contigs; pass a BED file")
-    mask = read_mask(request.mask, contig=None if is_array else contig, marks=request.mask_marks)
-    length = lengths.get(contig) or len(mask)
-    mask = np.pad(mask[:length], (0, max(0, length - len(mask))), constant_values=request.mask_marks == "accessible")
-    logger.info(describe_mask(f"{request.mask}, {contig}", mask))
-    return mask
-
-
 def share_polarised(store: GenotypeStore) -> float:
-    """Share of the sites whose ancestral allele is known, of those that could be used otherwise."""
-    total = store.report["total"]
-    return total["used"] / (total["used"] + total["ancestral_unknown"])
+    """Share of the sites whose ancestral allele is known, of those that could be used otherwise, on contigs that have any."""
+    counts = [one for one in store.report["counts"].values() if one["used"]]
+    used = sum(one["used"] for one in counts)
+    return used / (used + sum(one["ancestral_unknown"] for one in counts))
 
 
 def _warn(network: CoalescenceModel, request: Translation, plans: list[ContigPlan], store: GenotypeStore) -> None:
