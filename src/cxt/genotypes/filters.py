@@ -72,8 +72,10 @@ class Counts:
         return {"read": self.read} | dataclasses.asdict(self)
 
     def __add__(self, other: "Counts") -> "Counts":
-        mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
-        return Counts(**{name: None if None in (mine[name], others[name]) else mine[name] + others[name] for name in mine})
+        names = [field.name for field in dataclasses.fields(self) if field.name != "outside"]
+        total = Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        total.outside = None if self.outside is None or other.outside is None else self.outside + other.outside
+        return total
 
 
 def format_counts(counts: Mapping[str, Counts]) -> str:

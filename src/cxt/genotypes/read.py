@@ -239,7 +239,7 @@ class _Reading:
         logger.info(table)
         for note in self.notes:
             logger.warning(f"note: {note}")
-        lengths = dict(self.writer.contigs)
+        lengths = {name: length or 0 for name, length in self.writer.contigs}  # all were set
         regions = self.wanted or [Region(contig) for contig in self._in_order(lengths)]
         report = {
             "format": self.source.kind,

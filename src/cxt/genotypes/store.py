@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -65,7 +65,7 @@ class GenotypeStore:
         self.path = Path(path)
         try:
             self._group = zarr.open_group(self.path, mode="r")
-            attributes = dict(self._group.attrs)
+            attributes: dict[str, Any] = dict(self._group.attrs)
         except (OSError, KeyError, ValueError) as error:
             raise BadRequest(f"{path} does not hold genotypes that were read before: {error}") from None
         if attributes.get("cxt_genotypes") != VERSION:
