@@ -121,10 +121,8 @@ def test_what_does_not_fit_is_refused(changes, message):
 
 
 def test_scenarios_of_different_lengths_are_refused():
-    with pytest.raises(
-        BadRequest, match=r"models.mine.simulate: the scenarios must have sequences of the same length, got \[20000"
-    ):
-        island = {"kind": "island", "sequence_length": 30_000, "simulations": 0}
+    island = {"kind": "island", "sequence_length": 30_000, "simulations": 0}
+    with pytest.raises(BadRequest, match=r"models.mine.simulate: .* sequences of the same length, got \[20000, 30000\] bp"):
         configuration(scenarios={"island": island}, simulate=["constant", "island"])
 
 

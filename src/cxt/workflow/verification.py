@@ -38,8 +38,8 @@ def verify(path, *, configfiles) -> str:
     """
     from cxt.config.file import load
     from cxt.config.models import get_parent
-    from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.config.on_the_fly import is_on_the_fly
+    from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
 
