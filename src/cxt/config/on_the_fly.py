@@ -84,8 +84,7 @@ def fill_simulated(config: dict) -> None:
         lengths = sorted({int(variant["sequence_length"]) for variant in variants})
         if len(lengths) != 1:
             raise BadRequest(f"{at}: the scenarios must have sequences of the same length, got {lengths} bp")
-        individuals = (variant.get("individuals", variant.get("samples")) for variant in variants)
-        fewest = min(2 * (sum(each.values()) if isinstance(each, dict) else each) for each in individuals)
+        fewest = 2 * min(sum(v["samples"].values()) if "samples" in v else v["individuals"] for v in variants)
         layout = Layout().resolved() | {
             "window_size": model.get("window_size", PRESETS[model["preset"]].window_size),
             "sequence_length": lengths[0],
