@@ -107,7 +107,7 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     total = get_max_steps(config, name) or training.epochs * steps
     every = training.validate_every or (-(-total // 10) if simulates else steps)
     validations = -(-total // every)  # the last step is always validated
-    trained = total / steps * batches * training.batch_size
+    trained = total * batches * training.batch_size // steps
     checking = sum(forward_flops(network, objective=training.objective).values())
     flops = trained * training_flops(network, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
