@@ -30,6 +30,7 @@ from cxt.config.models import (
     get_parent,
     get_parent_key,
 )
+from cxt.config.on_the_fly import list_stored_datasets
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
@@ -231,8 +232,26 @@ def mask_flag(wildcards, input):
 
 
 def used_datasets():
-    """The datasets that a model is trained on."""
-    return sorted({model["dataset"] for model in config["models"].values()})
+    """The datasets that a model is trained on, those that are simulated on the fly left out."""
+    stored = list_stored_datasets(config)
+    return sorted({model["dataset"] for model in config["models"].values()}.intersection(stored))
+
+
+def manifest_of(model):
+    """The manifest of a model's dataset as a list of inputs; none if its examples are simulated on the fly."""
+    dataset = dataset_of(model)
+    stored = dataset in list_stored_datasets(config)
+    return [f"{paths.dataset_directory(dataset)}/dataset.json"] if stored else []
+
+
+def shards_of(model):
+    """The shards of a model's dataset; none if its examples are simulated on the fly."""
+    return paths.shard_paths(config, dataset_of(model)) if manifest_of(model) else []
+
+
+def dataset_flag(wildcards, input):
+    """The flag and directory of the dataset to train on, or nothing."""
+    return ["--dataset-path", os.path.dirname(input.manifest[0])] if input.manifest else []
 
 
 def dataset_of(model):

@@ -5,9 +5,9 @@
 rule train:
     input:
         settings="results/settings/models/{model}.yaml",
-        manifest=lambda wildcards: f"{paths.dataset_directory(dataset_of(wildcards.model))}/dataset.json",
+        manifest=lambda wildcards: manifest_of(wildcards.model),
         # Training reads what the manifest lists; a shard matters only when it is gone.
-        shards=lambda wildcards: ancient(paths.shard_paths(config, dataset_of(wildcards.model))),
+        shards=lambda wildcards: ancient(shards_of(wildcards.model)),
         parent=checked_parent,
         soft_targets=lambda wildcards: paths.soft_target_paths(config, wildcards.model),
     output:
@@ -29,7 +29,7 @@ rule train:
         runtime=lambda wildcards: training_minutes(config, wildcards.model),
         nodes=1,
     params:
-        dataset=lambda wildcards, input: os.path.dirname(input.manifest),
+        dataset=dataset_flag,
         parent=parent_flag,
         soft_targets=soft_target_flag,
         # Snakemake does not compare params that depend on `output`: these settings change no result.
@@ -52,7 +52,7 @@ rule train:
         " exec > >(trap '' INT TERM USR1; tee -a {params.tries:q} | exec tee {log.text:q}) 2>&1;"
         ' echo "--- $(date -Is) $(hostname) ${{SLURM_JOB_ID:-}}"; [ -z {params.note:q} ] || echo {params.note:q};'
         " exec {params.launch:q} python -m cxt.train"
-        " --config {input.settings:q} --dataset-path {params.dataset:q} {params.parent:q} {params.soft_targets:q}"
+        " --config {input.settings:q} {params.dataset:q} {params.parent:q} {params.soft_targets:q}"
         " {params.neutral:q} {params.prolong:q}"
         " --lineage {params.lineage} --run-dir {params.run:q} --log-out {log.steps:q} --out {output:q}"
         " ${{SLURM_JOB_ID:+--wait-for-lock 100000}}"

@@ -109,7 +109,7 @@ def test_published_variants(paper):
     assert {f"stdpopsim_{name}" for name in species} == set(load([PAPER])["scenario_sets"]["new_species"])
     assert all(scenarios[f"stdpopsim_{name}"]["simulations"] == 0 for name in species)
     assert len(paper["scenario_sets"]["high_ne"]) == 13
-    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime"} == set(SIMULATORS)
+    assert {entry["kind"] for entry in scenarios.values()} | {"demes", "msprime", "trees"} == set(SIMULATORS)
 
 
 def seeds_of(config: dict, monkeypatch) -> dict[tuple[str, int], tuple]:

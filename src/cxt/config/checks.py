@@ -28,6 +28,7 @@ from cxt.config.network import (
     check_missingness,
     count_pairs,
 )
+from cxt.config.on_the_fly import check_source, fill_simulated, is_on_the_fly
 from cxt.config.parent_files import ParentFile
 from cxt.config.scenarios import complete_parameters
 from cxt.config.tree_files import check_shared_files, fill_tree_files
@@ -58,7 +59,7 @@ class _ProblemCollector:
 
 
 def fill_scenarios(config: dict, removed: set[str]) -> None:
-    """Replace paths of Demes files by their content, and scenario sets by their scenarios; describe files of tree sequences.
+    """Replace Demes files and scenario sets by their content; describe files of tree sequences, and examples on the fly.
 
     Parameters
     ----------
@@ -71,9 +72,13 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
             _check_scenario(name, scenario)
     with problems.collect():
         _check_names(config)
+    for name, model in config["models"].items():
+        with problems.collect():
+            check_source(name, model)
     problems.refuse()
     check_shared_files(config["scenarios"])
     _fill_sets(config, removed)
+    fill_simulated(config)
     evaluation = config["evaluation"]
     evaluation["simulations_of"] = {k: v for k, v in evaluation["simulations_of"].items() if k not in removed}
 
@@ -149,16 +154,19 @@ def _fill_sets(config: dict, removed: set[str]) -> None:
         if not dataset["scenarios"]:
             raise BadRequest(f"datasets.{name}.scenarios: no scenario is left in the sets it names; name at least one scenario")
     for name, model in config["models"].items():
-        if "evaluation" in model:
-            model["evaluation"] = filled(model["evaluation"], f"models.{name}.evaluation")
+        for key in ("evaluation", "simulate"):
+            if key in model:
+                model[key] = filled(model[key], f"models.{name}.{key}")
+        if model.get("simulate") == []:
+            raise BadRequest(f"models.{name}.simulate: no scenario is left in the sets it names; name at least one scenario")
 
 
 def _check_dataset(config: dict, name: str, dataset: dict) -> None:
-    at = f"datasets.{name}"
+    at = f"models.{name.partition(':')[0]}" if is_on_the_fly(dataset) else f"datasets.{name}"
     length, window = dataset["sequence_length"], dataset["window_size"]
     for scenario_name in dataset["scenarios"]:
         scenario = config["scenarios"][scenario_name]
-        if not scenario["simulations"]:
+        if not scenario["simulations"] and not is_on_the_fly(dataset):
             raise BadRequest(
                 f"{at}.scenarios: '{scenario_name}' has `simulations: 0`, which is for evaluation only; set it to 2 or more"
             )

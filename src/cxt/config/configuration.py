@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cxt.config.bounds import PositiveInteger, Seed, Text, integer_validator
+from cxt.config.bounds import BasePairs, PositiveInteger, Samples, Seed, Text, integer_validator
 from cxt.config.datasets import Dataset, ScenarioNames
 from cxt.config.network import Adapter, Architecture, Lora, Preset
 from cxt.config.scenarios import AnyScenario
@@ -53,8 +53,17 @@ class Model(Section):
 
     preset: Preset
     """Published architecture to start from."""
-    dataset: Text
-    """Name of the dataset to train on."""
+    dataset: Text | None = None
+    """Name of the dataset to train on. Every model has either this or `simulate`."""
+    simulate: ScenarioNames | None = None
+    """Scenarios, or scenario sets, to train on in place of a dataset: every example is simulated when it is needed, and seen
+    once. Needs `training: {max_steps: …}` and `eval_samples`."""
+    window_size: BasePairs | None = None
+    """With `simulate`: width of a base window in base pairs. Default: that of the preset."""
+    samples: Samples | None = None
+    """With `simulate`: haplotypes to read. Default: all that the scenarios have."""
+    eval_samples: PositiveInteger | None = None
+    """With `simulate`: simulated examples that are held out for validation."""
     checkpoint: Text | None = None
     """Parent model to start from: its weights, with a new optimizer, at step 0. A value with a `/`, or that ends in `.ckpt`, is
     a file (or run directory) in place of a model, relative to the configuration file; also one of the original package."""

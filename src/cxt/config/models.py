@@ -1,9 +1,11 @@
 """Each model of the configuration: its parents, network, adapter and training settings."""
 
 from cxt.config.network import PRESETS, SIZES, AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.on_the_fly import FIXED_TRAINING, MARK, is_on_the_fly, list_simulated_variants
 from cxt.config.parent_files import SECTION, ParentFile, is_path
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.io import canonical_json
 
 PARENT_KEYS = ("checkpoint", "resume_adapter", "lora_of")
 """Keys of a model that name its parent, another model or a file; a model has at most one of them."""
@@ -130,10 +132,32 @@ def build_lora_config(config: dict, name: str) -> LoraConfig | None:
 
 
 def build_training_config(config: dict, name: str) -> TrainingConfig:
-    """The training settings of model *name*; `devices` and `nodes` are resources of the rule, not settings of the trainer."""
+    """The training settings of model *name*; without `devices` and `nodes`, which are resources of the rule."""
     settings = config["training"] | config["models"][name].get("training", {})
-    settings = {key: value for key, value in settings.items() if key not in ("devices", "nodes")}
+    settings = {key: value for key, value in settings.items() if key not in ("devices", "nodes", "max_steps")}
     return TrainingConfig(**settings)
+
+
+def get_max_steps(config: dict, name: str) -> int | None:
+    """Optimizer steps after which the training of model *name* ends; None: those of its epochs."""
+    return config["models"][name].get("training", {}).get("max_steps")
+
+
+def build_source_settings(config: dict, name: str) -> dict:
+    """Settings of model *name* for examples other than a dataset's, and steps other than its epochs'; they replace others."""
+    max_steps = get_max_steps(config, name)
+    settings: dict = {} if max_steps is None else {"max_steps": max_steps}
+    dataset = config["datasets"][config["models"][name]["dataset"]]
+    if not is_on_the_fly(dataset):
+        return settings
+    defaults = TrainingConfig().model_dump(include=set(FIXED_TRAINING))
+    return settings | defaults | {
+        "simulate": dataset["scenarios"],
+        "simulate_specs": canonical_json(list_simulated_variants(config, dataset)),
+        "window_size": dataset["window_size"],
+        "samples": dataset["samples"],
+        "eval_samples": dataset[MARK],
+    }  # fmt: skip
 
 
 def build_training_settings(config: dict, name: str) -> dict:
@@ -143,6 +167,7 @@ def build_training_settings(config: dict, name: str) -> dict:
     for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
         settings[key] = getattr(network, key)
     settings |= build_training_config(config, name).model_dump()
+    settings |= build_source_settings(config, name)
     adapter = build_adapter_config(config, name)
     if adapter is not None:
         settings |= {

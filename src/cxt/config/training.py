@@ -251,6 +251,10 @@ class TrainingOverrides(TrainingSection):
 
     only_given: ClassVar[bool] = True
 
+    max_steps: PositiveInteger | None = None
+    """Optimizer steps after which training ends, in place of `epochs`: fewer or more than these would take. Default: those of
+    the epochs."""
+
 
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",

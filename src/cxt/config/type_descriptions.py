@@ -112,4 +112,5 @@ def holds_text(annotation: Any) -> bool:
     if get_origin(bare) is list:
         return holds_text(get_args(bare)[0])
     inside = list_union_members(annotation)
-    return any(map(holds_text, inside)) if len(inside) > 1 else bare is str or get_origin(bare) is Literal
+    is_union = inside[0] is not annotation or len(inside) > 1  # also of a type and None
+    return any(map(holds_text, inside)) if is_union else bare is str or get_origin(bare) is Literal

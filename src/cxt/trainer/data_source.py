@@ -1,10 +1,12 @@
 """The source of a run's examples: a dataset on disk, or scenarios that are simulated on the fly."""
 
+import json
+
 from cxt.checkpoints.parents import read_parent_file
 from cxt.config.file import load
 from cxt.config.network import PRESETS, ModelConfig
 from cxt.config.training import TrainingConfig
-from cxt.config.variants import list_variants
+from cxt.config.variants import get_scenario_name, list_variants
 from cxt.data.features import SCALES
 from cxt.data.soft_targets import read_about, soft_targets_path
 from cxt.errors import BadRequest, suggest_nearest
@@ -18,7 +20,7 @@ def check_source(options: TrainingOptions) -> None:
     if (options.dataset_path is None) == (options.simulate is None):
         raise BadRequest("either --dataset-path DIRECTORY or --simulate SCENARIO must be given, but not both")
     if options.simulate is None:
-        for_simulation = ("configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
+        for_simulation = ("simulate_specs", "configfile", "window_size", "samples", "eval_samples", "eval_max_batches")
         if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(options, name) not in (None, ())]:
             raise BadRequest(f"{', '.join(given)} cannot be used without --simulate")
         return
@@ -73,6 +75,29 @@ def identify_soft_targets(options: TrainingOptions, manifest: dict, network: Mod
     return {"directory": directory, "digest": digest(found), "teacher": found[0]["teacher"]}
 
 
+def _look_up_specs(options: TrainingOptions) -> list[dict]:
+    """The variants of the scenarios of --simulate, in the configuration."""
+    config = load(list(options.configfile), read_parent=read_parent_file)
+    specs: list[dict] = []
+    for name in options.simulate or ():
+        if name not in config["scenarios"]:
+            raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
+        specs += [variant.spec for variant in list_variants(name, config["scenarios"][name])]
+    return specs
+
+
+def _read_specs(options: TrainingOptions) -> list[dict]:
+    """The variants in --simulate-specs, each of which belongs to one of the scenarios of --simulate."""
+    try:
+        specs = json.loads(options.simulate_specs or "")
+        found = {get_scenario_name(spec["name"]) for spec in specs}
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadRequest(f"--simulate-specs must be a list of variants in JSON: {error}") from None
+    if found != set(options.simulate or ()):
+        raise BadRequest(f"--simulate-specs has variants of {', '.join(sorted(found))}, but --simulate names others")
+    return specs
+
+
 def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, world: int) -> tuple[list[dict], dict]:
     """The variants and the manifest for --simulate.
 
@@ -99,12 +124,7 @@ def plan_simulations(options: TrainingOptions, training: TrainingConfig, *, worl
     from cxt.scenarios.genetic_maps import fetch_genetic_map
     from cxt.scenarios.registry import check_variant
 
-    config = load(list(options.configfile), read_parent=read_parent_file)
-    specs: list[dict] = []
-    for name in options.simulate:
-        if name not in config["scenarios"]:
-            raise BadRequest(f"--simulate: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
-        specs += [variant.spec for variant in list_variants(name, config["scenarios"][name])]
+    specs = _read_specs(options) if options.simulate_specs is not None else _look_up_specs(options)
     for spec in specs:
         if spec["kind"] == "trees":
             raise BadRequest(

@@ -33,6 +33,7 @@ class TrainingOptions:
     name: str | None
     dataset_path: str | None
     simulate: tuple[str, ...] | None
+    simulate_specs: str | None
     configfile: tuple[str, ...]
     window_size: int | None
     samples: int | None
@@ -138,12 +139,17 @@ def build_parser() -> jsonargparse.ArgumentParser:
     add("--dataset-path", type=str | None, help="dataset directory, with train/ and test/")
     add("--soft-targets", type=str | None, help="directory of a teacher's soft targets for the dataset, made by cxt.teach")
     add("--simulate", type=str, nargs="+", help="train on these scenarios, simulated on the fly, instead of a dataset")
+    add(
+        "--simulate-specs",
+        type=str | None,
+        help="the variants of the scenarios of --simulate as JSON, instead of looking them up in the configuration",
+    )
     add("--configfile", type=str, nargs="+", default=[], help="overlays on the default configuration, for --simulate")
     add("--window-size", type=int | None, help="base pairs per window, for --simulate (default: the preset's)")
     add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
     add("--eval-samples", type=int | None, help="held-out validation examples for --simulate")
     add("--eval-max-batches", type=int | None, help="the same, counted in batches of --batch-size")
-    add("--max-steps", type=int | None, help="optimizer steps after which training ends; with a dataset, at most its epochs")
+    add("--max-steps", type=int | None, help="optimizer steps after which training ends, fewer or more than those of --epochs")
     add("--gpus", type=int, nargs="+", help="indices of the GPUs to train on; several use DDP")
     add("--devices", type=int | str | None, help="number of GPUs instead of indices, or `all`; 0 = CPU")
     add(

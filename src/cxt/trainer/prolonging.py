@@ -96,8 +96,7 @@ def choose_state_to_prolong(run: RunDirectory, record: dict, request: RunRequest
         If the requested run is not longer, the training depends on its length, or there is no state to continue from.
     """
     settings = record["identity"]["settings"]
-    planned = settings["epochs"] * request.steps_per_epoch
-    planned = min(settings.get("max_steps") or planned, planned)
+    planned = settings.get("max_steps") or settings["epochs"] * request.steps_per_epoch
     if request.total_steps <= planned:
         raise BadRequest(
             f"{run.path} was planned for {planned} steps, and this request is for {request.total_steps}; a run can be made "

@@ -93,7 +93,7 @@ class RunRequest:
     lineage : str or None
         Digest of everything the checkpoint depends on.
     max_steps : int or None
-        Optimizer steps after which training ends, even before all epochs are done.
+        Optimizer steps after which training ends, in place of the epochs.
     identity : dict
         Everything that identifies the run: settings that affect the result, devices, lineage, digests of dataset and parent.
     settings : dict
@@ -138,7 +138,7 @@ class RunRequest:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; BadRequest if the dataset is smaller than a batch."""
-        return min(self.max_steps or self.all_steps, self.all_steps)
+        return self.max_steps or self.all_steps
 
     @property
     def all_steps(self) -> int:
@@ -231,7 +231,11 @@ def build_request(options: TrainingOptions) -> RunRequest:
         build_callbacks(training.callbacks)  # to refuse wrong ones before any work
     soft_targets = identify_soft_targets(options, manifest, network)
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
-    steps_per_epoch(examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+    per_epoch = steps_per_epoch(
+        examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world
+    )
+    if options.max_steps is not None:  # takes the place of the epochs
+        training = training.replace(epochs=max(training.epochs, -(-options.max_steps // per_epoch)))
     if not examples["test"] and (training.patience or training.export == "best"):
         asks = "patience" if training.patience else "export: best"
         raise BadRequest(f"{asks} needs validation, but the dataset has no test examples")
@@ -301,8 +305,8 @@ def _check_preset(options: TrainingOptions) -> None:
 
 def _check_lineages(options: TrainingOptions, manifest: dict, parent: "Checkpoint | None") -> None:
     """BadRequest if settings, dataset or parent are not those that the workflow has planned for the run."""
-    if options.simulate is not None and (options.dataset_lineage is not None or options.settings_lineage is not None):
-        raise BadRequest("--dataset-lineage and --settings-lineage cannot be used with --simulate")
+    if options.simulate is not None and options.dataset_lineage is not None:
+        raise BadRequest("--dataset-lineage cannot be used with --simulate")
     settings_for = options.settings_lineage and options.lineage
     checked = [(f"the settings of {options.checkpoint_name}", options.settings_lineage, settings_for)]
     checked.append((f"dataset {options.dataset_path}", manifest.get("lineage"), options.dataset_lineage))
@@ -341,11 +345,6 @@ def _note_settings_without_effect(request: RunRequest) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     training, notes = request.training, []
-    if request.simulated is None and request.max_steps is not None and request.max_steps > request.all_steps:
-        notes.append(
-            f"--max-steps {request.max_steps} has no effect, because --epochs {training.epochs} ends after "
-            f"{request.all_steps} steps; raise --epochs"
-        )
     examples = request.manifest["splits"]["test"]["items"]
     for name in ("validation_items", "decode_items"):
         number = getattr(training, name)

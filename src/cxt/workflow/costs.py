@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from cxt.config.models import build_adapter_config, build_network_config, build_training_config
+from cxt.config.on_the_fly import list_stored_datasets
 from cxt.config.tree_files import count_pieces
 from cxt.config.variants import Variant
 from cxt.data.masks import draw_synthetic_mask, read_mask
@@ -231,7 +232,8 @@ def measure_costs(
                 else draw_synthetic_mask(m, seed=1)
             )
     used = {
-        name: {variant.name for variant in collect_variants(config, d["scenarios"])} for name, d in config["datasets"].items()
+        name: {variant.name for variant in collect_variants(config, config["datasets"][name]["scenarios"])}
+        for name in list_stored_datasets(config)
     }
     for variant in list_used_variants(config):
         costs: dict = {"machines": {"simulations": machine}, "simulations": {}, "shards": {}, "rates": {}}
@@ -252,8 +254,8 @@ def measure_costs(
                 f"{variant.name} {int(length):,} bp: {cost['seconds']:.3g} s, {cost['trees']:.0f} trees, "
                 f"{cost['sites']:.0f} sites, {cost['bytes'] / 1e6:.2f} MB (mean of {cost['replicates']})"
             )
-        for name in config["datasets"]:
-            if made and variant.name in used[name]:
+        for name, names in used.items():
+            if made and variant.name in names:
                 key = shard_key(variant.spec, dataset_spec(config, name), name in masks)
                 costs["shards"][key] = measure_shard(made, dataset_spec(config, name), masks.get(name))
         save(costs)

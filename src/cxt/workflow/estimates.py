@@ -6,8 +6,10 @@ from cxt.config.models import (
     build_lora_config,
     build_network_config,
     build_training_config,
+    get_max_steps,
     get_parent_file,
 )
+from cxt.config.on_the_fly import is_on_the_fly, list_stored_datasets
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant
 from cxt.errors import BadRequest
@@ -93,35 +95,37 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
     training, network = build_training_config(config, name), build_network_config(config, name)
     adapter, lora = build_adapter_config(config, name), build_lora_config(config, name)
-    dataset, devices = config["models"][name]["dataset"], jobs.get_device_count(config, name)
+    devices = jobs.get_device_count(config, name)
     world, machines = jobs.get_world_size(config, name), jobs.get_machine_count(config, name)
-    examples = jobs.count_examples(config, dataset, "train")
+    examples = jobs.count_model_examples(config, name, "train")
     try:
         steps = steps_per_epoch(examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
     except BadRequest as error:
         raise BadRequest(f"models.{name}: {error}") from None
     batches = examples // world // training.batch_size * world
-    held_out = jobs.count_examples(config, dataset, "test")
+    held_out = jobs.count_model_examples(config, name, "test")
     checked = min(training.validation_items or held_out, held_out)  # at each validation, forward only
-    every = training.validate_every or steps
-    validations = -(-training.epochs * steps // every)  # the last step is always validated
-    trained = training.epochs * batches * training.batch_size
+    simulates = is_on_the_fly(config["datasets"][config["models"][name]["dataset"]])
+    total = get_max_steps(config, name) or training.epochs * steps
+    every = training.validate_every or (-(-total // 10) if simulates else steps)
+    validations = -(-total // every)  # the last step is always validated
+    trained = total * batches * training.batch_size // steps
     checking = sum(forward_flops(network, objective=training.objective).values())
     flops = trained * training_flops(network, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
-    total = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
+    in_all = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
     file = get_parent_file(config, name)
     return ({} if file is None else {"parent_file": {"path": file.path, "sha256": file.sha256}}) | {
         "devices": devices,
         "nodes": machines,
-        "steps": training.epochs * steps,
+        "steps": total,
         "effective_batch": training.batch_size * training.grad_accum * world,
         "flops": flops,
         "memory_bytes": training_memory(
             network, training, adapter, lora, precision=training.precision if devices else "32-true", on_gpu=devices > 0
         ),
-        "gpu_hours": total / 3600 if devices else 0.0,
-        "core_hours": 0.0 if devices else total / 3600,
+        "gpu_hours": in_all / 3600 if devices else 0.0,
+        "core_hours": 0.0 if devices else in_all / 3600,
         "hours": seconds / 3600 / machines / (devices or training.threads),
     }
 
@@ -179,13 +183,14 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
     BadRequest
         If a model has less than one batch on its devices.
     """
-    names = [s for s in config["scenarios"] if any(s in dataset["scenarios"] for dataset in config["datasets"].values())]
+    stored = list_stored_datasets(config)
+    names = [s for s in config["scenarios"] if any(s in config["datasets"][name]["scenarios"] for name in stored)]
     used = [(variant, variant.simulations) for variant in jobs.collect_variants(config, names)]
     simulate = _simulation_part(used, costs)
     return {
         "simulations": simulate["simulations"],
         "simulate": simulate,
-        "datasets": {name: _dataset_part(config, name, costs) for name in config["datasets"]},
+        "datasets": {name: _dataset_part(config, name, costs) for name in stored},
         "models": {name: _model_part(config, name, costs) for name in config["models"]},
         "evaluation": _evaluation_part(config, costs),
         "measured_on": costs.machines,

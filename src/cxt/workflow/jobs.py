@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 from cxt.config.learning import is_readable
-from cxt.config.models import build_training_config, get_parent_file, get_parent_key
+from cxt.config.models import build_training_config, get_max_steps, get_parent_file, get_parent_key
+from cxt.config.on_the_fly import MARK, is_on_the_fly, list_stored_datasets
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, get_scenario_name, list_variants
 from cxt.console import ON_STDERR, get_logger
@@ -59,7 +60,8 @@ def check_plan(config: dict) -> None:
     variants = collect_variants(config, list(config["scenarios"]))
     counted = [(variant.spec, list_batches(config, variant)) for variant in variants if variant.spec["kind"] != "trees"]
     check_shared_ancestry(counted, seed=config["seed"])
-    for name, dataset in config["datasets"].items():
+    for name in list_stored_datasets(config):
+        dataset = config["datasets"][name]
         for variant in collect_variants(config, dataset["scenarios"]):
             if not count_in_split(0, variant.simulations, "train"):
                 raise BadRequest(
@@ -82,7 +84,7 @@ def check_plan(config: dict) -> None:
         training = build_training_config(config, name)
         try:
             steps_per_epoch(
-                examples=count_examples(config, model["dataset"], "train"),
+                examples=count_model_examples(config, name, "train"),
                 batch_size=training.batch_size,
                 grad_accum=training.grad_accum,
                 world=get_world_size(config, name),
@@ -98,6 +100,18 @@ def count_examples(config: dict, name: str, split: str) -> int:
         count_in_split(0, variant.simulations, split) for variant in collect_variants(config, dataset["scenarios"])
     )
     return count_examples_per_simulation(config, name) * simulations
+
+
+def count_model_examples(config: dict, model: str, split: str) -> int:
+    """Examples that a model is trained on, or validated with: those of its dataset, or those that it simulates."""
+    name = config["models"][model]["dataset"]
+    if not is_on_the_fly(config["datasets"][name]):
+        return count_examples(config, name, split)
+    if split == "test":
+        return config["datasets"][name][MARK]
+    training, max_steps = build_training_config(config, model), get_max_steps(config, model)
+    assert max_steps is not None
+    return max_steps * training.batch_size * training.grad_accum * get_world_size(config, model)
 
 
 def count_examples_per_simulation(config: dict, name: str) -> int:

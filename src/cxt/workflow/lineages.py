@@ -3,11 +3,13 @@
 import functools
 
 from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file, get_parent_key
+from cxt.config.on_the_fly import is_on_the_fly, list_simulated_variants
 from cxt.config.parent_files import list_parent_files
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.config.variants import Variant, list_variants
 from cxt.io import file_sha256
 from cxt.lineage import (
+    STAGE_VERSION,
     combine_shard_lineages,
     combine_soft_target_lineages,
     derive_batch_lineage,
@@ -89,7 +91,12 @@ def shard_lineages(config: dict, dataset: str, variant: Variant) -> list[str]:
 
 @derived_once
 def dataset_lineage(config: dict, name: str) -> str:
-    """Digest of all shards, independent of the order of scenarios."""
+    """Digest of all shards, independent of the order of scenarios; of the simulations, if a model makes them on the fly."""
+    dataset = config["datasets"][name]
+    if is_on_the_fly(dataset):
+        specs = list_simulated_variants(config, dataset)
+        versions = [catalogue_versions(spec) for spec in specs]
+        return stage_lineage("preprocess", STAGE_VERSION["simulate"], dataset, specs, versions)
     variants = collect_variants(config, config["datasets"][name]["scenarios"])
     return combine_shard_lineages([lineage for variant in variants for lineage in shard_lineages(config, name, variant)])
 

@@ -7,6 +7,7 @@ planned and the moment when it starts. The keys are the names of the stage's fla
 import yaml
 
 from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file
+from cxt.config.on_the_fly import FIXED_TRAINING, is_on_the_fly
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
 from cxt.workflow.lineages import (
@@ -50,8 +51,10 @@ def _model(config: dict, model: str) -> dict:
     settings |= {
         "devices": get_device_count(config, model),
         "settings_lineage": model_lineage(config, model),
-        "dataset_lineage": dataset_lineage(config, config["models"][model]["dataset"]),
     }
+    dataset = config["models"][model]["dataset"]
+    if not is_on_the_fly(config["datasets"][dataset]):
+        settings["dataset_lineage"] = dataset_lineage(config, dataset)
     if (machines := get_machine_count(config, model)) > 1:
         settings["nodes"] = machines
     if "teacher" in config["models"][model]:
@@ -101,9 +104,12 @@ KINDS = {
 def neutral_training_flags(config: dict, model: str) -> list[str]:
     """The settings of training that change no result, as flags: they are not in the settings file, and start no job."""
     settings = build_training_settings(config, model)
+    fixed = FIXED_TRAINING if is_on_the_fly(config["datasets"][config["models"][model]["dataset"]]) else ()
     words = []
     for key in list_result_neutral_settings(settings):
         flag, value = f"--{key.replace('_', '-')}", settings.get(key)
+        if key in fixed:
+            continue
         if isinstance(value, list):
             words += [flag, *value] if value else []
         elif value is not None:

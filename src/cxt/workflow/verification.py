@@ -39,6 +39,7 @@ def verify(path, *, configfiles) -> str:
     from cxt.checkpoints.parents import read_parent_file
     from cxt.config.file import load
     from cxt.config.models import get_parent, get_parent_file
+    from cxt.config.on_the_fly import is_on_the_fly
     from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
@@ -80,7 +81,8 @@ def verify(path, *, configfiles) -> str:
         recorded["parent"] = record["parent"] and (record["parent"].get("published") or record["parent"]["sha256"])
     kind = "gpu" if get_device_count(config, name) else "cpu"
     expected = {
-        "dataset": dataset_lineage(config, model["dataset"]),
+        # Examples that are simulated on the fly have no lineage of their own; that of the model covers them.
+        "dataset": None if is_on_the_fly(config["datasets"][model["dataset"]]) else dataset_lineage(config, model["dataset"]),
         "parent": file.sha256 if file is not None else parent_name and model_lineage(config, parent_name),
         "devices": f"{get_world_size(config, name)} {kind}, effective batch {_effective_batch(config, name)}",
     }
