@@ -100,8 +100,11 @@ def test_a_continued_run_goes_on_at_mlflow(dataset, tmp_path, monkeypatch):
 def test_wandb_offline(dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    import wandb
+
     run = tmp_path / "run"
     train_model(**SMALL, dataset_path=dataset, run_dir=run, wandb="cxt", name="mine")
+    wandb.teardown()  # ends its service, which writes the file
     [file] = run.glob("wandb/offline-run-*/run-*.wandb")
     found = read_wandb(file)
     for name, values in logged(run).items():
