@@ -130,7 +130,8 @@ def score(truth, tracks) -> dict:
     recent = known & (truth < RECENT)
     return {
         "mse": float(((mean - truth)[known] ** 2).mean()), "mse_se": clustered_standard_error(squared),
-        "r": float(np.mean([pearson_per_pair(t[None], m[None]) for t, m in pairs])),
+        # Of pairs that vary: identical haplotypes have the same estimate everywhere.
+        "r": float(np.nanmean([pearson_per_pair(t[None], m[None]) for t, m in pairs])),
         "bias": float((mean - truth)[known].mean()), "coverage95": float(inside[known].mean()),
         "missing": float(1 - known.mean()),
         "recent": {
