@@ -208,9 +208,13 @@ def test_commands_in_containers_are_planned(command, tmp_path):
 @pytest.mark.parametrize("command", [command for command in dry_runs() if "paper.yaml" not in command])
 def test_workflow_commands_are_planned(command, tmp_path):
     page = commands()[command]
-    for block in blocks():
-        if block.language == "yaml" and block.page == page:
-            (tmp_path / re.search(r"--configfile (\S+)", page_text(page)).group(1)).write_text(block.text)
+    named = [name for name in re.findall(r"--configfile (\S+)", page_text(page)) if not name.startswith("config/")]
+    names = list(dict.fromkeys(named))
+    overlays = [block.text for block in blocks() if block.language == "yaml" and block.page == page]
+    if len(names) != len(overlays):  # several stand for one file
+        names = names[:1] * len(overlays)
+    for name, text in zip(names, overlays, strict=False):
+        (tmp_path / name).write_text(text)
     shutil.copytree(REPOSITORY / "config", tmp_path / "config")
     write_published(tmp_path / PUBLISHED, STAND_IN)
     write_own_trees(tmp_path)
