@@ -153,7 +153,7 @@ def rates_of(ts, known: str) -> dict:
 
 
 def accuracy(args) -> dict:
-    """Five scenarios, 200 kb and 1 Mb, with the rates; 1 Mb also with the mutation rate, with its calibration, without rates."""
+    """Five scenarios, 200 kb and 1 Mb, with the rates; 1 Mb also with the mutation rate, its calibration, and no rates."""
     rows = []
     for length, simulations in LENGTHS.items():
         for scenario in args.scenarios:

@@ -95,7 +95,7 @@ def test_all_numbers_are_checked():
     """Every flag whose type is a number, a choice, or true or false, so that none can be forgotten."""
     texts = {"help", "config", "model", "name", "dataset_path", "soft_targets", "simulate", "configfile", "checkpoint"}
     texts |= {"resume_adapter", "lora_of", "resume", "log_dir", "run_dir", "out", "log_out", "scratch"}
-    texts |= {"mlflow", "wandb", "prolong", "parent_sha256"}
+    texts |= {"simulate_specs", "mlflow", "wandb", "prolong", "parent_sha256"}
     texts |= {name for name in DEFAULTS if name.endswith("lineage")}
     sections = {"distill", "masked", "contrastive", "noise", "losses", "optimizer", "adaptive", "callbacks", "metrics"}
     assert DEFAULTS.keys() - FLAG_VALUES.keys() == texts | sections

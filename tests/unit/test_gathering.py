@@ -18,7 +18,7 @@ PAIRS = 70
 
 def make_units(work, *, regions, blocks, rng, values=None):
     """Units of one contig with random estimates in their files, and all of them in one array."""
-    plan = ContigPlan("1", 0, 0, regions, Windows(np.zeros(0), np.zeros(0), []), np.ones(PAIRS), np.arange(4), [])
+    plan = ContigPlan("1", 0, 0, regions, Windows(np.zeros(0), np.zeros(0), []), np.ones(PAIRS), np.arange(4), [], [])
     kept = plan.kept
     whole = np.full((PAIRS, len(kept), len(COLUMNS)), np.nan, dtype=np.float32)
     bins = np.zeros((PAIRS, 2, len(kept)), dtype=np.uint16)

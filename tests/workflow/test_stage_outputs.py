@@ -280,7 +280,7 @@ def evaluate(directory: Path) -> dict:
 TRANSLATIONS = {
     "plain": {"input": "one.trees.batch", "model": "plain.ckpt", "pairs": 4, "mutation_rate": 1.29e-8, "generation_time": 25},
     "masked": {
-        "input": "baboons.trees.batch", "model": "masked.ckpt", "mask": "mask.npz", "mask_marks": "accessible",
+        "input": "baboons.trees.batch", "model": "masked.ckpt", "mask": "mask-start.npz", "mask_marks": "accessible",
         "regions": "1:3001-15000", "mutation_rate": 5.7e-9, "calibration": "gamma", "seed": SEED,
     },
     "panels": {"input": "one.trees.batch", "model": "adapter.ckpt", "panels": 2, "pairs": 3, "max_gap": 0},
@@ -293,6 +293,8 @@ def translate(directory: Path) -> dict:
     """Tracks of the simulations by these networks: in one piece, masked and calibrated, by subsets, and of two populations."""
     import cxt
 
+    with np.load(directory / "mask.npz") as mask:  # a mask has as many values as the contig
+        np.savez(directory / "mask-start.npz", **{key: mask[key][:20_000] if mask[key].ndim else mask[key] for key in mask})
     result = {}
     for name, settings in TRANSLATIONS.items():
         out = directory / f"{name}-tracks"

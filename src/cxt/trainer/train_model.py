@@ -131,6 +131,7 @@ def train_model(
     parent_lineage: str | None = None,
     parent_sha256: str | None = None,
     soft_targets_lineage: str | None = None,
+    simulate_specs: str | None = None,
     **unknown: Never,
 ) -> Path:
     """Train one checkpoint, as `python -m cxt.train` does with flags of the same names.
