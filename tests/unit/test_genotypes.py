@@ -177,6 +177,8 @@ def test_small_chunks(ts, files, tmp_path, monkeypatch):
         assert_equal(store.load("1", 0, LENGTH), usable(ts))
         assert_equal(store.load("1", 9_000, 14_000), usable(ts, 9_000, 14_000))
         assert np.array_equal(np.concatenate(list(store.iterate_missing(0))), usable(ts)[2])
+        first = int(store.positions("1")[0])
+        assert_equal(store.load("1", 0, first), [array[:0] for array in usable(ts)])
 
 
 def test_ancestral_alleles_of_vcf_zarr(ts, files, tmp_path):

@@ -133,6 +133,9 @@ class GenotypeStore:
         """The sites of a contig in [start, end)."""
         positions = self.positions(contig)
         left, right = np.searchsorted(positions, [start, end])
+        if left == right:  # Zarr takes as long for no sites as for a block of them
+            empty = np.zeros((0, len(self.haplotypes)), dtype=np.uint8)
+            return Sites(positions[left:right], empty, empty.astype(bool))
         derived, missing = (self._unpack(self._read(contig, name, slice(left, right))) for name in ("derived", "missing"))
         return Sites(positions[left:right], derived, missing.astype(bool))
 
