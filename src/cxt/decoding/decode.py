@@ -120,5 +120,7 @@ def decode(
             summaries.append(posterior_rank(distribution, grid, scaled).cpu().numpy())
             scores.append(score_windows(distribution, grid, scaled))
         parts.append(summaries)
-    joined = Summaries(*map(np.concatenate, zip(*parts, strict=True)))
-    return joined._replace(scores=WindowScores(*map(np.concatenate, zip(*scores, strict=True)))) if scores else joined
+    mean, low, high, *rank = map(np.concatenate, zip(*parts, strict=True))
+    if not scores:
+        return Summaries(mean, low, high)
+    return Summaries(mean, low, high, rank[0], WindowScores(*map(np.concatenate, zip(*scores, strict=True))))
