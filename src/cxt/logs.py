@@ -96,6 +96,9 @@ class RunLogs:
         list of Path
             The files that were written.
         """
+        if Path(path).is_dir() != per_run and Path(path).exists():
+            kind, other = ("a file", "a directory") if per_run else ("a directory", "a file, or add --per-run")
+            raise BadRequest(f"--out {path} is {kind}; give {other}")
         if not per_run:
             atomic_write(path, _format(self.rows).encode())
             return [Path(path)]

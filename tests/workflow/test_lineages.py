@@ -411,7 +411,7 @@ def test_waiting_for_a_lock(dataset, tmp_path, monkeypatch, capsys):
     arguments = [*SMALL, "--dataset-path", dataset, "--epochs", 1, "--run-dir", run.path]
     with pytest.raises(BadRequest, match="is in use by process"):
         train(monkeypatch, *arguments)
-    with pytest.raises(BadRequest, match="--wait-for-lock must not be negative, got -1"):
+    with pytest.raises(BadRequest, match="--wait-for-lock must be a non-negative number, got -1"):
         train(monkeypatch, *arguments, "--wait-for-lock", -1)
     monkeypatch.setattr(train_stage.time, "sleep", lambda _: held.communicate("\n"))
     train(monkeypatch, *arguments, "--wait-for-lock", 10)

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="cxt report", description="Write the tables of the workflow's report as HTML.")
     parser.add_argument("--accuracy", type=Path, required=True, help="Markdown table of `cxt evaluate --table`")
-    parser.add_argument("--datasets", type=Path, nargs="+", required=True, help="manifests, dataset.json")
+    parser.add_argument("--datasets", type=Path, nargs="*", default=[], help="manifests, dataset.json")
     parser.add_argument("--benchmarks", type=Path, required=True, help="directory of Snakemake's benchmark files, by stage")
     parser.add_argument("--out", type=Path, required=True, help="directory for accuracy.html, datasets.html and cost.html")
     args = parser.parse_args(argv)

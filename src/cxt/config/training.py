@@ -41,6 +41,7 @@ from cxt.config.learning import (
     UserCallbacks,
 )
 from cxt.config.section import Section, Settings
+from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
 
 PRECISIONS = {
@@ -172,7 +173,7 @@ class TrainingFields(Section):
     """Optimizer steps between validations; 0 = once per epoch. The last step is always validated."""
     decode_items: NonNegativeInteger = 8
     """Test examples decoded at each validation, to report MSE and correlation of ln TMRCA; 0 = none."""
-    metrics: Different[Metric] = []
+    metrics: Annotated[Different[Metric], Expected("a list of some of accuracy, within_one_bin, perplexity, crps, ece")] = []
     """More about the distributions of the decoded examples, for columns of `training_log.csv`: `accuracy`, the share of windows
     whose most probable bin is the true one; `within_one_bin`, the share for which it is the true one or a neighbour;
     `perplexity`, the exponential of the mean of minus ln of the true bin's probability; `crps`, the continuous ranked

@@ -22,6 +22,7 @@ from cxt.evaluation.protocol import evaluate
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.scenarios.registry import check_variant
+from cxt.scenarios.tree_pieces import count_held_out_pieces
 
 MASK_LENGTH = 5
 """Length of a synthetic mask, in regions of the checkpoint: each simulation gets a part of it."""
@@ -50,6 +51,12 @@ def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Var
     for name in names:
         if name not in config["scenarios"]:
             raise BadRequest(f"unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
+        scenario = config["scenarios"][name]
+        if scenario["kind"] == "trees" and scenario["sequence_length"] != shape["sequence_length"]:
+            raise BadRequest(
+                f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint reads "
+                f"{shape['sequence_length']:,} bp; pieces of another length may contain what it was trained on"
+            )
         for variant in list_variants(name, config["scenarios"][name] | {"sequence_length": shape["sequence_length"]}):
             haplotypes = 2 * count_individuals(variant.spec)
             if haplotypes < shape["samples"]:
@@ -140,9 +147,11 @@ def evaluate_on_scenarios(
         batches = []
         for number, variant in enumerate(variants):
             batch = {"path": Path(directory, f"{number}.trees.batch"), "scenario": variant.name, "start": EVALUATION_START}
-            progress(f"{variant.name}: {count} simulations of {shape['sequence_length']} bp")
-            write_batch(batch["path"], variant.spec, start=EVALUATION_START, count=count, seed=seed)
-            batches.append(batch | {"count": count})
+            held_out = count_held_out_pieces(variant.spec) if variant.spec["kind"] == "trees" else count
+            number_of_simulations = min(count, held_out)
+            progress(f"{variant.name}: simulating {number_of_simulations} times {shape['sequence_length']:,} bp")
+            write_batch(batch["path"], variant.spec, start=EVALUATION_START, count=number_of_simulations, seed=seed)
+            batches.append(batch | {"count": number_of_simulations})
         result, tracks = evaluate(path, spec, batches, mask=mask, device=device, threads=threads, progress=progress)
     result["settings"] |= {"simulations": count, "seed": seed}
     return result, tracks

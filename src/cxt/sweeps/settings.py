@@ -41,11 +41,15 @@ ALLOWED_CONTROL = ("max_minutes",)
 
 SAME_FOR_ALL = (
     "name", "dataset_path", "soft_targets", "simulate", "configfile", "window_size", "samples", "eval_samples",
-    "eval_max_batches", "gpus", "devices", "nodes", "accelerator", *RESULT_NEUTRAL_SETTINGS,
+    "eval_max_batches", "gpus", "devices", "nodes", "accelerator", "validation_items", "batch_size_eval",
+    *RESULT_NEUTRAL_SETTINGS,
 )  # fmt: skip
 """Settings that are the same in all trials, because values on other data cannot be compared, or nothing depends on them."""
 
-NEUTRAL = ("workers", "save_every", "save_minutes", "keep_saves", "storage", "scratch")
+NEUTRAL = (
+    "workers", "save_every", "save_minutes", "keep_saves", "storage", "scratch", "mlflow", "wandb", "histograms", "profiler",
+    "profile_batches",
+)  # fmt: skip
 """Settings that may change while a study goes on."""
 
 

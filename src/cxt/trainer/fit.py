@@ -246,7 +246,11 @@ def fit(
         if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
             if prolonged is not None:
-                begin_with(prolonged, run, request, record, columns=log.columns)
+                try:
+                    begin_with(prolonged, run, request, record, columns=log.columns)
+                except BaseException:  # the next try begins with the shorter run, too
+                    (run.path / "run.json").unlink(missing_ok=True)
+                    raise
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
             logger.info(f"{request.name}: continuing from {last}")
@@ -259,6 +263,11 @@ def fit(
         )
     with state_saver.listening():
         run_trainer(trainer, request, module, data, last)
+    if trainer.global_step != request.total_steps and not validation.stopped and own:
+        raise Failed(
+            f"{request.name}: a callback stopped the training at step {trainer.global_step} of {request.total_steps}, so that "
+            "there is no finished checkpoint; to end early, use patience or max_steps"
+        )
     if trainer.global_step != request.total_steps and not validation.stopped:
         raise RuntimeError(f"{request.name}: training stopped at step {trainer.global_step} of {request.total_steps}")
     if average is not None:

@@ -107,6 +107,8 @@ def _pair_words(words: list[str]) -> Iterator[tuple[str, str]]:
             name = flag.replace("-", "_")
             if equals:
                 yield name, text
+        elif word.startswith("-") and not NUMBER.fullmatch(word):  # a flag of one letter
+            name = ""
         elif name:
             yield name, word
 

@@ -67,6 +67,8 @@ def describe_length_dependence(training: TrainingConfig) -> str | None:
         )
     if any(term.final_weight not in (None, term.weight) for term in training.losses):
         return "a term of the losses has a final_weight, which it reaches at the last step; to prolong runs, omit it"
+    if training.patience:
+        return "patience may have ended the shorter run where the longer one would end, too; to prolong runs, set it to 0"
     noise = training.noise
     if not noise.is_off and noise.initial_factor != noise.final_factor:
         return (

@@ -95,9 +95,15 @@ def build_loggers(training: TrainingConfig, run: RunDirectory, *, name: str, fir
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow discourages files, but they work
         earlier = known.get("mlflow", {})
         run_id = earlier.get("run") if earlier.get("address") == training.mlflow else None
-        tracker = MLFlowLogger(experiment_name="cxt", run_name=name, tracking_uri=training.mlflow, run_id=run_id)
-        known["mlflow"] = {"address": training.mlflow, "run": tracker.run_id}
-        loggers.append(tracker)
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default, a server that is gone costs minutes
+        try:
+            tracker = MLFlowLogger(experiment_name="cxt", run_name=name, tracking_uri=training.mlflow, run_id=run_id)
+            known["mlflow"] = {"address": training.mlflow, "run": tracker.run_id}
+            loggers.append(tracker)
+        except Exception as error:
+            if run_id is None:
+                raise BadRequest(f"mlflow {training.mlflow} cannot be used: {first_line(error)}") from None
+            logger.warning(f"mlflow {training.mlflow} cannot be used, and gets nothing more of this run: {first_line(error)}")
     if training.wandb is not None:
         earlier = known.get("wandb", {})
         run_id = earlier["run"] if earlier.get("project") == training.wandb else secrets.token_hex(4)

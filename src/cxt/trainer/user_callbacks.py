@@ -1,12 +1,14 @@
 """Lightning callbacks that users name in the setting `callbacks`."""
 
 import importlib
+import io
 from collections.abc import Sequence
 
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.config.learning import UserCallback
-from cxt.errors import BadRequest, suggest_nearest
+from cxt.errors import BadRequest, first_line, suggest_nearest
 
 
 def find_callback_class(setting: UserCallback) -> type[Callback]:
@@ -23,10 +25,10 @@ def find_callback_class(setting: UserCallback) -> type[Callback]:
         raise BadRequest(f"callbacks: class_path must be a module and a class, such as my_module.MyCallback, got '{path}'")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever a module of the user's does
         raise BadRequest(
-            f"callbacks: {path}: the module cannot be imported ({error}); put its directory on PYTHONPATH, or install its "
-            "package"
+            f"callbacks: {path}: the module cannot be imported ({first_line(error)}); put its directory on PYTHONPATH, or "
+            "install its package"
         ) from None
     kind = getattr(module, name, None)
     if kind is None:
@@ -37,11 +39,30 @@ def find_callback_class(setting: UserCallback) -> type[Callback]:
 
 
 def build_callbacks(settings: Sequence[UserCallback]) -> list[Callback]:
-    """Make an object of each callback; BadRequest if a class cannot be found or does not take its arguments."""
+    """Make an object of each callback; BadRequest if a class cannot be found, or cannot be used."""
     made = []
     for setting in settings:
+        kind = find_callback_class(setting)
         try:
-            made.append(find_callback_class(setting)(**setting.init_args))
-        except (TypeError, ValueError) as error:
-            raise BadRequest(f"callbacks: {setting.class_path} does not take init_args {setting.init_args}: {error}") from None
+            callback = kind(**setting.init_args)
+        except Exception as error:
+            raise BadRequest(
+                f"callbacks: {setting.class_path} does not take init_args {setting.init_args}: {first_line(error)}"
+            ) from None
+        _check_state(callback, setting.class_path)
+        made.append(callback)
     return made
+
+
+def _check_state(callback: Callback, path: str) -> None:
+    """BadRequest if the state of a callback could be saved, but not read again."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(callback.state_dict(), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        raise BadRequest(
+            f"callbacks: the state_dict of {path} must consist of numbers, text, lists, mappings and tensors, so that a run "
+            f"can be continued ({first_line(error)})"
+        ) from None
