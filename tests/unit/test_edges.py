@@ -36,7 +36,7 @@ from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.trainer.devices import choose_precision, select_devices
 from cxt.trainer.fit import build_data
-from cxt.trainer.flag_values import FLAG_VALUES
+from cxt.trainer.flag_values import FLAG_VALUES, _pair_words
 from cxt.trainer.module import build_loss_function
 from cxt.trainer.options import build_parser, parse_flags, read_options
 from cxt.trainer.request import build_request
@@ -99,6 +99,11 @@ def test_all_numbers_are_checked():
     texts |= {name for name in DEFAULTS if name.endswith("lineage")}
     sections = {"distill", "masked", "contrastive", "noise", "losses", "optimizer", "adaptive", "callbacks", "metrics"}
     assert DEFAULTS.keys() - FLAG_VALUES.keys() == texts | sections
+
+
+def test_flags_of_one_letter_are_no_values():
+    """`-q` after a flag whose values are checked, as any command may have it; a negative number is a value."""
+    assert list(_pair_words(["--epochs", "3", "-q", "--lr", "-1e-3"])) == [("epochs", "3"), ("lr", "-1e-3")]
 
 
 def test_all_wrong_values_at_once():

@@ -163,6 +163,7 @@ def test_refused(settings, tmp_path):
         ({"schedule": "wsd", "decay_steps": 0}, "schedule wsd"),
         ({"losses": [{"name": "cross_entropy"}, {"name": "emd", "weight": 0.1, "final_weight": 0.1}]}, None),
         ({"losses": [{"name": "cross_entropy"}, {"name": "emd", "weight": 0.1, "final_weight": 1.0}]}, "final_weight"),
+        ({"patience": 5}, "patience may have ended"),
         ({"noise": {"genotype_errors": 0.01}}, None),
         ({"noise": {"genotype_errors": 0.01, "initial_factor": 0.0}}, "initial_factor"),
         ({"noise": {"initial_factor": 0.0}}, None),  # off
