@@ -136,7 +136,7 @@ class Decoder:
         )
         # Streams and graphs belong to torch's current GPU, which may not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, rates, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
+            self._start(x, rates, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x), x.shape[3]))
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -153,11 +153,11 @@ class Decoder:
             raise BadRequest(f"example_ids must be {count} whole numbers, one for each example of X")
         return ids
 
-    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int, windows: int) -> torch.Tensor | None:
         """Tokens to feed, moved to the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None
-        check_tokens(self.model, tokens, examples=count, replicates=self.replicates)
+        check_tokens(tokens, examples=count, windows=windows, replicates=self.replicates)
         if tokens.is_floating_point() or tokens.min() < 0 or tokens.max() >= self.model.config.vocabulary:
             raise BadRequest(f"tokens must be whole numbers from 0 to {self.model.config.vocabulary - 1}")
         return tokens.to(self.backbone.head.weight.device)

@@ -60,12 +60,17 @@ def convert_input(model, x) -> torch.Tensor:
     return x.to(model.backbone.head.weight.device)
 
 
-def check_shape(model, x) -> None:
-    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) with the sizes of *model*."""
+def check_shape(model, x, *, packed: bool = False) -> None:
+    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) with the sizes of *model*.
+
+    It may have fewer windows than the model was built for; *packed* rows of several regions may have any number.
+    """
     if not isinstance(x, torch.Tensor):
         raise BadRequest(f"X must be a tensor, as from torch.as_tensor(X), got {type(x).__name__}")
     config = model.config
     expected = (2, config.scales, config.windows, model.samples)
+    if x.ndim == 5 and x.shape[3] and (packed or x.shape[3] <= config.windows):
+        expected = (2, config.scales, x.shape[3], model.samples)
     if tuple(x.shape[1:]) == expected:
         return
     shape = tuple(x.shape)
@@ -88,9 +93,9 @@ def check_shape(model, x) -> None:
     raise BadRequest(details)
 
 
-def check_tokens(model, y, *, examples: int, replicates: int | None = None) -> None:
+def check_tokens(y, *, examples: int, windows: int, replicates: int | None = None) -> None:
     """BadRequest unless *y* is a tensor of tokens (examples, windows + 1), or (examples, replicates, windows + 1)."""
-    expected = (examples, model.config.windows + 1) if replicates is None else (examples, replicates, model.config.windows + 1)
+    expected = (examples, windows + 1) if replicates is None else (examples, replicates, windows + 1)
     if not isinstance(y, torch.Tensor) or tuple(y.shape) != expected:
         description = f"has shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"is a {type(y).__name__}"
         raise BadRequest(
