@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.network import SMALL, dense_logits, inputs, model_of
 
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.config.training import TrainingConfig
@@ -9,7 +10,6 @@ from cxt.data.examples import Batch
 from cxt.model.packing import describe_packing
 from cxt.trainer.module import hide_rates
 from cxt.trainer.objectives import build_objective
-from helpers.network import SMALL, dense_logits, inputs, model_of
 
 LENGTHS = ((3, 5, 4), (6, 2, 4), (1, 1, 10))
 """Windows of the regions of each row; each row has 12 windows."""
@@ -50,7 +50,8 @@ def test_the_mask_by_its_definition():
                     expected[windows + a, windows + b] = j <= i
                     expected[a, windows + b] = in_prefix and j == 0
             first += length
-        assert torch.equal(packing.visible[0, 0], expected) and packing.positions[0].tolist() == positions
+        assert torch.equal(packing.visible[0, 0], expected)
+        assert packing.positions[0].tolist() == positions
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapter", "start token in the prefix", "gradient checkpointing"])
@@ -62,12 +63,12 @@ def test_loss_and_gradients_of_packed_rows_are_those_of_their_regions(kind, path
     model.backbone.gradient_checkpointing = kind.startswith("gradient")
     x, y = inputs(config, samples=4 if adapter else None)
     loss = model.loss(x, y, regions=regions_of(), path=path)
-    packed = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, model.parameters(), allow_unused=True), strict=True))
+    packed = torch.autograd.grad(loss, model.parameters(), allow_unused=True)
     parts = one_by_one(x, y)
     total = sum(model.loss(*part, path=path) * (part[1].shape[1] - 1) for part in parts) / y[:, 1:].numel()
     alone = torch.autograd.grad(total, model.parameters(), allow_unused=True)
     assert abs(loss - total) < 1e-5 * total.abs()
-    for (name, ours), theirs in zip(packed.items(), alone, strict=True):
+    for (name, _), ours, theirs in zip(model.named_parameters(), packed, alone, strict=True):
         assert (ours is None) == (theirs is None), name
         if ours is not None:
             assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, theirs.abs().max()), name
@@ -81,7 +82,8 @@ def test_other_objectives_on_packed_rows(objective):
     values = criterion(model, x, y, regions=regions_of())
     parts = one_by_one(x, y)
     expected = sum(criterion(model, *part) * (part[1].shape[1] - 1) for part in parts) / y[:, 1:].numel()
-    assert values.shape == expected.shape and torch.allclose(values, expected, atol=1e-5)
+    assert values.shape == expected.shape
+    assert torch.allclose(values, expected, atol=1e-5)
 
 
 def test_rates_of_packed_rows_are_those_of_each_region():
@@ -118,7 +120,8 @@ def test_regions_do_not_see_each_other():
         before = model(x, y, regions=regions_of())
         after = model(changed_x, changed_y, regions=regions_of())
     assert torch.equal(before[1:], after[1:])
-    assert torch.allclose(before[0, :3], after[0, :3], atol=1e-6) and torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
+    assert torch.allclose(before[0, :3], after[0, :3], atol=1e-6)
+    assert torch.allclose(before[0, 8:], after[0, 8:], atol=1e-6)
     assert not torch.allclose(before[0, 3:8], after[0, 3:8], atol=1e-3)
 
 

@@ -271,7 +271,8 @@ class CoalescenceModel(nn.Module):
 
     *trained_on*, a `cxt.model.inputs.TrainedOn`, describes the training data of its checkpoint; None for a new network.
     *precision* is the one in which it was trained, and in which `cxt.predict` and evaluation decode on a GPU. *objective* is
-    what it was trained to predict, and determines how it can be read.
+    what it was trained to predict, and determines how it can be read. With *carries_bin*, a region that continues another one
+    begins with the bin of the window before it, in place of the start token.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -282,6 +283,13 @@ class CoalescenceModel(nn.Module):
         self.trained_on = None
         self.precision = "32-true"
         self.objective = "autoregressive"
+        self.carries_bin = False
+
+    @property
+    def shortest_region(self) -> int:
+        """Smallest number of windows of a region that it is meant to read: that of its training, or all of its windows."""
+        windows = None if self.trained_on is None else self.trained_on.windows
+        return self.config.windows if windows is None else min(windows[0], self.config.windows)
 
     @property
     def samples(self) -> int:
