@@ -164,3 +164,20 @@ def test_a_summary_that_does_not_exist(tmp_path, ts):
     model = cxt.load_model(saved(tmp_path / "x.ckpt"))
     with pytest.raises(cxt.BadRequest, match="summarise must be windows or region, got 'regions'"):
         cxt.predict_ts(model, ts, PAIRS, sequence_length=LENGTH, summarise="regions")
+
+
+def test_translating_a_contig_that_is_shorter_than_the_network_reads(tmp_path, ts):
+    windows = 7
+    short = ts.keep_intervals([[0, windows * WINDOW]]).trim()
+    short.dump(tmp_path / "short.trees")
+    path = saved(tmp_path / "x.ckpt", objective="marginal", regions={"shortest": 5})
+    tracks = cxt.translate(tmp_path / "short.trees", model=path, out=tmp_path / "out", pairs="all", max_gap=0, min_accessible=0)
+    read = tracks.read("1")
+    every = [(a, b) for a in range(10) for b in range(a + 1, 10)]
+    posterior = cxt.predict_ts(cxt.load_model(path), short, every)
+    assert read.mean.shape == (45, windows)
+    ours = {tuple(sorted(pair)): row for pair, row in zip(tracks.pairs, read.mean, strict=True)}
+    for pair, row in zip(every, posterior.log_tmrca, strict=True):
+        np.testing.assert_allclose(ours[pair], row, atol=2e-3)
+    with pytest.raises(cxt.BadRequest, match="has 7 windows of 2000 bp, but checkpoint .* reads 20"):
+        cxt.translate(tmp_path / "short.trees", model=saved(tmp_path / "y.ckpt"), out=tmp_path / "other")
