@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cxt.data.targets import pair_log_tmrca
     from cxt.decoding.posterior import Posterior
     from cxt.decoding.predict import predict, predict_ts
+    from cxt.decoding.region_summary import RegionSummary
     from cxt.errors import BadRequest, Failed
     from cxt.model.inputs import OutsideTraining
     from cxt.trainer.find_lr import find_lr
@@ -31,6 +32,7 @@ _MODULES = {
     "OutsideTraining": "cxt.model.inputs",
     "PairDataset": "cxt.data.pair_dataset",
     "Posterior": "cxt.decoding.posterior",
+    "RegionSummary": "cxt.decoding.region_summary",
     "Tracks": "cxt.translation.tracks",
     "find_lr": "cxt.trainer.find_lr",
     "load_model": "cxt.checkpoints.load",
@@ -42,8 +44,8 @@ _MODULES = {
     "translate": "cxt.translation.translate",
 }
 __all__ = [
-    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "Tracks", "__version__", "find_lr",
-    "load_model", "pair_features", "pair_log_tmrca", "predict", "predict_ts", "train_model", "translate",
+    "BadRequest", "Failed", "Grid", "OutsideTraining", "PairDataset", "Posterior", "RegionSummary", "Tracks", "__version__",
+    "find_lr", "load_model", "pair_features", "pair_log_tmrca", "predict", "predict_ts", "train_model", "translate",
 ]  # fmt: skip
 
 

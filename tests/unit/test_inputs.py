@@ -176,7 +176,10 @@ def test_shapes_in_words(ts):
             x[..., :6],
             "this model reads 50 windows of 10 haplotypes at 2 scales; X has 6 haplotypes; a checkpoint with an adapter",
         ),
-        (x[:, :, :, :40], "this model reads 50 windows of 10 haplotypes at 2 scales; X has 40 windows$"),
+        (
+            torch.cat([x, x], dim=3),
+            "this model reads 50 windows of 10 haplotypes at 2 scales; X has 100 windows$",
+        ),
         (x[:, :, :1], "X has 1 scales$"),
         (x[0], r"for one example, pass X\[None\]"),
         (x[:, :1], "cxt.pair_features makes such counts"),
@@ -184,6 +187,8 @@ def test_shapes_in_words(ts):
         for use in (lambda x: model(x, y), lambda x: model.loss(x, y), lambda x: model.generate(x, window_size=WINDOW)):
             with pytest.raises(BadRequest, match=message):
                 use(wrong)
+    with pytest.raises(BadRequest, match="this model reads 50 windows of 10 haplotypes at 2 scales; X has 40 windows$"):
+        model.generate(x[:, :, :, :40], window_size=WINDOW)
     adapted = build_model(network(), AdapterConfig(samples=6, bottleneck=4))
     with pytest.raises(BadRequest, match="reads 50 windows of 6 haplotypes at 2 scales; X has 10 haplotypes"):
         adapted.generate(x, window_size=WINDOW)

@@ -164,17 +164,27 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], *, na
     model.load_state_dict(weights)
 
 
-def build_checkpoint_model(checkpoint: Checkpoint, *, name) -> CoalescenceModel:
-    """Build the network of a checkpoint with its weights; BadRequest if they do not fit, before memory is allocated for it."""
+def build_checkpoint_model(checkpoint: Checkpoint, *, name, windows: int | None = None) -> CoalescenceModel:
+    """Build the network of a checkpoint with its weights; BadRequest if they do not fit, before memory is allocated for it.
+
+    It reads regions of *windows* windows; by default, those of the checkpoint.
+    """
     with torch.device("meta"):
         described = build_model(checkpoint.model, checkpoint.adapter).state_dict()
     check_weights(described, checkpoint.state_dict, name=name)
-    model = build_model(checkpoint.model, checkpoint.adapter)
+    network = checkpoint.model if windows is None else checkpoint.model.replace(windows=windows)
+    model = build_model(network, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
-    data = checkpoint.record["dataset"]
-    model.trained_on = TrainedOn(scales=tuple(data["scales"]), ranges=data.get("ranges") or {})
+    data, training = checkpoint.record["dataset"], checkpoint.record["training"] or {}
+    regions, longest = training.get("regions") or {}, checkpoint.model.windows
+    model.trained_on = TrainedOn(
+        scales=tuple(data["scales"]),
+        ranges=data.get("ranges") or {},
+        windows=(min(regions.get("shortest") or longest, longest), longest),
+    )
     model.precision = checkpoint.record.get("precision") or "32-true"
-    model.objective = (checkpoint.record["training"] or {}).get("objective", "autoregressive")
+    model.objective = training.get("objective", "autoregressive")
+    model.carries_bin = bool(regions.get("carry"))
     return model
 
 

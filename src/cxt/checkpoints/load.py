@@ -23,6 +23,7 @@ def load_model(
     device: str | torch.device = "cpu",
     best: bool = False,
     dtype: str | torch.dtype = "float32",
+    windows: int | None = None,
 ) -> CoalescenceModel:
     """Load a trained model, in eval mode.
 
@@ -39,6 +40,9 @@ def load_model(
         For a run directory, load the weights of the lowest validation loss instead of the last ones.
     dtype : str or torch dtype
         Type of the weights: `float32`, `bfloat16`, or `stored`, that of the file (bfloat16 after training in bf16-true).
+    windows : int, optional
+        Windows of a region that it reads at once; by default, those that it was trained with. No weights depend on their
+        number, but the accuracy does: reading others causes a warning, `cxt.OutsideTraining`.
 
     Returns
     -------
@@ -51,13 +55,15 @@ def load_model(
     ------
     BadRequest
         If there is no such checkpoint, it is damaged or has non-finite weights, the base of a LoRA is missing or another one,
-        or torch cannot use *device*.
+        torch cannot use *device*, or *windows* is no number of windows.
     """
     device = _parse_device(device)
+    if windows is not None and (isinstance(windows, bool) or not isinstance(windows, int) or not 1 <= windows <= 10**7):
+        raise BadRequest(f"windows must be a whole number from 1 to 10 000 000, got {windows!r}")
     path = find_checkpoint(name_or_path, best=best)
     checkpoint = read_usable_checkpoint(path)
     chosen = _choose_dtype(dtype, checkpoint, path)
-    model = build_checkpoint_model(checkpoint, name=path).eval()
+    model = build_checkpoint_model(checkpoint, name=path, windows=windows).eval()
     if bad := [key for key, value in model.state_dict().items() if not torch.isfinite(value).all()]:
         raise BadRequest(f"checkpoint {path} has weights that are not finite: {bad[0]}; train it again, or get another copy")
     try:

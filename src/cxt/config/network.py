@@ -229,7 +229,7 @@ def check_lora(lora: LoraConfig, network: ModelConfig, base: ModelConfig, *, nam
 
 
 def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
-    """BadRequest if *child* cannot start from the weights of *parent*; the window size may differ."""
+    """BadRequest if *child* cannot start from the weights of *parent*; windows and their size may differ."""
     has_new_adapter = child.has_adapter and not parent.has_adapter
     if not has_new_adapter and child.samples != parent.samples:
         raise BadRequest(
@@ -249,11 +249,6 @@ def check_inheritance(child: TrainedModel, parent: TrainedModel) -> None:
             )
     if parent.network.reads_rates and not child.network.reads_rates:
         raise BadRequest(f"{child.name}: its parent '{parent.name}' reads rates, so that reads_rates cannot be false")
-    if child.network.windows != parent.network.windows:
-        raise BadRequest(
-            f"{child.name}: dataset '{child.dataset}' has {child.network.windows} windows, but its parent '{parent.name}' was "
-            f"trained with {parent.network.windows}; change sequence_length or window_size"
-        )
     if not child.has_missingness and not parent.network.mask_singletons:
         raise BadRequest(
             f"{child.name}: its parent '{parent.name}' was trained with missingness, but dataset '{child.dataset}' has none"

@@ -27,6 +27,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # (B, windows + 1) int64
     rates: torch.Tensor | None = None  # (B, 2) float32 from `log_rates`, or None if all are unknown
     soft_targets: torch.Tensor | None = None  # (B, windows, levels) int16 from `cxt.data.soft_targets`, or None
+    regions: torch.Tensor | None = None  # (B, windows) int64, regions of packed rows, whose rates are (B, windows, 2); or None
 
     def first(self, examples: int) -> "Batch":
         """A batch of the first *examples*, sharing memory."""

@@ -7,7 +7,7 @@ reads, haplotypes are drawn where there are more than it reads, and windowed cou
 import math
 import time
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import tskit
 from numpy.typing import ArrayLike
 
 from cxt.config.learning import Reading, choose_reading
-from cxt.config.network import log_rates
+from cxt.config.network import SPECIAL_TOKENS, log_rates
 from cxt.console import get_logger
 from cxt.data.examples import compute_model_input
 from cxt.data.features import (
@@ -33,14 +33,18 @@ from cxt.data.features import (
 from cxt.data.grid import Grid
 from cxt.decoding.decode import use_precision
 from cxt.decoding.posterior import Posterior
-from cxt.decoding.reading import build_reader
+from cxt.decoding.reading import read_marginals, sample_replicates
+from cxt.decoding.region_summary import RegionSummary, summarise_region
 from cxt.errors import BadRequest
+from cxt.model.decoder import Decoder
 from cxt.model.inputs import OutsideTraining, check_input, reads_missingness
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
 from cxt.random_seeds import check_seed, hash_key
 
 logger = get_logger(__name__)
+
+Summary = Literal["windows", "region"]
 
 PROGRESS_SECONDS = 10
 """Seconds between two lines of progress."""
@@ -72,13 +76,17 @@ def predict(
     replicates: int = 15,
     batch_size: int = 8,
     seed: int = 0,
-) -> Posterior:
+    summarise: Summary = "windows",
+) -> Posterior | RegionSummary:
     """Predict the TMRCA of pairs of haplotypes along a region.
 
     A region that is longer than the model reads is cut into pieces of that length. The last piece ends where the region ends;
     windows that are in two pieces are taken from the first. If there are more haplotypes than the model reads, it is given the
     two of each pair and a random subset of the others, which depends only on *seed* and the pair. The result for a pair does
     not depend on the other pairs or on *batch_size*, except for rounding.
+
+    Sequences of a model that was trained with `carry` continue from one piece to the next: the first window of a piece is
+    predicted from the bin that was sampled for the window before it.
 
     Parameters
     ----------
@@ -92,7 +100,7 @@ def predict(
     pairs : (pairs, 2) integer array
         Haplotype indices, columns of *genotypes*.
     sequence_length : int
-        Length of the region in base pairs, at least what the model reads.
+        Length of the region in base pairs, at least the shortest that the model was trained with.
     start : float
         Start of the region in the coordinates of *positions*.
     window_size : int, optional
@@ -112,10 +120,13 @@ def predict(
         Pairs decoded together.
     seed : int
         Seed of the sampling and of the subsets of haplotypes.
+    summarise : {"windows", "region"}
+        `region` gives one mean for each pair over the whole region, in place of the times of all windows.
 
     Returns
     -------
     Posterior
+        Or, with `summarise="region"`, a `RegionSummary`.
 
     Raises
     ------
@@ -133,7 +144,7 @@ def predict(
     return _predict(
         model, genotypes, positions, pairs, sequence_length=sequence_length, start=start, window_size=window_size, mask=mask,
         rates={"mutation_rate": mutation_rate, "recombination_rate": recombination_rate},
-        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed,
+        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed, summarise=summarise,
     )  # fmt: skip
 
 
@@ -152,7 +163,8 @@ def predict_ts(
     replicates: int = 15,
     batch_size: int = 8,
     seed: int = 0,
-) -> Posterior:
+    summarise: Summary = "windows",
+) -> Posterior | RegionSummary:
     """Predict the TMRCA of pairs of samples of a tree sequence, from its genotypes and rates that are given, not its trees.
 
     Parameters
@@ -167,12 +179,13 @@ def predict_ts(
         Start of the region in base pairs.
     sequence_length : int, optional
         Length of the region in base pairs; by default, to the end of the tree sequence.
-    window_size, mask, mutation_rate, recombination_rate, reading, replicates, batch_size, seed
+    window_size, mask, mutation_rate, recombination_rate, reading, replicates, batch_size, seed, summarise
         As in `predict`.
 
     Returns
     -------
-    Posterior
+    Posterior or RegionSummary
+        As `predict`.
 
     Raises
     ------
@@ -201,7 +214,7 @@ def predict_ts(
     return _predict(
         model, genotypes, ts.sites_position[left:right], pairs, sequence_length=length, start=start, window_size=window_size,
         mask=mask, rates={"mutation_rate": mutation_rate, "recombination_rate": recombination_rate},
-        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed,
+        reading=reading, replicates=replicates, batch_size=batch_size, seed=seed, summarise=summarise,
     )  # fmt: skip
 
 
@@ -220,13 +233,16 @@ def _predict(
     replicates,
     batch_size,
     seed,
-) -> Posterior:
+    summarise,
+) -> Posterior | RegionSummary:
     """`predict`, called by it and by `predict_ts`."""
     if not isinstance(model, CoalescenceModel):
         raise BadRequest(f"model must be a loaded model, got {model!r}; load one with cxt.load_model")
     for name, value in (("replicates", replicates), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise BadRequest(f"{name} must be a positive whole number, got {value!r}")
+    if summarise not in get_args(Summary):
+        raise BadRequest(f"summarise must be {' or '.join(get_args(Summary))}, got {summarise!r}")
     seed = check_seed(seed)
     reading = choose_reading(model.objective, reading)
     region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask)
@@ -239,7 +255,7 @@ def _predict(
     was_training = model.training
     model.eval()
     try:
-        distribution, outside = _decode_region(
+        distribution, bins, outside = _decode_region(
             model, region, rates, reading=reading, replicates=int(replicates), batch_size=int(batch_size), seed=seed
         )
     finally:
@@ -252,7 +268,8 @@ def _predict(
             stacklevel=3,  # the caller of `predict` or `predict_ts`
         )
     edges = start + np.minimum(np.arange(distribution.shape[1] + 1) * float(size), region.length)
-    return Posterior(distribution, _get_grid(model, rates), region.pairs, edges)
+    posterior = Posterior(distribution, _get_grid(model, rates), region.pairs, edges)
+    return posterior if summarise == "windows" else summarise_region(posterior, bins)
 
 
 def _check_region(model, genotypes, positions, pairs, sequence_length, start, mask) -> _Region:
@@ -261,11 +278,12 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
     found = count_windows(window_size=size, sequence_length=sequence_length)
     if sequence_length != int(sequence_length):
         raise BadRequest(f"sequence_length must be a whole number of base pairs, got {sequence_length}")
-    if found < windows:
+    if found < model.shortest_region:
+        fewest = f"at least {model.shortest_region}" if model.shortest_region < windows else str(windows)
         raise BadRequest(
-            f"this model reads {windows} windows of {size} bp, {windows * size} bp in all, but {sequence_length} bp are "
-            f"{found} windows. Pass a longer region (it is read in pieces), or train a model on a dataset with "
-            f"`sequence_length: {found * size}`"
+            f"this model reads {fewest} windows of {size} bp, {model.shortest_region * size} bp in all, but "
+            f"{sequence_length} bp are {found} windows. Pass a longer region (it is read in pieces), or train a model on a "
+            f"dataset with `sequence_length: {found * size}`"
         )
     genotypes = check_genotypes(genotypes, stacklevel=5)  # the caller of `predict` or `predict_ts`
     haplotypes = genotypes.shape[1]
@@ -311,13 +329,24 @@ def _decode_region(
     replicates: int,
     batch_size: int,
     seed: int,
-) -> tuple[np.ndarray, list[str]]:
-    """The predictive distributions (pairs, windows, bins) float32 of a region, and the warnings about its input."""
-    size, length = model.config.window_size, model.config.windows
+) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
+    """Read a region.
+
+    Returns
+    -------
+    distribution : float32 array (pairs, windows, bins)
+    bins : int32 array (pairs, replicates, windows) or None
+        Those of the sampled sequences; None if nothing is sampled.
+    outside : list of str
+        Warnings about the input.
+    """
+    size = model.config.window_size
     windows = count_windows(window_size=size, sequence_length=region.length)
+    length = min(model.config.windows, windows)
     distribution = np.empty((len(region.pairs), windows, model.config.bins), dtype=np.float32)
     device = model.backbone.head.weight.device
-    read = build_reader(model, reading, replicates=replicates, seed=seed)
+    decoder = Decoder(model, replicates=replicates, seed=seed) if reading == "sampled" else None
+    bins = None if decoder is None else np.empty((len(region.pairs), replicates, windows), dtype=np.int32)
     outside: dict[str, None] = {}
     pieces = _cut_into_pieces(region.length, size, length)
     began = reported = time.monotonic()
@@ -325,23 +354,32 @@ def _decode_region(
     for first in pieces:
         for begin in range(0, len(region.pairs), batch_size):
             rows = slice(begin, begin + batch_size)
-            x = _compute_input(model, region, rows, first=first, seed=seed).to(device)
+            x = _compute_input(model, region, rows, first=first, length=length, seed=seed).to(device)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 check_input(model, x, window_size=size, **rates)
             outside |= dict.fromkeys(str(warning.message) for warning in caught)
             ids = [hash_key("predict", first, *sorted(map(int, pair))) - 2**63 for pair in region.pairs[rows]]
-            with use_precision(model.precision, device):
-                average = read(x, model.repeat_rates(**rates, examples=len(x)), ids)
+            given = model.repeat_rates(**rates, examples=len(x))
             # `known` windows come from the pieces before, of which the last piece may repeat some.
-            distribution[rows, known : first + length] = average[:, known - first :].float().cpu().numpy()
+            new, others = slice(known, first + length), slice(known - first, None)
+            with use_precision(model.precision, device):
+                if decoder is None or bins is None:
+                    average = read_marginals(model, x, given)
+                else:
+                    start = None
+                    if model.carries_bin and first:
+                        start = torch.from_numpy(bins[rows, :, first - 1] + SPECIAL_TOKENS).to(device)
+                    average, sampled = sample_replicates(decoder, x, given, example_ids=ids, start=start)
+                    bins[rows, :, new] = sampled[:, :, others].cpu().numpy()
+            distribution[rows, new] = average[:, others].float().cpu().numpy()
             done += len(x)
             if time.monotonic() - reported > PROGRESS_SECONDS and done < total:
                 reported = time.monotonic()
                 left = (reported - began) / done * (total - done)
                 logger.info(f"predicted {done / total:.0%}, {left:.0f} s left")
         known = first + length
-    return distribution, list(outside)
+    return distribution, bins, list(outside)
 
 
 def _cut_into_pieces(length: int, window_size: int, windows: int) -> list[int]:
@@ -357,9 +395,11 @@ def _choose_haplotypes(pair: np.ndarray, *, haplotypes: int, samples: int, seed:
     return np.sort(np.concatenate([pair, np.random.default_rng(key).choice(others, samples - 2, replace=False)]))
 
 
-def _compute_input(model: CoalescenceModel, region: _Region, rows: slice, *, first: int, seed: int) -> torch.Tensor:
-    """The network's input for the pairs *rows* in the piece that begins at window *first*."""
-    size, windows, samples = model.config.window_size, model.config.windows, model.samples
+def _compute_input(
+    model: CoalescenceModel, region: _Region, rows: slice, *, first: int, length: int, seed: int
+) -> torch.Tensor:
+    """The network's input for the pairs *rows* in the piece of *length* windows that begins at window *first*."""
+    size, windows, samples = model.config.window_size, length, model.samples
     scales = SCALES if model.trained_on is None else model.trained_on.scales
     begin, end = first * size, min((first + windows) * size, region.length)
     left, right = np.searchsorted(region.positions, [begin, end])

@@ -65,9 +65,14 @@ def average_replicates(
 
 
 def sample_replicates(
-    decoder: Decoder, x: torch.Tensor, rates: torch.Tensor | None = None, *, example_ids: Sequence[int]
+    decoder: Decoder,
+    x: torch.Tensor,
+    rates: torch.Tensor | None = None,
+    *,
+    example_ids: Sequence[int],
+    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode a batch; also give what was sampled.
+    """Decode a batch, beginning with the tokens *start* (examples, replicates) if given; also give what was sampled.
 
     Returns
     -------
@@ -76,5 +81,5 @@ def sample_replicates(
     bins : int64 (examples, replicates, windows)
         The bins of the sampled sequences.
     """
-    tokens, probabilities = decoder.decode(x, rates=rates, example_ids=example_ids)
+    tokens, probabilities = decoder.decode(x, rates=rates, example_ids=example_ids, start=start)
     return probabilities.mean(dim=1, dtype=torch.float64), tokens - SPECIAL_TOKENS

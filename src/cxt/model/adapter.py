@@ -6,6 +6,7 @@ from torch import nn
 
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
+from cxt.model.packing import average_regions
 from cxt.model.transformer import CoalescenceModel
 
 
@@ -41,11 +42,17 @@ class IEAdapter(nn.Module):
         self.register_buffer("mask_token", torch.tensor(0.0))
         self.overwrites_bin0 = backbone.mask_singletons or config.overwrite_bin0
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Expand log1p counts of n samples to the backbone's N samples: (B, 2, S, W, n) -> (B, 2, S, W, N)."""
+    def forward(self, x: torch.Tensor, *, regions: torch.Tensor | None = None) -> torch.Tensor:
+        """Expand log1p counts of n samples to the backbone's N samples: (B, 2, S, W, n) -> (B, 2, S, W, N).
+
+        *regions* (B, W) are those of packed rows, see `cxt.model.packing`.
+        """
         if self.overwrites_bin0:
             x = torch.cat([self.mask_token.expand_as(x[..., :1]).type_as(x), x[..., 1:]], dim=-1)
-        x = x * self.excite(x.mean(dim=(1, 2, 3)))[:, None, None, None]
+        if regions is None:
+            x = x * self.excite(x.mean(dim=(1, 2, 3)))[:, None, None, None]
+        else:
+            x = x * self.excite(average_regions(x.mean(dim=(1, 2)), regions))[:, None, None]  # (B, 1, 1, W, n)
         value, gate = self.gated(self.norm(x)).chunk(2, dim=-1)
         return self.residual(x) + self.alpha * self.out(self.dropout(F.silu(gate) * value))
 

@@ -220,9 +220,23 @@ class Attention(nn.Module):
         """Join the heads and project: (B, H, L, hd) -> (B, L, D)."""
         return self.dropout(self.out(x.transpose(1, 2).flatten(2)))
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
-        """Attend within *x* (B, L, D): (B, L, D), or with *targets_only* (B, L - prefix, D)."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        prefix: int,
+        *,
+        targets_only: bool = False,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend within *x* (B, L, D): (B, L, D), or with *targets_only* (B, L - prefix, D).
+
+        Packed rows need a mask, *visible* (B, 1, L, L): True where a position attends to another one (last axis).
+        """
         q, k, v = self.project(x, table)
+        if visible is not None:
+            first = prefix if targets_only else 0
+            return self.merge(F.scaled_dot_product_attention(q[:, :, first:], k, v, attn_mask=visible[:, :, first:]))
         if prefix == x.shape[1]:  # sources only, which all see each other
             return self.merge(F.scaled_dot_product_attention(q, k, v))
         attend = flexible_attention if self.flexible else split_attention

@@ -114,6 +114,7 @@ class Decoder:
         rates: torch.Tensor | None = None,
         example_ids=None,
         tokens: torch.Tensor | None = None,
+        start: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode one batch; the next call overwrites the returned tensors.
 
@@ -123,6 +124,7 @@ class Decoder:
         rates : ln rates (B, 2), NaN where unknown, for a network that reads rates; by default none is known
         example_ids : (B,) whole numbers that identify the examples; 0, 1, … by default
         tokens : (B, R, W + 1); if given, nothing is sampled and the network is fed these (for tests and scoring)
+        start : (B, R) int64 tokens to begin with, for a network that carries bins; the start token by default
 
         Returns
         -------
@@ -136,7 +138,9 @@ class Decoder:
         )
         # Streams and graphs belong to torch's current GPU, which may not be the model's.
         with torch.cuda.device(x.device) if self.on_gpu else contextlib.nullcontext(), precision:
-            self._start(x, rates, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x)))
+            self._start(x, rates, self._check_ids(example_ids, len(x)), self._check_fed_tokens(tokens, len(x), x.shape[3]))
+            if start is not None:
+                self.current.copy_(start)
             for step in range(self.uniform.shape[-1]):
                 # As many slots as are needed, rounded up.
                 slots = min(self.uniform.shape[-1], (step // self.slots + 1) * self.slots)
@@ -153,11 +157,11 @@ class Decoder:
             raise BadRequest(f"example_ids must be {count} whole numbers, one for each example of X")
         return ids
 
-    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    def _check_fed_tokens(self, tokens: torch.Tensor | None, count: int, windows: int) -> torch.Tensor | None:
         """Tokens to feed, moved to the model's device; BadRequest if they are not tokens of *count* examples."""
         if tokens is None:
             return None
-        check_tokens(self.model, tokens, examples=count, replicates=self.replicates)
+        check_tokens(tokens, examples=count, windows=windows, replicates=self.replicates)
         if tokens.is_floating_point() or tokens.min() < 0 or tokens.max() >= self.model.config.vocabulary:
             raise BadRequest(f"tokens must be whole numbers from 0 to {self.model.config.vocabulary - 1}")
         return tokens.to(self.backbone.head.weight.device)

@@ -38,10 +38,12 @@ class TrainedOn(NamedTuple):
     ranges : smallest and largest value over the training simulations, by name: `diversity` (pairwise differences per
         accessible bp), `mutation_rate` and `recombination_rate` (per bp and generation), `missingness` (fraction of the
         region); unknown ranges are missing or None
+    windows : smallest and largest number of windows of a region; None if that is not known
     """
 
     scales: tuple[int, ...]
     ranges: dict[str, list[float] | None]
+    windows: tuple[int, int] | None = None
 
 
 def reads_missingness(model) -> bool:
@@ -60,12 +62,18 @@ def convert_input(model, x) -> torch.Tensor:
     return x.to(model.backbone.head.weight.device)
 
 
-def check_shape(model, x) -> None:
-    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) with the sizes of *model*."""
+def check_shape(model, x, *, shortest: int = 1, packed: bool = False) -> None:
+    """BadRequest unless *x* is a tensor (B, 2, scales, windows, samples) with the sizes of *model*.
+
+    It may have fewer windows than the model was built for, but at least *shortest*; *packed* rows of several regions may have
+    any number.
+    """
     if not isinstance(x, torch.Tensor):
         raise BadRequest(f"X must be a tensor, as from torch.as_tensor(X), got {type(x).__name__}")
     config = model.config
     expected = (2, config.scales, config.windows, model.samples)
+    if x.ndim == 5 and x.shape[3] and (packed or shortest <= x.shape[3] <= config.windows):
+        expected = (2, config.scales, x.shape[3], model.samples)
     if tuple(x.shape[1:]) == expected:
         return
     shape = tuple(x.shape)
@@ -88,9 +96,9 @@ def check_shape(model, x) -> None:
     raise BadRequest(details)
 
 
-def check_tokens(model, y, *, examples: int, replicates: int | None = None) -> None:
+def check_tokens(y, *, examples: int, windows: int, replicates: int | None = None) -> None:
     """BadRequest unless *y* is a tensor of tokens (examples, windows + 1), or (examples, replicates, windows + 1)."""
-    expected = (examples, model.config.windows + 1) if replicates is None else (examples, replicates, model.config.windows + 1)
+    expected = (examples, windows + 1) if replicates is None else (examples, replicates, windows + 1)
     if not isinstance(y, torch.Tensor) or tuple(y.shape) != expected:
         description = f"has shape {tuple(y.shape)}" if isinstance(y, torch.Tensor) else f"is a {type(y).__name__}"
         raise BadRequest(
@@ -135,7 +143,7 @@ class Measures(NamedTuple):
 
 def measure_input(model, x: torch.Tensor, *, window_size, mutation_rate=None, recombination_rate=None) -> Measures:
     """Measure X, after the checks of `check_input` that refuse it; see there."""
-    check_shape(model, x)
+    check_shape(model, x, shortest=model.shortest_region)
     _check_window_size(model, window_size)
     for name, rate in {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}.items():
         if rate is not None and not (_is_number(rate) and 0 <= rate < math.inf):
@@ -157,7 +165,7 @@ def describe_outside(model, parts: Sequence[Measures], *, mutation_rate=None, re
     """Describe what is outside the ranges of the training data in all batches together; None if nothing is."""
     if model.trained_on is None:
         return None
-    scales, ranges = model.trained_on
+    scales, ranges, windows = model.trained_on
     rates = {"mutation_rate": mutation_rate, "recombination_rate": recombination_rate}
     outside: list[str] = []
     if model.config.reads_rates and mutation_rate:
@@ -173,6 +181,8 @@ def describe_outside(model, parts: Sequence[Measures], *, mutation_rate=None, re
     outside += [
         description for name, values in measured.items() if (description := _describe_outside(name, values, ranges.get(name)))
     ]
+    if windows is not None and not windows[0] <= model.config.windows <= windows[1]:
+        outside.append(f"regions of {model.config.windows} windows, trained on {_describe_span(*windows)}")
     if not all(part.same_sites for part in parts):
         outside.append(f"its windows do not contain the same sites at each of the scales {', '.join(map(str, scales))}")
     if not outside:
@@ -181,6 +191,10 @@ def describe_outside(model, parts: Sequence[Measures], *, mutation_rate=None, re
         f"the input is outside the range of the training data of this model: {'; '.join(outside)}. The accuracy of estimates "
         "there is unknown"
     )
+
+
+def _describe_span(low: int, high: int) -> str:
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def _is_number(value) -> bool:

@@ -27,8 +27,8 @@ def find_scale(rates: np.ndarray) -> np.ndarray:
 
 
 def find_shift(rates: torch.Tensor) -> torch.Tensor:
-    """The same as a tensor: (B, 2) ln rates -> (B,)."""
-    return torch.nan_to_num(rates[:, 0] - LOG_REFERENCE_RATE)
+    """The same as a tensor: (..., 2) ln rates -> (...)."""
+    return torch.nan_to_num(rates[..., 0] - LOG_REFERENCE_RATE)
 
 
 def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig) -> torch.Tensor:
@@ -38,13 +38,13 @@ def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig)
     ----------
     tokens : int64 tensor (B, W + 1)
         Start token, and bins of ln TMRCA.
-    rates : float32 tensor (B, 2)
+    rates : float32 tensor (B, 2), or (B, W, 2) for packed rows
         From `cxt.config.network.log_rates`.
     config : ModelConfig
         Its grid.
     """
     step = (config.grid_high - config.grid_low) / (config.bins - 1)
-    shift = (find_shift(rates).unsqueeze(1) / step).round().long()  # (B, 1)
+    shift = (find_shift(rates).view(len(rates), -1) / step).round().long()  # (B, 1) or (B, W)
     scaled = (tokens[:, 1:] + shift).clamp(SPECIAL_TOKENS, config.vocabulary - 1)
     return torch.cat([tokens[:, :1], scaled], dim=1)
 
@@ -56,9 +56,11 @@ class RateEmbedding(nn.Linear):
         super().__init__(4, width, bias=False)
 
     def forward(self, rates: torch.Tensor) -> torch.Tensor:
-        """Embed ln rates (B, 2), NaN where they are unknown: (B, 1, D)."""
-        known = ~rates.isnan()  # (B, 2)
+        """Embed ln rates, NaN where they are unknown: (B, 2) -> (B, 1, D), or (B, W, 2) -> (B, W, D) for packed rows."""
+        if rates.ndim == 2:
+            rates = rates.unsqueeze(1)
+        known = ~rates.isnan()  # (B, 1, 2)
         mutation, recombination = torch.nan_to_num(rates - LOG_REFERENCE_RATE).unbind(-1)
-        relative = torch.where(known[:, 1], recombination - mutation, 0.0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        features = [known[:, 0], known[:, 1], relative * known[:, 0], relative * ~known[:, 0]]
-        return super().forward(torch.stack(features, dim=-1).to(self.weight.dtype)).unsqueeze(1)
+        relative = torch.where(known[..., 1], recombination - mutation, 0.0).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        features = [known[..., 0], known[..., 1], relative * known[..., 0], relative * ~known[..., 0]]
+        return super().forward(torch.stack(features, dim=-1).to(self.weight.dtype))

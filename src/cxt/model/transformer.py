@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cxt.config.learning import choose_reading
-from cxt.config.network import ModelConfig, log_rates
+from cxt.config.network import START_TOKEN, ModelConfig, log_rates
 from cxt.model.attention import Attention, build_rotary_table
 from cxt.model.decoder import Decoder
 from cxt.model.inputs import check_input, check_shape, check_tokens, convert_input
+from cxt.model.packing import Packing, describe_packing
 from cxt.model.rates import RateEmbedding
 
 CHANNEL_WEIGHTS = (0.7, 0.3)
@@ -107,24 +108,34 @@ class Block(nn.Module):
         self.norm_mlp = LayerNorm(config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, table: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        table: torch.Tensor,
+        prefix: int,
+        *,
+        targets_only: bool = False,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Apply attention and the feed-forward part, each with a residual connection.
 
         Parameters
         ----------
         x : tensor (B, L, D)
         table : float32 tensor (2, L, hd / 2)
-            From `cxt.model.attention.build_rotary_table`.
+            From `cxt.model.attention.build_rotary_table`; (2, B, 1, L, hd / 2) for packed rows, in which positions differ.
         prefix : int
             Number of positions at the beginning that all positions see.
         targets_only : bool
             Compute only the positions after the prefix.
+        visible : bool tensor (B, 1, L, L), optional
+            For packed rows: which positions each position attends to.
 
         Returns
         -------
         tensor (B, L, D), or (B, L - prefix, D) with *targets_only*
         """
-        attended = self.attention(self.norm_attention(x), table, prefix, targets_only=targets_only)
+        attended = self.attention(self.norm_attention(x), table, prefix, targets_only=targets_only, visible=visible)
         x = (x[:, prefix:] if targets_only else x) + attended
         return x + self.mlp(self.norm_mlp(x))
 
@@ -167,14 +178,30 @@ class Backbone(nn.Module):
             self.rotary = self._rotary_table(self.rotary.device)
         return self
 
-    def _block(self, block: Block, h: torch.Tensor, prefix: int, *, targets_only: bool = False) -> torch.Tensor:
-        table = self.rotary[:, : h.shape[1]]
+    def _block(
+        self, block: Block, h: torch.Tensor, prefix: int, *, targets_only: bool = False, packing: Packing | None = None
+    ) -> torch.Tensor:
+        length, visible = h.shape[1], None
+        if packing is None:
+            table = self.rotary[:, :length]
+        else:
+            table = self.rotary[:, packing.positions[:, :length]].unsqueeze(2)  # (2, B, 1, L, hd / 2)
+            visible = packing.visible[:, :, :length, :length]
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, table, prefix, targets_only=targets_only, use_reentrant=False)
-        return block(h, table, prefix, targets_only=targets_only)
+            return checkpoint(block, h, table, prefix, targets_only=targets_only, visible=visible, use_reentrant=False)
+        return block(h, table, prefix, targets_only=targets_only, visible=visible)
+
+    def describe_packing(self, regions: torch.Tensor | None) -> Packing | None:
+        """What the blocks need to know of packed rows, given their regions (B, W); None for rows of one region."""
+        if regions is None:
+            return None
+        return describe_packing(regions, start_token_in_prefix=self.config.start_token_in_prefix)
 
     def embed_sources(self, x: torch.Tensor, rates: torch.Tensor | None) -> torch.Tensor:
-        """The prefix, (B, W, D), given log1p counts (B, 2, S, W, n) and ln rates (B, 2); None if no rate is known."""
+        """The prefix, (B, W, D), given log1p counts (B, 2, S, W, n) and ln rates; None if no rate is known.
+
+        Rates are (B, 2), or (B, W, 2) for packed rows.
+        """
         source = self.source_embedding(x)  # (B, W, D)
         if self.rate_embedding is not None:
             unknown = torch.full((1, 2), torch.nan, device=x.device)
@@ -182,39 +209,58 @@ class Backbone(nn.Module):
         return source
 
     def states(
-        self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None, *, all_positions: bool = False
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
+        all_positions: bool = False,
     ) -> torch.Tensor:
         """The input of the head, (B, W, D), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates (B, 2).
 
-        The last token is not read, because nothing is predicted after it. With *all_positions*, all positions (B, 2W, D).
+        The last token is not read, because nothing is predicted after it. With *all_positions*, all positions (B, 2W, D). For
+        packed rows, *regions* is (B, W) as for `describe_packing` and rates are (B, W, 2).
         """
+        packing = self.describe_packing(regions)
         source = self.embed_sources(x, rates)  # (B, W, D)
-        target = self.token_embedding(y[:, :-1])  # (B, W, D)
+        tokens = y[:, :-1] if packing is None else y[:, :-1].masked_fill(packing.begins, START_TOKEN)
+        target = self.token_embedding(tokens)  # (B, W, D)
         h = self.dropout(torch.cat([source, target], dim=1))  # (B, 2W, D)
         windows = source.shape[1]
         prefix = windows + int(self.config.start_token_in_prefix)
         for block in self.blocks[:-1]:
-            h = self._block(block, h, prefix)
+            h = self._block(block, h, prefix, packing=packing)
         # The last states of the sources are not used.
         if prefix == windows and not all_positions:
-            return self.norm(self._block(self.blocks[-1], h, prefix, targets_only=True))
-        h = self._block(self.blocks[-1], h, prefix)
+            return self.norm(self._block(self.blocks[-1], h, prefix, targets_only=True, packing=packing))
+        h = self._block(self.blocks[-1], h, prefix, packing=packing)
         return self.norm(h if all_positions else h[:, windows:])
 
-    def source_states(self, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
+    def source_states(
+        self, x: torch.Tensor, rates: torch.Tensor | None = None, *, regions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The input of the head at the sources, (B, W, D), given counts (B, 2, S, W, n) and ln rates: no token is read."""
-        return self.encode(self.embed_sources(x, rates))
+        return self.encode(self.embed_sources(x, rates), regions=regions)
 
-    def encode(self, source: torch.Tensor) -> torch.Tensor:
+    def encode(self, source: torch.Tensor, *, regions: torch.Tensor | None = None) -> torch.Tensor:
         """The states of embedded sources, from `embed_sources`, that see each other and no token: (B, W, D) -> (B, W, D)."""
+        packing = self.describe_packing(regions)
         h = self.dropout(source)
         for block in self.blocks:
-            h = self._block(block, h, h.shape[1])
+            h = self._block(block, h, h.shape[1], packing=packing)
         return self.norm(h)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits (B, W, V) for windows 1..W."""
-        return self.head(self.states(x, y, rates))
+        return self.head(self.states(x, y, rates, regions=regions))
 
 
 class CoalescenceModel(nn.Module):
@@ -225,7 +271,8 @@ class CoalescenceModel(nn.Module):
 
     *trained_on*, a `cxt.model.inputs.TrainedOn`, describes the training data of its checkpoint; None for a new network.
     *precision* is the one in which it was trained, and in which `cxt.predict` and evaluation decode on a GPU. *objective* is
-    what it was trained to predict, and determines how it can be read.
+    what it was trained to predict, and determines how it can be read. With *carries_bin*, a region that continues another one
+    begins with the bin of the window before it, in place of the start token.
     """
 
     def __init__(self, config: ModelConfig, adapter: nn.Module | None = None):
@@ -236,6 +283,13 @@ class CoalescenceModel(nn.Module):
         self.trained_on = None
         self.precision = "32-true"
         self.objective = "autoregressive"
+        self.carries_bin = False
+
+    @property
+    def shortest_region(self) -> int:
+        """Smallest number of windows of a region that it is meant to read: that of its training, or all of its windows."""
+        windows = None if self.trained_on is None else self.trained_on.windows
+        return self.config.windows if windows is None else min(windows[0], self.config.windows)
 
     @property
     def samples(self) -> int:
@@ -249,24 +303,34 @@ class CoalescenceModel(nn.Module):
             self.backbone.eval()
         return self
 
-    def adapt_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Check the shape of X, and pass it through the adapter if there is one."""
-        check_shape(self, x)
+    def adapt_input(self, x: torch.Tensor, *, regions: torch.Tensor | None = None) -> torch.Tensor:
+        """Check the shape of X, and pass it through the adapter if there is one; *regions* are those of packed rows."""
+        check_shape(self, x, packed=regions is not None)
         x = x.to(self.backbone.head.weight.dtype)  # counts are float32; the network may be in bfloat16
-        return x if self.adapter is None else self.adapter(x)
+        return x if self.adapter is None else self.adapter(x, regions=regions)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Predict each window's bin from X and the bins of the windows before it.
 
         Parameters
         ----------
         x : tensor (B, 2, S, W, n)
-            log1p of the counts that `cxt.pair_features` makes.
+            log1p of the counts that `cxt.pair_features` makes, of at most as many windows as the network was built for.
         y : int64 tensor (B, W + 1)
             Start token and the token of each window, bin + 2; the last one is not read.
         rates : float32 tensor (B, 2), optional
             From `cxt.config.network.log_rates`, for a network that reads rates; by default none is known. Tokens are those of
             scaled times, see `cxt.model.rates`.
+        regions : int64 tensor (B, W), optional
+            For rows that hold several regions: the number of each window's region, see `cxt.model.packing`. Every region
+            begins with a start token, whatever y holds there, and rates are (B, W, 2).
 
         Returns
         -------
@@ -278,9 +342,9 @@ class CoalescenceModel(nn.Module):
         BadRequest
             If X or y is not a tensor of that shape.
         """
-        source = self.adapt_input(x)
-        check_tokens(self, y, examples=len(source))
-        return self.backbone(source, y, rates)
+        source = self.adapt_input(x, regions=regions)
+        check_tokens(y, examples=len(source), windows=source.shape[3])
+        return self.backbone(source, y, rates, regions=regions)
 
     def loss(
         self,
@@ -288,6 +352,7 @@ class CoalescenceModel(nn.Module):
         y: torch.Tensor,
         rates: torch.Tensor | None = None,
         *,
+        regions: torch.Tensor | None = None,
         path: str = "target",
         criterion: Callable[..., torch.Tensor] = F.cross_entropy,
     ) -> torch.Tensor:
@@ -295,20 +360,22 @@ class CoalescenceModel(nn.Module):
 
         It is the same for every *path*: `target` applies the head to the positions that predict windows, `full` to all, as
         published, and `chunked` to an eighth of the predicting positions at a time, recomputing logits in the backward pass.
-        *criterion* is called as ``criterion(logits, labels, reduction="mean" or "sum")`` with (N, V) and (N,).
+        *criterion* is called as ``criterion(logits, labels, reduction="mean" or "sum")`` with (N, V) and (N,). *regions* are
+        those of packed rows, as for `forward`.
         """
-        x = self.adapt_input(x)
-        check_tokens(self, y, examples=len(x))
+        x = self.adapt_input(x, regions=regions)
+        check_tokens(y, examples=len(x), windows=x.shape[3])
         labels = y[:, 1:].flatten()
         if path == "chunked":
-            states = self.backbone.states(x, y, rates).flatten(0, 1)  # (B·W, D)
+            states = self.backbone.states(x, y, rates, regions=regions).flatten(0, 1)  # (B·W, D)
             parts = zip(states.chunk(CHUNKS), labels.chunk(CHUNKS), strict=True)
             partial = [checkpoint(self._compute_partial_loss, criterion, *part, use_reentrant=False) for part in parts]
             return sum(partial) / len(labels)
         if path == "full":
-            logits = self.backbone.head(self.backbone.states(x, y, rates, all_positions=True))[:, -self.config.windows :]
+            states = self.backbone.states(x, y, rates, regions=regions, all_positions=True)  # (B, 2W, D)
+            logits = self.backbone.head(states)[:, x.shape[3] :]
         else:
-            logits = self.backbone(x, y, rates)  # (B, W, V)
+            logits = self.backbone(x, y, rates, regions=regions)  # (B, W, V)
         return criterion(logits.flatten(0, 1).float(), labels, reduction="mean")
 
     def _compute_partial_loss(
@@ -316,18 +383,26 @@ class CoalescenceModel(nn.Module):
     ) -> torch.Tensor:  # (N, D), (N,) -> ()
         return criterion(self.backbone.head(states).float(), labels, reduction="sum")
 
-    def marginal_logits(self, x: torch.Tensor, rates: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (B, W, V) of each window given the sources alone, in one pass; X and rates as in `forward`."""
-        return self.backbone.head(self.backbone.source_states(self.adapt_input(x), rates))
+    def marginal_logits(
+        self, x: torch.Tensor, rates: torch.Tensor | None = None, *, regions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (B, W, V) of each window given the sources alone, in one pass; X, rates and regions as in `forward`."""
+        return self.backbone.head(self.backbone.source_states(self.adapt_input(x, regions=regions), rates, regions=regions))
 
     def joint_logits(
-        self, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits of `marginal_logits` and of `forward`, each (B, W, V), from one pass."""
-        source = self.adapt_input(x)
-        check_tokens(self, y, examples=len(source))
-        logits = self.backbone.head(self.backbone.states(source, y, rates, all_positions=True))
-        return logits[:, : self.config.windows], logits[:, self.config.windows :]
+        source = self.adapt_input(x, regions=regions)
+        windows = source.shape[3]
+        check_tokens(y, examples=len(source), windows=windows)
+        logits = self.backbone.head(self.backbone.states(source, y, rates, regions=regions, all_positions=True))
+        return logits[:, :windows], logits[:, windows:]
 
     def use_flex_attention(self) -> None:
         """Use FlexAttention from now on, which has gradients on GPUs only."""

@@ -140,7 +140,7 @@ class Contrastive(nn.Module):
     ) -> torch.Tensor:
         """Values of the loss terms, (1 + terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
         logits = model.marginal_logits(x, rates).flatten(0, 1).float()  # (B · W, V)
-        check_tokens(model, y, examples=len(x))
+        check_tokens(y, examples=len(x), windows=x.shape[3])
         first, second = self.embed_views(model, x)
         with torch.autocast(x.device.type, enabled=False):
             contrast = compute_info_nce(first, second, temperature=self.settings.temperature)

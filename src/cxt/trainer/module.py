@@ -46,7 +46,7 @@ def check_compiler_cache() -> None:
 
 
 def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
-    """A function from (counts, missing, tokens, rates, soft targets) to the values of the objective's loss terms, (terms,).
+    """A function of the parts of a `Batch` that gives the values of the objective's loss terms, (terms,).
 
     It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device. If the
     network reads rates, it also converts tokens to the network's scale. Attention and gradient checkpointing are those of
@@ -62,12 +62,14 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
         tokens: torch.Tensor,
         rates: torch.Tensor | None = None,
         soft_targets: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         scaled = rates is not None and model.config.reads_rates
         if scaled:
             tokens = scale_tokens(tokens, rates, model.config)
         if soft_targets is None:
-            return objective(model, compute_model_input(counts, missing), tokens, rates)
+            packed = {} if regions is None else {"regions": regions}  # which not all objectives support
+            return objective(model, compute_model_input(counts, missing), tokens, rates, **packed)
         quantiles = soft_targets.float() * UNIT  # (B, W, levels)
         if scaled:
             quantiles = quantiles + find_shift(rates).view(-1, 1, 1)
@@ -87,8 +89,9 @@ def build_loss_function(model: CoalescenceModel, training: TrainingConfig, *, sc
         tokens: torch.Tensor,
         rates: torch.Tensor | None = None,
         soft_targets: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return add_weighted(parts(counts, missing, tokens, rates, soft_targets), weights)
+        return add_weighted(parts(counts, missing, tokens, rates, soft_targets, regions), weights)
 
     return loss
 
@@ -100,7 +103,10 @@ def add_weighted(values: torch.Tensor, weights: list[float]) -> torch.Tensor:
 
 def hide_rates(batch: Batch, probability: float) -> Batch:
     """Make each rate of a batch unknown, NaN, with a *probability*, by torch's global generator."""
-    return batch._replace(rates=batch.rates.masked_fill(torch.rand_like(batch.rates) < probability, torch.nan))
+    drawn = torch.rand_like(batch.rates)
+    if batch.regions is not None:  # the same number for all windows of a region
+        drawn = drawn.gather(1, batch.regions.unsqueeze(-1).expand_as(drawn))
+    return batch._replace(rates=batch.rates.masked_fill(drawn < probability, torch.nan))
 
 
 class TrainingModule(pl.LightningModule):

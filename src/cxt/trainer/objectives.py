@@ -1,6 +1,7 @@
 """Objectives: what a network learns to predict, from which positions.
 
-An objective takes a batch and returns the values of its loss terms. The loss is their sum, each times its weight.
+An objective takes a batch and returns the values of its loss terms. The loss is their sum, each times its weight. Where rows
+hold several regions, `regions` (B, W) tells which window belongs to which, see `cxt.model.packing`.
 Those for research, which have parameters of their own, are in `cxt.trainer.masked` and `cxt.trainer.contrastive`.
 """
 
@@ -29,10 +30,16 @@ class Autoregressive:
         return self.criterion.weights(progress)
 
     def __call__(
-        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+        self,
+        model: CoalescenceModel,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
-        return model.loss(x, y, rates, path=self.loss_path, criterion=self.criterion)
+        return model.loss(x, y, rates, regions=regions, path=self.loss_path, criterion=self.criterion)
 
 
 class Marginal:
@@ -47,11 +54,17 @@ class Marginal:
         return self.criterion.weights(progress)
 
     def __call__(
-        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+        self,
+        model: CoalescenceModel,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values of the loss terms, (terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
-        logits = model.marginal_logits(x, rates)  # (B, W, V)
-        check_tokens(model, y, examples=len(logits))
+        logits = model.marginal_logits(x, rates, regions=regions)  # (B, W, V)
+        check_tokens(y, examples=len(logits), windows=x.shape[3])
         return self.criterion(logits.flatten(0, 1).float(), y[:, 1:].flatten())
 
 
@@ -68,10 +81,16 @@ class Joint:
         return [*weights, *(self.joint_weight * weight for weight in weights)]
 
     def __call__(
-        self, model: CoalescenceModel, x: torch.Tensor, y: torch.Tensor, rates: torch.Tensor | None = None
+        self,
+        model: CoalescenceModel,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        rates: torch.Tensor | None = None,
+        *,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Values of the loss terms, (2 · terms,), given log1p counts (B, 2, S, W, n), tokens (B, W + 1) and ln rates."""
-        marginal, autoregressive = model.joint_logits(x, y, rates)  # (B, W, V) each
+        marginal, autoregressive = model.joint_logits(x, y, rates, regions=regions)  # (B, W, V) each
         labels = y[:, 1:].flatten()
         values = [self.criterion(logits.flatten(0, 1).float(), labels) for logits in (autoregressive, marginal)]
         return torch.cat(values)
@@ -93,7 +112,7 @@ class Distill:
     ) -> torch.Tensor:
         """Values of the loss terms, (1 + terms,), given also the teacher's quantiles (B, W, levels) on the network's scale."""
         logits = model.marginal_logits(x, rates).flatten(0, 1).float()  # (B·W, V)
-        check_tokens(model, y, examples=len(x))
+        check_tokens(y, examples=len(x), windows=x.shape[3])
         target = spread_over_bins(quantiles.flatten(0, 1), self.criterion.grid)  # (B·W, bins)
         divergence = compute_distillation_loss(logits, target, temperature=self.settings.temperature)
         return torch.cat([divergence[None], self.criterion(logits, y[:, 1:].flatten())])

@@ -127,6 +127,8 @@ def resolve_network(
         check_inheritance(model, _describe_parent(parent, name=name))
         if network.window_size != parent.model.window_size:
             logger.info(f"note: the window size changes from {parent.model.window_size} to {network.window_size} bp")
+        if network.windows != parent.model.windows:
+            logger.info(f"note: the number of windows changes from {parent.model.windows} to {network.windows}")
     if not options.has_adapter:
         return network, None
     if options.adapter_samples is not None and options.adapter_samples != manifest["samples"]:

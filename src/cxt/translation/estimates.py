@@ -133,7 +133,7 @@ def read_block(
         Share of its sites at which both haplotypes of each pair are called; pairs with 0 are missing.
     candidates : integer array
         Columns of the haplotypes that panels are drawn from.
-    accessible, widths : int64 arrays (windows of the network,)
+    accessible, widths : int64 arrays (windows,)
         Accessible and all bases of the windows that it reads.
 
     Returns
@@ -141,7 +141,7 @@ def read_block(
     Estimates
     """
     model, request, size = reader.model, reader.request, reader.model.config.window_size
-    shape = {"start": block.first * size, "window_size": size, "windows": model.config.windows}
+    shape = {"start": block.first * size, "window_size": size, "windows": len(widths)}
     panels = range(request.panels if len(candidates) > model.samples else 1)
     rows = [(row, panel) for row in range(len(pairs)) for panel in panels]
     keep = slice(block.keep_from - block.first, block.keep_to - block.first)

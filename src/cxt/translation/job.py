@@ -19,6 +19,7 @@ from cxt.io import atomic_file
 from cxt.translation.blocks import Block
 from cxt.translation.contigs import ContigPlan
 from cxt.translation.estimates import Estimates, Reader, read_block
+from cxt.translation.request import count_read_windows
 
 logger = get_logger(__name__)
 
@@ -62,14 +63,14 @@ def run_units(units: list[Unit], *, reader: Reader, store: GenotypeStore, pairs:
     left = [unit for unit in units if unit.file_name in missing]
     if len(left) < len(units):
         logger.info(f"{len(units) - len(left)} of {len(units)} blocks are done, and are kept")
-    size, windows = reader.model.config.window_size, reader.model.config.windows
+    size = reader.model.config.window_size
     began = reported = time.monotonic()
     said: set[str] = set()
     loaded, sites = None, None
     empty: dict[tuple, Estimates] = {}
     for done, unit in enumerate(left, 1):
         plan, block = unit.plan, unit.block
-        first, last = block.first, block.first + windows
+        first, last = block.first, block.first + count_read_windows(reader.model, len(plan.windows.widths))
         if sites is None or loaded != (plan.place, first):  # once for all pairs of a block
             loaded, sites = (plan.place, first), store.load(plan.name, first * size, min(last * size, plan.length))
         beyond = max(0, last - len(plan.windows.widths))  # windows after the end of a short contig

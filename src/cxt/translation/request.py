@@ -87,9 +87,17 @@ def describe_time_scale(model: CoalescenceModel, request: Translation, method: M
 
 def check_short_contig(model: CoalescenceModel, *, contig: str, windows: int, name) -> None:
     """BadRequest for a contig that is shorter than what the network reads, unless it reads missingness."""
-    config = model.config
-    if windows < config.windows and not reads_missingness(model):
+    if windows < model.shortest_region and not reads_missingness(model):
+        fewest = f"at least {model.shortest_region}" if model.shortest_region < model.config.windows else model.config.windows
         raise BadRequest(
-            f"contig {contig} has {windows} windows of {config.window_size} bp, but checkpoint {name} reads {config.windows}; "
+            f"contig {contig} has {windows} windows of {model.config.window_size} bp, but checkpoint {name} reads {fewest}; "
             "use a checkpoint that reads missing data, which may read beyond the end of a contig, or leave the contig out"
         )
+
+
+def count_read_windows(model: CoalescenceModel, windows: int) -> int:
+    """Windows of a contig of *windows* windows that the network reads at once.
+
+    A network that reads missingness reads beyond the end of a short contig, where all is missing.
+    """
+    return model.config.windows if reads_missingness(model) else min(model.config.windows, windows)
