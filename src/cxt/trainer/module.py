@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.config.training import TrainingConfig
 from cxt.data.examples import Batch, compute_model_input
+from cxt.data.regions import RegionSchedule
 from cxt.data.soft_targets import UNIT
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
@@ -26,7 +27,8 @@ from cxt.trainer.schedules import AdaptiveRate, learning_rate_factor
 
 def compile_backend(training: TrainingConfig, device: str) -> str | None:
     """Backend of `torch.compile` for the training step on a *device* ("cuda" or "cpu"); None for no compilation."""
-    chosen = {"auto": "inductor" if device == "cuda" else "none"}.get(training.compile, training.compile)
+    compiles = device == "cuda" and not training.regions.varies  # otherwise it would compile for every number of windows
+    chosen = {"auto": "inductor" if compiles else "none"}.get(training.compile, training.compile)
     return None if chosen == "none" else chosen
 
 
@@ -46,7 +48,7 @@ def check_compiler_cache() -> None:
 
 
 def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objective: AnyObjective):
-    """A function from (counts, missing, tokens, rates, soft targets) to the values of the objective's loss terms, (terms,).
+    """A function of the parts of a `Batch` that gives the values of the objective's loss terms, (terms,).
 
     It starts from the small integers of a batch, so that logarithm and cast are computed, and compiled, on the device. If the
     network reads rates, it also converts tokens to the network's scale. Attention and gradient checkpointing are those of
@@ -62,12 +64,14 @@ def build_loss_parts(model: CoalescenceModel, training: TrainingConfig, objectiv
         tokens: torch.Tensor,
         rates: torch.Tensor | None = None,
         soft_targets: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         scaled = rates is not None and model.config.reads_rates
         if scaled:
             tokens = scale_tokens(tokens, rates, model.config)
         if soft_targets is None:
-            return objective(model, compute_model_input(counts, missing), tokens, rates)
+            packed = {} if regions is None else {"regions": regions}  # which not all objectives support
+            return objective(model, compute_model_input(counts, missing), tokens, rates, **packed)
         quantiles = soft_targets.float() * UNIT  # (B, W, levels)
         if scaled:
             quantiles = quantiles + find_shift(rates).view(-1, 1, 1)
@@ -87,8 +91,9 @@ def build_loss_function(model: CoalescenceModel, training: TrainingConfig, *, sc
         tokens: torch.Tensor,
         rates: torch.Tensor | None = None,
         soft_targets: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return add_weighted(parts(counts, missing, tokens, rates, soft_targets), weights)
+        return add_weighted(parts(counts, missing, tokens, rates, soft_targets, regions), weights)
 
     return loss
 
@@ -100,19 +105,31 @@ def add_weighted(values: torch.Tensor, weights: list[float]) -> torch.Tensor:
 
 def hide_rates(batch: Batch, probability: float) -> Batch:
     """Make each rate of a batch unknown, NaN, with a *probability*, by torch's global generator."""
-    return batch._replace(rates=batch.rates.masked_fill(torch.rand_like(batch.rates) < probability, torch.nan))
+    drawn = torch.rand_like(batch.rates)
+    if batch.regions is not None:  # the same number for all windows of a region
+        drawn = drawn.gather(1, batch.regions.unsqueeze(-1).expand_as(drawn))
+    return batch._replace(rates=batch.rates.masked_fill(drawn < probability, torch.nan))
 
 
 class TrainingModule(pl.LightningModule):
     """Trains a CoalescenceModel, plain or with an adapter, on features of some *scales*.
 
-    *record* goes into every training state. If the objective has parameters of its own, so do they.
+    *record* goes into every training state. If the objective has parameters of its own, so do they. *regions* is needed for
+    `weight_by_windows` only.
     """
 
     def __init__(
-        self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int, scales: Sequence[int]
+        self,
+        model: CoalescenceModel,
+        training: TrainingConfig,
+        *,
+        record: dict,
+        total_steps: int,
+        scales: Sequence[int],
+        regions: RegionSchedule | None = None,
     ):
         super().__init__()
+        self._regions = regions if training.weight_by_windows else None
         self.adaptive_rate = AdaptiveRate(training)
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
@@ -135,11 +152,20 @@ class TrainingModule(pl.LightningModule):
         return add_weighted(values, self.objective.weights(step / max(1, self.total_steps - 1)))
 
     def training_step(self, batch: Batch, _) -> dict[str, torch.Tensor]:
-        """Return the loss of one minibatch, and the values of its terms; called by Lightning."""
+        """Return the loss of one minibatch, and the values of its terms; called by Lightning.
+
+        With `weight_by_windows`, *plain* is the loss before it is weighted, divided by the number of accumulated batches, as
+        Lightning divides the other.
+        """
         if self.model.config.reads_rates:
             batch = hide_rates(batch, self.training_config.rates_dropout)
         values = self._step_parts(*batch)
-        return {"loss": self._add(values, self.trainer.global_step), "parts": values.detach()}
+        loss = self._add(values, self.trainer.global_step)
+        if self._regions is None:
+            return {"loss": loss, "parts": values.detach()}
+        epoch, number = divmod(self.trainer.fit_loop.epoch_loop.total_batch_idx, self._regions.batches_per_epoch)
+        plain = loss.detach() / self.trainer.accumulate_grad_batches
+        return {"loss": loss * self._regions.weigh(epoch, number), "parts": values.detach(), "plain": plain}
 
     def validation_step(self, batch: Batch, _) -> None:
         """Log the loss of one minibatch; Lightning averages it over all examples and ranks as `val_loss`.
