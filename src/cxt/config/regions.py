@@ -9,7 +9,6 @@ from cxt.config.bounds import FactorUpToOne, Flag, NonNegativeInteger
 from cxt.config.learning import read_text
 from cxt.config.network import ModelConfig
 from cxt.config.section import Section
-from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
 
 if TYPE_CHECKING:  # which has these settings
@@ -65,7 +64,7 @@ class Regions(Section):
         return self
 
 
-AnyRegions = Annotated[Regions, BeforeValidator(read_text), Expected("a mapping, such as `{shortest: 20, pack: true}`")]
+AnyRegions = Annotated[Regions, BeforeValidator(read_text)]
 
 
 @dataclasses.dataclass(frozen=True)
