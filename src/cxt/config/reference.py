@@ -11,8 +11,8 @@ from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, 
 from cxt.config.datasets import Dataset, Mask
 from cxt.config.learning import Adaptive, Contrast, Distillation, LossName, LossTerm, Masking, Noise, Optimizer, OptimizerName
 from cxt.config.network import Adapter, Architecture, Lora
-from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.regions import Regions
+from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
 from cxt.config.translation import TranslationEntry

@@ -42,13 +42,12 @@ class Batch(NamedTuple):
             return self.first(rows)
         if self.regions is not None:
             raise ValueError(f"packed rows have {most} windows, got {windows}")
-        levels = None if self.soft_targets is None else self.soft_targets.shape[2]
         return Batch(
             _reuse(self.counts, rows, 2, scales, windows, samples),
             None if self.missing is None else _reuse(self.missing, rows, scales, windows),
             _reuse(self.tokens, rows, windows + 1),
             None if self.rates is None else self.rates[:rows],
-            None if self.soft_targets is None else _reuse(self.soft_targets, rows, windows, levels),
+            None if self.soft_targets is None else _reuse(self.soft_targets, rows, windows, self.soft_targets.shape[2]),
         )
 
 
