@@ -98,6 +98,7 @@ def test_all_numbers_are_checked():
     texts |= {"simulate_specs", "mlflow", "wandb", "prolong", "parent_sha256"}
     texts |= {name for name in DEFAULTS if name.endswith("lineage")}
     sections = {"distill", "masked", "contrastive", "noise", "losses", "optimizer", "adaptive", "callbacks", "metrics"}
+    sections |= {"regions"}
     assert DEFAULTS.keys() - FLAG_VALUES.keys() == texts | sections
 
 

@@ -305,7 +305,7 @@ def test_bits():
         pack_bins(bins, width, packed)
         out = np.empty(windows, dtype=np.int64)
         for p in range(3):
-            unpack_bins(packed[p], width, out)
+            unpack_bins(packed[p], width, 0, out)
             assert np.array_equal(out, bins[p])
 
 

@@ -13,8 +13,10 @@ from cxt.config.models import (
     build_adapter_config,
     build_lora_config,
     build_network_config,
+    build_region_plan,
     build_training_config,
     check_order,
+    count_dataset_windows,
     get_parent_file,
     get_parent_key,
     is_adapter,
@@ -30,6 +32,7 @@ from cxt.config.network import (
 )
 from cxt.config.on_the_fly import check_source, fill_simulated, is_on_the_fly
 from cxt.config.parent_files import ParentFile
+from cxt.config.regions import check_regions
 from cxt.config.scenarios import complete_parameters
 from cxt.config.tree_files import check_shared_files, fill_tree_files
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
@@ -359,6 +362,11 @@ def _check_teacher(config: dict, name: str) -> None:
     if ("mask" in dataset) != ("mask" in other):
         which = "with" if "mask" in other else "without"
         raise BadRequest(f"{at}.teacher: '{teacher}' was trained {which} missingness, unlike dataset '{dataset_name}'")
+    if (read := build_network_config(config, teacher).windows) != (there := count_dataset_windows(config, name)):
+        raise BadRequest(
+            f"{at}.teacher: '{teacher}' reads regions of {read} windows, but must read the whole examples of dataset "
+            f"'{dataset_name}', which have {there}; choose a teacher without `windows`"
+        )
     if other["samples"] < dataset["samples"]:
         raise BadRequest(
             f"{at}.teacher: '{teacher}' reads {other['samples']} haplotypes, fewer than the {dataset['samples']} of dataset "
@@ -383,6 +391,10 @@ def _check_training(config: dict, name: str) -> None:
             parent_objective=build_training_config(config, parents[0]).objective if parents else parent_objective,
             on_gpu=model.get("training", {}).get("devices", config["training"]["devices"]) > 0,
         )
+        plan = build_region_plan(config, name)
+        check_regions(plan, training, reads_rates=build_network_config(config, name).reads_rates)
+        if not plan.is_off and is_on_the_fly(config["datasets"][model["dataset"]]):
+            raise BadRequest("`regions` cannot be used with `simulate`, which simulates no longer sequences than it reads")
         if not is_readable(training.objective) and "evaluation" in model:
             raise BadRequest(f"`evaluation` cannot be used with the objective {training.objective}, which predicts no times")
     if is_readable(training.objective):

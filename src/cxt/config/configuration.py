@@ -64,6 +64,9 @@ class Model(Section):
     """With `simulate`: haplotypes to read. Default: all that the scenarios have."""
     eval_samples: PositiveInteger | None = None
     """With `simulate`: simulated examples that are held out for validation."""
+    windows: PositiveInteger | None = None
+    """With `dataset`: windows that the network reads, at most those of the dataset's examples, from each of which a region of
+    so many windows is cut, another one in each epoch. Default: all."""
     checkpoint: Text | None = None
     """Parent model to start from: its weights, with a new optimizer, at step 0. A value with a `/`, or that ends in `.ckpt`, is
     a file (or run directory) in place of a model, relative to the configuration file; also one of the original package."""

@@ -3,6 +3,7 @@
 from cxt.config.network import PRESETS, SIZES, AdapterConfig, LoraConfig, ModelConfig
 from cxt.config.on_the_fly import FIXED_TRAINING, MARK, is_on_the_fly, list_simulated_variants
 from cxt.config.parent_files import SECTION, ParentFile, is_path
+from cxt.config.regions import RegionPlan
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import canonical_json
@@ -70,6 +71,18 @@ def is_adapter(config: dict, name: str) -> bool:
     return "adapter" in model or "resume_adapter" in model
 
 
+def count_dataset_windows(config: dict, name: str) -> int:
+    """Windows of an example of the dataset that model *name* is trained on."""
+    dataset = config["datasets"][config["models"][name]["dataset"]]
+    return dataset["sequence_length"] // dataset["window_size"]
+
+
+def build_region_plan(config: dict, name: str) -> RegionPlan:
+    """How the examples of its dataset are cut into regions for model *name*."""
+    windows = count_dataset_windows(config, name)
+    return RegionPlan(windows, config["models"][name].get("windows", windows), build_training_config(config, name).regions)
+
+
 def build_network_config(config: dict, name: str) -> ModelConfig:
     """The network of model *name*: its preset, sizes inherited from its parents, its own sizes, and the dataset's shape."""
     chain = trace_parents(config, name)
@@ -90,7 +103,7 @@ def build_network_config(config: dict, name: str) -> ModelConfig:
     else:
         samples = config["datasets"][config["models"][backbone]["dataset"]]["samples"]
     shape = {
-        "windows": dataset["sequence_length"] // dataset["window_size"],
+        "windows": model.get("windows", count_dataset_windows(config, name)),
         "window_size": dataset["window_size"],
         "scales": len(dataset["scales"]),
         "samples": samples,
@@ -166,6 +179,8 @@ def build_training_settings(config: dict, name: str) -> dict:
     settings = {"model": config["models"][name]["preset"], "name": name}
     for key in (*SIZES, "mask_singletons", "start_token_in_prefix"):
         settings[key] = getattr(network, key)
+    if network.windows != count_dataset_windows(config, name):
+        settings["windows"] = network.windows
     settings |= build_training_config(config, name).model_dump()
     settings |= build_source_settings(config, name)
     adapter = build_adapter_config(config, name)

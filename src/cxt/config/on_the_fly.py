@@ -48,6 +48,11 @@ def check_source(name: str, model: dict) -> None:
             raise BadRequest(f"{at}: {', '.join(given)} cannot be used without `simulate`; the dataset has its own")
         return
     training = model.get("training", {})
+    if "windows" in model:
+        raise BadRequest(
+            f"{at}: `windows` cannot be used with `simulate`, which simulates no longer sequences than it reads; set "
+            "`sequence_length` of its scenarios"
+        )
     if "teacher" in model:
         raise BadRequest(f"{at}: `teacher` cannot be used with `simulate`, because a teacher reads the examples of a dataset")
     if "max_steps" not in training:

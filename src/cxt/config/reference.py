@@ -11,6 +11,7 @@ from cxt.config.configuration import Cluster, Configuration, Evaluation, Model, 
 from cxt.config.datasets import Dataset, Mask
 from cxt.config.learning import Adaptive, Contrast, Distillation, LossName, LossTerm, Masking, Noise, Optimizer, OptimizerName
 from cxt.config.network import Adapter, Architecture, Lora
+from cxt.config.regions import Regions
 from cxt.config.scenarios import KIND_SECTIONS
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
@@ -46,6 +47,7 @@ TITLES: dict[str, type[Section]] = {
     "`training.adaptive`": Adaptive,
     "`training.distill`": Distillation,
     "`training.noise`": Noise,
+    "`training.regions`": Regions,
     "`training.masked`": Masking,
     "`training.contrastive`": Contrast,
     "`models.<name>.resources`": Resources,

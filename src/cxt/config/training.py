@@ -40,6 +40,7 @@ from cxt.config.learning import (
     Optimizer,
     UserCallbacks,
 )
+from cxt.config.regions import WHOLE, AnyRegions, RegionPlan, Regions
 from cxt.config.section import Section, Settings
 from cxt.config.type_descriptions import Expected
 from cxt.errors import BadRequest
@@ -95,6 +96,8 @@ class TrainingFields(Section):
     also learns to do without."""
     noise: AnyNoise = Noise()
     """Errors of real data that training examples get, off by default."""
+    regions: AnyRegions = Regions()
+    """Lengths and order of the regions into which training examples are cut; by default, all have the model's `windows`."""
     losses: LossTerms = [LossTerm(name="cross_entropy")]
     """Terms of the loss, which are added."""
     optimizer: AnyOptimizer = Optimizer()
@@ -122,6 +125,9 @@ class TrainingFields(Section):
     """Examples per device in one micro-batch."""
     grad_accum: PositiveInteger = 6
     """Micro-batches per optimizer step."""
+    weight_by_windows: Flag = False
+    """Let every window of an optimizer step count the same, also where its micro-batches have regions of different lengths, and
+    in the last step of an epoch, which may have fewer of them. Published: every micro-batch counts 1 / `grad_accum`."""
     grad_clip: NonNegative = 0.0
     """Clip the gradient to this norm; 0 = off."""
     weight_decay: NonNegative = 0.1
@@ -260,6 +266,7 @@ class TrainingOverrides(TrainingSection):
 SETTINGS_SINCE_FORMAT_1 = (
     "objective", "joint_weight", "losses", "optimizer", "cycles", "cycle_decay", "adaptive", "rates_dropout",
     "distill", "masked", "contrastive", "noise", "weight_noise", "quantized_bits", "ema_decay", "callbacks", "batch_size_eval",
+    "regions", "weight_by_windows",
 )  # fmt: skip
 """Settings that are left out of lineages at their defaults, so that checkpoints from before there were such settings stay
 current."""
@@ -301,7 +308,7 @@ def averaging_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int) -> int:
+def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: int, plan: RegionPlan = WHOLE) -> int:
     """Optimizer steps of one epoch, from the full batches of each rank; the last accumulation may be shorter.
 
     Raises
@@ -309,11 +316,4 @@ def steps_per_epoch(*, examples: int, batch_size: int, grad_accum: int, world: i
     BadRequest
         If there is less than one batch for each rank.
     """
-    batches = examples // world // batch_size
-    if batches < 1:
-        devices = "device" if world == 1 else "devices"
-        raise BadRequest(
-            f"the dataset has {examples} training examples, fewer than one batch of {batch_size} on {world} {devices}; "
-            "lower the batch size or simulate more"
-        )
-    return -(-batches // grad_accum)
+    return -(-plan.count_batches(examples=examples, batch_size=batch_size, world=world) // grad_accum)

@@ -1,5 +1,6 @@
 """Minibatches of examples, and what all datasets have in common."""
 
+import math
 import operator
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from cxt.config.network import START_TOKEN
+from cxt.data.regions import Cut
 from cxt.data.soft_targets import LEVELS
 
 
@@ -32,6 +34,26 @@ class Batch(NamedTuple):
     def first(self, examples: int) -> "Batch":
         """A batch of the first *examples*, sharing memory."""
         return Batch(*(None if part is None else part[:examples] for part in self))
+
+    def narrow(self, rows: int, windows: int) -> "Batch":
+        """A batch of *rows* rows of *windows* windows in the memory of this one, which has at least as many."""
+        _, _, scales, most, samples = self.counts.shape
+        if windows == most:
+            return self.first(rows)
+        if self.regions is not None:
+            raise ValueError(f"packed rows have {most} windows, got {windows}")
+        return Batch(
+            _reuse(self.counts, rows, 2, scales, windows, samples),
+            None if self.missing is None else _reuse(self.missing, rows, scales, windows),
+            _reuse(self.tokens, rows, windows + 1),
+            None if self.rates is None else self.rates[:rows],
+            None if self.soft_targets is None else _reuse(self.soft_targets, rows, windows, self.soft_targets.shape[2]),
+        )
+
+
+def _reuse(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The first elements of a contiguous tensor in another *shape*, sharing memory."""
+    return tensor.view(-1)[: math.prod(shape)].view(shape)
 
 
 def compute_model_input(counts: torch.Tensor, missing: torch.Tensor | None) -> torch.Tensor:
@@ -73,25 +95,41 @@ class ExampleDataset(Dataset):
             raise IndexError(f"example {i} of {len(self)}")
         return i % len(self)
 
-    def empty_batch(self, examples: int, *, pin: bool = False, noisy: bool = False) -> Batch:
-        """A batch that `batch` can fill repeatedly, with noise if *noisy*; *pin* pins its memory for copies to a GPU."""
-        shape = (examples, 2, len(self.scales), self.windows, self.samples)
+    def empty_batch(
+        self, examples: int, *, pin: bool = False, noisy: bool = False, windows: int | None = None, packed: bool = False
+    ) -> Batch:
+        """A batch that `batch` can fill repeatedly, with noise if *noisy*; *pin* pins its memory for copies to a GPU.
+
+        Its rows have *windows* windows, by default those of the dataset, and hold several regions if *packed*.
+        """
+        windows = self.windows if windows is None else windows
+        shape = (examples, 2, len(self.scales), windows, self.samples)
         counts = torch.from_numpy(np.empty(shape, dtype=self._noisy_dtype if noisy else self._dtype))
-        fractions = torch.empty((examples, len(self.scales), self.windows)) if self.manifest["missing"] else None
-        tokens = torch.full((examples, self.windows + 1), START_TOKEN, dtype=torch.int64)
-        soft_targets = torch.empty((examples, self.windows, len(LEVELS)), dtype=torch.int16) if self.has_soft_targets else None
-        parts = (counts, fractions, tokens, torch.empty((examples, 2)), soft_targets)
+        fractions = torch.empty((examples, len(self.scales), windows)) if self.manifest["missing"] else None
+        tokens = torch.full((examples, windows + 1), START_TOKEN, dtype=torch.int64)
+        rates = torch.empty((examples, windows, 2) if packed else (examples, 2))
+        soft_targets = torch.empty((examples, windows, len(LEVELS)), dtype=torch.int16) if self.has_soft_targets else None
+        regions = torch.empty((examples, windows), dtype=torch.int64) if packed else None
+        parts = (counts, fractions, tokens, rates, soft_targets, regions)
         return Batch(*(part.pin_memory() if pin and part is not None else part for part in parts))
 
-    def _room_for(self, examples: int, out: Batch | None, *, noisy: bool) -> Batch:
-        """The first *examples* places of *out*, or a new batch; ValueError if *out* is too small, or not for noise."""
+    def _room_for(self, examples: int, out: Batch | None, *, noisy: bool, cut: Cut | None = None) -> Batch:
+        """The first *examples* rows of *out*, or a new batch; ValueError if *out* is too small, or not for noise.
+
+        With *cut*, the rows have its number of windows.
+        """
+        windows, packed = (self.windows, False) if cut is None else (cut.row_windows, cut.is_packed)
         if out is None:
-            return self.empty_batch(examples, noisy=noisy)
+            return self.empty_batch(examples, noisy=noisy, windows=windows, packed=packed)
         if noisy and out.counts.numpy().dtype < self._noisy_dtype:
             raise ValueError("this batch cannot hold the counts of examples with noise; use empty_batch(…, noisy=True)")
         if len(out.tokens) < examples:
             raise ValueError(f"{examples} examples do not fit into a batch of {len(out.tokens)}")
-        return out.first(examples)
+        if out.counts.shape[3] < windows:
+            raise ValueError(f"{windows} windows do not fit into a batch with {out.counts.shape[3]}")
+        if packed != (out.regions is not None):
+            raise ValueError("packed regions need a batch from empty_batch(…, packed=True), and only they")
+        return out.narrow(examples, windows)
 
     def __getitems__(self, examples) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Return the examples of a batch, computed at once; called by torch's loaders."""

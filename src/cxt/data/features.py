@@ -227,6 +227,23 @@ def compute_missing_fraction(mask, *, window_size: int, sequence_length: int, sc
     return fractions
 
 
+def count_inaccessible(mask, *, window_size: int):
+    """Number of inaccessible bases in each base window, (windows,) int64; the length of *mask* is a multiple of them."""
+    return np.asarray(mask, dtype=bool).reshape(-1, window_size).sum(axis=1)
+
+
+def compute_region_missing_fraction(inaccessible, *, window_size: int, scales):
+    """The same as `compute_missing_fraction`, (scales, windows), of a region whose base windows have *inaccessible* bases."""
+    windows = len(inaccessible)
+    first = np.arange(windows)
+    covered = np.concatenate([[0], np.cumsum(inaccessible, dtype=np.int64)])
+    fractions = np.empty((len(scales), windows))
+    for i, scale in enumerate(np.minimum(scales, windows)):
+        end = np.minimum(first + scale, windows)
+        fractions[i] = (covered[end] - covered[first]) / ((end - first) * window_size)
+    return fractions
+
+
 def pack_haplotypes(genotypes):
     """Pack 0 and 1 (sites, samples) into (sites, ceil(samples / 8)) uint8; haplotype h is bit h % 8 of byte h // 8."""
     return np.packbits(np.asarray(genotypes, dtype=np.uint8), axis=1, bitorder="little")

@@ -93,11 +93,12 @@ def _subtract(above, below, out):
 
 
 @compiled
-def _all_scales(cumulative, scales, out):
-    """Fill *out* (scales, windows, samples) with the counts of each window, from the sums of `_accumulate_both`."""
-    windows, samples = out.shape[1], out.shape[2]
+def _all_scales(cumulative, scales, first, windows, out):
+    """Fill *windows* windows of *out* (scales, …, samples), from *first* on, from the sums of `_accumulate_both`."""
+    samples = out.shape[2]
     for m in range(len(scales)):
-        _subtract(cumulative[scales[m] * samples :], cumulative, out[m].reshape(windows * samples))
+        counts = out[m].reshape(out.shape[1] * samples)[first * samples : (first + windows) * samples]
+        _subtract(cumulative[scales[m] * samples :], cumulative, counts)
 
 
 @compiled
@@ -121,18 +122,25 @@ def allocate_sums(total, scales, samples):
 
 
 @compiled
-def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, out):
-    """Fill *out* (2, scales, windows, samples) for haplotypes a and b of one simulation; bin 0 is zero.
+def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, first, out):
+    """Fill windows of *out* (2, scales, …, samples), from *first* on, for haplotypes a and b of one simulation; bin 0 is zero.
 
     *words* (samples, words) holds 64 sites of a haplotype per word; *derived* (sites,) the derived allele counts, *first_site*
     (windows + 1,) the first site of each window; *total* (windows · samples,) is from `count_all_sites`. *differ* and *agree*
     are from `allocate_sums`. All three may be int16: differences are correct even if the sums have wrapped around.
+
+    The windows may be some of the simulation's only: sites before the first and after the last of them are not counted.
     """
-    samples = out.shape[3]
+    windows, samples = len(first_site) - 1, out.shape[3]
+    begin, end = np.int64(first_site[0]), np.int64(first_site[windows])
     differ[:] = 0
     window = 0
-    for w in range(words.shape[1]):
+    for w in range(begin >> 6, (end + 63) >> 6):
         word = words[a, w] ^ words[b, w]
+        if 64 * w < begin:
+            word &= ~np.uint64(0) << np.uint64(begin - 64 * w)
+        if 64 * w + 64 > end:
+            word &= ~np.uint64(0) >> np.uint64(64 * w + 64 - end)
         while word:
             j = 64 * w + find_lowest_bit(word)
             word &= word - np.uint64(1)
@@ -140,8 +148,8 @@ def count_pair(words, derived, first_site, total, a, b, scales, differ, agree, o
                 window += 1
             differ[(window + 1) * samples + derived[j]] += 1
     _accumulate_both(differ, total, agree, samples)
-    _all_scales(differ, scales, out[0])
-    _all_scales(agree, scales, out[1])
+    _all_scales(differ, scales, first, windows, out[0])
+    _all_scales(agree, scales, first, windows, out[1])
 
 
 @compiled
@@ -163,7 +171,7 @@ def count_pairs(words, derived, first_site, pairs, scales, total, out):
     total[:] = 0
     count_all_sites(derived, first_site, samples, total)
     for p in range(len(pairs)):
-        count_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, out[p])
+        count_pair(words, derived, first_site, total, pairs[p, 0], pairs[p, 1], scales, differ, agree, 0, out[p])
 
 
 @compiled
@@ -180,11 +188,11 @@ def pack_bins(bins, width, out):
 
 
 @compiled
-def unpack_bins(packed, width, out):
-    """Unpack the bins of one pair, packed by `pack_bins`: *packed* (words,) to *out* (windows,)."""
+def unpack_bins(packed, width, start, out):
+    """Unpack bins of one pair, packed by `pack_bins`: of *packed* (words,) those of window *start* and after to *out*."""
     every = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     for k in range(len(out)):
-        word, shift = (k * width) >> 6, (k * width) & 63
+        word, shift = ((start + k) * width) >> 6, ((start + k) * width) & 63
         value = packed[word] >> np.uint64(shift)
         if shift + width > 64:
             value |= packed[word + 1] << np.uint64(64 - shift)
@@ -201,29 +209,37 @@ def find_largest_count(cumulative, samples, scale):
 
 
 @compiled
-def fill_batch(rows, columns, data, scales, width, counts, bins):
-    """Counts and bins of several examples at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
+def fill_batch(regions, data, scales, width, counts, bins):
+    """Counts and bins of several regions at once, into *counts* (B, 2, scales, windows, samples) and *bins* (B, windows).
 
-    Example i is pair *columns[i]* of simulation *rows[i]*; *data* holds the arrays of `cxt.data.pair_dataset.PairDataset`.
+    Each row of *regions* (regions, 6), int64, is a simulation, the number of a pair in it, the region's first window there and
+    its number of windows, and its place: the row of the batch, and its first window in that row. *data* holds the arrays of
+    `cxt.data.pair_dataset.PairDataset`.
     """
     words, word_offsets, derived, site_offsets, first_site, totals, total_fits, pairs, packed_bins = data
-    windows, samples = counts.shape[3], counts.shape[4]
-    total = np.empty(windows * samples, counts.dtype)
-    differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
-    last = -1
-    for i in range(len(rows)):
-        row, column = rows[i], columns[i]
+    samples = counts.shape[4]
+    longest = regions[:, 3].max() if len(regions) else 0
+    all_total = np.empty(longest * samples, counts.dtype)
+    all_differ, all_agree = allocate_sums(all_total, scales, samples), allocate_sums(all_total, scales, samples)
+    last, last_start, last_windows = -1, -1, -1
+    for i in range(len(regions)):
+        row, column, start, windows, place, first = regions[i]
+        total = all_total[: windows * samples]
         derived_counts = derived[site_offsets[row] : site_offsets[row + 1]]
-        if row != last:
-            last = row
+        sites = first_site[row, start : start + windows + 1]
+        if row != last or start != last_start or windows != last_windows:
+            last, last_start, last_windows = row, start, windows
             if total_fits[row]:
-                _copy(totals[row], total)
+                _copy(totals[row, start * samples : (start + windows) * samples], total)
             else:
                 total[:] = 0
-                count_all_sites(derived_counts, first_site[row], samples, total)
+                count_all_sites(derived_counts, sites, samples, total)
+        widths = np.minimum(scales, windows)  # wider windows end at the same place
+        used = (windows + widths.max()) * samples
         haplotypes = words[word_offsets[row] : word_offsets[row + 1]].reshape(
             (samples, (word_offsets[row + 1] - word_offsets[row]) // samples)
         )
         a, b = pairs[row, column, 0], pairs[row, column, 1]
-        count_pair(haplotypes, derived_counts, first_site[row], total, a, b, scales, differ, agree, counts[i])
-        unpack_bins(packed_bins[row, column], width, bins[i])
+        differ, agree = all_differ[:used], all_agree[:used]
+        count_pair(haplotypes, derived_counts, sites, total, a, b, widths, differ, agree, first, counts[place])
+        unpack_bins(packed_bins[row, column], width, start, bins[place, first : first + windows])

@@ -19,8 +19,11 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cxt.data.examples import Batch, ExampleDataset
+from cxt.config.regions import RegionPlan
+from cxt.data.examples import Batch, Example, ExampleDataset
 from cxt.data.noise import BatchNoise, NoiseSchedule
+from cxt.data.pair_dataset import PairDataset
+from cxt.data.regions import Cut, RegionSchedule, cut_for_validation
 from cxt.errors import BadRequest, Failed, first_line
 from cxt.random_seeds import torch_seed
 from cxt.signals import block_signals, end_with_parent, ignore
@@ -29,14 +32,26 @@ from cxt.signals import block_signals, end_with_parent, ignore
 class EpochBatchSampler(Sampler):
     """Batches (lists of examples) of one rank in one epoch; examples that do not fill a batch are dropped.
 
-    With *noise*, iterating gives each batch with its noise, for a `NoisyDataset`.
+    With *noise*, iterating gives each batch with its noise, for a `NoisyDataset`. With *regions*, it gives (examples, noise or
+    None, cut), for a `RegionDataset`; a batch then has *batch_size* rows, and several batches in a row may read the same
+    examples.
     """
 
     def __init__(
-        self, *, examples: int, batch_size: int, seed: int, rank: int = 0, world: int = 1, noise: NoiseSchedule | None = None
+        self,
+        *,
+        examples: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        noise: NoiseSchedule | None = None,
+        regions: RegionSchedule | None = None,
     ):
-        self.examples, self.batch_size, self.seed, self.rank, self.world = examples, batch_size, seed, rank, world
-        self.noise = noise
+        self.examples, self.seed, self.rank, self.world = examples, seed, rank, world
+        self.noise, self.regions = noise, regions
+        self.batch_size = batch_size if regions is None else batch_size * regions.plan.per_row  # examples
+        self.chunks = 1 if regions is None else regions.plan.chunks
         self.epoch = 0
         self.skip = 0
 
@@ -52,21 +67,26 @@ class EpochBatchSampler(Sampler):
         return self._order(epoch)[: self.examples // self.world * self.world][self.rank :: self.world]
 
     def _part(self, examples, batch: int) -> list[int]:
-        return [int(example) for example in examples[batch * self.batch_size : (batch + 1) * self.batch_size]]
+        group = batch // self.chunks
+        return [int(example) for example in examples[group * self.batch_size : (group + 1) * self.batch_size]]
 
     def __iter__(self):
         epoch, rank_examples = self.epoch, self._select_rank_examples(self.epoch)
         skip, self.skip = self.skip, 0
         for batch in range(skip, len(self)):
             examples = self._part(rank_examples, batch)
-            yield examples if self.noise is None else (examples, self.noise.at(epoch, batch))
+            noise = None if self.noise is None else self.noise.at(epoch, batch)
+            if self.regions is not None:
+                yield examples, noise, self.regions.cut(epoch, batch, examples)
+            else:
+                yield examples if noise is None else (examples, noise)
 
     def batch(self, epoch: int, number: int) -> list[int]:
         """The examples of one batch, independent of the state of iteration."""
         return self._part(self._select_rank_examples(epoch), number)
 
     def __len__(self) -> int:
-        return self.examples // self.world // self.batch_size
+        return self.examples // self.world // self.batch_size * self.chunks
 
 
 class SequentialBatchSampler(EpochBatchSampler):
@@ -90,6 +110,45 @@ class NoisyDataset:
         """Compute several examples at once; into the first places of *out* if given."""
         examples, noise = wanted
         return self.dataset.batch(examples, noise=noise, out=out)
+
+
+class RegionDataset:
+    """Regions of the examples of *dataset*, as long as in *plan*: batches are asked for by (examples, noise or None, cut)."""
+
+    def __init__(self, dataset: PairDataset, plan: RegionPlan, *, noisy: bool):
+        self.dataset, self.plan, self.noisy = dataset, plan, noisy
+
+    def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
+        """A batch of *examples* rows that `batch` can fill repeatedly, see `ExampleDataset.empty_batch`."""
+        packed = self.plan.regions.pack
+        return self.dataset.empty_batch(examples, pin=pin, noisy=self.noisy, windows=self.plan.row_windows, packed=packed)
+
+    def batch(self, wanted: tuple[list[int], BatchNoise | None, Cut], *, out: Batch | None = None) -> Batch:
+        """Compute a batch; into the first places of *out* if given."""
+        examples, noise, cut = wanted
+        return self.dataset.batch(examples, noise=noise, cut=cut, out=out)
+
+
+class ValidationRegions:
+    """The examples of *dataset*, of each of which one region is read: see `cxt.data.regions.cut_for_validation`."""
+
+    def __init__(self, dataset: PairDataset, plan: RegionPlan):
+        self.dataset, self.plan = dataset, plan
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def empty_batch(self, examples: int, *, pin: bool = False) -> Batch:
+        """A batch that `batch` can fill repeatedly, see `ExampleDataset.empty_batch`."""
+        return self.dataset.empty_batch(examples, pin=pin, windows=self.plan.windows)
+
+    def batch(self, examples: list[int], *, out: Batch | None = None) -> Batch:
+        """Compute several examples at once; into the first places of *out* if given."""
+        return self.dataset.batch(examples, cut=cut_for_validation(examples, self.plan), out=out)
+
+    def describe(self, i: int) -> Example:
+        """Scenario, simulation index and pair of example *i*."""
+        return self.dataset.describe(i)
 
 
 class _TimedLoader:
@@ -247,17 +306,18 @@ class DataModule(pl.LightningDataModule):
 
     *workers* threads prepare batches; with *in_processes*, processes do, for slow examples that hold Python's global lock.
     *validation_items* test examples, evenly spaced in the split, are used for validation; 0 = all. They come in batches of
-    *batch_size_eval*; 0 = *batch_size*. *noise* is that of training batches.
+    *batch_size_eval*; 0 = *batch_size*. *noise* is that of training batches, and *regions* are theirs, if they are not whole
+    examples.
     """
 
     def __init__(
         self, train, test, *, batch_size, seed, workers, validation_items, batch_size_eval=0, noise=None,
-        order=EpochBatchSampler, in_processes=False,
+        order=EpochBatchSampler, in_processes=False, regions=None,
     ):  # fmt: skip
         super().__init__()
         self.train_set, self.test_set = train, test
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.noise, self.order, self.in_processes = noise, order, in_processes
+        self.noise, self.order, self.in_processes, self.regions = noise, order, in_processes, regions
         self.validation_items, self.batch_size_eval = validation_items, batch_size_eval or batch_size
         self.start = (0, 0)  # epoch, and number of its batches that are done
         self._loaders: dict[bool, PrefetchLoader] = {}
@@ -271,10 +331,14 @@ class DataModule(pl.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             noise=self.noise,
+            regions=self.regions,
         )
         # The epoch is set here too, because batches may be requested before Lightning calls set_epoch.
         sampler.epoch, sampler.skip = self.start
-        return self._loader(True, self.train_set if self.noise is None else NoisyDataset(self.train_set), sampler)
+        dataset = self.train_set if self.noise is None else NoisyDataset(self.train_set)
+        if self.regions is not None:
+            dataset = RegionDataset(self.train_set, self.regions.plan, noisy=self.noise is not None)
+        return self._loader(True, dataset, sampler)
 
     def val_dataloader(self) -> PrefetchLoader | ProcessLoader:
         """Return the loader of this rank's validation batches, with the same number of examples on all ranks.

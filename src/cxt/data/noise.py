@@ -137,16 +137,17 @@ def add_noise(words, rates, rng, derived):
 
 
 @compiled
-def _count_noisy_pair(words, first_site, a, b, scales, rates, rng, out):
-    windows, samples = out.shape[2], out.shape[3]
-    words, derived = words.copy(), np.empty(first_site[windows], np.int32)
+def _count_noisy_pair(words, first_site, a, b, scales, rates, rng, start, windows, first, out):
+    samples = out.shape[3]
+    words, derived = words.copy(), np.empty(first_site[len(first_site) - 1], np.int32)
     add_noise(words, rates, rng, derived)
+    sites = first_site[start : start + windows + 1]
     total = np.zeros(windows * samples, out.dtype)
-    count_all_sites(derived, first_site, samples, total)
+    count_all_sites(derived, sites, samples, total)
     for k in range(0, len(total), samples):  # dropped sites
         total[k] = 0
     differ, agree = allocate_sums(total, scales, samples), allocate_sums(total, scales, samples)
-    count_pair(words, derived, first_site, total, a, b, scales, differ, agree, out)
+    count_pair(words, derived, sites, total, a, b, scales, differ, agree, first, out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +169,12 @@ class BatchNoise:
         """The random numbers of the noise of *example*, an index from 0."""
         return np.random.default_rng([self.key, example])
 
-    def count_pair(self, words, first_site, pair, *, scales, example: int, out) -> None:
-        """Fill *out* with the counts of a pair after noise.
+    def count_pair(
+        self, words, first_site, pair, *, scales, example: int, out, start: int = 0, windows: int | None = None, first: int = 0
+    ) -> None:
+        """Fill *out* with the counts of a pair after noise, in all windows, or in a region of them.
+
+        The noise is that of the whole example: two regions of it have the same errors where they overlap.
 
         Parameters
         ----------
@@ -184,9 +189,15 @@ class BatchNoise:
             Index of the example.
         out : array (2, scales, windows, samples)
             Of a type that holds the number of sites of any window.
+        start, windows : int
+            First window of the region, and their number; all by default.
+        first : int
+            The region's first window in *out*.
         """
         a, b = map(int, pair)
-        _count_noisy_pair(words, first_site, a, b, scales, self.rates, self.generator(example), out)
+        windows = len(first_site) - 1 if windows is None else windows
+        rng = self.generator(example)
+        _count_noisy_pair(words, first_site, a, b, scales, self.rates, rng, start, windows, first, out)
 
 
 def build_noise(noise: Noise, *, seed: int, epoch: int = 0, progress: float = 1.0) -> BatchNoise:

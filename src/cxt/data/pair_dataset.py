@@ -21,10 +21,15 @@ from typing import get_args
 import numpy as np
 import torch
 
-from cxt.config.network import SPECIAL_TOKENS, log_rates
+from cxt.config.network import SPECIAL_TOKENS, START_TOKEN, log_rates
 from cxt.config.training import Storage
 from cxt.data.examples import Batch, Example, ExampleDataset
-from cxt.data.features import compute_missing_fraction, find_first_sites
+from cxt.data.features import (
+    compute_missing_fraction,
+    compute_region_missing_fraction,
+    count_inaccessible,
+    find_first_sites,
+)
 from cxt.data.grid import Grid
 from cxt.data.kernels import (
     accumulate,
@@ -37,6 +42,7 @@ from cxt.data.kernels import (
 )
 from cxt.data.manifest import read_manifest
 from cxt.data.noise import BatchNoise
+from cxt.data.regions import Cut
 from cxt.data.shards import MANIFEST, check_content, read_shard
 from cxt.data.shared_memory import Arena, free_memory
 from cxt.data.soft_targets import LEVELS, read_soft_targets, soft_targets_path
@@ -144,6 +150,7 @@ class PairDataset(ExampleDataset):
             "pairs": (np.uint16, (rows, self.pairs_per_simulation, 2)),
             "bins": (np.uint64, (rows, self.pairs_per_simulation, bin_words)),
             "missing": (np.float32, (rows if self.manifest["missing"] else 0, len(self.scales), self.windows)),
+            "inaccessible": (np.int32, (rows if self.manifest["missing"] else 0, self.windows)),  # bases of each base window
             "rates": (np.float32, (rows, 2)),
             "soft_targets": (np.int16, (rows * self.has_soft_targets, self.pairs_per_simulation, self.windows, len(LEVELS))),
             "index": (np.int64, (rows,)),
@@ -238,6 +245,7 @@ class PairDataset(ExampleDataset):
                 self._missing[row] = compute_missing_fraction(
                     mask, window_size=self.manifest["window_size"], sequence_length=length, scales=self.scales
                 )
+                self._inaccessible[row] = count_inaccessible(mask, window_size=self.manifest["window_size"])
             row += 1
         return row, widest
 
@@ -264,39 +272,87 @@ class PairDataset(ExampleDataset):
         most = max((int((first[widest:] - first[:-widest]).max()) for first in self._first_site), default=0)
         return np.promote_types(self._dtype, np.int32 if most > np.iinfo(np.int16).max else np.int16)
 
-    def batch(self, examples: Sequence[int], *, noise: BatchNoise | None = None, out: Batch | None = None) -> Batch:
-        """Compute several examples at once, as small integers, with *noise*, and into the first places of *out*, if given."""
+    def batch(
+        self,
+        examples: Sequence[int],
+        *,
+        noise: BatchNoise | None = None,
+        cut: Cut | None = None,
+        out: Batch | None = None,
+    ) -> Batch:
+        """Compute several examples at once, as small integers, with *noise*, and into the first places of *out*, if given.
+
+        With *cut*, only a region of each, as if the example had no other sites; several of them are side by side in a row if
+        the cut is packed.
+        """
         rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
-        batch = self._room_for(len(rows), out, noisy=noise is not None)
-        bins = batch.tokens.numpy()[:, 1:]
+        whole = cut is None
+        cut = Cut.whole(len(rows), self.windows) if cut is None else cut
+        batch = self._room_for(len(rows) // cut.per_row, out, noisy=noise is not None, cut=cut)
+        tokens = batch.tokens.numpy()
+        bins = tokens[:, 1:]
+        regions = np.column_stack([rows, columns, cut.starts, cut.lengths, *cut.places()])
         if noise is None:
-            self._fill(rows, columns, batch.counts.numpy(), bins)
+            self._fill(regions, batch.counts.numpy(), bins)
         else:
-            self._fill_noisy(rows, columns, noise, batch.counts.numpy(), bins)
+            self._fill_noisy(regions, noise, batch.counts.numpy(), bins)
         bins += SPECIAL_TOKENS
-        if batch.missing is not None:
-            np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
-        np.take(self._rates, rows, axis=0, out=batch.rates.numpy())
-        if batch.soft_targets is not None:
-            batch.soft_targets.numpy()[:] = self._soft_targets[rows, columns]
+        if whole:  # the most frequent case, which is not to be slower for the others
+            if batch.missing is not None:
+                np.take(self._missing, rows, axis=0, out=batch.missing.numpy())
+            np.take(self._rates, rows, axis=0, out=batch.rates.numpy())
+            if batch.soft_targets is not None:
+                batch.soft_targets.numpy()[:] = self._soft_targets[rows, columns]
+            return batch
+        tokens[:, 0] = START_TOKEN  # the memory of a wider batch has others there
+        self._fill_others(regions, batch)
+        if cut.carry:
+            self._carry_bins(regions, tokens)
         return batch
 
-    def _fill(self, rows: np.ndarray, columns: np.ndarray, counts: np.ndarray, bins: np.ndarray) -> None:
+    def _fill(self, regions: np.ndarray, counts: np.ndarray, bins: np.ndarray) -> None:
         data = (
             self._words, self._word_offsets, self._derived, self._site_offsets, self._first_site, self._totals,
             self._total_fits, self._pairs, self._bins,
         )  # fmt: skip
-        fill_batch(rows, columns, data, self.scales, self._width, counts, bins)
+        fill_batch(regions, data, self.scales, self._width, counts, bins)
 
-    def _fill_noisy(
-        self, rows: np.ndarray, columns: np.ndarray, noise: BatchNoise, counts: np.ndarray, bins: np.ndarray
-    ) -> None:
-        for i, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+    def _fill_noisy(self, regions: np.ndarray, noise: BatchNoise, counts: np.ndarray, bins: np.ndarray) -> None:
+        for row, column, start, windows, place, first in regions.tolist():
             words = self._words[self._word_offsets[row] : self._word_offsets[row + 1]].reshape(self.samples, -1)
-            example = row * self.pairs_per_simulation + column
-            pair = self._pairs[row, column]
-            noise.count_pair(words, self._first_site[row], pair, scales=self.scales, example=example, out=counts[i])
-            unpack_bins(self._bins[row, column], self._width, bins[i])
+            noise.count_pair(
+                words, self._first_site[row], self._pairs[row, column], scales=np.minimum(self.scales, windows),
+                example=row * self.pairs_per_simulation + column, out=counts[place], start=start, windows=windows, first=first,
+            )  # fmt: skip
+            unpack_bins(self._bins[row, column], self._width, start, bins[place, first : first + windows])
+
+    def _fill_others(self, regions: np.ndarray, batch: Batch) -> None:
+        """Fill missing fractions, rates, soft targets, and the numbers of packed regions."""
+        number = 0
+        for row, column, start, windows, place, first in regions.tolist():
+            there = slice(first, first + windows)
+            number = 0 if first == 0 else number + 1
+            if batch.missing is not None:
+                batch.missing.numpy()[place, :, there] = compute_region_missing_fraction(
+                    self._inaccessible[row, start : start + windows],
+                    window_size=self.manifest["window_size"],
+                    scales=self.scales,
+                )
+            if batch.soft_targets is not None:
+                batch.soft_targets.numpy()[place, there] = self._soft_targets[row, column, start : start + windows]
+            if batch.regions is None:
+                batch.rates.numpy()[place] = self._rates[row]
+            else:
+                batch.rates.numpy()[place, there] = self._rates[row]
+                batch.regions.numpy()[place, there] = number
+
+    def _carry_bins(self, regions: np.ndarray, tokens: np.ndarray) -> None:
+        """Let each region that has a window before it begin with the token of that window, in place of the start token."""
+        before = np.empty(1, dtype=np.int64)
+        for row, column, start, _, place, _ in regions.tolist():
+            if start:
+                unpack_bins(self._bins[row, column], self._width, start - 1, before)
+                tokens[place, 0] = before[0] + SPECIAL_TOKENS
 
 
 def open_dataset(

@@ -40,7 +40,7 @@ ALLOWED_CONTROL = ("max_minutes",)
 """Flags that control a run and may be given to a sweep."""
 
 SAME_FOR_ALL = (
-    "name", "dataset_path", "soft_targets", "simulate", "configfile", "window_size", "samples", "eval_samples",
+    "name", "dataset_path", "soft_targets", "simulate", "configfile", "windows", "window_size", "samples", "eval_samples",
     "eval_max_batches", "gpus", "devices", "nodes", "accelerator", "validation_items", "batch_size_eval",
     *RESULT_NEUTRAL_SETTINGS,
 )  # fmt: skip

@@ -24,6 +24,9 @@ def check_source(options: TrainingOptions) -> None:
         if given := [f"--{name.replace('_', '-')}" for name in for_simulation if getattr(options, name) not in (None, ())]:
             raise BadRequest(f"{', '.join(given)} cannot be used without --simulate")
         return
+    if options.windows is not None or not options.training.regions.is_off:
+        given = "--regions" if options.windows is None else "--windows"
+        raise BadRequest(f"{given} cannot be used with --simulate, which simulates no longer sequences than it reads")
     if options.training.storage != TrainingConfig().storage:
         raise BadRequest("--storage cannot be used with --simulate, which has no dataset to store")
     if options.training.scratch is not None:

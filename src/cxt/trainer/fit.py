@@ -19,9 +19,10 @@ from cxt.checkpoints.training_log import read_log
 from cxt.config.flags import cap_workers
 from cxt.config.learning import is_readable
 from cxt.console import get_logger
-from cxt.data.loaders import DataModule, SequentialBatchSampler
+from cxt.data.loaders import DataModule, SequentialBatchSampler, ValidationRegions
 from cxt.data.noise import NoiseSchedule
 from cxt.data.pair_dataset import open_dataset
+from cxt.data.regions import RegionSchedule
 from cxt.data.simulated import SimulatedDataset
 from cxt.errors import BadRequest, Failed, first_line, try_drawing
 from cxt.model.adapter import build_model
@@ -45,6 +46,15 @@ logger = get_logger(__name__)
 
 STATE_VARIABLE = "CXT_TRAINING_STATE"
 """Environment variable: training state to continue from, for the processes that the first one of a machine starts."""
+
+
+def build_region_schedule(request: RunRequest) -> RegionSchedule:
+    """The regions of each batch of a run, which are whole examples unless the settings say otherwise."""
+    training = request.training
+    return RegionSchedule(
+        plan=request.region_plan, seed=training.seed, grad_accum=training.grad_accum,
+        batches_per_epoch=request.batches_per_epoch, total_steps=request.total_steps,
+    )  # fmt: skip
 
 
 def build_data(request: RunRequest) -> DataModule:
@@ -77,7 +87,10 @@ def build_data(request: RunRequest) -> DataModule:
         )
         for split in ("train", "test")
     )
-    return DataModule(train, test, **settings)
+    if request.region_plan.is_off:
+        return DataModule(train, test, **settings)
+    test = ValidationRegions(test, request.region_plan)
+    return DataModule(train, test, **settings, regions=build_region_schedule(request))
 
 
 def build_starting_model(request: RunRequest) -> CoalescenceModel:
@@ -202,7 +215,10 @@ def fit(
     training = request.training
     model = build_starting_model(request)
     record = build_record(request)
-    module = TrainingModule(model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"])
+    module = TrainingModule(
+        model, training, record=record, total_steps=request.total_steps, scales=request.manifest["scales"],
+        regions=build_region_schedule(request),
+    )  # fmt: skip
     terms = module.objective.names if len(module.objective.names) > 1 else ()
     examples = None
     decoding = {"batch_size": training.batch_size_eval} if training.batch_size_eval else {}
@@ -212,7 +228,7 @@ def fit(
         )
     log = TrainingLog(
         run.log, request.name, total_steps=request.total_steps, steps_per_epoch=request.steps_per_epoch,
-        examples_per_batch=training.batch_size * request.world, every=training.log_every,
+        examples_per_batch=request.batch_examples, every=training.log_every,
         validates=request.validates_after, terms=terms, metrics=training.metrics if examples else (),
         checks_gradient=request.precision != "16-mixed",
     )  # fmt: skip

@@ -57,10 +57,10 @@ DeviceCount = Annotated[
 """A number of GPUs, or all there are."""
 
 OPTION_VALUES: dict[str, Any] = {
-    "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger, "eval_max_batches": NonNegativeInteger,
-    "max_steps": PositiveInteger, "gpus": Index, "devices": DeviceCount, "nodes": Machines,
-    "accelerator": Accelerator, "restart": Flag, "adapter": Flag, "adapter_samples": Samples, "max_minutes": Positive,
-    "print_config": Flag, "wait_for_lock": NonNegative,
+    "windows": PositiveInteger, "window_size": BasePairs, "samples": Samples, "eval_samples": NonNegativeInteger,
+    "eval_max_batches": NonNegativeInteger, "max_steps": PositiveInteger, "gpus": Index, "devices": DeviceCount,
+    "nodes": Machines, "accelerator": Accelerator, "restart": Flag, "adapter": Flag, "adapter_samples": Samples,
+    "max_minutes": Positive, "print_config": Flag, "wait_for_lock": NonNegative,
 }  # fmt: skip
 """Accepted values of options that are not settings of a network, an adapter, LoRA or training; of `gpus`, of each."""
 

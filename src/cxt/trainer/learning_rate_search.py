@@ -69,7 +69,7 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
     """
     import pytorch_lightning as pl
 
-    from cxt.trainer.fit import build_data, build_starting_model, quieten, set_up_torch
+    from cxt.trainer.fit import build_data, build_region_schedule, build_starting_model, quieten, set_up_torch
     from cxt.trainer.module import Reseed, TrainingModule
 
     search, peak = Search(), request.training.lr
@@ -88,7 +88,8 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
                 group["lr"] = group["initial_lr"] * compute_rate(trainer.global_step) / peak
 
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
-            self.batches.append(float(outputs["loss"]) * request.training.grad_accum)  # Lightning divides the loss by it
+            loss = float(outputs.get("plain", outputs["loss"]))
+            self.batches.append(loss * request.training.grad_accum)  # Lightning divides the loss by it
             if trainer.global_step == len(search.losses):  # the step has more batches
                 return
             trainer.should_stop = not search.add(compute_rate(len(search.losses)), sum(self.batches) / len(self.batches))
@@ -98,7 +99,7 @@ def find_lr(request: RunRequest, *, lowest: float, highest: float, num_steps: in
     set_up_torch(request)
     module = TrainingModule(
         build_starting_model(request), request.training, record={}, total_steps=request.total_steps,
-        scales=request.manifest["scales"],
+        scales=request.manifest["scales"], regions=build_region_schedule(request),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as directory:
         trainer = pl.Trainer(

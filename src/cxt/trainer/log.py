@@ -131,7 +131,8 @@ class TrainingLog(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_index) -> None:
         """Add up the losses of an optimizer step; after it, make its row and print a progress line if they are due."""
-        loss = outputs["loss"].detach()  # Lightning divides by the accumulated batches, so that the sum is the mean
+        # Lightning divides by the accumulated batches, so that the sum is the mean.
+        loss = outputs.get("plain", outputs["loss"]).detach()
         self._loss = loss if self._loss is None else self._loss + loss
         self._parts = outputs["parts"] if self._parts is None else self._parts + outputs["parts"]
         self._batches += 1

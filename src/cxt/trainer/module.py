@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from cxt.config.training import TrainingConfig
 from cxt.data.examples import Batch, compute_model_input
+from cxt.data.regions import RegionSchedule
 from cxt.data.soft_targets import UNIT
 from cxt.errors import BadRequest
 from cxt.model.adapter import freeze_backbone
@@ -26,7 +27,8 @@ from cxt.trainer.schedules import AdaptiveRate, learning_rate_factor
 
 def compile_backend(training: TrainingConfig, device: str) -> str | None:
     """Backend of `torch.compile` for the training step on a *device* ("cuda" or "cpu"); None for no compilation."""
-    chosen = {"auto": "inductor" if device == "cuda" else "none"}.get(training.compile, training.compile)
+    compiles = device == "cuda" and not training.regions.varies  # otherwise it would compile for every number of windows
+    chosen = {"auto": "inductor" if compiles else "none"}.get(training.compile, training.compile)
     return None if chosen == "none" else chosen
 
 
@@ -112,13 +114,22 @@ def hide_rates(batch: Batch, probability: float) -> Batch:
 class TrainingModule(pl.LightningModule):
     """Trains a CoalescenceModel, plain or with an adapter, on features of some *scales*.
 
-    *record* goes into every training state. If the objective has parameters of its own, so do they.
+    *record* goes into every training state. If the objective has parameters of its own, so do they. *regions* is needed for
+    `weight_by_windows` only.
     """
 
     def __init__(
-        self, model: CoalescenceModel, training: TrainingConfig, *, record: dict, total_steps: int, scales: Sequence[int]
+        self,
+        model: CoalescenceModel,
+        training: TrainingConfig,
+        *,
+        record: dict,
+        total_steps: int,
+        scales: Sequence[int],
+        regions: RegionSchedule | None = None,
     ):
         super().__init__()
+        self._regions = regions if training.weight_by_windows else None
         self.adaptive_rate = AdaptiveRate(training)
         self.model, self.training_config, self.record, self.total_steps = model, training, record, total_steps
         if model.adapter is not None:
@@ -141,11 +152,20 @@ class TrainingModule(pl.LightningModule):
         return add_weighted(values, self.objective.weights(step / max(1, self.total_steps - 1)))
 
     def training_step(self, batch: Batch, _) -> dict[str, torch.Tensor]:
-        """Return the loss of one minibatch, and the values of its terms; called by Lightning."""
+        """Return the loss of one minibatch, and the values of its terms; called by Lightning.
+
+        With `weight_by_windows`, *plain* is the loss before it is weighted, divided by the number of accumulated batches, as
+        Lightning divides the other.
+        """
         if self.model.config.reads_rates:
             batch = hide_rates(batch, self.training_config.rates_dropout)
         values = self._step_parts(*batch)
-        return {"loss": self._add(values, self.trainer.global_step), "parts": values.detach()}
+        loss = self._add(values, self.trainer.global_step)
+        if self._regions is None:
+            return {"loss": loss, "parts": values.detach()}
+        epoch, number = divmod(self.trainer.fit_loop.epoch_loop.total_batch_idx, self._regions.batches_per_epoch)
+        plain = loss.detach() / self.trainer.accumulate_grad_batches
+        return {"loss": loss * self._regions.weigh(epoch, number), "parts": values.detach(), "plain": plain}
 
     def validation_step(self, batch: Batch, _) -> None:
         """Log the loss of one minibatch; Lightning averages it over all examples and ranks as `val_loss`.

@@ -35,6 +35,7 @@ class TrainingOptions:
     simulate: tuple[str, ...] | None
     simulate_specs: str | None
     configfile: tuple[str, ...]
+    windows: int | None
     window_size: int | None
     samples: int | None
     eval_samples: int | None
@@ -145,6 +146,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
         help="the variants of the scenarios of --simulate as JSON, instead of looking them up in the configuration",
     )
     add("--configfile", type=str, nargs="+", default=[], help="overlays on the default configuration, for --simulate")
+    add(
+        "--windows",
+        type=int | None,
+        help="windows that the network reads, in regions that are cut from the examples of --dataset-path (default: all)",
+    )
     add("--window-size", type=int | None, help="base pairs per window, for --simulate (default: the preset's)")
     add("--samples", type=int | None, help="haplotypes, for --simulate (default: all that are simulated)")
     add("--eval-samples", type=int | None, help="held-out validation examples for --simulate")
@@ -261,7 +267,7 @@ def _add_setting(parser: jsonargparse.ArgumentParser, name: str, field: FieldInf
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind | None, help=text, **options)
 
 
-STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise", "callbacks")
+STRUCTURED = ("losses", "optimizer", "adaptive", "distill", "masked", "contrastive", "noise", "regions", "callbacks")
 """Settings that are mappings, or lists of them; as flags, they are given as YAML text."""
 
 

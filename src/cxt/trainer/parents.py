@@ -104,6 +104,8 @@ def resolve_network(
     """
     explicit = {key: getattr(options, key) for key in NETWORK_FLAGS if getattr(options, key) is not None}
     shape = {key: manifest[key] for key in ("windows", "window_size", "samples")} | {"scales": len(manifest["scales"])}
+    if options.windows is not None:
+        shape["windows"] = options.windows
     if options.has_adapter and parent is not None:
         shape["samples"] = parent.model.samples
     network = PRESETS[options.model].replace(**(explicit | shape))

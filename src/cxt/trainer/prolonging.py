@@ -69,6 +69,11 @@ def describe_length_dependence(training: TrainingConfig) -> str | None:
         return "a term of the losses has a final_weight, which it reaches at the last step; to prolong runs, omit it"
     if training.patience:
         return "patience may have ended the shorter run where the longer one would end, too; to prolong runs, set it to 0"
+    if training.regions.first_windows:
+        return (
+            "regions.first_windows grows in a fraction of the steps, so that a longer run differs from its first step on; to "
+            "prolong runs, omit it"
+        )
     noise = training.noise
     if not noise.is_off and noise.initial_factor != noise.final_factor:
         return (

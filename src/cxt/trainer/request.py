@@ -9,6 +9,7 @@ from cxt.config.contradictions import check_training
 from cxt.config.flags import note_more_than_cores
 from cxt.config.learning import is_readable
 from cxt.config.network import PRESETS, AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.regions import RegionPlan, check_regions
 from cxt.config.training import (
     TrainingConfig,
     averaging_decay,
@@ -153,12 +154,29 @@ class RunRequest:
             batch_size=self.training.batch_size,
             grad_accum=self.training.grad_accum,
             world=self.world,
+            plan=self.region_plan,
         )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of each device in an epoch."""
+        examples = self.manifest["splits"]["train"]["items"]
+        return self.region_plan.count_batches(examples=examples, batch_size=self.training.batch_size, world=self.world)
+
+    @property
+    def region_plan(self) -> RegionPlan:
+        """How the examples are cut into regions."""
+        return RegionPlan(self.manifest["windows"], self.network.windows, self.training.regions)
+
+    @property
+    def batch_examples(self) -> int:
+        """Examples per micro-batch on all devices."""
+        return self.training.batch_size * self.region_plan.per_row * self.world
 
     @property
     def effective_batch(self) -> int:
         """Examples per optimizer step."""
-        return self.training.batch_size * self.training.grad_accum * self.world
+        return self.batch_examples * self.training.grad_accum
 
     @property
     def grid(self) -> Grid:
@@ -211,6 +229,8 @@ def build_request(options: TrainingOptions) -> RunRequest:
     parent_file, parent = read_parent(options)
     _check_lineages(options, manifest, parent)
     options = inherit(options, parent)
+    if options.windows == manifest["windows"]:  # the same as leaving it out
+        options = dataclasses.replace(options, windows=None)
     network, adapter = resolve_network(options, manifest, parent)
     lora = resolve_lora(options, network, parent)
     check_training(
@@ -221,6 +241,8 @@ def build_request(options: TrainingOptions) -> RunRequest:
         parent_objective=None if parent is None else (parent.record["training"] or {}).get("objective", "autoregressive"),
         on_gpu=accelerator == "gpu",
     )
+    plan = RegionPlan(manifest["windows"], network.windows, training.regions)
+    check_regions(plan, training, reads_rates=network.reads_rates)
     if training.mlflow is not None or training.wandb is not None:
         from cxt.trainer.trackers import check_trackers
 
@@ -232,7 +254,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
     soft_targets = identify_soft_targets(options, manifest, network)
     examples = {split: manifest["splits"][split]["items"] for split in ("train", "test")}
     per_epoch = steps_per_epoch(
-        examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world
+        examples=examples["train"], batch_size=training.batch_size, grad_accum=training.grad_accum, world=world, plan=plan
     )
     if options.max_steps is not None:  # takes the place of the epochs
         training = training.replace(epochs=max(training.epochs, -(-options.max_steps // per_epoch)))
@@ -370,6 +392,11 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         notes.append(f"adaptive has no effect with the schedule {training.schedule}")
     if training.noise != TrainingConfig().noise and training.noise.is_off:
         notes.append("noise has no effect, because all of its rates, or both of its factors, are 0")
+    regions = training.regions
+    if regions.growth != defaults.regions.growth and not regions.first_windows:
+        notes.append(f"regions.growth {regions.growth:g} has no effect without first_windows")
+    if regions.varies and training.compile == "auto" and request.accelerator == "gpu":
+        notes.append("the network is not compiled, because the number of windows varies; regions.pack would keep it the same")
     if (reached := averaging_decay(request.total_steps, training.ema_decay)) < training.ema_decay:
         notes.append(
             f"ema_decay {training.ema_decay:g} is not reached in {request.total_steps} steps, because the decay warms up to "

@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 
 from cxt.checkpoints.record import build_checkpoint_record
+from cxt.config.regions import RegionPlan
 from cxt.config.training import TrainingConfig
 from cxt.console import get_logger
 from cxt.model.flops import training_flops
@@ -19,6 +20,9 @@ PACKAGES = ("torch", "pytorch-lightning", "numpy", "numba", "zarr", "tskit", "ms
 
 NOT_RECORDED = {"scratch", "mlflow", "wandb", "histograms", "metrics", "profiler", "profile_batches"}
 """Settings that are not in a checkpoint: what is observed of a run, and where on one machine."""
+
+LATER_SETTINGS = ("batch_size_eval", "callbacks", "regions", "weight_by_windows")
+"""Settings that are not in a checkpoint at their defaults, as before there were such settings."""
 
 
 def build_record(request: RunRequest) -> dict:
@@ -61,7 +65,7 @@ def build_record(request: RunRequest) -> dict:
 def _list_training(training: TrainingConfig) -> dict:
     """The settings to record: not those of `NOT_RECORDED`, nor later ones that are off."""
     return training.model_dump(
-        exclude=NOT_RECORDED | {name for name in ("batch_size_eval", "callbacks") if not getattr(training, name)}
+        exclude=NOT_RECORDED | {name for name in LATER_SETTINGS if getattr(training, name) == getattr(TrainingConfig(), name)}
     )
 
 
@@ -69,11 +73,13 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
     """The content of model_summary.json: size, data, length and cost of the run."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = request.region_plan
     memory = training_memory(
-        request.network, request.training, request.adapter, request.lora, precision=request.precision,
-        on_gpu=request.accelerator != "cpu", parameters=total, trained=trainable,
+        plan.resize(request.network, plan.row_windows), request.training, request.adapter, request.lora,
+        precision=request.precision, on_gpu=request.accelerator != "cpu", parameters=total, trained=trainable,
     )  # fmt: skip
-    flops = training_flops(request.network, request.adapter, request.lora, objective=request.training.objective)
+    read = plan.resize(request.network, plan.mean_windows)
+    flops = training_flops(read, request.adapter, request.lora, objective=request.training.objective)
     return {
         "parameters": total,
         "trainable_parameters": trainable,
@@ -95,7 +101,35 @@ def build_summary(request: RunRequest, model: CoalescenceModel) -> dict:
         "planned_steps": request.total_steps,
         "flops_per_item": flops,
         "flops": flops * request.effective_batch * request.total_steps,
-    }  # fmt: skip
+    } | ({} if plan.is_off else {"regions": _describe_regions(plan)})  # fmt: skip
+
+
+def _describe_regions(plan: RegionPlan) -> dict:
+    """Lengths of the regions of a run, and how much of each row they fill."""
+    return {
+        "dataset_windows": plan.dataset_windows,
+        "windows": [plan.shortest, plan.longest],
+        "mean_windows": round(plan.mean_windows, 2),
+        "per_row": plan.per_row,
+        "row_windows": plan.row_windows,
+        "fill": 1.0,  # never padded
+    }
+
+
+def _say_regions(plan: RegionPlan) -> str:
+    """Which regions of the examples a run reads."""
+    regions, of = plan.regions, f"of the {plan.dataset_windows} of each example"
+    if regions.pack:
+        return (
+            f"{plan.per_row} regions of {plan.shortest} to {plan.longest} windows {of} in each row of {plan.row_windows}, "
+            "which they fill to 100%"
+        )
+    if regions.in_order:
+        return f"regions of {plan.windows} windows {of}, {plan.chunks} one after another"
+    if regions.first_windows:
+        return f"regions of {regions.first_windows} windows {of} at first, growing to {plan.windows}"
+    between = f"{plan.shortest} to " if plan.shortest < plan.windows else ""
+    return f"regions of {between}{plan.windows} windows {of}"
 
 
 def describe_other_precision(request: RunRequest) -> str:
@@ -128,5 +162,7 @@ def announce(request: RunRequest, summary: dict) -> None:
         f"({training.batch_size} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
         f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads"
     )
+    if "regions" in summary:
+        logger.info(f"{request.name}: {_say_regions(request.region_plan)}")
     if summary["compile"] != "none":
         logger.info(f"{request.name}: the first step compiles the network ({summary['compile']}), which takes about a minute")

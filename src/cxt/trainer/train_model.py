@@ -20,6 +20,7 @@ def train_model(
     soft_targets: str | PathLike[str] | None = None,
     simulate: str | Sequence[str] | None = None,
     configfile: str | PathLike[str] | Sequence[str | PathLike[str]] | None = None,
+    windows: int | None = None,
     window_size: int | None = None,
     samples: int | None = None,
     eval_samples: int | None = None,
@@ -67,10 +68,12 @@ def train_model(
     contrastive: Mapping[str, Any] | None = None,
     rates_dropout: float | None = None,
     noise: Mapping[str, Any] | None = None,
+    regions: Mapping[str, Any] | None = None,
     losses: str | Sequence[str | Mapping[str, Any]] | None = None,
     optimizer: str | Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     grad_accum: int | None = None,
+    weight_by_windows: bool | None = None,
     grad_clip: float | None = None,
     weight_decay: float | None = None,
     beta1: float | None = None,
@@ -149,6 +152,8 @@ def train_model(
         Preset of the network: narrow, broad, broad_w200, w200_wmissing.
     dataset_path : path-like
         Directory of a dataset, with train/ and test/; alternatively, *simulate* names scenarios.
+    windows : int
+        Windows that the network reads, in regions of the dataset's examples; by default, all.
     checkpoint, resume_adapter : path-like
         Checkpoint to start from, by name or path, without or with adapter weights.
     lora_of : path-like

@@ -5,6 +5,7 @@ from cxt.config.models import (
     build_adapter_config,
     build_lora_config,
     build_network_config,
+    build_region_plan,
     build_training_config,
     get_max_steps,
     get_parent_file,
@@ -95,23 +96,27 @@ def _dataset_part(config: dict, name: str, costs: Costs) -> dict:
 def _model_part(config: dict, name: str, costs: Costs) -> dict:
     training, network = build_training_config(config, name), build_network_config(config, name)
     adapter, lora = build_adapter_config(config, name), build_lora_config(config, name)
+    plan = build_region_plan(config, name)
     devices = jobs.get_device_count(config, name)
     world, machines = jobs.get_world_size(config, name), jobs.get_machine_count(config, name)
     examples = jobs.count_model_examples(config, name, "train")
     try:
-        steps = steps_per_epoch(examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world)
+        steps = steps_per_epoch(
+            examples=examples, batch_size=training.batch_size, grad_accum=training.grad_accum, world=world, plan=plan
+        )
     except BadRequest as error:
         raise BadRequest(f"models.{name}: {error}") from None
-    batches = examples // world // training.batch_size * world
+    batches = plan.count_batches(examples=examples, batch_size=training.batch_size, world=world) * world
     held_out = jobs.count_model_examples(config, name, "test")
     checked = min(training.validation_items or held_out, held_out)  # at each validation, forward only
     simulates = is_on_the_fly(config["datasets"][config["models"][name]["dataset"]])
     total = get_max_steps(config, name) or training.epochs * steps
     every = training.validate_every or (-(-total // 10) if simulates else steps)
     validations = -(-total // every)  # the last step is always validated
-    trained = total * batches * training.batch_size // steps
+    trained = total * batches * training.batch_size * plan.per_row // steps
     checking = sum(forward_flops(network, objective=training.objective).values())
-    flops = trained * training_flops(network, adapter, lora, objective=training.objective) + validations * checked * checking
+    read = plan.resize(network, plan.mean_windows)
+    flops = trained * training_flops(read, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     in_all = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
     file = get_parent_file(config, name)
@@ -119,10 +124,15 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
         "devices": devices,
         "nodes": machines,
         "steps": total,
-        "effective_batch": training.batch_size * training.grad_accum * world,
+        "effective_batch": training.batch_size * plan.per_row * training.grad_accum * world,
         "flops": flops,
         "memory_bytes": training_memory(
-            network, training, adapter, lora, precision=training.precision if devices else "32-true", on_gpu=devices > 0
+            plan.resize(network, plan.row_windows),
+            training,
+            adapter,
+            lora,
+            precision=training.precision if devices else "32-true",
+            on_gpu=devices > 0,
         ),
         "gpu_hours": in_all / 3600 if devices else 0.0,
         "core_hours": 0.0 if devices else in_all / 3600,

@@ -10,7 +10,13 @@ import tempfile
 from pathlib import Path
 
 from cxt.config.learning import is_readable
-from cxt.config.models import build_training_config, get_max_steps, get_parent_file, get_parent_key
+from cxt.config.models import (
+    build_region_plan,
+    build_training_config,
+    get_max_steps,
+    get_parent_file,
+    get_parent_key,
+)
 from cxt.config.on_the_fly import MARK, is_on_the_fly, list_stored_datasets
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, get_scenario_name, list_variants
@@ -88,6 +94,7 @@ def check_plan(config: dict) -> None:
                 batch_size=training.batch_size,
                 grad_accum=training.grad_accum,
                 world=get_world_size(config, name),
+                plan=build_region_plan(config, name),
             )
         except BadRequest as error:
             raise BadRequest(f"models.{name}: {error}") from None
@@ -237,7 +244,10 @@ def evaluation_spec(config: dict, model: str) -> dict:
     """The settings that determine an evaluation, besides its checkpoint, batches and mask."""
     dataset = config["datasets"][config["models"][model]["dataset"]]
     evaluation = config["evaluation"]
-    return {key: dataset[key] for key in SHAPE} | {
+    shape = {key: dataset[key] for key in SHAPE}
+    if "windows" in config["models"][model]:  # the first part of each simulation
+        shape["sequence_length"] = config["models"][model]["windows"] * shape["window_size"]
+    return shape | {
         "pairs": evaluation["pairs"],
         "replicates": evaluation["replicates"],
         "batch_size": evaluation["batch_size"],
