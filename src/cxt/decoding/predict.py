@@ -7,6 +7,7 @@ reads, haplotypes are drawn where there are more than it reads, and windowed cou
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 import tskit
 from numpy.typing import ArrayLike
 
-from cxt.config.learning import Reading, choose_reading
+from cxt.config.learning import choose_reading
 from cxt.config.network import log_rates
 from cxt.console import get_logger
 from cxt.data.examples import compute_model_input
@@ -32,8 +33,9 @@ from cxt.data.features import (
 )
 from cxt.data.grid import Grid
 from cxt.decoding.decode import use_precision
+from cxt.decoding.ensembles import build_ensemble_reader, list_models
 from cxt.decoding.posterior import Posterior
-from cxt.decoding.reading import build_reader
+from cxt.decoding.reading import Reader
 from cxt.errors import BadRequest
 from cxt.model.inputs import OutsideTraining, check_input, reads_missingness
 from cxt.model.rates import find_scale
@@ -57,7 +59,7 @@ class _Region(NamedTuple):
 
 
 def predict(
-    model: CoalescenceModel,
+    model: CoalescenceModel | Sequence[CoalescenceModel],
     genotypes: ArrayLike,
     positions: ArrayLike,
     pairs: ArrayLike,
@@ -82,8 +84,9 @@ def predict(
 
     Parameters
     ----------
-    model : CoalescenceModel
-        From `cxt.load_model`.
+    model : CoalescenceModel or list of CoalescenceModel
+        From `cxt.load_model`. Several models with the same input are an ensemble: each is read as it was trained, and their
+        predictive distributions are averaged.
     genotypes : (sites, haplotypes) integer or bool array
         Phased alleles: 0 ancestral, 1 derived. Sites with more than two alleles, and those at which all haplotypes carry the
         same allele, are dropped.
@@ -123,7 +126,7 @@ def predict(
         If genotypes, positions, pairs or mask are not valid, see `cxt.pair_features`.
     BadRequest
         If the region is too short, there are fewer haplotypes than the model reads, the window size is not the model's, the
-        model reads missing data and there is no mask, or a setting is not valid.
+        model reads missing data and there is no mask, several models read different inputs, or a setting is not valid.
 
     Warns
     -----
@@ -138,7 +141,7 @@ def predict(
 
 
 def predict_ts(
-    model: CoalescenceModel,
+    model: CoalescenceModel | Sequence[CoalescenceModel],
     ts: tskit.TreeSequence,
     pairs: ArrayLike,
     *,
@@ -157,8 +160,8 @@ def predict_ts(
 
     Parameters
     ----------
-    model : CoalescenceModel
-        From `cxt.load_model`.
+    model : CoalescenceModel or list of CoalescenceModel
+        From `cxt.load_model`; several are an ensemble, as in `predict`.
     ts : tskit.TreeSequence
         With mutations.
     pairs : (pairs, 2) integer array
@@ -222,13 +225,13 @@ def _predict(
     seed,
 ) -> Posterior:
     """`predict`, called by it and by `predict_ts`."""
-    if not isinstance(model, CoalescenceModel):
-        raise BadRequest(f"model must be a loaded model, got {model!r}; load one with cxt.load_model")
+    models = list_models(model)
+    model = models[0]  # the others have the same input
     for name, value in (("replicates", replicates), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise BadRequest(f"{name} must be a positive whole number, got {value!r}")
     seed = check_seed(seed)
-    reading = choose_reading(model.objective, reading)
+    readings = [choose_reading(one.objective, reading) for one in models]
     region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask)
     size = model.config.window_size
     if window_size is not None and window_size != size:
@@ -236,14 +239,15 @@ def _predict(
             f"this model reads windows of {size} bp, got window_size={window_size}; use a checkpoint that was trained with "
             f"windows of {window_size} bp, or leave window_size out"
         )
-    was_training = model.training
-    model.eval()
+    were_training = [one.training for one in models]
+    for one in models:
+        one.eval()
     try:
-        distribution, outside = _decode_region(
-            model, region, rates, reading=reading, replicates=int(replicates), batch_size=int(batch_size), seed=seed
-        )
+        read = build_ensemble_reader(models, readings, replicates=int(replicates), seed=seed)
+        distribution, outside = _decode_region(models, read, region, rates, batch_size=int(batch_size), seed=seed)
     finally:
-        model.train(was_training)
+        for one, was_training in zip(models, were_training, strict=True):
+            one.train(was_training)
     if outside:
         more = f" (and {len(outside) - 1} more such warnings, for other parts of the input)" if len(outside) > 1 else ""
         warnings.warn(
@@ -303,21 +307,20 @@ def _get_grid(model: CoalescenceModel, rates: dict[str, float | None]) -> Grid:
 
 
 def _decode_region(
-    model: CoalescenceModel,
+    models: list[CoalescenceModel],
+    read: Reader,
     region: _Region,
     rates: dict[str, float | None],
     *,
-    reading: Reading,
-    replicates: int,
     batch_size: int,
     seed: int,
 ) -> tuple[np.ndarray, list[str]]:
     """The predictive distributions (pairs, windows, bins) float32 of a region, and the warnings about its input."""
+    model = models[0]  # the others have the same input
     size, length = model.config.window_size, model.config.windows
     windows = count_windows(window_size=size, sequence_length=region.length)
     distribution = np.empty((len(region.pairs), windows, model.config.bins), dtype=np.float32)
     device = model.backbone.head.weight.device
-    read = build_reader(model, reading, replicates=replicates, seed=seed)
     outside: dict[str, None] = {}
     pieces = _cut_into_pieces(region.length, size, length)
     began = reported = time.monotonic()
@@ -328,7 +331,8 @@ def _decode_region(
             x = _compute_input(model, region, rows, first=first, seed=seed).to(device)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                check_input(model, x, window_size=size, **rates)
+                for one in models:
+                    check_input(one, x, window_size=size, **rates)
             outside |= dict.fromkeys(str(warning.message) for warning in caught)
             ids = [hash_key("predict", first, *sorted(map(int, pair))) - 2**63 for pair in region.pairs[rows]]
             with use_precision(model.precision, device):

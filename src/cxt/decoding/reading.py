@@ -14,6 +14,9 @@ from cxt.config.network import SPECIAL_TOKENS
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+"""Type in which a GPU computes matrix products, by training precision."""
+
 Reader = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], torch.Tensor]
 """(network input (B, 2, S, W, n), ln rates (B, 2) or None, ids of the examples) -> distributions (B, W, bins) float64."""
 
