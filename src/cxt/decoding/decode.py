@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from cxt.config.learning import choose_reading
+from cxt.config.learning import Reading, choose_reading
 from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
 from cxt.decoding.ensembles import build_ensemble_reader
@@ -99,8 +99,8 @@ def decode(
     -------
     Summaries
     """
-    models = list(model) if isinstance(model, list | tuple) else [model]
-    readings = [choose_reading(one.objective, reading) for one in models]
+    models = [model] if isinstance(model, CoalescenceModel) else list(model)
+    readings: list[Reading] = [choose_reading(one.objective, reading) for one in models]
     read = build_ensemble_reader(models, readings, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
     parts, scores = [], []
     for start in range(0, len(counts), batch_size):

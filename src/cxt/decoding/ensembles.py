@@ -26,12 +26,12 @@ def list_models(model: CoalescenceModel | Sequence[CoalescenceModel]) -> list[Co
     BadRequest
         If one of them is no loaded model, there is none, or they read different inputs or are on different devices.
     """
-    models = list(model) if isinstance(model, list | tuple) else [model]
-    if not models:
+    given = list(model) if isinstance(model, Sequence) and not isinstance(model, str) else [model]
+    if not given:
         raise BadRequest("model is an empty list; pass one or more models from cxt.load_model")
-    for one in models:
-        if not isinstance(one, CoalescenceModel):
-            raise BadRequest(f"model must be a loaded model, got {one!r}; load one with cxt.load_model")
+    models = [one for one in given if isinstance(one, CoalescenceModel)]
+    if wrong := [one for one in given if not isinstance(one, CoalescenceModel)]:
+        raise BadRequest(f"model must be a loaded model, got {wrong[0]!r}; load one with cxt.load_model")
     if len(models) > 1:
         compare_inputs({f"model {number}": describe_input(one) for number, one in enumerate(models)})
     return models

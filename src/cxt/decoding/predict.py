@@ -15,7 +15,7 @@ import torch
 import tskit
 from numpy.typing import ArrayLike
 
-from cxt.config.learning import choose_reading
+from cxt.config.learning import Reading, choose_reading
 from cxt.config.network import log_rates
 from cxt.console import get_logger
 from cxt.data.examples import compute_model_input
@@ -231,7 +231,7 @@ def _predict(
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise BadRequest(f"{name} must be a positive whole number, got {value!r}")
     seed = check_seed(seed)
-    readings = [choose_reading(one.objective, reading) for one in models]
+    readings: list[Reading] = [choose_reading(one.objective, reading) for one in models]
     region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask)
     size = model.config.window_size
     if window_size is not None and window_size != size:
