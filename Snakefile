@@ -31,7 +31,7 @@ include: "rules/common.smk"
 rule all:
     input:
         [paths.checkpoint_path(model) for model in config["models"]],
-        [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
+        [f"results/evaluation/{name}.json" for name in jobs.list_evaluations(config)],
         [f"results/report/{model}-training.png" for model in config["models"]],
         [
             f"results/translate/{name}/{file}"

@@ -22,6 +22,7 @@ from cxt.workflow.resources import (
     training_minutes,
     training_threads,
 )
+from cxt.config.ensembles import list_ensembles, list_members
 from cxt.config.file import locate_files, merge, resolve
 from cxt.checkpoints.parents import read_parent_file
 from cxt.config.models import (
@@ -31,6 +32,7 @@ from cxt.config.models import (
     get_parent_key,
 )
 from cxt.config.on_the_fly import list_stored_datasets
+from cxt.config.repeats import refuse_repeated
 from cxt.config.yaml import read_yaml
 from cxt.workflow.costs import LOCAL_COSTS, Costs
 from cxt.errors import BadRequest, suggest_nearest
@@ -87,6 +89,15 @@ def check_targets(config):
         ):
             match = re.fullmatch(pattern, target)
             if match and match[1] not in config[section]:
+                if section == "models":
+                    refuse_repeated(config, match[1], at=target)
+                if match[1] in list_ensembles(config):
+                    if target.startswith("results/evaluation/"):
+                        continue
+                    members = ", ".join(list_members(config, match[1]))
+                    raise BadRequest(
+                        f"{target}: '{match[1]}' is an ensemble, which has no checkpoint of its own; train its members: {members}"
+                    )
                 raise BadRequest(
                     f"unknown {SECTION_ENTRIES[section]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
                 )
@@ -295,7 +306,16 @@ def launcher(wildcards, output):
 
 
 def evaluation_devices(wildcards):
-    return min(1, training_devices(wildcards))
+    return min(1, jobs.get_device_count(config, list_members(config, wildcards.model)[0]))
+
+
+def evaluation_threads(wildcards):
+    return build_training_config(config, list_members(config, wildcards.model)[0]).threads
+
+
+def ensemble_flag(wildcards, output):
+    """The flag and name of an ensemble, for an evaluation of one, or nothing. (Snakemake does not compare it between runs.)"""
+    return ["--ensemble", wildcards.model] if wildcards.model not in config["models"] else []
 
 
 def translation_checkpoint(wildcards):

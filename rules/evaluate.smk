@@ -1,17 +1,21 @@
-# Stage 4. Inputs: results/<model>.ckpt, evaluation simulations, and the accessibility mask of its dataset if it has one.
-# Outputs: results/evaluation/<model>.json, three figures, and results/evaluation/table.md.
+# Stage 4. Inputs: results/<model>.ckpt, or those of the members of an ensemble, evaluation simulations, and the accessibility mask of
+# its dataset if it has one. Outputs: results/evaluation/<model>.json, three figures, and results/evaluation/table.md.
 
 
 rule evaluate:
     input:
         settings="results/settings/evaluations/{model}.yaml",
-        checkpoint="results/{model}.ckpt",
-        base=lambda wildcards: base_of(wildcards.model),
+        checkpoint=lambda wildcards: [
+            paths.checkpoint_path(member) for member in list_members(config, wildcards.model)
+        ],
+        base=lambda wildcards: [
+            base for member in list_members(config, wildcards.model) for base in base_of(member)
+        ],
         batches=lambda wildcards: [
             paths.batch_path(batch["scenario"], batch["start"])
             for batch in lineages.evaluation_batches(config, wildcards.model)
         ],
-        mask=lambda wildcards: mask_of_dataset(dataset_of(wildcards.model)),
+        mask=lambda wildcards: mask_of_dataset(jobs.evaluation_dataset(config, wildcards.model)),
     output:
         figures="results/evaluation/{model}.json",
         tracks=report(
@@ -36,9 +40,11 @@ rule evaluate:
         "results/logs/evaluate/{model}.log",
     benchmark:
         "results/benchmarks/evaluate/{model}.tsv"
+    wildcard_constraints:
+        model=one_of([*config["models"], *list_ensembles(config)]),
     conda:
         "../envs/evaluate.yaml"
-    threads: lambda wildcards: build_training_config(config, wildcards.model).threads
+    threads: evaluation_threads
     resources:
         **gpu_resources(evaluation_devices),
         mem_mb=lambda wildcards: evaluation_memory_mb(config, wildcards.model),
@@ -50,15 +56,21 @@ rule evaluate:
         mask=mask_flag,
         # Without GPUs (`--resources gpu=0`), it decodes on the CPU, which differs by rounding only; training would differ more.
         devices=lambda wildcards, resources: resources.get("gpu", evaluation_devices(wildcards)),
-        threads=lambda wildcards: build_training_config(config, wildcards.model).threads,
+        threads=evaluation_threads,
         prefix=lambda wildcards, output: output.figures.removesuffix(".json"),
         # Not an output: what a checkpoint of the same bytes was evaluated to before, which is then published again.
         finished=lambda wildcards, output: "results/evaluation/finished",
-        checkpoint_lineage=lambda wildcards: lineages.model_lineage(config, wildcards.model),
+        # Not compared either, for the lineage has all of it.
+        ensemble=ensemble_flag,
+        checkpoint_lineage=lambda wildcards: " ".join(
+            lineages.model_lineage(config, member)
+            for member in list_members(config, wildcards.model)
+        ),
         lineage=lambda wildcards: lineages.evaluation_lineage(config, wildcards.model),
     shell:
         "exec > >(trap '' INT TERM USR1; exec tee {log:q}) 2>&1; exec python -m cxt.evaluate"
-        " --config {input.settings:q} --checkpoint {input.checkpoint:q} --simulations {params.simulations:q} {params.mask:q}"
+        " --config {input.settings:q} --checkpoint {input.checkpoint:q} {params.ensemble:q}"
+        " --simulations {params.simulations:q} {params.mask:q}"
         " --devices {params.devices} --threads {params.threads} --checkpoint-lineage {params.checkpoint_lineage}"
         " --lineage {params.lineage} --out {output.figures:q} --figures {params.prefix:q}"
         " --finished {params.finished:q}"
@@ -66,7 +78,7 @@ rule evaluate:
 
 rule accuracy_table:
     input:
-        [f"results/evaluation/{model}.json" for model in jobs.evaluated_models(config)],
+        [f"results/evaluation/{name}.json" for name in jobs.list_evaluations(config)],
     output:
         "results/evaluation/table.md",
     log:

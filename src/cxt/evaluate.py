@@ -1,11 +1,12 @@
 """Stage 4: evaluate the accuracy of a checkpoint on held-out simulations.
 
     cxt evaluate broad --scenarios constant island --simulations 4 --pairs 10 --out DIRECTORY
+    cxt evaluate broad.r0 broad.r1 broad.r2 --ensemble broad --scenarios constant
     python -m cxt.evaluate --checkpoint results/broad.ckpt --config FILE.yaml --out FILE.json --figures PREFIX
     python -m cxt.evaluate --table results/evaluation/*.json
 
-The first simulates scenarios by their names, for any checkpoint. The second is what the workflow does: --config names its
-simulations.
+The first simulates scenarios by their names, for any checkpoint; the second averages the distributions of several. The third is
+what the workflow does: --config names its simulations.
 
 Every estimate is predicted from the features, and the rates if the checkpoint reads them, and compared with the true ln
 TMRCA of the same pairs and windows. Baselines use the same data: heterozygosity in the best fixed window, a hidden Markov
@@ -14,13 +15,14 @@ model, and the best constant.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Literal
 
 from cxt.config.bounds import PositiveInteger, Seed, Threads
 from cxt.config.flags import add_config_flag, check_flags, find_problems, insert_config
-from cxt.config.problems import refuse
+from cxt.config.problems import NAME, NAME_ADVICE, refuse
 from cxt.console import ON_STDERR, add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import add_mask_flags, identify_mask_from_flags, read_mask_from_flags
 from cxt.errors import BadRequest, Failed, try_drawing
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cxt.evaluate", description="Evaluate a checkpoint on held-out simulations."
     )
-    parser.add_argument("name", nargs="?", metavar="CHECKPOINT", help="the same as --checkpoint")
+    parser.add_argument("names", nargs="*", metavar="CHECKPOINT", help="the same as --checkpoint")
     parser.add_argument("--scenarios", nargs="+", help="simulate these scenarios of the configuration, and evaluate on them")
     parser.add_argument("--configfile", nargs="+", help="overlays on the default configuration, for --scenarios")
     for flag, text in SCENARIO_FLAGS.items():
@@ -65,8 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--table", nargs="+", type=Path, help="print the accuracy table of these JSON files instead")
     add_config_flag(parser)
     parser.add_argument("--lineage", help="planned lineage of the result, stored in it; with --table, that of all evaluations")
-    parser.add_argument("--checkpoint", help="name, file, run directory or exported directory of a checkpoint")
-    parser.add_argument("--checkpoint-lineage", help="expected lineage of the checkpoint")
+    parser.add_argument("--checkpoint", nargs="+", help="name, file, run directory or exported directory of a checkpoint")
+    parser.add_argument("--checkpoint-lineage", nargs="+", help="expected lineage of each checkpoint")
+    parser.add_argument(
+        "--ensemble", metavar="NAME", help="evaluate the mean of the distributions of several checkpoints, under this name"
+    )
     parser.add_argument("--spec", help="settings as JSON: the dataset's shape, pairs, replicates, batch_size, seed")
     parser.add_argument("--batches", help="evaluation batches as JSON: [{path, scenario, start, count, lineage}, …]")
     parser.add_argument(
@@ -89,9 +94,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(insert_config(sys.argv[1:] if argv is None else argv, parser))
     set_verbosity(args)
     check_flags(args, threads=Threads)
-    if args.name is not None and args.checkpoint is not None:
-        raise BadRequest(f"two checkpoints were given, {args.name} and --checkpoint {args.checkpoint}")
-    args.checkpoint = args.name or args.checkpoint
+    if args.names and args.checkpoint is not None:
+        given = f"{' '.join(args.names)} and --checkpoint {' '.join(args.checkpoint)}"
+        raise BadRequest(f"checkpoints were given twice, {given}; list them in one place")
+    args.checkpoint = args.names or args.checkpoint
+    if args.ensemble is not None and not re.fullmatch(NAME, args.ensemble):
+        raise BadRequest(f"--ensemble {args.ensemble!r}: {NAME_ADVICE}")
     if args.scenarios is not None:
         _evaluate_on_scenarios(args)
         return
@@ -100,8 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         raise BadRequest(f"{', '.join(given)} cannot be used without --scenarios")
 
     # Imported late so that --help is quick.
-    from cxt.checkpoints.load import find_checkpoint
     from cxt.evaluation.finished import finished_directory, keep_finished, publish_finished
+    from cxt.evaluation.members import read_members
     from cxt.evaluation.protocol import SPEC_KEYS, SPEC_RANGES, draw_figures, evaluate
     from cxt.evaluation.table import combine_evaluation_lineages, format_accuracy_table, read_result
 
@@ -132,18 +140,27 @@ def main(argv: list[str] | None = None) -> None:
     if args.lineage is not None:
         lineages = [batch.get("lineage") for batch in batches]
         mask = identify_mask_from_flags(args)
-        computed = derive_evaluation_lineage(spec, batches=lineages, mask=mask, checkpoint=args.checkpoint_lineage)
+        checkpoint = args.checkpoint_lineage
+        if args.ensemble is None and checkpoint is not None:
+            checkpoint = checkpoint[0]
+        computed = derive_evaluation_lineage(spec, batches=lineages, mask=mask, checkpoint=checkpoint)
         check_planned(computed, args.lineage, target=args.out)
     elif args.finished is not None:
         raise BadRequest("--finished needs --lineage, which tells evaluations apart")
     _check_gpu(args)
     finished = None
     if args.finished is not None:
-        path, device = find_checkpoint(args.checkpoint), "cuda" if args.devices else "cpu"
-        finished = finished_directory(args.finished, lineage=args.lineage, checkpoint=path, device=device)
+        paths = [member.path for member in read_members(args.checkpoint, ensemble=args.ensemble)]
+        finished = finished_directory(
+            args.finished,
+            lineage=args.lineage,
+            checkpoints=paths,
+            device="cuda" if args.devices else "cpu",
+            ensemble=args.ensemble,
+        )
         if publish_finished(finished, out=args.out, figures=args.figures):
             with progress_only():
-                logger.info(f"{path}: evaluated before ({finished}); published again")
+                logger.info(f"{args.ensemble or paths[0]}: evaluated before ({finished}); published again")
             return
     mask = read_mask_from_flags(args)
     with progress_only():
@@ -151,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
             args.checkpoint,
             spec,
             [batch | {"path": Path(args.simulations or "") / batch["path"]} for batch in batches],
+            ensemble=args.ensemble,
             mask=mask,
             device="cuda:0" if args.devices else "cpu",
             threads=args.threads,
@@ -199,8 +217,8 @@ def _evaluate_on_scenarios(args: argparse.Namespace) -> None:
     given = {name: value for name, value in values.items() if value is not None}
     result, tracks = evaluate_on_scenarios(
         args.checkpoint, load(args.configfile or (), read_parent=read_parent_file), args.scenarios, **given,
-        mask=read_mask_from_flags(args), device="cuda:0" if args.devices else "cpu", threads=args.threads,
-        progress=lambda line: logger.info(line, extra=ON_STDERR),
+        ensemble=args.ensemble, mask=read_mask_from_flags(args), threads=args.threads,
+        device="cuda:0" if args.devices else "cpu", progress=lambda line: logger.info(line, extra=ON_STDERR),
     )  # fmt: skip
     print(format_accuracy_table([result]), end="", flush=True)
     if args.out is not None:

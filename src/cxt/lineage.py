@@ -57,8 +57,13 @@ def combine_soft_target_lineages(files: list[str]) -> str:
     return stage_lineage("teach", sorted(files))
 
 
-def derive_evaluation_lineage(spec: dict, *, batches: list[str | None], mask: str | None, checkpoint: str | None) -> str:
-    """Lineage of an evaluation: of its settings, and the lineages of its simulation batches, its mask and its checkpoint."""
+def derive_evaluation_lineage(
+    spec: dict, *, batches: list[str | None], mask: str | None, checkpoint: str | list[str] | None
+) -> str:
+    """Lineage of an evaluation: of its settings, and the lineages of its simulation batches, its mask and its checkpoint.
+
+    For an ensemble, *checkpoint* has those of all members.
+    """
     return stage_lineage("evaluate", spec, sorted(map(str, batches)), mask, checkpoint)
 
 

@@ -7,7 +7,6 @@
 
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,13 @@ import yaml
 
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import TIMING, read_log
+from cxt.config.repeats import REPEAT
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import atomic_write
 
 COLUMNS = ("run", "model", "repeat", "step", "metric", "value")
 """Columns of the table: directory of the run, name of its checkpoint, number of its repeat (empty if it is none), optimizer
 step, column of the training log, and its value there."""
-
-REPEAT = re.compile(r"(?P<model>.+)\.r(?P<repeat>\d+)")
-"""Names of the repeats of a model."""
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def read_examples(model, sites, arrays: dict, attributes: dict, spec: dict, *, d
             x = compute_model_input(part, None if missing is None else missing.expand(len(part), -1, -1))
             ids = range(int(row) * shape[1] + first, int(row) * shape[1] + first + len(part))
             with use_precision(model.precision, device):
-                distribution = read(x, model.repeat_rates(**known, examples=len(part)), ids)
+                distribution, _ = read(x, model.repeat_rates(**known, examples=len(part)), ids, None)
             quantiles = posterior_quantiles(distribution, grid, LEVELS.tolist())
             result[row, first : first + len(part)] = quantiles.cpu().numpy() - scale
     return result

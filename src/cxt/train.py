@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the other imports, which take a second
 import sys
 import time
 
+from cxt.config.repeats import Repeats
 from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only, set_verbosity
 from cxt.trainer.options import build_parser, parse_flags
 
@@ -30,12 +31,18 @@ def main(argv: list[str] | None = None) -> None:
         Arguments after the command's name; those of the process by default.
     """
     parser = build_parser()
+    parser.add_argument(
+        "--repeats",
+        type=int | None,
+        help="train this many runs one after another, with the seeds s, s + 1, …, in <run-dir>/r0, <run-dir>/r1, …",
+    )
     add_verbosity_flags(parser)
-    args = parse_flags(sys.argv[1:] if argv is None else argv, parser)
+    args = parse_flags(sys.argv[1:] if argv is None else argv, parser, repeats=Repeats)
     set_verbosity(args)
 
     from cxt.trainer.launch import train  # imported late so that --help is quick
     from cxt.trainer.options import build_options
+    from cxt.trainer.repeats import train_repeats
     from cxt.trainer.request import resolve_settings
 
     options = build_options(vars(args))
@@ -45,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
         print(yaml.safe_dump(resolve_settings(options), sort_keys=True), end="")
     else:
         with progress_only():
-            train(options, began=BEGAN)
+            if args.repeats is None:
+                train(options, began=BEGAN)
+            else:
+                train_repeats(options, args.repeats, began=BEGAN)
     if has_exit_handler():
         ignore()  # training is finished: a signal must no longer change the exit status
 

@@ -14,7 +14,7 @@ import cxt
 from cxt.checkpoints.file import write_checkpoint
 from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import AdapterConfig, ModelConfig
-from cxt.decoding.predict import _choose_haplotypes
+from cxt.decoding.pieces import _choose_haplotypes
 from cxt.model.adapter import build_model
 from cxt.random_seeds import hash_key
 

@@ -577,10 +577,13 @@ def test_pairs_without_data_need_no_network(here, tmp_path, monkeypatch):
     (tmp_path / "pairs").write_text("tsk_3/1 tsk_3/2\ntsk_1/1 tsk_1/2\n")
     settings = {"model": here / "tiny.ckpt", "pairs": str(tmp_path / "pairs"), "mutation_rate": 1e-7, "batch_size": 1}
     read = []
-    build = estimates._build_reader
-    monkeypatch.setattr(
-        estimates, "_build_reader", lambda reader: lambda x, r, i: read.append(len(x)) or build(reader)(x, r, i)
-    )
+    build = estimates.build_reader
+
+    def count(*args, **settings):
+        reader = build(*args, **settings)
+        return lambda x, *others: read.append(len(x)) or reader(x, *others)
+
+    monkeypatch.setattr(estimates, "build_reader", count)
     tracks = arrays(cxt.translate(tmp_path / "x.npz", out=tmp_path / "x", **settings))
     assert read == [1] * 9  # of the other pair
     assert np.isnan(tracks.mean[1]).all()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cxt.config.contradictions import check_training
 from cxt.config.demes import read_demes
+from cxt.config.ensembles import check_ensembles
 from cxt.config.learning import choose_reading, is_readable
 from cxt.config.models import (
     PARENT_KEYS,
@@ -33,6 +34,7 @@ from cxt.config.network import (
 from cxt.config.on_the_fly import check_source, fill_simulated, is_on_the_fly
 from cxt.config.parent_files import ParentFile
 from cxt.config.regions import check_regions
+from cxt.config.repeats import is_later_repeat
 from cxt.config.scenarios import complete_parameters
 from cxt.config.tree_files import check_shared_files, fill_tree_files
 from cxt.config.variants import NOT_PARAMETERS, check_variants, list_variants
@@ -75,9 +77,9 @@ def fill_scenarios(config: dict, removed: set[str]) -> None:
             _check_scenario(name, scenario)
     with problems.collect():
         _check_names(config)
-    for name, model in config["models"].items():
+    for name in list_checked(config):
         with problems.collect():
-            check_source(name, model)
+            check_source(name, config["models"][name])
     problems.refuse()
     check_shared_files(config["scenarios"])
     _fill_sets(config, removed)
@@ -102,12 +104,18 @@ def check_consistency(config: dict) -> None:
                     f"evaluation.simulations_of: unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}"
                 )
     problems.refuse()
-    for name in config["models"]:
+    for name in list_checked(config):
         with problems.collect():
             _check_parents(config, name)
     problems.refuse()
     check_order(config)
     _check_models(config)
+    check_ensembles(config)
+
+
+def list_checked(config: dict) -> list[str]:
+    """The models to check: of the repeats of a model only the first, because they differ in their seeds only."""
+    return [name for name in config["models"] if not is_later_repeat(config, name)]
 
 
 def _check_scenario(name: str, scenario: dict) -> None:
@@ -292,7 +300,7 @@ def _check_models(config: dict) -> None:
     problems = _ProblemCollector()
     wrong: set[str] = set()
     shared_training_is_wrong = False
-    for name in sorted(config["models"], key=lambda name: len(trace_parents(config, name))):
+    for name in sorted(list_checked(config), key=lambda name: len(trace_parents(config, name))):
         _, *parents = trace_parents(config, name)
         if wrong.intersection(parents):
             continue

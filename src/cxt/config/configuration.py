@@ -4,16 +4,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cxt.config.bounds import BasePairs, PositiveInteger, Samples, Seed, Text, integer_validator
+from cxt.config.bounds import BasePairs, Flag, PositiveInteger, Samples, Seed, Text, integer_validator
 from cxt.config.datasets import Dataset, ScenarioNames
 from cxt.config.network import Adapter, Architecture, Lora, Preset
+from cxt.config.problems import NAME
+from cxt.config.repeats import Repeats
 from cxt.config.scenarios import AnyScenario
 from cxt.config.section import Section
 from cxt.config.training import TrainingOverrides, TrainingSection
 from cxt.config.translation import TranslationEntry
 from cxt.config.type_descriptions import Expected
 
-Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$")]
+Name = Annotated[str, Field(strict=True, pattern=NAME)]
 """Name of a scenario, dataset or model: part of file names, where a hyphen separates a scenario from its parameters."""
 
 GpuRequest = Literal["gpu", "gres"]
@@ -91,6 +93,12 @@ class Model(Section):
     """What its training asks of a cluster's scheduler, in place of what is estimated."""
     evaluation: ScenarioNames | None = None
     """Scenarios, or scenario sets, to evaluate on. Default: those of its dataset."""
+    repeats: Repeats | None = None
+    """Number of trainings that differ in their seed only. A model `m` with `repeats: 3` becomes the models `m.r0`, `m.r1` and
+    `m.r2`, with the seeds s, s + 1 and s + 2, where s is the `seed` of its training. The accuracy table has their mean and
+    standard deviation."""
+    ensemble: Flag | None = None
+    """With `repeats`: whether to evaluate the ensemble of its repeats too, as `<name>.ensemble`, see `ensembles`."""
 
 
 class Evaluation(Section):
@@ -129,6 +137,10 @@ class Configuration(Section):
     dataset."""
     models: dict[Name, Model]
     """Checkpoints to train, by name. Each is published as `results/<name>.ckpt`."""
+    ensembles: dict[Name, Annotated[list[Text], Field(strict=True), Expected("a list of names of models")]] | None = None
+    """Named lists of models that are evaluated together, as the mean of their predictive distributions:
+    `results/evaluation/<name>.json`. A model with `repeats` stands for all its repeats. The members must read the same input;
+    scenarios and accessibility mask are those of the first."""
     training: TrainingSection = TrainingSection()
     """Training settings of all models; a model's own `training` overrides single keys."""
     cluster: Cluster = Cluster()

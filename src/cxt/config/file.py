@@ -8,6 +8,7 @@ from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
 from cxt.config.models import PARENT_KEYS
 from cxt.config.parent_files import ParentFile, fill_parent_files, is_path
+from cxt.config.repeats import expand_repeats
 from cxt.config.shipped import default_configfile, find_configfile
 from cxt.config.yaml import read_yaml
 from cxt.lineage import RESULTS
@@ -122,8 +123,8 @@ def load(configfiles=(), *, default=DEFAULT_CONFIG, read_parent: Callable[[str],
 def resolve(config: dict, *, read_parent: Callable[[str], ParentFile] | None = None) -> dict:
     """Check *config*, key by key and for consistency, and return it without nulls and with defaults filled in.
 
-    Demes files are replaced by their content, and scenario sets by their scenarios. The result is JSON-able and keeps numbers
-    as they were written, because lineages are digests of it.
+    Demes files are replaced by their content, scenario sets by their scenarios, and repeated models by their repeats. The
+    result is JSON-able and keeps numbers as they were written, because lineages are digests of it.
 
     *read_parent* is `cxt.checkpoints.parents.read_parent_file`, which reads the files that models start from. Their
     descriptions become a section of the result.
@@ -132,6 +133,7 @@ def resolve(config: dict, *, read_parent: Callable[[str], ParentFile] | None = N
     removed = {name for name, scenario in scenarios.items() if scenario is None} if isinstance(scenarios, dict) else set()
     read = Configuration.read(without_nulls(config), problem="the configuration is not valid:")
     resolved = read.resolved()
+    expand_repeats(resolved)
     fill_scenarios(resolved, removed)
     fill_parent_files(resolved, PARENT_KEYS, read_parent)
     check_consistency(resolved)

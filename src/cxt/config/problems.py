@@ -109,6 +109,9 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
     return _Place(path, value, annotation, False, owner if _is_section(owner) else None)
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.+]{0,99}$"
+"""Names of a scenario, dataset, model, ensemble or translation."""
+
 NAME_ADVICE = (
     "a name must start with a letter or digit and contain only letters, digits, '_', '.' and '+', at most 100 characters"
 )

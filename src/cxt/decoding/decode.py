@@ -1,22 +1,21 @@
 """Reading the posterior of many examples, and its summaries."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from cxt.config.learning import choose_reading
+from cxt.config.learning import Reading, choose_reading
 from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
+from cxt.decoding.ensembles import build_ensemble_reader
 from cxt.decoding.posterior import posterior_mean, posterior_quantile, posterior_rank
-from cxt.decoding.reading import build_reader
+from cxt.decoding.reading import AUTOCAST
 from cxt.decoding.scores import WindowScores, score_windows
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
-
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
-"""Type in which a GPU computes matrix products, by training precision."""
 
 
 class Summaries(NamedTuple):
@@ -47,7 +46,7 @@ def use_precision(precision: str, device):
 
 
 def decode(
-    model: CoalescenceModel,
+    model: CoalescenceModel | Sequence[CoalescenceModel],
     counts,
     missing,
     *,
@@ -71,8 +70,8 @@ def decode(
 
     Parameters
     ----------
-    model : CoalescenceModel
-        In eval mode, on *device*.
+    model : CoalescenceModel or sequence of them
+        In eval mode, on *device*. Of several, with equal inputs, the distributions are averaged.
     counts : integer array (examples, 2, scales, windows, samples)
         Raw counts.
     missing : array (examples, scales, windows), optional
@@ -100,9 +99,9 @@ def decode(
     -------
     Summaries
     """
-    read = build_reader(
-        model, choose_reading(model.objective, reading), replicates=replicates, seed=seed, temperature=temperature, top_k=top_k
-    )
+    models = [model] if isinstance(model, CoalescenceModel) else list(model)
+    readings: list[Reading] = [choose_reading(one.objective, reading) for one in models]
+    read = build_ensemble_reader(models, readings, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
     parts, scores = [], []
     for start in range(0, len(counts), batch_size):
         part = slice(start, start + batch_size)
@@ -110,9 +109,9 @@ def decode(
         x = compute_model_input(torch.as_tensor(counts[part], device=device), part_missing)
         part_rates = None if rates is None else torch.as_tensor(rates[part], dtype=torch.float32, device=device)
         scale = np.zeros((len(x), 1))
-        if model.config.reads_rates and part_rates is not None:
+        if models[0].config.reads_rates and part_rates is not None:
             scale = find_scale(part_rates.cpu().numpy())[:, None]
-        distribution = read(x, part_rates, range(start, start + len(x)))
+        distribution, _ = read(x, part_rates, range(start, start + len(x)), None)
         quantiles = [posterior_quantile(distribution, grid, q) for q in (0.025, 0.975)]
         summaries = [summary.cpu().numpy() - scale for summary in (posterior_mean(distribution, grid), *quantiles)]
         if truth is not None:

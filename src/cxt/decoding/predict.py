@@ -1,67 +1,36 @@
 """Prediction of pairwise TMRCA from genotypes or a tree sequence.
 
-Everything between a genotype matrix and a posterior happens here: the region is cut into pieces of the length that the model
-reads, haplotypes are drawn where there are more than it reads, and windowed counts are computed, decoded and averaged.
+Everything that is given is checked here, before `cxt.decoding.pieces` reads it.
 """
 
 import math
-import time
 import warnings
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
-import torch
 import tskit
 from numpy.typing import ArrayLike
 
 from cxt.config.learning import Reading, choose_reading
-from cxt.config.network import SPECIAL_TOKENS, log_rates
-from cxt.console import get_logger
-from cxt.data.examples import compute_model_input
-from cxt.data.features import (
-    SCALES,
-    check_genotypes,
-    check_mask,
-    check_pairs,
-    check_positions,
-    compute_missing_fraction,
-    compute_pair_counts,
-    count_windows,
-    pack_haplotypes,
-    select_usable_sites,
-)
+from cxt.config.network import log_rates
+from cxt.data.features import check_genotypes, check_mask, check_pairs, check_positions, count_windows
 from cxt.data.grid import Grid
-from cxt.decoding.decode import use_precision
+from cxt.decoding.ensembles import build_ensemble_reader, list_models
+from cxt.decoding.pieces import Region, read_region
 from cxt.decoding.posterior import Posterior
-from cxt.decoding.reading import read_marginals, sample_replicates
 from cxt.decoding.region_summary import RegionSummary, summarise_region
 from cxt.errors import BadRequest
-from cxt.model.decoder import Decoder
-from cxt.model.inputs import OutsideTraining, check_input, reads_missingness
+from cxt.model.inputs import OutsideTraining, reads_missingness
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
-from cxt.random_seeds import check_seed, hash_key
-
-logger = get_logger(__name__)
+from cxt.random_seeds import check_seed
 
 Summary = Literal["windows", "region"]
 
-PROGRESS_SECONDS = 10
-"""Seconds between two lines of progress."""
-
-
-class _Region(NamedTuple):
-    """What `predict` was given, checked; positions and mask begin at 0."""
-
-    genotypes: np.ndarray  # (sites, haplotypes)
-    positions: np.ndarray  # (sites,)
-    pairs: np.ndarray  # (pairs, 2)
-    mask: np.ndarray | None
-    length: int
-
 
 def predict(
-    model: CoalescenceModel,
+    model: CoalescenceModel | Sequence[CoalescenceModel],
     genotypes: ArrayLike,
     positions: ArrayLike,
     pairs: ArrayLike,
@@ -90,8 +59,9 @@ def predict(
 
     Parameters
     ----------
-    model : CoalescenceModel
-        From `cxt.load_model`.
+    model : CoalescenceModel or list of CoalescenceModel
+        From `cxt.load_model`. Several models with the same input are an ensemble: each is read as it was trained, and their
+        predictive distributions are averaged.
     genotypes : (sites, haplotypes) integer or bool array
         Phased alleles: 0 ancestral, 1 derived. Sites with more than two alleles, and those at which all haplotypes carry the
         same allele, are dropped.
@@ -134,7 +104,7 @@ def predict(
         If genotypes, positions, pairs or mask are not valid, see `cxt.pair_features`.
     BadRequest
         If the region is too short, there are fewer haplotypes than the model reads, the window size is not the model's, the
-        model reads missing data and there is no mask, or a setting is not valid.
+        model reads missing data and there is no mask, several models read different inputs, or a setting is not valid.
 
     Warns
     -----
@@ -149,7 +119,7 @@ def predict(
 
 
 def predict_ts(
-    model: CoalescenceModel,
+    model: CoalescenceModel | Sequence[CoalescenceModel],
     ts: tskit.TreeSequence,
     pairs: ArrayLike,
     *,
@@ -169,8 +139,8 @@ def predict_ts(
 
     Parameters
     ----------
-    model : CoalescenceModel
-        From `cxt.load_model`.
+    model : CoalescenceModel or list of CoalescenceModel
+        From `cxt.load_model`; several are an ensemble, as in `predict`.
     ts : tskit.TreeSequence
         With mutations.
     pairs : (pairs, 2) integer array
@@ -236,30 +206,32 @@ def _predict(
     summarise,
 ) -> Posterior | RegionSummary:
     """`predict`, called by it and by `predict_ts`."""
-    if not isinstance(model, CoalescenceModel):
-        raise BadRequest(f"model must be a loaded model, got {model!r}; load one with cxt.load_model")
+    models = list_models(model)
+    model = models[0]  # the others have the same input
     for name, value in (("replicates", replicates), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
             raise BadRequest(f"{name} must be a positive whole number, got {value!r}")
     if summarise not in get_args(Summary):
         raise BadRequest(f"summarise must be {' or '.join(get_args(Summary))}, got {summarise!r}")
     seed = check_seed(seed)
-    reading = choose_reading(model.objective, reading)
-    region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask)
+    readings: list[Reading] = [choose_reading(one.objective, reading) for one in models]
+    shortest = max(one.shortest_region for one in models)
+    region = _check_region(model, genotypes, positions, pairs, sequence_length, start, mask, shortest=shortest)
     size = model.config.window_size
     if window_size is not None and window_size != size:
         raise BadRequest(
             f"this model reads windows of {size} bp, got window_size={window_size}; use a checkpoint that was trained with "
             f"windows of {window_size} bp, or leave window_size out"
         )
-    was_training = model.training
-    model.eval()
+    were_training = [one.training for one in models]
+    for one in models:
+        one.eval()
     try:
-        distribution, bins, outside = _decode_region(
-            model, region, rates, reading=reading, replicates=int(replicates), batch_size=int(batch_size), seed=seed
-        )
+        read = build_ensemble_reader(models, readings, replicates=int(replicates), seed=seed)
+        distribution, bins, outside = read_region(models, read, region, rates, batch_size=int(batch_size), seed=seed)
     finally:
-        model.train(was_training)
+        for one, was_training in zip(models, were_training, strict=True):
+            one.train(was_training)
     if outside:
         more = f" (and {len(outside) - 1} more such warnings, for other parts of the input)" if len(outside) > 1 else ""
         warnings.warn(
@@ -269,19 +241,21 @@ def _predict(
         )
     edges = start + np.minimum(np.arange(distribution.shape[1] + 1) * float(size), region.length)
     posterior = Posterior(distribution, _get_grid(model, rates), region.pairs, edges)
-    return posterior if summarise == "windows" else summarise_region(posterior, bins)
+    if summarise == "windows":
+        return posterior
+    return summarise_region(posterior, bins if all(one == "sampled" for one in readings) else None)
 
 
-def _check_region(model, genotypes, positions, pairs, sequence_length, start, mask) -> _Region:
+def _check_region(model, genotypes, positions, pairs, sequence_length, start, mask, *, shortest: int) -> Region:
     """Check the input of `predict` against itself and against the model."""
     size, windows = model.config.window_size, model.config.windows
     found = count_windows(window_size=size, sequence_length=sequence_length)
     if sequence_length != int(sequence_length):
         raise BadRequest(f"sequence_length must be a whole number of base pairs, got {sequence_length}")
-    if found < model.shortest_region:
-        fewest = f"at least {model.shortest_region}" if model.shortest_region < windows else str(windows)
+    if found < shortest:
+        fewest = f"at least {shortest}" if shortest < windows else str(windows)
         raise BadRequest(
-            f"this model reads {fewest} windows of {size} bp, {model.shortest_region * size} bp in all, but "
+            f"this model reads {fewest} windows of {size} bp, {shortest * size} bp in all, but "
             f"{sequence_length} bp are {found} windows. Pass a longer region (it is read in pieces), or train a model on a "
             f"dataset with `sequence_length: {found * size}`"
         )
@@ -310,7 +284,7 @@ def _check_region(model, genotypes, positions, pairs, sequence_length, start, ma
             "this model reads missing data; pass mask=, True where a base is inaccessible (all False if none is): "
             f"numpy.zeros({sequence_length}, dtype=bool)"
         )
-    return _Region(genotypes, positions, pairs, mask, int(sequence_length))
+    return Region(genotypes, positions, pairs, mask, int(sequence_length))
 
 
 def _get_grid(model: CoalescenceModel, rates: dict[str, float | None]) -> Grid:
@@ -318,110 +292,3 @@ def _get_grid(model: CoalescenceModel, rates: dict[str, float | None]) -> Grid:
     config = model.config
     scale = float(find_scale(np.array(log_rates(**rates)))) if config.reads_rates else 0.0
     return Grid(config.grid_low - scale, config.grid_high - scale, config.bins)
-
-
-def _decode_region(
-    model: CoalescenceModel,
-    region: _Region,
-    rates: dict[str, float | None],
-    *,
-    reading: Reading,
-    replicates: int,
-    batch_size: int,
-    seed: int,
-) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Read a region.
-
-    Returns
-    -------
-    distribution : float32 array (pairs, windows, bins)
-    bins : int32 array (pairs, replicates, windows) or None
-        Those of the sampled sequences; None if nothing is sampled.
-    outside : list of str
-        Warnings about the input.
-    """
-    size = model.config.window_size
-    windows = count_windows(window_size=size, sequence_length=region.length)
-    length = min(model.config.windows, windows)
-    distribution = np.empty((len(region.pairs), windows, model.config.bins), dtype=np.float32)
-    device = model.backbone.head.weight.device
-    decoder = Decoder(model, replicates=replicates, seed=seed) if reading == "sampled" else None
-    bins = None if decoder is None else np.empty((len(region.pairs), replicates, windows), dtype=np.int32)
-    outside: dict[str, None] = {}
-    pieces = _cut_into_pieces(region.length, size, length)
-    began = reported = time.monotonic()
-    done, total, known = 0, len(pieces) * len(region.pairs), 0
-    for first in pieces:
-        for begin in range(0, len(region.pairs), batch_size):
-            rows = slice(begin, begin + batch_size)
-            x = _compute_input(model, region, rows, first=first, length=length, seed=seed).to(device)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                check_input(model, x, window_size=size, **rates)
-            outside |= dict.fromkeys(str(warning.message) for warning in caught)
-            ids = [hash_key("predict", first, *sorted(map(int, pair))) - 2**63 for pair in region.pairs[rows]]
-            given = model.repeat_rates(**rates, examples=len(x))
-            # `known` windows come from the pieces before, of which the last piece may repeat some.
-            new, others = slice(known, first + length), slice(known - first, None)
-            with use_precision(model.precision, device):
-                if decoder is None or bins is None:
-                    average = read_marginals(model, x, given)
-                else:
-                    start = None
-                    if model.carries_bin and first:
-                        start = torch.from_numpy(bins[rows, :, first - 1] + SPECIAL_TOKENS).to(device)
-                    average, sampled = sample_replicates(decoder, x, given, example_ids=ids, start=start)
-                    bins[rows, :, new] = sampled[:, :, others].cpu().numpy()
-            distribution[rows, new] = average[:, others].float().cpu().numpy()
-            done += len(x)
-            if time.monotonic() - reported > PROGRESS_SECONDS and done < total:
-                reported = time.monotonic()
-                left = (reported - began) / done * (total - done)
-                logger.info(f"predicted {done / total:.0%}, {left:.0f} s left")
-        known = first + length
-    return distribution, bins, list(outside)
-
-
-def _cut_into_pieces(length: int, window_size: int, windows: int) -> list[int]:
-    """First window of each piece of *windows* windows: one after another, the last one ending at the end of the region."""
-    total = count_windows(window_size=window_size, sequence_length=length)
-    return [*range(0, total - windows, windows), total - windows]
-
-
-def _choose_haplotypes(pair: np.ndarray, *, haplotypes: int, samples: int, seed: int) -> np.ndarray:
-    """The two haplotypes of a pair and a random subset of the others, *samples* in ascending order."""
-    others = np.setdiff1d(np.arange(haplotypes), pair)
-    key = hash_key("haplotypes", seed, *sorted(map(int, pair)))
-    return np.sort(np.concatenate([pair, np.random.default_rng(key).choice(others, samples - 2, replace=False)]))
-
-
-def _compute_input(
-    model: CoalescenceModel, region: _Region, rows: slice, *, first: int, length: int, seed: int
-) -> torch.Tensor:
-    """The network's input for the pairs *rows* in the piece of *length* windows that begins at window *first*."""
-    size, windows, samples = model.config.window_size, length, model.samples
-    scales = SCALES if model.trained_on is None else model.trained_on.scales
-    begin, end = first * size, min((first + windows) * size, region.length)
-    left, right = np.searchsorted(region.positions, [begin, end])
-    genotypes, positions = region.genotypes[left:right], region.positions[left:right] - begin
-    mask = None if region.mask is None else region.mask[begin:end]
-
-    def count(columns, pairs):
-        usable, at = select_usable_sites(genotypes[:, columns], positions, sequence_length=end - begin, mask=mask)
-        packed = pack_haplotypes(usable)
-        return compute_pair_counts(packed, at, pairs, window_size=size, windows=windows, samples=samples, scales=scales)
-
-    pairs, haplotypes = region.pairs[rows], region.genotypes.shape[1]
-    if haplotypes == samples:
-        counts = count(slice(None), pairs)
-    else:
-        parts = []
-        for pair in pairs:
-            columns = _choose_haplotypes(pair, haplotypes=haplotypes, samples=samples, seed=seed)
-            parts.append(count(columns, np.searchsorted(columns, pair)[None]))
-        counts = np.concatenate(parts)
-    missing = None
-    if mask is not None:
-        fraction = compute_missing_fraction(mask, window_size=size, sequence_length=end - begin, scales=scales)
-        missing = torch.from_numpy(np.broadcast_to(fraction, (len(pairs), *fraction.shape)).astype(np.float32))
-    return compute_model_input(torch.from_numpy(counts), missing)

@@ -14,8 +14,16 @@ from cxt.config.network import SPECIAL_TOKENS
 from cxt.model.decoder import Decoder
 from cxt.model.transformer import CoalescenceModel
 
-Reader = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], torch.Tensor]
-"""(network input (B, 2, S, W, n), ln rates (B, 2) or None, ids of the examples) -> distributions (B, W, bins) float64."""
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
+"""Type in which a GPU computes matrix products, by training precision."""
+
+Reader = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""Reads a batch.
+
+It is given the network's input (B, 2, S, W, n), ln rates (B, 2) or None, numbers that identify the examples, and the bins (B, R)
+of the windows before the first ones, or None; only networks that carry bins read these. It returns distributions (B, W, bins)
+float64, and the bins of the sampled sequences, (B, R, W) int64, with R = 0 if nothing is sampled.
+"""
 
 
 def build_reader(
@@ -40,14 +48,21 @@ def build_reader(
 
     Returns
     -------
-    callable
-        Given the network's input (B, 2, S, W, n), ln rates (B, 2) or None, and whole numbers that identify the examples, it
-        returns float64 (B, W, bins).
+    Reader
     """
     if reading == "marginal":
-        return lambda x, rates, example_ids: read_marginals(model, x, rates)
-    decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
-    return lambda x, rates, example_ids: average_replicates(decoder, x, rates, example_ids=example_ids)
+
+        def read(x, rates, example_ids, previous=None):
+            return read_marginals(model, x, rates), torch.empty((len(x), 0, x.shape[3]), dtype=torch.int64)
+
+    else:
+        decoder = Decoder(model, replicates=replicates, seed=seed, temperature=temperature, top_k=top_k)
+
+        def read(x, rates, example_ids, previous=None):
+            start = previous + SPECIAL_TOKENS if model.carries_bin and previous is not None else None
+            return sample_replicates(decoder, x, rates, example_ids=example_ids, start=start)
+
+    return read
 
 
 @torch.no_grad()
@@ -55,13 +70,6 @@ def read_marginals(model: CoalescenceModel, x: torch.Tensor, rates: torch.Tensor
     """The distribution of each window given the sources, in one pass: (B, W, bins) float64."""
     logits = model.marginal_logits(x, rates)[..., SPECIAL_TOKENS:]
     return logits.double().softmax(-1)
-
-
-def average_replicates(
-    decoder: Decoder, x: torch.Tensor, rates: torch.Tensor | None = None, *, example_ids: Sequence[int]
-) -> torch.Tensor:
-    """Decode a batch; the mean over the replicates of each window's distribution, (examples, windows, bins) float64."""
-    return sample_replicates(decoder, x, rates, example_ids=example_ids)[0]
 
 
 def sample_replicates(

@@ -6,6 +6,7 @@ after a checkpoint was deleted, for example, or when a configuration is changed 
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cxt.io import atomic_write, digest, file_sha256
@@ -14,8 +15,8 @@ FIGURES = ("-tracks.png", "-scatter.png", "-calibration.png")
 """Ends of the names of an evaluation's figures."""
 
 
-def finished_directory(directory, *, lineage: str, checkpoint, device: str) -> Path:
-    """Where the evaluation of one checkpoint's bytes is kept.
+def finished_directory(directory, *, lineage: str, checkpoints: Sequence, device: str, ensemble: str | None = None) -> Path:
+    """Where the evaluation of one checkpoint's bytes, or those of the members of an ensemble, is kept.
 
     Parameters
     ----------
@@ -23,12 +24,16 @@ def finished_directory(directory, *, lineage: str, checkpoint, device: str) -> P
         Where all are kept.
     lineage : str
         Lineage of the evaluation: simulations, mask and settings.
-    checkpoint : path-like
-        The evaluated file.
+    checkpoints : sequence of path-like
+        The evaluated files.
     device : str
         Kind of device that decodes, `cpu` or `cuda`; they differ by rounding.
+    ensemble : str, optional
+        Name of the ensemble.
     """
-    return Path(directory) / f"{Path(checkpoint).stem}-{digest([lineage, file_sha256(checkpoint), device])}"
+    digests = [file_sha256(checkpoint) for checkpoint in checkpoints]
+    identity = digest([lineage, digests[0] if ensemble is None else digests, device])
+    return Path(directory) / f"{ensemble or Path(checkpoints[0]).stem}-{identity}"
 
 
 def publish_finished(directory: Path, *, out, figures) -> bool:

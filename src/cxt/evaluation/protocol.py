@@ -1,6 +1,7 @@
 """Evaluating a checkpoint: input from held-out simulations, decoding, and the metrics of each variant."""
 
 import time
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,10 +16,10 @@ from cxt.data.preprocessing import preprocess_simulation
 from cxt.data.shards import PreprocessedSimulation
 from cxt.data.targets import pair_log_moments
 from cxt.errors import BadRequest
+from cxt.evaluation.members import describe_input, read_members
 from cxt.evaluation.metrics import average_scenarios, score_sites, score_variant
 from cxt.evaluation.table import READING_TITLES, format_or_dash
 from cxt.io import digest
-from cxt.lineage import check_lineage
 from cxt.random_seeds import check_seed
 from cxt.scenarios.batches import read_batch
 
@@ -37,8 +38,9 @@ SPEC_RANGES = {
 ESTIMATES = {
     "marginal": "posterior mean of ln TMRCA, from the distribution of each window given the whole region",
     "sampled": "posterior mean of ln TMRCA, from the replicates' averaged predictive distributions",
+    "as trained": "posterior mean of ln TMRCA, from the distribution of each window",
 }
-"""What is compared with the truth, by the way in which a checkpoint is read."""
+"""What is compared with the truth, by the way in which a checkpoint is read; members of an ensemble may be read differently."""
 
 
 class EvaluationSimulation(NamedTuple):
@@ -101,6 +103,18 @@ def list_evaluated(objective: str, requested: str, *, reads_rates: bool, checkpo
     return result
 
 
+def list_common(members: list[list[Readout]]) -> list[list[Readout]]:
+    """The ways to read an ensemble: those that all *members* have in common, each as the readouts of the members."""
+    by_name = [{readout.name: readout for readout in readouts} for readouts in members]
+    return [[named[name] for named in by_name] for name in by_name[0] if all(name in named for named in by_name)]
+
+
+def describe_way(readouts: Sequence[Readout]) -> str:
+    """The way in which members are read, or `as trained` if that differs between them."""
+    ways = {readout.way for readout in readouts}
+    return ways.pop() if len(ways) == 1 else "as trained"
+
+
 def compute_features(simulations: list[PreprocessedSimulation], spec: dict, windows: int):
     """Raw counts (examples, 2, scales, windows, samples) int32 and missing fractions (examples, scales, windows) or None."""
     counts, missing = [], []
@@ -132,6 +146,7 @@ def evaluate(
     spec: dict,
     batches: list[dict],
     *,
+    ensemble: str | None = None,
     mask=None,
     device="cpu",
     threads=None,
@@ -139,25 +154,27 @@ def evaluate(
     lineage=None,
     progress=print,
 ):
-    """Evaluate a checkpoint on held-out simulations.
+    """Evaluate a checkpoint, or an ensemble of several, on held-out simulations.
 
     Parameters
     ----------
-    checkpoint : str or path-like
-        Name or path.
+    checkpoint : str or path-like, or a list of them
+        Name or path. Of several, the predictive distributions are averaged.
     spec : dict
         window_size, sequence_length, samples, scales, pairs per simulation, replicates, batch_size and seed; and `reading`, how
         to read the checkpoint, by default as it was trained. One that was trained with the objective `joint` is then read both
         ways.
     batches : list of dict
         Simulation batches as {path, scenario, start, count, lineage}.
+    ensemble : str, optional
+        Name of the ensemble, which several checkpoints need.
     mask : bool array, optional
         Accessibility mask, True = inaccessible.
     device : torch device
     threads : int, optional
         CPU threads; torch's own choice by default.
-    checkpoint_lineage : str, optional
-        Expected lineage of the checkpoint.
+    checkpoint_lineage : str or list of str, optional
+        Expected lineage of the checkpoint, or of each.
     lineage : str, optional
         Digest of everything the result depends on, stored in it.
     progress : callable
@@ -167,7 +184,8 @@ def evaluate(
     -------
     result : dict
         Settings, and the metrics of each variant (`scenarios`) and over all (`overall`); also those of `sampled` for a
-        checkpoint that is read both ways, and `rates_inferred` for one that reads rates, without them.
+        checkpoint that is read both ways, and `rates_inferred` for one that reads rates, without them. An ensemble has the
+        readings that all of its `members` have.
     tracks : dict
         Truth, mean, low and high of each variant, to draw: (simulations, pairs, windows) ln TMRCA each.
 
@@ -175,39 +193,37 @@ def evaluate(
     ------
     BadRequest
         If checkpoint and spec disagree on windows, their size, samples, scales or missingness, a simulation batch is damaged,
-        or a lineage is not the expected one.
+        a lineage is not the expected one, or several checkpoints have no name or cannot be averaged.
     """
     import torch
 
-    from cxt.checkpoints.file import read_checkpoint
-    from cxt.checkpoints.load import find_checkpoint, load_model
+    from cxt.checkpoints.load import load_model
     from cxt.decoding.decode import decode, use_precision
+    from cxt.decoding.ensembles import list_models
     from cxt.decoding.scores import score_distributions
 
     check_seed(spec["seed"], name="the evaluation's seed")
     if threads is not None:
         torch.set_num_threads(threads)
-    path = find_checkpoint(checkpoint)
-    stored = read_checkpoint(path)
-    check_lineage(f"checkpoint {path}", actual=stored.record.get("lineage"), planned=checkpoint_lineage, target=path)
+    members = read_members(checkpoint, ensemble=ensemble, lineages=checkpoint_lineage)
+    stored, title = members[0].checkpoint, ensemble or members[0].path
     windows = spec["sequence_length"] // spec["window_size"]
-    expected = {
-        "windows": stored.model.windows,
-        "window_size": stored.model.window_size,
-        "samples": stored.model.samples if stored.adapter is None else stored.adapter.samples,
-        "scales": stored.record["dataset"]["scales"],
-        "missingness": stored.record["dataset"]["missing"],
-    }
     requested = {key: spec[key] for key in ("window_size", "samples", "scales")} | {
         "windows": windows,
         "missingness": mask is not None,
     }
-    if requested != expected:
-        raise BadRequest(f"{path} was trained with {expected}, but the evaluation requests {requested}")
-    model = load_model(path, device=device)
+    for member in members:
+        if requested != (expected := describe_input(member.checkpoint)):
+            raise BadRequest(f"{member.path} was trained with {expected}, but the evaluation requests {requested}")
+    models = list_models([load_model(member.path, device=device) for member in members])
     grid = Grid(stored.model.grid_low, stored.model.grid_high, stored.model.bins)
-    readings = list_evaluated(
-        model.objective, spec.get("reading", "auto"), reads_rates=stored.model.reads_rates, checkpoint=str(path)
+    readings = list_common(
+        [
+            list_evaluated(
+                model.objective, spec.get("reading", "auto"), reads_rates=model.config.reads_rates, checkpoint=str(member.path)
+            )
+            for member, model in zip(members, models, strict=True)
+        ]
     )
     scenarios: list[dict[str, dict]] = [{} for _ in readings]
     tracks = {}
@@ -218,11 +234,12 @@ def evaluate(
         seed = int(digest([spec["seed"], name]), 16)
         truth = np.stack([simulation.log_tmrca for simulation in simulations])
         rates = np.repeat([log_rates(one.mutation_rate, one.recombination_rate) for one in simulations], spec["pairs"], axis=0)
-        for reading, scores in zip(readings, scenarios, strict=True):
+        for readouts, scores in zip(readings, scenarios, strict=True):
+            reading, way = readouts[0], describe_way(readouts)
             started = time.monotonic()
-            with use_precision(model.precision, device):
+            with use_precision(models[0].precision, device):
                 summaries = decode(
-                    model,
+                    models,
                     counts,
                     missing,
                     rates=rates if reading.rates else None,
@@ -231,7 +248,7 @@ def evaluate(
                     batch_size=spec["batch_size"],
                     seed=seed,
                     device=device,
-                    reading=reading.way,
+                    reading=None if way == "as trained" else way,
                     truth=truth.reshape(-1, windows),
                 )
             mean, low, high, rank = (summary.reshape(truth.shape) for summary in summaries[:4])
@@ -245,13 +262,14 @@ def evaluate(
             if reading.name is None:
                 tracks[name] = (truth, mean, low, high)
             progress(
-                f"{path}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
+                f"{title}, {name}: MSE {metrics['mse']:.3f} ± {format_or_dash(metrics['mse_se'], '.3f')}, "
                 f"r {format_or_dash(metrics['r'], '.3f')} "
                 f"({f'{READING_TITLES[reading.name]}, ' if reading.name else ''}{time.monotonic() - started:.0f} s)"
             )
     settings = {key: spec[key] for key in ("window_size", "sequence_length", "samples", "pairs", "replicates")}
-    settings |= {"reading": readings[0].way}
-    if readings[0].rates:
+    way = describe_way(readings[0])
+    settings |= {"reading": way}
+    if readings[0][0].rates:
         settings["rates"] = "those of the simulations"
     result = {
         "checkpoint": stored.record["name"],
@@ -259,11 +277,19 @@ def evaluate(
         "checkpoint_lineage": stored.record["lineage"],
         "device": torch.device(device).type,
         "settings": settings,
-        "estimate": ESTIMATES[readings[0].way],
+        "estimate": ESTIMATES[way],
     }
-    for reading, scores in zip(readings, scenarios, strict=True):
+    if ensemble is not None:
+        records = [member.checkpoint.record for member in members]
+        result |= {
+            "checkpoint": ensemble,
+            "members": [record["name"] for record in records],
+            "checkpoint_lineage": [record["lineage"] for record in records],
+            "estimate": f"{ESTIMATES[way]}, averaged over {len(records)} members",
+        }
+    for readouts, scores in zip(readings, scenarios, strict=True):
         part = {"scenarios": scores, "overall": average_scenarios(scores)}
-        result |= part if reading.name is None else {reading.name: part}
+        result |= part if readouts[0].name is None else {readouts[0].name: part}
     return result, tracks
 
 

@@ -10,14 +10,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cxt.checkpoints.file import Checkpoint, read_checkpoint
-from cxt.checkpoints.load import find_checkpoint
+from cxt.checkpoints.file import Checkpoint
 from cxt.config.checks import count_individuals
 from cxt.config.datasets import Mask
 from cxt.config.network import count_pairs
 from cxt.config.variants import Variant, list_variants
 from cxt.data.masks import draw_synthetic_mask
 from cxt.errors import BadRequest, suggest_nearest
+from cxt.evaluation.members import read_members
 from cxt.evaluation.protocol import evaluate
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
@@ -74,6 +74,7 @@ def evaluate_on_scenarios(
     config: dict,
     names: Sequence[str],
     *,
+    ensemble: str | None = None,
     simulations: int | None = None,
     pairs: int | None = None,
     replicates: int | None = None,
@@ -85,16 +86,18 @@ def evaluate_on_scenarios(
     threads: int | None = None,
     progress: Callable[[str], object] = print,
 ) -> tuple[dict, dict]:
-    """Simulate scenarios and evaluate a checkpoint on them.
+    """Simulate scenarios and evaluate a checkpoint, or an ensemble of several, on them.
 
     Parameters
     ----------
-    checkpoint : str or path-like
+    checkpoint : str or path-like, or a list of them
         Name, file, run directory or exported directory.
     config : dict
         A resolved configuration: its scenarios, and defaults of all that is None below (`evaluation` and `seed`).
     names : sequence of str
         Scenarios.
+    ensemble : str, optional
+        Name of the ensemble, which several checkpoints need.
     simulations, pairs, replicates, batch_size : int, optional
         Simulations of each variant, pairs of each, decoded sequences of each pair, and pairs that are decoded together.
     seed : int, optional
@@ -118,10 +121,10 @@ def evaluate_on_scenarios(
     Raises
     ------
     BadRequest
-        If the checkpoint cannot be read, or the scenarios do not fit it.
+        If a checkpoint cannot be read, several cannot be averaged, or the scenarios do not fit.
     """
-    path = find_checkpoint(checkpoint)
-    stored = read_checkpoint(path)
+    members = read_members(checkpoint, ensemble=ensemble)
+    paths, (path, stored) = [member.path for member in members], members[0]
     shape = read_shape(stored)
     defaults = config["evaluation"]
     count = simulations or defaults["simulations"]
@@ -152,6 +155,8 @@ def evaluate_on_scenarios(
             progress(f"{variant.name}: simulating {number_of_simulations} times {shape['sequence_length']:,} bp")
             write_batch(batch["path"], variant.spec, start=EVALUATION_START, count=number_of_simulations, seed=seed)
             batches.append(batch | {"count": number_of_simulations})
-        result, tracks = evaluate(path, spec, batches, mask=mask, device=device, threads=threads, progress=progress)
+        result, tracks = evaluate(
+            paths, spec, batches, ensemble=ensemble, mask=mask, device=device, threads=threads, progress=progress
+        )
     result["settings"] |= {"simulations": count, "seed": seed}
     return result, tracks

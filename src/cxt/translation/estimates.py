@@ -1,6 +1,5 @@
 """Posterior summaries of pairs in one block."""
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +13,8 @@ from cxt.data.features import SCALES
 from cxt.data.grid import Grid
 from cxt.decoding.decode import use_precision
 from cxt.decoding.posterior import posterior_mean, posterior_quantiles
-from cxt.decoding.reading import read_marginals, sample_replicates
+from cxt.decoding.reading import build_reader
 from cxt.genotypes.store import Sites
-from cxt.model.decoder import Decoder
 from cxt.model.inputs import describe_outside, measure_input, reads_missingness
 from cxt.model.rates import find_scale
 from cxt.model.transformer import CoalescenceModel
@@ -147,7 +145,7 @@ def read_block(
     keep = slice(block.keep_from - block.first, block.keep_to - block.first)
     # To a pair, a site that is not called is what a site in the mask is to all.
     present = 1 - compute_missing(accessible, widths, reader.scales)  # (S, W)
-    read = _build_reader(reader)
+    read = build_reader(model, reader.reading, replicates=reader.replicates, seed=request.seed)
     distribution = np.zeros((len(pairs), keep.stop - keep.start, model.config.bins))
     bins = np.zeros((len(pairs), reader.kept_replicates, keep.stop - keep.start), dtype=np.uint16)
     readable = np.zeros((len(pairs), keep.stop - keep.start))
@@ -174,7 +172,7 @@ def read_block(
             continue  # all windows of these pairs are missing
         ids = [hash_key("translate", contig, block.first, panel, *sorted(map(int, pairs[row]))) - 2**63 for row, panel in batch]
         with use_precision(model.precision, reader.device):
-            parts, sampled = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids)
+            parts, sampled = read(x, model.repeat_rates(**reader.rates, examples=len(x)), ids, None)
         parts, sampled = parts[:, keep].double().cpu().numpy(), sampled[:, : reader.kept_replicates, keep].cpu().numpy()
         for (row, panel), part, sequences in zip(batch, parts, sampled, strict=True):
             distribution[row] += part / len(panels)
@@ -188,17 +186,6 @@ def read_block(
     bases = accessible[keep] * shares * (called > 0)[:, None]
     text = describe_outside(model, measures, **reader.rates)  # of all pairs, so that it does not depend on the batches
     return Estimates(values.astype(np.float32), differences, bases.astype(np.float32), [] if text is None else [text], bins)
-
-
-def _build_reader(
-    reader: Reader,
-) -> Callable[[torch.Tensor, torch.Tensor | None, Sequence[int]], tuple[torch.Tensor, torch.Tensor]]:
-    """A function that gives distributions (B, W, bins) float64 and sampled bins (B, replicates, W)."""
-    model = reader.model
-    if reader.reading == "marginal":
-        return lambda x, rates, ids: (read_marginals(model, x, rates), x.new_empty((len(x), 0, x.shape[3])))
-    decoder = Decoder(model, replicates=reader.replicates, seed=reader.request.seed)
-    return lambda x, rates, ids: sample_replicates(decoder, x, rates, example_ids=ids)
 
 
 def summarise(distribution: torch.Tensor, grid: Grid) -> np.ndarray:

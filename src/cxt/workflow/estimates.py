@@ -1,5 +1,6 @@
 """Estimates of what a configuration will simulate, train and cost, as an object and as tables."""
 
+from cxt.config.ensembles import list_members
 from cxt.config.learning import choose_reading, list_readings
 from cxt.config.models import (
     build_adapter_config,
@@ -155,7 +156,8 @@ def _evaluation_part(config: dict, costs: Costs) -> dict:
     """Evaluation simulations (counted once, even if several models use them) and decoding."""
     batches = {}
     flops, pairs = {"gpu": 0.0, "cpu": 0.0}, 0
-    for name in jobs.evaluated_models(config):
+    # The members of an ensemble are read once more for it.
+    for name in [member for one in jobs.list_evaluations(config) for member in list_members(config, one)]:
         model_batches = lineages.evaluation_batches(config, name)
         batches |= {(batch["scenario"], batch["start"]): batch["count"] for batch in model_batches}
         count = sum(batch["count"] for batch in model_batches) * config["evaluation"]["pairs"]

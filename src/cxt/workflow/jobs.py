@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from cxt.config.ensembles import list_ensembles, list_members
 from cxt.config.learning import is_readable
 from cxt.config.models import (
     build_region_plan,
@@ -234,19 +235,29 @@ def evaluated_models(config: dict) -> list[str]:
     return [name for name in config["models"] if is_readable(build_training_config(config, name).objective)]
 
 
+def list_evaluations(config: dict) -> list[str]:
+    """Everything that is evaluated: models, and the ensembles of some of them."""
+    return [*evaluated_models(config), *list_ensembles(config)]
+
+
 def evaluation_scenarios(config: dict, name: str) -> list[str]:
-    """Names of the scenarios that a model is evaluated on: its own list, or its dataset's."""
-    model = config["models"][name]
+    """Names of the scenarios that a model is evaluated on, its own or its dataset's; of an ensemble, its first member's."""
+    model = config["models"][list_members(config, name)[0]]
     return model.get("evaluation", config["datasets"][model["dataset"]]["scenarios"])
 
 
-def evaluation_spec(config: dict, model: str) -> dict:
-    """The settings that determine an evaluation, besides its checkpoint, batches and mask."""
-    dataset = config["datasets"][config["models"][model]["dataset"]]
+def evaluation_dataset(config: dict, name: str) -> str:
+    """The dataset whose shape and mask an evaluation has: that of the model, or of an ensemble's first member."""
+    return config["models"][list_members(config, name)[0]]["dataset"]
+
+
+def evaluation_spec(config: dict, name: str) -> dict:
+    """The settings that determine an evaluation, besides its checkpoints, batches and mask."""
+    dataset = config["datasets"][evaluation_dataset(config, name)]
     evaluation = config["evaluation"]
-    shape = {key: dataset[key] for key in SHAPE}
-    if "windows" in config["models"][model]:  # the first part of each simulation
-        shape["sequence_length"] = config["models"][model]["windows"] * shape["window_size"]
+    shape, model = {key: dataset[key] for key in SHAPE}, config["models"][list_members(config, name)[0]]
+    if "windows" in model:  # the first part of each simulation
+        shape["sequence_length"] = model["windows"] * shape["window_size"]
     return shape | {
         "pairs": evaluation["pairs"],
         "replicates": evaluation["replicates"],

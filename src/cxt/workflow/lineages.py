@@ -2,6 +2,7 @@
 
 import functools
 
+from cxt.config.ensembles import list_ensembles, list_members
 from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file, get_parent_key
 from cxt.config.on_the_fly import is_on_the_fly, list_simulated_variants
 from cxt.config.parent_files import list_parent_files
@@ -28,12 +29,13 @@ from cxt.workflow.jobs import (
     batch_count,
     collect_variants,
     dataset_spec,
-    evaluated_models,
+    evaluation_dataset,
     evaluation_scenarios,
     evaluation_spec,
     get_device_count,
     get_machine_count,
     list_evaluation_batches,
+    list_evaluations,
     mask_spec,
 )
 from cxt.workflow.paths import runs_directory
@@ -167,18 +169,19 @@ def evaluation_batches(config: dict, model: str) -> list[dict]:
 
 @derived_once
 def evaluation_lineage(config: dict, model: str) -> str:
-    """Lineage of a model's evaluation."""
+    """Lineage of the evaluation of a model or an ensemble."""
+    members = [model_lineage(config, member) for member in list_members(config, model)]
     return derive_evaluation_lineage(
         evaluation_spec(config, model),
         batches=[batch["lineage"] for batch in evaluation_batches(config, model)],
-        mask=mask_lineage(config, config["models"][model]["dataset"]),
-        checkpoint=model_lineage(config, model),
+        mask=mask_lineage(config, evaluation_dataset(config, model)),
+        checkpoint=members if model in list_ensembles(config) else members[0],
     )
 
 
 def table_lineage(config: dict) -> str:
     """Lineage of the table of all evaluations."""
-    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in evaluated_models(config)))
+    return stage_lineage("evaluate", sorted(evaluation_lineage(config, model) for model in list_evaluations(config)))
 
 
 def run_directory(config: dict, name: str) -> str:

@@ -1,5 +1,6 @@
 """Memory, threads, GPUs and machines that the workflow's jobs request from the scheduler."""
 
+from cxt.config.ensembles import list_members
 from cxt.config.models import build_network_config, build_training_config
 from cxt.config.yaml import read_yaml
 from cxt.data.soft_targets import LEVELS
@@ -145,12 +146,16 @@ def training_threads(config: dict, name: str) -> int:
 
 
 def evaluation_memory_mb(config: dict, name: str) -> int:
-    """Memory to request for evaluation: torch and the network, the counts of one variant's pairs, and decoding of a batch."""
-    model, evaluation = config["models"][name], config["evaluation"]
-    dataset = config["datasets"][model["dataset"]]
+    """Memory to request for evaluating a model or an ensemble.
+
+    It holds torch and a network, the counts of one variant's pairs, the decoding of a batch, and the weights of more members.
+    """
+    (name, *others), evaluation = list_members(config, name), config["evaluation"]
+    dataset = config["datasets"][config["models"][name]["dataset"]]
     network = build_network_config(config, name)
     simulations = max([evaluation["simulations"], *evaluation["simulations_of"].values()])
     counts = 2 * len(dataset["scales"]) * network.windows * dataset["samples"] * 4
     decoding = evaluation["batch_size"] * evaluation["replicates"] * network.windows
     decoding *= 4 * (2 * network.layers * network.width + 2 * network.bins)
-    return 4000 + int((2 * simulations * evaluation["pairs"] * counts + 1.5 * decoding) / 1e6)
+    weights = sum(4 * 12 * one.layers * one.width**2 for one in (build_network_config(config, other) for other in others))
+    return 4000 + int((2 * simulations * evaluation["pairs"] * counts + 1.5 * decoding + weights) / 1e6)

@@ -9,7 +9,15 @@ import yaml
 from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file
 from cxt.config.on_the_fly import FIXED_TRAINING, is_on_the_fly
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
-from cxt.workflow.jobs import dataset_spec, evaluation_spec, find_variant, get_device_count, get_machine_count, mask_spec
+from cxt.workflow.jobs import (
+    dataset_spec,
+    evaluation_dataset,
+    evaluation_spec,
+    find_variant,
+    get_device_count,
+    get_machine_count,
+    mask_spec,
+)
 from cxt.workflow.lineages import (
     dataset_lineage,
     evaluation_batches,
@@ -71,7 +79,7 @@ def _teaching(config: dict, model: str) -> dict:
 
 
 def _evaluation(config: dict, model: str) -> dict:
-    mask = _mask_flags(config, config["models"][model]["dataset"])
+    mask = _mask_flags(config, evaluation_dataset(config, model))
     return {"spec": evaluation_spec(config, model), "batches": evaluation_batches(config, model)} | mask
 
 

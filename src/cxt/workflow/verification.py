@@ -40,6 +40,7 @@ def verify(path, *, configfiles) -> str:
     from cxt.config.file import load
     from cxt.config.models import get_parent, get_parent_file
     from cxt.config.on_the_fly import is_on_the_fly
+    from cxt.config.repeats import list_repeats
     from cxt.workflow.jobs import get_device_count, get_world_size
     from cxt.workflow.lineages import dataset_lineage, model_lineage
     from cxt.workflow.paths import checkpoint_path, settings_path
@@ -55,6 +56,11 @@ def verify(path, *, configfiles) -> str:
         )
     name, lineage = checkpoint.record["name"], checkpoint.record["lineage"]
     config = load(configfiles, read_parent=read_parent_file)
+    if names := list_repeats(config, name):
+        raise Failed(
+            f"{path}: the weights are intact, but the configuration repeats '{name}', so that its models are "
+            f"{', '.join(names)}; compare the checkpoint of one of them"
+        )
     if name not in config["models"]:
         raise Failed(f"{path}: the weights are intact, but the configuration has no model '{name}' to compare it with")
     now = model_lineage(config, name)
