@@ -20,7 +20,7 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed
 Reader = Callable[[torch.Tensor, torch.Tensor | None, Sequence[int], torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 """Reads a batch.
 
-It is given the network's input (B, 2, S, W, n), ln rates (B, 2) or None, numbers that identify the examples, and the bins (B, R)
+It is given the network's input (B, 2, S, W, n), ln rates (B, 2) or None, the ids of the examples, and the bins (B, R)
 of the windows before the first ones, or None; only networks that carry bins read these. It returns distributions (B, W, bins)
 float64, and the bins of the sampled sequences, (B, R, W) int64, with R = 0 if nothing is sampled.
 """
