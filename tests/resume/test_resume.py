@@ -90,7 +90,7 @@ def parents(dataset, dataset_n10, tmp_path_factory):
             "--dataset-path", dataset, "--windows", 12, "--regions", "{shortest: 3}", "--weight-by-windows=true",
             "--noise", "{thinning: 0.2}",
         ],
-        "packed": ["--dataset-path", dataset, "--windows", 9, "--regions", "{shortest: 3, pack: true}", "--reads-rates", "true"],
+        "packed": ["--dataset-path", dataset, "--windows", 9, "--regions", "{shortest: 3, pack: true}", "--reads-rates=true"],
         "growing": ["--dataset-path", dataset, "--regions", "{first_windows: 3}", "--weight-by-windows=true"],
         "in_order": ["--dataset-path", dataset, "--windows", 6, "--regions", "{in_order: true, carry: true}"],
         "adapter": [*on_plain, "--checkpoint", plain],

@@ -47,7 +47,7 @@ def request_of(dataset, *flags) -> RunRequest:
     return build_request(read_options([str(flag) for flag in (*SMALL, "--dataset-path", dataset, *flags)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind == "packed" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 def test_an_interrupted_run_continues_exactly(dataset, tmp_path, monkeypatch, kind):
     """Stopped after each of its first optimizer steps, in the middle of an epoch."""
     steps = 9
@@ -83,6 +83,7 @@ def test_what_a_run_says_of_its_regions(dataset, tmp_path, monkeypatch, capsys):
     assert record["training"]["regions"]["shortest"] == 3
 
 
+@pytest.mark.slow
 def test_off_is_as_before(dataset, tmp_path, monkeypatch):
     plain, given = request_of(dataset), request_of(dataset, "--windows", 20, "--regions", "{}", "--weight-by-windows=false")
     assert plain.identity == given.identity
@@ -153,7 +154,7 @@ REFUSED = [
     (["--windows", 5, "--regions", "{in_order: true, first_windows: 2}"], "in_order and first_windows cannot"),
     (["--windows", 5, "--regions", "{carry: true, shortest: 2, pack: true}"], "carry and pack cannot be used together"),
     (["--windows", 5, "--regions", "{carry: true}", "--objective", "marginal"], "the objective marginal does not"),
-    (["--windows", 5, "--regions", "{carry: true}", "--reads-rates=true"], "carry cannot be used with a network that reads rates"),
+    (["--windows", 5, "--regions", "{carry: true}", "--reads-rates=true"], "carry cannot be used with a network"),
     (["--windows", 5, "--regions", "{carry: true}", "--start-token-in-prefix=true"], "where sources see the start token"),
     (["--regions", "{shortest: 2}", "--objective", "masked"], "regions cannot be used with the objective masked"),
     (["--regions", "{shortest: 2}", "--compile", "eager"], "would compile the training step anew for every number of windows"),
