@@ -33,7 +33,7 @@ KILLS = int(os.environ.get("CXT_RESUME_KILLS", "0"))
 
 KINDS = (
     "plain", "adapter", "resume_adapter", "simulate", "recipe", "joint", "adaptive", "distill", "noise", "masked", "lora",
-    "weights", "ema", "ema_adapter", "contrastive",
+    "weights", "ema", "ema_adapter", "contrastive", "shortest", "packed", "growing", "in_order",
 )  # fmt: skip
 
 
@@ -86,6 +86,13 @@ def parents(dataset, dataset_n10, tmp_path_factory):
         "lora": ["--dataset-path", dataset, "--lora-of", plain, "--lora-rank", 3, "--optimizer", "muon"],
         "ema": ["--dataset-path", dataset, "--optimizer", "muon", "--ema-decay", 0.95, "--export", "best"],
         "ema_adapter": [*on_plain, "--checkpoint", plain, "--ema-decay", 0.95],
+        "shortest": [
+            "--dataset-path", dataset, "--windows", 12, "--regions", "{shortest: 3}", "--weight-by-windows=true",
+            "--noise", "{thinning: 0.2}",
+        ],
+        "packed": ["--dataset-path", dataset, "--windows", 9, "--regions", "{shortest: 3, pack: true}", "--reads-rates=true"],
+        "growing": ["--dataset-path", dataset, "--regions", "{first_windows: 3}", "--weight-by-windows=true"],
+        "in_order": ["--dataset-path", dataset, "--windows", 6, "--regions", "{in_order: true, carry: true}"],
         "adapter": [*on_plain, "--checkpoint", plain],
         "resume_adapter": [*on_plain, "--resume-adapter", adapter],
     }  # fmt: skip
@@ -100,12 +107,14 @@ MATRIX = [
 ]  # fmt: skip
 FEW = [
     ("plain", 0, 3, 1), ("resume_adapter", 2, 1, 1), ("adapter", 0, 1, 2), ("recipe", 0, 1, 2), ("noise", 2, 3, 1),
-    ("masked", 0, 1, 2), ("lora", 0, 1, 2), ("ema", 0, 3, 1),
+    ("masked", 0, 1, 2), ("lora", 0, 1, 2), ("ema", 0, 3, 1), ("shortest", 2, 3, 1), ("packed", 0, 3, 1), ("growing", 2, 1, 2),
+    ("in_order", 0, 3, 1),
 ]  # fmt: skip
 ONCE_EACH = [
     ("plain", 0, 3, 1), ("adapter", 0, 1, 1), ("resume_adapter", 2, 1, 1), ("simulate", 2, 1, 1), ("recipe", 2, 1, 1),
     ("joint", 0, 3, 1), ("adaptive", 0, 1, 1), ("distill", 2, 1, 1), ("noise", 2, 3, 1), ("masked", 0, 3, 1),
     ("lora", 2, 3, 1), ("weights", 0, 3, 1), ("ema", 0, 3, 1), ("ema_adapter", 2, 1, 1), ("contrastive", 2, 3, 1),
+    ("shortest", 2, 3, 1), ("packed", 0, 3, 1), ("growing", 2, 1, 1), ("in_order", 0, 3, 1),
 ]  # fmt: skip
 
 

@@ -167,6 +167,8 @@ def test_refused(settings, tmp_path):
         ({"noise": {"genotype_errors": 0.01}}, None),
         ({"noise": {"genotype_errors": 0.01, "initial_factor": 0.0}}, "initial_factor"),
         ({"noise": {"initial_factor": 0.0}}, None),  # off
+        ({"regions": {"shortest": 3, "pack": True}}, None),
+        ({"regions": {"first_windows": 3}}, "first_windows"),
     ],
 )
 def test_what_depends_on_the_length(changes, word):

@@ -400,7 +400,7 @@ def _check_training(config: dict, name: str) -> None:
             on_gpu=model.get("training", {}).get("devices", config["training"]["devices"]) > 0,
         )
         plan = build_region_plan(config, name)
-        check_regions(plan, training, reads_rates=build_network_config(config, name).reads_rates)
+        check_regions(plan, training, build_network_config(config, name))
         if not plan.is_off and is_on_the_fly(config["datasets"][model["dataset"]]):
             raise BadRequest("`regions` cannot be used with `simulate`, which simulates no longer sequences than it reads")
         if not is_readable(training.objective) and "evaluation" in model:

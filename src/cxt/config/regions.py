@@ -155,7 +155,7 @@ WHOLE = RegionPlan(1, 1, Regions())
 """A plan that reads every example as a whole, for counting."""
 
 
-def check_regions(plan: RegionPlan, training: "TrainingConfig", *, reads_rates: bool) -> None:
+def check_regions(plan: RegionPlan, training: "TrainingConfig", network: ModelConfig) -> None:
     """BadRequest for regions that do not fit the dataset, the network or what it learns.
 
     Parameters
@@ -163,8 +163,8 @@ def check_regions(plan: RegionPlan, training: "TrainingConfig", *, reads_rates: 
     plan : RegionPlan
     training : TrainingConfig
         Its objective, attention and compiler.
-    reads_rates : bool
-        Whether the network reads rates.
+    network : ModelConfig
+        What it reads.
     """
     objective, compiles = training.objective, training.compile not in ("auto", "none")
     regions, windows, whole = plan.regions, plan.windows, plan.dataset_windows
@@ -196,7 +196,12 @@ def check_regions(plan: RegionPlan, training: "TrainingConfig", *, reads_rates: 
             "regions.carry is for networks that read the bins of windows, which the objective marginal does not; omit it, or "
             "use the objective autoregressive or joint"
         )
-    if regions.carry and reads_rates:
+    if regions.carry and network.start_token_in_prefix:
+        raise BadRequest(
+            "regions.carry cannot be used where sources see the start token, which would tell them the bin of the window "
+            "before; set start_token_in_prefix to false, or omit carry"
+        )
+    if regions.carry and network.reads_rates:
         raise BadRequest("regions.carry cannot be used with a network that reads rates, which scale bins; omit one of them")
     if regions.pack and training.attention == "flex":
         raise BadRequest("regions.pack needs attention split; attention flex cannot tell the regions of a row apart")

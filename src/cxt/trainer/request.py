@@ -242,7 +242,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         on_gpu=accelerator == "gpu",
     )
     plan = RegionPlan(manifest["windows"], network.windows, training.regions)
-    check_regions(plan, training, reads_rates=network.reads_rates)
+    check_regions(plan, training, network)
     if training.mlflow is not None or training.wandb is not None:
         from cxt.trainer.trackers import check_trackers
 

@@ -155,11 +155,12 @@ def announce(request: RunRequest, summary: dict) -> None:
         )
     if not summary["test_items"]:
         logger.info(f"{request.name}: the dataset has no test examples; training without validation")
+    rows = f" x {request.region_plan.per_row}" if request.region_plan.per_row > 1 else ""
     on = f" on {request.machines} machines" if request.machines > 1 else ""
     logger.info(
         f"{request.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
         f"{summary['train_items']:,} examples, effective batch {request.effective_batch} "
-        f"({training.batch_size} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
+        f"({training.batch_size}{rows} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
         f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads"
     )
     if "regions" in summary:
