@@ -14,9 +14,8 @@ if __name__ == "__main__":  # before the other imports, which take a second
 import sys
 import time
 
-from cxt.config.repeats import Repeats
-from cxt.console import add_verbosity_flags, exit_on_bad_request, progress_only, set_verbosity
-from cxt.trainer.options import build_parser, parse_flags
+from cxt.console import exit_on_bad_request, progress_only, set_verbosity
+from cxt.trainer.repeats import parse_repeated, train_repeats
 
 BEGAN = time.monotonic()
 """Approximate time at which this process began."""
@@ -30,19 +29,12 @@ def main(argv: list[str] | None = None) -> None:
     argv : list of str, optional
         Arguments after the command's name; those of the process by default.
     """
-    parser = build_parser()
-    parser.add_argument(
-        "--repeats",
-        type=int | None,
-        help="train this many runs one after another, with the seeds s, s + 1, …, in <run-dir>/r0, <run-dir>/r1, …",
-    )
-    add_verbosity_flags(parser)
-    args = parse_flags(sys.argv[1:] if argv is None else argv, parser, repeats=Repeats)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_repeated(argv)
     set_verbosity(args)
 
     from cxt.trainer.launch import train  # imported late so that --help is quick
     from cxt.trainer.options import build_options
-    from cxt.trainer.repeats import train_repeats
     from cxt.trainer.request import resolve_settings
 
     options = build_options(vars(args))
@@ -55,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.repeats is None:
                 train(options, began=BEGAN)
             else:
-                train_repeats(options, args.repeats, began=BEGAN)
+                train_repeats(argv, options, args.repeats, began=BEGAN)
     if has_exit_handler():
         ignore()  # training is finished: a signal must no longer change the exit status
 
