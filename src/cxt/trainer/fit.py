@@ -251,11 +251,7 @@ def fit(
         if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
             if prolonged is not None:
-                try:
-                    begin_with(prolonged, run, request, record, columns=log.columns)
-                except BaseException:  # the next try begins with the shorter run, too
-                    (run.path / "run.json").unlink(missing_ok=True)
-                    raise
+                begin_with(prolonged, run, request, record, columns=log.columns)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
             logger.info(f"{request.name}: continuing from {last}")

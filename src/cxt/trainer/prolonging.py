@@ -131,6 +131,8 @@ def choose_state_to_prolong(run: RunDirectory, record: dict, request: RunRequest
 def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, record: dict, *, columns=COLUMNS) -> None:
     """Copy the training state, the log and the best weights of a shorter run into the run directory of the longer one.
 
+    If that fails, the longer run has not been started, so that the next try begins with the shorter run, too.
+
     Parameters
     ----------
     prolonged : Prolonged
@@ -142,8 +144,9 @@ def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, rec
     columns : sequence of str
         Columns of the training log.
     """
-    prolonged.run.lock()
+    path = run.checkpoints / prolonged.state.name
     try:
+        prolonged.run.lock()
         with open_verified(prolonged.state, sealed=True) as file:
             state = torch.load(file, map_location="cpu", weights_only=True)
         state["cxt"] = record
@@ -159,9 +162,12 @@ def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, rec
             atomic_write(run.log, prolonged.run.log.read_bytes())
             has_row = step % request.training.log_every == 0 or request.validates_after(step)
             keep_rows(run.log, up_to=step if has_row else step - 1, columns=columns)
-        path = run.checkpoints / prolonged.state.name
         atomic_write(path, pack(state))
         atomic_link(run.last, path.name)
+    except BaseException:
+        for made in (run.path / "run.json", run.last, path, run.best, run.log):
+            made.unlink(missing_ok=True)
+        raise
     finally:
         prolonged.run.release()
     logger.info(f"{request.name}: prolonging {prolonged.run.path} from step {step} of it to step {request.total_steps}")
