@@ -44,7 +44,8 @@ class Stored(Callback):
         self.path, self.kind, self.bad, self.steps = path, kind, bad, 0
     def state_dict(self):
         steps = np.float64(self.steps) if self.steps >= self.bad else self.steps
-        return {"dict": {"steps": steps, "mean": torch.zeros(2)}, "path": {"steps": pathlib.Path("x")}, "lambda": lambda: 1}[self.kind]
+        good = {"steps": steps, "mean": torch.zeros(2)}
+        return {"dict": good, "path": {"steps": pathlib.Path("x")}, "lambda": lambda: 1}[self.kind]
     def load_state_dict(self, state):
         self.steps = state["steps"]
     def on_train_batch_end(self, trainer, module, *rest):

@@ -243,9 +243,9 @@ def test_metrics_that_the_log_does_not_have(tmp_path, metric, flags, message):
     [
         ("val_loss/emd", {"losses": {"values": ["cross_entropy", json.loads(TWO)]}}, r"in trials with losses: cross_entropy"),
         ("val_loss/emd", {"losses": {"values": [json.loads(TWO), [{"name": "emd"}, {"name": "z_loss"}]]}}, None),
-        ("val_loss/emd", {"losses.1.name": {"values": ["emd", "mse"]}}, r"cross_entropy, mse \(in trials with losses.1.name: mse"),
+        ("val_loss/emd", {"losses.1.name": {"values": ["emd", "mse"]}}, r"in trials with losses.1.name: mse"),
         ("val_loss/emd", {"losses.1.weight": {"min": 0.1, "max": 1.0}}, None),
-        ("val_loss/marginal_emd", {"objective": {"values": ["joint", "marginal"]}}, r"objective marginal: .* objective: marginal\)"),
+        ("val_loss/marginal_emd", {"objective": {"values": ["joint", "marginal"]}}, r"trials with objective: marginal\)"),
         ("val_loss/emd", {"objective": {"values": ["joint", "marginal"]}}, None),
         ("val_mse", {"objective": {"values": ["autoregressive", "masked"]}}, "masked predicts no times"),
         ("val_loss", {"losses.1.weight": {"min": 0.1, "max": 1.0}}, "cannot be compared between trials with different losses;"),

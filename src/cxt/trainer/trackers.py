@@ -108,8 +108,8 @@ def build_loggers(training: TrainingConfig, run: RunDirectory, *, name: str, fir
         except Exception as error:
             if run_id is None:
                 raise BadRequest(
-                    f"mlflow {training.mlflow} cannot be used: {first_line(error)}; start its server or correct the address, or "
-                    "train without mlflow"
+                    f"mlflow {training.mlflow} cannot be used: {first_line(error)}; start its server or correct the address, "
+                    "or train without mlflow"
                 ) from None
             logger.warning(f"mlflow {training.mlflow} cannot be used, and gets nothing more of this run: {first_line(error)}")
     if training.wandb is not None:
