@@ -9,6 +9,7 @@ import torch
 from helpers.training import equal
 
 import cxt
+from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import TIMING, read_log
 from cxt.config.training import TrainingConfig
@@ -75,6 +76,42 @@ def test_equals_a_run_of_that_length(settings, tmp_path, capsys, short, more, re
     is_same(whole, cut, validated=None if done % 3 == 0 else done)
     old = RunDirectory(tmp_path / "cut-superseded-1")
     assert old.finished_checkpoint() is not None
+
+
+@pytest.mark.slow
+def test_the_best_weights_so_far(settings, tmp_path, capsys):
+    """`export: best`, and the last step of the shorter run is its best one, where the longer one is not validated.
+
+    The training state of step 5 counts on the best weights of step 4, in place of which there are those of step 6.
+    """
+    settings |= {
+        "lr": 0.05,
+        "seed": 8,
+        "warmup_steps": 0,
+        "export": "best",
+        "validate_every": 4,
+        "save_every": 5,
+        "keep_saves": 9,
+    }
+    whole, cut = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "cut")
+    cxt.train_model(**settings, run_dir=whole.path)
+    assert read_checkpoint(whole.finished_checkpoint()).record["step"] == 4
+    cxt.train_model(**settings | {"max_steps": 6}, run_dir=cut.path)
+    assert read_checkpoint(cut.finished_checkpoint()).record["step"] == 6
+    assert [get_step(path) for path in list_training_states(cut)] == [6, 5, 4]
+    later = RunDirectory(shutil.copytree(cut.path, tmp_path / "later", symlinks=True))
+    (later.checkpoints / "step=4.ckpt").unlink()
+    capsys.readouterr()
+    cxt.train_model(**settings, run_dir=cut.path, resume=True)
+    assert "from step 4 of it" in capsys.readouterr().out
+    is_same(whole, cut)
+    with pytest.raises(
+        BadRequest, match="cannot be prolonged: .* best weights .* choose validate_every so that 6 is a multiple"
+    ):
+        cxt.train_model(**settings, run_dir=later.path, resume=True)
+    cxt.train_model(**settings, run_dir=later.path)
+    assert "starting afresh" in capsys.readouterr().out
+    is_same(whole, later)
 
 
 @pytest.mark.slow

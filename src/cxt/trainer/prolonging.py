@@ -114,18 +114,43 @@ def choose_state_to_prolong(run: RunDirectory, record: dict, request: RunRequest
     if wanted is not None:
         states = [path for path in states if path.resolve() == wanted.resolve()]
     usable = [path for path in states if get_step(path) < planned or (get_step(path) == planned and last_is_usable)]
+    has_lost_best = False
     for path in usable:
-        if (damage := find_damage(path)) is None:
+        if (damage := find_damage(path)) is not None:
+            logger.info(f"{request.name}: the training state {path} cannot be read ({damage})")
+        elif request.training.export == "best" and not _has_best(run, path, request):
+            has_lost_best = True
+        else:
             return Prolonged(run, path)
-        logger.info(f"{request.name}: the training state {path} cannot be read ({damage})")
-    if states and not usable:
+    if has_lost_best or (states and not usable):
+        effect = "replaced the best weights before it" if has_lost_best else "decides about its weights"
         raise BadRequest(
-            f"{run.path} cannot be prolonged: its last step, {planned}, was validated, which decides about its weights, and a "
-            f"longer run is not validated there; choose validate_every so that {planned} is a multiple of it"
+            f"{run.path} cannot be prolonged: the validation after its last step, {planned}, {effect}, and a longer run is not "
+            f"validated there; choose validate_every so that {planned} is a multiple of it"
         )
     raise BadRequest(
         f"{run.path} cannot be prolonged: it has no training state that can be read; omit --resume to start afresh"
     )
+
+
+def _has_best(run: RunDirectory, path: Path, request: RunRequest) -> bool:
+    """Whether the longer run will have the best weights on which a training state counts.
+
+    Those in the run directory may be better ones, of a later validation. The longer run makes these itself, unless that was
+    the validation after the last step of the shorter run.
+    """
+    best = _read_state(path)["callbacks"].get(Validation.__qualname__)
+    if best is None or not best["sha256"]:
+        return True
+    if not run.best.is_file():
+        return False
+    return file_sha256(run.best) == best["sha256"] or request.validates_after(read_checkpoint(run.best).record["step"])
+
+
+def _read_state(path: Path) -> dict:
+    """The content of a training state, on the CPU."""
+    with open_verified(path, sealed=True) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, record: dict, *, columns=COLUMNS) -> None:
@@ -147,8 +172,7 @@ def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, rec
     path = run.checkpoints / prolonged.state.name
     try:
         prolonged.run.lock()
-        with open_verified(prolonged.state, sealed=True) as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _read_state(prolonged.state)
         state["cxt"] = record
         best = state["callbacks"].get(Validation.__qualname__)
         old_best = prolonged.run.best
