@@ -28,8 +28,10 @@ from cxt.checkpoints.parents import read_parent_file
 from cxt.config.models import (
     build_training_config,
     count_input_samples,
+    count_teacher_samples,
     get_parent,
     get_parent_key,
+    get_teacher,
 )
 from cxt.config.on_the_fly import list_stored_datasets
 from cxt.config.repeats import refuse_repeated
@@ -396,6 +398,12 @@ def base_of(model):
     return [paths.parent_path(config, model)] if "lora_of" in config["models"][model] else []
 
 
+def base_of_teacher(wildcards):
+    """The checkpoint of the base that a model's teacher is a LoRA of as a list of inputs, or none."""
+    teacher = get_teacher(config["models"][wildcards.model])
+    return [] if teacher is None else base_of(teacher)
+
+
 def checked_parent(wildcards):
     """The same, or exit status 2 if the machines and GPUs of a model yet to be trained cannot be had.
 
@@ -422,10 +430,8 @@ def checked_parent(wildcards):
 
 def teacher_batch(wildcards):
     """The simulation batch of a model's soft targets as a list of inputs; none if the teacher reads what the shards hold."""
-    model = config["models"][wildcards.model]
-    if count_input_samples(config, model["teacher"]) == count_input_samples(
-        config, wildcards.model
-    ):
+    model = wildcards.model
+    if count_teacher_samples(config, model) == count_input_samples(config, model):
         return []
     return [paths.batch_path(wildcards.variant, int(wildcards.start))]
 

@@ -1,4 +1,4 @@
-# Before stage 3, for models that start from a file. Output: results/parents/<name>-<start of the file's sha256>.ckpt, a copy of a
+# Before stage 3, for models that start or learn from a file. Output: results/parents/<name>-<start of the file's sha256>.ckpt, a copy of a
 # checkpoint of cxt, or an import of a file of the original package.
 
 

@@ -6,10 +6,8 @@
 rule teach:
     input:
         settings="results/settings/teachings/{model}.yaml",
-        checkpoint=lambda wildcards: paths.checkpoint_path(
-            config["models"][wildcards.model]["teacher"]
-        ),
-        base=lambda wildcards: base_of(config["models"][wildcards.model]["teacher"]),
+        checkpoint=lambda wildcards: paths.teacher_path(config, wildcards.model),
+        base=base_of_teacher,
         shards=taught_shards,
         batch=teacher_batch,
     output:

@@ -19,7 +19,7 @@ from cxt.config.bounds import Index, PositiveInteger, Seed
 from cxt.config.flags import add_config_flag, check_flags, find_problems, insert_config
 from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.errors import BadRequest
-from cxt.lineage import check_lineage, check_planned, derive_soft_target_lineage
+from cxt.lineage import check_lineage, check_planned, derive_soft_target_lineage, how_to_replan
 
 logger = get_logger(__name__)
 
@@ -158,14 +158,23 @@ def teach(args, spec: dict) -> None:
     path = find_checkpoint(args.checkpoint)
     record = read_checkpoint(path).record
     check_lineage(f"checkpoint {path}", actual=record.get("lineage"), planned=args.checkpoint_lineage, target=path)
+    sha256, published = file_sha256(path), record.get("published", {}).get("sha256")
+    if args.checkpoint_sha256 not in (None, sha256, published):
+        raise BadRequest(
+            f"checkpoint {path} is not the planned one: its sha256 must be {args.checkpoint_sha256}, got {sha256}; "
+            f"{how_to_replan(path)}"
+        )
     device = "cuda:0" if args.devices else "cpu"
     model = load_model(path, device=device)
-    teacher = {"name": record["name"], "lineage": record.get("lineage"), "sha256": file_sha256(path)}
+    teacher = {"name": record["name"], "lineage": record.get("lineage"), "sha256": sha256}
+    if args.checkpoint_sha256 not in (None, sha256):
+        teacher["published"] = published
     grid = [model.config.grid_low, model.config.grid_high, model.config.bins]
     for shard, out in zip(args.shards, args.out, strict=True):
         arrays, attributes = read_shard(shard)
         check_teacher(model, record, attributes, checkpoint=path, batch=args.batch)
-        lineage = derive_soft_target_lineage(spec, shard=attributes.get("lineage"), checkpoint=record.get("lineage"))
+        identity = args.checkpoint_sha256 or record.get("lineage")
+        lineage = derive_soft_target_lineage(spec, shard=attributes.get("lineage"), checkpoint=identity)
         check_planned(lineage, args.lineage, target=out)
         if model.samples == attributes["samples"]:
             sites = list_stored_sites(arrays)
@@ -202,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--devices", type=int, default=0, choices=(0, 1), help="1 = read on the first GPU (default 0, CPU)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--checkpoint-lineage", help="expected lineage of the checkpoint")
+    parser.add_argument("--checkpoint-sha256", help="expected sha256 of the checkpoint, or of the file it was imported from")
     parser.add_argument("--batch-lineage", help="expected lineage of the simulation batch")
     parser.add_argument("--lineage", help="planned lineage of the soft targets, stored in them")
     add_config_flag(parser)

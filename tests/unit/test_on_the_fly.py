@@ -1,17 +1,23 @@
 """Models that the workflow trains on simulations made on the fly, and `max_steps` as a key of a model's training."""
 
+import dataclasses
+
 import pytest
 import yaml
 from helpers.repository import REPOSITORY, TINY
 
 from cxt.config.file import merge, resolve
 from cxt.config.models import build_network_config
+from cxt.config.variants import list_variants
 from cxt.config.yaml import read_yaml
+from cxt.data import simulated
 from cxt.errors import BadRequest
+from cxt.scenarios.registry import simulate_tree_sequence
+from cxt.trainer.launch import train
 from cxt.trainer.options import read_options
 from cxt.trainer.request import build_request
 from cxt.workflow.costs import Costs
-from cxt.workflow.estimates import estimate_costs, format_estimate
+from cxt.workflow.estimates import estimate_costs, format_estimate, use_devices
 from cxt.workflow.jobs import check_plan
 from cxt.workflow.lineages import evaluation_batches, model_lineage
 from cxt.workflow.settings import neutral_training_flags, write_settings
@@ -92,6 +98,48 @@ def test_the_plan_counts_its_steps():
     assert planned["models"]["mine"]["steps"] == 3
     assert "mine:simulate" not in planned["datasets"]
     assert "mine" in format_estimate(config, planned, Costs())
+
+
+@pytest.mark.slow
+def test_the_plan_counts_its_simulations(tmp_path, monkeypatch):
+    """As many as the trainer makes; without workers it waits for them, and those of workers take no time of its own."""
+    names = ["constant", "stdpopsim_papanu"]
+    training = {"max_steps": 7, "batch_size": 4, "grad_accum": 2, "validate_every": 3, "decode_items": 2, "workers": 0}
+    shared = {"validation_items": 5}
+    config = configuration(simulate=names, training=training, shared_training=shared)
+    made = []
+
+    def simulate(spec, *, index, seed):
+        made.append(spec["name"])
+        return simulate_tree_sequence(spec, index=index, seed=seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(simulated, "simulate_tree_sequence", simulate)
+        train(dataclasses.replace(options_of(config, tmp_path), run_dir=tmp_path / "run"), began=0.0)
+    planned = estimate_costs(config, Costs())
+    model = planned["models"]["mine"]
+    part = model["simulate"]
+    assert part["simulations"] == len(made) == 7 * 4 * 2 + 3 * 5 + 2 * 2
+    assert part["variants"] == 2
+    costs = Costs()
+    variants = [variant for name in names for variant in list_variants(name, config["scenarios"][name])]
+    seconds = {variant.name: costs.simulation(variant.spec)["seconds"] for variant in variants}
+    assert part["core_hours"] == pytest.approx(sum(seconds[name] for name in made) / 3600, rel=0.1)
+    alone = model["core_hours"] - part["core_hours"]
+    assert alone == pytest.approx(
+        planned["models"]["broad"]["core_hours"] * model["flops"] / planned["models"]["broad"]["flops"]
+    )
+    assert model["hours"] == pytest.approx(alone + part["core_hours"])  # one thread
+    with_workers = configuration(simulate=names, training=training | {"workers": 4}, shared_training=shared)
+    hours = estimate_costs(with_workers, Costs())["models"]["mine"]["hours"]
+    assert hours == pytest.approx(max(alone, part["core_hours"] / 4))
+    text = format_estimate(config, planned, Costs())
+    assert f"mine makes {part['simulations']} simulations of 2 variants while it trains: " in text
+    unknown = configuration(scenarios={"constant": {"population_size": 4321}}, training=training)
+    assert "Not counted, because not measured: constant" in format_estimate(unknown, estimate_costs(unknown, Costs()), Costs())
+    # On a GPU, the processor has the simulations only.
+    model = estimate_costs(use_devices(config, 1), Costs())["models"]["mine"]
+    assert model["core_hours"] == model["simulate"]["core_hours"] == part["core_hours"]
 
 
 @pytest.mark.parametrize(

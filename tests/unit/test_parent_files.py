@@ -1,11 +1,13 @@
 """Models whose parent is a checkpoint file: what they inherit, what is part of their lineage, and what is refused."""
 
+import re
 import shutil
 
 import pytest
 import yaml
 from helpers.published import write_published
 from helpers.repository import TINY
+from helpers.training import objective_record
 
 from cxt import train as train_stage
 from cxt.checkpoints.file import import_published, read_checkpoint, write_checkpoint
@@ -15,7 +17,14 @@ from cxt.checkpoints.parents import import_parent, read_parent_file
 from cxt.checkpoints.quantized import quantize_checkpoint
 from cxt.checkpoints.safetensors import write_export
 from cxt.config.file import load
-from cxt.config.models import build_adapter_config, build_network_config, build_training_settings, trace_parents
+from cxt.config.models import (
+    build_adapter_config,
+    build_network_config,
+    build_training_settings,
+    count_teacher_samples,
+    list_needed,
+    trace_parents,
+)
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
@@ -41,6 +50,10 @@ def files(tmp_path_factory):
     import_published(plain, directory / "imported.ckpt", name="mine")
     checkpoint = read_checkpoint(plain)
     write_export(directory / "exported", checkpoint.state_dict, checkpoint.record)
+    write_published(directory / "wide.ckpt", NETWORK.replace(window_size=1000, windows=20))
+    write_published(directory / "missing.ckpt", NETWORK.replace(mask_singletons=False))
+    imported = read_checkpoint(directory / "imported.ckpt")
+    write_checkpoint(directory / "masked.ckpt", imported.state_dict, imported.record | objective_record("masked"))
     quantize_checkpoint(directory / "imported.ckpt", directory / "int8.ckpt")
     (directory / "text.ckpt").write_text("no checkpoint")
     return directory
@@ -110,6 +123,34 @@ def read_other(files):
     return {key: value + 1 for key, value in checkpoint.state_dict.items()}, checkpoint.record
 
 
+DISTILL = {"training": {"objective": "distill"}}
+
+
+def test_a_file_as_teacher(files, tmp_path):
+    """Its bytes are in the lineages of soft targets and student, and its copy is what teaches."""
+    shutil.copy(files / "imported.ckpt", tmp_path / "a.ckpt")
+    student = N10 | {"teacher": "a.ckpt"} | DISTILL
+    config = read(tmp_path, {"x": student, "y": MINE | {"checkpoint": "./a.ckpt"}})
+    digest = file_sha256(tmp_path / "a.ckpt")
+    assert list_needed(config["models"]["x"]) == []
+    assert paths.teacher_path(config, "x") == paths.parent_path(config, "y") == f"results/parents/mine-{digest[:12]}.ckpt"
+    assert paths.parent_path(config, "x") is None
+    assert count_teacher_samples(config, "x") == 50
+    assert yaml.safe_load(write_settings(config, "teachings", "x"))["checkpoint_sha256"] == digest
+    planned = estimate_costs(config, Costs([]))
+    text = format_estimate(config, planned, Costs([]))
+    assert re.search(r"x learns from \S*a\.ckpt \('mine': 2 blocks of width 16", text)
+    assert "y starts from " in text
+    plain = estimate_costs(read(tmp_path, {"x": N10 | {"training": {"objective": "marginal"}}}), Costs([]))["models"]["x"]
+    assert planned["models"]["x"]["core_hours"] > plain["core_hours"]
+    shutil.move(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
+    moved = read(tmp_path, {"x": student | {"teacher": "b.ckpt"}})
+    assert model_lineage(moved, "x") == model_lineage(config, "x")
+    write_checkpoint(tmp_path / "b.ckpt", *read_other(files))
+    other = read(tmp_path, {"x": student | {"teacher": "b.ckpt"}})
+    assert model_lineage(other, "x") != model_lineage(config, "x")
+
+
 def test_without_files_nothing_is_added():
     assert "parent_files" not in load([TINY])
 
@@ -136,6 +177,14 @@ def test_without_files_nothing_is_added():
         ),
         (N10 | {"resume_adapter": "adapter.ckpt", "adapter": {}}, r"models\.x\.adapter\.bottleneck: 32, but .*has 4; omit"),
         (MINE | {"checkpoint": "results/y.ckpt"}, r"models\.x\.checkpoint: results/y\.ckpt is made by this .*`checkpoint: y`"),
+        (MINE | DISTILL | {"teacher": "gone.ckpt"}, r"models\.x\.teacher: there is no checkpoint .*gone\.ckpt"),
+        (MINE | DISTILL | {"teacher": "int8.ckpt"}, r"models\.x\.teacher: .*int8\.ckpt is quantised"),
+        (MINE | DISTILL | {"teacher": "results/y.ckpt"}, r"models\.x\.teacher: .* name the model: `teacher: y`"),
+        (MINE | DISTILL | {"teacher": "adapter.ckpt"}, r"models\.x\.teacher: .* reads 10 haplotypes, fewer than the 50 of"),
+        (MINE | DISTILL | {"teacher": "wide.ckpt"}, r"models\.x\.teacher: .*trained with window_size 1000, but .* has 2000"),
+        (MINE | DISTILL | {"teacher": "missing.ckpt"}, r"models\.x\.teacher: .*was trained with missingness, unlike dataset"),
+        (MINE | DISTILL | {"teacher": "masked.ckpt"}, r"models\.x\.teacher: .*its objective masked predicts no times"),
+        (MINE | {"teacher": "imported.ckpt"}, r"a teacher is for the objective distill, not for marginal"),
         (MINE | {"checkpoint": "a.ckpt", "resume_adapter": "y"}, r"there is no checkpoint .*a\.ckpt"),
     ],
 )

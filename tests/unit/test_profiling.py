@@ -8,9 +8,10 @@ import torch
 
 from cxt.checkpoints.file import read_checkpoint
 from cxt.config.learning import UserCallback
-from cxt.errors import BadRequest
+from cxt.errors import BadRequest, Failed
 from cxt.trainer.profiling import divide_time, format_parts
 from cxt.trainer.train_model import train_model
+from cxt.trainer.training_state import find_damage
 from cxt.trainer.user_callbacks import build_callbacks
 
 SMALL = {
@@ -19,6 +20,9 @@ SMALL = {
 }  # fmt: skip
 
 MINE = """
+import pathlib
+import numpy as np
+import torch
 from pytorch_lightning.callbacks import Callback
 
 class Count(Callback):
@@ -33,6 +37,21 @@ class Count(Callback):
 
 class Other:
     pass
+
+class Stored(Callback):
+    # Counts steps, across interruptions; from step *bad* on, with a number that a training state cannot hold.
+    def __init__(self, path="/dev/null", kind="dict", bad=1000):
+        self.path, self.kind, self.bad, self.steps = path, kind, bad, 0
+    def state_dict(self):
+        steps = np.float64(self.steps) if self.steps >= self.bad else self.steps
+        good = {"steps": steps, "mean": torch.zeros(2)}
+        return {"dict": good, "path": {"steps": pathlib.Path("x")}, "lambda": lambda: 1}[self.kind]
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+    def on_train_batch_end(self, trainer, module, *rest):
+        self.steps += 1
+    def on_train_end(self, trainer, module):
+        open(self.path, "w").write(str(self.steps))
 """
 
 
@@ -100,8 +119,31 @@ def test_a_callback_of_ones_own(dataset, tmp_path, mine, caplog):
         ("{}.Other", {}, "not a subclass"),
         ("{}.Count", {"pth": 1}, "does not take init_args"),
         ("{}.Count", {"path": "x", "every": 0}, "every must be positive"),
+        ("{}.Stored", {"kind": "path"}, r"the state_dict of \w+.Stored must consist of numbers, text"),
+        ("{}.Stored", {"kind": "lambda"}, "so that a run can be continued"),
+        ("{}.Stored", {"bad": 0}, r"convert other values, such as numpy's with float\(\)"),
     ],
 )
 def test_wrong_callbacks(mine, path, arguments, says):
     with pytest.raises(BadRequest, match=says):
         build_callbacks([UserCallback(class_path=path.format(mine), init_args=arguments)])
+
+
+def test_the_state_of_a_callback_is_continued(dataset, tmp_path, mine):
+    called = [{"class_path": f"{mine}.Stored", "init_args": {"path": str(tmp_path / "steps")}}]
+    settings = {**SMALL, "dataset_path": dataset, "run_dir": tmp_path / "run", "callbacks": called, "save_every": 1}
+    with pytest.raises(Failed, match="out of time"):
+        train_model(**settings, max_minutes=1e-9)
+    assert not (tmp_path / "steps").exists()
+    train_model(**settings)
+    assert (tmp_path / "steps").read_text() == "12"
+
+
+def test_a_state_that_could_not_be_read_again_is_not_saved(dataset, tmp_path, mine):
+    called = [{"class_path": f"{mine}.Stored", "init_args": {"bad": 5}}]
+    run = tmp_path / "run"
+    with pytest.raises(Failed, match="Stored must consist of .*; no training state with it was saved") as failed:
+        train_model(**SMALL, dataset_path=dataset, run_dir=run, callbacks=called, save_every=1)
+    assert failed.value.status == 1
+    assert find_damage(run / "checkpoints/last.ckpt") is None
+    assert not list((run / "checkpoints").glob("step=6.ckpt"))

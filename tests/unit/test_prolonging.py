@@ -1,5 +1,6 @@
 """Prolonged runs end, to the bit, as runs that were planned that long from the start; what cannot be prolonged is refused."""
 
+import errno
 import json
 import shutil
 
@@ -8,11 +9,13 @@ import torch
 from helpers.training import equal
 
 import cxt
+from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import TIMING, read_log
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
+from cxt.trainer import prolonging
 from cxt.trainer.prolonging import describe_length_dependence, differs_in_length_only
 from cxt.trainer.training_state import get_step, list_training_states
 
@@ -76,6 +79,42 @@ def test_equals_a_run_of_that_length(settings, tmp_path, capsys, short, more, re
 
 
 @pytest.mark.slow
+def test_the_best_weights_so_far(settings, tmp_path, capsys):
+    """`export: best`, and the last step of the shorter run is its best one, where the longer one is not validated.
+
+    The training state of step 5 counts on the best weights of step 4, in place of which there are those of step 6.
+    """
+    settings |= {
+        "lr": 0.05,
+        "seed": 8,
+        "warmup_steps": 0,
+        "export": "best",
+        "validate_every": 4,
+        "save_every": 5,
+        "keep_saves": 9,
+    }
+    whole, cut = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "cut")
+    cxt.train_model(**settings, run_dir=whole.path)
+    assert read_checkpoint(whole.finished_checkpoint()).record["step"] == 4
+    cxt.train_model(**settings | {"max_steps": 6}, run_dir=cut.path)
+    assert read_checkpoint(cut.finished_checkpoint()).record["step"] == 6
+    assert [get_step(path) for path in list_training_states(cut)] == [6, 5, 4]
+    later = RunDirectory(shutil.copytree(cut.path, tmp_path / "later", symlinks=True))
+    (later.checkpoints / "step=4.ckpt").unlink()
+    capsys.readouterr()
+    cxt.train_model(**settings, run_dir=cut.path, resume=True)
+    assert "from step 4 of it" in capsys.readouterr().out
+    is_same(whole, cut)
+    with pytest.raises(
+        BadRequest, match="cannot be prolonged: .* best weights .* choose validate_every so that 6 is a multiple"
+    ):
+        cxt.train_model(**settings, run_dir=later.path, resume=True)
+    cxt.train_model(**settings, run_dir=later.path)
+    assert "starting afresh" in capsys.readouterr().out
+    is_same(whole, later)
+
+
+@pytest.mark.slow
 def test_from_an_interrupted_run(settings, tmp_path):
     """Of which no step was the last; then again, as the same run."""
     whole, cut = RunDirectory(tmp_path / "whole"), RunDirectory(tmp_path / "cut")
@@ -121,6 +160,34 @@ def test_from_another_directory(settings, tmp_path, capsys):
     fresh = cxt.train_model(**settings | {"seed": 2}, run_dir=tmp_path / "fresh", lineage="b", prolong=old)
     assert "is not prolonged, because of epochs 1 instead of 3, seed 1 instead of 2" in capsys.readouterr().out
     assert read_log(fresh / "training_log.csv")[0]["train_loss"] != read_log(whole.log)[0]["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_beginning_that_fails_is_made_again(settings, tmp_path, monkeypatch, capsys, in_place):
+    """As on a full disk: the next try begins with the shorter run, too."""
+    old = RunDirectory(tmp_path / "old")
+    cxt.train_model(**settings | {"epochs": 1}, run_dir=old.path, lineage=None if in_place else "a")
+    before = {path: path.read_bytes() for path in old.path.rglob("*") if path.is_file()}
+    new = old if in_place else RunDirectory(tmp_path / "new")
+    longer = settings | {"run_dir": new.path} | ({} if in_place else {"lineage": "b", "prolong": old.path})
+
+    def full(content):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prolonging, "pack", full)
+        with pytest.raises(OSError, match="no space left"):
+            cxt.train_model(**longer)
+    assert {path: path.read_bytes() for path in old.path.rglob("*") if path.is_file()} == before
+    assert in_place or (new.read_record() is None and not list(new.checkpoints.iterdir()))
+    assert not [path for path in tmp_path.glob("*superseded*") if path.is_dir()]
+    capsys.readouterr()
+    cxt.train_model(**longer)
+    assert "from step 3 of it to step 9" in capsys.readouterr().out
+    whole = RunDirectory(tmp_path / "whole")
+    cxt.train_model(**settings, run_dir=whole.path, lineage=None if in_place else "b")
+    is_same(whole, new)
 
 
 @pytest.mark.slow

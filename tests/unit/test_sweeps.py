@@ -1,21 +1,29 @@
 """Sweeps: the file, the settings of trials, the study, and what is refused."""
 
 import csv
+import json
 import math
 import statistics
+from typing import get_args
 
 import pytest
 import yaml
 
 from cxt.commands import sweep as sweep_command
+from cxt.config.learning import Objective
+from cxt.config.network import ModelConfig
+from cxt.config.training import TrainingConfig, list_loss_terms
 from cxt.errors import BadRequest
+from cxt.model.adapter import build_model
 from cxt.sweeps.report import complete_trials, write_csv
 from cxt.sweeps.settings import check_trial, put, read_fixed, settings_of_trial
 from cxt.sweeps.space import MAX_GRID, Parameter, read_sweep
 from cxt.sweeps.study import Study, draw
 from cxt.sweeps.trials import metric_at_end
+from cxt.trainer.objectives import build_objective
 
 LR = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
+TWO = json.dumps([{"name": "cross_entropy"}, {"name": "emd", "weight": 0.5}])
 
 
 def write(path, content) -> str:
@@ -217,11 +225,61 @@ def test_bad_parameters_and_flags(tmp_path, parameters, flags, message):
         ("val_loss/emdd", [], "did you mean 'val_loss/emd'"),
         ("val_mse", ["--decode-items", "0"], "the metric val_mse needs decoded test examples"),
         ("val_r", ["--objective", "masked"], "the objective masked predicts no times"),
+        ("val_loss/emd", [], "not in training_log.csv with the objective autoregressive: its loss has one term only"),
+        ("val_loss/cross_entropy", [], "its loss has one term only; choose val_loss or train_loss"),
+        ("val_loss/mse", ["--losses", TWO], "with the objective autoregressive: its terms are cross_entropy, emd"),
+        ("train_loss/marginal_emd", ["--losses", TWO], "its terms are cross_entropy, emd"),
+        ("val_loss/distillation", ["--objective", "joint"], "its terms are cross_entropy, marginal_cross_entropy"),
+        ("val_loss/poisson", ["--objective", "masked"], "with the objective masked: its loss has one term only"),
     ],
 )
 def test_metrics_that_the_log_does_not_have(tmp_path, metric, flags, message):
     with pytest.raises(BadRequest, match=message):
         read_fixed(flags, make(tmp_path, metric={"name": metric}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "parameters", "message"),
+    [
+        ("val_loss/emd", {"losses": {"values": ["cross_entropy", json.loads(TWO)]}}, r"in trials with losses: cross_entropy"),
+        ("val_loss/emd", {"losses": {"values": [json.loads(TWO), [{"name": "emd"}, {"name": "z_loss"}]]}}, None),
+        ("val_loss/emd", {"losses.1.name": {"values": ["emd", "mse"]}}, r"in trials with losses.1.name: mse"),
+        ("val_loss/emd", {"losses.1.weight": {"min": 0.1, "max": 1.0}}, None),
+        ("val_loss/marginal_emd", {"objective": {"values": ["joint", "marginal"]}}, r"trials with objective: marginal\)"),
+        ("val_loss/emd", {"objective": {"values": ["joint", "marginal"]}}, None),
+        ("val_mse", {"objective": {"values": ["autoregressive", "masked"]}}, "masked predicts no times"),
+        ("val_loss", {"losses.1.weight": {"min": 0.1, "max": 1.0}}, "cannot be compared between trials with different losses;"),
+        ("train_loss", {"joint_weight": {"values": [1, 2]}}, "trials with different joint_weight; choose val_mse"),
+        ("val_loss", {"objective": {"values": ["joint", "marginal"]}, "lr": LR}, "trials with different objective"),
+        ("val_mse", {"losses.1.weight": {"min": 0.1, "max": 1.0}}, None),
+    ],
+)  # fmt: skip
+def test_metrics_of_all_trials(tmp_path, metric, parameters, message):
+    """What a parameter changes about the loss, before the first trial."""
+    sweep = make(tmp_path, parameters, metric={"name": metric})
+    flags = [] if "losses" in parameters else ["--losses", TWO]
+    if message is None:
+        read_fixed(flags, sweep)
+        return
+    with pytest.raises(BadRequest, match=message):
+        read_fixed(flags, sweep)
+
+
+@pytest.mark.parametrize("objective", get_args(Objective))
+def test_terms_are_those_of_the_objectives(objective):
+    training = TrainingConfig(objective=objective, losses=json.loads(TWO))
+    network = ModelConfig(layers=1, heads=2, width=16, windows=10, samples=10, scales=2)
+    model = build_model(network, None)
+    assert list_loss_terms(training) == list(build_objective(model, training, scales=[2, 4]).names)
+
+
+def test_batches_of_validation_are_refused_with_another_batch_size(tmp_path):
+    sweep = make(tmp_path, {"batch_size": {"values": [4, 8]}})
+    flags = ["--simulate", "constant", "--window-size", "2000", "--max-steps", "3"]
+    with pytest.raises(BadRequest, match="--eval-max-batches is a number of batches, .*--eval-samples instead"):
+        read_fixed([*flags, "--eval-max-batches", "2"], sweep)
+    read_fixed([*flags, "--eval-samples", "8"], sweep)
+    read_fixed([*flags, "--eval-max-batches", "2"], make(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 import json
 import math
+import socket
 import struct
 from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cxt.checkpoints.run_directory import RunDirectory
 from cxt.checkpoints.training_log import TIMING, read_log
 from cxt.config.training import TrainingConfig
 from cxt.errors import BadRequest
@@ -94,6 +96,32 @@ def test_a_continued_run_goes_on_at_mlflow(dataset, tmp_path, monkeypatch):
     assert tracked.info.status == "FINISHED"
     steps = {metric.step for metric in client.get_metric_history(tracked.info.run_id, "train_loss")}
     assert steps == set(logged(tmp_path / "run")["train_loss"])
+
+
+@pytest.mark.slow
+def test_mlflow_without_its_server(dataset, tmp_path, caplog):
+    """One message before training begins, and everything as it was; a run that is known there goes on without it."""
+    with socket.socket() as free:  # a port at which nobody listens
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    settings = {**SMALL, "dataset_path": dataset, "mlflow": address}
+    run = tmp_path / "run"
+    message = f"mlflow {address} cannot be used: .*; start its server or correct the address, or train without mlflow"
+    with pytest.raises(BadRequest, match=message):
+        train_model(**settings, run_dir=run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
+    train_model(**SMALL | {"max_steps": 2}, dataset_path=dataset, run_dir=run)  # another one, which is there meanwhile
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(BadRequest, match=message):
+        train_model(**settings, run_dir=run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.lock"]
+    known = tmp_path / "known"
+    known.mkdir()
+    (known / "trackers.json").write_text(json.dumps({"mlflow": {"address": address, "run": "0" * 32}}), encoding="utf-8")
+    train_model(**settings, run_dir=known)
+    assert "cannot be used, and gets nothing more of this run" in caplog.text
+    assert RunDirectory(known).finished_checkpoint() is not None
 
 
 @pytest.mark.slow

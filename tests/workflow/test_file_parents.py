@@ -19,6 +19,10 @@ from cxt.workflow.prolonging import find_run_to_prolong
 NAMES = ["narrow", "broad", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=10)
 MINE = {"preset": "broad", "dataset": "processed", "evaluation": ["constant"]}
+STUDENT = {
+    "preset": "broad", "dataset": "processed_n10", "evaluation": ["constant"], "training": {"objective": "distill"},
+    "architecture": {"layers": 1, "heads": 2, "width": 16},
+}  # fmt: skip
 ADAPTER = {"preset": "broad", "dataset": "processed_n10", "evaluation": ["constant"]}
 
 
@@ -49,6 +53,7 @@ def test_from_files_to_evaluations(tmp_path):
         "child": MINE | {"checkpoint": "mine"},
         "mine_adapter": ADAPTER | {"resume_adapter": "adapter.ckpt"},
         "lora": MINE | {"lora_of": "published/broad_epoch=1-step=5280.ckpt", "lora": {"rank": 2}},
+        "student": STUDENT | {"teacher": "published/broad_epoch=1-step=5280.ckpt"},
     }
     configfile = configuration(user / "x.yaml", models)
     done = snakemake("--show-failed-logs", cwd=work, configfile=configfile)
@@ -63,21 +68,24 @@ def test_from_files_to_evaluations(tmp_path):
     assert checkpoint.record["lineage"] == model_lineage(config, "mine")
     assert checkpoint.record["parent"]["published"] == digest
     assert checkpoint.model.start_token_in_prefix
+    assert read_checkpoint(results / "student.ckpt").record["teacher"]["published"] == digest
+    assert list((results / "soft_targets" / "student").rglob("*.npz"))
     assert read_checkpoint(results / "mine_adapter.ckpt").adapter.overwrite_bin0
     shown = run_python("-m", "cxt", "checkpoint", "show", "mine", cwd=work).stdout
     assert f"imported from the published file {digest}" in shown
     verified = run_python("-m", "cxt", "checkpoint", "verify", "--dir", "results", "--configfile", configfile, cwd=work).stdout
-    assert len(verified.splitlines()) == 4
+    assert len(verified.splitlines()) == 5
     assert "; its parent is " in verified
     assert planned(work, configfile) == set()
     # The same bytes in another place, by another name.
     shutil.move(user / "published" / "broad_epoch=1-step=5280.ckpt", user / "moved.ckpt")
-    for name, key in (("mine", "checkpoint"), ("lora", "lora_of")):
+    for name, key in (("mine", "checkpoint"), ("lora", "lora_of"), ("student", "teacher")):
         models[name] |= {key: "moved.ckpt"}
     assert planned(work, configuration(user / "x.yaml", models)) == set()
     # Other bytes in the same place.
     write_published(user / "moved.ckpt", NETWORK, seed=2)
     assert planned(work, configfile, "results/child.ckpt") == {"import_parent", "train"}
+    assert planned(work, configfile, "results/student.ckpt") == {"import_parent", "teach", "train"}
     snakemake("--show-failed-logs", "results/mine.ckpt", cwd=work, configfile=configfile)
     again = read_checkpoint(results / "mine.ckpt").record["parent"]
     assert again["published"] == file_sha256(user / "moved.ckpt") != digest

@@ -107,6 +107,11 @@ class RunDirectory:
         self.path.mkdir()
         return old
 
+    def restore(self, old: Path) -> None:
+        """Put the run that was superseded as *old* back, and drop what is in its place, of which no run has come."""
+        shutil.rmtree(self.path)
+        old.rename(self.path)
+
     def discard_if_empty(self) -> None:
         """Remove the directory if it is empty."""
         if not any(self.path.iterdir()):

@@ -20,7 +20,10 @@ from cxt.config.models import (
     count_dataset_windows,
     get_parent_file,
     get_parent_key,
+    get_teacher,
+    get_teacher_objective,
     is_adapter,
+    list_files,
     trace_parents,
 )
 from cxt.config.network import (
@@ -242,7 +245,7 @@ def _check_parents(config: dict, name: str) -> None:
         raise BadRequest(f"{at}.resume_adapter: '{parents[0]}' has no adapter; use `checkpoint: {parents[0]}`")
     if "adapter" in model and not parents and file is None:
         raise BadRequest(f"{at}.adapter: an adapter needs a trained backbone; name one with `checkpoint`")
-    teacher = model.get("teacher")
+    teacher = get_teacher(model)
     if teacher is not None and teacher not in config["models"]:
         raise BadRequest(f"{at}.teacher: unknown model '{teacher}'{suggest_nearest(teacher, config['models'])}")
     _check_lora_keys(config, name, parents)
@@ -357,18 +360,25 @@ def _check_teacher(config: dict, name: str) -> None:
         raise BadRequest(
             f"{at}.teacher: a teacher is for the objective distill, not for {objective}; add `training: {{objective: distill}}`"
         )
-    if not is_readable(taught := build_training_config(config, teacher).objective):
+    if not is_readable(taught := get_teacher_objective(config, name)):
         raise BadRequest(f"{at}.teacher: '{teacher}' cannot teach, because its objective {taught} predicts no times")
     dataset_name = model["dataset"]
-    dataset, other = config["datasets"][dataset_name], config["datasets"][config["models"][teacher]["dataset"]]
+    dataset = config["datasets"][dataset_name]
+    if (file := list_files(config, name).get("teacher")) is None:
+        other = config["datasets"][config["models"][teacher]["dataset"]]
+        has_missingness = "mask" in other
+    else:
+        network, has_missingness = file.network, file.trained_model.has_missingness
+        other = {"window_size": network.window_size, "sequence_length": network.windows * network.window_size}
+        other |= {"scales": file.scales, "samples": file.trained_model.samples}
     for key in ("window_size", "sequence_length", "scales"):
         if dataset[key] != other[key]:
             raise BadRequest(
                 f"{at}.teacher: '{teacher}' was trained with {key} {other[key]}, but dataset '{dataset_name}' has "
                 f"{dataset[key]}; choose a teacher with the same windows"
             )
-    if ("mask" in dataset) != ("mask" in other):
-        which = "with" if "mask" in other else "without"
+    if ("mask" in dataset) != has_missingness:
+        which = "with" if has_missingness else "without"
         raise BadRequest(f"{at}.teacher: '{teacher}' was trained {which} missingness, unlike dataset '{dataset_name}'")
     if (read := build_network_config(config, teacher).windows) != (there := count_dataset_windows(config, name)):
         raise BadRequest(

@@ -76,8 +76,8 @@ class Model(Section):
     """Parent adapter model to start from, or its file: its backbone and adapter weights. Cannot be combined with
     `checkpoint`."""
     teacher: Text | None = None
-    """Model whose distributions it learns, with the objective `distill`. The teacher has the same windows, and may read more
-    haplotypes of the same simulations."""
+    """Model whose distributions it learns, or its file, with the objective `distill`. The teacher has the same windows, and may
+    read more haplotypes of the same simulations."""
     adapter: Adapter | None = None
     """Sample-size adapter in front of a mostly frozen backbone; a model with this section is an adapter model."""
     lora_of: Text | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cxt.config.checks import check_consistency, fill_scenarios
 from cxt.config.configuration import Configuration
-from cxt.config.models import PARENT_KEYS
+from cxt.config.models import FILE_KEYS
 from cxt.config.parent_files import ParentFile, fill_parent_files, is_path
 from cxt.config.repeats import expand_repeats
 from cxt.config.shipped import default_configfile, find_configfile
@@ -41,7 +41,7 @@ NAMED_FILES = (
 FILES_OR_NAMES = tuple(("translate", key) for key in ("model", "samples", "pairs", "ancestral"))
 """Where it names files or something else: a text is a path if there is such a file."""
 
-PARENTS = tuple(("models", key) for key in PARENT_KEYS)
+PARENTS = tuple(("models", key) for key in FILE_KEYS)
 """Where it names models or files: a text is a path if `is_path` says so."""
 
 
@@ -135,6 +135,6 @@ def resolve(config: dict, *, read_parent: Callable[[str], ParentFile] | None = N
     resolved = read.resolved()
     expand_repeats(resolved)
     fill_scenarios(resolved, removed)
-    fill_parent_files(resolved, PARENT_KEYS, read_parent)
+    fill_parent_files(resolved, FILE_KEYS, read_parent)
     check_consistency(resolved)
     return resolved

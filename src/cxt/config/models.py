@@ -11,6 +11,9 @@ from cxt.io import canonical_json
 PARENT_KEYS = ("checkpoint", "resume_adapter", "lora_of")
 """Keys of a model that name its parent, another model or a file; a model has at most one of them."""
 
+FILE_KEYS = (*PARENT_KEYS, "teacher")
+"""Keys of a model that name another model, or a checkpoint file."""
+
 
 def get_parent_key(model: dict) -> str | None:
     """The key that names the model's parent or its file, or None."""
@@ -25,16 +28,25 @@ def get_parent(model: dict) -> str | None:
 
 def get_parent_file(config: dict, name: str) -> ParentFile | None:
     """The file that model *name* starts from; None without a parent, or if the parent is another model."""
+    key = get_parent_key(config["models"][name])
+    return None if key is None else list_files(config, name).get(key)
+
+
+def get_teacher(model: dict) -> str | None:
+    """Name of the model that teaches a model; None without a teacher, or if it is a file."""
+    teacher = model.get("teacher")
+    return None if teacher is None or is_path(teacher) else teacher
+
+
+def list_files(config: dict, name: str) -> dict[str, ParentFile]:
+    """The checkpoint files that model *name* names, by the keys that name them."""
     model = config["models"][name]
-    key = get_parent_key(model)
-    if key is None or not is_path(model[key]):
-        return None
-    return ParentFile.from_json(config[SECTION][model[key]])
+    return {key: ParentFile.from_json(config[SECTION][model[key]]) for key in FILE_KEYS if key in model and is_path(model[key])}
 
 
 def list_needed(model: dict) -> list[str]:
     """Names of the models that must be trained before: its parent and its teacher."""
-    return [name for name in (get_parent(model), model.get("teacher")) if name is not None]
+    return [name for name in (get_parent(model), get_teacher(model)) if name is not None]
 
 
 def trace_parents(config: dict, name: str) -> list[str]:
@@ -131,6 +143,24 @@ def build_teaching_spec(config: dict, name: str) -> dict:
     """How the teacher of model *name* is read: the specification of `cxt.teach`."""
     training = build_training_config(config, name)
     return {"reading": "auto", "replicates": training.distill.replicates, "seed": training.seed}
+
+
+def get_teacher_network(config: dict, name: str) -> ModelConfig:
+    """The network of the teacher of model *name*."""
+    file = list_files(config, name).get("teacher")
+    return build_network_config(config, config["models"][name]["teacher"]) if file is None else file.network
+
+
+def get_teacher_objective(config: dict, name: str) -> str:
+    """What the teacher of model *name* was trained to predict."""
+    file = list_files(config, name).get("teacher")
+    return build_training_config(config, config["models"][name]["teacher"]).objective if file is None else file.objective
+
+
+def count_teacher_samples(config: dict, name: str) -> int:
+    """Haplotypes that the teacher of model *name* reads."""
+    file = list_files(config, name).get("teacher")
+    return count_input_samples(config, config["models"][name]["teacher"]) if file is None else file.trained_model.samples
 
 
 def count_input_samples(config: dict, name: str) -> int:

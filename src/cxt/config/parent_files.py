@@ -1,4 +1,4 @@
-"""Checkpoint files that a configuration names as parents of its models, in place of another model.
+"""Checkpoint files that a configuration names as parents or teachers of its models, in place of another model.
 
 The configuration knows of such a file what its children inherit. Reading it needs torch, so that whoever resolves a
 configuration passes the function that does (`cxt.checkpoints.parents.read_parent_file`).
@@ -97,17 +97,17 @@ class ParentFile:
 
 
 def is_path(value: str) -> bool:
-    """Whether the parent of a model is given by a path, and not by the name of another model."""
+    """Whether the parent or teacher of a model is given by a path, and not by the name of another model."""
     return "/" in value or value.endswith(SUFFIX)
 
 
 def fill_parent_files(config: dict, keys: Iterable[str], read: Callable[[str], ParentFile] | None) -> None:
-    """Describe the files that models name as their parents, in the section `SECTION` of the configuration.
+    """Describe the files that models name as parents or teachers, in the section `SECTION` of the configuration.
 
     Parameters
     ----------
     config : the configuration, modified in place
-    keys : keys of a model that name its parent
+    keys : keys of a model that may name a file
     read : reads a file; without it, files are refused
 
     Raises
@@ -139,5 +139,5 @@ def fill_parent_files(config: dict, keys: Iterable[str], read: Callable[[str], P
 
 
 def list_parent_files(config: dict) -> list[ParentFile]:
-    """The files that models of a resolved configuration start from."""
+    """The files that models of a resolved configuration start or learn from."""
     return [ParentFile.from_json(values) for values in config.get(SECTION, {}).values()]

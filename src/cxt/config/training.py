@@ -299,6 +299,21 @@ def list_result_neutral_settings(settings: dict) -> tuple[str, ...]:
     return RESULT_NEUTRAL_SETTINGS + without if decides else RESULT_NEUTRAL_SETTINGS + without + VALIDATION
 
 
+def list_loss_terms(training: TrainingConfig) -> list[str]:
+    """Names of the terms of a training's loss, in the order of its objective (`cxt.trainer.objectives`)."""
+    names: list[str] = [term.name for term in training.losses]
+    match training.objective:
+        case "masked":
+            return ["poisson"]
+        case "joint":
+            return [*names, *(f"marginal_{name}" for name in names)]
+        case "distill":
+            return ["distillation", *names]
+        case "contrastive":
+            return ["info_nce", *names]
+    return names
+
+
 def averaging_decay(step: int, decay: float) -> float:
     """Weight of the earlier average at an optimizer step, counted from 1: at most (1 + step) / (10 + step).
 

@@ -55,7 +55,8 @@ def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Var
         if scenario["kind"] == "trees" and scenario["sequence_length"] != shape["sequence_length"]:
             raise BadRequest(
                 f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint reads "
-                f"{shape['sequence_length']:,} bp; pieces of another length may contain what it was trained on"
+                f"{shape['sequence_length']:,} bp, and pieces of another length may contain what it was trained on; set its "
+                f"sequence_length to {shape['sequence_length']}"
             )
         for variant in list_variants(name, config["scenarios"][name] | {"sequence_length": shape["sequence_length"]}):
             haplotypes = 2 * count_individuals(variant.spec)
@@ -150,9 +151,13 @@ def evaluate_on_scenarios(
         batches = []
         for number, variant in enumerate(variants):
             batch = {"path": Path(directory, f"{number}.trees.batch"), "scenario": variant.name, "start": EVALUATION_START}
-            held_out = count_held_out_pieces(variant.spec) if variant.spec["kind"] == "trees" else count
-            number_of_simulations = min(count, held_out)
-            progress(f"{variant.name}: simulating {number_of_simulations} times {shape['sequence_length']:,} bp")
+            number_of_simulations, length = count, f"{shape['sequence_length']:,} bp"
+            if variant.spec["kind"] == "trees":
+                number_of_simulations = min(count, count_held_out_pieces(variant.spec))
+                limit = "" if number_of_simulations == count else f", all that are held out of training, instead of {count}"
+                progress(f"{variant.name}: cutting {number_of_simulations} pieces of {length}{limit}")
+            else:
+                progress(f"{variant.name}: simulating {count} times {length}")
             write_batch(batch["path"], variant.spec, start=EVALUATION_START, count=number_of_simulations, seed=seed)
             batches.append(batch | {"count": number_of_simulations})
         result, tracks = evaluate(

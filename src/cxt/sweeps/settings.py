@@ -8,15 +8,14 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from cxt.checkpoints.training_log import METRIC_PREFIX, TERM_PREFIXES
-from cxt.config.learning import LossName, Metric, is_readable
 from cxt.config.training import RESULT_NEUTRAL_SETTINGS, drop_later_defaults
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import atomic_write
+from cxt.sweeps.metric import check_metric
 from cxt.sweeps.space import Sweep
 from cxt.trainer.options import OPTIONS, STRUCTURED, TRAINING_SETTINGS, build_options, build_parser, merge_options, parse_flags
 from cxt.trainer.options import with_config_files as expand_config_files
@@ -27,14 +26,6 @@ from cxt.trainer.request import (
     build_request,
     list_settings,
 )
-
-OF_DISTRIBUTIONS = tuple(METRIC_PREFIX + metric for metric in get_args(Metric))
-"""Columns of training_log.csv that it has if the setting `metrics` names them."""
-
-METRICS = ("val_loss", "val_mse", "val_r", "train_loss", *OF_DISTRIBUTIONS)
-"""Columns of training_log.csv that a sweep may optimise, beside those of the terms of a loss."""
-
-TERMS = ("info_nce", "distillation", "poisson", *get_args(LossName), *(f"marginal_{name}" for name in get_args(LossName)))
 
 ALLOWED_CONTROL = ("max_minutes",)
 """Flags that control a run and may be given to a sweep."""
@@ -89,8 +80,8 @@ def read_fixed(argv: list[str], sweep: Sweep) -> Fixed:
     Raises
     ------
     BadRequest
-        For flags that a sweep sets itself, for parameters that are no settings or cannot be searched, and for settings that
-        are given twice.
+        For flags that a sweep sets itself, for parameters that are no settings or cannot be searched, for settings that are
+        given twice, and for a metric that a trial will not have, or that says different things in different trials.
     """
     given = list_given_flags(argv)
     refused = sorted(given & ({*RUN_CONTROL_OPTIONS, "print_config"} - {*ALLOWED_CONTROL}))
@@ -107,7 +98,12 @@ def read_fixed(argv: list[str], sweep: Sweep) -> Fixed:
     settings = list_settings(options)
     for name, value in sweep.constants.items():
         put(settings, name, value)
-    _check_metric(sweep, settings)
+    check_metric(sweep, settings, put)
+    if settings.get("eval_max_batches") is not None and "batch_size" in {parameter.name for parameter in sweep.parameters}:
+        raise BadRequest(
+            "--eval-max-batches is a number of batches, so that trials with another batch_size would be validated on other "
+            "examples; give their number with --eval-samples instead"
+        )
     return Fixed(settings, options.max_minutes)
 
 
@@ -132,26 +128,6 @@ def _check_names(sweep: Sweep, given: set[str]) -> None:
                 raise BadRequest(f"parameters.{name} and parameters.{other}: one contains the other; remove one of them")
         if name in given:
             raise BadRequest(f"{name} is in the sweep file and among the flags; remove one of them")
-
-
-def _check_metric(sweep: Sweep, settings: Mapping[str, Any]) -> None:
-    """BadRequest unless the trials' training logs will have the metric."""
-    name = sweep.metric
-    prefix = next((prefix for prefix in TERM_PREFIXES if name.startswith(prefix)), None)
-    if prefix is not None and name.removeprefix(prefix) in TERMS:
-        return
-    if name not in METRICS:
-        choices = [prefix + term for term in TERMS for prefix in TERM_PREFIXES] if prefix else METRICS
-        raise BadRequest(f"the metric '{name}' is not in training_log.csv{suggest_nearest(name, choices)}")
-    if name in OF_DISTRIBUTIONS and name.removeprefix(METRIC_PREFIX) not in settings["metrics"]:
-        metric = name.removeprefix(METRIC_PREFIX)
-        raise BadRequest(f"the metric {name} is only in training_log.csv if it is asked for; add --metrics {metric}")
-    if name in ("val_mse", "val_r", *OF_DISTRIBUTIONS):
-        if not settings["decode_items"]:
-            raise BadRequest(f"the metric {name} needs decoded test examples, but decode_items is 0")
-        searched = {parameter.name for parameter in sweep.parameters}
-        if "objective" not in searched and not is_readable(settings["objective"]):
-            raise BadRequest(f"the objective {settings['objective']} predicts no times, so that there is no {name}")
 
 
 def put(settings: dict, name: str, value: Any) -> None:

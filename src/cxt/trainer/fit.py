@@ -39,7 +39,7 @@ from cxt.trainer.request import RunRequest
 from cxt.trainer.summary import announce, build_record, build_summary
 from cxt.trainer.trackers import Trackers, build_loggers
 from cxt.trainer.training_state import AtomicIO, StateSaver, find_state_to_continue
-from cxt.trainer.user_callbacks import build_callbacks
+from cxt.trainer.user_callbacks import build_callbacks, stop_if_not_storable
 from cxt.trainer.validation import DecodedExamples, Validation
 
 logger = get_logger(__name__)
@@ -242,15 +242,20 @@ def fit(
         steps_per_epoch=request.steps_per_epoch, patience=training.patience, min_delta=training.min_delta,
     )  # fmt: skip
     average = WeightAverage(model, training.ema_decay) if training.ema_decay else None
+    own = build_callbacks(training.callbacks)
+
+    def refuse(trainer: pl.Trainer) -> None:
+        log.stop_if_bad(trainer)
+        stop_if_not_storable(own)
+
     state_saver = StateSaver(
         run, request.name, every_steps=training.save_every, every_minutes=training.save_minutes, keep=training.keep_saves,
-        total_steps=request.total_steps, validates=request.validates_after, refuse=log.stop_if_bad, deadline=deadline,
+        total_steps=request.total_steps, validates=request.validates_after, refuse=refuse, deadline=deadline,
         validated_weights=contextlib.nullcontext if average is None else average.averaged,
     )  # fmt: skip
     profiling = None
     if training.profiler != "none" and first:
         profiling = Profiling(run.path, request.name, kind=training.profiler, batches=training.profile_batches)
-    own = build_callbacks(training.callbacks)
     callbacks = [Reseed(training.seed), log, validation, module.adaptive_rate, average, *own, profiling, trackers, state_saver]
     loggers = build_loggers(training, run, name=request.name, first=first)
     trainer = build_trainer(request, loggers, [callback for callback in callbacks if callback is not None])
@@ -262,11 +267,7 @@ def fit(
         if run.read_record() is None:
             run.start(request.identity, request.settings, grid=dataclasses.asdict(request.grid), summary=summary)
             if prolonged is not None:
-                try:
-                    begin_with(prolonged, run, request, record, columns=log.columns)
-                except BaseException:  # the next try begins with the shorter run, too
-                    (run.path / "run.json").unlink(missing_ok=True)
-                    raise
+                begin_with(prolonged, run, request, record, columns=log.columns)
         last = find_state_to_continue(run, request.name, wanted=wanted_state)
         if last is not None:
             logger.info(f"{request.name}: continuing from {last}")

@@ -162,12 +162,21 @@ def _fit(
         if machines.is_first:
             run.discard_if_empty()
         raise
-    if stale is not None:
-        old = run.supersede()
+    old = None if stale is None else run.supersede()
+    if old is not None:
         prolonged = None if prolonged is None else prolonged.moved(old)
         what = "starting afresh" if prolonged is None else "a longer run"
         logger.info(f"{what} ({stale}); the old run is kept as {old}")
-    fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
+    try:
+        fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
+    except BaseException:
+        if machines.is_first and run.read_record() is None:  # it failed before the new run had begun
+            if old is None:
+                run.discard_if_empty()
+            else:
+                run.restore(old)
+                logger.info(f"{run.path} holds the old run again")
+        raise
 
 
 def _choose_run_to_prolong(

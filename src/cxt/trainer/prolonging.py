@@ -119,22 +119,49 @@ def choose_state_to_prolong(run: RunDirectory, record: dict, request: RunRequest
     if wanted is not None:
         states = [path for path in states if path.resolve() == wanted.resolve()]
     usable = [path for path in states if get_step(path) < planned or (get_step(path) == planned and last_is_usable)]
+    has_lost_best = False
     for path in usable:
-        if (damage := find_damage(path)) is None:
+        if (damage := find_damage(path)) is not None:
+            logger.info(f"{request.name}: the training state {path} cannot be read ({damage})")
+        elif request.training.export == "best" and not _has_best(run, path, request):
+            has_lost_best = True
+        else:
             return Prolonged(run, path)
-        logger.info(f"{request.name}: the training state {path} cannot be read ({damage})")
-    if states and not usable:
+    if has_lost_best or (states and not usable):
+        effect = "replaced the best weights before it" if has_lost_best else "decides about its weights"
         raise BadRequest(
-            f"{run.path} cannot be prolonged: its last step, {planned}, was validated, which decides about its weights, and a "
-            f"longer run is not validated there; choose validate_every so that {planned} is a multiple of it"
+            f"{run.path} cannot be prolonged: the validation after its last step, {planned}, {effect}, and a longer run is not "
+            f"validated there; choose validate_every so that {planned} is a multiple of it"
         )
     raise BadRequest(
         f"{run.path} cannot be prolonged: it has no training state that can be read; omit --resume to start afresh"
     )
 
 
+def _has_best(run: RunDirectory, path: Path, request: RunRequest) -> bool:
+    """Whether the longer run will have the best weights on which a training state counts.
+
+    Those in the run directory may be better ones, of a later validation. The longer run makes these itself, unless that was
+    the validation after the last step of the shorter run.
+    """
+    best = _read_state(path)["callbacks"].get(Validation.__qualname__)
+    if best is None or not best["sha256"]:
+        return True
+    if not run.best.is_file():
+        return False
+    return file_sha256(run.best) == best["sha256"] or request.validates_after(read_checkpoint(run.best).record["step"])
+
+
+def _read_state(path: Path) -> dict:
+    """The content of a training state, on the CPU."""
+    with open_verified(path, sealed=True) as file:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, record: dict, *, columns=COLUMNS) -> None:
     """Copy the training state, the log and the best weights of a shorter run into the run directory of the longer one.
+
+    If that fails, the longer run has not been started, so that the next try begins with the shorter run, too.
 
     Parameters
     ----------
@@ -147,10 +174,10 @@ def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, rec
     columns : sequence of str
         Columns of the training log.
     """
-    prolonged.run.lock()
+    path = run.checkpoints / prolonged.state.name
     try:
-        with open_verified(prolonged.state, sealed=True) as file:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+        prolonged.run.lock()
+        state = _read_state(prolonged.state)
         state["cxt"] = record
         best = state["callbacks"].get(Validation.__qualname__)
         old_best = prolonged.run.best
@@ -164,9 +191,12 @@ def begin_with(prolonged: Prolonged, run: RunDirectory, request: RunRequest, rec
             atomic_write(run.log, prolonged.run.log.read_bytes())
             has_row = step % request.training.log_every == 0 or request.validates_after(step)
             keep_rows(run.log, up_to=step if has_row else step - 1, columns=columns)
-        path = run.checkpoints / prolonged.state.name
         atomic_write(path, pack(state))
         atomic_link(run.last, path.name)
+    except BaseException:
+        for made in (run.path / "run.json", run.last, path, run.best, run.log):
+            made.unlink(missing_ok=True)
+        raise
     finally:
         prolonged.run.release()
     logger.info(f"{request.name}: prolonging {prolonged.run.path} from step {step} of it to step {request.total_steps}")

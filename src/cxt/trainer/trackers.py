@@ -84,6 +84,11 @@ def build_loggers(training: TrainingConfig, run: RunDirectory, *, name: str, fir
         Name of the run at the trackers; that of the checkpoint.
     first : bool
         Whether this is the first process of the run, which alone talks to MLflow and Weights & Biases.
+
+    Raises
+    ------
+    BadRequest
+        If MLflow cannot be reached, and the run is not known there; otherwise it gets nothing more, with a warning.
     """
     loggers: list[Logger] = [TensorBoardLogger(save_dir=run.path, name="", version="", default_hp_metric=False)]
     if not first:
@@ -102,7 +107,10 @@ def build_loggers(training: TrainingConfig, run: RunDirectory, *, name: str, fir
             loggers.append(tracker)
         except Exception as error:
             if run_id is None:
-                raise BadRequest(f"mlflow {training.mlflow} cannot be used: {first_line(error)}") from None
+                raise BadRequest(
+                    f"mlflow {training.mlflow} cannot be used: {first_line(error)}; start its server or correct the address, "
+                    "or train without mlflow"
+                ) from None
             logger.warning(f"mlflow {training.mlflow} cannot be used, and gets nothing more of this run: {first_line(error)}")
     if training.wandb is not None:
         earlier = known.get("wandb", {})

@@ -8,7 +8,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from cxt.config.learning import UserCallback
-from cxt.errors import BadRequest, first_line, suggest_nearest
+from cxt.errors import BadRequest, Failed, first_line, suggest_nearest
 
 
 def find_callback_class(setting: UserCallback) -> type[Callback]:
@@ -49,20 +49,30 @@ def build_callbacks(settings: Sequence[UserCallback]) -> list[Callback]:
             raise BadRequest(
                 f"callbacks: {setting.class_path} does not take init_args {setting.init_args}: {first_line(error)}"
             ) from None
-        _check_state(callback, setting.class_path)
+        if (problem := describe_state_problem(callback)) is not None:
+            raise BadRequest(f"callbacks: {problem}")
         made.append(callback)
     return made
 
 
-def _check_state(callback: Callback, path: str) -> None:
-    """BadRequest if the state of a callback could be saved, but not read again."""
+def stop_if_not_storable(callbacks: Sequence[Callback]) -> None:
+    """Failed if the state that a callback has now could be saved, but not read again."""
+    for callback in callbacks:
+        if (problem := describe_state_problem(callback)) is not None:
+            raise Failed(f"callbacks: {problem}; no training state with it was saved")
+
+
+def describe_state_problem(callback: Callback) -> str | None:
+    """Why the state of a callback cannot be read again from a training state, with what to do; None if it can."""
     buffer = io.BytesIO()
     try:
         torch.save(callback.state_dict(), buffer)
         buffer.seek(0)
         torch.load(buffer, weights_only=True)
-    except Exception as error:
-        raise BadRequest(
-            f"callbacks: the state_dict of {path} must consist of numbers, text, lists, mappings and tensors, so that a run "
-            f"can be continued ({first_line(error)})"
-        ) from None
+    except Exception as error:  # whatever a state_dict of the user's does
+        kind = type(callback)
+        return (
+            f"the state_dict of {kind.__module__}.{kind.__qualname__} must consist of numbers, text, lists, mappings and "
+            f"tensors, so that a run can be continued ({first_line(error)}); convert other values, such as numpy's with float()"
+        )
+    return None

@@ -10,10 +10,13 @@ from cxt.config.models import (
     build_training_config,
     get_max_steps,
     get_parent_file,
+    get_teacher_network,
+    get_teacher_objective,
+    list_files,
 )
 from cxt.config.on_the_fly import is_on_the_fly, list_stored_datasets
 from cxt.config.training import steps_per_epoch
-from cxt.config.variants import Variant
+from cxt.config.variants import Variant, list_variants
 from cxt.errors import BadRequest
 from cxt.io import format_columns
 from cxt.model.flops import forward_flops, reading_flops, training_flops
@@ -120,8 +123,20 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
     flops = trained * training_flops(read, adapter, lora, objective=training.objective) + validations * checked * checking
     seconds = flops / costs.flops_per_second("training", gpu=devices > 0, adapter=adapter is not None)
     in_all = seconds + _teaching_flops(config, name) / costs.flops_per_second("decoding", gpu=devices > 0)
-    file = get_parent_file(config, name)
-    return ({} if file is None else {"parent_file": {"path": file.path, "sha256": file.sha256}}) | {
+    hours, core_hours = seconds / 3600 / machines / (devices or training.threads), 0.0 if devices else in_all / 3600
+    more: dict = {}
+    if simulates:
+        # Validation simulates its examples anew each time; those to decode are simulated once, and once more for their names.
+        examples = trained + validations * checked + 2 * min(training.decode_items, held_out)
+        more["simulate"] = _on_the_fly_part(config, name, examples, costs)
+        simulating = more["simulate"]["core_hours"]
+        core_hours += simulating
+        # Without workers, a device waits for its simulations; workers make them while it trains.
+        each = simulating / world / max(1, training.workers)
+        hours = max(hours, each) if training.workers else hours + each
+    if (file := get_parent_file(config, name)) is not None:
+        more["parent_file"] = {"path": file.path, "sha256": file.sha256}
+    return more | {
         "devices": devices,
         "nodes": machines,
         "steps": total,
@@ -136,9 +151,19 @@ def _model_part(config: dict, name: str, costs: Costs) -> dict:
             on_gpu=devices > 0,
         ),
         "gpu_hours": in_all / 3600 if devices else 0.0,
-        "core_hours": 0.0 if devices else in_all / 3600,
-        "hours": seconds / 3600 / machines / (devices or training.threads),
+        "core_hours": core_hours,
+        "hours": hours,
     }
+
+
+def _on_the_fly_part(config: dict, name: str, examples: int, costs: Costs) -> dict:
+    """The simulations that a model makes while it trains, one for each example, of its variants in turn; none is stored."""
+    scenarios = config["datasets"][config["models"][name]["dataset"]]["scenarios"]
+    variants = [variant for scenario in scenarios for variant in list_variants(scenario, config["scenarios"][scenario])]
+    counts = [(examples + len(variants) - 1 - place) // len(variants) for place in range(len(variants))]
+    part = _simulation_part(list(zip(variants, counts, strict=True)), costs)
+    del part["bytes"]
+    return part
 
 
 def _teaching_flops(config: dict, name: str) -> float:
@@ -147,9 +172,9 @@ def _teaching_flops(config: dict, name: str) -> float:
     if "teacher" not in model:
         return 0.0
     examples = sum(jobs.count_examples(config, model["dataset"], split) for split in SPLITS)
-    reading = choose_reading(build_training_config(config, model["teacher"]).objective, None)
+    network, reading = get_teacher_network(config, name), choose_reading(get_teacher_objective(config, name), None)
     replicates = build_training_config(config, name).distill.replicates
-    return examples * reading_flops(build_network_config(config, model["teacher"]), reading=reading, replicates=replicates)
+    return examples * reading_flops(network, reading=reading, replicates=replicates)
 
 
 def _evaluation_part(config: dict, costs: Costs) -> dict:
@@ -188,7 +213,8 @@ def estimate_costs(config: dict, costs: Costs) -> dict:
         ``simulations`` is the number that datasets use; ``simulate`` and ``evaluation`` hold core-hours and bytes;
         ``datasets[name]`` has train and test simulations and examples, bytes and core-hours (None if not measured);
         ``models[name]`` has steps, effective batch, FLOPs of training, bytes of memory on each device by part, and GPU-hours or
-        core-hours, those in which its teacher reads the examples included.
+        core-hours, those in which its teacher reads the examples included; of a model that simulates while it trains also
+        ``simulate``, and its core-hours include these.
 
     Raises
     ------
@@ -274,24 +300,35 @@ def format_estimate(config: dict, planned: dict, costs: Costs, *, all_variants: 
     rows = [
         [name, _describe_devices(p), p["steps"], p["effective_batch"], f"{p['flops']:.3g}",
          _size(sum(p["memory_bytes"].values())), _hours(p["hours"]),
-         _hours(p["gpu_hours"]) if p["devices"] else "", "" if p["devices"] else _hours(p["core_hours"])]
+         _hours(p["gpu_hours"]) if p["devices"] else "", _hours(p["core_hours"]) if p["core_hours"] else ""]
         for name, p in planned["models"].items()
     ]  # fmt: skip
     out += format_columns(
         [["model", "GPUs", "steps", "effective batch", "FLOPs", "memory", "time", "GPU time", "core time"], *rows]
     )
-    files = {name: get_parent_file(config, name) for name in config["models"]}
-    if any(files.values()):
-        out += ["", *(f"{name} starts from {file.describe()}" for name, file in files.items() if file is not None)]
+    on_the_fly = {name: p["simulate"] for name, p in planned["models"].items() if "simulate" in p}
+    lines = [
+        f"{name} makes {part['simulations']:,} simulations of {part['variants']} variants while it trains: "
+        f"{_hours(part['core_hours'])} on one core"
+        for name, part in on_the_fly.items()
+    ]
+    out += ["", *lines] if lines else []
+    files = [
+        f"{name} {'learns' if key == 'teacher' else 'starts'} from {file.describe()}"
+        for name in config["models"]
+        for key, file in list_files(config, name).items()
+    ]
+    out += ["", *files] if files else []
     gpu = sum(p["gpu_hours"] for p in planned["models"].values()) + evaluation["gpu_hours"]
     core = sum(p["core_hours"] or 0 for p in [*planned["models"].values(), *planned["datasets"].values(), simulate, evaluation])
     disk = simulate["bytes"] + evaluation["bytes"] + sum(p["bytes"] or 0 for p in planned["datasets"].values())
     out += ["", f"Total: {_hours(core)} of one core, {_hours(gpu)} of one GPU, {_size(disk)}.", ""]
-    missing = [*simulate["not_measured"], *evaluation["not_measured"]]
+    parts = [simulate, evaluation, *on_the_fly.values()]
+    missing = [variant for part in parts for variant in part["not_measured"]]
     missing += [f"shards of {name}" for name, p in planned["datasets"].items() if p["bytes"] is None]
     partly = [p for p in planned["datasets"].values() if p["bytes"] is not None]
     shards = sorted({variant for p in partly for variant in p["not_measured"]} - set(missing))
-    extrapolated = sorted({*simulate["extrapolated"], *evaluation["extrapolated"]})
+    extrapolated = sorted({variant for part in parts for variant in part["extrapolated"]})
     if missing:
         out.append(f"Not counted, because not measured: {', '.join(dict.fromkeys(missing))}. Run `cxt plan --calibrate`.")
     if shards:

@@ -11,13 +11,7 @@ from pathlib import Path
 
 from cxt.config.ensembles import list_ensembles, list_members
 from cxt.config.learning import is_readable
-from cxt.config.models import (
-    build_region_plan,
-    build_training_config,
-    get_max_steps,
-    get_parent_file,
-    get_parent_key,
-)
+from cxt.config.models import build_region_plan, build_training_config, get_max_steps, list_files
 from cxt.config.on_the_fly import MARK, is_on_the_fly, list_stored_datasets
 from cxt.config.training import steps_per_epoch
 from cxt.config.variants import Variant, get_scenario_name, list_variants
@@ -85,9 +79,9 @@ def check_plan(config: dict) -> None:
                     f"datasets.{name}.mask: {settings['path']} covers {len(mask)} bp, fewer than sequence_length "
                     f"{dataset['sequence_length']}"
                 )
-    for name, model in config["models"].items():
-        if (file := get_parent_file(config, name)) is not None:
-            logger.info(f"cxt: models.{name}.{get_parent_key(model)}: {file.describe()}", extra=ON_STDERR)
+    for name in config["models"]:
+        for key, file in list_files(config, name).items():
+            logger.info(f"cxt: models.{name}.{key}: {file.describe()}", extra=ON_STDERR)
         training = build_training_config(config, name)
         try:
             steps_per_epoch(

@@ -3,7 +3,14 @@
 import functools
 
 from cxt.config.ensembles import list_ensembles, list_members
-from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file, get_parent_key
+from cxt.config.models import (
+    build_teaching_spec,
+    build_training_settings,
+    get_parent,
+    get_parent_file,
+    get_parent_key,
+    list_files,
+)
 from cxt.config.on_the_fly import is_on_the_fly, list_simulated_variants
 from cxt.config.parent_files import list_parent_files
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
@@ -127,11 +134,11 @@ def parent_file_digest(config: dict, label: str) -> str:
 
 def soft_target_lineage(config: dict, name: str, variant: Variant, start: int) -> str:
     """Lineage of the soft targets of the shards that are made from one simulation batch, for model *name*."""
-    model = config["models"][name]
+    model, file = config["models"][name], list_files(config, name).get("teacher")
     return derive_soft_target_lineage(
         build_teaching_spec(config, name),
         shard=shard_lineage(config, model["dataset"], variant, start),
-        checkpoint=model_lineage(config, model["teacher"]),
+        checkpoint=model_lineage(config, model["teacher"]) if file is None else file.sha256,
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-from cxt.config.models import get_parent, get_parent_file
+from cxt.config.models import get_parent, get_parent_file, list_files
 from cxt.config.parent_files import list_parent_files
 from cxt.config.variants import Variant
 from cxt.data.manifest import plan_shards
@@ -107,7 +107,7 @@ def checkpoint_path(model: str) -> str:
 
 
 def copied_parent_path(label: str) -> str:
-    """The workflow's copy of a file that models start from, by its label (`ParentFile.label`)."""
+    """The workflow's copy of a file that models start or learn from, by its label (`ParentFile.label`)."""
     return f"results/parents/{label}.ckpt"
 
 
@@ -119,8 +119,14 @@ def parent_path(config: dict, model: str) -> str | None:
     return None if parent is None else checkpoint_path(parent)
 
 
+def teacher_path(config: dict, model: str) -> str:
+    """The checkpoint of a model's teacher: that of another model, or the copy of a file."""
+    file = list_files(config, model).get("teacher")
+    return checkpoint_path(config["models"][model]["teacher"]) if file is None else copied_parent_path(file.label)
+
+
 def parent_sources(config: dict) -> dict[str, str]:
-    """{label: file} of all files that models start from; of several with the same content, the first."""
+    """{label: file} of all files that models start or learn from; of several with the same content, the first."""
     return {file.label: file.file for file in reversed(list_parent_files(config))}
 
 

@@ -6,7 +6,7 @@ planned and the moment when it starts. The keys are the names of the stage's fla
 
 import yaml
 
-from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file
+from cxt.config.models import build_teaching_spec, build_training_settings, get_parent, get_parent_file, list_files
 from cxt.config.on_the_fly import FIXED_TRAINING, is_on_the_fly
 from cxt.config.training import drop_later_defaults, list_result_neutral_settings
 from cxt.workflow.jobs import (
@@ -74,8 +74,10 @@ def _model(config: dict, model: str) -> dict:
 
 
 def _teaching(config: dict, model: str) -> dict:
-    teacher = config["models"][model]["teacher"]
-    return {"spec": build_teaching_spec(config, model), "checkpoint_lineage": model_lineage(config, teacher)}
+    spec = build_teaching_spec(config, model)
+    if (file := list_files(config, model).get("teacher")) is not None:
+        return {"spec": spec, "checkpoint_sha256": file.sha256}
+    return {"spec": spec, "checkpoint_lineage": model_lineage(config, config["models"][model]["teacher"])}
 
 
 def _evaluation(config: dict, model: str) -> dict:
