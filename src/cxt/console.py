@@ -22,6 +22,11 @@ class _ConsoleHandler(logging.Handler):
         print(self.format(record), file=sys.stderr if is_for_stderr else sys.stdout, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for a message: "0 runs", "1 run" or "1,200 runs"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 LOG_LEVELS = ("info", "warning", "error")
 """Levels of messages: progress, notes to the user, and errors."""
 

@@ -4,12 +4,15 @@ They are drawn without pyplot, so that they do not depend on a backend (a notebo
 """
 
 import io
+from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cxt.io import atomic_write
+from cxt.errors import BadRequest
+from cxt.io import atomic_write, check_writable
 
 ESTIMATE = "#1f6fb4"
 
@@ -28,8 +31,27 @@ def create_panels(rows: int, columns: int, *, size: tuple[float, float], **setti
     return figure, axes
 
 
+FORMATS = {
+    ".png": {"Software": None},
+    ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+    ".svg": {"Creator": None, "Date": None},
+}
+"""{ending of a figure's file: metadata that matplotlib is to leave out}."""
+
+
+def check_figure_file(path, *, flag: str) -> None:
+    """BadRequest unless the ending of *path*, the value of *flag*, is that of a format, and it can be written."""
+    ending = Path(path).suffix.lower()
+    if ending not in FORMATS:
+        raise BadRequest(
+            f"{flag} {path}: a figure must end in {', '.join(FORMATS)}, got {repr(ending) if ending else 'no ending'}"
+        )
+    check_writable(path)
+
+
 def save_figure(figure: Figure, path) -> None:
-    """Write *figure* as PNG, atomically and without its software's name, so that equal figures have equal bytes."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
+    """Write *figure* in the format of its ending, atomically; without date and software, equal ones have equal bytes."""
+    ending, out = Path(path).suffix.lower(), io.BytesIO()
+    with rc_context({"svg.hashsalt": "cxt"}):  # which is random by default
+        figure.savefig(out, format=ending[1:], dpi=120, metadata=FORMATS[ending])
     atomic_write(path, out.getvalue())

@@ -17,7 +17,7 @@ from cxt.config.datasets import Layout
 from cxt.config.flags import add_config_flag, check_flags, insert_config
 from cxt.config.scenarios import Trees
 from cxt.config.type_descriptions import list_choices
-from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
+from cxt.console import add_verbosity_flags, counted, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.data.masks import (
     add_mask_flags,
     draw_synthetic_mask,
@@ -66,7 +66,7 @@ def _shard(args) -> None:
     )
     for split, path in outs.items():
         count = simulations[split]
-        logger.info(f"{path}: {count} simulations, {path.stat().st_size / count / 1000:.1f} kB each")
+        logger.info(f"{path}: {counted(count, 'simulation')}, {path.stat().st_size / count / 1000:.1f} kB each")
 
 
 def _manifest(args) -> None:
@@ -86,7 +86,8 @@ def _manifest(args) -> None:
     for split in SPLITS:
         part = manifest["splits"][split]
         logger.info(
-            f"{args.dataset} {split}: {part['simulations']} simulations, {part['items']} examples, {len(part['shards'])} shards"
+            f"{args.dataset} {split}: {counted(part['simulations'], 'simulation')}, {counted(part['items'], 'example')}, "
+            f"{counted(len(part['shards']), 'shard')}"
         )
 
 
@@ -130,8 +131,11 @@ def _dataset(args) -> None:
         seed=check_seed(args.seed, name="--seed"),
         mask=read_mask_from_flags(args),
     )
-    parts = (f"{manifest['splits'][split]['simulations']} pieces for {split}" for split in SPLITS)
-    logger.info(f"{args.out}: {', '.join(parts)}, each of {manifest['windows']} windows and {manifest['pairs']} pairs")
+    parts = (f"{counted(manifest['splits'][split]['simulations'], 'piece')} for {split}" for split in SPLITS)
+    logger.info(
+        f"{args.out}: {', '.join(parts)}, each of {counted(manifest['windows'], 'window')} and "
+        f"{counted(manifest['pairs'], 'pair')}"
+    )
 
 
 def _add_dataset_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cxt.config.bounds import Index, PositiveInteger, Seed
 from cxt.config.flags import add_config_flag, check_flags, find_problems, insert_config
-from cxt.console import add_verbosity_flags, exit_on_bad_request, get_logger, progress_only, set_verbosity
+from cxt.console import add_verbosity_flags, counted, exit_on_bad_request, get_logger, progress_only, set_verbosity
 from cxt.errors import BadRequest
 from cxt.lineage import check_lineage, check_planned, derive_soft_target_lineage, how_to_replan
 
@@ -187,7 +187,7 @@ def teach(args, spec: dict) -> None:
             raise BadRequest(f"{args.batch} does not hold all simulations of {shard}; pass the batch that it was made from")
         about = {"shard": file_sha256(shard), "teacher": teacher, "grid": grid, "lineage": lineage} | spec
         write_soft_targets(out, quantiles, about)
-        logger.info(f"{out}: {quantiles.shape[0] * quantiles.shape[1]:,} examples, {out.stat().st_size / 1e6:.1f} MB")
+        logger.info(f"{out}: {counted(quantiles.shape[0] * quantiles.shape[1], 'example')}, {out.stat().st_size / 1e6:.1f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -269,7 +269,7 @@ def test_export_of_regions_and_too_little_space(tmp_path, monkeypatch):
     done = run_python(
         "-m", "cxt.commands.dataset", "export", directory, "--out", tmp_path / "out", "--split", "test", "--limit", 1
     )
-    assert "1 simulations" in done.stderr
+    assert "1 simulation, " in done.stderr
     assert sorted(path.name for path in (tmp_path / "out/test/constant").iterdir()) == ["ts_00000000_i0", "ts_00000000_i0_r1"]
     assert read_manifest(directory)["regions_per_simulation"] == 2
     monkeypatch.setattr("cxt.data.export.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))

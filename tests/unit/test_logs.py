@@ -6,6 +6,7 @@ import pytest
 
 from cxt.checkpoints.training_log import read_log
 from cxt.commands.runs import main
+from cxt.console import counted
 from cxt.errors import BadRequest
 from cxt.logs import COLUMNS, compare_runs, read_runs
 from cxt.trainer.train_model import train_model
@@ -72,6 +73,28 @@ def test_comparison(runs, tmp_path, capsys):
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("ending", "begins"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG"), (".PNG", b"\x89PNG")]
+)
+def test_formats_of_figures(runs, tmp_path, ending, begins):
+    both, one = [str(runs / "mine.r0"), str(runs / "mine.r1")], tmp_path / f"one{ending}"
+    for name in ("a", "b"):
+        main(["compare", *both, "--out", str(tmp_path / f"{name}{ending}")])
+    assert (tmp_path / f"a{ending}").read_bytes() == (tmp_path / f"b{ending}").read_bytes()
+    main(["--curves", both[0], "--out", str(one)])
+    assert one.read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["x.xyz", "x", "x.jpeg"])
+def test_unknown_formats_of_figures_are_refused(runs, tmp_path, name, capsys):
+    out = str(tmp_path / name)
+    for words in (["compare", str(runs / "mine.r0"), str(runs / "mine.r1")], ["--curves", str(runs / "mine.r0")]):
+        with pytest.raises(BadRequest, match="a figure must end in .png, .pdf, .svg, got "):
+            main([*words, "--out", out])
+    assert not capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_requests(runs, tmp_path):
     with pytest.raises(BadRequest, match="there are no runs in"):
         read_runs(tmp_path)
@@ -79,3 +102,11 @@ def test_bad_requests(runs, tmp_path):
         read_runs(runs).select(metrics=["val_los"])
     with pytest.raises(BadRequest, match="is not a run directory"):
         compare_runs(runs / "mine.r0", runs)
+    with pytest.raises(BadRequest, match="unknown command 'cxt runs tabel'; did you mean 'table'"):
+        main(["tabel", str(runs)])
+
+
+def test_one_of_a_kind(runs, tmp_path, capsys):
+    main(["table", str(runs / "mine.r0"), "--out", str(tmp_path / "one.csv"), "--metrics", "val_loss"])
+    assert "2 values of 1 run: " in capsys.readouterr().out
+    assert [counted(number, "run") for number in (0, 1, 2, 1200)] == ["0 runs", "1 run", "2 runs", "1,200 runs"]

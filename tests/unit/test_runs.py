@@ -735,7 +735,7 @@ def test_show_verify_diff(finished, tmp_path, monkeypatch, capsys):
         call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt")
     output = capsys.readouterr().out
     assert "step: 21 and 22" in output
-    assert "1 tensors differ, most of all backbone.head.weight: by 0.25" in output
+    assert "1 tensor differs, most of all backbone.head.weight: by 0.25" in output
     call(checkpoint_stage, monkeypatch, "diff", path, tmp_path / "other.ckpt", "--atol", 1)
     assert "weights are close" in capsys.readouterr().out
     with pytest.raises(
@@ -782,7 +782,7 @@ def test_runs_and_prune(workflow, tmp_path, monkeypatch, capsys):
         call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune")
     call(runs_stage, monkeypatch, "--directory", directory, "--configfile", TINY, "--prune", "--yes")
     held.communicate("\n")
-    assert "1 removed" in capsys.readouterr().out
+    assert "1 run removed" in capsys.readouterr().out
     assert not old.exists()
     assert busy.exists()
     assert len([path for path in directory.iterdir() if path.is_dir()]) == 8

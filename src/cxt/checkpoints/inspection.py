@@ -4,6 +4,7 @@ import torch
 
 from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint, stored_dtype
 from cxt.checkpoints.load import read_usable_checkpoint
+from cxt.console import counted
 from cxt.errors import Failed
 
 
@@ -18,9 +19,9 @@ def _describe_training(record: dict) -> str:
         return f"by the original package: {described or 'its file does not say how'}"
     effective = training["batch_size"] * training["grad_accum"] * record["devices"]
     return (
-        f"{training['epochs']} epochs, effective batch {effective}, lr {training['lr']:g}, "
+        f"{counted(training['epochs'], 'epoch')}, effective batch {effective}, lr {training['lr']:g}, "
         f"{training.get('schedule', 'cosine')}, {record['precision']} on {record['devices']} {record['accelerator']}, "
-        f"{record['threads']} threads, seed {training['seed']}"
+        f"{counted(record['threads'], 'thread')}, seed {training['seed']}"
     )
 
 
@@ -48,7 +49,8 @@ def describe_checkpoint(path) -> str:
     loss = f", validation loss {record['val_loss']:.4f}" if "val_loss" in record else ""
     rows = {
         "model": f"{record['name']} (preset {record['preset']}), step {record['step']}, epoch {record['epoch']}{loss}",
-        "network": f"{network.layers} blocks, {network.heads} heads, width {network.width}, dropout {network.dropout:g}; "
+        "network": f"{counted(network.layers, 'block')}, {counted(network.heads, 'head')}, width {network.width}, "
+        f"dropout {network.dropout:g}; "
         f"{parameters:,} parameters{'' if dtype == 'float32' else f' in {dtype}'}",
         "input": f"{network.windows} windows of {network.window_size} bp, {network.samples} samples, {network.scales} scales"
         f"{'' if network.mask_singletons else ', missingness in bin 0'}{', rates' if network.reads_rates else ''}"
@@ -123,6 +125,8 @@ def compare_checkpoints(a, b, *, rtol: float, atol: float) -> tuple[bool, str]:
         worst = max(worst, (distance if distance == distance else float("inf"), key))
         close &= torch.allclose(x, y, rtol=rtol, atol=atol)
     if differing:
-        lines.append(f"  {differing} tensors differ, most of all {worst[1]}: by {worst[0]:.3g}")
+        lines.append(
+            f"  {counted(differing, 'tensor')} differ{'s' if differing == 1 else ''}, most of all {worst[1]}: by {worst[0]:.3g}"
+        )
     verdict = "equal" if not differing and close else ("close" if close else "different")
     return close, "\n".join([f"{a} and {b}: weights are {verdict}", *lines])

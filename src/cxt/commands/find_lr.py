@@ -15,7 +15,7 @@ def add_flags(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--lowest", type=float, default=1e-6, help="first learning rate (default 1e-6)")
     parser.add_argument("--highest", type=float, default=1e-2, help="last learning rate (default 1e-2)")
     parser.add_argument("--num-steps", type=int, default=100, help="optimizer steps to train for (default 100)")
-    parser.add_argument("--plot", type=str | None, help="plot loss against learning rate to this .png file")
+    parser.add_argument("--plot", type=str | None, help="plot loss against learning rate to this file, FILE.png, .pdf or .svg")
 
 
 def main(argv: list[str] | None = None) -> None:

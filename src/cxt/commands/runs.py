@@ -11,15 +11,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from cxt.console import exit_on_bad_request
-from cxt.errors import BadRequest
+from cxt.console import counted, exit_on_bad_request
+from cxt.errors import BadRequest, suggest_nearest
+
+SUBCOMMANDS = ("table", "compare")
 
 
 def _draw_curves(run: Path, out: Path) -> None:
     from cxt.checkpoints.run_directory import RunDirectory
     from cxt.checkpoints.training_log import read_log
+    from cxt.drawing import check_figure_file
     from cxt.evaluation.figures import draw_losses  # imported late so that --help is quick
 
+    check_figure_file(out, flag="--out")
     log = run if run.is_file() else RunDirectory(run).log
     if not log.is_file():
         raise BadRequest(f"{run} has no {log.name}; give a run directory, such as those that `cxt runs` lists")
@@ -35,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         Arguments after the command's name; those of the process by default.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("table", "compare"):
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in SUBCOMMANDS:
+            raise BadRequest(f"unknown command 'cxt runs {argv[0]}'{suggest_nearest(argv[0], SUBCOMMANDS)}")
         (_make_table if argv[0] == "table" else _compare)(argv[1:])
         return
     parser = argparse.ArgumentParser(
@@ -48,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prune", action="store_true", help="remove the runs that the configuration does not use")
     parser.add_argument("--yes", action="store_true", help="with --prune: do not ask for confirmation")
     parser.add_argument("--curves", type=Path, metavar="RUN", help="draw the curves of a run, or of its training log, to --out")
-    parser.add_argument("--out", type=Path, help="with --curves: the figure to write, FILE.png")
+    parser.add_argument("--out", type=Path, help="with --curves: the figure to write, FILE.png, .pdf or .svg")
     args = parser.parse_args(argv)
     if args.yes and not args.prune:
         raise BadRequest("--yes cannot be used without --prune")
@@ -86,7 +92,7 @@ def _make_table(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     logs = read_runs(args.directory).select(metrics=args.metrics)
     files = logs.to_csv(args.out, per_run=args.per_run)
-    print(f"{len(logs.rows)} values of {len(logs.runs)} runs: {', '.join(map(str, files))}")
+    print(f"{counted(len(logs.rows), 'value')} of {counted(len(logs.runs), 'run')}: {', '.join(map(str, files))}")
 
 
 def _compare(argv: list[str]) -> None:
@@ -96,8 +102,12 @@ def _compare(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="cxt runs compare", description="Show what differs between two runs.")
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="two run directories")
-    parser.add_argument("--out", type=Path, help="draw the curves of both to this file, FILE.png")
+    parser.add_argument("--out", type=Path, help="draw the curves of both to this file, FILE.png, .pdf or .svg")
     args = parser.parse_args(argv)
+    if args.out is not None:
+        from cxt.drawing import check_figure_file  # imported late so that --help is quick
+
+        check_figure_file(args.out, flag="--out")
     comparison = compare_runs(*args.runs)
     names = [run.name for run in args.runs]
     for title, part in (
@@ -148,7 +158,7 @@ def prune(runs: list, *, yes: bool) -> None:
             removed += 1
         except (BadRequest, OSError) as error:  # a trainer may have started while waiting for the answer
             print(f"not removed: {error}")
-    print(f"{removed} removed")
+    print(f"{counted(removed, 'run')} removed")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cxt.config.bounds import Index
 from cxt.config.flags import check_flags
-from cxt.console import exit_on_bad_request
+from cxt.console import counted, exit_on_bad_request
 from cxt.errors import BadRequest
 from cxt.io import atomic_file, check_writable
 
@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise BadRequest(f"{args.out} cannot be written: {error.strerror or error}") from None
     about = ts.metadata["cxt"]
-    print(f"{args.out}: simulation {args.index} of '{about['scenario']}', {ts.num_trees} trees, {ts.num_sites} sites")
+    print(
+        f"{args.out}: simulation {args.index} of '{about['scenario']}', {counted(ts.num_trees, 'tree')}, "
+        f"{counted(ts.num_sites, 'site')}"
+    )
 
 
 if __name__ == "__main__":

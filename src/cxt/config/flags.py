@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cxt.config.problems import explain_value, refuse
 from cxt.config.yaml import read_yaml
-from cxt.console import get_logger
+from cxt.console import counted, get_logger
 from cxt.errors import BadRequest, suggest_nearest
 
 logger = get_logger(__name__)
@@ -97,13 +97,15 @@ def note_more_than_cores(*, threads: int, workers: int = 0, processes: int = 1) 
     Workers are capped, see `cap_workers`; threads are not, because results depend on their number.
     """
     available = count_cores()
-    cores = f"{available} core{'' if available == 1 else 's'}"
+    cores = counted(available, "core")
     if workers > available:
-        logger.warning(f"note: {workers} workers, but this process may use only {cores}: using {available} workers")
+        logger.warning(
+            f"note: {counted(workers, 'worker')}, but this process may use only {cores}: using {counted(available, 'worker')}"
+        )
     used = max(threads, cap_workers(workers))
     if processes * used > available:
-        what = f"{threads} thread{'' if threads == 1 else 's'}"
+        what = counted(threads, "thread")
         if workers:
-            what += f" and {cap_workers(workers)} worker{'' if cap_workers(workers) == 1 else 's'}"
+            what += f" and {counted(cap_workers(workers), 'worker')}"
         each = f" in each of {processes} processes" if processes > 1 else ""
         logger.warning(f"note: {what}{each}, but this process may use only {cores}; more threads than cores are slower")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cxt.console import ON_STDERR, get_logger
+from cxt.console import ON_STDERR, counted, get_logger
 from cxt.data.features import compute_missing_fraction, compute_pair_counts, write_missingness
 from cxt.data.manifest import read_manifest
 from cxt.data.shards import check_content, read_shard
@@ -81,7 +81,7 @@ def verify_dataset(path, *, progress=None) -> None:
                 wrong.append(str(error))
         if progress is not None:
             part = manifest["splits"][split]
-            progress(f"{path} {split}: {len(part['shards'])} shards, {part['bytes'] / 1e6:,.1f} MB read")
+            progress(f"{path} {split}: {counted(len(part['shards']), 'shard')}, {part['bytes'] / 1e6:,.1f} MB read")
     if wrong:
         raise BadRequest("\n".join(wrong))
     if progress is not None:
@@ -144,13 +144,13 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
             f"{simulations} simulations take {size / 1e9:.1f} GB as dense arrays, but {parent} has only {free / 1e9:.1f} GB "
             "left; export fewer with --split or --limit"
         )
-    logger.info(f"{simulations:,} simulations, {size / 1e6:,.1f} MB, to {out}", extra=ON_STDERR)
+    logger.info(f"{counted(simulations, 'simulation')}, {size / 1e6:,.1f} MB, to {out}", extra=ON_STDERR)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     rounded = 0
     try:
         for split, row, take in selected:
             rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
-            logger.info(f"{split} {row['scenario']}: {take} simulations", extra=ON_STDERR)
+            logger.info(f"{split} {row['scenario']}: {counted(take, 'simulation')}", extra=ON_STDERR)
         temporary.chmod(0o755)
         temporary.replace(out)
     except BaseException:

@@ -23,6 +23,7 @@ import torch
 
 from cxt.config.network import SPECIAL_TOKENS, START_TOKEN, log_rates
 from cxt.config.training import Storage
+from cxt.console import counted
 from cxt.data.examples import Batch, Example, ExampleDataset
 from cxt.data.features import (
     compute_missing_fraction,
@@ -118,7 +119,7 @@ class PairDataset(ExampleDataset):
         if progress is not None:
             place = f"in a temporary file in {directory}" if on_disk else "in memory"
             progress(
-                f"{self.path} {split}: {len(self):,} examples, {size / 1e6:,.1f} MB {place} "
+                f"{self.path} {split}: {counted(len(self), 'example')}, {size / 1e6:,.1f} MB {place} "
                 f"({free / 1e9:.1f} GB of memory free), read in {time.monotonic() - began:.1f} s"
             )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cxt.console import counted
 from cxt.errors import BadRequest, suggest_nearest
 from cxt.genotypes.records import Haplotype
 from cxt.random_seeds import check_seed, hash_key, mix_bits
@@ -132,7 +133,7 @@ def _random_pairs(haplotypes: int, number: int, *, seed: int) -> np.ndarray:
     """*number* different pairs; the same for a seed with any version of numpy."""
     total = haplotypes * (haplotypes - 1) // 2
     if number > total:
-        only = f"{total:,} pair{'' if total == 1 else 's'}"
+        only = counted(total, "pair")
         raise BadRequest(f"--pairs {number}: {haplotypes} haplotypes have {only} only; use --pairs all")
     _check_number(number)
     chosen = _draw_distinct(total, number, key=hash_key("pairs", seed))

@@ -37,7 +37,7 @@ def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig)
     Parameters
     ----------
     tokens : int64 tensor (B, W + 1)
-        Start token, and bins of ln TMRCA.
+        Start token, or the bin of the window before, and bins of ln TMRCA.
     rates : float32 tensor (B, 2), or (B, W, 2) for packed rows
         From `cxt.config.network.log_rates`.
     config : ModelConfig
@@ -46,7 +46,9 @@ def scale_tokens(tokens: torch.Tensor, rates: torch.Tensor, config: ModelConfig)
     step = (config.grid_high - config.grid_low) / (config.bins - 1)
     shift = (find_shift(rates).view(len(rates), -1) / step).round().long()  # (B, 1) or (B, W)
     scaled = (tokens[:, 1:] + shift).clamp(SPECIAL_TOKENS, config.vocabulary - 1)
-    return torch.cat([tokens[:, :1], scaled], dim=1)
+    first = tokens[:, :1]  # the start token, or the bin of the window before
+    carried = (first + shift[:, :1]).clamp(SPECIAL_TOKENS, config.vocabulary - 1)
+    return torch.cat([torch.where(first < SPECIAL_TOKENS, first, carried), scaled], dim=1)
 
 
 class RateEmbedding(nn.Linear):

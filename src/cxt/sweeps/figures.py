@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
+from cxt.console import counted
 from cxt.drawing import COLORS, ESTIMATE, create_panels, save_figure
 
 
@@ -43,7 +44,7 @@ def draw_history(trials: Sequence[tuple[int, str, float | None]], path: Path, *,
     axis.set_xlim(-0.5, max((number for number, _, _ in trials), default=0) + 0.5)
     axis.set_xlabel("trial", fontsize=9)
     axis.set_ylabel(metric, fontsize=9)
-    figure.suptitle(f"{metric} of {len(trials)} trials", fontsize=11)
+    figure.suptitle(f"{metric} of {counted(len(trials), 'trial')}", fontsize=11)
     figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
     save_figure(figure, path)
 

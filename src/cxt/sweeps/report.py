@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cxt.console import counted
 from cxt.errors import try_drawing
 from cxt.io import atomic_write, format_columns
 from cxt.sweeps.settings import Fixed, settings_of_trial, write_settings
@@ -109,7 +110,7 @@ def format_best(study: Study) -> str:
     for state, word in STATES.items():
         if number := sum(trial.state.name == state for trial in trials):
             counts.append(f"{number} {word}")
-    lines = [f"{len(trials)} trials: {', '.join(counts)}"]
+    lines = [f"{counted(len(trials), 'trial')}: {', '.join(counts)}"]
     return "\n".join(lines + ([line.rstrip() for line in format_columns(rows)] if len(rows) > 1 else []))
 
 

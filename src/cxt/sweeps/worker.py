@@ -4,7 +4,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from cxt.console import get_logger
+from cxt.console import counted, get_logger
 from cxt.errors import BadRequest, Failed
 from cxt.signals import OUT_OF_TIME, listen
 from cxt.sweeps.report import complete_trials, describe_sweep, draw_figures, format_best, write_results
@@ -78,8 +78,8 @@ def run_sweep(directory: Path, sweep: Sweep, fixed: Fixed, *, count: int, seed: 
         raise BadRequest(f"the metric {sweep.metric} needs validation, but the dataset has no test examples; use train_loss")
     study = Study(directory, sweep, seed=seed, identity=identify(sweep, fixed, request))
     if sweep.method == "grid" and sweep.grid_size < count:
-        logger.info(f"the grid has {sweep.grid_size} combinations, fewer than --count {count}")
-    logger.info(f"{directory}: {describe_sweep(sweep)}, {count} trials")
+        logger.info(f"the grid has {counted(sweep.grid_size, 'combination')}, fewer than --count {count}")
+    logger.info(f"{directory}: {describe_sweep(sweep)}, {counted(count, 'trial')}")
     never_began = 0
     while True:
         interruption.check()
@@ -126,11 +126,11 @@ def _say(study: Study, claim: Claim, outcome: Outcome, count: int) -> None:
         best = next(iter(complete_trials(study)), None)
     metric = study.sweep.metric
     if outcome.state == "COMPLETE":
-        text = f"{metric} {outcome.value:.6g} after {outcome.steps} steps, {_time(outcome.seconds)}"
+        text = f"{metric} {outcome.value:.6g} after {counted(outcome.steps, 'step')}, {_time(outcome.seconds)}"
     elif outcome.is_refused:
         text = outcome.reason
     else:
-        text = f"{'pruned' if outcome.state == 'PRUNED' else 'failed'} after {outcome.steps} steps: {outcome.reason}"
+        text = f"{'pruned' if outcome.state == 'PRUNED' else 'failed'} after {counted(outcome.steps, 'step')}: {outcome.reason}"
     so_far = "" if best is None else f"; best: {best.value:.6g} (trial {best.number})"
     logger.info(f"trial {claim.number}: {text}; {finished} of {count} finished{so_far}")
 

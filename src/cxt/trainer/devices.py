@@ -1,6 +1,6 @@
 """Selecting the devices of a run and the precision of its arithmetic, with advice if they are not available."""
 
-from cxt.console import get_logger
+from cxt.console import counted, get_logger
 from cxt.errors import BadRequest
 from cxt.trainer.options import TrainingOptions
 
@@ -102,7 +102,7 @@ def choose_precision(wanted: str, accelerator: str, *, has_bfloat16: bool) -> st
 
 def _missing_gpus(options: TrainingOptions, flag: str, *, wanted: int, present: int) -> str:
     """Describe which GPUs of *flag* are missing, and what to use instead, with the same effective batch if possible."""
-    problem = f"{flag}, but torch sees {present} GPU{'' if present == 1 else 's'}"
+    problem = f"{flag}, but torch sees {counted(present, 'GPU')}"
     if wanted <= present:
         return f"{problem}; their indices are 0 to {present - 1}"
     accumulation = options.training.grad_accum * wanted / max(1, present)

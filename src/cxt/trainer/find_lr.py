@@ -8,7 +8,6 @@ import numpy as np
 
 from cxt.config.bounds import MAX_COUNT
 from cxt.errors import BadRequest, Failed, try_drawing
-from cxt.io import check_writable
 from cxt.trainer.learning_rate_search import find_lr as search_rates
 from cxt.trainer.options import merge_options
 from cxt.trainer.request import RunRequest, build_request
@@ -32,7 +31,9 @@ def check_search(*, lowest: float, highest: float, num_steps: int, plot) -> None
     if not 20 <= num_steps <= MAX_COUNT:
         raise BadRequest(f"--num-steps must be a whole number from 20 to {MAX_COUNT}, got {num_steps}")
     if plot is not None:
-        check_writable(plot)
+        from cxt.drawing import check_figure_file
+
+        check_figure_file(plot, flag="--plot")
 
 
 def suggest_rate(request: RunRequest, *, lowest: float, highest: float, num_steps: int) -> LearningRates:

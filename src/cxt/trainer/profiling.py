@@ -90,7 +90,9 @@ class Profiling(Callback):
         waited = trainer.train_dataloader.waited - self._waited
         parts = divide_time(actions.recorded_durations, seconds=seconds, waited=waited)
         summary = format_parts(parts, batches=batches)
-        logger.info(f"{self.name}: {batches} batches took {1000 * seconds / batches:.1f} ms each: {summary}")
+        logger.info(
+            f"{self.name}: {batches} batch{'' if batches == 1 else 'es'} took {1000 * seconds / batches:.1f} ms each: {summary}"
+        )
         report = self._report(actions)
         atomic_write(self.directory / "profile.txt", f"{batches} batches: {summary}\n\n{report}\n".encode())
         if self._operators is not None:

@@ -6,7 +6,7 @@ import platform
 from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.regions import RegionPlan
 from cxt.config.training import TrainingConfig
-from cxt.console import get_logger
+from cxt.console import counted, get_logger
 from cxt.model.flops import training_flops
 from cxt.model.memory import training_memory
 from cxt.model.transformer import CoalescenceModel
@@ -159,9 +159,9 @@ def announce(request: RunRequest, summary: dict) -> None:
     on = f" on {request.machines} machines" if request.machines > 1 else ""
     logger.info(
         f"{request.name}: {summary['trainable_parameters']:,} of {summary['parameters']:,} parameters train, "
-        f"{summary['train_items']:,} examples, effective batch {request.effective_batch} "
-        f"({training.batch_size}{rows} x {training.grad_accum} x {request.world}), {request.total_steps} steps, "
-        f"{request.precision} on {request.world} {request.accelerator}{on}, {training.threads} threads"
+        f"{counted(summary['train_items'], 'example')}, effective batch {request.effective_batch} "
+        f"({training.batch_size}{rows} x {training.grad_accum} x {request.world}), {counted(request.total_steps, 'step')}, "
+        f"{request.precision} on {request.world} {request.accelerator}{on}, {counted(training.threads, 'thread')}"
     )
     if "regions" in summary:
         logger.info(f"{request.name}: {_say_regions(request.region_plan)}")
