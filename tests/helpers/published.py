@@ -5,7 +5,7 @@ import torch
 from cxt.checkpoints.published import published_name
 from cxt.config.network import AdapterConfig, ModelConfig
 from cxt.model.adapter import build_model
-from cxt.model.transformer import CHANNEL_WEIGHTS
+from cxt.model.layers import CHANNEL_WEIGHTS
 
 
 def write_published(path, network: ModelConfig, adapter: AdapterConfig | None = None, *, seed: int = 1):

@@ -22,7 +22,7 @@ from cxt.config.network import PRESETS, AdapterConfig, ModelConfig
 from cxt.errors import BadRequest
 from cxt.io import file_sha256
 from cxt.model.adapter import build_model
-from cxt.model.transformer import CHANNEL_WEIGHTS
+from cxt.model.layers import CHANNEL_WEIGHTS
 
 SCALES = (2, 8, 32, 64)
 """Window widths that every published network was trained with."""

@@ -201,8 +201,6 @@ def check_regions(plan: RegionPlan, training: "TrainingConfig", network: ModelCo
             "regions.carry cannot be used where sources see the start token, which would tell them the bin of the window "
             "before; set start_token_in_prefix to false, or omit carry"
         )
-    if regions.carry and network.reads_rates:
-        raise BadRequest("regions.carry cannot be used with a network that reads rates, which scale bins; omit one of them")
     if regions.pack and training.attention == "flex":
         raise BadRequest("regions.pack needs attention split; attention flex cannot tell the regions of a row apart")
     if regions.varies and compiles:
