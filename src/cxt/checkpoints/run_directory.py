@@ -5,7 +5,7 @@ config.yaml          the resolved settings; `python -m cxt.train --config` runs 
 grid.json            the grid of ln generations
 model_summary.json   parameters, memory, effective batch, planned steps, FLOPs
 training_log.csv     loss, validation, learning rate, gradient norm, throughput
-checkpoints/         step=N.ckpt, training states; last.ckpt, a link to the newest; best.ckpt; <name>_epoch=E-step=S.ckpt at the end
+checkpoints/         training states, last.ckpt (a link to the newest), best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
 losses.png, tracks.png   curves, and decoded test examples; the latter drawn at validations, too
 events.…, hparams.yaml   TensorBoard; Lightning's logger leaves the second empty
 
