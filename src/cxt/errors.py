@@ -44,10 +44,54 @@ MAX_LISTED_NAMES = 12
 """A message lists at most this many names; if there are more, it lists up to five that are at least half alike."""
 
 
+NAMES_ELSEWHERE = {
+    "lr": ("learning_rate", "peak_lr", "eta"),
+    "min_lr": ("learning_rate_min", "end_lr", "final_lr"),
+    "schedule": ("lr_scheduler", "lr_schedule", "scheduler"),
+    "warmup_steps": ("warmup_iters", "num_warmup_steps"),
+    "decay_steps": ("lr_decay_iters",),
+    "epochs": ("max_epochs", "num_epochs", "num_train_epochs"),
+    "max_steps": ("max_iters", "num_steps", "iterations"),
+    "batch_size": ("per_device_train_batch_size", "micro_batch_size"),
+    "batch_size_eval": ("per_device_eval_batch_size", "eval_batch_size"),
+    "grad_accum": ("gradient_accumulation_steps", "accumulate_grad_batches", "grad_accum_steps"),
+    "grad_clip": ("gradient_clip_val", "gradient_clipping", "max_grad_norm"),
+    "precision": ("dtype", "mixed_precision", "use_bf16"),
+    "compile": ("torch_compile",),
+    "attention": ("attn_backend",),
+    "workers": ("num_workers", "dataloader_num_workers"),
+    "storage": ("cache_data",),
+    "patience": ("early_stopping_patience",),
+    "min_delta": ("early_stopping_min_delta",),
+    "validate_every": ("eval_every", "eval_steps", "eval_interval", "val_check_interval"),
+    "validation_items": ("eval_iters", "limit_val_batches"),
+    "log_every": ("log_freq", "logging_steps", "log_every_n_steps", "log_interval"),
+    "save_every": ("save_steps", "save_interval"),
+    "keep_saves": ("save_total_limit", "save_top_k"),
+    "resume": ("resume_from_checkpoint", "train_from_checkpoint"),
+    "run_dir": ("output_dir",),
+    "dataset_path": ("data_path", "data_dir", "dataset"),
+    "objective": ("paradigm",),
+    "losses": ("loss", "loss_function"),
+    "layers": ("num_layers", "n_layers", "num_hidden_layers"),
+    "heads": ("num_heads", "n_heads", "num_attention_heads"),
+    "width": ("hidden_size", "n_embd", "d_model", "embed_dim"),
+    "quantized_bits": ("qat", "bits"),
+    "mlflow": ("mlflow_tracking_uri", "mlflow_active"),
+    "seed": ("random_seed",),
+    "nodes": ("num_nodes",),
+}
+"""{name of a setting: what other training systems call it}, where the two are not alike enough to be found by likeness."""
+
+
+def _normalise(name: str) -> str:
+    """A name without leading dashes, with underscores in place of dashes, in lower case."""
+    return name.casefold().lstrip("-").replace("-", "_")
+
+
 def _likeness(name: str, choice: str) -> float:
     """Similarity of two names, from 0 to 1, ignoring case, leading dashes, and dashes for underscores."""
-    first, second = (text.casefold().lstrip("-").replace("-", "_") for text in (name, choice))
-    return difflib.SequenceMatcher(None, first, second).ratio()
+    return difflib.SequenceMatcher(None, _normalise(name), _normalise(choice)).ratio()
 
 
 def suggest_nearest(name: str, choices: Iterable[str]) -> str:
@@ -63,12 +107,15 @@ def suggest_nearest(name: str, choices: Iterable[str]) -> str:
     Returns
     -------
     str
-        ``"; did you mean 'x'?"`` if one of *choices* is similar to *name*, and otherwise a list of choices,
-        unless there are many and none is similar.
+        ``"; here it is called 'x'"`` if other training systems call one of *choices* so (`NAMES_ELSEWHERE`); ``"; did you mean
+        'x'?"`` if one is similar to *name*; and otherwise a list of choices, unless there are many and none is similar.
     """
     names = sorted(map(str, choices))
     if not names:
         return "; none are available"
+    for choice in names:
+        if _normalise(str(name)) in NAMES_ELSEWHERE.get(_normalise(choice), ()):
+            return f"; here it is called '{choice}'"
     by_likeness = sorted(names, key=lambda choice: -_likeness(str(name)[:200], choice))
     if _likeness(str(name)[:200], by_likeness[0]) >= 0.7:
         return f"; did you mean '{by_likeness[0]}'?"

@@ -66,6 +66,7 @@ def test_one_fails(folder, tmp_path, capsys):
         (["verify", "--dir", "gone"], "--dir gone: there is no such folder"),
         (["verify", "--dir", "."], "there is no .ckpt file in it; name another folder, or add -r"),
         (["import", "--out", "x"], "needs one file, or a folder .*got neither"),
+        (["import", "folder", "--out", "x"], "folder is a directory; to import every .ckpt file in it, use --dir folder"),
         (["import", "--dir", "folder", "--out", "y", "--name", "z"], "--name is for one file"),
         (["import", "--dir", "folder", "--out", "folder"], "is the folder to import"),
         (["import", "--dir", "folder", "--out", "folder/mine.ckpt"], "is a file; with --dir"),

@@ -329,7 +329,7 @@ def test_no_setting_takes_what_is_no_number(settings):
 def test_suggestions_are_near():
     assert suggest_nearest("sawtoth", ["sawtooth", "island"]) == "; did you mean 'sawtooth'?"
     assert suggest_nearest("--batch_size", ["--batch-size", "--resume"]) == "; did you mean '--batch-size'?"
-    assert suggest_nearest("learning-rate", ["start-token-in-prefix", "lr"]) == "; choose from lr, start-token-in-prefix"
+    assert suggest_nearest("rate-of-learning", ["start-token-in-prefix", "lr"]) == "; choose from lr, start-token-in-prefix"
     many = suggest_nearest("banana", [f"scenario_{i}" for i in range(500)])
     assert many == "; none of 500 is similar"
     many = suggest_nearest("scenaro", [f"scenario_{i}_of_many" for i in range(500)])

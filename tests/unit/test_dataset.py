@@ -158,6 +158,8 @@ def test_bad_directories(copy, tmp_path):
         PairDataset(tmp_path / "nowhere", "train")
     with pytest.raises(BadRequest, match="split must be one of train, test, got 'val'"):
         PairDataset(copy, "val")
+    with pytest.raises(BadRequest, match="copy/train is one of the two splits of a dataset; give the dataset, .*/copy$"):
+        PairDataset(copy / "train", "train")
     shutil.move(copy / "test", tmp_path / "elsewhere")
     with pytest.raises(BadRequest, match=r"has no test/ \(found: batch, dataset.json, train\)"):
         PairDataset(copy, "train")

@@ -28,7 +28,7 @@ from cxt.config.type_descriptions import get_limits, list_choices, split_type
 from cxt.config.variants import list_variants
 from cxt.console import add_verbosity_flags, get_logger, set_verbosity
 from cxt.decoding.decode import has_doubles
-from cxt.errors import BadRequest, suggest_nearest
+from cxt.errors import NAMES_ELSEWHERE, BadRequest, suggest_nearest
 from cxt.evaluation.protocol import evaluate
 from cxt.model.adapter import build_model, freeze_backbone
 from cxt.model.memory import activation_bytes, count_parameters, count_trained_parameters
@@ -38,7 +38,7 @@ from cxt.trainer.devices import choose_precision, select_devices
 from cxt.trainer.fit import build_data
 from cxt.trainer.flag_values import FLAG_VALUES, _pair_words
 from cxt.trainer.module import build_loss_function
-from cxt.trainer.options import build_parser, parse_flags, read_options
+from cxt.trainer.options import OPTIONS, TRAINING_SETTINGS, build_parser, parse_flags, read_options
 from cxt.trainer.request import build_request
 from cxt.workflow.lineages import model_lineage
 
@@ -127,6 +127,31 @@ def test_suggestions_only_when_near():
     assert suggest_nearest("--optimiser", names) == "; did you mean '--optimizer'?"
     assert suggest_nearest("--xyzzy", names) == f"; none of {len(names)} is similar"
     assert "--compile" not in suggest_nearest("--optimize-everything", names)
+
+
+def test_names_of_other_systems(tmp_path):
+    """As flags, as keys of a file, as keys of a configuration, and in Python."""
+    for word, name in (
+        ("learning_rate", "lr"),
+        ("max_epochs", "epochs"),
+        ("gradient_clip_val", "grad_clip"),
+        ("n_embd", "width"),
+    ):
+        with pytest.raises(
+            BadRequest, match=f"unknown flag --{word.replace('_', '-')}; here it is called '--{name.replace('_', '-')}'"
+        ):
+            read_options([f"--{word.replace('_', '-')}", "1"])
+        (tmp_path / "settings.yaml").write_text(f"{word}: 1\n", encoding="utf-8")
+        with pytest.raises(BadRequest, match=f"unknown key '{word}'; here it is called '{name}'"):
+            read_options(["--config", str(tmp_path / "settings.yaml")])
+        with pytest.raises(BadRequest, match=f"unknown option {word}; here it is called '{name}'"):
+            cxt.train_model(**{word: 1})
+    (tmp_path / "mine.yaml").write_text("training: {learning_rate: 0.1}\n", encoding="utf-8")
+    with pytest.raises(BadRequest, match="training.learning_rate: unknown key; here it is called 'lr'"):
+        load([tmp_path / "mine.yaml"])
+    assert NAMES_ELSEWHERE.keys() <= {*OPTIONS, *TRAINING_SETTINGS}
+    words = [word for several in NAMES_ELSEWHERE.values() for word in several]
+    assert len(words) == len({*words} - {*OPTIONS, *TRAINING_SETTINGS})
 
 
 # Settings in a file

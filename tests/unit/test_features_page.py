@@ -14,8 +14,6 @@ from helpers.repository import REPOSITORY
 
 import cxt
 from cxt.cli import COMMANDS
-from cxt.console import add_verbosity_flags
-from cxt.trainer.options import build_parser
 
 PAGE = REPOSITORY / "docs" / "features.md"
 OTHER_PROGRAMS = ("snakemake ", "tensorboard ", "python -m cxt.", "import cxt")
@@ -55,9 +53,7 @@ def help_text(*words: str) -> str:
 @cache
 def trainer_flags() -> frozenset[str]:
     """The flags of `cxt train`."""
-    parser = build_parser()
-    add_verbosity_flags(parser)
-    return frozenset(option for action in parser._actions for option in action.option_strings)
+    return frozenset(re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_text("train"), flags=re.M))
 
 
 def is_quoted(word: str) -> bool:

@@ -81,6 +81,9 @@ def test_everything_a_run_leaves(finished):
         "losses.png",
         "tracks.png",
     }
+    page = (REPOSITORY / "docs" / "howto" / "add-a-checkpoint.md").read_text(encoding="utf-8")
+    described = page.partition("## What a run leaves")[2]
+    assert [name for name in run_files if f"`{name}" not in described] == []
     assert json.loads((run.path / "grid.json").read_text()) == {"low": 3.0, "high": 17.0, "bins": 324}
     names = sorted(path.name for path in run.checkpoints.iterdir())
     assert names == ["best.ckpt", "broad_epoch=2-step=21.ckpt", "last.ckpt", "step=20.ckpt", "step=21.ckpt"]

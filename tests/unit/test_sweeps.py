@@ -163,7 +163,11 @@ def test_settings_of_a_trial(tmp_path, dataset):
         ({"parameters": {"lr": {"min": 2}}}, "parameters.lr: `value`, `values`, or both `min` and `max` are needed"),
         ({"parameters": {"lr": {"min": 0, "max": 1, "distribution": "log_uniform_values"}}}, "must be positive, got 0"),
         ({"parameters": {"lr": {"min": 0, "max": 1, "distribution": "log_unifrom_values"}}}, "mean 'log_uniform_values'"),
-        ({"parameters": {"lr": {"distribution": "beta", "a": 1}}}, "beta cannot be expressed here; use uniform"),
+        ({"parameters": {"lr": {"distribution": "beta", "a": 1}}},
+          "beta cannot be expressed here; use uniform, which is the nearest of constant, categorical, uniform, int_uniform, "),
+        ({"parameters": {"lr": {"valuess": [1, 2]}}}, "parameters.lr: unknown key 'valuess'; did you mean 'values'"),
+        ({"parameters": {"optimizer": {"parameter": {"name": {"values": ["adamw", "muon"]}}}}},
+          "parameters.optimizer: unknown key 'parameter'; did you mean 'parameters'"),
         ({"parameters": {"lr": {"distribution": "normal", "sigma": 0}}}, "`sigma` must be positive, got 0"),
         ({"parameters": {"lr": {"distribution": "uniform", "min": 0, "max": ".inf"}}}, "`max` must be a finite number"),
         ({"parameters": {"lr": {"distribution": "q_uniform", "min": 0, "max": 1, "q": 2}}}, "`q` must be positive and at most"),
@@ -183,6 +187,26 @@ def test_bad_sweep_files(tmp_path, content, message):
     with pytest.raises(BadRequest, match=message) as caught:
         make(tmp_path, **content)
     assert str(caught.value).startswith(str(tmp_path / "sweep.yaml"))
+
+
+def test_sweep_file_that_is_not_yaml(tmp_path):
+    (tmp_path / "sweep.yaml").write_text("method: random\nmetric: {name: val_loss\nparameters:\n", encoding="utf-8")
+    with pytest.raises(BadRequest) as caught:
+        read_sweep(tmp_path / "sweep.yaml")
+    assert str(caught.value).startswith(f"{tmp_path / 'sweep.yaml'}: it is not valid YAML: ")
+    assert str(caught.value).count(str(tmp_path)) == 1
+    assert "line 3, column 11" in str(caught.value)
+    assert "unicode string" not in str(caught.value)
+
+
+def test_help_and_flags_of_the_command(capsys):
+    with pytest.raises(SystemExit):
+        sweep_command.main(["--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: cxt sweep --sweep FILE.yaml --out DIRECTORY")
+    assert "cxt.train" not in said.partition("options:")[0]
+    own, others = sweep_command.split_flags(["--log-level", "warning", "-q", "--count=2", "--lr", "1e-3", "--log-level=error"])
+    assert (own, others) == (["--log-level", "warning", "-q", "--count=2", "--log-level=error"], ["--lr", "1e-3"])
 
 
 def test_keys_of_wandb_are_noted(tmp_path):

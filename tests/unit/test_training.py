@@ -403,7 +403,7 @@ REFUSED = [
     (["--name", ""], "--name must have 1 to 100 printable characters.*, got ''"),
     (["--name", "a/b"], "--name must have .* because it is part of file names, got 'a/b'"),
     (["--name", "x" * 300], "part of file names"),
-    (["--learning-rate", 1], "unknown flag --learning-rate; the most similar of .* are"),
+    (["--learning-rate", 1], "unknown flag --learning-rate; here it is called '--lr'"),
     (["--backbone-lr-factor", 0.5], "--backbone-lr-factor cannot be used without --adapter or --resume-adapter"),
     (["--last-n", 4, "--adapter-bottleneck", 8], "--adapter-bottleneck, --last-n cannot be used without --adapter"),
     (["--adapter-samples", 10], "--adapter-samples cannot be used without --adapter"),

@@ -428,6 +428,19 @@ def test_a_dataset_is_not_made_over_another_or_of_one_piece(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_dataset_that_cannot_be_made_is_refused_before_files_are_read(tmp_path):
+    scenario = {"files": [str(tmp_path / "gone.trees")], "mutations": "overlay", "mutation_rate": 1e-7}
+    out = tmp_path / "new"
+    with pytest.raises(BadRequest, match="46 pairs requested, but 10 samples have only 45; lower pairs to 45"):
+        build_tree_dataset(out, scenario, LAYOUT | {"pairs": 46})
+    with pytest.raises(BadRequest, match="10 samples requested, but 4 individuals have only 8 haplotypes"):
+        build_tree_dataset(out, scenario | {"individuals": 4}, LAYOUT)
+    with pytest.raises(BadRequest, match="10 samples requested, but 4 individuals have only 8 haplotypes"):
+        build_tree_dataset(out, scenario | {"samples": {"a": 1, "b": 3}}, LAYOUT)
+    with pytest.raises(BadRequest, match="gone.trees"):
+        build_tree_dataset(out, scenario | {"individuals": 5}, LAYOUT | {"pairs": 45})
+
+
 def test_they_cannot_be_simulated_on_the_fly(tmp_path):
     path = write(tmp_path / "a.trees", ancestry(individuals=25, length=250_000))
     overlay = {"scenarios": {"mine": MINE | {"files": path, "individuals": 25}}}

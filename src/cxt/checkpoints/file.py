@@ -206,8 +206,13 @@ def import_published(path, out, *, name: str | None = None) -> None:
     content = _read_torch_file(path)
     if not is_published(content):
         is_checkpoint = isinstance(content, dict) and "cxt" in content
-        what = "already a checkpoint of cxt; use it as it is" if is_checkpoint else "not a file of the original package"
-        raise BadRequest(f"{path} is {what}")
+        if is_checkpoint:
+            raise BadRequest(f"{path} is already a checkpoint of cxt; use it as it is")
+        keys = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+        raise BadRequest(
+            f"{path} is not a file of the original package: expected what Lightning saves, with hyper_parameters and "
+            f"state_dict, found {keys or 'nothing'}. Weights of other code cannot be imported"
+        )
     if Path(out).exists() and Path(out).samefile(path):
         raise BadRequest(f"--out {out} is the file to import; choose another name for the checkpoint")
     weights, network, adapter, more = read_published(content, path)

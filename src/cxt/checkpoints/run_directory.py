@@ -5,9 +5,9 @@ config.yaml          the resolved settings; `python -m cxt.train --config` runs 
 grid.json            the grid of ln generations
 model_summary.json   parameters, memory, effective batch, planned steps, FLOPs
 training_log.csv     loss, validation, learning rate, gradient norm, throughput
-checkpoints/         last.ckpt to continue from, best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
-losses.png, tracks.png   written when the run is finished
-events.…             TensorBoard
+checkpoints/         training states, last.ckpt (a link to the newest), best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
+losses.png, tracks.png   curves, and decoded test examples; the latter drawn at validations, too
+events.…, hparams.yaml   TensorBoard; Lightning's logger leaves the second empty
 
 Beside it, <name>.lock is held by the trainer that writes to the directory.
 """

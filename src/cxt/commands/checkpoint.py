@@ -76,6 +76,8 @@ def check_folder_flags(args: argparse.Namespace) -> None:
     if (file is None) == (args.dir is None):
         found = "neither" if file is None else f"both {file} and --dir {args.dir}"
         raise BadRequest(f"cxt checkpoint {args.command} needs one file, or a folder (--dir DIR), got {found}")
+    if file is not None and args.command == "import" and Path(file).is_dir():
+        raise BadRequest(f"{file} is a directory; to import every .ckpt file in it, use --dir {file}")
     if args.recursive and args.dir is None:
         raise BadRequest("-r is for folders; add --dir DIR")
     if args.dir is not None and args.command == "import" and (args.name or args.as_parent):

@@ -14,7 +14,7 @@ from cxt.errors import BadRequest
 
 logger = get_logger(__name__)
 
-OWN = {"--sweep": str, "--count": int, "--out": str, "--sampler-seed": int}
+OWN = ("--sweep", "--count", "--out", "--sampler-seed", "--log-level")
 """Flags of the command that are not the trainer's, or mean something else."""
 
 BEGAN = time.monotonic()
@@ -26,7 +26,7 @@ def build_parser():
     from cxt.trainer.options import build_parser
 
     parser = build_parser()
-    parser.prog = "cxt sweep"
+    parser.prog, parser.usage = "cxt sweep", "cxt sweep --sweep FILE.yaml --out DIRECTORY [options, also those of cxt train]"
     parser.description = "Search settings of a training: many trials on one dataset, with all other settings the same."
     for action in parser._actions:
         if "--out" in action.option_strings:

@@ -62,7 +62,8 @@ def parse_yaml(text: str):
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # wrong dates, too deeply nested
         if isinstance(error, BadRequest):
             raise
-        raise BadRequest(f"it is not valid YAML: {error}") from None
+        text = str(error).replace('in "<unicode string>", ', "")
+        raise BadRequest(f"it is not valid YAML: {text}") from None
 
 
 def read_yaml(path) -> dict:

@@ -124,6 +124,8 @@ def read_manifest(directory) -> dict:
         raise BadRequest(f"there is no dataset directory {directory}; {how_to_remake(file)}")
     missing = [split for split in SPLITS if not (directory / split).is_dir()]
     if missing:
+        if directory.name in SPLITS and (directory.parent / MANIFEST).is_file():
+            raise BadRequest(f"{directory} is one of the two splits of a dataset; give the dataset, {directory.parent}")
         content = ", ".join(sorted(p.name for p in directory.iterdir())[:10]) or "nothing"
         raise BadRequest(
             f"{directory} has no {' and no '.join(m + '/' for m in missing)} (found: {content}); {how_to_remake(file)}"

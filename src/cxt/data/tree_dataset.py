@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from cxt.config.datasets import Layout
+from cxt.config.network import count_pairs
 from cxt.config.scenarios import Trees
 from cxt.config.tree_files import fill_tree_files
 from cxt.config.variants import list_variants
@@ -57,10 +58,20 @@ def build_tree_dataset(out, scenario: dict, layout: dict, *, name: str = "trees"
     spec = Layout.read(layout, at="dataset").resolved()
     if spec["sequence_length"] % spec["window_size"]:
         raise BadRequest(f"sequence_length {spec['sequence_length']} is not a multiple of window_size {spec['window_size']}")
+    if spec["pairs"] > (exist := count_pairs(spec["samples"])):
+        raise BadRequest(
+            f"{spec['pairs']} pairs requested, but {spec['samples']} samples have only {exist}; lower pairs to {exist}"
+        )
     given = {"kind": "trees", "sequence_length": spec["sequence_length"]} | scenario
     if not {"samples", "individuals"} & scenario.keys():
         given["individuals"] = -(-spec["samples"] // 2)
     section = Trees.read(given, at="trees").resolved()
+    individuals = sum(section["samples"].values()) if "samples" in section else section["individuals"]
+    if 2 * individuals < spec["samples"]:
+        raise BadRequest(
+            f"{spec['samples']} samples requested, but {individuals} individuals have only {2 * individuals} haplotypes; lower "
+            "samples, or take more individuals"
+        )
     fill_tree_files(section, at="trees")
     (variant,) = list_variants(name, section)
     if variant.simulations < 2:

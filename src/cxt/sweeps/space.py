@@ -42,6 +42,9 @@ KEYS = {
 }  # fmt: skip
 """Distributions, and the keys that each of them has beside `distribution`."""
 
+PARAMETER_KEYS = ("parameters", "distribution", *dict.fromkeys(key for keys in KEYS.values() for key in keys))
+"""Keys that the entry of a parameter may have."""
+
 TAIL = 1e-6
 """Normal distributions are cut at these probabilities on both sides."""
 
@@ -305,7 +308,9 @@ def _read_parameter(name: str, about: dict) -> Parameter | None:
         raise BadRequest("`probabilities` cannot be expressed here; leave them out, so that all values are equally probable")
     kind = about.get("distribution") or _guess_distribution(about)
     if kind in INSTEAD:
-        raise BadRequest(f"the distribution {kind} cannot be expressed here; use {INSTEAD[kind]}")
+        raise BadRequest(
+            f"the distribution {kind} cannot be expressed here; use {INSTEAD[kind]}, which is the nearest of {', '.join(KEYS)}"
+        )
     if kind not in KEYS:
         raise BadRequest(f"unknown distribution '{kind}'{suggest_nearest(str(kind), KEYS)}")
     for key in about:
@@ -332,6 +337,9 @@ def _read_parameter(name: str, about: dict) -> Parameter | None:
 
 def _guess_distribution(about: dict) -> str:
     """The distribution of an entry that names none, as Weights & Biases does."""
+    for key in about:
+        if key not in PARAMETER_KEYS:
+            raise BadRequest(f"unknown key '{key}'{suggest_nearest(str(key), PARAMETER_KEYS)}")
     if "value" in about or "values" in about:
         return "constant" if "value" in about else "categorical"
     if "mu" in about or "sigma" in about:

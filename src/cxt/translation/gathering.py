@@ -21,7 +21,7 @@ from cxt.translation.tracks import CHUNK_WINDOWS
 MEAN, SD, LOG_MEAN, QUANTILES = 0, 1, 2, slice(3, len(COLUMNS))
 
 WIDE = 5.0
-"""Length in ln TMRCA of a 95% interval that says next to nothing: in a population of constant size, without any data, it is
+"""Length in ln TMRCA of a 95% interval that is uninformative: in a population of constant size, without any data, it is
 4.98."""
 
 

@@ -155,7 +155,7 @@ def _describe(values: np.ndarray) -> dict[str, float]:
 
 
 def _describe_wide(sums: list[Sums], windows: int) -> dict[str, float]:
-    """How many of the pairs' *windows* have a 95% interval that says next to nothing, and what they make up."""
+    """How many of the pairs' *windows* have a 95% interval that is uninformative, and what they make up."""
     total = sum(one.mean_time for one in sums)
     return {
         "longer_than": WIDE,
@@ -177,6 +177,4 @@ def _warn_of_wide(contig: str, found: dict[str, float], windows: int) -> None:
     if share < MUCH:
         logger.info(text)
     else:
-        logger.warning(
-            f"{text}: means over the contig, and the oldest part of ne.csv, depend on windows that say next to nothing"
-        )
+        logger.warning(f"{text}: means over the contig, and the oldest part of ne.csv, depend on uninformative windows")
