@@ -39,8 +39,10 @@ def read_shape(checkpoint: Checkpoint) -> dict:
     }
 
 
-def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Variant]:
+def choose_variants(config: dict, names: Sequence[str], shape: dict, *, pieces: int) -> list[Variant]:
     """The variants of the scenarios *names*, as long as a checkpoint's region; a swept scenario has several.
+
+    Those of files are cut into pieces of *pieces* base pairs, as the examples of the checkpoint's dataset, which may be longer.
 
     Raises
     ------
@@ -52,12 +54,13 @@ def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Var
         if name not in config["scenarios"]:
             raise BadRequest(f"unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
         scenario = config["scenarios"][name]
-        if scenario["kind"] == "trees" and scenario["sequence_length"] != shape["sequence_length"]:
+        length = pieces if scenario["kind"] == "trees" else shape["sequence_length"]
+        if scenario["kind"] == "trees" and scenario["sequence_length"] != length:
             raise BadRequest(
-                f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint reads "
-                f"{shape['sequence_length']:,} bp; pieces of another length may contain what it was trained on"
+                f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint was trained "
+                f"on examples of {length:,} bp; pieces of another length may contain what it was trained on"
             )
-        for variant in list_variants(name, config["scenarios"][name] | {"sequence_length": shape["sequence_length"]}):
+        for variant in list_variants(name, scenario | {"sequence_length": length}):
             haplotypes = 2 * count_individuals(variant.spec)
             if haplotypes < shape["samples"]:
                 raise BadRequest(
@@ -138,7 +141,8 @@ def evaluate_on_scenarios(
             f"--pairs {spec['pairs']}, but the {shape['samples']} samples that the checkpoint takes have only "
             f"{count_pairs(shape['samples'])}"
         )
-    variants = choose_variants(config, names, shape)
+    pieces = stored.record["dataset"].get("sequence_length") or shape["sequence_length"]
+    variants = choose_variants(config, names, shape, pieces=int(pieces))
     if stored.record["dataset"]["missing"] and mask is None:
         made = Mask().resolved() | {"length": MASK_LENGTH * shape["sequence_length"]}
         mask = draw_synthetic_mask({key: made[key] for key in ("length", "accessible_run", "inaccessible_run")}, seed=seed)
@@ -149,7 +153,7 @@ def evaluate_on_scenarios(
             batch = {"path": Path(directory, f"{number}.trees.batch"), "scenario": variant.name, "start": EVALUATION_START}
             held_out = count_held_out_pieces(variant.spec) if variant.spec["kind"] == "trees" else count
             number_of_simulations = min(count, held_out)
-            progress(f"{variant.name}: simulating {number_of_simulations} times {shape['sequence_length']:,} bp")
+            progress(f"{variant.name}: simulating {number_of_simulations} times {variant.spec['sequence_length']:,} bp")
             write_batch(batch["path"], variant.spec, start=EVALUATION_START, count=number_of_simulations, seed=seed)
             batches.append(batch | {"count": number_of_simulations})
         result, tracks = evaluate(path, spec, batches, mask=mask, device=device, threads=threads, progress=progress)
