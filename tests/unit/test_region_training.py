@@ -3,12 +3,14 @@
 import itertools
 import json
 
+import msprime
 import numpy as np
 import pytest
 import torch
 from helpers.repository import TINY
 from helpers.training import SMALL, equal, train, weights
 
+from cxt import evaluate as evaluate_stage
 from cxt.checkpoints.file import read_checkpoint
 from cxt.checkpoints.training_log import read_log
 from cxt.config.file import load
@@ -16,6 +18,7 @@ from cxt.config.models import build_network_config
 from cxt.config.regions import RegionPlan, Regions
 from cxt.data.loaders import EpochBatchSampler, RegionDataset
 from cxt.data.pair_dataset import PairDataset
+from cxt.data.tree_dataset import build_tree_dataset
 from cxt.errors import BadRequest, Failed
 from cxt.trainer.fit import build_region_schedule, build_starting_model
 from cxt.trainer.module import build_loss_function
@@ -175,6 +178,31 @@ def test_refused(dataset, flags, message):
 def test_refused_for_simulations_on_the_fly(flags):
     with pytest.raises(BadRequest, match=f"{flags[0]} cannot be used with --simulate, which simulates no longer sequences"):
         build_request(read_options([*map(str, [*flags, "--simulate", "constant", "--max-steps", 5, "--eval-samples", 2])]))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_regions_is_evaluated_on_pieces_of_files(tmp_path, monkeypatch, capsys):
+    """On the first part of the pieces that its dataset held out; pieces of its own length might have been trained on."""
+    ts = msprime.sim_ancestry(10, population_size=1e3, recombination_rate=1e-7, sequence_length=250_000, random_seed=1)
+    ts.dump(tmp_path / "a.trees")
+    scenario = {"files": [str(tmp_path / "a.trees")], "mutations": "overlay", "mutation_rate": 1e-7}
+    layout = {"window_size": 1000, "sequence_length": 10_000, "samples": 10, "pairs": 4, "scales": [2, 4]}
+    build_tree_dataset(tmp_path / "dataset", scenario, layout)
+    out = tmp_path / "mine.ckpt"
+    train(
+        monkeypatch, *SMALL, "--dataset-path", tmp_path / "dataset", "--windows", 4, "--epochs", 1, "--out", out,
+        "--run-dir", tmp_path / "run",
+    )  # fmt: skip
+    assert read_checkpoint(out).record["dataset"]["sequence_length"] == 10_000
+    for length in (10_000, 4000):
+        overlay = {"scenarios": {"mine": scenario | {"kind": "trees", "individuals": 5, "sequence_length": length}}}
+        (tmp_path / f"{length}.yaml").write_text(json.dumps(overlay), encoding="utf-8")
+    flags = ["--scenarios", "mine", "--pairs", "2", "--replicates", "2", "--threads", "1", "--simulations", "9"]
+    evaluate_stage.main([str(out), *flags, "--configfile", str(tmp_path / "10000.yaml"), "--out", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert result["settings"]["sequence_length"] == 4000
+    with pytest.raises(BadRequest, match="pieces of 4,000 bp, but the checkpoint was trained on examples of 10,000 bp"):
+        evaluate_stage.main([str(out), *flags, "--configfile", str(tmp_path / "4000.yaml"), "--out", str(tmp_path / "no")])
 
 
 # The workflow

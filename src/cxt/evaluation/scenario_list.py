@@ -39,8 +39,10 @@ def read_shape(checkpoint: Checkpoint) -> dict:
     }
 
 
-def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Variant]:
+def choose_variants(config: dict, names: Sequence[str], shape: dict, *, pieces: int) -> list[Variant]:
     """The variants of the scenarios *names*, as long as a checkpoint's region; a swept scenario has several.
+
+    Those of files are cut into pieces of *pieces* base pairs, as the examples of the checkpoint's dataset, which may be longer.
 
     Raises
     ------
@@ -52,13 +54,14 @@ def choose_variants(config: dict, names: Sequence[str], shape: dict) -> list[Var
         if name not in config["scenarios"]:
             raise BadRequest(f"unknown scenario '{name}'{suggest_nearest(name, config['scenarios'])}")
         scenario = config["scenarios"][name]
-        if scenario["kind"] == "trees" and scenario["sequence_length"] != shape["sequence_length"]:
+        length = pieces if scenario["kind"] == "trees" else shape["sequence_length"]
+        if scenario["kind"] == "trees" and scenario["sequence_length"] != length:
             raise BadRequest(
-                f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint reads "
-                f"{shape['sequence_length']:,} bp, and pieces of another length may contain what it was trained on; set its "
-                f"sequence_length to {shape['sequence_length']}"
+                f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint was trained "
+                f"on examples of {length:,} bp, and pieces of another length may contain what it was trained on; set its "
+                f"sequence_length to {length}"
             )
-        for variant in list_variants(name, config["scenarios"][name] | {"sequence_length": shape["sequence_length"]}):
+        for variant in list_variants(name, scenario | {"sequence_length": length}):
             haplotypes = 2 * count_individuals(variant.spec)
             if haplotypes < shape["samples"]:
                 raise BadRequest(
@@ -142,7 +145,8 @@ def evaluate_on_scenarios(
             f"--pairs {spec['pairs']}, but the {shape['samples']} samples that the checkpoint takes have only "
             f"{count_pairs(shape['samples'])}"
         )
-    variants = choose_variants(config, names, shape)
+    pieces = stored.record["dataset"].get("sequence_length") or shape["sequence_length"]
+    variants = choose_variants(config, names, shape, pieces=int(pieces))
     if stored.record["dataset"]["missing"] and mask is None:
         made = Mask().resolved() | {"length": MASK_LENGTH * shape["sequence_length"]}
         mask = draw_synthetic_mask({key: made[key] for key in ("length", "accessible_run", "inaccessible_run")}, seed=seed)
@@ -151,7 +155,7 @@ def evaluate_on_scenarios(
         batches = []
         for number, variant in enumerate(variants):
             batch = {"path": Path(directory, f"{number}.trees.batch"), "scenario": variant.name, "start": EVALUATION_START}
-            number_of_simulations, length = count, f"{shape['sequence_length']:,} bp"
+            number_of_simulations, length = count, f"{variant.spec['sequence_length']:,} bp"
             if variant.spec["kind"] == "trees":
                 number_of_simulations = min(count, count_held_out_pieces(variant.spec))
                 limit = "" if number_of_simulations == count else f", all that are held out of training, instead of {count}"
