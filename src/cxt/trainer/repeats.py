@@ -91,8 +91,8 @@ def _name_file(path: str | None, number: int) -> str | None:
 def train_repeats(argv: Sequence[str], options: TrainingOptions, repeats: int, *, began: float) -> None:
     """Train repeats one after another, and end with the first that fails; the same call continues with the unfinished one.
 
-    Each is trained by a process of its own, because the processes of several devices cannot be joined twice. With a profiler only
-    the first is trained, since it measures the same in all of them.
+    Each is trained by a process of its own, because the processes of several devices cannot be joined twice. With a profiler
+    only the first is trained, since it measures the same in all of them.
 
     Parameters
     ----------
