@@ -77,6 +77,8 @@ def here(workflow, tmp_path_factory):
     ts.dump(directory / "sample.trees")
     np.savez(directory / "genotypes.npz", genotypes=ts.genotype_matrix(), positions=ts.sites_position + 5_000_000)
     write_genomes(directory)
+    for number in range(3):  # the repeats of the pages
+        shutil.copy(directory / "results" / "broad.ckpt", directory / "results" / f"broad.r{number}.ckpt")
     # `tracks` of the pages: what their first command makes, of the short contig.
     run_python(*commands_of("cxt", "translate")[0], "--regions", "chr1", "--threads", 1, cwd=directory)
     return directory
@@ -128,8 +130,8 @@ def test_yaml_is_a_configuration(tmp_path):
     for block in found:
         (tmp_path / "mine.yaml").write_text(block.text)
         write_published(tmp_path / PUBLISHED, STAND_IN)
-        models = load([tmp_path / "mine.yaml"], read_parent=read_parent_file)["models"]
-        assert set(yaml.safe_load(block.text).get("models", {})) <= set(models)
+        config = load([tmp_path / "mine.yaml"], read_parent=read_parent_file)
+        assert set(yaml.safe_load(block.text).get("models", {})) <= {*config["models"], *config.get("repeated", {})}
 
 
 PUBLISHED = "broad_epoch=1-step=5280.ckpt"
@@ -395,16 +397,24 @@ def test_readme_is_short_and_its_links_exist():
 
 @pytest.mark.slow
 def test_evaluation_on_scenarios(here, tmp_path):
-    (words,) = [words for words in commands_of("cxt", "evaluate") if "--scenarios" in words]
+    (words,) = [words for words in commands_of("cxt", "evaluate") if "--scenarios" in words and "--ensemble" not in words]
     words = [tmp_path / word if word == "accuracy" else word for word in words]
     assert "| island " in run_python(*words, "--threads", 1, cwd=here).stdout
     assert (tmp_path / "accuracy" / "evaluation.json").is_file()
 
 
 @pytest.mark.slow
+def test_evaluation_of_an_ensemble(here, tmp_path):
+    (words,) = [words for words in commands_of("cxt", "evaluate") if "--ensemble" in words]
+    words = [tmp_path / word if word == "ensemble" else word for word in words]
+    assert "| broad_mean " in run_python(*words, "--pairs", 2, "--threads", 1, cwd=here).stdout
+    assert (tmp_path / "ensemble" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
 def test_evaluations_of_another_checkpoint(here):
     """With names of the tiny workflow in place of those of the example."""
-    found = [words for words in commands_of("cxt", "evaluate") if "--scenarios" not in words]
+    found = [words for words in commands_of("cxt", "evaluate") if "--scenarios" not in words and "mine" not in " ".join(words)]
     assert len(found) == 2
     for words in found:
         words = [word.replace("two_islands", "narrow") if "/" in word else word for word in words]

@@ -103,10 +103,10 @@ def expand_repeats(config: dict) -> None:
             repeated[name] = names
             if ensemble:
                 averaged[f"{name}{ENSEMBLE_SUFFIX}"] = names
-    config["models"] = models
     if repeated:
         config[SECTION] = repeated
     problems += _list_unclear(config)
+    config["models"] = models
     if len(problems) > 1:
         raise BadRequest("\n  ".join(["the configuration is not valid:", *problems]))
     if problems:
@@ -121,14 +121,13 @@ def expand_repeats(config: dict) -> None:
 
 def _list_unclear(config: dict) -> list[str]:
     """Problems of models and translations that name a repeated model, where one checkpoint is needed."""
-    problems: dict[str, None] = {}
-    models = {name: model for name, model in config["models"].items() if not is_later_repeat(config, name)}
-    named = [(f"models.{name}.{key}", model.get(key)) for name, model in models.items() for key in REFERENCES]
+    problems = []
+    named = [(f"models.{name}.{key}", model.get(key)) for name, model in config["models"].items() for key in REFERENCES]
     named += [(f"translate.{name}.model", entry.get("model")) for name, entry in config["translate"].items()]
     for at, other in named:
         try:
             if other is not None:
                 refuse_repeated(config, other, at=at)
         except BadRequest as error:
-            problems[str(error)] = None
-    return list(problems)
+            problems.append(str(error))
+    return problems
