@@ -3,8 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
+from helpers.training import objective_record
 
 SMALL = ModelConfig(layers=3, heads=2, width=32, windows=12, samples=10, scales=4, dropout=0.1)
 
@@ -27,6 +30,18 @@ def model_of(config=SMALL, adapter=None, scale=8.0):
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     return model.eval()
+
+
+def write_random_checkpoint(path, config: ModelConfig, *, scales, objective="marginal", ranges=None):
+    """A checkpoint with random weights, such that its estimates depend on its input and on the position; returns *path*."""
+    torch.manual_seed(3)
+    model = build_model(config, None)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    dataset = {"scales": list(scales), "missing": not config.mask_singletons, "ranges": ranges}
+    record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record(objective))
+    write_checkpoint(path, model.state_dict(), record)
+    return path
 
 
 def dense_logits(model, x, y):

@@ -225,6 +225,18 @@ def test_published_commands_hand_on_their_checkpoints(tmp_path, monkeypatch):
     assert read_checkpoint("broad_adapter.ckpt").record["name"] == "broad_adapter"
 
 
+@pytest.mark.parametrize(
+    ("held_out", "more", "noted"), [(1500, [], True), (999, [], False), (1500, ["--validation-items", "500"], False),
+                                    (1500, ["--max-steps", "20"], False)]
+)  # fmt: skip
+def test_long_validations_of_short_runs_are_noted(capsys, held_out, more, noted):
+    """The second `--max-steps` counts: 20 steps of 8 examples are more than a tenth of 1500."""
+    words = ["--simulate", "constant", "--window-size", "2000", "--eval-samples", str(held_out), "--max-steps", "2"]
+    build_request(read_options([*words, "--layers=1", "--heads=2", "--width=16", "--batch-size=8", "--grad-accum=1", *more]))
+    note = "note: each validation reads 1,500 test examples, and the whole training only 16; validation_items: 500 takes fewer"
+    assert (note in capsys.readouterr().err) == noted
+
+
 def test_workers_are_capped(dataset, capsys, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2})
     request = build_request(read_options([*FINE_TRAINING, "--dataset-path", str(dataset), "--workers", "64"]))

@@ -6,16 +6,13 @@ import msprime
 import numpy as np
 import pytest
 import torch
-from helpers.training import objective_record
+from helpers.network import write_random_checkpoint
 
 import cxt
-from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
 from cxt.config.translation import Translation
 from cxt.data.examples import compute_model_input
 from cxt.data.grid import Grid
-from cxt.model.adapter import build_model
 from cxt.model.decoder import Decoder
 from cxt.random_seeds import hash_key
 from cxt.translation.translate import run_translation
@@ -30,14 +27,7 @@ def save_model(path, objective="autoregressive", *, samples=SAMPLES):
     config = ModelConfig(
         layers=2, heads=2, width=16, windows=WINDOWS, samples=samples, scales=2, bins=30, window_size=SIZE, mask_singletons=True
     )
-    torch.manual_seed(3)
-    model = build_model(config, None)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    dataset = {"scales": [2, 4], "missing": False, "ranges": None}
-    record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record(objective))
-    write_checkpoint(path, model.state_dict(), record)
-    return path
+    return write_random_checkpoint(path, config, scales=[2, 4], objective=objective)
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,9 @@ import msprime
 import numpy as np
 import pytest
 import torch
-from helpers.network import model_of
-from helpers.training import objective_record
+from helpers.network import write_random_checkpoint
 
 from cxt import evaluate as evaluate_stage
-from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.file import load
 from cxt.config.network import ModelConfig
 from cxt.errors import BadRequest
@@ -24,15 +21,7 @@ NETWORK = ModelConfig(layers=1, heads=2, width=16, windows=10, samples=10, scale
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A network with random weights that reads 10 windows of 10 haplotypes in one pass."""
-    model = model_of(NETWORK, scale=1.0)
-    dataset = {"scales": [2, 4], "missing": False, "window_size": 1000, "sequence_length": LENGTH, "samples": 10}
-    record = build_checkpoint_record(
-        model.config, None, name="random", preset="broad", lineage=None, dataset=dataset, parent=None, processor="",
-        versions={}, step=1, epoch=0, **objective_record("marginal"),
-    )  # fmt: skip
-    path = tmp_path_factory.mktemp("checkpoint") / "random.ckpt"
-    write_checkpoint(path, model.state_dict(), record)
-    return path
+    return write_random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random.ckpt", NETWORK, scales=[2, 4])
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,15 @@ import msprime
 import numpy as np
 import pysam
 import pytest
-import torch
 import tskit
 import tszip
 from bio2zarr import vcf as vcf2zarr
+from helpers.network import write_random_checkpoint
 from helpers.repository import run_python
-from helpers.training import objective_record
 
 import cxt
-from cxt.checkpoints.file import write_checkpoint
-from cxt.checkpoints.record import build_checkpoint_record
 from cxt.commands.translate import main
 from cxt.config.network import ModelConfig
-from cxt.model.adapter import build_model
 from cxt.translation import estimates, job
 from cxt.translation.directory import hold_directory
 
@@ -46,14 +42,7 @@ def save_model(path, *, ranges=None, **changes):
         "window_size": SIZE,
     }
     config = ModelConfig(**settings | {"mask_singletons": False, "reads_rates": True} | changes)
-    torch.manual_seed(3)
-    model = build_model(config, None)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    dataset = {"scales": [2, 4, 8, 16], "missing": not config.mask_singletons, "ranges": ranges}
-    record = build_checkpoint_record(config, None, name="x", dataset=dataset, **objective_record("marginal"))
-    write_checkpoint(path, model.state_dict(), record)
-    return path
+    return write_random_checkpoint(path, config, scales=[2, 4, 8, 16], ranges=ranges)
 
 
 @pytest.fixture(scope="module")

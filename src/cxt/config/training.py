@@ -174,7 +174,8 @@ class TrainingFields(Section):
     seed: Seed = 1
     """Seed of initial weights, dropout and data order."""
     validation_items: NonNegativeInteger = 0
-    """Test examples, evenly spaced, on which the loss is measured; 0 = all."""
+    """Test examples, evenly spaced, on which the loss is measured; 0 = all, which may take longer than the steps of a short
+    run."""
     validate_every: NonNegativeInteger = 0
     """Optimizer steps between validations; 0 = once per epoch. The last step is always validated."""
     decode_items: NonNegativeInteger = 8

@@ -11,9 +11,10 @@ from pathlib import Path
 from cxt.errors import BadRequest, first_line, suggest_nearest
 from cxt.genotypes.arrays import ArraySource
 from cxt.genotypes.records import Source
-from cxt.genotypes.trees import MAGIC, TreesSource
+from cxt.genotypes.trees import TreesSource
 from cxt.genotypes.vcf import VcfSource
 from cxt.genotypes.vcf_zarr import METADATA_FILES, VcfZarrSource, find_zarr_root
+from cxt.scenarios.tree_file import MAGIC
 
 ACCEPTED = (
     "VCF or BCF (also compressed by bgzip), VCF Zarr (.vcz, also zipped), a tree sequence (.trees or .tsz), or .npz with "

@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import tskit
 
-from cxt.errors import BadRequest, first_line
+from cxt.errors import BadRequest
 from cxt.genotypes.records import ABSENT, Contig, Records, Region
+from cxt.scenarios.tree_file import load_tree_sequence
 
 CONTIG = "1"
 """Name of the only contig of a tree sequence, which is also tskit's when it writes a VCF."""
-
-MAGIC = b"\x89KAS\r\n\x1a\n"
-"""First bytes of a tree sequence."""
 
 CHUNK_GENOTYPES = 2**22
 """Genotypes of a chunk of records, at most."""
@@ -55,7 +53,7 @@ class TreesSource:
                 f"{path} is a tree sequence, which has the ancestral states of its sites; "
                 f"--ancestral must be tree or auto, got '{ancestral}'"
             )
-        self._ts, has_others = _load(self.path)
+        self._ts, has_others = load_tree_sequence(self.path)
         ts = self._ts
         self.notes: list[str] = []
         self.outside: dict[str, int] | None = {}
@@ -153,29 +151,3 @@ class TreesSource:
                     ancestral=[names[0] for names in alleles],
                 )
         self.outside = {CONTIG: outside}
-
-
-def _load(path: Path) -> tuple[tskit.TreeSequence, bool]:
-    """The first tree sequence of a file, compressed or not, and whether others follow, as in a simulation batch."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) == b"PK":
-                return _load_compressed(path), False
-        with open(path, "rb") as file:
-            ts = tskit.load(file)
-            following = file.read(len(MAGIC))
-    except (tskit.FileFormatError, tskit.LibraryError, OSError, EOFError) as error:
-        reason = first_line(error) if str(error) else "it ends too early"
-        raise BadRequest(f"{path} cannot be read as a tree sequence: {reason}") from None
-    if following and following != MAGIC:
-        raise BadRequest(f"{path} has other data after the tree sequence; copy or make it again")
-    return ts, bool(following)
-
-
-def _load_compressed(path: Path) -> tskit.TreeSequence:
-    import tszip
-
-    try:
-        return tszip.load(path)
-    except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and tskit raise any kind
-        raise BadRequest(f"{path} cannot be read as a tree sequence compressed by tszip: {first_line(error)}") from None

@@ -7,10 +7,11 @@ import numpy as np
 import tskit
 
 from cxt.config.tree_files import CONTENT_KEYS, check_units, count_pieces, locate_piece
-from cxt.errors import BadRequest, first_line, suggest_nearest
+from cxt.errors import BadRequest, suggest_nearest
 from cxt.io import file_sha256
 from cxt.scenarios.indices import EVALUATION_START, HELD_OUT_EVERY
 from cxt.scenarios.seeds import EngineSeeds
+from cxt.scenarios.tree_file import load_tree_sequence
 
 
 def count_held_out_pieces(spec: dict) -> int:
@@ -267,28 +268,10 @@ def _load(path: str, sha256: str) -> tskit.TreeSequence:
         raise BadRequest(
             f"{path} has changed since this was planned: its sha256 must be {sha256[:16]}…, got {found[:16]}…; run it again"
         )
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) == b"PK":
-                return _load_compressed(path)
-        with open(path, "rb") as file:
-            ts = tskit.load(file)
-            others = file.read(1)
-    except (tskit.FileFormatError, tskit.LibraryError, OSError, EOFError) as error:
-        reason = first_line(error) if str(error) else "it ends too early"
-        raise BadRequest(f"{path} cannot be read as a tree sequence: {reason}; copy or make it again") from None
-    if others:
+    ts, has_others = load_tree_sequence(path)
+    if has_others:
         raise BadRequest(
             f"{path} holds more than one tree sequence, as a simulation batch does; write each to a file of its own "
             "(`cxt trees`)"
         )
     return ts
-
-
-def _load_compressed(path: str) -> tskit.TreeSequence:
-    import tszip
-
-    try:
-        return tszip.load(path)
-    except Exception as error:  # a damaged file makes zipfile, zarr, numcodecs and tskit raise any kind
-        raise BadRequest(f"{path} cannot be read as a tree sequence compressed by tszip: {first_line(error)}") from None

@@ -63,7 +63,9 @@ def check_metric(sweep: Sweep, settings: Mapping[str, Any], put: Callable[[dict,
     for training, values in _list_combinations(sweep, settings, put):
         if (problem := _describe_lack(name, training)) is not None:
             where = ", ".join(f"{key}: {value}" for key, value in values.items())
-            raise BadRequest(problem + (f" (in trials with {where})" if where else ""))
+            remedy = "choose val_mse, val_r or val_crps" if where else "choose val_loss or train_loss"
+            advice = f"; {remedy}" if prefix is not None else ""
+            raise BadRequest(problem + (f" (in trials with {where})" if where else "") + advice)
 
 
 def _list_combinations(
@@ -105,6 +107,6 @@ def _describe_lack(name: str, training: TrainingConfig) -> str | None:
         if not is_readable(training.objective):
             return f"the objective {training.objective} predicts no times, so that there is no {name}"
     elif name not in list_columns(terms=terms):
-        there = f"its terms are {', '.join(terms)}" if terms else "its loss has one term only; choose val_loss or train_loss"
+        there = f"its terms are {', '.join(terms)}" if terms else "its loss has one term only"
         return f"the metric {name} is not in training_log.csv with the objective {training.objective}: {there}"
     return None

@@ -302,7 +302,7 @@ def build_request(options: TrainingOptions) -> RunRequest:
         identity=identity,
         settings=settings,
     )
-    _note_settings_without_effect(request)
+    _note_doubtful_settings(request)
     return request
 
 
@@ -362,8 +362,12 @@ def _check_parent_digest(options: TrainingOptions, parent: "Checkpoint | None") 
         )
 
 
-def _note_settings_without_effect(request: RunRequest) -> None:
-    """Note on stderr, once per machine, which settings have no effect in this run."""
+FEW_EXAMPLES = 1000
+"""Test examples that take seconds to read, even on a small machine."""
+
+
+def _note_doubtful_settings(request: RunRequest) -> None:
+    """Note on stderr, once per machine, which settings have no effect in this run, or cost more than they should."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     training, notes = request.training, []
@@ -372,6 +376,12 @@ def _note_settings_without_effect(request: RunRequest) -> None:
         number = getattr(training, name)
         if number > examples and number != getattr(TrainingConfig(), name):
             notes.append(f"{name} is {number}, but the dataset has only {examples} test examples: using all")
+    checked, trained = min(training.validation_items or examples, examples), request.total_steps * request.effective_batch
+    if checked >= FEW_EXAMPLES and checked > 10 * trained:
+        notes.append(
+            f"each validation reads {checked:,} test examples, and the whole training only {trained:,}; "
+            f"validation_items: {FEW_EXAMPLES // 2} takes fewer"
+        )
     if training.joint_weight != TrainingConfig().joint_weight and training.objective != "joint":
         notes.append(f"joint_weight {training.joint_weight:g} has no effect with the objective {training.objective}")
     defaults = TrainingConfig()
