@@ -302,7 +302,7 @@ def test_prune_and_who_has_the_lock(tmp_path, capsys):
     prune([busy, old], yes=True)
     output = capsys.readouterr().out
     assert f"not removed: {busy.path} is in use by process {holder.pid}" in output
-    assert "1 removed" in output
+    assert "1 run removed" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["busy", "busy.lock"]
     assert is_locked(RunDirectory(busy.path).lock_path)
     holder.communicate("\n")

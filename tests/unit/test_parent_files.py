@@ -22,6 +22,7 @@ from cxt.config.models import (
     build_network_config,
     build_training_settings,
     count_teacher_samples,
+    get_parent_file,
     list_needed,
     trace_parents,
 )
@@ -196,18 +197,15 @@ def test_mistakes(files, model, message):
         read(files, {"x": model, "y": MINE})
 
 
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        ({"scales": [2, 4, 8, 16]}, r"models\.x\.checkpoint: .*scales \[2, 4, 8, 16\], .*has \[2, 8, 32, 64\]"),
-        ({"window_size": 1000}, r"models\.x\.checkpoint: dataset 'processed' has 20 windows, .*trained with 10"),
-    ],
-)
-def test_other_data_than_the_file(files, dataset, message):
+def test_other_data_than_the_file(files):
     datasets = yaml.safe_load(TINY.read_text(encoding="utf-8"))["datasets"]
-    datasets["processed"] |= dataset
+    other_scales = datasets | {"processed": datasets["processed"] | {"scales": [2, 4, 8, 16]}}
+    message = r"models\.x\.checkpoint: .*scales \[2, 4, 8, 16\], .*has \[2, 8, 32, 64\]"
     with pytest.raises(BadRequest, match=message):
-        read(files, {"x": MINE | {"checkpoint": "imported.ckpt"}}, datasets=datasets)
+        read(files, {"x": MINE | {"checkpoint": "imported.ckpt"}}, datasets=other_scales)
+    more_windows = datasets | {"processed": datasets["processed"] | {"window_size": 1000}}
+    config = read(files, {"x": MINE | {"checkpoint": "imported.ckpt"}}, datasets=more_windows)
+    assert (get_parent_file(config, "x").network.windows, build_network_config(config, "x").windows) == (10, 20)
 
 
 def test_a_run_directory_of_a_lora_is_refused_with_advice(files, tmp_path):

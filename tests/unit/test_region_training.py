@@ -157,7 +157,6 @@ REFUSED = [
     (["--windows", 5, "--regions", "{in_order: true, first_windows: 2}"], "in_order and first_windows cannot"),
     (["--windows", 5, "--regions", "{carry: true, shortest: 2, pack: true}"], "carry and pack cannot be used together"),
     (["--windows", 5, "--regions", "{carry: true}", "--objective", "marginal"], "the objective marginal does not"),
-    (["--windows", 5, "--regions", "{carry: true}", "--reads-rates=true"], "carry cannot be used with a network"),
     (["--windows", 5, "--regions", "{carry: true}", "--start-token-in-prefix=true"], "where sources see the start token"),
     (["--regions", "{shortest: 2}", "--objective", "masked"], "regions cannot be used with the objective masked"),
     (["--regions", "{shortest: 2}", "--compile", "eager"], "would compile the training step anew for every number of windows"),

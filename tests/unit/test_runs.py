@@ -333,7 +333,7 @@ def test_disk_full_while_saving(dataset, tmp_path):
 
 
 def test_out_of_memory(dataset, tmp_path, monkeypatch):
-    def loss(self, x, y, rates, *, path, criterion):
+    def loss(self, x, y, rates, *, regions, path, criterion):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     monkeypatch.setattr("cxt.model.transformer.CoalescenceModel.loss", loss)

@@ -366,7 +366,7 @@ def _check_teacher(config: dict, name: str) -> None:
     dataset = config["datasets"][dataset_name]
     if (file := list_files(config, name).get("teacher")) is None:
         other = config["datasets"][config["models"][teacher]["dataset"]]
-        has_missingness = "mask" in other
+        network, has_missingness = build_network_config(config, teacher), "mask" in other
     else:
         network, has_missingness = file.network, file.trained_model.has_missingness
         other = {"window_size": network.window_size, "sequence_length": network.windows * network.window_size}
@@ -380,9 +380,9 @@ def _check_teacher(config: dict, name: str) -> None:
     if ("mask" in dataset) != has_missingness:
         which = "with" if has_missingness else "without"
         raise BadRequest(f"{at}.teacher: '{teacher}' was trained {which} missingness, unlike dataset '{dataset_name}'")
-    if (read := build_network_config(config, teacher).windows) != (there := count_dataset_windows(config, name)):
+    if network.windows != (there := count_dataset_windows(config, name)):
         raise BadRequest(
-            f"{at}.teacher: '{teacher}' reads regions of {read} windows, but must read the whole examples of dataset "
+            f"{at}.teacher: '{teacher}' reads regions of {network.windows} windows, but must read whole examples of dataset "
             f"'{dataset_name}', which have {there}; choose a teacher without `windows`"
         )
     if other["samples"] < dataset["samples"]:
