@@ -64,6 +64,14 @@ def test_public_names():
     assert (REPOSITORY / "src" / "cxt" / "py.typed").exists()
 
 
+def test_every_public_name_is_in_the_reference():
+    import cxt
+
+    text = (REPOSITORY / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
+    assert documented == {f"{module}.{name}" for name, module in cxt._MODULES.items()}
+
+
 def test_table_of_trials():
     """docs/learning.md holds what `benchmarks/learning.py table` prints."""
     benchmarks = REPOSITORY / "benchmarks"
