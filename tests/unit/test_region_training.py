@@ -109,7 +109,8 @@ SGD = [
 def test_accumulated_gradients_are_those_of_one_batch(dataset, tmp_path, monkeypatch):
     """Epochs of one optimizer step: of one batch, and of nine of sixteen, which published code would give 9/16 of it."""
     runs = {
-        "one": (108, 1, 2, "true"), "short": (12, 16, 2, "true"), "once": (108, 1, 1, "true"), "published": (12, 16, 1, "false"),
+        "one": (108, 1, 2, "true"), "short": (12, 16, 2, "true"),
+        "once": (108, 1, 1, "true"), "published": (12, 16, 1, "false"),
     }  # fmt: skip
     moved, losses = {}, {}
     start = build_starting_model(request_of(dataset, *SGD)).state_dict()
