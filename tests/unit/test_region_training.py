@@ -16,12 +16,13 @@ from cxt.checkpoints.training_log import read_log
 from cxt.config.file import load
 from cxt.config.models import build_network_config
 from cxt.config.regions import RegionPlan, Regions
+from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler, RegionDataset
 from cxt.data.pair_dataset import PairDataset
 from cxt.data.tree_dataset import build_tree_dataset
 from cxt.errors import BadRequest, Failed
 from cxt.trainer.fit import build_region_schedule, build_starting_model
-from cxt.trainer.module import build_loss_function
+from cxt.trainer.module import build_loss_function, compile_backend
 from cxt.trainer.options import read_options
 from cxt.trainer.request import RunRequest, build_request
 from cxt.workflow.costs import Costs
@@ -207,6 +208,16 @@ def test_a_checkpoint_of_regions_is_evaluated_on_pieces_of_files(tmp_path, monke
     assert result["settings"]["sequence_length"] == 4000
     with pytest.raises(BadRequest, match="pieces of 4,000 bp, but the checkpoint was trained on examples of 10,000 bp"):
         evaluate_stage.main([str(out), *flags, "--configfile", str(tmp_path / "4000.yaml"), "--out", str(tmp_path / "no")])
+
+
+def test_only_one_length_is_compiled():
+    for settings, backend in (
+        ({"shortest": 3}, None),
+        ({"first_windows": 3}, None),
+        ({"shortest": 3, "pack": True}, "inductor"),
+    ):
+        assert compile_backend(TrainingConfig(regions=settings), "cuda") == backend
+    assert compile_backend(TrainingConfig(regions={"shortest": 3}), "cpu") is None
 
 
 # The workflow
