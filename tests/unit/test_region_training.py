@@ -210,14 +210,13 @@ def test_a_checkpoint_of_regions_is_evaluated_on_pieces_of_files(tmp_path, monke
         evaluate_stage.main([str(out), *flags, "--configfile", str(tmp_path / "4000.yaml"), "--out", str(tmp_path / "no")])
 
 
-def test_only_one_length_is_compiled():
-    for settings, backend in (
-        ({"shortest": 3}, None),
-        ({"first_windows": 3}, None),
-        ({"shortest": 3, "pack": True}, "inductor"),
-    ):
-        assert compile_backend(TrainingConfig(regions=settings), "cuda") == backend
-    assert compile_backend(TrainingConfig(regions={"shortest": 3}), "cpu") is None
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [({"shortest": 3}, None), ({"first_windows": 3}, None), ({"shortest": 3, "pack": True}, "inductor")],
+)
+def test_only_one_length_is_compiled(settings, backend):
+    training = TrainingConfig(regions=settings)
+    assert (compile_backend(training, "cuda"), compile_backend(training, "cpu")) == (backend, None)
 
 
 # The workflow
