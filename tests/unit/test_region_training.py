@@ -16,12 +16,13 @@ from cxt.checkpoints.training_log import read_log
 from cxt.config.file import load
 from cxt.config.models import build_network_config
 from cxt.config.regions import RegionPlan, Regions
+from cxt.config.training import TrainingConfig
 from cxt.data.loaders import EpochBatchSampler, RegionDataset
 from cxt.data.pair_dataset import PairDataset
 from cxt.data.tree_dataset import build_tree_dataset
 from cxt.errors import BadRequest, Failed
 from cxt.trainer.fit import build_region_schedule, build_starting_model
-from cxt.trainer.module import build_loss_function
+from cxt.trainer.module import build_loss_function, compile_backend
 from cxt.trainer.options import read_options
 from cxt.trainer.request import RunRequest, build_request
 from cxt.workflow.costs import Costs
@@ -107,21 +108,25 @@ SGD = [
 
 
 def test_accumulated_gradients_are_those_of_one_batch(dataset, tmp_path, monkeypatch):
-    """An epoch of one optimizer step: of one batch, and of nine of sixteen, which published code would give 9/16 of it."""
-    steps = {"one": (108, 1, True), "short": (12, 16, True), "published": (12, 16, False)}
-    moved = {}
+    """Epochs of one optimizer step: of one batch, and of nine of sixteen, which published code would give 9/16 of it."""
+    runs = {
+        "one": (108, 1, 2, "true"), "short": (12, 16, 2, "true"),
+        "once": (108, 1, 1, "true"), "published": (12, 16, 1, "false"),
+    }  # fmt: skip
+    moved, losses = {}, {}
     start = build_starting_model(request_of(dataset, *SGD)).state_dict()
-    for name, (batch_size, accumulation, weighted) in steps.items():
+    for name, (batch_size, accumulation, epochs, weighted) in runs.items():
         out = tmp_path / f"{name}.ckpt"
         train(
             monkeypatch, *SMALL, *SGD, "--dataset-path", dataset, "--batch-size", batch_size, "--grad-accum", accumulation,
-            "--epochs", 1, f"--weight-by-windows={weighted}".lower(), "--run-dir", tmp_path / name, "--out", out,
+            "--epochs", epochs, "--weight-by-windows", weighted, "--run-dir", tmp_path / name, "--out", out,
         )  # fmt: skip
         moved[name] = torch.cat([(value - start[key]).flatten() for key, value in weights(out).items() if key in start])
-    assert torch.allclose(moved["short"], moved["one"], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(moved["published"], moved["one"] * 9 / 16, rtol=1e-4, atol=1e-6)
-    logs = [float(read_log(tmp_path / name / "training_log.csv")[-1]["train_loss"]) for name in steps]
-    assert logs == pytest.approx([logs[0]] * 3, rel=1e-5)  # the loss in the log has no such weight
+        losses[name] = float(read_log(tmp_path / name / "training_log.csv")[-1]["train_loss"])
+    assert torch.allclose(moved["short"], moved["one"], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(moved["published"], moved["once"] * 9 / 16, rtol=1e-4, atol=1e-6)
+    assert losses["short"] == pytest.approx(losses["one"], rel=1e-5)  # the loss in the log has no such weight
+    assert losses["published"] == pytest.approx(losses["once"], rel=1e-5)
 
 
 def test_gradients_of_different_lengths(dataset, tmp_path, monkeypatch):
@@ -202,6 +207,15 @@ def test_a_checkpoint_of_regions_is_evaluated_on_pieces_of_files(tmp_path, monke
     assert result["settings"]["sequence_length"] == 4000
     with pytest.raises(BadRequest, match="pieces of 4,000 bp, but the checkpoint was trained on examples of 10,000 bp"):
         evaluate_stage.main([str(out), *flags, "--configfile", str(tmp_path / "4000.yaml"), "--out", str(tmp_path / "no")])
+
+
+@pytest.mark.parametrize(
+    ("settings", "backend"),
+    [({"shortest": 3}, None), ({"first_windows": 3}, None), ({"shortest": 3, "pack": True}, "inductor")],
+)
+def test_only_one_length_is_compiled(settings, backend):
+    training = TrainingConfig(regions=settings)
+    assert (compile_backend(training, "cuda"), compile_backend(training, "cpu")) == (backend, None)
 
 
 # The workflow

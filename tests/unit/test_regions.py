@@ -105,6 +105,13 @@ def test_a_whole_example_is_a_region(masked_dataset):
     examples = list(range(0, 108, 7))
     plain, cut = items.batch(examples), items.batch(examples, cut=Cut.whole(len(examples), WINDOWS))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(plain, cut, strict=True))
+    used = items.batch(
+        examples, cut=Cut(np.full(len(examples), 5), np.full(len(examples), 8), carry=True), out=items.empty_batch(20)
+    )
+    again = items.batch(examples, out=items.empty_batch(20)._replace(tokens=torch.full((20, WINDOWS + 1), 7)))
+    assert (used.tokens[:, 0] > START_TOKEN).all()
+    assert torch.equal(again.tokens, plain.tokens)
+    assert items.batch([]).counts.shape == (0, 2, 2, WINDOWS, 20)
 
 
 def test_many_sites_in_a_bin(tmp_path):

@@ -288,9 +288,11 @@ class PairDataset(ExampleDataset):
         """
         rows, columns = np.array([self._locate(i) for i in examples], dtype=np.int64).reshape(-1, 2).T.copy()
         whole = cut is None
+        per_row = 1 if cut is None else cut.per_row
+        batch = self._room_for(len(rows) // per_row, out, noisy=noise is not None, cut=cut)
         cut = Cut.whole(len(rows), self.windows) if cut is None else cut
-        batch = self._room_for(len(rows) // cut.per_row, out, noisy=noise is not None, cut=cut)
         tokens = batch.tokens.numpy()
+        tokens[:, 0] = START_TOKEN  # the memory may have held other batches
         bins = tokens[:, 1:]
         regions = np.column_stack([rows, columns, cut.starts, cut.lengths, *cut.places()])
         if noise is None:
@@ -305,7 +307,6 @@ class PairDataset(ExampleDataset):
             if batch.soft_targets is not None:
                 batch.soft_targets.numpy()[:] = self._soft_targets[rows, columns]
             return batch
-        tokens[:, 0] = START_TOKEN  # the memory of a wider batch has others there
         self._fill_others(regions, batch)
         if cut.carry:
             self._carry_bins(regions, tokens)

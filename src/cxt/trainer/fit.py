@@ -337,8 +337,8 @@ def describe_out_of_memory(request: RunRequest, error: Exception) -> str:
     return (
         f"{request.name}: out of memory on {request.world} {request.accelerator} ({first_line(error)}). Lower batch_size and "
         f"raise grad_accum, which keeps the effective batch of {request.effective_batch}: batch_size: {half}, grad_accum: "
-        f"{accumulation}. Fewer windows (a shorter sequence_length) help most, then gradient_checkpointing: true. Any of these "
-        "starts a new run"
+        f"{accumulation}. Fewer windows (windows, or a shorter sequence_length) help most, then gradient_checkpointing: true. "
+        "Any of these starts a new run"
     )
 
 
