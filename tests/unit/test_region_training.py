@@ -281,7 +281,7 @@ def test_a_model_that_simulates_has_no_windows(tmp_path):
 def test_a_teacher_reads_whole_examples(tmp_path):
     student = {"preset": "broad", "dataset": "processed", "teacher": "broad", "training": {"objective": "distill"}}
     planned(tmp_path, {"student": student | {"windows": 4}})
-    with pytest.raises(BadRequest, match="'broad' reads regions of 4 windows, but must read the whole examples"):
+    with pytest.raises(BadRequest, match="'broad' reads regions of 4 windows, but must read whole examples"):
         planned(tmp_path, {"student": student, "broad": {"windows": 4}})
 
 
