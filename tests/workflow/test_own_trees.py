@@ -62,8 +62,8 @@ def test_from_files_to_an_evaluation(tmp_path):
     evaluated = json.loads((results / "evaluation" / "mine.json").read_text(encoding="utf-8"))["scenarios"]
     assert {name: scores["simulations"] for name, scores in evaluated.items()} == {"slim": 1, "dated": 1, "plain": 2}
     assert rules(work, configfile) == []
-    # A further file: its pieces. All batches of the scenario are cut again, because its settings name the files; the shards of the
-    # first one are the same bytes.
+    # A further file: its pieces. All batches of the scenario are cut again, because its settings name the files; the shards of
+    # the first one are the same bytes.
     shards = [results / "datasets" / "mine" / split / "plain-0.zarr.zip" for split in ("train", "test")]
     before = [file_sha256(path) for path in shards]
     ancestry(length=105_000, seed=3).dump(user / "msprime" / "b.trees")
@@ -73,7 +73,7 @@ def test_from_files_to_an_evaluation(tmp_path):
     assert read_manifest(results / "datasets" / "mine")["splits"]["train"]["simulations"] == 32
     assert [file_sha256(path) for path in shards] == before
     # Another file in the place of one: its pieces.
-    ancestry(length=65_000, seed=4).dump(user / "dated.trees")
+    msprime.sim_mutations(ancestry(length=65_000, seed=4), rate=1e-6, random_seed=4).dump(user / "dated.trees")
     planned = rules(work, configfile)
     assert planned.count("simulate") == 2  # of the dataset, and for the evaluation
     assert planned.count("train") == 1
