@@ -26,6 +26,7 @@ from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, 
 from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors, restore_matrices
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.regions import RegionPlan, Regions
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write, check_writable
 from cxt.model.adapter import build_model
@@ -176,16 +177,26 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name, windows: int | None 
     model = build_model(network, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
     data, training = checkpoint.record["dataset"], checkpoint.record["training"] or {}
-    regions, longest = training.get("regions") or {}, checkpoint.model.windows
     model.trained_on = TrainedOn(
         scales=tuple(data["scales"]),
         ranges=data.get("ranges") or {},
-        windows=(min(regions.get("shortest") or longest, longest), longest),
+        windows=find_trained_windows(checkpoint),
     )
     model.precision = checkpoint.record.get("precision") or "32-true"
     model.objective = training.get("objective", "autoregressive")
-    model.carries_bin = bool(regions.get("carry"))
+    model.carries_bin = training.get("regions", {}).get("carry", False)
     return model
+
+
+def find_trained_windows(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Smallest and largest number of windows of a region that a checkpoint was trained on."""
+    windows, length = checkpoint.model.windows, checkpoint.record["dataset"].get("sequence_length")
+    regions = (checkpoint.record["training"] or {}).get("regions", {})
+    shortest = min(regions.get("shortest", 0) or windows, windows)
+    if not regions.get("pack") or not isinstance(length, int):
+        return shortest, windows
+    plan = RegionPlan(length // checkpoint.model.window_size, windows, Regions(shortest=shortest, pack=True))
+    return shortest, plan.longest
 
 
 def is_published_file(path) -> bool:
