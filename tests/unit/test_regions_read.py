@@ -10,6 +10,7 @@ from helpers.training import objective_record
 
 import cxt
 from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.inspection import describe_checkpoint
 from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
@@ -80,6 +81,8 @@ def test_packed_rows_have_room_for_shorter_regions(tmp_path, ts):
     assert model.trained_on.windows == (3, 17)
     with pytest.warns(cxt.OutsideTraining, match="regions of 20 windows, trained on 3 to 17"):
         cxt.predict_ts(model, ts, PAIRS)
+    assert "effective batch 8, " in (text := describe_checkpoint(path))  # rows of 2, batch_size 4
+    assert "regions of 3 to 17 windows" in text
     assert cxt.load_model(path, windows=17).trained_on.windows == (3, 17)
     roomy = cxt.load_model(saved(tmp_path / "y.ckpt", regions=regions, dataset_windows=60))
     assert roomy.trained_on.windows == (3, 20)

@@ -176,11 +176,11 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name, windows: int | None 
     network = checkpoint.model if windows is None else checkpoint.model.replace(windows=windows)
     model = build_model(network, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
-    data, training = checkpoint.record["dataset"], checkpoint.record["training"] or {}
+    data, training, plan = checkpoint.record["dataset"], checkpoint.record["training"] or {}, find_region_plan(checkpoint)
     model.trained_on = TrainedOn(
         scales=tuple(data["scales"]),
         ranges=data.get("ranges") or {},
-        windows=find_trained_windows(checkpoint),
+        windows=(plan.shortest, plan.longest),
     )
     model.precision = checkpoint.record.get("precision") or "32-true"
     model.objective = training.get("objective", "autoregressive")
@@ -188,15 +188,13 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name, windows: int | None 
     return model
 
 
-def find_trained_windows(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Smallest and largest number of windows of a region that a checkpoint was trained on."""
+def find_region_plan(checkpoint: Checkpoint) -> RegionPlan:
+    """The lengths of the regions that a checkpoint was trained on."""
     windows, length = checkpoint.model.windows, checkpoint.record["dataset"].get("sequence_length")
     regions = (checkpoint.record["training"] or {}).get("regions", {})
-    shortest = min(regions.get("shortest", 0) or windows, windows)
-    if not regions.get("pack") or not isinstance(length, int):
-        return shortest, windows
-    plan = RegionPlan(length // checkpoint.model.window_size, windows, Regions(shortest=shortest, pack=True))
-    return shortest, plan.longest
+    shortest = min(regions.get("shortest", 0), windows)
+    whole = length // checkpoint.model.window_size if isinstance(length, int) else windows
+    return RegionPlan(whole, windows, Regions(shortest=shortest, pack=bool(shortest and regions.get("pack"))))
 
 
 def is_published_file(path) -> bool:
