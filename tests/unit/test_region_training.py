@@ -87,6 +87,17 @@ def test_what_a_run_says_of_its_regions(dataset, tmp_path, monkeypatch, capsys):
     assert record["training"]["regions"]["shortest"] == 3
 
 
+def test_a_note_on_regions_that_are_never_as_long(dataset, capsys):
+    """Rows of 20 windows have room for 17 beside the shortest other region."""
+    flags = ["--regions", "{shortest: 3, pack: true}"]
+    request_of(dataset, "--windows", 18, *flags)
+    said = capsys.readouterr().err
+    assert "note: the network reads 18 windows, but no region of its training is longer than 17" in said
+    assert "windows: 17 reads no more" in said
+    request_of(dataset, "--windows", 17, *flags)
+    assert "no region" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_off_is_as_before(dataset, tmp_path, monkeypatch):
     plain, given = request_of(dataset), request_of(dataset, "--windows", 20, "--regions", "{}", "--weight-by-windows=false")
@@ -161,6 +172,7 @@ REFUSED = [
     (["--regions", "{in_order: true}"], "an example of 20 windows is no more than one region of 20"),
     (["--windows", 5, "--regions", "{in_order: true, first_windows: 2}"], "in_order and first_windows cannot"),
     (["--windows", 5, "--regions", "{carry: true, shortest: 2, pack: true}"], "carry and pack cannot be used together"),
+    (["--regions", "{carry: true}"], "a region of all 20 windows of an example has no window before it"),
     (["--windows", 5, "--regions", "{carry: true}", "--objective", "marginal"], "the objective marginal does not"),
     (["--windows", 5, "--regions", "{carry: true}", "--start-token-in-prefix=true"], "where sources see the start token"),
     (["--regions", "{shortest: 2}", "--objective", "masked"], "regions cannot be used with the objective masked"),

@@ -10,6 +10,7 @@ from helpers.training import objective_record
 
 import cxt
 from cxt.checkpoints.file import write_checkpoint
+from cxt.checkpoints.inspection import describe_checkpoint
 from cxt.checkpoints.record import build_checkpoint_record
 from cxt.config.network import ModelConfig
 from cxt.model.adapter import build_model
@@ -21,8 +22,8 @@ LENGTH = WINDOW * WINDOWS
 PAIRS = [(0, 1), (7, 2)]
 
 
-def saved(path, *, objective="autoregressive", regions=None):
-    """A checkpoint with random weights that was trained with settings *regions*."""
+def saved(path, *, objective="autoregressive", regions=None, dataset_windows=None):
+    """A checkpoint with random weights that was trained with settings *regions*, of examples of *dataset_windows* windows."""
     config = ModelConfig(layers=1, heads=2, width=16, windows=WINDOWS, samples=10, scales=2, bins=20)
     torch.manual_seed(3)
     model = build_model(config, None)
@@ -32,6 +33,8 @@ def saved(path, *, objective="autoregressive", regions=None):
     if regions is not None:
         record["training"]["regions"] = regions
     dataset = {"scales": list(SCALES), "missing": False, "ranges": None}
+    if dataset_windows is not None:
+        dataset["sequence_length"] = dataset_windows * WINDOW
     write_checkpoint(path, model.state_dict(), build_checkpoint_record(config, None, name="x", dataset=dataset, **record))
     return path
 
@@ -68,6 +71,35 @@ def test_a_shorter_region(tmp_path, ts):
         cxt.predict_ts(other, ts, PAIRS, sequence_length=19 * WINDOW)
     with pytest.raises(cxt.BadRequest, match="X has 19 windows"):
         other.generate(input_of(ts, first=0, windows=19), window_size=WINDOW)
+
+
+def test_packed_rows_have_room_for_shorter_regions(tmp_path, ts):
+    """Of the 20 windows that the network reads, another region of each row took 3 or more."""
+    regions = {"shortest": 3, "pack": True}
+    path = saved(tmp_path / "x.ckpt", objective="marginal", regions=regions, dataset_windows=20)
+    model = cxt.load_model(path)
+    assert model.trained_on.windows == (3, 17)
+    with pytest.warns(cxt.OutsideTraining, match="regions of 20 windows, trained on 3 to 17"):
+        cxt.predict_ts(model, ts, PAIRS)
+    assert "effective batch 8, " in (text := describe_checkpoint(path))  # rows of 2, batch_size 4
+    assert "regions of 3 to 17 windows" in text
+    assert cxt.load_model(path, windows=17).trained_on.windows == (3, 17)
+    roomy = cxt.load_model(saved(tmp_path / "y.ckpt", regions=regions, dataset_windows=60))
+    assert roomy.trained_on.windows == (3, 20)
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ([1], "its training.regions must be a table, got "),
+        ({"shortest": "2"}, "its training.regions.shortest must be a whole number, got '2'"),
+        ({"shortest": -2}, "its training.regions.shortest must not be negative, got -2"),
+        ({"carry": 1}, "its training.regions.carry must be true or false, got 1"),
+    ],
+)
+def test_damaged_settings(tmp_path, regions, message):
+    with pytest.raises(cxt.BadRequest, match=message):
+        cxt.load_model(saved(tmp_path / "x.ckpt", regions=regions))
 
 
 def test_another_number_of_windows(tmp_path, ts):

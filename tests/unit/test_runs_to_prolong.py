@@ -15,11 +15,11 @@ from cxt.workflow.prolonging import find_run_to_prolong
 NAMES = ["narrow", "broad_w200", "broad_adapter", "w200_wmissing", "w200_wmissing_adapter"]
 
 
-def configure(directory, **training) -> dict:
-    """The tiny configuration with `broad` only, trained as said."""
+def configure(directory, windows: int | None = None, **training) -> dict:
+    """The tiny configuration with `broad` only, trained as said, on regions of *windows* windows."""
     training = {"schedule": "constant", "batch_size": 4, "grad_accum": 1} | training
     content = yaml.safe_load(TINY.read_text(encoding="utf-8"))
-    model = {"preset": "broad", "dataset": "processed", "training": training}
+    model = {"preset": "broad", "dataset": "processed", "training": training, "windows": windows}
     path = directory / "x.yaml"
     path.write_text(yaml.safe_dump(content | {"models": dict.fromkeys(NAMES) | {"broad": model}}), encoding="utf-8")
     return load([path])
@@ -78,3 +78,11 @@ def test_what_cannot_be_read_is_left_out(tmp_path, steps):
     (bad / "checkpoints" / "last.ckpt").unlink()
     (bad / "checkpoints" / "last.ckpt").write_text("no link")
     assert find_run_to_prolong(configure(tmp_path, epochs=5), "broad") == good
+
+
+def test_steps_of_regions_are_counted(tmp_path, steps):
+    """Read in order, each example gives five batches, so that an epoch has five times the steps."""
+    regions = {"windows": 2, "regions": {"in_order": True}}
+    run = leave_run(tmp_path, done=4 * steps, max_steps=4 * steps, **regions)
+    assert find_run_to_prolong(configure(tmp_path, epochs=1, **regions), "broad") == run
+    assert find_run_to_prolong(configure(tmp_path, max_steps=4 * steps - 1, **regions), "broad") is None

@@ -9,6 +9,7 @@ import torch
 from helpers.network import write_random_checkpoint
 
 from cxt import evaluate as evaluate_stage
+from cxt.checkpoints.file import read_checkpoint, write_checkpoint
 from cxt.config.file import load
 from cxt.config.network import ModelConfig
 from cxt.errors import BadRequest
@@ -73,6 +74,19 @@ def test_only_pieces_that_are_held_out(checkpoint, ancestry, tmp_path):
 def test_pieces_of_another_length_are_refused(checkpoint, ancestry, tmp_path):
     """They could contain what the checkpoint was trained on, since others of them are held out."""
     configfile = configuration(tmp_path, ancestry[0], sequence_length=20_000)
-    message = "'mine' is cut into pieces of 20,000 bp, but the checkpoint reads 10,000 bp.*set its sequence_length to 10000"
+    message = "'mine' is cut into pieces of 20,000 bp, but .* on examples of 10,000 bp.*set sequence_length to 10000"
     with pytest.raises(BadRequest, match=message):
         evaluate_stage.main([str(checkpoint), "--scenarios", "mine", "--configfile", str(configfile)])
+
+
+def test_members_that_hold_out_different_pieces(checkpoint, ancestry, tmp_path):
+    """Examples of 20 kb, of which the network reads 10 kb: a piece that one member holds out, the other may have trained on."""
+    other, stored = tmp_path / "other.ckpt", read_checkpoint(checkpoint)
+    data = stored.record["dataset"] | {"sequence_length": 2 * LENGTH}
+    write_checkpoint(other, stored.state_dict, stored.record | {"dataset": data})
+    configfile = configuration(tmp_path, ancestry[0])
+    settings = {"ensemble": "x", "simulations": 2}
+    for members in ([checkpoint, other], [other, checkpoint]):
+        with pytest.raises(BadRequest, match=r"was trained on examples of \S+ bp, and \S+ on examples of \S+ bp, so that they"):
+            evaluate(members, configfile, **settings)
+    evaluate_on_scenarios([checkpoint, other], load(), ["constant"], pairs=2, seed=5, progress=lambda line: None, **settings)

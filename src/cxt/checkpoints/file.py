@@ -26,6 +26,7 @@ from cxt.checkpoints.published import CLASSES, MODULE, allow_published_classes, 
 from cxt.checkpoints.record import build_checkpoint_record, check_record, check_tensors, restore_matrices
 from cxt.checkpoints.safetensors import CONFIG, read_export
 from cxt.config.network import AdapterConfig, LoraConfig, ModelConfig
+from cxt.config.regions import RegionPlan, Regions
 from cxt.errors import BadRequest, first_line
 from cxt.io import atomic_write, check_writable
 from cxt.model.adapter import build_model
@@ -175,17 +176,25 @@ def build_checkpoint_model(checkpoint: Checkpoint, *, name, windows: int | None 
     network = checkpoint.model if windows is None else checkpoint.model.replace(windows=windows)
     model = build_model(network, checkpoint.adapter)
     model.load_state_dict(checkpoint.state_dict)
-    data, training = checkpoint.record["dataset"], checkpoint.record["training"] or {}
-    regions, longest = training.get("regions") or {}, checkpoint.model.windows
+    data, training, plan = checkpoint.record["dataset"], checkpoint.record["training"] or {}, find_region_plan(checkpoint)
     model.trained_on = TrainedOn(
         scales=tuple(data["scales"]),
         ranges=data.get("ranges") or {},
-        windows=(min(regions.get("shortest") or longest, longest), longest),
+        windows=(plan.shortest, plan.longest),
     )
     model.precision = checkpoint.record.get("precision") or "32-true"
     model.objective = training.get("objective", "autoregressive")
-    model.carries_bin = bool(regions.get("carry"))
+    model.carries_bin = training.get("regions", {}).get("carry", False)
     return model
+
+
+def find_region_plan(checkpoint: Checkpoint) -> RegionPlan:
+    """The lengths of the regions that a checkpoint was trained on."""
+    windows, length = checkpoint.model.windows, checkpoint.record["dataset"].get("sequence_length")
+    regions = (checkpoint.record["training"] or {}).get("regions", {})
+    shortest = min(regions.get("shortest", 0), windows)
+    whole = length // checkpoint.model.window_size if isinstance(length, int) else windows
+    return RegionPlan(whole, windows, Regions(shortest=shortest, pack=bool(shortest and regions.get("pack"))))
 
 
 def is_published_file(path) -> bool:

@@ -2,14 +2,15 @@
 
 import torch
 
-from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, read_checkpoint, stored_dtype
+from cxt.checkpoints.file import Checkpoint, build_checkpoint_model, find_region_plan, read_checkpoint, stored_dtype
 from cxt.checkpoints.load import read_usable_checkpoint
 from cxt.console import counted
 from cxt.errors import Failed
 
 
-def _describe_training(record: dict) -> str:
+def _describe_training(checkpoint: Checkpoint) -> str:
     """Describe how the weights were trained."""
+    record, plan = checkpoint.record, find_region_plan(checkpoint)
     training = record["training"]
     if training is None and record.get("published") is None:
         return "not known"
@@ -17,11 +18,12 @@ def _describe_training(record: dict) -> str:
         settings = record["published"]["hyper_parameters"].get("training_config", {})
         described = ", ".join(f"{key} {value}" for key, value in settings.items()) if isinstance(settings, dict) else ""
         return f"by the original package: {described or 'its file does not say how'}"
-    effective = training["batch_size"] * training["grad_accum"] * record["devices"]
+    effective = training["batch_size"] * plan.per_row * training["grad_accum"] * record["devices"]
+    lengths = f", regions of {plan.shortest} to {plan.longest} windows" if plan.shortest < plan.longest else ""
     return (
         f"{counted(training['epochs'], 'epoch')}, effective batch {effective}, lr {training['lr']:g}, "
         f"{training.get('schedule', 'cosine')}, {record['precision']} on {record['devices']} {record['accelerator']}, "
-        f"{counted(record['threads'], 'thread')}, seed {training['seed']}"
+        f"{counted(record['threads'], 'thread')}, seed {training['seed']}{lengths}"
     )
 
 
@@ -58,7 +60,7 @@ def describe_checkpoint(path) -> str:
         f"{', start token in the prefix' if network.start_token_in_prefix else ''}",
         "grid": f"{network.bins} bins of ln generations from {network.grid_low:g} to {network.grid_high:g}",
         "adapter": "none" if adapter is None else ", ".join(f"{k} {v}" for k, v in adapter),
-        "training": _describe_training(record),
+        "training": _describe_training(checkpoint),
         "dataset": f"{data['sha256'] or 'not known'}"
         + (f", simulated: {', '.join(data['simulated'])}" if data.get("simulated") else ""),
         "ranges": _describe_ranges(data.get("ranges")),

@@ -163,6 +163,14 @@ def _check_ranges(ranges: dict) -> None:
             raise BadRequest(f"its dataset.ranges.{name} must be two numbers, the smaller first, got {_format_value(pair)}")
 
 
+def _check_regions(training: dict) -> None:
+    _check_types(training, {"regions": TABLE}, within="training.")
+    regions = training.get("regions", {})
+    _check_types(regions, {"shortest": WHOLE, "pack": FLAG, "carry": FLAG}, within="training.regions.")
+    if (shortest := regions.get("shortest", 0)) < 0:
+        raise BadRequest(f"its training.regions.shortest must not be negative, got {_format_value(shortest)}")
+
+
 def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig | None, dict]:
     """Check a record; return network, adapter, LoRA, and the record with None for keys that an earlier version's file lacks.
 
@@ -197,6 +205,7 @@ def check_record(record) -> tuple[ModelConfig, AdapterConfig | None, LoraConfig 
                 f"its training.objective must be one of {', '.join(get_args(Objective))}, got {_format_value(objective)}; "
                 "update cxt if the file is newer"
             )
+        _check_regions(record["training"])
         if type(bits := record["training"].get("quantized_bits", 0)) is not int or bits not in (0, *range(2, 9)):
             raise BadRequest(f"its training.quantized_bits must be 0 or from 2 to 8, got {_format_value(bits)}")
     if "quantization" in record:

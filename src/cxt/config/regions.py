@@ -191,6 +191,11 @@ def check_regions(plan: RegionPlan, training: "TrainingConfig", network: ModelCo
             f"regions cannot be used with the objective {objective}, which learns from regions of the same length at random "
             "places; omit regions (`windows` alone is possible), or use another objective"
         )
+    if regions.carry and plan.shortest == whole:
+        raise BadRequest(
+            f"regions.carry: a region of all {whole} windows of an example has no window before it, whose bin it could carry; "
+            "set windows to fewer, or omit carry"
+        )
     if regions.carry and objective == "marginal":
         raise BadRequest(
             "regions.carry is for networks that read the bins of windows, which the objective marginal does not; omit it, or "

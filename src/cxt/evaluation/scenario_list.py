@@ -17,7 +17,7 @@ from cxt.config.network import count_pairs
 from cxt.config.variants import Variant, list_variants
 from cxt.data.masks import draw_synthetic_mask
 from cxt.errors import BadRequest, suggest_nearest
-from cxt.evaluation.members import read_members
+from cxt.evaluation.members import Member, read_members
 from cxt.evaluation.protocol import evaluate
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
@@ -39,6 +39,27 @@ def read_shape(checkpoint: Checkpoint) -> dict:
     }
 
 
+def find_piece_length(members: Sequence[Member], shape: dict) -> int:
+    """Base pairs of the examples that checkpoints were trained on, of which each network may read a part only.
+
+    Raises
+    ------
+    BadRequest
+        If they differ between the members of an ensemble, of which one could then be evaluated on what it was trained on.
+    """
+    lengths = {
+        str(member.path): int(member.checkpoint.record["dataset"].get("sequence_length") or shape["sequence_length"])
+        for member in members
+    }
+    first = next(iter(lengths.values()))
+    if other := next((path for path, length in lengths.items() if length != first), None):
+        raise BadRequest(
+            f"{other} was trained on examples of {lengths[other]:,} bp, and {members[0].path} on examples of {first:,} bp, so "
+            "that they hold out different pieces of files; evaluate them one by one, or on scenarios that are simulated"
+        )
+    return first
+
+
 def choose_variants(config: dict, names: Sequence[str], shape: dict, *, pieces: int) -> list[Variant]:
     """The variants of the scenarios *names*, as long as a checkpoint's region; a swept scenario has several.
 
@@ -58,8 +79,8 @@ def choose_variants(config: dict, names: Sequence[str], shape: dict, *, pieces: 
         if scenario["kind"] == "trees" and scenario["sequence_length"] != length:
             raise BadRequest(
                 f"scenario '{name}' is cut into pieces of {scenario['sequence_length']:,} bp, but the checkpoint was trained "
-                f"on examples of {length:,} bp, and pieces of another length may contain what it was trained on; set its "
-                f"sequence_length to {length}"
+                f"on examples of {length:,} bp, and pieces of another length may contain what it was trained on; if these were "
+                f"whole pieces, set sequence_length to {length}, and if pieces were longer, evaluate it in the workflow"
             )
         for variant in list_variants(name, scenario | {"sequence_length": length}):
             haplotypes = 2 * count_individuals(variant.spec)
@@ -145,8 +166,9 @@ def evaluate_on_scenarios(
             f"--pairs {spec['pairs']}, but the {shape['samples']} samples that the checkpoint takes have only "
             f"{count_pairs(shape['samples'])}"
         )
-    pieces = stored.record["dataset"].get("sequence_length") or shape["sequence_length"]
-    variants = choose_variants(config, names, shape, pieces=int(pieces))
+    has_files = any(config["scenarios"].get(name, {}).get("kind") == "trees" for name in names)
+    pieces = find_piece_length(members, shape) if has_files else shape["sequence_length"]
+    variants = choose_variants(config, names, shape, pieces=pieces)
     if stored.record["dataset"]["missing"] and mask is None:
         made = Mask().resolved() | {"length": MASK_LENGTH * shape["sequence_length"]}
         mask = draw_synthetic_mask({key: made[key] for key in ("length", "accessible_run", "inaccessible_run")}, seed=seed)

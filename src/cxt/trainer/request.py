@@ -405,6 +405,12 @@ def _note_doubtful_settings(request: RunRequest) -> None:
     regions = training.regions
     if regions.growth != defaults.regions.growth and not regions.first_windows:
         notes.append(f"regions.growth {regions.growth:g} has no effect without first_windows")
+    if request.region_plan.longest < request.network.windows:
+        notes.append(
+            f"the network reads {request.network.windows} windows, but no region of its training is longer than "
+            f"{request.region_plan.longest}, for which a row of {request.region_plan.row_windows} has room beside the others; "
+            f"windows: {request.region_plan.longest} reads no more"
+        )
     if regions.varies and training.compile == "auto" and request.accelerator == "gpu":
         notes.append("the network is not compiled, because the number of windows varies; regions.pack would keep it the same")
     if (reached := averaging_decay(request.total_steps, training.ema_decay)) < training.ema_decay:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cxt.checkpoints.run_directory import RunDirectory
-from cxt.config.models import build_training_config, get_max_steps
+from cxt.config.models import build_region_plan, build_training_config, get_max_steps
 from cxt.config.on_the_fly import is_on_the_fly
 from cxt.config.training import steps_per_epoch
 from cxt.errors import BadRequest
@@ -53,7 +53,7 @@ def _count_steps(config: dict, name: str, length: Length) -> int:
     training = build_training_config(config, name)
     return length.epochs * steps_per_epoch(
         examples=count_model_examples(config, name, "train"), batch_size=training.batch_size, grad_accum=training.grad_accum,
-        world=get_world_size(config, name),
+        world=get_world_size(config, name), plan=build_region_plan(config, name),
     )  # fmt: skip
 
 
