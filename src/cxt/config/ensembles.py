@@ -1,5 +1,6 @@
 """Ensembles: several models of which each predicts, and whose distributions are averaged."""
 
+from cxt.config.collected import ProblemCollector
 from cxt.config.learning import is_readable
 from cxt.config.models import build_network_config, build_training_config
 from cxt.errors import BadRequest, suggest_nearest
@@ -26,16 +27,11 @@ def check_ensembles(config: dict) -> None:
 
     The models of the configuration must be valid.
     """
-    problems = []
+    problems = ProblemCollector()
     for name in list_ensembles(config):
-        try:
+        with problems.collect():
             _check_ensemble(config, name)
-        except BadRequest as error:
-            problems.append(str(error))
-    if len(problems) > 1:
-        raise BadRequest("\n  ".join(["the configuration is not valid:", *problems]))
-    if problems:
-        raise BadRequest(problems[0])
+    problems.refuse()
 
 
 def _check_ensemble(config: dict, name: str) -> None:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from cxt.config.collected import ProblemCollector, prefix_errors
 from cxt.config.network import AdapterConfig, ModelConfig, TrainedModel
-from cxt.errors import BadRequest
 from cxt.lineage import RESULTS
 
 SUFFIX = ".ckpt"
@@ -115,7 +115,7 @@ def fill_parent_files(config: dict, keys: Iterable[str], read: Callable[[str], P
     BadRequest
         Naming, for every file that is missing or cannot be a parent, the key that names it.
     """
-    problems = []
+    problems = ProblemCollector()
     made = {os.path.abspath(f"{RESULTS}/{name}{SUFFIX}"): name for name in config["models"]}
     for name, model in config["models"].items():
         for key in keys:
@@ -124,18 +124,13 @@ def fill_parent_files(config: dict, keys: Iterable[str], read: Callable[[str], P
                 continue
             at = f"models.{name}.{key}"
             if (other := made.get(os.path.abspath(path))) is not None:
-                problems.append(f"{at}: {path} is made by this configuration; name the model: `{key}: {other}`")
+                problems.add(f"{at}: {path} is made by this configuration; name the model: `{key}: {other}`")
                 continue
             if read is None:
                 raise RuntimeError(f"{at} is a file, but the configuration was read without a function that reads it")
-            try:
+            with problems.collect(), prefix_errors(at):
                 config.setdefault(SECTION, {})[path] = read(path).to_json()
-            except BadRequest as error:
-                problems.append(f"{at}: {error}")
-    if len(problems) > 1:
-        raise BadRequest("\n  ".join(["the configuration is not valid:", *problems]))
-    if problems:
-        raise BadRequest(problems[0])
+    problems.refuse()
 
 
 def list_parent_files(config: dict) -> list[ParentFile]:

@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import Field
 
 from cxt.config.bounds import integer_validator
+from cxt.config.collected import ProblemCollector
 from cxt.errors import BadRequest
 from cxt.random_seeds import LARGEST_SEED
 
@@ -71,7 +72,7 @@ def expand_repeats(config: dict) -> None:
         Naming every repeat or ensemble whose name is taken or too long, every seed that is too large, and every model that
         names a repeated one as its parent or teacher.
     """
-    problems: list[str] = []
+    problems = ProblemCollector()
     models: dict[str, dict] = {}
     repeated: dict[str, list[str]] = {}
     averaged: dict[str, list[str]] = {}
@@ -79,7 +80,7 @@ def expand_repeats(config: dict) -> None:
         repeats, ensemble = model.get("repeats"), model.get("ensemble", False)
         once = {key: value for key, value in model.items() if key not in ("repeats", "ensemble")}
         if ensemble and (repeats is None or repeats < 2):
-            problems.append(f"models.{name}.ensemble: an ensemble is the mean of repeats; add `repeats`, of 2 or more")
+            problems.add(f"models.{name}.ensemble: an ensemble is the mean of repeats; add `repeats`, of 2 or more")
             continue
         if repeats is None:
             models[name] = once
@@ -89,11 +90,11 @@ def expand_repeats(config: dict) -> None:
         taken = next((one for one in made if one in config["models"] or one in config.get("ensembles", {})), None)
         first = once.get("training", {}).get("seed", config["training"]["seed"])
         if taken is not None:
-            problems.append(f"models.{name}: its repeats need the name '{taken}', which another entry has; rename one of them")
+            problems.add(f"models.{name}: its repeats need the name '{taken}', which another entry has; rename one of them")
         elif (longest := max(made, key=len)) and len(longest) > LONGEST_NAME:
-            problems.append(f"models.{name}.repeats: the name '{longest}' is longer than {LONGEST_NAME} characters; shorten it")
+            problems.add(f"models.{name}.repeats: the name '{longest}' is longer than {LONGEST_NAME} characters; shorten it")
         elif first + repeats - 1 > LARGEST_SEED:
-            problems.append(
+            problems.add(
                 f"models.{name}.repeats: the seeds of {repeats} repeats, from {first}, exceed {LARGEST_SEED}; lower "
                 "`seed` of its training"
             )
@@ -105,12 +106,11 @@ def expand_repeats(config: dict) -> None:
                 averaged[f"{name}{ENSEMBLE_SUFFIX}"] = names
     if repeated:
         config[SECTION] = repeated
-    problems += _list_unclear(config)
+    for at, named in _list_references(config):
+        with problems.collect():
+            refuse_repeated(config, named, at=at)
     config["models"] = models
-    if len(problems) > 1:
-        raise BadRequest("\n  ".join(["the configuration is not valid:", *problems]))
-    if problems:
-        raise BadRequest(problems[0])
+    problems.refuse()
     if "ensembles" in config:  # a repeated model stands for all its repeats
         given = config["ensembles"].items()
         filled = {name: [one for member in members for one in repeated.get(member, [member])] for name, members in given}
@@ -119,15 +119,8 @@ def expand_repeats(config: dict) -> None:
         config["ensembles"] = averaged
 
 
-def _list_unclear(config: dict) -> list[str]:
-    """Problems of models and translations that name a repeated model, where one checkpoint is needed."""
-    problems = []
+def _list_references(config: dict) -> list[tuple[str, str]]:
+    """Where models and translations name a model of which one checkpoint is needed: (key, name)."""
     named = [(f"models.{name}.{key}", model.get(key)) for name, model in config["models"].items() for key in REFERENCES]
     named += [(f"translate.{name}.model", entry.get("model")) for name, entry in config["translate"].items()]
-    for at, other in named:
-        try:
-            if other is not None:
-                refuse_repeated(config, other, at=at)
-        except BadRequest as error:
-            problems.append(str(error))
-    return problems
+    return [(at, other) for at, other in named if other is not None]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cxt.checkpoints.file import Checkpoint
-from cxt.config.checks import count_individuals
+from cxt.config.dataset_checks import count_individuals
 from cxt.config.datasets import Mask
 from cxt.config.network import count_pairs
 from cxt.config.variants import Variant, list_variants
