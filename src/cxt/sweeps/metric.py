@@ -28,6 +28,9 @@ DECIDE = ("objective", "losses", "metrics", "decode_items")
 WEIGHTS = ("objective", "losses", "joint_weight", "distill", "masked", "contrastive")
 """Settings that decide what the loss is the sum of."""
 
+EXAMPLES = ("regions", "noise")
+"""Settings that decide what training examples look like, on which the training loss is measured."""
+
 MAX_COMBINATIONS = 500
 """Combinations of the searched ones of `DECIDE` that are checked; the others are checked when their trials end."""
 
@@ -53,7 +56,13 @@ def check_metric(sweep: Sweep, settings: Mapping[str, Any], put: Callable[[dict,
     if name not in METRICS and (prefix is None or name.removeprefix(prefix) not in TERMS):
         choices = [prefix + term for term in TERMS for prefix in TERM_PREFIXES] if prefix else METRICS
         raise BadRequest(f"the metric '{name}' is not in training_log.csv{suggest_nearest(name, choices)}")
-    searched = sorted({top for parameter in sweep.parameters if (top := parameter.name.partition(".")[0]) in WEIGHTS})
+    tops = {parameter.name.partition(".")[0] for parameter in sweep.parameters}
+    if (other := sorted(tops.intersection(EXAMPLES))) and name.startswith("train_loss"):
+        raise BadRequest(
+            f"the metric {name} is measured on training examples, so that its values cannot be compared between trials with "
+            f"different {' and '.join(other)}; choose val_loss, val_mse or val_r, which all trials measure on the same examples"
+        )
+    searched = sorted(tops.intersection(WEIGHTS))
     if searched and name in ("val_loss", "train_loss"):
         raise BadRequest(
             f"the metric {name} is the sum of the losses, each times its weight, so that its values cannot be compared between "
