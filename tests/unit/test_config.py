@@ -146,6 +146,22 @@ def test_children_inherit_sizes_but_not_masking():
     assert build_adapter_config(config, "broad_w200") is None
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"training": {"windows": 5}}, r"training\.windows: unknown key; it belongs beside `training`, not in"),
+        ({"regions": {"shortest": 5}}, r"models\.broad\.regions: unknown key; it is a key of `training`"),
+        ({"lr": 1}, r"models\.broad\.lr: unknown key; it is a key of `training`"),
+        ({"training": {"reads_rates": True}}, r"reads_rates: unknown key; it is a key of `architecture`, beside `training`"),
+        ({"dropout": 0.1}, r"models\.broad\.dropout: unknown key; it is a key of `adapter` and `architecture`"),
+        ({"training": {"window": 5}}, r"training\.window: unknown key; "),
+    ],
+)
+def test_a_key_of_another_section(model, message):
+    with pytest.raises(BadRequest, match=message):
+        with_changes(models={"broad": model})
+
+
 def test_children_may_read_other_numbers_of_windows():
     config = with_changes(datasets={"processed_small_window": {"sequence_length": 10_000}})
     assert build_network_config(config, "broad").windows == 100

@@ -167,6 +167,11 @@ def test_the_summary_of_a_region(objective, tmp_path, ts):
         cumulative = np.cumsum(mixture)
         median = summary.quantile_along(0.5)[pair]
         assert abs(np.searchsorted(cumulative, 0.5) - int((median - posterior.grid.low) / posterior.grid.step)) <= 1
+    several = summary.quantile_along([0.1, 0.5])
+    assert several.shape == (2, 2)
+    np.testing.assert_array_equal(several[1], summary.quantile_along(0.5))
+    with pytest.raises(cxt.BadRequest, match=r"q must be from 0 to 1, got \[0.5, 2\]"):
+        summary.quantile_along([0.5, 2])
     if objective == "marginal":
         assert summary.samples is None
         with pytest.raises(cxt.BadRequest, match="read in one pass, which does not give the uncertainty"):

@@ -49,13 +49,17 @@ def _parse_number_text(annotation: Any, value: Any) -> Any:
 
 
 class _Place(NamedTuple):
-    """Where a problem is: its path, the value there, the accepted type, and whether it is the name of an entry."""
+    """Where a problem is: its path, the value there, the accepted type, and whether it is the name of an entry.
+
+    *section* is the one whose key it is, and *outer* that around it.
+    """
 
     path: str
     value: Any
     annotation: Any
     is_name: bool
     section: type[BaseModel] | None
+    outer: type[BaseModel] | None = None
 
 
 MISSING: Any = object()
@@ -74,6 +78,7 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
     """Follow pydantic's location of a problem to the key in the file."""
     annotation: Any = section
     path = at
+    outer: type[BaseModel] | None = None
     parts = list(loc)
     while parts:
         sections = [kind for member in list_union_members(annotation) if _is_section(kind := split_type(member)[0])]
@@ -87,11 +92,12 @@ def _place(section: type[BaseModel], loc: tuple, value: Any, at: str) -> _Place:
             known = sections[0].model_fields.get(part)
             path = f"{path}.{part}" if path else str(part)
             if known is None:
-                return _Place(path, value, None, False, sections[0])
+                return _Place(path, value, None, False, sections[0], outer)
             value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
-            annotation = known
+            annotation, outer = known, sections[0]
             parts.pop(0)
         elif get_origin(bare) is dict:
+            outer = None  # its keys are names
             if parts[1:] == ["[key]"]:
                 return _Place(path, part, get_args(bare)[0], True, None)
             path = f"{path}.{part}" if path else str(part)
@@ -134,7 +140,7 @@ def _explain_detail(section: type[BaseModel], detail: Any, values: Any, at: str)
         return f"{path}: `{loc[-1]}` is missing ({place.section.model_fields[str(loc[-1])].description})"
     if kind in ("extra_forbidden", "invalid_key"):
         assert place.section is not None
-        advice = _advise_quotes(loc[-1]) or suggest_nearest(str(loc[-1]), place.section.model_fields)
+        advice = _advise_quotes(loc[-1]) or _say_where(place) or suggest_nearest(str(loc[-1]), place.section.model_fields)
         return f"{place.path}: unknown key{advice}"
     if place.is_name and not isinstance(place.value, str):
         return f"{path}: the name {place.value!r} must be text{_advise_quotes(place.value)}"
@@ -151,6 +157,30 @@ def _explain_detail(section: type[BaseModel], detail: Any, values: Any, at: str)
     if place.path.endswith(".name") and isinstance(place.value, str):
         return f"unknown {place.path} '{place.value}'{suggest_nearest(place.value, list_choices(place.annotation))}"
     return _must_be(path, place, _parse_number_text(place.annotation, place.value))
+
+
+def _list_subsections(section: type[BaseModel], key: str) -> list[str]:
+    """The keys of *section* whose values are sections with a *key*."""
+    found = []
+    for name, field in section.model_fields.items():
+        kinds = [split_type(member)[0] for member in list_union_members(field)]
+        if any(_is_section(kind) and key in kind.model_fields for kind in kinds):
+            found.append(f"`{name}`")
+    return found
+
+
+def _say_where(place: _Place) -> str:
+    """In which section near by an unknown key is known, as the end of a message; empty if in none."""
+    *_, inner, key = [None, *place.path.split(".")]
+    assert place.section is not None
+    if below := _list_subsections(place.section, key):
+        return f"; it is a key of {' and '.join(below)}"
+    if place.outer is None:
+        return ""
+    if key in place.outer.model_fields:
+        return f"; it belongs beside `{inner}`, not in it"
+    beside = _list_subsections(place.outer, key)
+    return f"; it is a key of {' and '.join(beside)}, beside `{inner}`" if beside else ""
 
 
 def _must_be(name: str, place: _Place, value: Any) -> str:

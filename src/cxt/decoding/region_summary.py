@@ -1,12 +1,12 @@
 """Summaries of a whole region: one time for each pair, in place of one for each window."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from cxt.data.grid import Grid
-from cxt.decoding.posterior import Posterior, posterior_quantile
+from cxt.decoding.posterior import Posterior
 from cxt.errors import BadRequest
 
 
@@ -65,11 +65,25 @@ class RegionSummary:
             raise BadRequest("a standard deviation needs at least 2 replicates, got 1")
         return self.samples.std(axis=1, ddof=1)
 
-    def quantile_along(self, q: float) -> np.ndarray:
-        """Quantile *q* of ln TMRCA at a random base pair of the region, in ln generations: (pairs,) float64."""
-        if not 0 <= q <= 1:
-            raise BadRequest(f"q must be from 0 to 1, got {q}")
-        return posterior_quantile(torch.from_numpy(self.distribution), self.grid, q).numpy()
+    def quantile_along(self, q: float | Sequence[float]) -> np.ndarray:
+        """Quantiles of ln TMRCA at a random base pair of the region, in ln generations.
+
+        Parameters
+        ----------
+        q : float or sequence of float
+            Probabilities from 0 to 1.
+
+        Returns
+        -------
+        float64 array (pairs,), or (len(q), pairs) for a sequence
+
+        Raises
+        ------
+        BadRequest
+            If a probability is not from 0 to 1.
+        """
+        whole = Posterior(self.distribution[:, None], self.grid, self.pairs, np.array([self.start, self.end]))
+        return whole.quantile(q)[..., 0]
 
 
 def summarise_region(posterior: Posterior, bins: np.ndarray | None) -> RegionSummary:

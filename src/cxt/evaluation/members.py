@@ -57,6 +57,8 @@ def read_members(checkpoints, *, ensemble: str | None = None, lineages: str | Se
     for (path, checkpoint), lineage in zip(members, planned, strict=True):
         check_lineage(f"checkpoint {path}", actual=checkpoint.record.get("lineage"), planned=lineage, target=path)
     if len(members) > 1:
+        if any(member.checkpoint.record["name"] == ensemble for member in members):
+            raise BadRequest(f"ensemble '{ensemble}': one of its members has this name; choose another name")
         compare_inputs({str(path): describe_input(checkpoint) for path, checkpoint in members})
     return members
 
