@@ -100,8 +100,11 @@ def check_targets(config):
                     raise BadRequest(
                         f"{target}: '{match[1]}' is an ensemble, which has no checkpoint of its own; train its members: {members}"
                     )
+                known = list(config[section])
+                if target.startswith("results/evaluation/"):
+                    known += list_ensembles(config)
                 raise BadRequest(
-                    f"unknown {SECTION_ENTRIES[section]} '{match[1]}'{suggest_nearest(match[1], config[section])}"
+                    f"unknown {SECTION_ENTRIES[section]} '{match[1]}'{suggest_nearest(match[1], known)}"
                 )
         evaluation = re.fullmatch(r"results/evaluation/([^/-]+)(\.json|-.*)", target)
         if (

@@ -154,7 +154,7 @@ def read_runs(directory) -> RunLogs:
         about = {
             "run": name,
             "model": repeat["model"] if repeat else model,
-            "repeat": int(repeat["repeat"]) if repeat else None,
+            "repeat": int(repeat["repeat"]) if repeat and "-superseded-" not in path.name else None,
         }
         for row in read_log(RunDirectory(path).log):
             rows += [

@@ -22,6 +22,7 @@ from cxt.model.adapter import build_model
 from cxt.scenarios.batches import write_batch
 from cxt.scenarios.indices import EVALUATION_START
 from cxt.workflow.lineages import evaluation_lineage
+from cxt.workflow.translations import find_translation_checkpoint
 
 WINDOW, WINDOWS = 1000, 20
 LENGTH = WINDOW * WINDOWS
@@ -294,3 +295,24 @@ def test_names_of_ensembles(tmp_path):
     masked = {"preset": "narrow", "dataset": "processed_narrow", "training": {"objective": "masked"}}
     with pytest.raises(BadRequest, match="'c' cannot be a member, because its objective masked predicts no times"):
         resolved(tmp_path / "o.yaml", models={"c": masked}, ensembles={"x": ["narrow", "c"]})
+
+
+def test_an_ensemble_is_no_parent_member_or_checkpoint(tmp_path):
+    ensembles = {"pair": ["narrow", "broad"]}
+    child = {"preset": "narrow", "dataset": "processed_narrow", "checkpoint": "pair"}
+    with pytest.raises(BadRequest, match=r"models.child: unknown parent 'pair', which is an ensemble and has no checkpoint"):
+        resolved(tmp_path / "o.yaml", models={"child": child}, ensembles=ensembles)
+    with pytest.raises(BadRequest, match=r"ensembles.more: unknown model 'pair', which is an ensemble; list its members"):
+        resolved(tmp_path / "o.yaml", ensembles=ensembles | {"more": ["pair", "narrow"]})
+    config = resolved(tmp_path / "o.yaml", ensembles=ensembles, translate={"x": {"input": "x.vcf", "model": "pair"}})
+    with pytest.raises(BadRequest, match=r"translate.x.model: 'pair' is an ensemble; .* such as that of narrow"):
+        find_translation_checkpoint(config, "x")
+
+
+def test_a_parent_that_is_unknown_is_not_the_child_itself(tmp_path):
+    child = {"preset": "narrow", "dataset": "processed_narrow", "checkpoint": "small"}
+    with pytest.raises(BadRequest) as caught:
+        resolved(tmp_path / "o.yaml", models={"child": child})
+    message = str(caught.value)
+    assert "child," not in message
+    assert message.endswith("a checkpoint file is given by its path, such as ./small.ckpt")

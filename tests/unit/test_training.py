@@ -147,13 +147,13 @@ def test_other_settings_or_data_supersede(dataset, masked_dataset, tmp_path, mon
     with pytest.raises(BadRequest, match=r"was started with seed 1 instead of 5; omit --resume"):
         train(monkeypatch, *arguments, "--resume", "--seed", 5)
     train(monkeypatch, *arguments, "--seed", 5)
-    assert f"(seed 1 instead of 5); the old run is kept as {run}-superseded-1" in capsys.readouterr().out
+    assert f"(the old run has seed 1 instead of 5); the old run is kept as {run}-superseded-1" in capsys.readouterr().out
     train(monkeypatch, *arguments, "--seed", 5, "--restart")
     assert f"(--restart); the old run is kept as {run}-superseded-2" in capsys.readouterr().out
     assert (tmp_path / "run-superseded-2" / "checkpoints").exists()
     other = build_dataset(tmp_path / "other", seed=9)
     train(monkeypatch, *arguments, "--seed", 5, "--dataset-path", other)
-    assert re.search(r"\(dataset \w{12} instead of \w{12}\)", capsys.readouterr().out)
+    assert re.search(r"\(the old run has dataset \w{12} instead of \w{12}\)", capsys.readouterr().out)
 
 
 def test_another_parent_supersedes(parent, dataset, tmp_path, monkeypatch, capsys):
@@ -164,7 +164,7 @@ def test_another_parent_supersedes(parent, dataset, tmp_path, monkeypatch, capsy
     about = read_checkpoint(parent)
     write_checkpoint(source, {key: value * 1.1 for key, value in about.state_dict.items()}, about.record)
     train(monkeypatch, *arguments, "--out", tmp_path / "b.ckpt")
-    assert re.search(r"\(parent \w{12} instead of \w{12}\)", capsys.readouterr().out)
+    assert re.search(r"\(the old run has parent \w{12} instead of \w{12}\)", capsys.readouterr().out)
     assert not equal(weights(tmp_path / "a.ckpt"), weights(tmp_path / "b.ckpt"))
 
 

@@ -78,7 +78,7 @@ def here(workflow, tmp_path_factory):
     np.savez(directory / "genotypes.npz", genotypes=ts.genotype_matrix(), positions=ts.sites_position + 5_000_000)
     write_genomes(directory)
     for number in range(3):  # the repeats of the pages
-        shutil.copy(directory / "results" / "broad.ckpt", directory / "results" / f"broad.r{number}.ckpt")
+        shutil.copy(directory / "results" / "broad.ckpt", directory / "results" / f"mine.r{number}.ckpt")
     # `tracks` of the pages: what their first command makes, of the short contig.
     run_python(*commands_of("cxt", "translate")[0], "--regions", "chr1", "--threads", 1, cwd=directory)
     return directory
@@ -413,7 +413,7 @@ def test_evaluation_on_scenarios(here, tmp_path):
 def test_evaluation_of_an_ensemble(here, tmp_path):
     (words,) = [words for words in commands_of("cxt", "evaluate") if "--ensemble" in words]
     words = [tmp_path / word if word == "ensemble" else word for word in words]
-    assert "| broad_mean " in run_python(*words, "--pairs", 2, "--threads", 1, cwd=here).stdout
+    assert "| mine_mean " in run_python(*words, "--pairs", 2, "--threads", 1, cwd=here).stdout
     assert (tmp_path / "ensemble" / "evaluation.json").is_file()
 
 

@@ -382,7 +382,7 @@ def test_a_finished_run_on_other_devices_is_another_run(dataset, tmp_path, monke
     capsys.readouterr()
     train(monkeypatch, *arguments)
     output = capsys.readouterr().out
-    assert "starting afresh (devices 3 gpu instead of 1 cpu)" in output
+    assert "starting afresh (the old run has devices 3 gpu instead of 1 cpu)" in output
     assert "is finished: publishing" not in output
 
 

@@ -40,7 +40,8 @@ def _check_ensemble(config: dict, name: str) -> None:
         raise BadRequest(f"{at}: the model '{other}' has this name; rename one of them")
     for member in members:
         if member not in config["models"]:
-            raise BadRequest(f"{at}: unknown model '{member}'{suggest_nearest(member, config['models'])}")
+            nested = ", which is an ensemble; list its members" if member in list_ensembles(config) else None
+            raise BadRequest(f"{at}: unknown model '{member}'{nested or suggest_nearest(member, config['models'])}")
         if not is_readable(objective := build_training_config(config, member).objective):
             raise BadRequest(f"{at}: '{member}' cannot be a member, because its objective {objective} predicts no times")
     if len(members) < 2:

@@ -54,11 +54,19 @@ def trace_parents(config: dict, name: str) -> list[str]:
     chain = [name]
     while (parent := get_parent(config["models"][chain[-1]])) is not None:
         if parent not in config["models"]:
-            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{suggest_nearest(parent, config['models'])}")
+            raise BadRequest(f"models.{chain[-1]}: unknown parent '{parent}'{_advise_parent(config, parent, chain)}")
         if parent in chain:
             raise BadRequest(f"models: a cycle of parents: {' <- '.join([*chain, parent])}")
         chain.append(parent)
     return chain
+
+
+def _advise_parent(config: dict, parent: str, chain: list[str]) -> str:
+    """What to name in place of a parent that is no model, as the end of a message."""
+    if parent in config.get("ensembles", {}):
+        return ", which is an ensemble and has no checkpoint; name one of its members"
+    nearest = suggest_nearest(parent, [name for name in config["models"] if name not in chain])
+    return f"{nearest}; a checkpoint file is given by its path, such as ./{parent.removesuffix('.ckpt')}.ckpt"
 
 
 def check_order(config: dict) -> None:

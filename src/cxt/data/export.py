@@ -150,7 +150,7 @@ def export_dataset(path, out, *, splits=SPLITS, limit: int | None = None, dtype:
     try:
         for split, row, take in selected:
             rounded += _export_shard(Path(path) / row["path"], row, manifest, temporary / split, take=take, dtype=dtype)
-            logger.info(f"{split} {row['scenario']}: {counted(take, 'simulation')}", extra=ON_STDERR)
+            logger.info(f"{row['path']}: {counted(take, 'simulation')}", extra=ON_STDERR)
         temporary.chmod(0o755)
         temporary.replace(out)
     except BaseException:

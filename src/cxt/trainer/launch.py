@@ -166,7 +166,8 @@ def _fit(
     if old is not None:
         prolonged = None if prolonged is None else prolonged.moved(old)
         what = "starting afresh" if prolonged is None else "a longer run"
-        logger.info(f"{what} ({stale}); the old run is kept as {old}")
+        why = stale if stale == "--restart" else f"the old run has {stale}"
+        logger.info(f"{what} ({why}); the old run is kept as {old}")
     try:
         fit(request, run, data, machines=machines, deadline=deadline, wanted_state=wanted_state, prolonged=prolonged)
     except BaseException:

@@ -3,6 +3,7 @@
 import os
 import re
 
+from cxt.config.ensembles import list_ensembles, list_members
 from cxt.config.learning import check_replicates, choose_reading, is_readable
 from cxt.config.models import build_training_config
 from cxt.errors import BadRequest, suggest_nearest
@@ -26,6 +27,11 @@ def find_translation_checkpoint(config: dict, name: str) -> str:
     try:
         return str(find_checkpoint(model))
     except BadRequest as error:
+        if model in list_ensembles(config):
+            raise BadRequest(
+                f"translate.{name}.model: '{model}' is an ensemble; a translation reads one checkpoint, such as that of "
+                f"{list_members(config, model)[0]}"
+            ) from None
         nearest = suggest_nearest(model, config["models"])
         raise BadRequest(f"translate.{name}.model: '{model}' is no model of this configuration{nearest}; and {error}") from None
 
