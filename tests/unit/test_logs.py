@@ -66,7 +66,10 @@ def test_comparison(runs, tmp_path, capsys):
     assert found.results["steps"] == (4, 4)
     first, second = (read_log(runs / name / "training_log.csv")[-1]["val_loss"] for name in ("mine.r0", "mine.r1"))
     assert found.results["last val_loss"] == (first, second)
-    main(["compare", str(runs / "mine.r0"), str(runs / "mine.r1"), "--out", str(tmp_path / "both.png")])
+    with pytest.raises(BadRequest, match="takes two run directories, got 1"):
+        main(["compare", str(runs / "mine.r0"), str(runs / "mine.r0.lock")])
+    three = [str(runs / name) for name in ("mine.r0", "mine.r0.lock", "mine.r1")]
+    main(["compare", *three, "--out", str(tmp_path / "both.png")])
     said = capsys.readouterr().out
     assert "data and parents that differ: none" in said
     assert "seed" in said

@@ -7,6 +7,7 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cxt.checkpoints.run_directory import RunDirectory
@@ -46,6 +47,10 @@ def test_tensorboard(dataset, tmp_path, monkeypatch):
     assert any(tag.startswith("gradients/backbone.") for tag in tags)
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"batch_size" in content
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))
+    shown = yaml.safe_load((tmp_path / "run" / "hparams.yaml").read_text(encoding="utf-8"))
+    assert shown.keys() == settings.keys()
+    assert shown["batch_size"] == settings["batch_size"]
 
 
 def test_figures_are_not_drawn_all_the_time(dataset, tmp_path):

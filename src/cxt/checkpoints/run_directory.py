@@ -7,7 +7,7 @@ model_summary.json   parameters, memory, effective batch, planned steps, FLOPs
 training_log.csv     loss, validation, learning rate, gradient norm, throughput
 checkpoints/         training states, last.ckpt (a link to the newest), best.ckpt, and the finished <name>_epoch=E-step=S.ckpt
 losses.png, tracks.png   curves, and decoded test examples; the latter drawn at validations, too
-events.…, hparams.yaml   TensorBoard; Lightning's logger leaves the second empty
+events.…, hparams.yaml   TensorBoard; the second has the settings that it shows
 
 Beside it, <name>.lock is held by the trainer that writes to the directory.
 """

@@ -101,9 +101,12 @@ def _compare(argv: list[str]) -> None:
     from cxt.logs import compare_runs
 
     parser = argparse.ArgumentParser(prog="cxt runs compare", description="Show what differs between two runs.")
-    parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="two run directories")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two run directories")
     parser.add_argument("--out", type=Path, help="draw the curves of both to this file, FILE.png, .pdf or .svg")
     args = parser.parse_args(argv)
+    args.runs = [path for path in args.runs if path.suffix != ".lock"]  # a pattern of the shell finds them beside the runs
+    if len(args.runs) != 2:
+        raise BadRequest(f"cxt runs compare takes two run directories, got {len(args.runs)}: {' '.join(map(str, args.runs))}")
     if args.out is not None:
         from cxt.drawing import check_figure_file  # imported late so that --help is quick
 

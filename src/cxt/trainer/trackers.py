@@ -186,6 +186,7 @@ class Trackers(Callback):
 
     def _send_settings(self, tracker: Logger) -> None:
         if isinstance(tracker, TensorBoardLogger):
+            tracker.hparams.update(self.hyperparameters)  # for hparams.yaml
             # Lightning's own method would add a value of each metric to its curve.
             from torch.utils.tensorboard.summary import hparams
 
