@@ -182,6 +182,8 @@ def test_evaluating_an_ensemble(paths, batches):
     same, _ = quietly([paths[0], paths[2]], SPEC, batches, ensemble="same")
     assert same["settings"]["reading"] == "marginal"
     assert "members" not in alone[0][0]
+    with pytest.raises(BadRequest, match="ensemble 'm.r1': one of its members has this name; choose another name"):
+        quietly(paths, SPEC, batches, ensemble="m.r1")
 
 
 def test_readings_that_all_members_have(tmp_path, paths, batches):

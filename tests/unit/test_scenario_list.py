@@ -85,7 +85,7 @@ def test_members_that_hold_out_different_pieces(checkpoint, ancestry, tmp_path):
     data = stored.record["dataset"] | {"sequence_length": 2 * LENGTH}
     write_checkpoint(other, stored.state_dict, stored.record | {"dataset": data})
     configfile = configuration(tmp_path, ancestry[0])
-    settings = {"ensemble": "x", "simulations": 2}
+    settings = {"ensemble": "both", "simulations": 2}
     for members in ([checkpoint, other], [other, checkpoint]):
         with pytest.raises(BadRequest, match=r"was trained on examples of \S+ bp, and \S+ on examples of \S+ bp, so that they"):
             evaluate(members, configfile, **settings)
