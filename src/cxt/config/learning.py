@@ -209,19 +209,19 @@ class Contrast(Section):
     the sequence has, whole sequences are compared."""
 
 
-def read_text(value: Any) -> Any:
+def parse_text(value: Any) -> Any:
     """Parse the text of a flag as YAML; return other values unchanged."""
     return parse_yaml(value) if isinstance(value, str) else value
 
 
 def _read_terms(value: Any) -> Any:
-    value = read_text(value)
+    value = parse_text(value)
     value = [value] if isinstance(value, str | dict) else value
     return [{"name": term} if isinstance(term, str) else term for term in value] if isinstance(value, list) else value
 
 
 def _read_optimizer(value: Any) -> Any:
-    value = read_text(value)
+    value = parse_text(value)
     return {"name": value} if isinstance(value, str) else value
 
 
@@ -245,15 +245,15 @@ AnyOptimizer = Annotated[
 
 UserCallbacks = Annotated[
     list[UserCallback],
-    BeforeValidator(read_text),
+    BeforeValidator(parse_text),
     Expected("a list of callbacks, such as `[{class_path: my_package.callbacks.Histogram, init_args: {every: 10}}]`"),
 ]
 
-AnyAdaptive = Annotated[Adaptive, BeforeValidator(read_text)]
-AnyDistillation = Annotated[Distillation, BeforeValidator(read_text)]
-AnyNoise = Annotated[Noise, BeforeValidator(read_text)]
-AnyMasking = Annotated[Masking, BeforeValidator(read_text)]
-AnyContrast = Annotated[Contrast, BeforeValidator(read_text)]
+AnyAdaptive = Annotated[Adaptive, BeforeValidator(parse_text)]
+AnyDistillation = Annotated[Distillation, BeforeValidator(parse_text)]
+AnyNoise = Annotated[Noise, BeforeValidator(parse_text)]
+AnyMasking = Annotated[Masking, BeforeValidator(parse_text)]
+AnyContrast = Annotated[Contrast, BeforeValidator(parse_text)]
 
 
 def as_json(value: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 from pydantic import BeforeValidator, model_validator
 
 from cxt.config.bounds import FactorUpToOne, Flag, NonNegativeInteger
-from cxt.config.learning import read_text
+from cxt.config.learning import parse_text
 from cxt.config.network import ModelConfig
 from cxt.config.section import Section
 from cxt.errors import BadRequest
@@ -64,7 +64,7 @@ class Regions(Section):
         return self
 
 
-AnyRegions = Annotated[Regions, BeforeValidator(read_text)]
+AnyRegions = Annotated[Regions, BeforeValidator(parse_text)]
 
 
 @dataclasses.dataclass(frozen=True)
