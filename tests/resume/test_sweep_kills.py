@@ -99,9 +99,9 @@ def test_two_processes_that_are_killed(dataset, tmp_path):
     for kill in range(kills):
         place = kill % 2
         worker = workers[place]
-        if kill > 1:  # the first two start
+        if kill > 1:  # soon after a row of the log, so that there is a training state and the trial is not finished
             worker.wait_until_it_trains()
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 3 if kill < 2 else 0.1))
         if worker.process.poll() is not None:
             assert worker.process.returncode == 0, worker.said.read_text()
             continue
